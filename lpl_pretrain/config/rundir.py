@@ -1,0 +1,66 @@
+"""The name of every file in a run, which checkpoints are complete, and which evaluations are pending.
+
+    runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
+                  checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
+                  evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STEP_NAME = re.compile(r"^step_(\d{8,})$")
+MANIFEST = "manifest.json"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / step_name(step)
+
+    def evaluation(self, step: int, protocol: str) -> Path:
+        return self.path / "evaluations" / step_name(step) / f"{protocol}.json"
+
+    def samples(self, step: int, protocol: str) -> Path:
+        return self.path / "samples" / f"{step_name(step)}_{protocol}.png"
+
+    def log(self, rank: int) -> Path:
+        return self.path / "logs" / f"rank_{rank:05d}.log"
+
+    def complete_checkpoints(self) -> list[int]:
+        """Steps whose checkpoint has its manifest (written last), ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = ((STEP_NAME.match(folder.name), folder) for folder in self.checkpoints.iterdir())
+        return sorted(int(name[1]) for name, folder in found if name and (folder / MANIFEST).is_file())
+
+    def pending_evaluations(self, protocol: str) -> list[int]:
+        """Complete checkpoints that `protocol` has not scored yet, ascending."""
+        return [step for step in self.complete_checkpoints() if not self.evaluation(step, protocol).is_file()]

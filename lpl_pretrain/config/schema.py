@@ -1,0 +1,281 @@
+"""What a run can be told: frozen pydantic models, unknown keys refused, units in the names.
+
+Suffixes: `_steps` optimizer updates, `_samples` training samples over all ranks, `_px` pixels, `_mib` mebibytes, `_s` seconds.
+No torch in this room: a configuration is checked on a login node, before any accelerator is asked for.
+"""
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Prediction(str, Enum):
+    """What the denoiser is asked to predict (see diffusion/objective.py)."""
+
+    EPS = "eps"
+    V = "v"
+    FLOW = "flow"
+
+
+class ScheduleKind(str, Enum):
+    """The path from data to noise (see diffusion/schedule.py)."""
+
+    RECTIFIED_FLOW = "rectified_flow"
+    LINEAR = "linear"
+    SCALED_LINEAR = "scaled_linear"
+    COSINE = "cosine"
+
+
+class StrategyKind(str, Enum):
+    LOCAL = "local"
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+    ZERO = "zero"
+
+
+class Precision(str, Enum):
+    """Arithmetic of the denoiser; master weights, gradients' accumulation and EMA are float32 (float64 under fp64)."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP64 = "fp64"
+
+
+class DataConfig(Section):
+    folder: str
+    """Encoded latents: a folder written by `lpl-pretrain encode`, with its index.json."""
+    scaling: Literal["autoencoder", "per_channel"] = "autoencoder"
+    """Latents are normalised when read: by the autoencoder's shift and scaling factor, or by the folder's mean and std per channel."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """Draw z0 from the stored posterior anew each time a sample is seen, or always use its mean."""
+
+
+class DiTConfig(Section):
+    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748)."""
+
+    kind: Literal["dit"] = "dit"
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    patch_size: PositiveInt = 2
+    mlp_ratio: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> DiTConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+        return self
+
+
+class ConditioningConfig(Section):
+    label_dropout: Share = 0.1
+    """Share of samples trained with the null class, for classifier-free guidance (arXiv 2207.12598)."""
+
+
+class TimestepConfig(Section):
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = 0.0
+    """Of the normal whose logistic is t (logit_normal; arXiv 2403.03206, section 3.1)."""
+    std: PositiveFloat = 1.0
+
+
+class WeightingConfig(Section):
+    kind: Literal["uniform", "min_snr"] = "uniform"
+    gamma: PositiveFloat = 5.0
+    """Clamp of the SNR (min_snr; arXiv 2303.09556, equation 7)."""
+
+
+class DiffusionConfig(Section):
+    prediction: Prediction
+    schedule: ScheduleKind
+    timesteps: TimestepConfig = TimestepConfig()
+    weighting: WeightingConfig = WeightingConfig()
+
+
+class GateConfig(Section):
+    """LPL counts a sample only where its one-step estimate is sharp enough to compare. Exactly one of the three is set."""
+
+    min_snr: Optional[PositiveFloat] = None
+    """alpha_t^2 / sigma_t^2 at least this."""
+    max_noise_level: Optional[PositiveFloat] = None
+    """sigma_t / alpha_t at most this."""
+    max_timestep: Optional[PositiveInt] = None
+    """Integer timestep below this (discrete schedules only)."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> GateConfig:
+        found = [name for name in ("min_snr", "max_noise_level", "max_timestep") if getattr(self, name) is not None]
+        if len(found) != 1:
+            raise ValueError(f"set exactly one of min_snr, max_noise_level, max_timestep; found {found or 'none'}")
+        return self
+
+
+class OutlierConfig(Section):
+    """Which positions of a feature map are left out of the distance (docs/lpl.md)."""
+
+    enabled: bool = True
+    quantile: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
+    margin: NonNegativeFloat = 2.0
+    """Standard deviations added outside the two quantiles."""
+    source: Literal["target", "prediction"] = "target"
+    first_stage: NonNegativeInt = 0
+    """Stages before this one (counted in decoder order) are not masked."""
+
+
+class LPLConfig(Section):
+    """The Latent Perceptual Loss (arXiv 2411.04873); see docs/lpl.md for what is established and what is our reading."""
+
+    gate: GateConfig = GateConfig(min_snr=3.0)
+    weight: Optional[PositiveFloat] = None
+    """Explicit weight of LPL in the total loss; or `target_share`."""
+    target_share: Optional[Annotated[float, Field(gt=0.0, lt=1.0)]] = None
+    """Share of the total loss that LPL should have; its weight is measured over `calibration_steps`, then frozen."""
+    calibration_steps: PositiveInt = 50
+    start_step: NonNegativeInt = 0
+    ramp_steps: NonNegativeInt = 0
+    """The weight grows linearly from 0 over this many steps."""
+    stages: Optional[list[str]] = None
+    """Decoder stages to compare, of `mid`, `up0`, `up1` ...; all of them when absent."""
+    normalize: Literal["prediction", "prediction_detached", "target", "own", "none"] = "prediction"
+    """Whose per-channel mean and std over space normalise both branches (the paper: the prediction's, with gradient)."""
+    depth_weights: Literal["inverse_resolution", "uniform"] = "inverse_resolution"
+    outliers: OutlierConfig = OutlierConfig()
+    chunk_size: PositiveInt = 8
+    """Samples that are inside the decoder at once; memory does not grow beyond it."""
+    activation_checkpointing: bool = True
+    decoder_precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> LPLConfig:
+        if (self.weight is None) == (self.target_share is None):
+            raise ValueError(f"set exactly one of weight and target_share; found weight={self.weight}, target_share={self.target_share}")
+        return self
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm; use a large number for none."""
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine to zero at `steps`."""
+
+
+class BatchConfig(Section):
+    global_batch_size: PositiveInt
+    """Samples per optimizer update, over all ranks."""
+    micro_batch_size: Optional[PositiveInt] = None
+    """Samples per rank per forward; absent: the whole share of a rank. Accumulation follows from the two and the world size."""
+
+
+class ParallelConfig(Section):
+    strategy: StrategyKind = StrategyKind.LOCAL
+    zero_config: Optional[str] = None
+    """DeepSpeed JSON (configs/zero/*.json) when strategy is zero: engine tuning only, never batch, precision or clipping."""
+    precision: Precision = Precision.FP32
+
+    @model_validator(mode="after")
+    def _zero_needs_json(self) -> ParallelConfig:
+        if (self.strategy is StrategyKind.ZERO) != (self.zero_config is not None):
+            raise ValueError(f"zero_config={self.zero_config!r} with strategy={self.strategy.value!r}: "
+                             "name a DeepSpeed JSON, such as configs/zero/zero2.json, with strategy zero and only with it")
+        return self
+
+
+class EMAConfig(Section):
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    warmup: bool = True
+    """Use min(decay, (1 + step) / (10 + step)), so that early averages are not dominated by the initial weights."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 1000
+    keep_last: PositiveInt = 3
+    keep_every_steps: Optional[PositiveInt] = None
+    """Checkpoints at multiples of this are never removed."""
+
+
+class WandbConfig(Section):
+    mode: Literal["disabled", "online", "offline"] = "disabled"
+    project: str = "lpl-pretrain"
+    entity: Optional[str] = None
+
+
+class LogConfig(Section):
+    every_steps: PositiveInt = 50
+    wandb: WandbConfig = WandbConfig()
+
+
+class TrainConfig(Section):
+    name: str
+    run_dir: Optional[str] = None
+    """Where everything of the run goes; absent: runs/<name>."""
+    seed: NonNegativeInt = 0
+    steps: PositiveInt
+    """Optimizer updates in all."""
+    autoencoder: str
+    """Folder of a diffusers AutoencoderKL, or `asset:NAME` for one that ships with the package."""
+    data: DataConfig
+    model: DiTConfig
+    conditioning: ConditioningConfig = ConditioningConfig()
+    diffusion: DiffusionConfig
+    lpl: Optional[LPLConfig] = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    ema: EMAConfig = EMAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+class EncodeConfig(Section):
+    """Pictures to latents."""
+
+    source: Union[str, list[str]]
+    """An image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json; `asset:` works too."""
+    output: str
+    autoencoder: str
+    resolution_px: PositiveInt
+    """Pictures are resized (Lanczos) to cover a square of this side, then cropped at the centre."""
+    batch_size: PositiveInt = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; moments are stored in fp16."""
+    shard_max_mib: PositiveFloat = 256.0
+
+
+class SamplerConfig(Section):
+    kind: Literal["ddim", "euler", "heun"]
+    steps: PositiveInt = 50
+
+
+class EvaluateConfig(Section):
+    """One evaluation protocol: everything that the score depends on."""
+
+    name: str
+    images: PositiveInt
+    batch_size: PositiveInt = 64
+    seed: NonNegativeInt = 0
+    weights: Literal["ema", "raw"] = "ema"
+    sampler: SamplerConfig
+    guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
+    """1.0 is no guidance; the scales share their noise and classes."""
+    extractor: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"
+    inception_weights: Optional[str] = None
+    """Path of the standard FID Inception weights (extractor inception)."""
+    reference: Union[str, list[str]]
+    """Real pictures: an image folder or WebDataset tars, as in encode."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    grid_images: NonNegativeInt = 64
+    """Samples drawn into samples/step_*.png, at the largest guidance scale."""
