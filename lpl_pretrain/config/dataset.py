@@ -50,7 +50,7 @@ class DatasetIndex(Section):
     autoencoder: AutoencoderEntry
     resolution_px: int
     source_fingerprint: str
-    """sha256 over the sorted (key, sha256 of the picture's bytes)."""
+    """sha256 over the sorted (key, sha256 of the picture's bytes, class id, class name, caption)."""
     fingerprint: str
     """sha256 over the shards' sha256, in order: the identity of this data set."""
     shards: list[ShardEntry]

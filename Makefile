@@ -1,0 +1,23 @@
+# demo: the whole way on real pictures, in about 12 minutes on 2 cores    test: everything CI runs
+# Both set up .venv on a fresh Debian or Ubuntu machine with Python >= 3.10.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/.ready
+	bash tools/demo.sh
+
+test: .venv/.ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check lpl_pretrain launch tools tests
+
+.venv/.ready: setup.cfg pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv --clear .venv 2>/dev/null || (apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv)
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable '.[all,test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

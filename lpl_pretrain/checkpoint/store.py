@@ -1,0 +1,169 @@
+"""The files of a checkpoint: every rank writes the ranges it owns, and any range can be read back by any other layout.
+
+    pieces_00000.safetensors   one file a rank; tensor `<kind>/<parameter>` is the 1-D range which that rank owns
+    index.json                 {kind: {parameter: {dtype, shape, ranges: [[start, stop, rank], ...]}}}
+    state.json                 what the trainer wants to find again
+    manifest.json              see manifest.py
+
+Kinds: `param` (masters), `ema`, `optimizer.<state name>`.  Ranges are in elements of the row-major flattened parameter and tile it.
+Nothing is pickled; nothing here communicates.
+"""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lpl_pretrain.checkpoint.manifest import FileRecord, write_json
+from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.parallel.strategy import Piece
+
+INDEX, STATE = "index.json", "state.json"
+DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+LISTED = 5
+
+
+def pieces_file(rank: int) -> str:
+    return f"pieces_{rank:05d}.safetensors"
+
+
+def part_file(rank: int) -> str:
+    return f"part_{rank:05d}.json"
+
+
+def write_rank(folder: Path, rank: int, entries: Iterable[tuple[str, Piece]]) -> None:
+    """This rank's pieces, given as (kind, piece), and the part of the index that tells of them."""
+    entries = list(entries)
+    tensors = {f"{kind}/{piece.name}": piece.tensor.detach() for kind, piece in entries}
+    assert len(tensors) == len(entries), "a rank owns one range of a parameter"
+    record = _write_safetensors(folder / pieces_file(rank), tensors)
+    listing = [[kind, p.name, DTYPES[p.tensor.dtype], list(p.shape), p.start, p.stop] for kind, p in entries]
+    write_json(folder / part_file(rank), {"file": vars(record), "entries": listing})
+
+
+def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
+    """Turn all ranks' parts into index.json; returns the files to list in the manifest."""
+    index: dict[str, dict[str, Any]] = {}
+    files = {}
+    for rank in range(world_size):
+        part = json.loads((folder / part_file(rank)).read_text())
+        files[pieces_file(rank)] = FileRecord(**part["file"])
+        for kind, name, dtype, shape, start, stop in part["entries"]:
+            entry = index.setdefault(kind, {}).setdefault(name, {"dtype": dtype, "shape": shape, "ranges": []})
+            entry["ranges"].append([start, stop, rank])
+    for kind, entries in index.items():
+        for name, entry in entries.items():
+            entry["ranges"].sort()
+            _check_tiling(f"{kind}/{name}", entry)
+    files[INDEX] = write_json(folder / INDEX, index)
+    for rank in range(world_size):
+        (folder / part_file(rank)).unlink()
+    return files
+
+
+class Reader:
+    """Reads ranges of a checkpoint, touching only the bytes asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: dict[str, dict[str, Any]] = json.loads((folder / INDEX).read_text())
+        self._files: dict[int, Any] = {}
+
+    def check(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """CheckpointError unless `kind` covers exactly these parameters with these shapes."""
+        if kind not in self.index:
+            raise CheckpointError(f"{self.folder}: has no {kind!r}, only {sorted(self.index)}: it was saved with another "
+                                  "optimizer.kind; resume with that one, or start a new run directory")
+        saved = {name: tuple(entry["shape"]) for name, entry in self.index[kind].items()}
+        reshaped = [name for name in shapes if saved.get(name, shapes[name]) != shapes[name]]
+        complaints = [_list("missing from the checkpoint", [name for name in shapes if name not in saved]),
+                      _list("unknown to the model", [name for name in saved if name not in shapes]),
+                      _list("of another shape", [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped])]
+        if any(complaints):
+            raise CheckpointError(f"{self.folder}: {kind} does not fit this model: {'; '.join(filter(None, complaints))}. "
+                                  "Resume with the configuration that it was saved with, or start a new run directory")
+
+    @torch.no_grad()
+    def fill(self, kind: str, piece: Piece) -> None:
+        """Overwrite the live tensor of `piece`, from however many ranks' ranges it takes."""
+        filled = 0
+        for start, stop, rank in self.index[kind][piece.name]["ranges"]:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                saved = self._file(rank).get_slice(f"{kind}/{piece.name}")[first - start : last - start]
+                piece.tensor[first - piece.start : last - piece.start].copy_(saved)
+                filled += last - first
+        if filled != piece.tensor.numel():
+            raise CheckpointError(f"{self.folder}: {kind}/{piece.name} holds {filled} of elements {piece.start}..{piece.stop}")
+
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        for name, entry in self.index[kind].items():
+            dtype = next(key for key, value in DTYPES.items() if value == entry["dtype"])
+            tensor = torch.empty(entry["shape"], dtype=dtype)
+            self.fill(kind, Piece(name, tuple(entry["shape"]), 0, tensor.view(-1)))
+            yield name, tensor
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.folder / pieces_file(rank), framework="pt")
+        return self._files[rank]
+
+
+def read_full(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
+    """Whole tensors on CPU, on one process and without any strategy: `ema` or `param` weights for evaluation and export."""
+    reader = Reader(folder)
+    if kind not in reader.index:
+        raise CheckpointError(f"{folder}: has no {kind!r}, only {sorted(reader.index)}")
+    return dict(reader.full(kind))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the trainer gave to `save`."""
+    return json.loads((folder / STATE).read_text())
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+    """As safetensors.save_file, but one tensor at a time in memory, hashed while written, and written through to the disk."""
+    header, offset = {}, 0
+    for key, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        data: Iterator[bytes | memoryview] = (tensor.cpu().numpy().data.cast("B") for tensor in tensors.values())
+        for block in itertools.chain([len(text).to_bytes(8, "little"), text], data):
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(8 + len(text) + offset, digest.hexdigest())
+
+
+def _check_tiling(key: str, entry: dict[str, Any]) -> None:
+    """The ranks' ranges must cover the parameter once; otherwise a strategy has misread its engine's layout."""
+    expected = 0
+    for start, stop, rank in entry["ranges"]:
+        if start != expected:
+            raise CheckpointError(f"{key}: rank {rank} owns elements {start}..{stop}, wanted a range that starts at {expected}")
+        expected = stop
+    if expected != math.prod(entry["shape"]):
+        raise CheckpointError(f"{key}: ranks own {expected} elements of {math.prod(entry['shape'])}")
+
+
+def _list(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"

@@ -1,0 +1,101 @@
+"""The command line: parse, then call one function.  No torch here, so that `--help` answers at once."""
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lpl_pretrain import __version__
+from lpl_pretrain.errors import LPLError
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def commands() -> None:
+    """Pretrain latent diffusion models with the Latent Perceptual Loss.
+
+    \b
+    lpl-pretrain encode   configs/encode/emoji.yaml             pictures -> latents
+    lpl-pretrain train    configs/train/emoji_dit_lpl.yaml      latents -> checkpoints; the same command resumes
+    lpl-pretrain evaluate runs/emoji_dit_lpl configs/evaluate/emoji.yaml
+    lpl-pretrain report   runs/emoji_dit_lpl                    one page with everything
+
+    On several processes: torchrun --nproc-per-node 2 -m lpl_pretrain train CONFIG
+    """
+
+
+@commands.command()
+@click.argument("config")
+@OVERRIDES
+def encode(config: str, overrides: tuple[str, ...]) -> None:
+    """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says."""
+    from lpl_pretrain.cli import encode as command
+    from lpl_pretrain.config.load import load_config
+    from lpl_pretrain.config.schema import EncodeConfig
+
+    command.run(load_config(EncodeConfig, config, overrides))
+
+
+@commands.command()
+@click.argument("config")
+@OVERRIDES
+def train(config: str, overrides: tuple[str, ...]) -> None:
+    """Train what CONFIG (configs/train/*.yaml) describes, or go on where its run stopped."""
+    from lpl_pretrain.cli import train as command
+
+    command.run(config, overrides)
+
+
+@commands.command()
+@click.argument("run")
+@click.option("--step", type=int, help="Checkpoint to draw from; the newest when absent.")
+@click.option("--guidance-scale", type=float, default=2.5, show_default=True)
+@click.option("--images", type=int, default=64, show_default=True)
+@click.option("--sampler-steps", type=int, default=50, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", help="PNG to write; in the run's samples/ when absent.")
+def sample(run: str, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int, output: str | None) -> None:
+    """Draw pictures from the EMA weights of RUN."""
+    from lpl_pretrain.cli import sample as command
+
+    command.run(run, step=step, guidance_scale=guidance_scale, images=images, sampler_steps=sampler_steps, seed=seed, output=output)
+
+
+@commands.command()
+@click.argument("run")
+@click.argument("protocol")
+@OVERRIDES
+@click.option("--step", type=int, help="Checkpoint to score; all that are not scored yet when absent.")
+def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None) -> None:
+    """Score the checkpoints of RUN as PROTOCOL (configs/evaluate/*.yaml) says."""
+    from lpl_pretrain.cli import evaluate as command
+
+    command.run(run, protocol, overrides=list(overrides), step=step)
+
+
+@commands.command()
+@click.argument("run")
+def report(run: str) -> None:
+    """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance."""
+    from lpl_pretrain.cli import report as command
+
+    command.run(run)
+
+
+@commands.command()
+def doctor() -> None:
+    """Say what this machine can do, and what is missing."""
+    from lpl_pretrain.cli import doctor as command
+
+    sys.exit(command.run())
+
+
+def main() -> None:
+    """Errors that are the input's fault are printed without a traceback; exit status 2."""
+    try:
+        commands()
+    except LPLError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,49 @@
+"""`lpl-pretrain train`: everything that can be refused without torch is refused first; then train or go on."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lpl_pretrain.config.check import check_run, check_same_run
+from lpl_pretrain.config.dataset import read_index
+from lpl_pretrain.config.load import dump, load_config, load_run_config
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.runtime.preempt import StopRequest
+from lpl_pretrain.runtime.world import World
+
+
+def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
+    """Ends the process: what engines leave running would otherwise abort it."""
+    stop = StopRequest().listen()
+    config = load_config(TrainConfig, config_path, overrides)
+    run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
+    world = World.from_environment()
+    index = read_index(config.data.folder)
+    check_run(config, index, world.world_size)
+    if run_dir.config.is_file():
+        check_same_run(load_run_config(run_dir), config, run_dir.path)
+
+    from lpl_pretrain.parallel.build import needs_group
+    from lpl_pretrain.runtime import dist
+    from lpl_pretrain.runtime.log import log, set_up_logging
+    from lpl_pretrain.trainer import provenance
+    from lpl_pretrain.trainer.loop import train
+
+    device = dist.start(world, group=needs_group(config.parallel))
+    set_up_logging(world.rank, run_dir.log(world.rank))
+    if world.rank == 0:
+        publish(run_dir.config, dump(config))
+        provenance.write_once(run_dir.provenance, provenance.describe(index, world.world_size, str(device)))
+    complete = train(config, run_dir, world, device, stop)
+    log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
+    dist.leave()
+
+
+def publish(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,27 @@
+"""Who an autoencoder is: a hash of its configuration and weights, taken from the files alone."""
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from lpl_pretrain.errors import ConfigError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DESCRIPTIVE = ("_class_name", "_diffusers_version", "_name_or_path")
+
+
+@lru_cache(maxsize=8)
+def autoencoder_identity(folder: Path) -> str:
+    """sha256 over config.json (without the keys that only describe the file) and the weights.  Raises ConfigError."""
+    config, weights = folder / "config.json", folder / WEIGHTS
+    for path in (config, weights):
+        if not path.is_file():
+            raise ConfigError(f"autoencoder {folder}: {path.name} not found; wanted a folder as diffusers' save_pretrained writes it")
+    settings = {key: value for key, value in json.loads(config.read_text()).items() if key not in DESCRIPTIVE}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""From a YAML file, its `base:` chain and `key=value` overrides to a frozen, fully resolved configuration.
+
+A file may name another one as its `base:` (path relative to itself) and say only what differs: mappings merge, anything
+else replaces.  A section set to null is switched off.  Overrides come last: `optimizer.lr=3e-4 lpl=null`.
+"""
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import Section, TrainConfig
+from lpl_pretrain.errors import ConfigError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+AnyConfig = TypeVar("AnyConfig", bound=Section)
+
+
+def resolve_path(text: str) -> Path:
+    """`asset:NAME` is a file or folder that ships with the package; anything else is a path as it stands."""
+    if not text.startswith("asset:"):
+        return Path(text).expanduser()
+    path = ASSETS / text.removeprefix("asset:")
+    if not path.exists():
+        shipped = ", ".join(f"asset:{p.name}" for p in sorted(ASSETS.iterdir()))
+        raise ConfigError(f"{text}: no such asset; the package ships {shipped}")
+    return path
+
+
+def load_config(cls: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
+    """Raises ConfigError that lists every wrong key or value at once."""
+    raw = _read_with_base(Path(path), seen=())
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(cls, raw, where=str(path))
+
+
+def load_run_config(run_dir: RunDir) -> TrainConfig:
+    """The resolved configuration that a run was started with."""
+    if not run_dir.config.is_file():
+        raise ConfigError(f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with `lpl-pretrain train`")
+    return load_config(TrainConfig, run_dir.config)
+
+
+def validate(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyConfig:
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as problems:
+        lines = [_explain(cls, problem) for problem in problems.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def dump(config: Section) -> str:
+    """YAML that loads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(stored: Section, wanted: Section) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ: key -> (stored, wanted)."""
+    old, new = _flatten(stored.model_dump(mode="json")), _flatten(wanted.model_dump(mode="json"))
+    return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ConfigError(f"{path}: its `base:` chain comes back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as problem:
+        raise ConfigError(f"{path}: not valid YAML: {problem}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}, wanted a mapping of keys to values")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    return _merge(_read_with_base((path.parent / base), (*seen, path)), raw)
+
+
+def _merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in delta.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: an override is key=value, such as optimizer.lr=3e-4")
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        section[last] = text
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(cls, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{path}: missing, and it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}={problem['input']!r}: {message}" if problem["type"] != "value_error" else f"{path}: {message}" if path else message
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = cls.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        cls = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(cls.model_fields)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, child in value.items() for key, leaf in _flatten(child, f"{prefix}.{name}" if prefix else name).items()}

@@ -1,0 +1,80 @@
+"""From noise to latents along the probability-flow ODE: the only address of diffusers' schedulers.
+
+Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser always sees t, never a scheduler's own timestep.
+Shapes:      noise, z_t, z0 (B, C, H, W) float32;  t (B,) float32.
+Steps:       `ddim` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its last, tiny step is an Euler step).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from lpl_pretrain.config.evaluation import check_sampler
+from lpl_pretrain.config.schema import Prediction, SamplerConfig
+from lpl_pretrain.diffusion.guidance import guided
+from lpl_pretrain.diffusion.schedule import TIMESTEPS, DiscreteSchedule, Schedule
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A diffusers scheduler and the times at which it wants the denoiser's answer, in order."""
+
+    scheduler: Any
+    times: list[float]
+
+
+@torch.no_grad()
+def sample(model: Callable[..., Tensor], prediction: Prediction, schedule: Schedule, sampler: SamplerConfig, noise: Tensor,
+           cond: Any, *, uncond: Any = None, guidance_scale: float = 1.0) -> Tensor:
+    """`noise` to z0.  `uncond` is needed where `guidance_scale` is not 1.  Raises ConfigError for a sampler that does not fit."""
+    walk = plan_walk(prediction, schedule, sampler)
+    z_t = noise
+    for timestep, time in zip(walk.scheduler.timesteps, walk.times, strict=True):
+        t = torch.full((len(noise),), time, dtype=torch.float32, device=noise.device)
+        answer = guided(model, z_t, t, cond, uncond, guidance_scale)
+        z_t = walk.scheduler.step(answer, timestep, z_t).prev_sample
+    return z_t
+
+
+def plan_walk(prediction: Prediction, schedule: Schedule, sampler: SamplerConfig) -> Walk:
+    check_sampler(prediction, sampler)
+    if isinstance(schedule, DiscreteSchedule):
+        return _ddim(prediction, schedule, sampler.steps)
+    return _euler(sampler.steps) if sampler.kind == "euler" else _heun(sampler.steps)
+
+
+def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Walk:
+    """DDIM (arXiv 2010.02502, equation 12, eta 0) on the `steps` timesteps of trailing spacing (arXiv 2305.08891, table 2).
+
+    The scheduler is built on those timesteps alone.  Built on all 1,000 it steps from t to t - 1000 // steps, which is not the next
+    timestep unless `steps` divides 1,000, and it multiplies betas up in float32; ours are float64 and taken as they are.
+    """
+    kept = [round(TIMESTEPS * (i + 1) / steps) - 1 for i in range(steps)]
+    scheduler = DDIMScheduler(num_train_timesteps=steps, clip_sample=False, timestep_spacing="trailing",
+                              prediction_type={Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}[prediction])
+    scheduler.alphas_cumprod = schedule.alphas_cumprod[kept]
+    scheduler.set_timesteps(steps)
+    return Walk(scheduler, [timestep / TIMESTEPS for timestep in reversed(kept)])
+
+
+def _euler(steps: int) -> Walk:
+    """Equal steps from t = 1 to 0; diffusers' default would spend the last one on t = 0.001."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    return Walk(scheduler, _times(scheduler))
+
+
+def _heun(steps: int) -> Walk:
+    """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001, then one Euler step to 0."""
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    return Walk(scheduler, _times(scheduler))
+
+
+def _times(scheduler: Any) -> list[float]:
+    return [timestep / scheduler.config.num_train_timesteps for timestep in scheduler.timesteps.tolist()]

@@ -1,0 +1,72 @@
+"""The path from data to noise: how much of each a noised latent holds at time t.
+
+Convention:  z_t = alpha_t * z0 + sigma_t * eps,  t in [0, 1],  t = 0 is data, t = 1 is noise.
+Shapes:      t, alpha_t, sigma_t (B,) float32.  Discrete schedules have 1,000 timesteps and t = timestep / 1000.
+"""
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lpl_pretrain.config.schema import ScheduleKind
+
+TIMESTEPS = 1000
+
+
+class Schedule(ABC):
+    @abstractmethod
+    def place(self, t: Tensor) -> Tensor:
+        """Times that the schedule has, for times in [0, 1]: itself when continuous, rounded down to a timestep when discrete."""
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t), each (B,) float32, at times that `place` returned."""
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """sigma_t / alpha_t, (B,)."""
+        alpha_t, sigma_t = self.coefficients(t)
+        return sigma_t / alpha_t
+
+
+class RectifiedFlow(Schedule):
+    """alpha = 1 - t, sigma = t (arXiv 2209.03003)."""
+
+    def place(self, t: Tensor) -> Tensor:
+        return t
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+
+class DiscreteSchedule(Schedule):
+    """Variance preserving: alpha^2 = alphas_cumprod, sigma^2 = 1 - alphas_cumprod (arXiv 2006.11239, equation 4)."""
+
+    def __init__(self, betas: Tensor) -> None:
+        """`betas`: (1000,) float64."""
+        self.betas = betas
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """(B,) int64 index of a placed time."""
+        return (t * TIMESTEPS).round().long().clamp(0, TIMESTEPS - 1)
+
+    def place(self, t: Tensor) -> Tensor:
+        return (t.double() * TIMESTEPS + 1e-4).floor().clamp(0, TIMESTEPS - 1).div(TIMESTEPS).to(t.dtype)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alphas_cumprod = self.alphas_cumprod.to(t.device)[self.timestep(t)]
+        return alphas_cumprod.sqrt().to(t.dtype), (1 - alphas_cumprod).sqrt().to(t.dtype)
+
+
+def make_schedule(kind: ScheduleKind) -> Schedule:
+    if kind is ScheduleKind.RECTIFIED_FLOW:
+        return RectifiedFlow()
+    if kind is ScheduleKind.LINEAR:  # arXiv 2006.11239, section 4
+        return DiscreteSchedule(torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64))
+    if kind is ScheduleKind.SCALED_LINEAR:  # latent diffusion, arXiv 2112.10752
+        return DiscreteSchedule(torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square())
+    squared_cosine = torch.cos((torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2).square()
+    return DiscreteSchedule((1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(max=0.999))  # arXiv 2102.09672, equation 17

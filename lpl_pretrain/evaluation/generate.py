@@ -1,0 +1,81 @@
+"""Pictures from a trained denoiser: picture i is a function of (seed, i), whatever the batch, the rank or the other pictures.
+
+Noise: rng.normal(seed, "sample_noise", i).  Class: a keyed uniform through the training class frequencies.
+Shapes: z0 (B, C, H, W) float32; images (B, 3, H_px, W_px) float32, about [-1, 1]; pixels the same in uint8.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lpl_pretrain.config.schema import Prediction, SamplerConfig
+from lpl_pretrain.diffusion.samplers import sample
+from lpl_pretrain.diffusion.schedule import Schedule
+from lpl_pretrain.errors import NonFiniteError
+from lpl_pretrain.models.conditioning import Conditioning
+from lpl_pretrain.runtime import rng
+
+RULES = {
+    "noise": "standard normal float32, keyed by (seed, 'sample_noise', i)",
+    "classes": "training class frequencies, drawn by a uniform keyed by (seed, 'sample_class', i)",
+    "uint8": "round(clamp((x + 1) * 127.5, 0, 255)), half to even",
+}
+"""What a score depends on besides its protocol; recorded with every score."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Everything between (seed, i) and picture i, on one device."""
+
+    denoiser: nn.Module
+    decode: Callable[[Tensor], Tensor]
+    """z0 -> images; float32."""
+    prediction: Prediction
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+    class_counts: Sequence[int]
+    """Training samples of each class; empty when there are no classes."""
+    device: torch.device
+
+    @torch.no_grad()
+    def images(self, indices: Sequence[int], *, seed: int, sampler: SamplerConfig, guidance_scale: float,
+               precision: str = "fp32") -> Tensor:
+        """Pictures `indices` as float images.  `precision` is the denoiser's; the decoder stays in float32."""
+        noise = rng.normal(seed, "sample_noise", indices, self.latent_shape).to(self.device)
+        labels = draw_classes(seed, indices, self.class_counts).to(self.device)
+        uncond = Conditioning(torch.full_like(labels, len(self.class_counts)))  # the null class comes after the last one
+
+        def model(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                return self.denoiser(z_t, t, cond)
+
+        return self.decode(sample(model, self.prediction, self.schedule, sampler, noise, Conditioning(labels),
+                                  uncond=uncond, guidance_scale=guidance_scale))
+
+    def pixels(self, count: int, batch_size: int, *, seed: int, sampler: SamplerConfig, guidance_scale: float,
+               precision: str = "fp32") -> Iterator[Tensor]:
+        """Pictures 0 ... count - 1 in order, uint8 batches on this device.  Raises NonFiniteError."""
+        for first in range(0, count, batch_size):
+            indices = range(first, min(first + batch_size, count))
+            images = self.images(indices, seed=seed, sampler=sampler, guidance_scale=guidance_scale, precision=precision)
+            yield to_uint8(images, first)
+
+
+def draw_classes(seed: int, indices: Sequence[int], class_counts: Sequence[int]) -> Tensor:
+    """(len(indices),) int64; class k with probability class_counts[k] / sum.  Without classes: all 0, the null class then."""
+    if sum(class_counts) == 0:
+        return torch.full((len(indices),), len(class_counts), dtype=torch.int64)
+    edges = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(edges, rng.uniform(seed, "sample_class", indices) * edges[-1], right=True)
+
+
+def to_uint8(images: Tensor, first: int = 0) -> Tensor:
+    """The one rounding of this project (RULES["uint8"]).  Raises NonFiniteError naming pictures, counted from `first`."""
+    bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(f"generated pictures {[first + i for i in bad[:8]]} hold NaN or infinity: these weights cannot be "
+                             "scored; try precision=fp32, or an earlier checkpoint")
+    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)

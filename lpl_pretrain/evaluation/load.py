@@ -1,0 +1,75 @@
+"""From a run directory to something that generates: the run's configuration, data index and autoencoder, the weights of a step."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lpl_pretrain.checkpoint.store import read_full
+from lpl_pretrain.config.dataset import DatasetIndex, read_index
+from lpl_pretrain.config.load import load_run_config, resolve_path
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.diffusion.schedule import make_schedule
+from lpl_pretrain.errors import CheckpointError, DataError
+from lpl_pretrain.evaluation.generate import Generator
+from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
+from lpl_pretrain.models.build import build_denoiser
+
+STORED_AS = {"ema": "ema", "raw": "param"}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    run_dir: RunDir
+    config: TrainConfig
+    index: DatasetIndex
+    generator: Generator
+
+    def load(self, step: int, weights: str) -> None:
+        """Puts the `ema` or `raw` weights of a complete checkpoint into the generator's denoiser.  Raises CheckpointError."""
+        folder = self.run_dir.checkpoint(step)
+        try:
+            self.generator.denoiser.load_state_dict(read_full(folder, STORED_AS[weights]))
+        except RuntimeError as problem:
+            raise CheckpointError(f"{folder}: its {weights} weights do not fit the model in {self.run_dir.config}: "
+                                  f"{str(problem)[:500]}") from None
+
+
+def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
+    """Raises ConfigError or DataError; `load` a step before generating."""
+    config = load_run_config(run_dir)
+    index = read_index(resolve_path(config.data.folder))
+    autoencoder = load_autoencoder(config.autoencoder).to(device)
+    if autoencoder.identity != index.autoencoder.identity:
+        raise DataError(f"autoencoder={config.autoencoder} is {autoencoder.identity[:12]}, but data.folder={config.data.folder} "
+                        f"was encoded by {index.autoencoder.identity[:12]}: put the autoencoder that made the data back")
+    scaling = latent_scaling(config.data.scaling, index)
+
+    def decode(z0: Tensor) -> Tensor:
+        return autoencoder.decode(scaling.denormalize(z0))
+
+    denoiser = build_denoiser(config.model, index.latent, len(index.classes)).to(device).eval().requires_grad_(False)
+    shape = (index.latent.channels, index.latent.height, index.latent.width)
+    schedule = make_schedule(config.diffusion.schedule)
+    generator = Generator(denoiser, decode, config.diffusion.prediction, schedule, shape, index.class_counts, device)
+    return TrainedRun(run_dir, config, index, generator)
+
+
+def complete_step(run_dir: RunDir, step: int | None) -> int:
+    """`step`, or the newest, when it is complete.  Raises CheckpointError."""
+    complete = run_dir.complete_checkpoints()
+    if not complete:
+        raise CheckpointError(f"{run_dir.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train until the "
+                              "first one is saved")
+    if step is None:
+        return complete[-1]
+    if step not in complete:
+        steps = ", ".join(map(str, complete))
+        raise CheckpointError(f"{run_dir.checkpoint(step)}: not a complete checkpoint; complete steps: {steps}")
+    return step
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,91 @@
+"""The diffusion transformer with adaLN-Zero (arXiv 2212.09748), class-conditional, with the published parameter names.
+
+Shapes: z_t (B, C, H, W), t (B,) in [0, 1]; the answer has the shape of z_t.  At initialisation the answer is exactly zero.
+"""
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lpl_pretrain.config.schema import DiTConfig
+from lpl_pretrain.models.conditioning import Conditioning
+from lpl_pretrain.models.layers import Attention, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_position_embedding, unpatchify
+
+
+class DiT(nn.Module):
+    def __init__(self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes, self.patch = num_classes, config.patch_size
+        self.rows, self.columns = height // config.patch_size, width // config.patch_size
+        self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(num_classes, config.width)
+        # a buffer, not a parameter: sharding would pad it to the world size
+        self.register_buffer("pos_embed", sincos_position_embedding(config.width, self.rows, self.columns), persistent=False)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.width, config.patch_size**2 * channels)
+        self._initialise()
+
+    def sharded_blocks(self) -> list[str]:
+        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
+        return [f"blocks.{i}" for i in range(len(self.blocks))]
+
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        condition = self.t_embedder(t) + self.y_embedder(cond.labels)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return unpatchify(self.final_layer(tokens, condition), self.patch, self.rows, self.columns)
+
+    def _initialise(self) -> None:
+        """As published: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.data.flatten(1))
+        nn.init.zeros_(projection.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads=heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
+        tokens = tokens + gate_a[:, None] * self.attn(modulate(self.norm1(tokens), shift_a, scale_a))
+        return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+
+
+class LabelEmbedder(nn.Module):
+    """One row per class and a last one for the null class."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)

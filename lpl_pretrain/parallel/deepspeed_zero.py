@@ -1,0 +1,150 @@
+"""ZeRO stages 1, 2 and 3: DeepSpeed's engine behind the strategy door, and the only file that imports deepspeed.
+
+The engine is told one micro-batch, one accumulation step and no clipping; accumulation, clipping and learning rate are set here at
+each call.  Checkpoints do not go through the engine: pieces are views of its float32 partitions.  Where those lie is not public, so
+versions that were not read are refused, and `setup` checks every piece against its parameter.
+"""
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpl_pretrain.config.schema import ParallelConfig
+from lpl_pretrain.config.zero import read_zero_config
+from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.parallel.native import STEP, materialize_state, set_steps
+from lpl_pretrain.parallel.precision import Door
+from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy
+from lpl_pretrain.runtime.world import World
+
+VERSION, REMEDY = "0.19.", "pip install 'deepspeed>=0.19.8,<0.20'"
+SHM = "deepspeed_shm_comm"
+
+
+class ZeroStrategy(Strategy):
+    def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
+        super().__init__(config, world, device)
+        assert config.zero_config is not None
+        self._tuning = read_zero_config(config.zero_config)
+        self._stage: int = self._tuning["zero_optimization"]["stage"]
+
+    def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
+        deepspeed = _import_deepspeed()
+        self.world.to_environment()
+        self._parameters = dict(model.named_parameters())
+        initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._optimizer = make_optimizer(list(self._parameters.values()))
+        self._engine, self._zero, _, _ = deepspeed.initialize(model=door, optimizer=self._optimizer, config=self._engine_config())
+        self._with_partitions(materialize_state)
+        self._start_from(initial)
+        return self._engine
+
+    def _engine_config(self) -> dict[str, Any]:
+        config = {**self._tuning, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
+                  "zero_allow_untested_optimizer": True, "communication_data_type": "fp32"}
+        if self.recipe.working is torch.bfloat16:
+            config |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        return config
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _update(self, lr: float, max_grad_norm: float) -> float | None:
+        """The engine computes the norm before its update, on all ranks alike, and skips the update when it is not finite."""
+        self._zero.clip_grad = max_grad_norm
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else None
+
+    def local_params(self) -> Iterator[Piece]:
+        for name, parameter in self._parameters.items():
+            yield from self._piece(name, parameter, None)
+
+    def local_optimizer_state(self) -> Iterator[tuple[str, Piece]]:
+        for name, parameter in self._parameters.items():
+            for key in self._state_names(parameter):
+                for piece in self._piece(name, parameter, key):
+                    yield key, piece
+
+    @torch.no_grad()
+    def accept_loaded(self, optimizer_steps: int) -> None:
+        self._refresh_working_copies()
+        self._with_partitions(set_steps, optimizer_steps)
+        self.optimizer_steps = optimizer_steps
+
+    def _piece(self, name: str, parameter: nn.Parameter, key: str | None) -> Iterator[Piece]:
+        """The range that this rank owns, of the float32 partition or of a moment beside it."""
+        located = self._locate(parameter)
+        if located is not None:
+            flat, offset, start, numel = located
+            source = flat.detach() if key is None else self._optimizer.state[flat][key]
+            yield Piece(name, self.shapes[name], start, source.narrow(0, offset, numel))
+
+    def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """(flat float32 partition, offset in it, start in the parameter, elements), or None if this rank owns nothing of it."""
+        if self._stage == 3:
+            group, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = min(self.world.rank * padded, parameter.ds_numel)
+            numel = min(padded, parameter.ds_numel - start)
+            return (self._zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+
+    def _state_names(self, parameter: nn.Parameter) -> list[str]:
+        located = self._locate(parameter)
+        return [] if located is None else [key for key in self._optimizer.state[located[0]] if key != STEP]
+
+    def _with_partitions(self, action: Any, *args: Any) -> None:
+        """`action(torch optimizer, *args)` while its groups hold the flat partitions; stage 3 lends them only during a step."""
+        if self._stage == 3:
+            self._zero._set_fp32_optimizer_param_groups()
+        action(self._optimizer, *args)
+        if self._stage == 3:
+            self._zero._clear_fp32_optimizer_param_groups()
+
+    @torch.no_grad()
+    def _start_from(self, initial: dict[str, Tensor]) -> None:
+        """Give the masters their float32 start, which the engine has rounded to bf16; and prove that pieces lie where we think."""
+        for piece in self.local_params():
+            wanted = initial[piece.name].view(-1)[piece.start : piece.stop]
+            rounded = wanted.to(self.recipe.working or wanted.dtype).to(wanted.dtype)
+            if not torch.equal(piece.tensor, rounded):
+                raise ConfigError(f"parallel.zero_config: elements {piece.start}..{piece.stop} of {piece.name} are not where "
+                                  f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use another strategy")
+            piece.tensor.copy_(wanted)
+        self._refresh_working_copies()
+
+    def _refresh_working_copies(self) -> None:
+        """Communicates: the weights that forward reads follow the float32 partitions."""
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero._partition_all_parameters()
+        for sub_group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        self._zero._post_step(set())
+
+
+def _import_deepspeed() -> Any:
+    """Quietly, and without the shared-memory collective that it would compile for a minute on CPU, or die without a compiler."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"parallel.strategy='zero': deepspeed is not installed: {REMEDY}") from error
+    if not deepspeed.__version__.startswith(VERSION):
+        raise ConfigError(f"parallel.strategy='zero': deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
+                          f"whose memory layout is known: {REMEDY}")
+    deepspeed.ops.__compatible_ops__[SHM] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # what deepspeed calls, every step
+    return deepspeed

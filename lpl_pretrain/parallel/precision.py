@@ -1,0 +1,66 @@
+"""Which number format each strategy holds, computes and communicates in, for every `parallel.precision`.
+
+    precision  strategy         master, moments, EMA   forward weights     matmuls          gradient sum, reduction
+    fp32       all              float32                float32             float32          float32
+    bf16       local, ddp       float32                float32             bf16 (autocast)  float32
+    bf16       fsdp2            float32 shards         bf16, gathered      bf16 (autocast)  float32
+    bf16       zero 1, 2, 3     float32 partitions     bf16                bf16 (autocast)  float32
+    fp64       all but zero     float64                float64             float64          float64   (parity tests)
+
+Autocast is on in every bf16 row, so that the model's inputs stay float32 at the door: a timestep rounded to bf16 has 8 bits.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpl_pretrain.config.schema import Precision, StrategyKind
+from lpl_pretrain.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    master: torch.dtype
+    """Of parameters as the optimizer sees them."""
+    autocast: torch.dtype | None = None
+    """Of matrix products in forward, when not the master's."""
+    working: torch.dtype | None = None
+    """Of the weights that forward reads, when not the master's (fsdp2, zero)."""
+
+
+def recipe(strategy: StrategyKind, precision: Precision) -> Recipe:
+    if precision is Precision.FP64:
+        if strategy is StrategyKind.ZERO:
+            raise ConfigError("parallel.precision='fp64' with parallel.strategy='zero': DeepSpeed keeps float32 masters; "
+                              "use fp32 or bf16, or another strategy")
+        return Recipe(torch.float64)
+    if precision is Precision.BF16:
+        working = torch.bfloat16 if strategy in (StrategyKind.FSDP2, StrategyKind.ZERO) else None
+        return Recipe(torch.float32, torch.bfloat16, working)
+    return Recipe(torch.float32)
+
+
+class Door(nn.Module):
+    """What every engine wraps instead of the model: autocast is entered inside it, because DeepSpeed switches off an outer one."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, device_type: str) -> None:
+        super().__init__()
+        self.model, self._recipe, self._device_type = model, recipe, device_type
+
+    def forward(self, *inputs: Any) -> Any:
+        if self._recipe.master is torch.float64:
+            inputs = tuple(_to_float64(value) for value in inputs)
+        with torch.autocast(self._device_type, dtype=self._recipe.autocast, enabled=self._recipe.autocast is not None):
+            return self.model(*inputs)
+
+
+def _to_float64(value: Any) -> Any:
+    """Floating tensors, and those in a record of tensors; labels stay integers."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: _to_float64(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value

@@ -1,0 +1,116 @@
+"""The one door to local, DDP, FSDP2 and DeepSpeed ZeRO training: what a strategy promises, whatever it shards.
+
+Every sharding behind it gives a rank a contiguous range of the row-major flattened parameter; a `Piece` is such a range, and EMA
+and checkpoints are built on pieces alone, so they know no strategy.  Master weights, gradients' accumulation and optimizer moments
+are float32 (float64 under fp64).
+"""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lpl_pretrain.config.schema import ParallelConfig
+from lpl_pretrain.errors import ConfigError, NonFiniteError
+from lpl_pretrain.parallel.precision import Door, Recipe, recipe
+from lpl_pretrain.runtime.world import World
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of one flattened parameter, or of a tensor that goes with it (a moment, an average)."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    tensor: Tensor  # 1-D, never empty; writing to it writes to the live state
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tensor.numel()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    grad_norm: float
+    """L2 norm of the whole gradient of the global batch, before clipping."""
+
+
+class Strategy(ABC):
+    """Contract, the same for every implementation (tests/distributed/test_strategies.py):
+
+    - after `step`, parameters equal those of one process that saw the whole global batch;
+    - `backward` takes the MEAN loss of one micro-batch; dividing by accumulation and by ranks is done here, once;
+    - a non-finite gradient is found before the update, on all ranks alike;
+    - every method is collective unless it says otherwise: all ranks call it, in the same order, or none does.
+    """
+
+    def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
+        self.world, self.device = world, device
+        self.recipe: Recipe = recipe(config.strategy, config.precision)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Name and shape of every parameter, in the model's order: the same on all ranks and under all strategies."""
+        self.optimizer_steps = 0
+        """Updates applied; a refused one does not count."""
+
+    def setup(self, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
+        """Shard at the sub-modules named in `blocks`, which the model names; returns what to call in forward.
+
+        Training starts from rank 0's weights.  Only trainable parameters may be inside: frozen networks stay outside a strategy.
+        `make_optimizer` gets the parameters in the order of `shapes`.
+        """
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        if frozen:
+            raise ConfigError(f"model: {len(frozen)} parameters do not require gradients ({', '.join(frozen[:3])} ...); a strategy "
+                              "shards trainable ones only: register fixed tensors as buffers, keep frozen networks outside")
+        model.to(device=self.device, dtype=self.recipe.master)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if dist.is_initialized():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                dist.broadcast(tensor.detach(), src=0)
+        return self._shard(Door(model, self.recipe, self.device.type), model, blocks, make_optimizer)
+
+    def backward(self, loss: Tensor, *, microbatch: int, of: int) -> None:
+        """Add the gradient of micro-batch `microbatch` (0 .. of-1) of this update; `loss` is its mean over this rank's samples."""
+        assert loss.ndim == 0 and 0 <= microbatch < of, (loss.shape, microbatch, of)
+        self._backward(loss / of, last=microbatch == of - 1)
+
+    def step(self, *, lr: float, max_grad_norm: float) -> StepReport:
+        """Clip to the global norm `max_grad_norm` and update, or raise NonFiniteError on every rank with nothing changed."""
+        norm = self._update(lr, max_grad_norm)
+        if norm is None:
+            raise NonFiniteError(f"update {self.optimizer_steps + 1}: the gradient norm is not finite; parameters and moments are "
+                                 "as before. Lower optimizer.lr, or look for bad samples by their loss")
+        self.optimizer_steps += 1
+        return StepReport(grad_norm=norm)
+
+    @abstractmethod
+    def local_params(self) -> Iterator[Piece]:
+        """Not collective: the pieces of master parameters that this rank owns, in the order of `shapes`; all ranks' tile them."""
+
+    @abstractmethod
+    def local_optimizer_state(self) -> Iterator[tuple[str, Piece]]:
+        """Not collective: (state name, piece), as ("exp_avg", ...), on the ranges of `local_params`; exists from setup on."""
+
+    @abstractmethod
+    def accept_loaded(self, optimizer_steps: int) -> None:
+        """Call after writing into the pieces: working copies of parameters and moments follow them, and so does the step count."""
+
+    @abstractmethod
+    def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
+        """Wrap `door` (which holds `model`), make the optimizer and its state."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Backward of a loss that is already divided by the number of micro-batches; averages over ranks."""
+
+    @abstractmethod
+    def _update(self, lr: float, max_grad_norm: float) -> float | None:
+        """Update, forget the gradient and return its norm; None when that is not finite and so nothing was updated."""

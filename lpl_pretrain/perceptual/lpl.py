@@ -1,0 +1,90 @@
+"""The Latent Perceptual Loss (arXiv 2411.04873): decoder features of the one-step estimate against those of the clean latent.
+
+    L_LPL = mean over samples of  gate * mean over stages l of  omega_l * mean over channels and positions of
+            ( rho_l * (phi'_l - phihat'_l) )^2
+
+phi are features of z0, phihat those of z0_hat, prime is normalisation, rho the keep mask, omega_l = H / H_l.  Means
+everywhere, and gated-out samples count as zeros, so that the weight means the same for any batch and number of ranks.
+
+Shapes: z0, z0_hat (K, C, H, W) float32; gate, loss (K,).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.perceptual.features import DecoderFeatures, stage_number
+from lpl_pretrain.perceptual.normalize import normalize
+from lpl_pretrain.perceptual.outliers import keep_mask
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What one stage of the decoder did; each (K,), meaningful where the gate is open."""
+
+    contribution: Tensor   # omega_l * distance / number of stages
+    keep_fraction: Tensor  # share of positions that the outlier mask kept
+    std_ratio: Tensor      # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
+
+
+@dataclass(frozen=True, slots=True)
+class PerceptualTerm:
+    loss: Tensor                    # (K,) zero where the gate is shut
+    gradient: Tensor                # (K, C, H, W) d loss.sum() / d z0_hat
+    stages: dict[str, StageReport]
+
+
+class LatentPerceptualLoss(nn.Module):
+    """Holds the frozen decoder; knows nothing of schedules, steps or ranks."""
+
+    def __init__(self, config: LPLConfig, features: DecoderFeatures) -> None:
+        super().__init__()
+        self.config, self.features = config, features
+
+    def forward(self, z0: Tensor, z0_hat: Tensor, gate: Tensor) -> PerceptualTerm:
+        """Loss and its gradient at `z0_hat`, `chunk_size` samples inside the decoder at a time.
+
+        z0_hat is taken as a leaf: the caller sends `gradient` through the denoiser in its one backward.  Where `gate`
+        (K,) bool is False a sample is compared with itself: finite, and exactly 0.
+        """
+        z0_hat = torch.where(gate.view(-1, 1, 1, 1), z0_hat.detach(), z0)
+        chunks = [self._chunk(*pieces) for pieces in zip(*(x.split(self.config.chunk_size) for x in (z0, z0_hat, gate)), strict=True)]
+        losses, gradients, reports = zip(*chunks, strict=True)
+        stages = {name: StageReport(*(torch.cat([getattr(report[name], field) for report in reports])
+                                      for field in ("contribution", "keep_fraction", "std_ratio"))) for name in self.features.stages}
+        return PerceptualTerm(torch.cat(losses), torch.cat(gradients), stages)
+
+    def _chunk(self, z0: Tensor, z0_hat: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
+        leaf = z0_hat.detach().requires_grad_()
+        with torch.no_grad():
+            clean = self.features(z0)
+        with torch.enable_grad():
+            loss, report = self.distance(self.features(leaf), clean, latent_side=z0.shape[-1])
+            loss = loss * gate
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        return loss.detach(), gradient, report
+
+    def distance(self, predicted: dict[str, Tensor], clean: dict[str, Tensor], latent_side: int) -> tuple[Tensor, dict[str, StageReport]]:
+        """(K,) loss per sample and what each stage did."""
+        reports = {}
+        total: Tensor | float = 0.0
+        for name in predicted:
+            phi_hat, phi = predicted[name].float(), clean[name].float()
+            omega = latent_side / phi.shape[-1] if self.config.depth_weights == "inverse_resolution" else 1.0
+            difference = torch.sub(*normalize(phi_hat, phi, self.config.normalize))
+            keep = self._keep(stage_number(name), phi_hat, phi)
+            contribution = omega / len(predicted) * (keep * difference).square().mean(dim=(1, 2, 3))
+            total = total + contribution
+            with torch.no_grad():
+                ratio = phi_hat.std(dim=(2, 3)).mean(dim=1) / phi.std(dim=(2, 3)).mean(dim=1).clamp(min=1e-12)
+                reports[name] = StageReport(contribution.detach(), keep.mean(dim=(1, 2, 3)), ratio)
+        return total, reports
+
+    def _keep(self, stage: int, phi_hat: Tensor, phi: Tensor) -> Tensor:
+        outliers = self.config.outliers
+        if not outliers.enabled or stage < outliers.first_stage:
+            return torch.ones_like(phi)
+        return keep_mask(phi if outliers.source == "target" else phi_hat, quantile=outliers.quantile, margin=outliers.margin, stage=stage)

@@ -1,0 +1,55 @@
+"""How much LPL counts at a step: an explicit weight, or one measured so that LPL is a given share of the total loss.
+
+With a target share s the weight is  w = s / (1 - s) * E[L_diff] / E[gate * L_LPL]  over `calibration_steps` steps from
+`start_step` on; until then it is 0, afterwards it is frozen, saved in every checkpoint and never measured again.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.errors import NonFiniteError
+
+
+@dataclass
+class LPLWeight:
+    config: LPLConfig
+    frozen: float | None = field(init=False)
+    diffusion_sum: float = 0.0
+    perceptual_sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.frozen = self.config.weight
+
+    def active(self, step: int) -> bool:
+        """Whether the decoder runs at all in this step (0-based)."""
+        return step >= self.config.start_step
+
+    def calibrating(self, step: int) -> bool:
+        return self.frozen is None and self.active(step)
+
+    def value(self, step: int) -> float:
+        if self.frozen is None or not self.active(step):
+            return 0.0
+        first = self.config.start_step + (self.config.calibration_steps if self.config.weight is None else 0)
+        ramp = min(1.0, (step - first + 1) / self.config.ramp_steps) if self.config.ramp_steps else 1.0
+        return self.frozen * ramp
+
+    def observe(self, step: int, diffusion: float, perceptual: float) -> bool:
+        """Means of one step over the global batch (gated-out samples as zeros); True at the step that freezes the weight."""
+        self.diffusion_sum += diffusion
+        self.perceptual_sum += perceptual
+        if step + 1 < self.config.start_step + self.config.calibration_steps:
+            return False
+        if not self.perceptual_sum > 0.0:
+            raise NonFiniteError(f"lpl.target_share={self.config.target_share}: LPL summed to {self.perceptual_sum} over "
+                                 f"{self.config.calibration_steps} calibration steps, so no weight gives it a share; set lpl.weight")
+        share = self.config.target_share
+        self.frozen = share / (1 - share) * self.diffusion_sum / self.perceptual_sum
+        return True
+
+    def state(self) -> dict[str, float | None]:
+        return {"frozen": self.frozen, "diffusion_sum": self.diffusion_sum, "perceptual_sum": self.perceptual_sum}
+
+    def load_state(self, state: dict[str, float | None]) -> None:
+        self.frozen, self.diffusion_sum, self.perceptual_sum = state["frozen"], state["diffusion_sum"], state["perceptual_sum"]

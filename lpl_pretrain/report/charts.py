@@ -1,0 +1,125 @@
+"""How a quantity over training steps is drawn: small inline SVG that takes its colours from the page, so that dark mode works.
+
+matplotlib draws in marker colours; `_inline` replaces each by a CSS variable (page.css defines them) and strips what only a
+file of its own needs.
+"""
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lpl_pretrain.report.record import Series
+
+INK, GRID, EVENT = "#010101", "#020202", "#030303"
+COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
+VARIABLES = {INK: "--muted", GRID: "--line", EVENT: "--event", **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)}}
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "lpl-pretrain", "font.family": ["sans-serif"], "font.size": 8.5, "text.color": INK,
+    "axes.edgecolor": GRID, "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK,
+    "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.6, "lines.solid_capstyle": "round",
+    "legend.frameon": False, "legend.fontsize": 8, "legend.handlelength": 1.2,
+}
+MOST_POINTS = 600
+SIZE_IN = (5.2, 2.5)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`lines`: what the legend calls each series.  `smooth`: raw values faint, a running mean on top."""
+
+    title: str
+    lines: dict[str, Series]
+    note: str = ""
+    log: bool = False
+    percent: bool = False
+    markers: bool = False
+    smooth: bool = True
+    from_zero: bool = False
+    baseline: float | None = None
+
+
+def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
+    """SVG markup.  `events`: steps at which the run was stopped or resumed."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE_IN, layout="constrained")
+        axes = figure.add_subplot()
+        for step in events:
+            axes.axvline(step, color=EVENT, linewidth=0.8, dashes=(2, 2), zorder=0.5)
+        if chart.baseline is not None:
+            axes.axhline(chart.baseline, color=INK, linewidth=0.9, zorder=0.6)
+        for (name, series), colour in zip(chart.lines.items(), COLOURS * len(chart.lines), strict=False):
+            _draw_series(axes, chart, name, series, colour)
+        _format_axes(axes, chart, last_step)
+        if len(chart.lines) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(chart.lines), 4), borderaxespad=0.2)
+        markup = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(markup, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(markup.getvalue(), chart.title)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Running mean over about a fortieth of the series on both sides, shorter at the ends; not-finite values do not spread."""
+    half = max(1, len(values) // 40)
+    means = []
+    for i in range(len(values)):
+        window = [value for value in values[max(0, i - half):i + half + 1] if math.isfinite(value)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, colour: str) -> None:
+    steps, raw = series.steps, series.values
+    stride = max(1, math.ceil(len(steps) / MOST_POINTS))
+    if chart.markers or not chart.smooth or len(steps) < 12:
+        axes.plot(steps[::stride], raw[::stride], color=colour, label=name, marker="o" if chart.markers or len(steps) < 3 else None,
+                  markersize=4)
+        return
+    axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
+    axes.plot(steps[::stride], smoothed(raw)[::stride], color=colour, label=name)
+
+
+def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
+    finite = [value for series in chart.lines.values() for value in series.values if math.isfinite(value)]
+    if chart.log and finite and min(finite) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        decades = math.log10(max(finite) / min(finite))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if decades < 1 and _leads(value) else ""))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%" if chart.percent else f"{value:,.6g}"))
+        if chart.from_zero and finite:
+            axes.set_ylim(0, max(finite) * 1.08 or 1)
+    axes.set_xlim(0, last_step * 1.02 or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if last_step >= 10_000 and value else f"{value:,.0f}"))
+
+
+def _leads(value: float) -> bool:
+    """Within one decade, label 2, 3 and 5 only."""
+    return round(value / 10 ** math.floor(math.log10(value))) in (2, 3, 5)
+
+
+def _inline(markup: str, title: str) -> str:
+    """An <svg> element for an HTML page: no file header, no links, page colours, fluid width."""
+    markup = markup[markup.index("<svg"):]
+    markup = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", markup, flags=re.S)
+    markup = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", markup).replace("xlink:href", "href")
+    markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
+    markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
+    markup = re.sub(r"(\d+\.\d{2})\d+", r"\1", markup)
+    markup = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", markup)
+    for colour, variable in VARIABLES.items():
+        markup = markup.replace(colour, f"var({variable})")
+    label = title.replace("&", "and").replace('"', "").replace("<", "").replace(">", "")
+    return re.sub(r"\n\s*", "\n", markup.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)).strip()

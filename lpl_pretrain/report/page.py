@@ -1,0 +1,219 @@
+"""What the report says and in which order: from a run's record to one HTML page that needs nothing else.
+
+Every section is either drawn or says in one line what is missing.  Text is escaped by the template engine; only our own SVG is not.
+"""
+from __future__ import annotations
+
+import base64
+import json
+import math
+import statistics
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.report.charts import Chart, draw
+from lpl_pretrain.report.record import RunRecord, Series, read_run
+
+TEMPLATE, STYLE_SHEET = "page.html", "page.css"
+MOST_GRIDS = 6
+MOST_DIFF_CHARACTERS = 40_000
+HERE = Path(__file__).resolve().parent
+
+
+def write_report(run_dir: RunDir) -> Path:
+    """Writes report.html under a temporary name, then renames it; returns its path.  Raises ConfigError where there is no run."""
+    if not run_dir.config.is_file() and not run_dir.metrics.is_file():
+        raise ConfigError(f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with "
+                          "`lpl-pretrain train`")
+    page = render(read_run(run_dir))
+    temporary = run_dir.report.with_name(f".{run_dir.report.name}.tmp")
+    temporary.write_text(page)
+    temporary.replace(run_dir.report)
+    return run_dir.report
+
+
+def render(record: RunRecord) -> str:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=number, when=when, json=lambda value: json.dumps(value, ensure_ascii=False))
+    name = record.settings.get("name") or record.run_dir.path.name
+    return environment.get_template(TEMPLATE).render(
+        style=Markup((HERE / STYLE_SHEET).read_text()), name=name, status=status(record), tiles=tiles(record), sections=sections(record),
+        protocols=[protocol(record, *item) for item in record.protocols().items()], record=record,
+        provenance=provenance(record), written_at=datetime.now(timezone.utc))
+
+
+def status(record: RunRecord) -> tuple[str, str]:
+    """(kind for the style sheet, words)."""
+    last, wanted = last_step(record), record.settings.get("steps")
+    if not last:
+        return "waiting", "no steps logged yet"
+    if wanted and last >= wanted:
+        return "complete", "complete"
+    last_event = record.events[-1] if record.events else {}
+    if last_event.get("event") == "stopped":
+        return "stopped", f"stopped at step {last_event['step']:,}; the same command resumes"
+    return "open", f"at step {last:,}, running or interrupted"
+
+
+def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+    """(label, value, small print)."""
+    last, wanted = last_step(record), record.settings.get("steps")
+    speed = record.series("samples_per_s").values
+    found = [("steps", f"{last:,}", f"of {wanted:,}" if wanted else "")]
+    if seen := record.series("samples_seen").values:
+        found.append(("samples seen", number(seen[-1]), epochs(record, seen[-1])))
+    if speed:
+        found.append(("samples / s", number(statistics.median(speed)), "median"))
+    if duration := training_seconds(record):
+        found.append(("training time", clock(duration), sessions(record)))
+    for name, records in record.protocols().items():
+        scale, values = best_curve(records)
+        arrow = f"{values[0]:.1f} → {values[-1]:.1f}" if len(values) > 1 else f"{values[-1]:.1f}"
+        found.append(("Frechet distance", arrow, f"{name}, guidance {scale:g}, first → last" if len(values) > 1 else f"{name}, guidance {scale:g}"))
+    if share := record.series("lpl/weighted_share").values:
+        found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "mean of the last log lines"))
+    return found
+
+
+def sections(record: RunRecord) -> list[dict[str, Any]]:
+    """Titles with their charts, or with the one line that says why there are none."""
+    if not record.lines:
+        return [{"title": "Training", "charts": [], "missing": "Nothing logged yet: metrics.jsonl is missing or empty."}]
+    one, events = record.series, [event["step"] for event in record.events if event["event"] in ("stopped", "resumed")]
+
+    def section(title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
+        drawn = [chart for chart in charts if any(chart.lines.values())]
+        last = last_step(record)
+        return {"title": title, "missing": "" if drawn else missing,
+                "charts": [{"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))} for c in drawn]}
+
+    lpl_missing = "This run trains without the Latent Perceptual Loss (lpl: null)." if not record.settings.get("lpl") else \
+        "The Latent Perceptual Loss has not started yet."
+    return [
+        section("Loss", "No losses logged.", [
+            Chart("Diffusion loss", {"loss": one("loss/diffusion")}, log=True, note="mean squared error, weighted as configured"),
+            Chart("Total loss", {"loss": one("loss/total")}, log=True, note="what the optimizer minimises; its scale moves with LPL's weight")]),
+        section("Latent Perceptual Loss", lpl_missing, [
+            Chart("LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"),
+            Chart("Shares", nonempty({"of the loss": one("lpl/weighted_share"), "of samples, gated in": one("lpl/gated_share")}),
+                  percent=True, from_zero=True, note="LPL's share of the total loss; share of samples that pass the gate"),
+            Chart("Contribution of each decoder stage", record.stages("contribution"), log=True),
+            Chart("Feature spread, predicted / clean", record.stages("std_ratio"), baseline=1.0,
+                  note="standard deviation over space; below 1 the estimate is blurrier than the data"),
+            Chart("Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True)]),
+        section("Optimisation", "No gradient norms or rates logged.", [
+            Chart("Gradient norm", {"norm": one("grad_norm")}, log=True, note="before clipping"),
+            Chart("Throughput", {"samples / s": one("samples_per_s")}, from_zero=True, note="samples per second, all ranks")]),
+    ]
+
+
+def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One evaluation protocol: chart and table of scores, sample grids over steps, real pictures beside the last one."""
+    last, first_result = records[-1], records[-1]["results"][0]
+    curves = {f"w = {scale:g}": Series([r["step"] for r in records if value_at(r, scale) is not None],
+                                       [value_at(r, scale) for r in records if value_at(r, scale) is not None]) for scale in scales(records)}
+    chart = Chart("Frechet distance", curves, markers=True, note="by guidance scale w; lower is better")
+    events = [event["step"] for event in record.events if event["event"] in ("stopped", "resumed")]
+    grids = [{"step": r["step"], "picture": picture(record.run_dir.path, r["samples"])} for r in spread(records, MOST_GRIDS) if r.get("samples")]
+    return {
+        "name": name, "metric": first_result["metric"], "images": first_result["images"], "weights": last.get("weights", ""),
+        "svg": Markup(draw(chart, events, max(last_step(record), last["step"]))), "note": chart.note, "scales": scales(records),
+        "rows": [{"step": r["step"], "values": [value_at(r, scale) for scale in scales(records)]} for r in records],
+        "biased": first_result["images"] <= last.get("extractor", {}).get("dimension", 0), "dimension": last.get("extractor", {}).get("dimension"),
+        "reference": last.get("reference", {}), "real": picture(record.run_dir.path, last.get("reference", {}).get("grid")),
+        "grids": [grid for grid in grids if grid["picture"]], "shown_scale": max(scales([last])), "sampler": last["protocol"].get("sampler", {}),
+    }
+
+
+def provenance(record: RunRecord) -> dict[str, Any]:
+    """What provenance.json holds, sorted for reading; keys that this version does not know are shown as they are."""
+    rest = dict(record.provenance)
+    diff = str(rest.pop("git_diff", None) or "")
+    argv = rest.pop("argv", None)
+    return {"command": " ".join(map(str, argv)) if isinstance(argv, list) else argv, "versions": rest.pop("versions", None) or {},
+            "diff": diff[:MOST_DIFF_CHARACTERS], "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
+            "facts": {key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items()}}
+
+
+def last_step(record: RunRecord) -> int:
+    return record.lines[-1]["step"] if record.lines else 0
+
+
+def training_seconds(record: RunRecord) -> float:
+    """Time spent on the steps that count: samples between log lines over the rate of that stretch."""
+    seconds, before = 0.0, 0
+    for line in record.lines:
+        seen, rate = line.get("samples_seen"), line.get("samples_per_s")
+        if seen is None or not rate:
+            return 0.0
+        seconds, before = seconds + (seen - before) / rate, seen
+    return seconds
+
+
+def sessions(record: RunRecord) -> str:
+    resumes = sum(event["event"] == "resumed" for event in record.events)
+    return f"resumed {resumes} time{'s' * (resumes != 1)}" if resumes else "without interruption"
+
+
+def epochs(record: RunRecord, seen: float) -> str:
+    samples = record.provenance.get("data_samples")
+    return f"{seen / samples:,.1f} times the data" if samples else ""
+
+
+def scales(records: list[dict[str, Any]]) -> list[float]:
+    return sorted({result["guidance_scale"] for record in records for result in record["results"]})
+
+
+def value_at(record: dict[str, Any], scale: float) -> float | None:
+    return next((result["value"] for result in record["results"] if result["guidance_scale"] == scale), None)
+
+
+def best_curve(records: list[dict[str, Any]]) -> tuple[float, list[float]]:
+    """The guidance scale that is best at the last step, and its values over steps."""
+    scale = min(records[-1]["results"], key=lambda result: result["value"])["guidance_scale"]
+    return scale, [value for record in records if (value := value_at(record, scale)) is not None]
+
+
+def spread(records: list[Any], count: int) -> list[Any]:
+    """At most `count`, evenly, the first and the last among them."""
+    if len(records) <= count:
+        return records
+    return [records[round(i * (len(records) - 1) / (count - 1))] for i in range(count)]
+
+
+def picture(run: Path, name: str | None) -> str | None:
+    """A data URI; None when there is no such file."""
+    if not name or not (run / name).is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode((run / name).read_bytes()).decode()
+
+
+def nonempty(lines: dict[str, Series]) -> dict[str, Series]:
+    return {name: series for name, series in lines.items() if series}
+
+
+def number(value: float | None) -> str:
+    """Three or four digits: 96,000; 1.73M; 212; 0.0412."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    for limit, unit in ((1e9, "B"), (1e6, "M")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def when(timestamp: float | datetime) -> str:
+    moment = timestamp if isinstance(timestamp, datetime) else datetime.fromtimestamp(timestamp, timezone.utc)
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")

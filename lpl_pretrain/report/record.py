@@ -1,0 +1,105 @@
+"""What a run directory says, read for people: missing or damaged parts are named, never fatal.
+
+metrics.jsonl: after a resume the steps beyond it are trained again, so what was logged beyond it before is dropped; of equal
+steps the last line counts.  A line cut by a kill is skipped and counted.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpl_pretrain.config.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Series:
+    """One logged quantity; None and non-numbers are left out."""
+
+    steps: list[int]
+    values: list[float]
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    run_dir: RunDir
+    settings: dict[str, Any]
+    """config.yaml as plain data; empty when it is missing."""
+    config_text: str
+    provenance: dict[str, Any]
+    lines: list[dict[str, Any]]
+    """Metric lines, ascending by step, one a step."""
+    events: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    """Ascending by protocol name, then step."""
+    problems: list[str]
+
+    def series(self, name: str) -> Series:
+        found = [(line["step"], line[name]) for line in self.lines if isinstance(line.get(name), (int, float))]
+        return Series([step for step, _ in found], [float(value) for _, value in found])
+
+    def stages(self, quantity: str) -> dict[str, Series]:
+        """Decoder stage -> its `lpl/stage/<stage>/<quantity>`, in the order in which they are logged."""
+        names = dict.fromkeys(key for line in self.lines for key in line if key.startswith("lpl/stage/") and key.endswith("/" + quantity))
+        return {name.split("/")[2]: self.series(name) for name in names}
+
+    def protocols(self) -> dict[str, list[dict[str, Any]]]:
+        names = dict.fromkeys(record["protocol"]["name"] for record in self.evaluations)
+        return {name: [record for record in self.evaluations if record["protocol"]["name"] == name] for name in names}
+
+
+def read_run(run_dir: RunDir) -> RunRecord:
+    problems: list[str] = []
+    config_text = run_dir.config.read_text() if run_dir.config.is_file() else ""
+    provenance = _read_json(run_dir.provenance, problems) if run_dir.provenance.is_file() else {}
+    lines, events = read_metrics(run_dir.metrics, problems)
+    return RunRecord(run_dir, yaml.safe_load(config_text) or {}, config_text, provenance, lines, events,
+                     read_evaluations(run_dir, problems), problems)
+
+
+def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(metric lines, event lines)."""
+    by_step: dict[int, dict[str, Any]] = {}
+    events, skipped = [], 0
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        line = _parse_line(text)
+        if line is None:
+            skipped += 1
+        elif "event" in line:
+            events.append(line)
+            if line["event"] == "resumed":
+                by_step = {step: metrics for step, metrics in by_step.items() if step <= line["step"]}
+        else:
+            by_step[line["step"]] = line
+    if skipped:
+        problems.append(f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped (a kill in the middle of a write)")
+    return [by_step[step] for step in sorted(by_step)], events
+
+
+def read_evaluations(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:
+    records = [_read_json(path, problems) for path in sorted(run_dir.path.glob("evaluations/step_*/*.json"))]
+    whole = [record for record in records if {"step", "results", "protocol"} <= record.keys()]
+    return sorted(whole, key=lambda record: (record["protocol"]["name"], record["step"]))
+
+
+def _parse_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        problems.append(f"{path.name}: not valid JSON ({problem})")
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,44 @@
+"""How long work speaks: a progress bar on a terminal, plain lines in a log; one file per rank in the run directory."""
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 15.0
+log = logging.getLogger("lpl_pretrain")
+
+
+def progress(total: int, unit: str, desc: str, *, initial: int = 0) -> tqdm:
+    """A tqdm with rate and time left; when stderr is no terminal it writes a plain line every 15 s instead of redrawing."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, desc=desc, initial=initial, dynamic_ncols=True, smoothing=0.1)
+    return tqdm(total=total, unit=unit, desc=desc, initial=initial, file=_Lines(), mininterval=LINE_EVERY_S, ncols=100, ascii=True)
+
+
+def set_up_logging(rank: int, file: Path | None = None) -> None:
+    """Rank 0 speaks on stderr; every rank writes to its own file when one is given."""
+    log.setLevel(logging.INFO)
+    log.handlers.clear()
+    log.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if rank == 0 else []
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+
+
+class _Lines:
+    """Turns a bar's carriage returns into lines."""
+
+    def write(self, text: str) -> None:
+        text = text.replace("\r", "").rstrip()
+        if text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()

@@ -1,0 +1,36 @@
+"""Which process this is among all: the only place in the package that reads ranks from the environment."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lpl_pretrain.errors import ConfigError
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """As torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; one process when none of them is set."""
+        found = {name: os.environ[name] for name in NAMES if name in os.environ}
+        if not found:
+            return cls()
+        missing = [name for name in NAMES if name not in found]
+        bad = [f"{name}={value!r}" for name, value in found.items() if not value.isdigit()]
+        if missing or bad:
+            raise ConfigError(f"environment: {', '.join(bad + [f'{name} is not set' for name in missing])}; wanted three integers: "
+                              "start with torchrun, or unset all three for one process")
+        rank, local_rank, world_size = (int(found[name]) for name in NAMES)
+        if not rank < world_size:
+            raise ConfigError(f"environment: RANK={rank} is not below WORLD_SIZE={world_size}: start with torchrun")
+        return cls(rank, local_rank, world_size)
+
+    def to_environment(self) -> None:
+        """For engines that look there themselves (DeepSpeed wants LOCAL_RANK even on one process)."""
+        os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.local_rank), WORLD_SIZE=str(self.world_size))

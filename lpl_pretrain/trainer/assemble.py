@@ -1,0 +1,99 @@
+"""From a checked configuration to the parts of a run, each built once, in the one order that works."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lpl_pretrain.checkpoint.manager import CheckpointManager
+from lpl_pretrain.config.check import grad_accum_steps
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import OptimizerConfig, TrainConfig
+from lpl_pretrain.data.stream import LatentStream
+from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
+from lpl_pretrain.ema.tracker import EMATracker
+from lpl_pretrain.models.autoencoder import LatentScaling, latent_scaling, load_autoencoder
+from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.parallel.build import make_strategy
+from lpl_pretrain.parallel.strategy import Strategy
+from lpl_pretrain.perceptual.features import DecoderFeatures
+from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
+from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
+from lpl_pretrain.perceptual.weight import LPLWeight
+from lpl_pretrain.runtime import rng
+from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.deal import Dealer, Hand
+from lpl_pretrain.trainer.step import Perceptual, Updater
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    config: TrainConfig
+    run_dir: RunDir
+    world: World
+    device: torch.device
+    stream: LatentStream
+    dealer: Dealer
+    strategy: Strategy
+    updater: Updater
+    ema: EMATracker
+    checkpoints: CheckpointManager
+    grad_accum_steps: int
+
+    def hands(self, step: int) -> list[Hand]:
+        """What this rank trains on in `step`, one hand per microbatch."""
+        dealt = self.dealer.deal(step, slots=self.grad_accum_steps * self.world.world_size)
+        return dealt[self.world.rank::self.world.world_size]
+
+    def requests(self, first_step: int) -> Iterator[list[int]]:
+        """Sample indices of every microbatch of this rank from `first_step` to the end, for reading ahead."""
+        for step in range(first_step, self.config.steps):
+            for hand in self.hands(step):
+                yield hand.sample_indices
+
+    def state(self, step: int) -> dict:
+        """What a checkpoint holds besides parameters, moments and averages: plain JSON, the same on every rank."""
+        weight = self.updater.perceptual and self.updater.perceptual.weight.state()
+        return {"step": step, "samples_seen": step * self.config.batch.global_batch_size, "seed": self.config.seed,
+                "data_fingerprint": self.stream.index.fingerprint, "lpl_weight": weight}
+
+
+def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
+    """Collective: strategies shard as they are built."""
+    stream = LatentStream(config.data.folder, config.seed)
+    schedule = make_schedule(config.diffusion.schedule)
+    accumulation = grad_accum_steps(config, world.world_size)
+    dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule)
+    scaling = latent_scaling(config.data.scaling, stream.index)
+    model = build_denoiser(config.model, stream.index.latent, len(stream.index.classes), seed=rng.key(config.seed, "initial_weights") >> 1)
+    num_classes = model.num_classes
+    strategy = make_strategy(config.parallel, world, device)
+    denoiser = strategy.setup(model, model.sharded_blocks(), lambda parameters: make_optimizer(config.optimizer, parameters))
+    perceptual = build_perceptual(config, schedule, dealer, scaling, slots=accumulation * world.world_size, device=device)
+    return Run(
+        config, run_dir, world, device, stream, dealer, strategy,
+        updater=Updater(config, denoiser, num_classes, strategy, schedule, scaling, perceptual, device),
+        ema=EMATracker(strategy.local_params(), config.ema),
+        checkpoints=CheckpointManager(run_dir, config.checkpoint),
+        grad_accum_steps=accumulation,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def build_perceptual(config: TrainConfig, schedule: Schedule, dealer: Dealer, scaling: LatentScaling, *, slots: int,
+                     device: torch.device) -> Perceptual | None:
+    """None without an `lpl` section.  The autoencoder's encoder is dropped here: only the decoder's stages stay in memory."""
+    if config.lpl is None:
+        return None
+    dtype = torch.bfloat16 if config.lpl.decoder_precision == "bf16" else torch.float32
+    features = DecoderFeatures(load_autoencoder(config.autoencoder), scaling, config.lpl.stages, dtype=dtype,
+                               activation_checkpointing=config.lpl.activation_checkpointing).to(device)
+    threshold = max_noise_level(config.lpl.gate, schedule)
+    share = gate_share(threshold, schedule, config.diffusion.timesteps)
+    return Perceptual(LatentPerceptualLoss(config.lpl, features), LPLWeight(config.lpl), threshold, dealer.gated_prefix(share, slots))

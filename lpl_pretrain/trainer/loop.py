@@ -1,0 +1,118 @@
+"""The training loop: resume, update, average, log, save, stop when asked, in words.
+
+Steps are counted as updates applied: after the first update `step` is 1.  A checkpoint named after a step holds the state
+after that many updates.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.runtime.dist import any_over_ranks
+from lpl_pretrain.runtime.log import log, progress
+from lpl_pretrain.runtime.preempt import StopRequest
+from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.assemble import Run, assemble
+from lpl_pretrain.trainer.lr import learning_rate
+from lpl_pretrain.trainer.metrics import Meter
+from lpl_pretrain.trainer.sinks import Sinks
+
+
+def train(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, stop: StopRequest) -> bool:
+    """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run is complete."""
+    run = assemble(config, run_dir, world, device)
+    sinks = Sinks(run_dir, config, world.rank)
+    try:
+        first_step = restore(run, sinks)
+        return loop(run, sinks, first_step, stop)
+    finally:
+        sinks.close()
+
+
+def restore(run: Run, sinks: Sinks) -> int:
+    """Collective. Loads the newest complete checkpoint, if there is one; returns the number of updates it holds."""
+    state = run.checkpoints.restore_latest(run.strategy, run.ema)
+    if state is None:
+        return 0
+    if state["data_fingerprint"] != run.stream.index.fingerprint:
+        raise CheckpointError(f"{run.run_dir.checkpoints}: trained on data {state['data_fingerprint'][:12]}, but data.folder="
+                              f"{run.config.data.folder} is {run.stream.index.fingerprint[:12]}: name the folder it was trained on")
+    if run.updater.perceptual is not None:
+        run.updater.perceptual.weight.load_state(state["lpl_weight"])
+    sinks.event("resumed", state["step"], world_size=run.world.world_size)
+    log.info("resumed at step %d of %d", state["step"], run.config.steps)
+    return state["step"]
+
+
+def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
+    """Collective. The loop itself; True when all steps are done."""
+    config, meter, clock = run.config, Meter(run.device), Clock(run.config.batch.global_batch_size)
+    batches = run.stream.prefetch(run.requests(first_step))
+    bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
+    for step in range(first_step, config.steps):
+        with clock.phase("data"):
+            microbatches = list(islice(batches, run.grad_accum_steps))
+        with clock.phase("update"):
+            report, frozen = run.updater.update(step, run.hands(step), microbatches, meter)
+            run.ema.update(done := step + 1)
+        if frozen:
+            sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
+        if done % config.log.every_steps == 0 or done == config.steps:
+            values = {**summarize(meter.flush()), "grad_norm": report.grad_norm, **clock.flush()}
+            sinks.metrics(done, {**values, "lr": learning_rate(config.optimizer, step, config.steps),
+                                 "samples_seen": done * config.batch.global_batch_size})
+            if bar is not None:
+                bar.set_postfix({"loss": f"{values['loss/total']:.4f}"}, refresh=False)
+        stopping = any_over_ranks(bool(stop))
+        if stopping or done % config.checkpoint.every_steps == 0 or done == config.steps:
+            with clock.phase("checkpoint"):
+                run.checkpoints.save(done, run.strategy, run.ema, run.state(done))
+        if bar is not None:
+            bar.update(1)
+        if stopping and done < config.steps:
+            batches.close()
+            sinks.event("stopped", done, signal=stop.signal_name)
+            log.info("%s: stopped after step %d of %d; the same command goes on from there", stop.signal_name, done, config.steps)
+            return False
+    if bar is not None:
+        bar.close()
+    return True
+
+
+def summarize(means: dict[str, float]) -> dict[str, float]:
+    """Adds the total that is minimised and LPL's share of it, from means over the same samples."""
+    weighted = means.pop("loss/lpl_weighted", None)
+    if weighted is None:
+        return {"loss/total": means["loss/diffusion"], **means}
+    total = means["loss/diffusion"] + weighted
+    return {"loss/total": total, **means, "lpl/weight": weighted / max(means["loss/lpl"], 1e-30), "lpl/weighted_share": weighted / total}
+
+
+class Clock:
+    """Wall seconds of the host by phase and samples per second, since the last log line."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self.global_batch_size = global_batch_size
+        self.seconds: dict[str, float] = {}
+        self.steps, self.started = 0, time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        entered = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - entered
+        self.steps += name == "update"
+
+    def flush(self) -> dict[str, float]:
+        elapsed, steps = time.perf_counter() - self.started, self.steps
+        values = {f"seconds/{name}": total / steps for name, total in self.seconds.items()}
+        self.seconds, self.steps, self.started = {}, 0, time.perf_counter()
+        return {"samples_per_s": steps * self.global_batch_size / elapsed, **values}
+

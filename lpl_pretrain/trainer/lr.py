@@ -1,0 +1,16 @@
+"""The learning rate of a step: linear warm-up, then constant or a cosine to zero."""
+from __future__ import annotations
+
+import math
+
+from lpl_pretrain.config.schema import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """For update number `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

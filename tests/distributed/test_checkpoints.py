@@ -1,0 +1,174 @@
+"""One checkpoint format: a run saved by any strategy goes on under any other, at any world size, and bit for bit under its own."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpl_pretrain.checkpoint import manager as manager_module
+from lpl_pretrain.checkpoint.manager import CheckpointManager
+from lpl_pretrain.checkpoint.store import read_full, read_state
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import CheckpointConfig
+from lpl_pretrain.errors import CheckpointError
+from tests.support.ranks import run_ranks
+from tests.support.training import Case, Training, assert_identical, whole
+
+STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+SAVED, MORE = 2, 2
+CASE = Case(optimizer="adamw", precision="fp32", lr=0.01, grad_accum_steps=2, max_grad_norm=0.5)
+
+
+def manager(folder: str | Path, **options) -> CheckpointManager:
+    return CheckpointManager(RunDir(Path(folder)), CheckpointConfig(**options))
+
+
+def save_and_go_on(world, device, case, folder):
+    """(state at the checkpoint, state some steps later)."""
+    run = Training(world, device, case).train(SAVED)
+    manager(folder).save(SAVED, run.strategy, run.ema, {"step": SAVED, "who": "trainer"})
+    return run.result(), run.train(MORE).result()
+
+
+def resume(world, device, case, folder):
+    """As above, from the checkpoint, in a run that began with other weights."""
+    run = Training(world, device, case, seed=100)
+    state = manager(folder).restore_latest(run.strategy, run.ema)
+    assert state == {"step": SAVED, "who": "trainer"}
+    restored = run.result()
+    run.step = SAVED
+    return restored, run.train(MORE).result()
+
+
+def both(world, device, case, folder):
+    return [*save_and_go_on(world, device, case, folder), *resume(world, device, case, folder)]
+
+
+def columns(results):
+    return map(whole, zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_layout_resumes_bit_for_bit(strategy, precision, tmp_path):
+    """Parameters, moments, EMA; under bf16 the float32 masters, from which the working copies are made anew."""
+    saved, went_on, restored, resumed = columns(run_ranks(2, both, replace(CASE, strategy=strategy, precision=precision), tmp_path))
+    assert {"param", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq"} < saved.keys()
+    assert_identical(restored, saved)
+    assert_identical(resumed, went_on)
+    with pytest.raises(AssertionError):
+        assert_identical(resumed, saved)
+
+
+def test_float64_and_plain_sgd_resume_bit_for_bit(tmp_path):
+    case = replace(CASE, strategy="fsdp2", precision="fp64", optimizer="sgd")
+    saved, went_on, restored, resumed = columns(run_ranks(2, both, case, tmp_path))
+    assert saved["param"]["head.weight"].dtype == torch.float64
+    assert_identical(restored, saved)
+    assert_identical(resumed, went_on)
+
+
+MOVES = [("fsdp2", 2, "fsdp2", 1), ("fsdp2", 1, "fsdp2", 2), ("zero1", 2, "zero1", 1), ("zero2", 2, "zero2", 1), ("zero3", 2, "zero3", 1),
+         ("zero3", 1, "zero3", 2), ("zero2", 2, "fsdp2", 2), ("ddp", 2, "zero3", 2), ("zero3", 2, "ddp", 2), ("fsdp2", 3, "zero1", 2)]
+
+
+@pytest.mark.parametrize("source, source_size, target, target_size", MOVES)
+def test_moves_to_another_layout(source, source_size, target, target_size, tmp_path):
+    """The state read back is exact, whatever the ranges; what follows differs by the order of float32 sums."""
+    options = {"grad_accum_steps": 1} if source_size == 3 else {}  # 8 samples on 3 ranks: not the same batch, only the state counts
+    saved, went_on = columns(run_ranks(source_size, save_and_go_on, replace(CASE, strategy=source, **options), tmp_path))
+    restored, resumed = columns(run_ranks(target_size, resume, replace(CASE, strategy=target), tmp_path))
+    assert_identical(restored, saved)
+    if source_size != 3:
+        for kind in ("param", "ema"):
+            for name, tensor in went_on[kind].items():
+                torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)
+
+
+def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
+    saved, _ = columns(run_ranks(2, save_and_go_on, replace(CASE, strategy="zero3"), tmp_path))
+    folder = RunDir(tmp_path).checkpoint(SAVED)
+    for kind in ("param", "ema", "optimizer.exp_avg"):
+        found = read_full(folder, kind)
+        assert found.keys() == saved[kind].keys() and all(torch.equal(found[name], tensor) for name, tensor in saved[kind].items())
+    assert read_state(folder) == {"step": SAVED, "who": "trainer"}
+    restored, _ = columns(run_ranks(1, resume, replace(CASE, strategy="local"), tmp_path))
+    assert_identical(restored, saved)
+    with pytest.raises(CheckpointError, match="has no 'optimizer.momentum', only \\['ema', 'optimizer.exp_avg'"):
+        read_full(folder, "optimizer.momentum")
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    run_ranks(2, save_and_go_on, replace(CASE, strategy="ddp", optimizer="sgd"), tmp_path)
+    with pytest.raises(AssertionError, match="CheckpointError.*has no 'optimizer.exp_avg', only .*optimizer.kind"):
+        run_ranks(2, resume, replace(CASE, strategy="ddp"), tmp_path)
+
+
+def crashes_while_saving(world, device, folder):
+    """Rank 1 has no space left at the second save; then rank 0 cannot publish the third."""
+    run = Training(world, device, replace(CASE, strategy="fsdp2"))
+    keeper, messages = manager(folder), []
+    keeper.save(0, run.strategy, run.ema, {"step": 0})
+    for step, name, rank in ((1, "write_rank", 1), (2, "merge_parts", 0)):
+        run.train(1)
+        with pytest.MonkeyPatch.context() as patch:
+            if world.rank == rank:
+                patch.setattr(manager_module, name, _no_space)
+            with pytest.raises(CheckpointError) as caught:
+                keeper.save(step, run.strategy, run.ema, {"step": step})
+        messages.append(str(caught.value))
+    left = sorted(path.name for path in keeper.run_dir.checkpoints.iterdir())
+    state = keeper.restore_latest(run.strategy, run.ema)
+    return messages, left, state, sorted(path.name for path in keeper.run_dir.checkpoints.iterdir())
+
+
+def _no_space(*args):
+    raise OSError(28, "No space left on device")
+
+
+def test_interrupted_save_keeps_the_last_one(tmp_path):
+    results = run_ranks(2, crashes_while_saving, tmp_path)
+    assert results[0] == results[1], "ranks raised different errors"
+    messages, left, state, finally_left = results[0]
+    assert all("No space left on device" in message and ".writing_step_0000000" in message + left[0] for message in messages)
+    assert left == [".writing_step_00000002", "step_00000000"]
+    assert state == {"step": 0} and finally_left == ["step_00000000"]
+
+
+def restores(world, device, folder):
+    run = Training(world, device, replace(CASE, strategy="zero2"))
+    try:
+        return manager(folder).restore_latest(run.strategy, run.ema)
+    except CheckpointError as error:
+        return str(error)
+
+
+def saves_three(world, device, folder):
+    run = Training(world, device, replace(CASE, strategy="zero2"))
+    for step in (1, 2, 3):
+        run.train(1)
+        manager(folder).save(step, run.strategy, run.ema, {"step": step})
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path, capfd):
+    """A flipped bit, a cut file, a manifest of the future; one damaged rank file is seen by all ranks."""
+    run_ranks(2, saves_three, tmp_path)
+    newest, middle, oldest = (RunDir(tmp_path).checkpoint(step) for step in (3, 2, 1))
+    file = newest / "pieces_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert run_ranks(2, restores, tmp_path) == [{"step": 2}] * 2
+    assert "DAMAGED CHECKPOINT step_00000003" in (shown := capfd.readouterr().err) and "pieces_00001.safetensors: its sha256" in shown
+    (middle / "state.json").write_text("{")
+    assert run_ranks(2, restores, tmp_path) == [{"step": 1}] * 2
+    manifest = json.loads((oldest / "manifest.json").read_text())
+    (oldest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    assert all("checkpoint format 99, this version reads up to 1" in message for message in run_ranks(2, restores, tmp_path))
+    (oldest / "manifest.json").write_text("{")
+    assert all("all 3 checkpoints are damaged" in message for message in run_ranks(2, restores, tmp_path))
+    (oldest / "manifest.json").unlink()
+    assert all("all 2 checkpoints are damaged" in message for message in run_ranks(2, restores, tmp_path))

@@ -1,0 +1,156 @@
+"""Whatever the strategy, the run is the same run: parameters, gradient norms and EMA equal one process on the whole global batch.
+
+Parity is tested under plain SGD without clipping: gradients that are twice too large move AdamW and clipped runs by next to nothing.
+Tolerances: float64 engines 1e-12; DeepSpeed keeps float32 masters, so ZeRO is compared with the float64 reference at 2e-6.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lpl_pretrain.errors import ConfigError, NonFiniteError
+from lpl_pretrain.parallel.strategy import Strategy
+from tests.support.ranks import RankFailed, run_ranks
+from tests.support.tiny import Tiny
+from tests.support.training import NO_CLIPPING, Case, Training, assert_identical, one_process, train, whole
+
+STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+def precision(strategy: str) -> str:
+    return "fp32" if strategy.startswith("zero") else "fp64"
+
+
+def assert_same(got, wanted, strategy: str) -> None:
+    tolerance = {"rtol": 2e-6, "atol": 2e-6} if strategy.startswith("zero") else {"rtol": 1e-12, "atol": 1e-12}
+    assert got.keys() == wanted.keys()
+    for kind in wanted:
+        assert got[kind].keys() == wanted[kind].keys()
+        for name in wanted[kind]:
+            torch.testing.assert_close(got[kind][name].double(), wanted[kind][name].double(), **tolerance)
+
+
+def train_all(world, device, cases):
+    """Several runs in one launch."""
+    return [train(world, device, case) for case in cases]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_equals_one_process(strategy, world_size):
+    cases = [Case(strategy, precision(strategy), grad_accum_steps=steps) for steps in (1, 2, 4)]
+    for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
+        assert_same(whole(results), one_process(Case()), strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adamw_with_clipping_equals_one_process(strategy):
+    """Also the moments: they are on the same ranges as the parameters."""
+    options = {"optimizer": "adamw", "max_grad_norm": 0.3, "lr": 0.01}
+    reference = one_process(Case(**options))
+    assert reference["norms"]["norms"].min() > 0.3 and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < reference.keys()
+    got = whole(run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, **options)))
+    assert_same(got, reference, strategy)
+
+
+def breaks(world, device, strategy):
+    """The commonest mistakes, each made on purpose, by name."""
+    backward, step = Strategy.backward, Strategy.step
+    case = Case(strategy, precision(strategy))
+    accumulating, clipping = replace(case, grad_accum_steps=2), replace(case, max_grad_norm=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Strategy, "backward", lambda self, loss, **which: backward(self, loss * world.world_size, **which))
+        found = {"sums over ranks": train(world, device, case)}
+        patch.setattr(Strategy, "backward", lambda self, loss, *, microbatch, of: backward(self, loss * of, microbatch=microbatch, of=of))
+        found["forgets accumulation"] = train(world, device, accumulating)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Strategy, "step", lambda self, lr, max_grad_norm: step(self, lr=lr, max_grad_norm=1e9))
+        found["forgets to clip"] = train(world, device, clipping)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_has_teeth(strategy):
+    results = run_ranks(2, breaks, strategy)
+    for broken in results[0]:
+        reference = one_process(Case(max_grad_norm=0.3 if broken == "forgets to clip" else NO_CLIPPING))
+        with pytest.raises(AssertionError):
+            assert_same(whole(result[broken] for result in results), reference, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_stays_near_and_keeps_float32_masters(strategy):
+    """The masters start from the float32 weights, not from their bf16 rounding, and pieces, moments and EMA are float32."""
+    options = {"optimizer": "adamw", "lr": 1e-3}
+    got = whole(run_ranks(2, train, Case(strategy, "bf16", grad_accum_steps=2, **options)))
+    wanted = one_process(Case(**options))
+    for kind in wanted.keys() - {"norms"}:
+        assert all(tensor.dtype == torch.float32 for tensor in got[kind].values())
+    for name, tensor in wanted["param"].items():
+        torch.testing.assert_close(got["param"][name].double(), tensor, rtol=0, atol=3.1 * 2e-3)
+    torch.testing.assert_close(got["norms"]["norms"], wanted["norms"]["norms"], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ema_moves_where_bf16_weights_cannot(strategy):
+    """Updates far below a bf16 step of the weights: masters and EMA must feel them."""
+    lr = 1e-6
+    start = one_process(Case(precision="fp32"), steps=0)["param"]
+    got = whole(run_ranks(2, train, Case(strategy, "bf16", optimizer="adamw", lr=lr), 8))
+    for name, before in start.items():
+        for kind in ("param", "ema"):
+            moved = (got[kind][name] - before).abs()
+            assert 0 < moved.max() < 8 * 2 * lr
+        rounded = got["param"][name].bfloat16() - before.bfloat16()
+        assert (rounded == 0).float().mean() > 0.8  # the sibling that keeps bf16 masters would stand still
+
+
+def meets_a_bad_gradient(world, device, case, bad):
+    run = Training(world, device, case).train(1)
+    before = run.result()
+    try:
+        run.train(1, damage=lambda loss, microbatch: loss * bad if world.rank == world.world_size - 1 and microbatch == 0 else loss)
+        raised = ""
+    except NonFiniteError as error:
+        raised = str(error)
+    after = run.result()
+    run.step = 1
+    return raised, before, after, run.train(2).result(), train(world, device, case, 3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_non_finite_gradient_is_refused_by_all_ranks_before_the_update(strategy, bad):
+    """One rank's bad micro-batch; then training goes on as if it had never been.  NaN in full precision, infinity in bf16."""
+    case = Case(strategy, "bf16" if bad == float("inf") else precision(strategy), optimizer="adamw", grad_accum_steps=2, lr=0.01)
+    raised, *results = zip(*run_ranks(2, meets_a_bad_gradient, case, bad), strict=True)
+    assert all("update 2: the gradient norm is not finite" in message for message in raised)
+    before, after, later, undisturbed = map(whole, results)
+    assert_identical(after, before)
+    assert_identical(later, undisturbed)
+
+
+def test_local_refuses_two_processes():
+    with pytest.raises(RankFailed, match="ConfigError.*parallel.strategy='local' with 2 processes"):
+        run_ranks(2, train, Case("local"))
+
+
+def test_zero_refuses_fp64():
+    with pytest.raises(ConfigError, match="precision='fp64' with parallel.strategy='zero'"):
+        one_process(Case("zero2", "fp64"))
+
+
+def what_the_model_sees(world, device, case):
+    seen = []
+    run = Training(world, device, case)
+    model = next(module for module in run.module.modules() if isinstance(module, Tiny))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append([str(x.dtype) for x in (*inputs[:2], inputs[2].labels)]))
+    run.train(1)
+    return seen[0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_inputs_stay_float32_at_the_door(strategy):
+    assert run_ranks(2, what_the_model_sees, Case(strategy, "bf16"))[0] == ["torch.float32", "torch.float32", "torch.int64"]

@@ -1,0 +1,116 @@
+"""Trains the tiny denoiser under any strategy, so that two layouts can be compared; data depend on (step, sample) alone."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpl_pretrain.config.schema import EMAConfig, ParallelConfig
+from lpl_pretrain.ema.tracker import EMATracker
+from lpl_pretrain.parallel.build import make_strategy
+from lpl_pretrain.parallel.strategy import Piece, Strategy
+from lpl_pretrain.runtime.world import World
+from tests.support.tiny import BLOCKS, GLOBAL_BATCH, batch, tiny
+
+ROOT = Path(__file__).parents[2]
+NO_CLIPPING = 1e9
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=1.0),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1.0, weight_decay=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    strategy: str = "local"  # zero1, zero2, zero3 name their JSON too
+    precision: str = "fp64"
+    optimizer: str = "sgd"
+    grad_accum_steps: int = 1
+    max_grad_norm: float = NO_CLIPPING
+    lr: float = 0.1
+    ema_decay: float = 0.9
+
+    def config(self) -> ParallelConfig:
+        if self.strategy.startswith("zero"):
+            json = str(ROOT / "configs" / "zero" / f"{self.strategy}.json")
+            return ParallelConfig(strategy="zero", zero_config=json, precision=self.precision)
+        return ParallelConfig(strategy=self.strategy, precision=self.precision)
+
+
+class Training:
+    """One run: `strategy`, `ema`, and the global step it has reached."""
+
+    def __init__(self, world: World, device: torch.device, case: Case, *, seed: int = 0) -> None:
+        self.world, self.case, self.step = world, case, 0
+        self.strategy: Strategy = make_strategy(case.config(), world, device)
+        # ranks begin with different weights on purpose: setup must make them rank 0's
+        self.module = self.strategy.setup(tiny(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer])
+        self.ema = EMATracker(self.strategy.local_params(), EMAConfig(decay=case.ema_decay))
+        self.norms: list[float] = []
+
+    def train(self, steps: int, *, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> Training:
+        for _ in range(steps):
+            for microbatch in range(self.case.grad_accum_steps):
+                loss = damage(self._loss(microbatch), microbatch)
+                self.strategy.backward(loss, microbatch=microbatch, of=self.case.grad_accum_steps)
+            self.step += 1
+            self.norms.append(self.strategy.step(lr=self.case.lr, max_grad_norm=self.case.max_grad_norm).grad_norm)
+            self.ema.update(self.step)
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """Everything this rank owns, to be sent to the parent process."""
+        pieces = {"param": list(self.strategy.local_params()), "ema": list(self.ema.pieces())}
+        for name, piece in self.strategy.local_optimizer_state():
+            pieces.setdefault(f"optimizer.{name}", []).append(piece)
+        sent = {kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some] for kind, some in pieces.items()}
+        return {"pieces": sent, "norms": self.norms, "optimizer_steps": self.strategy.optimizer_steps}
+
+    def _loss(self, microbatch: int) -> Tensor:
+        per_rank = GLOBAL_BATCH // self.world.world_size // self.case.grad_accum_steps
+        first = (microbatch * self.world.world_size + self.world.rank) * per_rank
+        z_t, t, cond, target = batch(self.step, range(first, first + per_rank))
+        wide = self.strategy.recipe.master
+        return (self.module(z_t, t, cond).to(wide) - target.to(wide)).square().mean()
+
+
+def train(world: World, device: torch.device, case: Case, steps: int = 3) -> dict[str, Any]:
+    return Training(world, device, case).train(steps).result()
+
+
+def one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
+    """The reference: whole parameters, EMA and moments, and the gradient norms under "norms"."""
+    return whole([train(World(), torch.device("cpu"), case, steps)])
+
+
+def whole(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter; their norms must agree."""
+    results = list(results)
+    assert all(result["norms"] == results[0]["norms"] for result in results), "ranks disagree about the gradient norm"
+    found: dict[str, dict[str, list[Piece]]] = {}
+    for result in results:
+        for kind, pieces in result["pieces"].items():
+            for name, shape, start, tensor in pieces:
+                found.setdefault(kind, {}).setdefault(name, []).append(Piece(name, tuple(shape), start, tensor))
+    joined = {kind: {name: _join(pieces) for name, pieces in named.items()} for kind, named in found.items()}
+    return {**joined, "norms": {"norms": torch.tensor(results[0]["norms"], dtype=torch.float64)}}
+
+
+def assert_identical(got: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> None:
+    """Bit for bit, except for "norms", which tell the history and not the state."""
+    assert got.keys() == wanted.keys()
+    for kind in wanted.keys() - {"norms"}:
+        assert got[kind].keys() == wanted[kind].keys()
+        different = [name for name, tensor in wanted[kind].items() if not torch.equal(got[kind][name], tensor)]
+        assert not different, f"{kind}: {different} differ"
+
+
+def _join(pieces: list[Piece]) -> Tensor:
+    pieces = sorted(pieces, key=lambda piece: piece.start)
+    ends = [0, *(piece.stop for piece in pieces)]
+    assert [piece.start for piece in pieces] == ends[:-1], f"{pieces[0].name}: pieces do not tile"
+    return torch.cat([piece.tensor for piece in pieces]).reshape(pieces[0].shape)

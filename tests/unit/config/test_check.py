@@ -1,0 +1,79 @@
+"""Relations between sections, data and machines are checked before any accelerator is asked for."""
+from pathlib import Path
+
+import pytest
+
+from lpl_pretrain.config.check import check_run, check_same_run, decoder_stages, grad_accum_steps, micro_batch_size
+from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.load import resolve_path
+from lpl_pretrain.errors import ConfigError, DataError
+from tests.support.configs import dataset_index, train_config
+
+
+@pytest.fixture(scope="module")
+def identity():
+    return autoencoder_identity(resolve_path("asset:autoencoder_emoji"))
+
+
+def test_batch_arithmetic():
+    config = train_config(batch__global_batch_size=96, batch__micro_batch_size=16)
+    assert grad_accum_steps(config, 2) == 3
+    assert micro_batch_size(train_config(batch__global_batch_size=96), 4) == 24
+    with pytest.raises(ConfigError, match=r"batch.global_batch_size=96 is not a multiple of micro_batch_size=16 x dp_world_size=4 = 64"):
+        grad_accum_steps(config, 4)
+    with pytest.raises(ConfigError, match="not a multiple of dp_world_size=5"):
+        micro_batch_size(config.model_copy(update={"batch": train_config(batch__global_batch_size=8).batch}), 5)
+
+
+def test_a_good_run_passes(identity):
+    check_run(train_config(), dataset_index(identity=identity), 1)
+    check_run(train_config(lpl__weight=1.0, lpl__stages=["mid", "up2"]), dataset_index(identity=identity), 1)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model__patch_size": 3}, ["model.patch_size=3", "height=16", "divisor of 16"]),
+    ({"diffusion__schedule": "cosine"}, ["diffusion.schedule=cosine", "flow goes with rectified_flow"]),
+    ({"diffusion__prediction": "v"}, ["diffusion.prediction=v"]),
+    ({"lpl__weight": 1.0, "lpl__gate": {"max_timestep": 200}}, ["lpl.gate.max_timestep=200", "min_snr"]),
+    ({"lpl__weight": 1.0, "lpl__stages": ["up7"]}, ["lpl.stages=['up7']", "mid, up0, up1, up2"]),
+    ({"lpl__weight": 1.0, "lpl__outliers": {"first_stage": 9}}, ["first_stage=9", "4 stages"]),
+])
+def test_misfits_are_named(identity, changes, words):
+    with pytest.raises(ConfigError) as error:
+        check_run(train_config(**changes), dataset_index(identity=identity), 1)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_local_strategy_on_two_processes(identity):
+    with pytest.raises(ConfigError, match="parallel.strategy=local with 2 processes"):
+        check_run(train_config(), dataset_index(identity=identity), 2)
+
+
+def test_shards_of_another_autoencoder(identity):
+    with pytest.raises(DataError, match=f"was encoded by autoencoder 000000000000, but .* is {identity[:12]}"):
+        check_run(train_config(), dataset_index(), 1)
+
+
+def test_autoencoder_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="diffusion_pytorch_model.safetensors not found"):
+        autoencoder_identity(tmp_path)
+
+
+def test_stages_of_the_shipped_decoder():
+    assert decoder_stages("asset:autoencoder_emoji") == ["mid", "up0", "up1", "up2"]
+
+
+def test_continuing_a_run_names_what_differs():
+    stored = train_config()
+    check_same_run(stored, train_config(steps=100, checkpoint__every_steps=50, parallel__precision="bf16"), Path("runs/x"))
+    with pytest.raises(ConfigError) as error:
+        check_same_run(stored, train_config(optimizer__lr=2e-3, model__depth=3), Path("runs/x"))
+    for word in ("runs/x", "optimizer.lr: the run has 0.001, you ask for 0.002", "model.depth: the run has 2, you ask for 3"):
+        assert word in str(error.value)
+
+
+def test_a_cosine_fixes_the_number_of_steps():
+    with pytest.raises(ConfigError, match="steps: the run has 6, you ask for 7"):
+        check_same_run(train_config(optimizer__decay="cosine"), train_config(optimizer__decay="cosine", steps=7), Path("runs/x"))

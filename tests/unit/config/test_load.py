@@ -1,0 +1,122 @@
+"""YAML, `base:` deltas and overrides become one frozen configuration; every mistake is named with its path."""
+from pathlib import Path
+
+import pytest
+
+from lpl_pretrain.config.load import differences, dump, load_config, resolve_path, validate
+from lpl_pretrain.config.schema import EncodeConfig, EvaluateConfig, TrainConfig
+from lpl_pretrain.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+BASE = """
+name: tiny
+steps: 10
+autoencoder: asset:autoencoder_emoji
+data: {folder: data/x}
+model: {width: 32, depth: 2, heads: 2}
+diffusion: {prediction: flow, schedule: rectified_flow}
+batch: {global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def test_delta_over_base_and_overrides(tmp_path, base):
+    delta = tmp_path / "delta.yaml"
+    delta.write_text("base: base.yaml\nname: other\nlpl: {weight: 2.0}\nmodel: {depth: 3}\n")
+    config = load_config(TrainConfig, delta, ["optimizer.lr=3e-4", "steps=20"])
+    assert (config.name, config.model.width, config.model.depth, config.steps) == ("other", 32, 3, 20)
+    assert config.optimizer.lr == 3e-4  # PyYAML reads 3e-4 as text
+    assert config.lpl.weight == 2.0
+    assert load_config(TrainConfig, delta, ["lpl=null"]).lpl is None
+
+
+def test_dump_loads_back(tmp_path, base):
+    config = load_config(TrainConfig, base, ["lpl.weight=1"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load_config(TrainConfig, again) == config
+    assert not differences(config, load_config(TrainConfig, again))
+
+
+@pytest.mark.parametrize("override, words", [
+    ("batch.global_batchsize=3", ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
+    ("model.widht=3", ["model.widht", "did you mean 'width'"]),
+    ("nonsense=3", ["nonsense: unknown key", "known keys"]),
+    ("steps=many", ["steps='many'", "integer"]),
+    ("steps=0", ["steps=0", "greater than 0"]),
+    ("model.width=33", ["width=33", "heads=2", "multiple"]),
+    ("lpl.weight=-1", ["lpl.weight=-1"]),
+    ("lpl={}", ["weight", "target_share"]),
+    ("lpl={weight: 1, target_share: 0.2}", ["exactly one of weight and target_share"]),
+    ("lpl={weight: 1, gate: {min_snr: 3, max_noise_level: 3}}", ["exactly one of min_snr"]),
+    ("diffusion.prediction=epsilon", ["diffusion.prediction='epsilon'", "'eps', 'v' or 'flow'"]),
+    ("parallel.strategy=zero", ["zero_config=None", "zero2.json"]),
+])
+def test_mistakes_are_named(base, override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, base, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_mistakes_at_once(base):
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, base, ["stepz=3", "data.foldr=x", "steps=-1"])
+    assert all(word in str(error.value) for word in ("stepz", "data.foldr", "steps=-1"))
+
+
+def test_missing_file_bad_yaml_and_circles(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(TrainConfig, tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(TrainConfig, tmp_path / "bad.yaml")
+    (tmp_path / "circle.yaml").write_text("base: circle.yaml")
+    with pytest.raises(ConfigError, match="comes back to itself"):
+        load_config(TrainConfig, tmp_path / "circle.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load_config(TrainConfig, tmp_path / "list.yaml")
+
+
+def test_frozen(base):
+    with pytest.raises(Exception, match="frozen"):
+        load_config(TrainConfig, base).steps = 3
+
+
+def test_overrides_have_the_form_key_value(base):
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(TrainConfig, base, ["steps"])
+
+
+def test_assets():
+    assert resolve_path("asset:emoji").is_dir()
+    assert resolve_path("some/folder") == Path("some/folder")
+    with pytest.raises(ConfigError, match="asset:emoji"):
+        resolve_path("asset:absent")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("train/*.yaml")), ids=lambda p: p.stem)
+def test_every_train_config_loads(path):
+    assert load_config(TrainConfig, path).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("encode/*.yaml")), ids=lambda p: p.stem)
+def test_every_encode_config_loads(path):
+    load_config(EncodeConfig, path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("evaluate/*.yaml")), ids=lambda p: p.stem)
+def test_every_evaluate_config_loads(path):
+    load_config(EvaluateConfig, path)
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ConfigError, match="data.folder: missing"):
+        validate(TrainConfig, {"data": {}}, where="x")

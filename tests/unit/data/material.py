@@ -1,0 +1,82 @@
+"""Small pictures, tars and a stand-in autoencoder for the tests of the data room."""
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.data.encode import encode
+
+CLASSES = ("flags", "food", "symbols")
+RESOLUTION_PX = 16
+
+
+class FakeAutoencoder:
+    """Factor 4, 2 channels: means are averages of red and green, standard deviations of the blue."""
+
+    identity = "fake"
+    downscale = 4
+    latent_channels = 2
+    shift, scale = 0.25, 2.0
+
+    def to(self, device: torch.device) -> FakeAutoencoder:
+        return self
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        red_green_blue = torch.nn.functional.avg_pool2d(images, self.downscale)
+        return torch.cat([red_green_blue[:, :2], (red_green_blue[:, 2:] + 1.5).expand(-1, 2, -1, -1)], dim=1)
+
+
+def picture(number: int, height: int = RESOLUTION_PX, width: int = RESOLUTION_PX) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(number: int, **replaced: bytes | None) -> list[tuple[str, bytes]]:
+    """Members of one labelled tar sample; `cls=b"7"` replaces one, `cls=None` leaves it out."""
+    members: dict[str, bytes | None] = {
+        "png": encoded(picture(number)),
+        "cls": str(number % len(CLASSES)).encode(),
+        "txt": f"picture {number}".encode(),
+        "json": json.dumps({"class_name": CLASSES[number % len(CLASSES)]}).encode(),
+    } | replaced
+    return [(f"p{number:04d}.{extension}", data) for extension, data in members.items() if data is not None]
+
+
+def tar_of(path: Path, count: int) -> Path:
+    return write_tar(path, [member for number in range(count) for member in sample(number)])
+
+
+def encode_config(source: Path | list[str], output: Path, **options: object) -> EncodeConfig:
+    base = {"source": str(source) if isinstance(source, Path) else source, "output": str(output), "autoencoder": "fake",
+            "resolution_px": RESOLUTION_PX, "batch_size": 4}
+    return EncodeConfig.model_validate(base | options)
+
+
+def encode_tar(folder: Path, count: int, shard_max_mib: float = 256.0) -> tuple[Path, DatasetIndex]:
+    tar = tar_of(folder / "pictures.tar", count)
+    output = folder / "latents"
+    return output, encode(encode_config(tar, output, shard_max_mib=shard_max_mib), FakeAutoencoder())

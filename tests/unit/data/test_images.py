@@ -1,0 +1,249 @@
+"""Reading pictures: every kind of source and pixel format, and an error that names the place for everything else."""
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lpl_pretrain.data.images import MAX_PIXELS, decode_picture, read_pictures, to_square
+from lpl_pretrain.errors import DataError
+from tests.unit.data.material import encoded, picture, sample, tar_of, write_tar
+
+
+def keys(source: Path | list[str]) -> list[str]:
+    return [p.key for p in read_pictures(str(source) if isinstance(source, Path) else source)]
+
+
+def write_pictures(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(picture(number), {".png": "PNG", ".webp": "WEBP"}.get(file.suffix.lower(), "JPEG")))
+    return folder
+
+
+def refused(source: Path, *fragments: str) -> None:
+    with pytest.raises(DataError) as error:
+        for found in read_pictures(str(source)):
+            found.load()
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
+    write_pictures(tmp_path, "dog/b.png", "cat/z.jpg", "dog/A.JPEG", "cat/deep/y.webp", ".cache/x.png")
+    (tmp_path / "cat" / "notes.md").write_text("not a picture")
+    found = list(read_pictures(str(tmp_path)))
+    assert [(p.key, p.label, p.class_name) for p in found] == [
+        ("cat/deep/y", 0, "cat"), ("cat/z", 0, "cat"), ("dog/A", 1, "dog"), ("dog/b", 1, "dog")]
+    assert all(p.load().shape == (16, 16, 3) and p.load().dtype == np.uint8 for p in found)
+
+
+def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    found = list(read_pictures(str(write_pictures(tmp_path, "b.png", "a.v2.png"))))
+    assert [(p.key, p.label, p.class_name) for p in found] == [("a_v2", None, None), ("b", None, None)]
+
+
+def test_tar_with_labels_and_captions(tmp_path: Path) -> None:
+    first, second = read_pictures(str(tar_of(tmp_path / "x.tar", 2)))
+    assert (second.key, second.label, second.class_name, second.caption) == ("p0001", 1, "food", "picture 1")
+    assert second.origin == f"{tmp_path}/x.tar:p0001.png"
+    assert np.array_equal(first.load(), picture(0))
+
+
+def test_folder_of_tars_and_lists(tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    write_tar(tars / "b.tar", sample(1))
+    write_tar(tars / "a.tar", sample(2))
+    (tars / "a.parquet").write_bytes(b"img2dataset writes such files beside its tars")
+    write_pictures(tmp_path / "more", "c/q.png")
+    assert keys(tars) == ["p0002", "p0001"]
+    assert keys([str(tmp_path / "more"), str(tars)]) == ["c/q", "p0002", "p0001"]
+
+
+def test_shipped_emoji() -> None:
+    found = next(read_pictures("asset:emoji/held_out.tar"))
+    assert found.load().shape == (64, 64, 3) and found.class_name and found.caption
+
+
+def test_tar_of_a_folder_with_dot_slash_names(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in" / "sub", "p.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "in", arcname=".")
+    assert keys(tmp_path / "x.tar") == ["sub/p"]
+
+
+@pytest.mark.parametrize(("pixels", "wanted"), [
+    (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+    (Image.new("RGBA", (2, 2), (0, 0, 0, 51)), (204, 204, 204)),
+    (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+    (Image.new("L", (2, 2), 7), (7, 7, 7)),
+    (Image.new("1", (2, 2), 1), (255, 255, 255)),
+    (Image.new("RGB", (2, 2), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE), (1, 2, 3)),
+    (Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16)), (128, 128, 128)),
+])
+def test_modes(pixels: Image.Image, wanted: tuple[int, int, int]) -> None:
+    assert decode_picture(encoded(pixels), "x.png").tolist() == [[list(wanted)] * 2] * 2
+
+
+def test_transparent_palette_is_white() -> None:
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([9, 9, 9, 8, 8, 8])
+    assert (decode_picture(encoded(image, transparency=0), "x.png") == 255).all()
+
+
+def test_cmyk() -> None:
+    pixels = decode_picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), "x.jpg")
+    assert np.abs(pixels[0, 0].astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to show
+    pixels = np.zeros((2, 4, 3), dtype=np.uint8)
+    pixels[:, :2] = 255
+    shown = decode_picture(encoded(pixels, exif=exif), "x.png")
+    assert shown.shape == (4, 2, 3) and (shown[:2] == 255).all() and (shown[2:] == 0).all()
+
+
+def test_square_keeps_pixels_of_the_right_size() -> None:
+    assert np.array_equal(to_square(picture(0, 16, 16), 16), picture(0, 16, 16))
+    assert np.array_equal(to_square(picture(0, 16, 21), 16), picture(0, 16, 21)[:, 2:18])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 80), (81, 64), (9, 13)])
+def test_square_equals_resize_then_crop(size: tuple[int, int]) -> None:
+    yy, xx = np.mgrid[:size[0], :size[1]]
+    smooth = np.stack([yy * 3, xx * 3, (yy + xx)], axis=-1).clip(0, 255).astype(np.uint8)
+    scale = 16 / min(size)
+    whole = np.asarray(Image.fromarray(smooth).resize((round(size[1] * scale), round(size[0] * scale)), Image.Resampling.LANCZOS))
+    top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
+    assert np.abs(to_square(smooth, 16).astype(int) - whole[top:top + 16, left:left + 16]).max() <= 7
+
+
+def test_square_antialiases() -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(to_square(stripes, 16)[:, 2:-2].astype(int) - 127).max() <= 2
+
+
+def test_truncated_picture_names_shard_and_key(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", sample(0) + sample(1, png=encoded(picture(1, 64, 64))[:2000]))
+    refused(tar, "x.tar:p0001.png", "not a readable picture")
+
+
+def test_no_picture_at_all(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"hello")
+    refused(tmp_path, "x.png", "not a readable picture")
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8_001, 9_900, 24_500])
+def test_bombs_are_refused_before_decoding(tmp_path: Path, side: int) -> None:
+    tar = write_tar(tmp_path / "x.tar", sample(3, png=bomb(side, side)))
+    refused(tar, "x.tar:p0003.png", "too large", f"{MAX_PIXELS:,} pixels")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.9])
+def test_truncated_tar(tmp_path: Path, keep: float) -> None:
+    whole = tar_of(tmp_path / "whole.tar", 8).read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole[:int(end * keep)])
+    refused(cut, "cut.tar", "truncated")
+
+
+def test_tar_cut_between_two_members(tmp_path: Path) -> None:
+    """`tarfile` takes it for complete."""
+    one, two = write_tar(tmp_path / "a.tar", sample(0)), tmp_path / "cut.tar"
+    with tarfile.open(one) as tar:
+        last = tar.getmembers()[-1]
+    two.write_bytes(one.read_bytes()[:last.offset_data + 512])
+    with tarfile.open(two) as tar:
+        assert len(tar.getmembers()) == 4
+    refused(two, "cut.tar", "end mark")
+
+
+def test_damaged_header_in_the_middle(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "x.tar", 3)
+    raw = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as members:
+        raw[members.getmembers()[5].offset + 150] ^= 255
+    tar.write_bytes(raw)
+    refused(tar, "x.tar", "neither a member nor the end mark")
+
+
+def test_compressed_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+    refused(tmp_path / "x.tar", "x.tar", "decompress")
+
+
+@pytest.mark.parametrize("name", ["../p.png", "/etc/p.png", "a/../../p.png", "a//p.png", "a\\..\\p.png", "a\n.png"])
+def test_path_traversal(tmp_path: Path, name: str) -> None:
+    refused(write_tar(tmp_path / "x.tar", [(name, encoded(picture(0)))]), "x.tar", repr(name), "not a plain relative path")
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("p.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(link)
+    refused(tmp_path / "x.tar", "x.tar", "'p.png' is a link")
+
+
+@pytest.mark.parametrize(("replaced", "fragment"), [
+    ({"png": None}, "has 0 pictures"),
+    ({"jpg": encoded(picture(0), "JPEG")}, "has 2 pictures"),
+    ({"cls": b"-1"}, "class id -1 is out of range"),
+    ({"cls": b"cat"}, "not an integer"),
+    ({"json": b"{"}, "not an integer, JSON"),
+    ({"txt": b"\xff\xfe"}, "UTF-8"),
+])
+def test_bad_members_name_shard_and_key(tmp_path: Path, replaced: dict, fragment: str) -> None:
+    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(4, **replaced)), "x.tar", "p0004", fragment)
+
+
+def test_duplicate_keys(tmp_path: Path) -> None:
+    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(1) + sample(0)), "x.tar:p0000.png", "twice")
+    refused(write_tar(tmp_path / "y.tar", sample(0) + sample(0)), "y.tar", "'p0000.png' is there twice")
+    with pytest.raises(DataError, match="z.tar:p0001.png.*twice"):
+        keys([str(write_tar(tmp_path / name, sample(1))) for name in ("a.tar", "z.tar")])
+    refused(write_pictures(tmp_path / "folder", "c/a.png", "c/a.jpg"), "c/a.png", "twice")
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    refused(tmp_path, str(tmp_path), "no pictures")
+    refused(tmp_path / "missing", "missing", "found nothing")
+    refused(write_tar(tmp_path / "empty.tar", []), "empty.tar", "no pictures")
+    (tmp_path / "zero.tar").write_bytes(b"")
+    refused(tmp_path / "zero.tar", "zero.tar")
+    (tmp_path / "text.md").write_text("")
+    refused(tmp_path / "text.md", "no .tar")
+    with pytest.raises(DataError, match="no pictures"):
+        keys([])
+
+
+def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
+    refused(write_pictures(tmp_path / "a", "x.png", "cat/y.png"), "pictures and sub-folders")
+    write_pictures(tmp_path / "b", "x.png")
+    tar_of(tmp_path / "b" / "x.tar", 1)
+    refused(tmp_path / "b", "tars and pictures")
+    write_pictures(tmp_path / "c", "cat/y.png")
+    (tmp_path / "c" / "dog").mkdir()
+    refused(tmp_path / "c", "c/dog", "no pictures in this class folder")

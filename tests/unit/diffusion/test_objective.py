@@ -1,0 +1,63 @@
+"""A denoiser that knows the answer has zero loss and returns the clean latent, for every prediction."""
+import pytest
+import torch
+
+from lpl_pretrain.config.schema import Prediction, ScheduleKind, WeightingConfig
+from lpl_pretrain.diffusion.objective import denoise
+from lpl_pretrain.diffusion.schedule import make_schedule
+from lpl_pretrain.diffusion.weighting import loss_weight
+
+PAIRS = [(Prediction.EPS, ScheduleKind.SCALED_LINEAR), (Prediction.V, ScheduleKind.COSINE), (Prediction.FLOW, ScheduleKind.RECTIFIED_FLOW)]
+
+
+def setting(kind, schedule_kind):
+    torch.manual_seed(0)
+    schedule = make_schedule(schedule_kind)
+    z0, eps = torch.randn(2, 6, 4, 5, 5, dtype=torch.float64)
+    t = schedule.place(torch.tensor([0.01, 0.2, 0.4, 0.6, 0.8, 0.95], dtype=torch.float64))
+    alpha_t, sigma_t = schedule.coefficients(t)
+    a, s = alpha_t.view(-1, 1, 1, 1), sigma_t.view(-1, 1, 1, 1)
+    answer = {Prediction.EPS: eps, Prediction.V: a * eps - s * z0, Prediction.FLOW: eps - z0}[kind]
+    return schedule, z0, eps, t, alpha_t, sigma_t, answer
+
+
+@pytest.mark.parametrize("kind, schedule_kind", PAIRS)
+def test_the_right_answer(kind, schedule_kind):
+    _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
+    seen = denoise(lambda z_t, t, cond: answer, kind, z0, eps, t, alpha_t, sigma_t, None)
+    assert not seen.loss.any()
+    torch.testing.assert_close(seen.z0_hat, z0)
+    torch.testing.assert_close(seen.noise_level, sigma_t / alpha_t)
+
+
+@pytest.mark.parametrize("kind, schedule_kind", PAIRS)
+def test_the_model_sees_z_t_and_t(kind, schedule_kind):
+    _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
+    seen = []
+    denoise(lambda *arguments: seen.append(arguments) or answer, kind, z0, eps, t, alpha_t, sigma_t, "cond")
+    z_t, time, cond = seen[0]
+    torch.testing.assert_close(z_t[2], alpha_t[2] * z0[2] + sigma_t[2] * eps[2])
+    assert time is t and cond == "cond"
+
+
+@pytest.mark.parametrize("kind, schedule_kind", PAIRS)
+@pytest.mark.parametrize("told", list(Prediction))
+def test_has_teeth(kind, schedule_kind, told):
+    """The right answer to one question is a wrong answer to the others."""
+    if told is kind:
+        return
+    _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
+    seen = denoise(lambda z_t, t, cond: answer, told, z0, eps, t, alpha_t, sigma_t, None)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(seen.z0_hat, z0, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind, schedule_kind", PAIRS)
+def test_min_snr_is_one_weight_on_the_error_of_z0(kind, schedule_kind):
+    """Whatever is predicted, weight x squared error of the prediction = min(SNR, gamma) x squared error of z0."""
+    _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
+    wrong = answer + 0.1 * torch.randn_like(answer)
+    seen = denoise(lambda z_t, t, cond: wrong, kind, z0, eps, t, alpha_t, sigma_t, None)
+    got = loss_weight(WeightingConfig(kind="min_snr", gamma=5.0), kind, seen.noise_level) * seen.loss
+    snr = (alpha_t / sigma_t).square()
+    torch.testing.assert_close(got, snr.clamp(max=5.0) * (seen.z0_hat - z0).square().mean(dim=(1, 2, 3)))

@@ -1,0 +1,140 @@
+"""A protocol over a run's checkpoints: what is scored, what is written, what is refused."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lpl_pretrain.cli import evaluate as evaluate_command
+from lpl_pretrain.cli import sample as sample_command
+from lpl_pretrain.config.load import dump
+from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
+from lpl_pretrain.evaluation import job
+from lpl_pretrain.evaluation.features import Extractor
+from lpl_pretrain.evaluation.job import evaluate
+
+
+class Averages(nn.Module):
+    """12 features: the mean of each colour in each quarter."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixels):
+        return nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def small_extractor(request, monkeypatch):
+    if "real_extractor" not in request.fixturenames:
+        fake = Extractor("averages", "fd_averages", 12, "0" * 64, "none", Averages(), lambda network, pixels: network(pixels))
+        monkeypatch.setattr(job, "load_extractor", lambda protocol, device: fake)
+
+
+@pytest.fixture
+def real_extractor():
+    """Asks for EfficientNet-Lite0."""
+
+
+def test_scores_what_is_complete_and_not_yet_scored(run):
+    records = evaluate(run.run_dir, run.protocol())
+    assert [record["step"] for record in records] == [3, 6]  # not 9, which has no manifest
+    assert evaluate(run.run_dir, run.protocol()) == []
+    run.run_dir.evaluation(3, "tiny").unlink()
+    assert [record["step"] for record in evaluate(run.run_dir, run.protocol())] == [3]
+    assert [record["step"] for record in evaluate(run.run_dir, run.protocol(), [6])] == [6]  # asked for by name: again
+
+
+def test_a_record_holds_what_repeating_it_needs(run):
+    record, = evaluate(run.run_dir, run.protocol(), [6])
+    assert json.loads(run.run_dir.evaluation(6, "tiny").read_text()) == record
+    plain, guided = record["results"]
+    assert (plain["guidance_scale"], guided["guidance_scale"]) == (1.0, 3.0)
+    assert (plain["metric"], plain["images"]) == ("fd_averages", 10)
+    assert plain["value"] > 0 and plain["value"] != guided["value"]
+    assert record["protocol"] == run.protocol().model_dump(mode="json") and record["weights"] == "ema"
+    assert record["reference"]["pictures"] == 12 and len(record["reference"]["fingerprint"]) == 64
+    assert len(record["checkpoint_manifest_sha256"]) == 64 and record["extractor"]["name"] == "averages"
+    assert "uint8" in record["rules"]
+    for name in (record["samples"], record["reference"]["grid"]):
+        with Image.open(run.run_dir.path / name) as grid:
+            assert grid.size[0] == 3 * 32 + 2 * 2 and grid.size[1] == 2 * 32 + 2  # five pictures: three columns
+    assert not list(run.run_dir.path.rglob("*.tmp"))
+
+
+def test_repeats_to_the_digit_and_weights_matter(run):
+    values = {}
+    for name, changes in {"a": {}, "b": {}, "raw": {"weights": "raw"}, "seed": {"seed": 1}, "batch": {"batch_size": 3}}.items():
+        record, = evaluate(run.run_dir, run.protocol(name=name, **changes), [6])
+        values[name] = record["results"][0]["value"]
+    assert values["a"] == values["b"] and values["a"] not in (values["raw"], values["seed"])
+    assert values["batch"] == pytest.approx(values["a"], rel=1e-2)  # a pixel may round to its neighbour
+
+
+def test_reference_is_read_once_and_again_when_it_changes(run, monkeypatch):
+    evaluate(run.run_dir, run.protocol(), [3])
+    with monkeypatch.context() as patch:
+        patch.setattr("lpl_pretrain.data.images.Picture.load", lambda picture: pytest.fail("read again"))
+        evaluate(run.run_dir, run.protocol(), [6])
+    shutil.copy(run.reference / "00.png", run.reference / "zz.png")
+    record, = evaluate(run.run_dir, run.protocol(), [6])
+    assert record["reference"]["pictures"] == 13
+
+
+def test_another_protocol_of_the_same_name_is_refused(run):
+    evaluate(run.run_dir, run.protocol(), [3])
+    with pytest.raises(ConfigError, match="images: scored with 10, you ask for 12"):
+        evaluate(run.run_dir, run.protocol(images=12))
+
+
+@pytest.mark.parametrize("changes, message", [({"sampler": {"kind": "ddim"}}, "sampler.kind=ddim"), ({"images": 1}, "images=1"),
+                                              ({"guidance_scales": []}, "guidance_scales"), ({"name": "a/b"}, "file name"),
+                                              ({"extractor": "inception"}, "inception_weights")])
+def test_protocols_that_cannot_run(run, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(run.run_dir, run.protocol(**changes))
+
+
+def test_checkpoints_that_are_not_there(run):
+    with pytest.raises(CheckpointError, match="complete steps: 3, 6"):
+        evaluate(run.run_dir, run.protocol(), [9])
+    shutil.rmtree(run.run_dir.checkpoints)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        evaluate(run.run_dir, run.protocol())
+
+
+def test_a_corrupt_reference_picture_is_named(run):
+    (run.reference / "05.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"05\.png"):
+        evaluate(run.run_dir, run.protocol())
+    assert not list(run.run_dir.path.glob("evaluations/*"))
+
+
+@pytest.mark.parametrize("prediction, schedule", [("eps", "linear"), ("v", "cosine")])
+def test_other_objectives(run_of, prediction, schedule):
+    made = run_of(prediction, schedule)
+    record, = evaluate(made.run_dir, made.protocol(sampler={"kind": "ddim", "steps": 3}), [6])
+    assert record["results"][0]["value"] > 0
+
+
+def test_command_line(run, tmp_path, capsys, real_extractor):
+    path = tmp_path / "protocol.yaml"
+    path.write_text(dump(run.protocol()))
+    evaluate_command.run(str(run.run_dir.path), str(path), ["images=4"], 6)
+    evaluate_command.run(str(run.run_dir.path), str(path), ["images=4"], 6)
+    out = capsys.readouterr().out
+    assert "fd_efficientnet_lite0" in out and "w=3" in out and "biased" in out
+
+
+def test_sample_writes_a_grid(run, capsys):
+    sample_command.run(str(run.run_dir.path), step=None, guidance_scale=2.0, images=3, sampler_steps=2, seed=0, output=None)
+    path = capsys.readouterr().out.strip()
+    assert "step_00000006" in path and Image.open(path).size == (66, 66)
+    output = run.run_dir.path / "x" / "y.png"
+    sample_command.run(str(run.run_dir.path), step=3, guidance_scale=1.0, images=1, sampler_steps=1, seed=0, output=str(output))
+    assert output.is_file()

@@ -1,0 +1,118 @@
+"""Streaming statistics and the Frechet distance, against numpy, scipy and closed forms."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from lpl_pretrain.errors import DataError
+from lpl_pretrain.evaluation.fid import frechet_distance, root
+from lpl_pretrain.evaluation.stats import FeatureStatistics
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def features(count: int, dimension: int, seed: int, offset: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dimension, dimension, generator=generator, dtype=torch.float64) / dimension**0.5
+    return torch.randn(count, dimension, generator=generator, dtype=torch.float64) @ mix + offset
+
+
+def of(rows: torch.Tensor) -> FeatureStatistics:
+    statistics = FeatureStatistics(rows.shape[1])
+    statistics.update(rows)
+    return statistics
+
+
+@pytest.mark.parametrize("split", [[40], [1] * 40, [7, 0, 20, 13], [39, 1]])
+def test_any_split_gives_the_same(split):
+    rows = features(40, 6, seed=0, offset=100.0)  # an offset: the case that E[x^2] - E[x]^2 loses
+    streamed, merged = FeatureStatistics(6), FeatureStatistics(6)
+    for part in rows.split(split):
+        streamed.update(part)
+    for part in reversed(rows.split(split)):
+        piece = FeatureStatistics(6)
+        piece.update(part)
+        merged.merge(piece)
+    for statistics in (streamed, merged):
+        assert statistics.count == 40
+        np.testing.assert_allclose(statistics.mean, rows.numpy().mean(axis=0), **TIGHT)
+        np.testing.assert_allclose(statistics.covariance, np.cov(rows.numpy(), rowvar=False), **TIGHT)
+
+
+def test_a_merge_without_the_mean_shift_is_seen():
+    class Broken(FeatureStatistics):
+        def merge(self, other):
+            delta = other.mean - self.mean
+            self.count += other.count
+            self.mean += delta * (other.count / self.count)
+            self.scatter += other.scatter
+
+    rows, broken = features(40, 6, seed=0), Broken(6)
+    for part in rows.split([13, 27]):
+        broken.update(part)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(broken.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-3, atol=1e-3)
+
+
+def test_a_non_finite_picture_is_named():
+    statistics = of(features(5, 3, seed=0))
+    rows = torch.zeros(4, 3)
+    rows[2, 1] = float("nan")
+    with pytest.raises(DataError, match=r"\[7\]"):
+        statistics.update(rows)
+
+
+def test_tensors_round_trip():
+    statistics = of(features(9, 4, seed=0))
+    back = FeatureStatistics.from_tensors(statistics.tensors())
+    assert back.count == 9 and torch.equal(back.mean, statistics.mean) and torch.equal(back.covariance, statistics.covariance)
+
+
+def by_scipy(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    product = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
+    return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(product).real)
+
+
+@pytest.mark.parametrize("count_a, count_b, rtol", [(400, 300, 1e-9), (400, 12, 1e-5), (10, 12, 1e-5)])
+def test_equals_scipy(count_a, count_b, rtol):
+    """32 features: 12 pictures give rank 11, where sqrtm itself is exact to no more than 1e-5."""
+    a, b = of(features(count_a, 32, seed=1)), of(features(count_b, 32, seed=2, offset=0.3))
+    assert frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=rtol)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+
+
+def diagonal(variances: list[float], mean: float = 0.0) -> FeatureStatistics:
+    statistics = FeatureStatistics(len(variances))
+    statistics.count, statistics.mean = 101, torch.full((len(variances),), mean, dtype=torch.float64)
+    statistics.scatter = torch.tensor(variances, dtype=torch.float64).diag() * 100
+    return statistics
+
+
+@pytest.mark.parametrize("variances_a, variances_b", [([1.0, 4.0, 9.0], [4.0, 1.0, 9.0]), ([1.0, 0.0, 9.0], [0.0, 4.0, 4.0]),
+                                                      ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]), ([1e-6, 1.0, 1e6], [1e6, 1e-6, 1.0])])
+def test_closed_form(variances_a, variances_b):
+    wanted = 3 * 0.5**2 + sum((a**0.5 - b**0.5) ** 2 for a, b in zip(variances_a, variances_b, strict=True))
+    assert frechet_distance(diagonal(variances_a, mean=0.5), diagonal(variances_b)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_rank_deficient_statistics_are_at_distance_zero_from_themselves():
+    statistics = of(features(20, 200, seed=3))
+    assert frechet_distance(statistics, statistics) < 1e-10 * statistics.covariance.trace()
+
+
+def test_unlike_dimensions_are_refused():
+    with pytest.raises(ValueError, match="unlike extractors"):
+        frechet_distance(of(features(9, 3, seed=0)), of(features(9, 4, seed=0)))
+
+
+@pytest.mark.parametrize("broken", ["no_square_root", "elementwise", "root_of_noise"])
+def test_has_teeth(broken):
+    """The cross term as the trace of the product; with roots entry by entry; with square roots of rounding noise."""
+    a, b = of(features(20, 200, seed=4)), of(features(20, 200, seed=5))
+    exact = torch.linalg.svdvals(root(b.covariance).T @ root(a.covariance)).sum()
+    product = a.covariance @ b.covariance
+    wrong = {"no_square_root": lambda: product.trace(), "elementwise": lambda: product.abs().sqrt().trace(),
+             "root_of_noise": lambda: torch.linalg.eigvals(product).abs().sqrt().sum()}[broken]()
+    assert wrong.item() != pytest.approx(exact.item(), rel=1e-7)
