@@ -99,14 +99,12 @@ def scan_shard(path: Path) -> ShardLayout:
     """Walk the tar's headers.  Raises DataError for a truncated or damaged tar, a missing member, a repeated key."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with open(path, "rb") as file:
-        last_key = None
         for name, offset, size in _walk_tar(file.fileno(), path):
             key, extension = split_member_name(name, f"{path}")
             members = samples.setdefault(key, {})
-            if extension in members or (members and key != last_key):
+            if extension in members:
                 raise DataError(f"{path}: sample {key!r} is there twice ({name}), wanted unique keys: encode the folder again")
             members[extension] = (offset, size)
-            last_key = key
         for key, members in samples.items():
             if missing := [extension for extension in REQUIRED if extension not in members]:
                 raise DataError(f"{path}: sample {key!r} has {', '.join(members)}, but no {missing[0]}: encode the folder again")
@@ -123,18 +121,16 @@ def _tar_member(name: str, data: bytes) -> bytes:
 
 def _walk_tar(fd: int, path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each member; what GNU tar calls long names is understood, other extensions are not."""
-    total, position, long_name = os.fstat(fd).st_size, 0, None
+    position, long_name = 0, None
     while True:
         block = os.pread(fd, BLOCK, position)
         if len(block) < BLOCK:
-            raise DataError(f"{path}: truncated: it ends at byte {total} without the end mark of a tar: {_DAMAGED}")
+            raise DataError(f"{path}: truncated: {os.fstat(fd).st_size} bytes and no end mark of a tar: {_DAMAGED}")
         if not any(block):
             return
         name, size, kind = _parse_header(block, f"{path}: byte {position}")
         start = position + BLOCK
         position = start + size + -size % BLOCK
-        if position > total:
-            raise DataError(f"{path}: truncated: member {name!r} reaches to byte {position}, the file ends at {total}: {_DAMAGED}")
         if kind == b"L":
             long_name = os.pread(fd, size, start).rstrip(b"\0").decode(errors="surrogateescape")
         elif kind in (b"0", b"\0"):

@@ -23,7 +23,6 @@ from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy
 from lpl_pretrain.runtime.world import World
 
 VERSION, REMEDY = "0.19.", "pip install 'deepspeed>=0.19.8,<0.20'"
-SHM = "deepspeed_shm_comm"
 
 
 class ZeroStrategy(Strategy):
@@ -144,7 +143,7 @@ def _import_deepspeed() -> Any:
     if not deepspeed.__version__.startswith(VERSION):
         raise ConfigError(f"parallel.strategy='zero': deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
                           f"whose memory layout is known: {REMEDY}")
-    deepspeed.ops.__compatible_ops__[SHM] = False
+    deepspeed.ops.__compatible_ops__ = {}  # left alone, its first reader asks a compiler about every operator
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # what deepspeed calls, every step
     return deepspeed

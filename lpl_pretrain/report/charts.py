@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lpl_pretrain.report.record import Series
 
@@ -23,7 +23,8 @@ INK, GRID, EVENT = "#010101", "#020202", "#030303"
 COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
 VARIABLES = {INK: "--muted", GRID: "--line", EVENT: "--event", **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)}}
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "lpl-pretrain", "font.family": ["sans-serif"], "font.size": 8.5, "text.color": INK,
+    "figure.facecolor": "none", "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "lpl-pretrain",
+    "font.family": ["sans-serif"], "font.size": 8.5, "text.color": INK,
     "axes.edgecolor": GRID, "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK,
     "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.6, "lines.solid_capstyle": "round",
@@ -61,7 +62,8 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
             _draw_series(axes, chart, name, series, colour)
         _format_axes(axes, chart, last_step)
         if len(chart.lines) > 1:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(chart.lines), 4), borderaxespad=0.2)
+            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(chart.lines), 4), borderpad=0.0,
+                        borderaxespad=0.2, columnspacing=1.4)
         markup = io.StringIO()
         FigureCanvasSVG(figure).print_svg(markup, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(markup.getvalue(), chart.title)
@@ -92,9 +94,10 @@ def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
     finite = [value for series in chart.lines.values() for value in series.values if math.isfinite(value)]
     if chart.log and finite and min(finite) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         decades = math.log10(max(finite) / min(finite))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if decades < 1 and _leads(value) else ""))
+        axes.yaxis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%" if chart.percent else f"{value:,.6g}"))
@@ -102,12 +105,8 @@ def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
             axes.set_ylim(0, max(finite) * 1.08 or 1)
     axes.set_xlim(0, last_step * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if last_step >= 10_000 and value else f"{value:,.0f}"))
-
-
-def _leads(value: float) -> bool:
-    """Within one decade, label 2, 3 and 5 only."""
-    return round(value / 10 ** math.floor(math.log10(value))) in (2, 3, 5)
+    in_thousands = last_step >= 10_000
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if in_thousands else f"{value:,.0f}"))
 
 
 def _inline(markup: str, title: str) -> str:

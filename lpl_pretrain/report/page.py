@@ -44,8 +44,8 @@ def render(record: RunRecord) -> str:
     environment.filters.update(number=number, when=when, json=lambda value: json.dumps(value, ensure_ascii=False))
     name = record.settings.get("name") or record.run_dir.path.name
     return environment.get_template(TEMPLATE).render(
-        style=Markup((HERE / STYLE_SHEET).read_text()), name=name, status=status(record), tiles=tiles(record), sections=sections(record),
-        protocols=[protocol(record, *item) for item in record.protocols().items()], record=record,
+        style=Markup((HERE / STYLE_SHEET).read_text()), name=name, status=status(record), tiles=tiles(record),
+        sections=sections(record), protocols=[protocol(record, *item) for item in record.protocols().items()], record=record,
         provenance=provenance(record), written_at=datetime.now(timezone.utc))
 
 
@@ -75,10 +75,10 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         found.append(("training time", clock(duration), sessions(record)))
     for name, records in record.protocols().items():
         scale, values = best_curve(records)
-        arrow = f"{values[0]:.1f} → {values[-1]:.1f}" if len(values) > 1 else f"{values[-1]:.1f}"
-        found.append(("Frechet distance", arrow, f"{name}, guidance {scale:g}, first → last" if len(values) > 1 else f"{name}, guidance {scale:g}"))
+        ends = values if len(values) == 1 else [values[0], values[-1]]
+        found.append(("Frechet distance", " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
     if share := record.series("lpl/weighted_share").values:
-        found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "mean of the last log lines"))
+        found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "lately"))
     return found
 
 
@@ -86,7 +86,7 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
     """Titles with their charts, or with the one line that says why there are none."""
     if not record.lines:
         return [{"title": "Training", "charts": [], "missing": "Nothing logged yet: metrics.jsonl is missing or empty."}]
-    one, events = record.series, [event["step"] for event in record.events if event["event"] in ("stopped", "resumed")]
+    one, events = record.series, interruptions(record)
 
     def section(title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
         drawn = [chart for chart in charts if any(chart.lines.values())]
@@ -99,7 +99,8 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
     return [
         section("Loss", "No losses logged.", [
             Chart("Diffusion loss", {"loss": one("loss/diffusion")}, log=True, note="mean squared error, weighted as configured"),
-            Chart("Total loss", {"loss": one("loss/total")}, log=True, note="what the optimizer minimises; its scale moves with LPL's weight")]),
+            Chart("Total loss", {"loss": one("loss/total")}, log=True,
+                  note="what the optimizer minimises; its scale moves with LPL's weight")]),
         section("Latent Perceptual Loss", lpl_missing, [
             Chart("LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"),
             Chart("Shares", nonempty({"of the loss": one("lpl/weighted_share"), "of samples, gated in": one("lpl/gated_share")}),
@@ -116,19 +117,19 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
 
 def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """One evaluation protocol: chart and table of scores, sample grids over steps, real pictures beside the last one."""
-    last, first_result = records[-1], records[-1]["results"][0]
-    curves = {f"w = {scale:g}": Series([r["step"] for r in records if value_at(r, scale) is not None],
-                                       [value_at(r, scale) for r in records if value_at(r, scale) is not None]) for scale in scales(records)}
+    last, folder = records[-1], record.run_dir.path
+    result, dimension = last["results"][0], last.get("extractor", {}).get("dimension", 0)
+    curves = {f"w = {scale:g}": curve(records, scale) for scale in scales(records)}
     chart = Chart("Frechet distance", curves, markers=True, note="by guidance scale w; lower is better")
-    events = [event["step"] for event in record.events if event["event"] in ("stopped", "resumed")]
-    grids = [{"step": r["step"], "picture": picture(record.run_dir.path, r["samples"])} for r in spread(records, MOST_GRIDS) if r.get("samples")]
+    grids = [{"step": r["step"], "picture": picture(folder, r.get("samples"))} for r in spread(records, MOST_GRIDS)]
     return {
-        "name": name, "metric": first_result["metric"], "images": first_result["images"], "weights": last.get("weights", ""),
-        "svg": Markup(draw(chart, events, max(last_step(record), last["step"]))), "note": chart.note, "scales": scales(records),
+        "name": name, "metric": result["metric"], "images": result["images"], "weights": last.get("weights", ""),
+        "svg": Markup(draw(chart, interruptions(record), max(last_step(record), last["step"]))), "note": chart.note,
+        "scales": scales(records), "sampler": last["protocol"].get("sampler"), "shown_scale": max(scales([last])),
         "rows": [{"step": r["step"], "values": [value_at(r, scale) for scale in scales(records)]} for r in records],
-        "biased": first_result["images"] <= last.get("extractor", {}).get("dimension", 0), "dimension": last.get("extractor", {}).get("dimension"),
-        "reference": last.get("reference", {}), "real": picture(record.run_dir.path, last.get("reference", {}).get("grid")),
-        "grids": [grid for grid in grids if grid["picture"]], "shown_scale": max(scales([last])), "sampler": last["protocol"].get("sampler", {}),
+        "biased": result["images"] <= dimension, "dimension": dimension,
+        "reference": last.get("reference", {}), "real": picture(folder, last.get("reference", {}).get("grid")),
+        "grids": [grid for grid in grids if grid["picture"]],
     }
 
 
@@ -140,6 +141,11 @@ def provenance(record: RunRecord) -> dict[str, Any]:
     return {"command": " ".join(map(str, argv)) if isinstance(argv, list) else argv, "versions": rest.pop("versions", None) or {},
             "diff": diff[:MOST_DIFF_CHARACTERS], "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
             "facts": {key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items()}}
+
+
+def interruptions(record: RunRecord) -> list[int]:
+    """Steps that the charts mark."""
+    return sorted({event["step"] for event in record.events if event["event"] in ("stopped", "resumed")})
 
 
 def last_step(record: RunRecord) -> int:
@@ -159,7 +165,7 @@ def training_seconds(record: RunRecord) -> float:
 
 def sessions(record: RunRecord) -> str:
     resumes = sum(event["event"] == "resumed" for event in record.events)
-    return f"resumed {resumes} time{'s' * (resumes != 1)}" if resumes else "without interruption"
+    return "without interruption" if not resumes else "resumed once" if resumes == 1 else f"resumed {resumes} times"
 
 
 def epochs(record: RunRecord, seen: float) -> str:
@@ -175,10 +181,15 @@ def value_at(record: dict[str, Any], scale: float) -> float | None:
     return next((result["value"] for result in record["results"] if result["guidance_scale"] == scale), None)
 
 
+def curve(records: list[dict[str, Any]], scale: float) -> Series:
+    found = [(record["step"], value) for record in records if (value := value_at(record, scale)) is not None]
+    return Series([step for step, _ in found], [value for _, value in found])
+
+
 def best_curve(records: list[dict[str, Any]]) -> tuple[float, list[float]]:
     """The guidance scale that is best at the last step, and its values over steps."""
     scale = min(records[-1]["results"], key=lambda result: result["value"])["guidance_scale"]
-    return scale, [value for record in records if (value := value_at(record, scale)) is not None]
+    return scale, curve(records, scale).values
 
 
 def spread(records: list[Any], count: int) -> list[Any]:

@@ -46,8 +46,8 @@ class RunRecord:
 
     def stages(self, quantity: str) -> dict[str, Series]:
         """Decoder stage -> its `lpl/stage/<stage>/<quantity>`, in the order in which they are logged."""
-        names = dict.fromkeys(key for line in self.lines for key in line if key.startswith("lpl/stage/") and key.endswith("/" + quantity))
-        return {name.split("/")[2]: self.series(name) for name in names}
+        names = dict.fromkeys(key for line in self.lines for key in line)
+        return {name.split("/")[2]: self.series(name) for name in names if name.startswith("lpl/stage/") and name.endswith("/" + quantity)}
 
     def protocols(self) -> dict[str, list[dict[str, Any]]]:
         names = dict.fromkeys(record["protocol"]["name"] for record in self.evaluations)
@@ -78,7 +78,8 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
         else:
             by_step[line["step"]] = line
     if skipped:
-        problems.append(f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped (a kill in the middle of a write)")
+        problems.append(f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped "
+                        "(a kill in the middle of a write leaves one)")
     return [by_step[step] for step in sorted(by_step)], events
 
 

@@ -1,6 +1,6 @@
 """Whatever the strategy, the run is the same run: parameters, gradient norms and EMA equal one process on the whole global batch.
 
-Parity is tested under plain SGD without clipping: gradients that are twice too large move AdamW and clipped runs by next to nothing.
+Parity is tested under plain SGD without clipping: gradients twice too large move AdamW and clipped runs by next to nothing.
 Tolerances: float64 engines 1e-12; DeepSpeed keeps float32 masters, so ZeRO is compared with the float64 reference at 2e-6.
 """
 from __future__ import annotations
@@ -63,7 +63,7 @@ def breaks(world, device, strategy):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Strategy, "backward", lambda self, loss, **which: backward(self, loss * world.world_size, **which))
         found = {"sums over ranks": train(world, device, case)}
-        patch.setattr(Strategy, "backward", lambda self, loss, *, microbatch, of: backward(self, loss * of, microbatch=microbatch, of=of))
+        patch.setattr(Strategy, "backward", lambda self, loss, **which: backward(self, loss * which["of"], **which))
         found["forgets accumulation"] = train(world, device, accumulating)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Strategy, "step", lambda self, lr, max_grad_norm: step(self, lr=lr, max_grad_norm=1e9))

@@ -122,6 +122,13 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptu
     assert "left alone" in caplog.text
 
 
+def test_source_fingerprint_does_not_depend_on_how_pictures_are_packed(tmp_path: Path) -> None:
+    _, index = encode_tar(tmp_path, 3)
+    tars = [str(write_tar(tmp_path / f"{number}.tar", sample(number))) for number in (2, 0, 1)]
+    apart = encode(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
+    assert apart.source_fingerprint == index.source_fingerprint and apart.fingerprint != index.fingerprint
+
+
 class OtherAutoencoder(FakeAutoencoder):
     identity = "other"
 

@@ -1,0 +1,174 @@
+"""The commands end to end on 32 pictures: encode, train, stop, go on, sample, evaluate, report; and what bad input gets."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.autoencoders import tiny_folder
+from tests.support.latents import draw_pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = """
+name: tiny
+steps: 8
+autoencoder: {autoencoder}
+data: {{folder: {latents}}}
+model: {{width: 32, depth: 2, heads: 2}}
+diffusion: {{prediction: flow, schedule: rectified_flow, timesteps: {{distribution: logit_normal}}}}
+lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 1, calibration_steps: 3}}
+optimizer: {{lr: 1.0e-3}}
+batch: {{global_batch_size: 8}}
+checkpoint: {{every_steps: 4}}
+log: {{every_steps: 1}}
+"""
+PROTOCOL = """
+name: quick
+images: 12
+batch_size: 6
+sampler: {{kind: euler, steps: 3}}
+guidance_scales: [1.0, 2.0]
+reference: {pictures}
+grid_images: 4
+"""
+
+
+def lpl(*arguments, check=True, ranks=1, **options):
+    launcher = [sys.executable, "-m"] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                          "--nproc-per-node", str(ranks), "-m"]
+    done = subprocess.run([*launcher, "lpl_pretrain", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def lines(run, key="step"):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    """Step -> loss; the last line of a step counts."""
+    return {line["step"]: line["loss/total"] for line in lines(run) if "event" not in line}
+
+
+def weights(run, step, kind="param"):
+    tensors = {}
+    for file in sorted((run / "checkpoints" / f"step_{step:08d}").glob("pieces_*.safetensors")):
+        tensors |= {f"{file.name}/{name}": x for name, x in load_file(file).items() if name.startswith(kind)}
+    assert tensors
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Pictures, latents, configurations and one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("cli")
+    draw_pictures(folder / "pictures")
+    autoencoder = tiny_folder(folder / "autoencoder")
+    encode = folder / "encode.yaml"
+    encode.write_text(f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\n")
+    assert "32 samples" in lpl("encode", encode).stdout
+    (folder / "train.yaml").write_text(TRAIN.format(autoencoder=autoencoder, latents=folder / "latents"))
+    (folder / "quick.yaml").write_text(PROTOCOL.format(pictures=folder / "pictures"))
+    lpl("train", folder / "train.yaml", f"run_dir={folder}/whole")
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(world):
+    run = world / "whole"
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "logs"} <= {p.name for p in run.iterdir()}
+    assert list(losses(run)) == list(range(1, 9))
+    events = [line["event"] for line in lines(run) if "event" in line]
+    assert events == ["lpl_weight_calibrated"]
+    last = lines(run)[-1]
+    assert 0 < last["lpl/weighted_share"] < 1 and last["lpl/gated_share"] > 0 and last["grad_norm"] > 0
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["world_size"] == 1 and provenance["versions"]["torch"]
+
+
+def test_resuming_equals_not_stopping_bit_for_bit(world):
+    run = world / "parts"
+    lpl("train", world / "train.yaml", f"run_dir={run}", "steps=3")  # stops while LPL's weight is being calibrated
+    lpl("train", world / "train.yaml", f"run_dir={run}")
+    assert losses(run) == losses(world / "whole")
+    for kind in ("param", "ema", "optimizer"):
+        ours, theirs = weights(run, 8, kind), weights(world / "whole", 8, kind)
+        assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_has_teeth_another_seed_is_another_run(world):
+    lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=2", "seed=1")
+    assert losses(world / "seed")[1] != losses(world / "whole")[1]
+
+
+@pytest.mark.parametrize("arguments", [["parallel.strategy=fsdp2"], ["parallel.strategy=zero", "parallel.zero_config=configs/zero/zero2.json"]],
+                         ids=["fsdp2", "zero2"])
+def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
+    """torchrun passes SIGTERM on; both ranks save at the same step and the same command goes on, and equals one process."""
+    run = world / f"two_{arguments[0].split('=')[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lpl_pretrain", "train",
+               str(world / "train.yaml"), f"run_dir={run}", "steps=100000", *arguments]
+    trainer = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and len(losses(run)) >= 6):
+        assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
+        time.sleep(0.1)
+    trainer.send_signal(signal.SIGTERM)
+    trainer.communicate(timeout=60)
+    stopped = [line for line in lines(run) if line.get("event") == "stopped"]
+    assert len(stopped) == 1 and stopped[0]["signal"] == "SIGTERM"
+    step = stopped[0]["step"]
+    assert (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
+    lpl("train", world / "train.yaml", f"run_dir={run}", f"steps={step + 2}", *arguments, ranks=2)
+    assert [line["step"] for line in lines(run) if line.get("event") == "resumed"] == [step]
+    assert max(losses(run)) == step + 2
+    whole = losses(world / "whole")
+    assert [losses(run)[s] for s in range(1, 7)] == pytest.approx([whole[s] for s in range(1, 7)], rel=2e-4)
+
+
+def test_sample_evaluate_report(world):
+    run = world / "whole"
+    lpl("evaluate", run, world / "quick.yaml")
+    scores = json.loads((run / "evaluations" / "step_00000008" / "quick.json").read_text())
+    assert [r["guidance_scale"] for r in scores["results"]] == [1.0, 2.0]
+    assert all("efficientnet_lite0" in json.dumps(r) and '"fid"' not in json.dumps(r) for r in scores["results"])
+    assert (run / "evaluations" / "step_00000004" / "quick.json").is_file()
+    lpl("sample", run, "--images", "4", "--sampler-steps", "2", "--output", world / "grid.png")
+    assert (world / "grid.png").stat().st_size > 100
+    lpl("report", run)
+    page = (run / "report.html").read_text()
+    assert "<svg" in page or "data:image" in page
+    assert "src=\"http" not in page and "href=\"http" not in page
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys, time; t = time.perf_counter(); from lpl_pretrain.cli.main import commands\n" \
+           "try: commands(['--help'])\nexcept SystemExit: pass\n" \
+           "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_doctor_answers():
+    done = lpl("doctor", check=False)
+    assert "torch" in done.stdout and "slurm" in done.stdout and done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["batch.global_batchsize=8"], ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
+    (["batch.micro_batch_size=3"], ["batch.global_batch_size=8 is not a multiple of micro_batch_size=3"]),
+    (["model.patch_size=3"], ["model.patch_size=3", "divisor of 8"]),
+    (["autoencoder=asset:autoencoder_emoji"], ["was encoded by autoencoder", "encode again"]),
+    (["data.folder=absent"], ["absent/index.json", "encode"]),
+    (["optimizer.lr=0.5"], ["belongs to another configuration", "optimizer.lr: the run has 0.001, you ask for 0.5"]),
+    (["parallel.strategy=zero", "parallel.zero_config=absent.json"], ["absent.json"]),
+])
+def test_bad_input_is_refused_before_training(world, arguments, words):
+    done = lpl("train", world / "train.yaml", f"run_dir={world}/whole", *arguments, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr

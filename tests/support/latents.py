@@ -1,0 +1,32 @@
+"""A small finished data folder, made by the real encoder path from drawn pictures."""
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.data.encode import encode
+from tests.support.autoencoders import tiny_folder
+
+
+def draw_pictures(folder: Path, count: int = 32, side: int = 32) -> Path:
+    """`class/name.png`: coloured blobs in two classes."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    for i in range(count):
+        name = ("disc", "square")[i % 2]
+        y, x = rng.integers(8, side - 8, 2)
+        inside = ((rows - y) ** 2 + (columns - x) ** 2 < 36) if name == "disc" else (abs(rows - y) < 6) & (abs(columns - x) < 6)
+        pixels = np.full((side, side, 3), 255, np.uint8)
+        pixels[inside] = rng.integers(0, 255, 3)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:
+    """(latents, autoencoder) folders; latents are 4 x 8 x 8 with the tiny autoencoder."""
+    autoencoder = tiny_folder(folder / "autoencoder", **options)
+    draw_pictures(folder / "pictures", count)
+    encode(EncodeConfig(source=str(folder / "pictures"), output=str(folder / "latents"), autoencoder=autoencoder, resolution_px=32))
+    return str(folder / "latents"), autoencoder
