@@ -18,6 +18,7 @@ def run(run: str, *, step: int | None, guidance_scale: float, images: int, sampl
         raise ConfigError(f"--images={images} --sampler-steps={sampler_steps}: both are at least 1")
     run_dir = RunDir(Path(run))
     kind = SAMPLERS[load_run_config(run_dir).diffusion.prediction][0]
+    sampler = SamplerConfig.model_validate({"kind": kind, "steps": sampler_steps})
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.files import publish_grid
@@ -29,8 +30,7 @@ def run(run: str, *, step: int | None, guidance_scale: float, images: int, sampl
     trained.load(step, "ema")
     pixels = []
     with progress(images, "img", f"step {step}") as bar:
-        for batch in trained.generator.pixels(images, BATCH_SIZE, seed=seed, sampler=SamplerConfig(kind=kind, steps=sampler_steps),
-                                              guidance_scale=guidance_scale):
+        for batch in trained.generator.pixels(images, BATCH_SIZE, seed=seed, sampler=sampler, guidance_scale=guidance_scale):
             pixels.append(batch.cpu())
             bar.update(len(batch))
     path = Path(output) if output else run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")

@@ -6,6 +6,7 @@ else replaces.  A section set to null is switched off.  Overrides come last: `op
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -31,7 +32,7 @@ def resolve_path(text: str) -> Path:
     return path
 
 
-def load_config(cls: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
+def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Raises ConfigError that lists every wrong key or value at once."""
     raw = _read_with_base(Path(path), seen=())
     for override in overrides:
@@ -117,7 +118,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{path}: missing, and it has no default"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}={problem['input']!r}: {message}" if problem["type"] != "value_error" else f"{path}: {message}" if path else message
+    if problem["type"] != "value_error":
+        return f"{path}={problem['input']!r}: {message}"
+    return f"{path}: {message}" if path else message
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
@@ -131,4 +134,7 @@ def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, child in value.items() for key, leaf in _flatten(child, f"{prefix}.{name}" if prefix else name).items()}
+    flat: dict[str, Any] = {}
+    for name, child in value.items():
+        flat |= _flatten(child, f"{prefix}.{name}" if prefix else name)
+    return flat

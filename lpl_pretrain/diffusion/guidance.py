@@ -3,15 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Cond = TypeVar("Cond")  # a dataclass of tensors whose first dimension is the batch
 
-
-def guided(model: Callable[..., Tensor], z_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None,
+def guided(model: Callable[..., Tensor], z_t: Tensor, t: Tensor, cond: Any, uncond: Any,
            guidance_scale: float) -> Tensor:
     """The model's answer (B, C, H, W) float32 by one forward of 2B rows; of B rows at scale 1, where `uncond` may be None."""
     if guidance_scale == 1.0:
@@ -23,6 +21,6 @@ def guided(model: Callable[..., Tensor], z_t: Tensor, t: Tensor, cond: Cond, unc
     return without + guidance_scale * (with_ - without)
 
 
-def concatenate(first: Cond, second: Cond) -> Cond:
-    """Two conditions as one of the summed batch size."""
+def concatenate(first: Any, second: Any) -> Any:
+    """Two conditions, each a dataclass of tensors whose first dimension is the batch, as one of the summed batch size."""
     return type(first)(**{f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(first)})

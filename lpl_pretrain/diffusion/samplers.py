@@ -55,8 +55,8 @@ def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wal
     timestep unless `steps` divides 1,000, and it multiplies betas up in float32; ours are float64 and taken as they are.
     """
     kept = [round(TIMESTEPS * (i + 1) / steps) - 1 for i in range(steps)]
-    scheduler = DDIMScheduler(num_train_timesteps=steps, clip_sample=False, timestep_spacing="trailing",
-                              prediction_type={Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}[prediction])
+    scheduler: Any = DDIMScheduler(num_train_timesteps=steps, clip_sample=False, timestep_spacing="trailing",
+                                   prediction_type={Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}[prediction])
     scheduler.alphas_cumprod = schedule.alphas_cumprod[kept]
     scheduler.set_timesteps(steps)
     return Walk(scheduler, [timestep / TIMESTEPS for timestep in reversed(kept)])
@@ -64,14 +64,14 @@ def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wal
 
 def _euler(steps: int) -> Walk:
     """Equal steps from t = 1 to 0; diffusers' default would spend the last one on t = 0.001."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     return Walk(scheduler, _times(scheduler))
 
 
 def _heun(steps: int) -> Walk:
     """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001, then one Euler step to 0."""
-    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler: Any = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(steps)
     return Walk(scheduler, _times(scheduler))
 

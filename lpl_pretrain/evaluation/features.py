@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -58,7 +59,7 @@ def load_extractor(protocol: EvaluateConfig, device: torch.device) -> Extractor:
 
 
 def efficientnet_lite0(device: torch.device) -> Extractor:
-    network = timm.create_model(LITE0)
+    network: Any = timm.create_model(LITE0)
     network.load_state_dict(efficientnet_lite0_weights())
     network.reset_classifier(0)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ Input:   uint8 (N, 3, H, W), resized as TensorFlow 1 did (corners at 0, no half-
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ def maximum(x: Tensor) -> Tensor:
     return max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
 
-def with_pool(block: type[nn.Module], pool: Callable[[Tensor], Tensor]) -> type[nn.Module]:
-    """`block` with its pooling branch, always the last one, computed through `pool`."""
+def with_pool(block: Any, pool: Callable[[Tensor], Tensor]) -> type[nn.Module]:
+    """The class `block` with its pooling branch, always the last one, computed through `pool`."""
     class Pooled(block):
         def _forward(self, x: Tensor) -> list[Tensor]:
             return [*super()._forward(x)[:-1], self.branch_pool(pool(x))]

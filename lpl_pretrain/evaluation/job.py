@@ -55,18 +55,17 @@ def score(run: TrainedRun, protocol: EvaluateConfig, extractor: Extractor, refer
     """Generates, compares and writes the record of one step."""
     run.load(step, protocol.weights)
     manifest = (run.run_dir.checkpoint(step) / MANIFEST).read_bytes()
-    results, shown = [], None
+    results: list[dict[str, Any]] = []
+    shown: dict[float, Tensor] = {}
     for scale in protocol.guidance_scales:
         started = time.monotonic()
-        statistics, first = generated_statistics(run, protocol, extractor, scale, f"step {step}, guidance {scale:g}")
+        statistics, shown[scale] = generated_statistics(run, protocol, extractor, scale, f"step {step}, guidance {scale:g}")
         distance = frechet_distance(statistics, reference.statistics)
         results.append({"guidance_scale": scale, "metric": extractor.metric, "value": distance, "images": statistics.count,
                         "seconds": round(time.monotonic() - started, 2)})
-        if scale == max(protocol.guidance_scales):
-            shown = first
     samples = run.run_dir.samples(step, protocol.name)
     if protocol.grid_images:
-        publish_grid(samples, shown)
+        publish_grid(samples, shown[max(protocol.guidance_scales)])
     record = {
         "format_version": FORMAT_VERSION, "step": step, "samples_seen": step * run.config.batch.global_batch_size,
         "results": results,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lpl_pretrain.config.schema import ParallelConfig
@@ -29,7 +30,7 @@ class ZeroStrategy(Strategy):
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
         super().__init__(config, world, device)
         assert config.zero_config is not None
-        self._tuning = read_zero_config(config.zero_config)
+        self._path, self._tuning = config.zero_config, read_zero_config(config.zero_config)
         self._stage: int = self._tuning["zero_optimization"]["stage"]
 
     def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
@@ -38,10 +39,14 @@ class ZeroStrategy(Strategy):
         self._parameters = dict(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._optimizer = make_optimizer(list(self._parameters.values()))
-        self._engine, self._zero, _, _ = deepspeed.initialize(model=door, optimizer=self._optimizer, config=self._engine_config())
+        try:
+            engine = deepspeed.initialize(model=door, optimizer=self._optimizer, config=self._engine_config())[0]
+        except ValidationError as error:
+            raise ConfigError(f"{self._path}: DeepSpeed refuses it: {error}") from error
+        self._engine, self._zero = engine, engine.optimizer
         self._with_partitions(materialize_state)
         self._start_from(initial)
-        return self._engine
+        return engine
 
     def _engine_config(self) -> dict[str, Any]:
         config = {**self._tuning, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
@@ -118,7 +123,7 @@ class ZeroStrategy(Strategy):
             wanted = initial[piece.name].view(-1)[piece.start : piece.stop]
             rounded = wanted.to(self.recipe.working or wanted.dtype).to(wanted.dtype)
             if not torch.equal(piece.tensor, rounded):
-                raise ConfigError(f"parallel.zero_config: elements {piece.start}..{piece.stop} of {piece.name} are not where "
+                raise ConfigError(f"{self._path}: elements {piece.start}..{piece.stop} of {piece.name} are not where "
                                   f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use another strategy")
             piece.tensor.copy_(wanted)
         self._refresh_working_copies()

@@ -97,7 +97,7 @@ def _squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def materialize_state(optimizer: Optimizer) -> None:
-    """Create the moments as the first update would, and change nothing else: an update with zero gradients at a zero rate."""
+    """Create the moments as the first update would, at zero, and change nothing else: a zero gradient at a zero learning rate."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:
@@ -108,7 +108,10 @@ def materialize_state(optimizer: Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    set_steps(optimizer, 0)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()  # weight decay may have reached a moment; and one update was counted
 
 
 def set_steps(optimizer: Optimizer, steps: int) -> None:

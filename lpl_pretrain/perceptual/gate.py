@@ -18,8 +18,9 @@ def max_noise_level(gate: GateConfig, schedule: Schedule) -> float:
         return gate.max_noise_level
     if gate.min_snr is not None:
         return gate.min_snr**-0.5
-    below_and_at = torch.tensor([gate.max_timestep - 1, gate.max_timestep], dtype=torch.float64).clamp(max=TIMESTEPS - 1) / TIMESTEPS
-    return schedule.noise_level(below_and_at).mean().item()  # between the last timestep that passes and the first that does not
+    assert gate.max_timestep is not None
+    last_in, first_out = (min(timestep, TIMESTEPS - 1) / TIMESTEPS for timestep in (gate.max_timestep - 1, gate.max_timestep))
+    return schedule.noise_level(torch.tensor([last_in, first_out], dtype=torch.float64)).mean().item()
 
 
 def gate_share(threshold: float, schedule: Schedule, timesteps: TimestepConfig) -> float:

@@ -29,6 +29,10 @@ class StageReport:
     keep_fraction: Tensor  # share of positions that the outlier mask kept
     std_ratio: Tensor      # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
 
+    @classmethod
+    def concatenate(cls, parts: list[StageReport]) -> StageReport:
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
 
 @dataclass(frozen=True, slots=True)
 class PerceptualTerm:
@@ -51,10 +55,9 @@ class LatentPerceptualLoss(nn.Module):
         (K,) bool is False a sample is compared with itself: finite, and exactly 0.
         """
         z0_hat = torch.where(gate.view(-1, 1, 1, 1), z0_hat.detach(), z0)
-        chunks = [self._chunk(*pieces) for pieces in zip(*(x.split(self.config.chunk_size) for x in (z0, z0_hat, gate)), strict=True)]
-        losses, gradients, reports = zip(*chunks, strict=True)
-        stages = {name: StageReport(*(torch.cat([getattr(report[name], field) for report in reports])
-                                      for field in ("contribution", "keep_fraction", "std_ratio"))) for name in self.features.stages}
+        inputs = zip(*(x.split(self.config.chunk_size) for x in (z0, z0_hat, gate)), strict=True)
+        losses, gradients, reports = zip(*(self._chunk(*chunk) for chunk in inputs), strict=True)
+        stages = {name: StageReport.concatenate([report[name] for report in reports]) for name in self.features.stages}
         return PerceptualTerm(torch.cat(losses), torch.cat(gradients), stages)
 
     def _chunk(self, z0: Tensor, z0_hat: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
@@ -70,14 +73,14 @@ class LatentPerceptualLoss(nn.Module):
     def distance(self, predicted: dict[str, Tensor], clean: dict[str, Tensor], latent_side: int) -> tuple[Tensor, dict[str, StageReport]]:
         """(K,) loss per sample and what each stage did."""
         reports = {}
-        total: Tensor | float = 0.0
+        total = torch.zeros(())
         for name in predicted:
             phi_hat, phi = predicted[name].float(), clean[name].float()
             omega = latent_side / phi.shape[-1] if self.config.depth_weights == "inverse_resolution" else 1.0
             difference = torch.sub(*normalize(phi_hat, phi, self.config.normalize))
             keep = self._keep(stage_number(name), phi_hat, phi)
             contribution = omega / len(predicted) * (keep * difference).square().mean(dim=(1, 2, 3))
-            total = total + contribution
+            total = total.to(contribution) + contribution
             with torch.no_grad():
                 ratio = phi_hat.std(dim=(2, 3)).mean(dim=1) / phi.std(dim=(2, 3)).mean(dim=1).clamp(min=1e-12)
                 reports[name] = StageReport(contribution.detach(), keep.mean(dim=(1, 2, 3)), ratio)
@@ -87,4 +90,5 @@ class LatentPerceptualLoss(nn.Module):
         outliers = self.config.outliers
         if not outliers.enabled or stage < outliers.first_stage:
             return torch.ones_like(phi)
-        return keep_mask(phi if outliers.source == "target" else phi_hat, quantile=outliers.quantile, margin=outliers.margin, stage=stage)
+        source = phi if outliers.source == "target" else phi_hat
+        return keep_mask(source, quantile=outliers.quantile, margin=outliers.margin, stage=stage)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ from lpl_pretrain.report.record import Series
 INK, GRID, EVENT = "#010101", "#020202", "#030303"
 COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
 VARIABLES = {INK: "--muted", GRID: "--line", EVENT: "--event", **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)}}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "none", "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "lpl-pretrain",
     "font.family": ["sans-serif"], "font.size": 8.5, "text.color": INK,
     "axes.edgecolor": GRID, "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
@@ -71,12 +72,14 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Running mean over about a fortieth of the series on both sides, shorter at the ends; not-finite values do not spread."""
-    half = max(1, len(values) // 40)
-    means = []
-    for i in range(len(values)):
-        window = [value for value in values[max(0, i - half):i + half + 1] if math.isfinite(value)]
-        means.append(sum(window) / len(window) if window else math.nan)
-    return means
+    half, sums, counts = max(1, len(values) // 40), [0.0], [0]
+    for value in values:
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (counts[stop] - counts[start]) if counts[stop] > counts[start] else math.nan
+            for start, stop in ends]
 
 
 def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, colour: str) -> None:

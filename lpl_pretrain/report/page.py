@@ -41,7 +41,7 @@ def write_report(run_dir: RunDir) -> Path:
 def render(record: RunRecord) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, when=when, json=lambda value: json.dumps(value, ensure_ascii=False))
+    environment.filters.update(when=when)
     name = record.settings.get("name") or record.run_dir.path.name
     return environment.get_template(TEMPLATE).render(
         style=Markup((HERE / STYLE_SHEET).read_text()), name=name, status=status(record), tiles=tiles(record),
@@ -157,7 +157,7 @@ def training_seconds(record: RunRecord) -> float:
     seconds, before = 0.0, 0
     for line in record.lines:
         seen, rate = line.get("samples_seen"), line.get("samples_per_s")
-        if seen is None or not rate:
+        if seen is None or not rate or not math.isfinite(rate):
             return 0.0
         seconds, before = seconds + (seen - before) / rate, seen
     return seconds

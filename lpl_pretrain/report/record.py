@@ -47,7 +47,8 @@ class RunRecord:
     def stages(self, quantity: str) -> dict[str, Series]:
         """Decoder stage -> its `lpl/stage/<stage>/<quantity>`, in the order in which they are logged."""
         names = dict.fromkeys(key for line in self.lines for key in line)
-        return {name.split("/")[2]: self.series(name) for name in names if name.startswith("lpl/stage/") and name.endswith("/" + quantity)}
+        found = [name for name in names if name.startswith("lpl/stage/") and name.endswith(f"/{quantity}")]
+        return {name.split("/")[2]: self.series(name) for name in found}
 
     def protocols(self) -> dict[str, list[dict[str, Any]]]:
         names = dict.fromkeys(record["protocol"]["name"] for record in self.evaluations)
@@ -56,11 +57,22 @@ class RunRecord:
 
 def read_run(run_dir: RunDir) -> RunRecord:
     problems: list[str] = []
-    config_text = run_dir.config.read_text() if run_dir.config.is_file() else ""
+    settings, config_text = read_config(run_dir.config, problems)
     provenance = _read_json(run_dir.provenance, problems) if run_dir.provenance.is_file() else {}
     lines, events = read_metrics(run_dir.metrics, problems)
-    return RunRecord(run_dir, yaml.safe_load(config_text) or {}, config_text, provenance, lines, events,
+    return RunRecord(run_dir, settings, config_text, provenance, lines, events,
                      read_evaluations(run_dir, problems), problems)
+
+
+def read_config(path: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
+    """(plain data, text as it stands)."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        problems.append(f"{path.name}: not valid YAML ({problem})")
+        return {}, text
+    return settings if isinstance(settings, dict) else {}, text
 
 
 def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -84,9 +96,14 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
 
 
 def read_evaluations(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:
-    records = [_read_json(path, problems) for path in sorted(run_dir.path.glob("evaluations/step_*/*.json"))]
-    whole = [record for record in records if {"step", "results", "protocol"} <= record.keys()]
-    return sorted(whole, key=lambda record: (record["protocol"]["name"], record["step"]))
+    records = []
+    for path in sorted(run_dir.path.glob("evaluations/step_*/*.json")):
+        record = _read_json(path, problems)
+        if {"step", "results", "protocol"} <= record.keys() and record["results"]:
+            records.append(record)
+        elif record:
+            problems.append(f"{path.relative_to(run_dir.path)}: holds no score; evaluate that step again")
+    return sorted(records, key=lambda record: (record["protocol"]["name"], record["step"]))
 
 
 def _parse_line(text: str) -> dict[str, Any] | None:

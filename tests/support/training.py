@@ -17,6 +17,12 @@ from lpl_pretrain.runtime.world import World
 from tests.support.tiny import BLOCKS, GLOBAL_BATCH, batch, tiny
 
 ROOT = Path(__file__).parents[2]
+JSON_OF = {
+    "zero1": "configs/zero/zero1.json",
+    "zero2": "configs/zero/zero2.json",
+    "zero3": "tests/support/zero3_partitioned.json",  # the shipped one keeps parameters this small whole on every rank
+    "zero3_shipped": "configs/zero/zero3.json",
+}
 NO_CLIPPING = 1e9
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=1.0),
@@ -26,7 +32,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Case:
-    strategy: str = "local"  # zero1, zero2, zero3 name their JSON too
+    strategy: str = "local"  # or a key of JSON_OF
     precision: str = "fp64"
     optimizer: str = "sgd"
     grad_accum_steps: int = 1
@@ -35,9 +41,8 @@ class Case:
     ema_decay: float = 0.9
 
     def config(self) -> ParallelConfig:
-        if self.strategy.startswith("zero"):
-            json = str(ROOT / "configs" / "zero" / f"{self.strategy}.json")
-            return ParallelConfig(strategy="zero", zero_config=json, precision=self.precision)
+        if self.strategy in JSON_OF:
+            return ParallelConfig(strategy="zero", zero_config=str(ROOT / JSON_OF[self.strategy]), precision=self.precision)
         return ParallelConfig(strategy=self.strategy, precision=self.precision)
 
 

@@ -1,0 +1,105 @@
+"""Which checkpoints stay, and in what order a checkpoint becomes one; on one process, under the local strategy."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lpl_pretrain.checkpoint import manager as module
+from lpl_pretrain.checkpoint.manager import CheckpointManager
+from lpl_pretrain.checkpoint.manifest import Manifest, damage
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import CheckpointConfig
+from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.runtime.world import World
+from tests.support.training import Case, Training
+
+
+@pytest.fixture
+def run():
+    return Training(World(), torch.device("cpu"), Case(optimizer="adamw", precision="fp32", lr=0.01)).train(1)
+
+
+def manager(folder, **options) -> CheckpointManager:
+    return CheckpointManager(RunDir(folder), CheckpointConfig(**options))
+
+
+@pytest.mark.parametrize("options, kept", [
+    ({"keep_last": 1}, [6]),
+    ({"keep_last": 3}, [4, 5, 6]),
+    ({"keep_last": 1, "keep_every_steps": 2}, [2, 4, 6]),
+    ({"keep_last": 2, "keep_every_steps": 3}, [3, 5, 6]),
+])
+def test_retention(tmp_path, run, options, kept):
+    keeper = manager(tmp_path, **options)
+    for step in range(1, 7):
+        keeper.save(step, run.strategy, run.ema, {})
+    assert keeper.run_dir.complete_checkpoints() == kept
+    assert sorted(path.name for path in keeper.run_dir.checkpoints.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+def test_nothing_to_restore(tmp_path, run):
+    assert manager(tmp_path).restore_latest(run.strategy, run.ema) is None
+
+
+def test_files_and_manifest(tmp_path, run):
+    folder = manager(tmp_path).save(12, run.strategy, run.ema, {"seed": 3})
+    assert {path.name for path in folder.iterdir()} == {"index.json", "manifest.json", "pieces_00000.safetensors", "state.json"}
+    manifest = Manifest.read(folder)
+    assert (manifest.step, manifest.optimizer_steps, manifest.world_size, manifest.format) == (12, 1, 1, 1)
+    assert json.loads((folder / "state.json").read_text()) == {"seed": 3}
+    assert damage(folder) is None
+
+
+def test_saving_a_step_again_replaces_it(tmp_path, run):
+    keeper = manager(tmp_path)
+    keeper.save(1, run.strategy, run.ema, {"try": 1})
+    run.train(1)
+    keeper.save(1, run.strategy, run.ema, {"try": 2})
+    wanted = [piece.tensor.clone() for piece in run.strategy.local_params()]
+    run.train(1)
+    assert keeper.restore_latest(run.strategy, run.ema) == {"try": 2}
+    assert all(torch.equal(a.tensor, b) for a, b in zip(run.strategy.local_params(), wanted, strict=True))
+    assert run.strategy.optimizer_steps == 2
+
+
+def test_leftovers_are_swept(tmp_path, run):
+    keeper = manager(tmp_path)
+    for name in (".writing_step_00000009", ".removing_step_00000003"):
+        (keeper.run_dir.checkpoints / name).mkdir(parents=True)
+        (keeper.run_dir.checkpoints / name / "manifest.json").write_text("{}")
+    assert keeper.restore_latest(run.strategy, run.ema) is None
+    assert not list(keeper.run_dir.checkpoints.iterdir())
+
+
+def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkeypatch):
+    """A crash before the manifest, or before the rename, leaves no checkpoint behind."""
+    keeper = manager(tmp_path)
+
+    def crash(*args):
+        raise OSError("pulled the plug")
+
+    monkeypatch.setattr(module, "merge_parts", crash)
+    with pytest.raises(CheckpointError, match="step_00000001: cannot be published: OSError: pulled the plug"):
+        keeper.save(1, run.strategy, run.ema, {})
+    half = keeper.run_dir.checkpoints / ".writing_step_00000001"
+    assert half.is_dir() and not (half / "manifest.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(Manifest, "write", crash)
+    with pytest.raises(CheckpointError, match="pulled the plug"):
+        keeper.save(1, run.strategy, run.ema, {})
+    assert (half / "state.json").exists() and not (half / "manifest.json").exists()
+    assert keeper.run_dir.complete_checkpoints() == []
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda folder: (folder / "pieces_00000.safetensors").write_bytes(b"short"), "5 bytes, the manifest says"),
+    (lambda folder: (folder / "index.json").unlink(), "No such file"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'), "TypeError"),
+    (lambda folder: (folder / "manifest.json").write_text("[]"), "TypeError"),
+])
+def test_damage_is_named(tmp_path, run, harm, words):
+    folder = manager(tmp_path).save(1, run.strategy, run.ema, {})
+    harm(folder)
+    assert words in damage(folder)

@@ -1,0 +1,197 @@
+"""The report builds from whatever is there, needs nothing else, and says what is missing."""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from lpl_pretrain.cli import report as command
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.report.charts import Chart, draw, smoothed
+from lpl_pretrain.report.page import clock, number, render, spread, write_report
+from lpl_pretrain.report.record import Series, read_run
+from tests.unit.report.conftest import metrics
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page; fails on tags that do not close in order."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.attributes, self.words, self.tags = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(run: RunDir) -> Page:
+    return Page(write_report(run).read_text())
+
+
+def outside_references(page: Page) -> list[str]:
+    """Values of attributes that would make a browser fetch something."""
+    fetched = ("src", "href", "xlink:href")
+    return [value for name, value in page.attributes if value and name != "alt"
+            and ("http:" in value or "https:" in value or (name in fetched and not value.startswith(("data:", "#"))))]
+
+
+def test_a_whole_run(run):
+    page = page_of(run)
+    for words in ("complete", "120", "960", "100", "15.0 times the data", "resumed once", "quick, guidance 2.5", "20.0%", "30 → 24",
+                  "fd_x", "biased upwards", "step 120, guidance 2.5, ema weights", "some of the 5 pictures", "SIGTERM", "something new",
+                  "x.yaml"):
+        assert words in page.text, words
+    assert page.tags.count("svg") == 10 and page.tags.count("img") == 3
+    assert not list(run.path.glob("*.tmp"))
+
+
+def test_needs_nothing_else(run):
+    page, text = page_of(run), run.report.read_text()
+    assert outside_references(page) == []
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert "@import" not in text and "url(" not in text.replace("url(#", "")
+
+
+def test_outside_references_are_seen():
+    for tag in ('<img src="https://x/y.png">', '<img src="y.png">', '<a href="http://x"></a>', '<svg xmlns="http://w3.org"></svg>'):
+        assert outside_references(Page(tag))
+
+
+def test_text_is_escaped(run):
+    text = write_report(run).read_text()
+    assert "<b>tiny</b>" not in text and "&lt;b&gt;tiny&lt;/b&gt; &amp; co" in text
+    assert "<script>" not in text and "&lt;script&gt;" in text
+
+
+def test_steps_trained_again_count_once_and_the_last_counts(run):
+    record = read_run(run)
+    series = record.series("loss/total")
+    assert series.steps == list(range(1, 121))
+    assert max(series.values[75:]) < 1  # what was logged beyond the resume, before it, is gone
+    with run.metrics.open("a") as file:
+        file.write(json.dumps(metrics(120, mark=3.0)) + "\n")
+    assert read_run(run).series("loss/total").values[-1] > 3
+
+
+def test_steps_beyond_a_resume_that_are_not_reached_again_are_dropped(run):
+    lines = [metrics(10), metrics(20), {"event": "resumed", "step": 15}, metrics(18)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(run).series("loss/total").steps == [10, 18]
+
+
+def test_a_torn_line_is_skipped_and_said(run):
+    run.metrics.write_text(run.metrics.read_text() + '{"step": 121, "loss/to')
+    page = page_of(run)
+    assert "1 unreadable line skipped" in page.text and read_run(run).lines[-1]["step"] == 120
+
+
+@pytest.mark.parametrize("gone, said", [
+    ("config.yaml", "config.yaml is missing"), ("provenance.json", "provenance.json is missing"),
+    ("evaluations", "No checkpoint is scored yet"), ("samples", "No sample grids"), ("metrics.jsonl", "Nothing logged yet")])
+def test_missing_parts_are_named(run, gone, said):
+    path = run.path / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert said in page_of(run).text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "provenance.json", "evaluations/step_00000060/quick.json"])
+def test_damaged_parts_are_named(run, name):
+    (run.path / name).write_text("{ not: [valid")
+    assert f"{name.split('/')[-1]}: not valid" in page_of(run).text
+
+
+def test_a_run_without_lpl_says_so(run):
+    run.config.write_text(run.config.read_text().split("lpl:")[0] + "lpl: null\n")
+    run.metrics.write_text(json.dumps(metrics(1)) + "\n")
+    assert "without the Latent Perceptual Loss" in page_of(run).text
+
+
+def test_an_evaluation_without_scores_is_named(run):
+    path = run.evaluation(60, "quick")
+    path.write_text(json.dumps({"step": 60, "results": [], "protocol": {"name": "quick"}}))
+    assert "quick.json: holds no score" in page_of(run).text
+
+
+def test_not_finite_numbers_are_drawn_around(run):
+    wrong = {"loss/diffusion": math.nan, "grad_norm": math.inf, "samples_per_s": math.nan}
+    lines = [{**metrics(step), **wrong} for step in range(1, 30)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Gradient norm" in page_of(run).text
+
+
+def test_status(run):
+    kept = run.metrics.read_text().splitlines()[:81]  # up to the event `stopped`
+    run.metrics.write_text("\n".join(kept) + "\n")
+    assert "stopped at step 75; the same command resumes" in page_of(run).text
+    run.metrics.write_text("\n".join(kept[:50]) + "\n")
+    assert "at step 50, running or interrupted" in page_of(run).text
+
+
+def test_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not a run directory"):
+        write_report(RunDir(tmp_path))
+
+
+def test_command(run, capsys):
+    command.run(str(run.path))
+    assert "report.html" in capsys.readouterr().out and run.report.is_file()
+
+
+def test_the_same_files_make_the_same_charts(run):
+    first, second = (render(read_run(run)).split("<footer>")[0] for _ in range(2))
+    assert first == second
+
+
+def test_charts_stay_small_and_mark_interruptions():
+    long = Series(list(range(1, 50_001)), [1 + math.sin(i / 3) / 2 for i in range(50_000)])
+    plain, marked = draw(Chart("x", {"a": long}), [], 50_000), draw(Chart("x", {"a": long}), [25_000], 50_000)
+    assert len(plain) < 60_000 and marked.count("var(--event)") > plain.count("var(--event)")
+    assert "#0a0001" not in plain and "var(--series-1)" in plain
+
+
+def test_smoothing_keeps_constants_and_does_not_spread_nan():
+    assert smoothed([2.0] * 100) == [2.0] * 100
+    noisy = [1.0, -1.0] * 100
+    assert max(map(abs, smoothed(noisy))) < 0.5
+    assert all(map(math.isfinite, smoothed([1.0, math.nan, 1.0])))
+
+
+@pytest.mark.parametrize("value, words", [
+    (None, "–"), (math.nan, "–"), (96_000, "96,000"), (1_730_000, "1.73M"), (211.4, "211"), (0.0412, "0.0412")])
+def test_number(value, words):
+    assert number(value) == words
+
+
+@pytest.mark.parametrize("seconds, words", [(12, "12 s"), (480, "8 min"), (7_500, "2 h 05 min")])
+def test_clock(seconds, words):
+    assert clock(seconds) == words
+
+
+def test_spread_keeps_the_ends():
+    assert spread(list(range(100)), 6) == [0, 20, 40, 59, 79, 99] and spread([1, 2], 6) == [1, 2]
