@@ -12,6 +12,7 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import differences, resolve_path
 from lpl_pretrain.config.schema import Prediction, ScheduleKind, StrategyKind, TrainConfig
+from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError, DataError
 
 FREE_TO_CHANGE = ("run_dir", "steps", "checkpoint", "log", "parallel", "batch.micro_batch_size", "autoencoder", "data.folder")
@@ -40,6 +41,8 @@ def micro_batch_size(config: TrainConfig, dp_world_size: int) -> int:
 def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> None:
     """Raises ConfigError or DataError that lists everything that does not fit together."""
     grad_accum_steps(config, dp_world_size)
+    if config.parallel.zero_config is not None:
+        read_zero_config(config.parallel.zero_config)
     problems = [*_diffusion(config), *_lpl(config), *_model(config, index), *_strategy(config, dp_world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
