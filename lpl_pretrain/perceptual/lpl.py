@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from lpl_pretrain.config.schema import LPLConfig
 from lpl_pretrain.perceptual.features import DecoderFeatures, stage_number
-from lpl_pretrain.perceptual.normalize import normalize
+from lpl_pretrain.perceptual.normalize import Moments, normalized_difference
 from lpl_pretrain.perceptual.outliers import keep_mask
+
+COMPUTE = torch.float32
+"""Features may come in bf16; distances are taken in this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +78,21 @@ class LatentPerceptualLoss(nn.Module):
         reports = {}
         total = torch.zeros(())
         for name in predicted:
-            phi_hat, phi = predicted[name].float(), clean[name].float()
+            # plain memory order: statistics, quantiles and masks all run along the positions of a channel
+            phi_hat, phi = (x[name].to(COMPUTE, memory_format=torch.contiguous_format) for x in (predicted, clean))
+            moments_hat, moments = Moments.of(phi_hat), Moments.of(phi)
             omega = latent_side / phi.shape[-1] if self.config.depth_weights == "inverse_resolution" else 1.0
-            difference = torch.sub(*normalize(phi_hat, phi, self.config.normalize))
-            keep = self._keep(stage_number(name), phi_hat, phi)
+            difference = normalized_difference(phi_hat, phi, self.config.normalize, moments_hat, moments)
+            keep = self._keep(stage_number(name), phi_hat, phi, moments_hat, moments)
             contribution = omega / len(predicted) * (keep * difference).square().mean(dim=(1, 2, 3))
             total = total.to(contribution) + contribution
-            with torch.no_grad():
-                ratio = phi_hat.std(dim=(2, 3)).mean(dim=1) / phi.std(dim=(2, 3)).mean(dim=1).clamp(min=1e-12)
-                reports[name] = StageReport(contribution.detach(), keep.mean(dim=(1, 2, 3)), ratio)
+            ratio = moments_hat.std.mean(dim=(1, 2, 3)) / moments.std.mean(dim=(1, 2, 3)).clamp(min=1e-12)
+            reports[name] = StageReport(contribution.detach(), keep.to(COMPUTE).mean(dim=(1, 2, 3)), ratio)
         return total, reports
 
-    def _keep(self, stage: int, phi_hat: Tensor, phi: Tensor) -> Tensor:
+    def _keep(self, stage: int, phi_hat: Tensor, phi: Tensor, moments_hat: Moments, moments: Moments) -> Tensor:
         outliers = self.config.outliers
         if not outliers.enabled or stage < outliers.first_stage:
-            return torch.ones_like(phi)
-        source = phi if outliers.source == "target" else phi_hat
-        return keep_mask(source, quantile=outliers.quantile, margin=outliers.margin, stage=stage)
+            return torch.ones_like(phi, dtype=torch.bool)
+        source, std = (phi, moments.std) if outliers.source == "target" else (phi_hat, moments_hat.std)
+        return keep_mask(source, std, quantile=outliers.quantile, margin=outliers.margin, stage=stage)

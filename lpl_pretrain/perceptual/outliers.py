@@ -6,27 +6,40 @@ m = margin x standard deviation; then holes of one or two positions are closed a
 """
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def keep_mask(features: Tensor, *, quantile: float, margin: float, stage: int) -> Tensor:
-    """(B, C, H, W) float32 features -> same shape, 1 where kept and 0 where not; no gradient."""
+def keep_mask(features: Tensor, std: Tensor, *, quantile: float, margin: float, stage: int) -> Tensor:
+    """(B, C, H, W) float32 features and their (B, C, 1, 1) biased std over space -> True where kept."""
     with torch.no_grad():
-        low, high = _thresholds(features.flatten(2), quantile, margin)
-        keep = ((features > low[..., None]) & (features < high[..., None])).to(features.dtype)
+        count = features[0, 0].numel()
+        reach = margin * std * math.sqrt(count / (count - 1))  # the unbiased standard deviation
+        q1, q2 = _quantiles(features.flatten(2), quantile)
+        keep = (features > q1[..., None] - reach) & (features < q2[..., None] + reach)
         dilate, erode = (3, 5) if stage > 2 else (1, 3)  # the first three stages have small maps
-        keep = F.max_pool2d(keep, dilate, stride=1, padding=dilate // 2)
-        return -F.max_pool2d(-keep, erode, stride=1, padding=erode // 2)
+        return ~_dilate(~_dilate(keep, dilate), erode)
 
 
-def _thresholds(flat: Tensor, quantile: float, margin: float) -> tuple[Tensor, Tensor]:
-    """(B, C, N) -> lower and upper bound, each (B, C, 1).  Reads the two tails only: the same values as a full sort."""
+def _quantiles(flat: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """(B, C, N) -> the k-th smallest values at either end, each (B, C, 1).  Reads the two tails only: the same values as a full sort."""
     count = flat.shape[-1]
     lower_rank = max(1, int(quantile * count))
     upper_rank = max(1, int((1 - quantile) * count))
-    q1 = flat.topk(lower_rank, dim=-1, largest=False, sorted=True).values[..., -1:]
-    q2 = flat.topk(count - upper_rank + 1, dim=-1, largest=True, sorted=True).values[..., -1:]
-    reach = margin * flat.std(dim=-1, keepdim=True)
-    return q1 - reach, q2 + reach
+    q1 = flat.topk(lower_rank, dim=-1, largest=False, sorted=False).values.amax(dim=-1, keepdim=True)
+    q2 = flat.topk(count - upper_rank + 1, dim=-1, largest=True, sorted=False).values.amin(dim=-1, keepdim=True)
+    return q1, q2
+
+
+def _dilate(mask: Tensor, size: int) -> Tensor:
+    """True where any position of the size x size neighbourhood is; rows, then columns, on bytes."""
+    for dim in (-2, -1):
+        spread, length = mask.clone(), mask.shape[dim]
+        for shift in range(1, min(size // 2, length - 1) + 1):
+            rest = length - shift
+            spread.narrow(dim, shift, rest).logical_or_(mask.narrow(dim, 0, rest))
+            spread.narrow(dim, 0, rest).logical_or_(mask.narrow(dim, shift, rest))
+        mask = spread
+    return mask

@@ -64,8 +64,8 @@ def outside_references(page: Page) -> list[str]:
 def test_a_whole_run(run):
     page = page_of(run)
     for words in ("complete", "120", "960", "100", "15.0 times the data", "resumed once", "quick, guidance 2.5", "20.0%", "30 → 24",
-                  "fd_x", "biased upwards", "step 120, guidance 2.5, ema weights", "some of the 5 pictures", "SIGTERM", "something new",
-                  "x.yaml"):
+                  "fd_x", "biased upwards", "step 120, guidance 2.5, ema weights", "some of the 5 pictures", "SIGTERM",
+                  "something new", "x.yaml"):
         assert words in page.text, words
     assert page.tags.count("svg") == 10 and page.tags.count("img") == 3
     assert not list(run.path.glob("*.tmp"))
