@@ -1,4 +1,4 @@
-"""Train the small autoencoder that ships in `lpl_pretrain/assets/autoencoder_emoji/`: a `diffusers.AutoencoderKL`, factor 4, 4 channels.
+"""Train the small autoencoder in `lpl_pretrain/assets/autoencoder_emoji/`: a `diffusers.AutoencoderKL`, factor 4, 4 channels.
 
     python tools/train_autoencoder.py --minutes 45        # writes the folder and quality.json beside the weights
     python tools/train_autoencoder.py --measure           # held-out PSNR of the folder as it ships
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--perceptual", type=float, default=0.02)
     parser.add_argument("--kl", type=float, default=1e-6)
     parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--start", type=Path, help="go on from the weights in this folder instead of random ones")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--measure", action="store_true", help="train nothing; print the PSNR of --output")
     args = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = train(read_pictures("train"), args)
     quality = {**measure(model, read_pictures("held_out")), "parameters": sum(p.numel() for p in model.parameters()),
-               "trained": {k: v for k, v in vars(args).items() if k not in ("output", "measure")}}
+               "trained": {k: str(v) for k, v in vars(args).items() if k not in ("output", "measure")}}
     model.half().save_pretrained(args.output)
     (args.output / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
@@ -69,8 +70,8 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
-    model = new_autoencoder().to(memory_format=torch.channels_last)
-    average = new_autoencoder()
+    model = AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else new_autoencoder()
+    model, average = model.to(memory_format=torch.channels_last), new_autoencoder()
     average.load_state_dict(model.state_dict())
     perceptual = PerceptualDistance()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)

@@ -102,8 +102,10 @@ def test_resuming_equals_not_stopping_bit_for_bit(world):
 
 
 def test_has_teeth_another_seed_is_another_run(world):
-    lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=2", "seed=1")
+    """And, in the same launch: wandb mirrors metrics.jsonl, offline."""
+    lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=2", "seed=1", "log.wandb.mode=offline")
     assert losses(world / "seed")[1] != losses(world / "whole")[1]
+    assert list((world / "seed").glob("wandb/offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize("arguments", [["parallel.strategy=fsdp2"], ["parallel.strategy=zero", "parallel.zero_config=configs/zero/zero2.json"]],
