@@ -12,7 +12,8 @@ test: .venv/.ready lint
 	$(BIN)/python -m pytest
 
 lint: .venv/.ready
-	$(BIN)/ruff check lpl_pretrain launch tools tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 .venv/.ready: setup.cfg pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv 2>/dev/null || (apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv)

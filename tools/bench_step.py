@@ -5,6 +5,7 @@
 Bare: latents already in memory, torch.randn noise, autocast, backward, clip, AdamW, EMA.  Ours: everything `train` does in a
 step, that is reading from shards, keyed draws, dealing, metrics, strategy and EMA.  The ratio is the median over rounds.
 """
+
 import argparse
 import statistics
 import time
@@ -45,10 +46,14 @@ def main() -> None:
                 if round_number:  # the first round warms up
                     seconds[name].append(elapsed / args.steps)
     for name, values in seconds.items():
-        print(f"{name}  {1 / statistics.median(values):8.3f} steps/s   median {1000 * statistics.median(values):8.1f} ms   "
-              f"min {1000 * min(values):8.1f} ms   max {1000 * max(values):8.1f} ms")
+        print(
+            f"{name}  {1 / statistics.median(values):8.3f} steps/s   median {1000 * statistics.median(values):8.1f} ms   "
+            f"min {1000 * min(values):8.1f} ms   max {1000 * max(values):8.1f} ms"
+        )
     ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
-    print(f"ours / bare: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to {max(ratios):.4f} over {len(ratios)} rounds")
+    print(
+        f"ours / bare: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to {max(ratios):.4f} over {len(ratios)} rounds"
+    )
 
 
 def bare_loop(run: Run) -> Callable[[int], None]:

@@ -8,6 +8,7 @@ Each base picture (no skin-tone variants, so that near-twins never straddle the 
 as a WebDataset sample `<key>.png/.cls/.txt/.json`.  Train or held-out is decided by a keyed hash of the picture's key.
 The bytes of a PNG depend on the zlib inside Pillow; the version that made the shipped files is in `origin.json`.
 """
+
 import argparse
 import hashlib
 import io
@@ -44,8 +45,9 @@ def main() -> None:
 
 def fetch_package(folder: Path) -> Path:
     try:
-        name = subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE,
-                              text=True).stdout.split()[-1]
+        name = subprocess.run(
+            ["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.split()[-1]
     except FileNotFoundError:
         sys.exit(f"npm is not installed: install it, or unpack {PACKAGE} yourself and pass --package FOLDER")
     with tarfile.open(folder / name) as archive:
@@ -65,14 +67,18 @@ def build(package: Path, output: Path) -> dict:
         key = Path(record["image"]).stem
         split = split_of(key)
         counts[split] += 1
-        writers[split].write({
-            "__key__": key,
-            "png": png_on_white(package / "img" / "google" / "64" / record["image"]),
-            "cls": str(categories.index(record["category"])).encode(),
-            "txt": record["name"].lower().encode(),
-            "json": json.dumps({"class_name": record["category"], "subcategory": record["subcategory"],
-                                "unified": record["unified"]}, sort_keys=True).encode(),
-        })
+        writers[split].write(
+            {
+                "__key__": key,
+                "png": png_on_white(package / "img" / "google" / "64" / record["image"]),
+                "cls": str(categories.index(record["category"])).encode(),
+                "txt": record["name"].lower().encode(),
+                "json": json.dumps(
+                    {"class_name": record["category"], "subcategory": record["subcategory"], "unified": record["unified"]},
+                    sort_keys=True,
+                ).encode(),
+            }
+        )
     for writer in writers.values():
         writer.close()
     origin = {
@@ -107,8 +113,10 @@ def compare(origin: dict, shipped: Path) -> None:
     expected = json.loads((shipped / "origin.json").read_text())
     if origin["files"] == expected["files"]:
         return
-    sys.exit(f"rebuilt files differ from {shipped}: {origin['files']} against {expected['files']}; they were made with "
-             f"Pillow {expected['pillow']}, this is {origin['pillow']} (another zlib writes other PNG bytes)")
+    sys.exit(
+        f"rebuilt files differ from {shipped}: {origin['files']} against {expected['files']}; they were made with "
+        f"Pillow {expected['pillow']}, this is {origin['pillow']} (another zlib writes other PNG bytes)"
+    )
 
 
 if __name__ == "__main__":

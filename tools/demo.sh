@@ -19,7 +19,7 @@ rm -rf $RUN
 say "latents -> checkpoints: ${TRAIN[*]}"
 "${TRAIN[@]}" &
 trainer=$!
-while kill -0 $trainer 2>/dev/null && (( $(steps_done) < 400 )); do sleep 1; done
+while kill -0 $trainer 2>/dev/null && (( $(steps_done) < 500 )); do sleep 1; done
 say "SIGTERM in the middle of it, as a scheduler that wants the machine back would send"
 kill -TERM $trainer
 wait $trainer || true

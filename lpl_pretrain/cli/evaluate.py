@@ -1,4 +1,5 @@
 """`lpl-pretrain evaluate RUN PROTOCOL`: scores what is not scored yet, and a small table."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -24,8 +25,10 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     """One line a step, one column a guidance scale."""
     first, metric = records[0], records[0]["results"][0]["metric"]
     scales = [result["guidance_scale"] for result in first["results"]]
-    lines = [f"{metric} (lower is better), {first['results'][0]['images']} pictures, {first['weights']} weights",
-             f"{'step':>10}" + "".join(f"{f'w={scale:g}':>12}" for scale in scales)]
+    lines = [
+        f"{metric} (lower is better), {first['results'][0]['images']} pictures, {first['weights']} weights",
+        f"{'step':>10}" + "".join(f"{f'w={scale:g}':>12}" for scale in scales),
+    ]
     lines += [f"{record['step']:>10,}" + "".join(f"{result['value']:>12.2f}" for result in record["results"]) for record in records]
     dimension, images = first["extractor"]["dimension"], first["results"][0]["images"]
     if images <= dimension:

@@ -1,4 +1,5 @@
 """The command line: parse, then call one function.  No torch here, so that `--help` answers at once."""
+
 from __future__ import annotations
 
 import sys
@@ -56,7 +57,9 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--sampler-steps", type=int, default=50, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", help="PNG to write; in the run's samples/ when absent.")
-def sample(run: str, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int, output: str | None) -> None:
+def sample(
+    run: str, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int, output: str | None
+) -> None:
     """Draw pictures from the EMA weights of RUN."""
     from lpl_pretrain.cli import sample as command
 

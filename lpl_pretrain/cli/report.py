@@ -1,4 +1,5 @@
 """`lpl-pretrain report RUN`: one self-contained page from a run's files."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """`lpl-pretrain sample RUN`: a grid of pictures from a checkpoint's EMA weights."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,8 +13,9 @@ from lpl_pretrain.errors import ConfigError
 BATCH_SIZE = 64
 
 
-def run(run: str, *, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int,
-        output: str | None) -> None:
+def run(
+    run: str, *, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int, output: str | None
+) -> None:
     if images < 1 or sampler_steps < 1:
         raise ConfigError(f"--images={images} --sampler-steps={sampler_steps}: both are at least 1")
     run_dir = RunDir(Path(run))

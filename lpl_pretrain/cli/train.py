@@ -1,4 +1,5 @@
 """`lpl-pretrain train`: everything that can be refused without torch is refused first; then train or go on."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """What a data folder's `index.json` says: written last by `encode`, read before anything else by everyone."""
+
 from __future__ import annotations
 
 import json
@@ -66,7 +67,9 @@ def read_index(folder: str | Path) -> DatasetIndex:
     except json.JSONDecodeError as problem:
         raise DataError(f"{path}: not valid JSON ({problem}): encode the folder again") from None
     if raw.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version is {raw.get('format_version')!r}, this version reads {FORMAT_VERSION}: encode the folder again")
+        raise DataError(
+            f"{path}: format_version is {raw.get('format_version')!r}, this version reads {FORMAT_VERSION}: encode the folder again"
+        )
     try:
         return DatasetIndex.model_validate(raw)
     except ValidationError as problem:

@@ -2,6 +2,7 @@
 
 Nothing here needs torch, so that a protocol is refused before it costs an allocation.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,17 +17,22 @@ FID_WEIGHTS_SHA256_START = "6726825d"
 FID_WEIGHTS_HELP = (
     "download https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth "
     "(91 MiB; sha256 begins 6726825d; torch-fidelity's weights-inception-2015-12-05-6726825d.pth serves too), put it anywhere, "
-    "such as ~/weights/, and set inception_weights to its path; or set extractor=efficientnet_lite0, which needs no download")
+    "such as ~/weights/, and set inception_weights to its path; or set extractor=efficientnet_lite0, which needs no download"
+)
 
 
 def check_sampler(prediction: Prediction, sampler: SamplerConfig) -> None:
     """Raises ConfigError when `sampler` cannot follow what the denoiser predicts."""
     if sampler.kind not in SAMPLERS[prediction]:
-        raise ConfigError(f"sampler.kind={sampler.kind} with a denoiser trained with diffusion.prediction={prediction.value}: "
-                          f"use {' or '.join(SAMPLERS[prediction])}")
+        raise ConfigError(
+            f"sampler.kind={sampler.kind} with a denoiser trained with diffusion.prediction={prediction.value}: "
+            f"use {' or '.join(SAMPLERS[prediction])}"
+        )
     if sampler.kind == "ddim" and sampler.steps > DISCRETE_TIMESTEPS:
-        raise ConfigError(f"sampler.steps={sampler.steps} with sampler.kind=ddim: its schedule has {DISCRETE_TIMESTEPS} timesteps; "
-                          "use at most that many")
+        raise ConfigError(
+            f"sampler.steps={sampler.steps} with sampler.kind=ddim: its schedule has {DISCRETE_TIMESTEPS} timesteps; "
+            "use at most that many"
+        )
 
 
 def check_protocol(protocol: EvaluateConfig) -> None:
@@ -36,8 +42,9 @@ def check_protocol(protocol: EvaluateConfig) -> None:
     if not protocol.guidance_scales:
         raise ConfigError("guidance_scales=[]: give at least one; 1.0 is no guidance")
     if "/" in protocol.name or protocol.name.startswith("."):
-        raise ConfigError(f"name={protocol.name!r}: it becomes a file name, evaluations/step_*/<name>.json; "
-                          "use letters, digits, - and _")
+        raise ConfigError(
+            f"name={protocol.name!r}: it becomes a file name, evaluations/step_*/<name>.json; use letters, digits, - and _"
+        )
     if protocol.extractor != "inception":
         return
     if protocol.inception_weights is None:

@@ -1,4 +1,5 @@
 """Who an autoencoder is: a hash of its configuration and weights, taken from the files alone."""
+
 from __future__ import annotations
 
 import hashlib
@@ -18,7 +19,9 @@ def autoencoder_identity(folder: Path) -> str:
     config, weights = folder / "config.json", folder / WEIGHTS
     for path in (config, weights):
         if not path.is_file():
-            raise ConfigError(f"autoencoder {folder}: {path.name} not found; wanted a folder as diffusers' save_pretrained writes it")
+            raise ConfigError(
+                f"autoencoder {folder}: {path.name} not found; wanted a folder as diffusers' save_pretrained writes it"
+            )
     settings = {key: value for key, value in json.loads(config.read_text()).items() if key not in DESCRIPTIVE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with weights.open("rb") as file:

@@ -3,6 +3,7 @@
 A file may name another one as its `base:` (path relative to itself) and say only what differs: mappings merge, anything
 else replaces.  A section set to null is switched off.  Overrides come last: `optimizer.lr=3e-4 lpl=null`.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -43,7 +44,9 @@ def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str]
 def load_run_config(run_dir: RunDir) -> TrainConfig:
     """The resolved configuration that a run was started with."""
     if not run_dir.config.is_file():
-        raise ConfigError(f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with `lpl-pretrain train`")
+        raise ConfigError(
+            f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with `lpl-pretrain train`"
+        )
     return load_config(TrainConfig, run_dir.config)
 
 

@@ -1,9 +1,10 @@
 """The name of every file in a run, which checkpoints are complete, and which evaluations are pending.
 
-    runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
-                  checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
-                  evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
+runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
+              checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
+              evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
 """
+
 from __future__ import annotations
 
 import re

@@ -3,6 +3,7 @@
 Suffixes: `_steps` optimizer updates, `_samples` training samples over all ranks, `_px` pixels, `_mib` mebibytes, `_s` seconds.
 No torch in this room: a configuration is checked on a login node, before any accelerator is asked for.
 """
+
 from __future__ import annotations
 
 from enum import Enum
@@ -53,7 +54,7 @@ class DataConfig(Section):
     folder: str
     """Encoded latents: a folder written by `lpl-pretrain encode`, with its index.json."""
     scaling: Literal["autoencoder", "per_channel"] = "autoencoder"
-    """Latents are normalised when read: by the autoencoder's shift and scaling factor, or by the folder's mean and std per channel."""
+    """Latents are normalised by the autoencoder's shift and scaling factor, or by the folder's mean and std per channel."""
     posterior: Literal["sample", "mean"] = "sample"
     """Draw z0 from the stored posterior anew each time a sample is seen, or always use its mean."""
 
@@ -156,7 +157,9 @@ class LPLConfig(Section):
     @model_validator(mode="after")
     def _one_weight(self) -> LPLConfig:
         if (self.weight is None) == (self.target_share is None):
-            raise ValueError(f"set exactly one of weight and target_share; found weight={self.weight}, target_share={self.target_share}")
+            raise ValueError(
+                f"set exactly one of weight and target_share; found weight={self.weight}, target_share={self.target_share}"
+            )
         return self
 
 
@@ -189,8 +192,10 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _zero_needs_json(self) -> ParallelConfig:
         if (self.strategy is StrategyKind.ZERO) != (self.zero_config is not None):
-            raise ValueError(f"zero_config={self.zero_config!r} with strategy={self.strategy.value!r}: "
-                             "name a DeepSpeed JSON, such as configs/zero/zero2.json, with strategy zero and only with it")
+            raise ValueError(
+                f"zero_config={self.zero_config!r} with strategy={self.strategy.value!r}: "
+                "name a DeepSpeed JSON, such as configs/zero/zero2.json, with strategy zero and only with it"
+            )
         return self
 
 

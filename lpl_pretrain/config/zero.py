@@ -4,6 +4,7 @@ Batch, accumulation, clipping, precision and optimizer belong to the run's own c
 conflicts at once.  So are engine features that round, delay or scatter: under them a rank's part of a parameter is no contiguous
 range, or the run is no longer the same run.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -39,8 +40,18 @@ OWNED = {
 }
 """Key of the JSON -> who says it instead."""
 
-TUNING = {"zero_optimization", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown",
-          "steps_per_print", "dump_state", "disable_allgather", "log_level"}
+TUNING = {
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+    "dump_state",
+    "disable_allgather",
+    "log_level",
+}
 
 REFUSED = {
     "offload_optimizer": "offload is not supported yet",
@@ -67,8 +78,9 @@ def read_zero_config(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"parallel.zero_config={str(path)!r}: {error.strerror}; wanted a DeepSpeed JSON file, such as "
-                          "configs/zero/zero2.json") from error
+        raise ConfigError(
+            f"parallel.zero_config={str(path)!r}: {error.strerror}; wanted a DeepSpeed JSON file, such as configs/zero/zero2.json"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -2,6 +2,7 @@
 
 Shapes: moments (B, 2C, H, W) float32, the posterior's mean then its standard deviation;  labels, sample_indices (B,) int64.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Which classes a source has: ids and names are checked over all of it before the first picture is encoded."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -34,8 +35,10 @@ def survey(pictures: Iterable[Picture]) -> Survey:
             raise _out_of_range(picture, MAX_CLASSES)
         first_of.setdefault(label, picture)
         if name is not None and (names.setdefault(label, name), ids.setdefault(name, label)) != (name, label):
-            raise DataError(f"{picture.origin}: class id {label} is named {name!r}; before, id {label} was {names[label]!r} "
-                            f"and {name!r} was id {ids[name]}: give all sources the same classes")
+            raise DataError(
+                f"{picture.origin}: class id {label} is named {name!r}; before, id {label} was {names[label]!r} "
+                f"and {name!r} was id {ids[name]}: give all sources the same classes"
+            )
     if unlabelled and first_of:
         raise DataError(f"{unlabelled.origin}: sample {unlabelled.key!r} has no class, others do: add it, or encode them apart")
     count = 1 + max(names or first_of, default=-1)
@@ -45,5 +48,7 @@ def survey(pictures: Iterable[Picture]) -> Survey:
 
 
 def _out_of_range(picture: Picture, classes: int) -> DataError:
-    return DataError(f"{picture.origin}: sample {picture.key!r} has class id {picture.label}, wanted 0 to {classes - 1} "
-                     f"({classes} classes): correct its .cls")
+    return DataError(
+        f"{picture.origin}: sample {picture.key!r} has class id {picture.label}, wanted 0 to {classes - 1} "
+        f"({classes} classes): correct its .cls"
+    )

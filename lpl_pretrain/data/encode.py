@@ -3,6 +3,7 @@
 Decoding runs ahead on threads while the autoencoder works.  Images are float (B, 3, H_px, W_px) in [-1, 1]; moments are
 stored in float16.  The .json of a sample says `image_sha256`, `source_px` (height, width) and `class_name`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -49,18 +50,21 @@ class _Decoded:
     picture: Picture
     image_sha256: str
     source_px: tuple[int, int]  # height, width
-    pixels: np.ndarray          # uint8 (resolution_px, resolution_px, 3)
+    pixels: np.ndarray  # uint8 (resolution_px, resolution_px, 3)
 
 
 def encode(config: EncodeConfig, autoencoder: Encoder | None = None) -> DatasetIndex:
     """Writes config.output, or leaves it alone when it was made from the same inputs.  Raises ConfigError, DataError."""
     if autoencoder is None:
         from lpl_pretrain.models.autoencoder import load_autoencoder  # imports diffusers: seconds that a given one need not pay
+
         autoencoder = load_autoencoder(config.autoencoder)
     if config.resolution_px % autoencoder.downscale:
         above = -(-config.resolution_px // autoencoder.downscale) * autoencoder.downscale
-        raise ConfigError(f"resolution_px={config.resolution_px} is not a multiple of {autoencoder.downscale}, the pixels per "
-                          f"latent position of autoencoder={config.autoencoder}: choose one that is, such as {above}")
+        raise ConfigError(
+            f"resolution_px={config.resolution_px} is not a multiple of {autoencoder.downscale}, the pixels per "
+            f"latent position of autoencoder={config.autoencoder}: choose one that is, such as {above}"
+        )
     found = survey(read_pictures(config.source))
     if (Path(config.output) / INDEX_NAME).exists():
         return _accept_finished(config, autoencoder, found)
@@ -69,15 +73,23 @@ def encode(config: EncodeConfig, autoencoder: Encoder | None = None) -> DatasetI
 
 def _accept_finished(config: EncodeConfig, autoencoder: Encoder, found: Survey) -> DatasetIndex:
     index = read_index(config.output)
-    pairs = {"autoencoder identity": (index.autoencoder.identity, autoencoder.identity),
-             "resolution_px": (index.resolution_px, config.resolution_px)}
+    pairs = {
+        "autoencoder identity": (index.autoencoder.identity, autoencoder.identity),
+        "resolution_px": (index.resolution_px, config.resolution_px),
+    }
     if all(old == new for old, new in pairs.values()):
-        entries = map_ahead(lambda picture: _source_entry(picture, picture.sha256()), read_pictures(config.source),
-                            threads=DECODE_THREADS, ahead=4 * DECODE_THREADS)
+        entries = map_ahead(
+            lambda picture: _source_entry(picture, picture.sha256()),
+            read_pictures(config.source),
+            threads=DECODE_THREADS,
+            ahead=4 * DECODE_THREADS,
+        )
         pairs["source fingerprint"] = (index.source_fingerprint, _source_fingerprint(entries))
     if differing := [f"{name} {old} there, {new} now" for name, (old, new) in pairs.items() if old != new]:
-        raise DataError(f"output={config.output}: holds a data set made from other inputs ({'; '.join(differing)}): "
-                        "name another output, or remove that folder")
+        raise DataError(
+            f"output={config.output}: holds a data set made from other inputs ({'; '.join(differing)}): "
+            "name another output, or remove that folder"
+        )
     log.info("%s: encoded already from these %d pictures; left alone", config.output, found.samples)
     return index
 
@@ -85,8 +97,12 @@ def _accept_finished(config: EncodeConfig, autoencoder: Encoder, found: Survey) 
 def _encode_all(config: EncodeConfig, autoencoder: Encoder, found: Survey) -> DatasetIndex:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = autoencoder.to(device)
-    decoded = map_ahead(lambda picture: _decode(picture, config.resolution_px), read_pictures(config.source),
-                        threads=DECODE_THREADS, ahead=4 * config.batch_size)
+    decoded = map_ahead(
+        lambda picture: _decode(picture, config.resolution_px),
+        read_pictures(config.source),
+        threads=DECODE_THREADS,
+        ahead=4 * config.batch_size,
+    )
     entries: list[str] = []
     writer = ShardWriter(Path(config.output), int(config.shard_max_mib * 2**20))
     with closing(decoded), progress(found.samples, " pictures", "encode") as bar:
@@ -96,8 +112,9 @@ def _encode_all(config: EncodeConfig, autoencoder: Encoder, found: Survey) -> Da
                 writer.add(item.picture.key, moments, item.picture.label, item.picture.caption, facts)
                 entries.append(_source_entry(item.picture, item.image_sha256))
             bar.update(len(batch))
-    made_by = AutoencoderEntry(identity=autoencoder.identity, downscale=autoencoder.downscale, shift=autoencoder.shift,
-                               scale=autoencoder.scale)
+    made_by = AutoencoderEntry(
+        identity=autoencoder.identity, downscale=autoencoder.downscale, shift=autoencoder.shift, scale=autoencoder.scale
+    )
     return writer.finish(made_by, config.resolution_px, found.classes, _source_fingerprint(entries))
 
 
@@ -120,8 +137,10 @@ def _encode_batch(batch: list[_Decoded], autoencoder: Encoder, device: torch.dev
     if not torch.isfinite(half).all():
         row = int((~torch.isfinite(half)).flatten(1).any(1).nonzero()[0])
         picture, largest = batch[row].picture, moments[row].abs().max().item()
-        raise DataError(f"{picture.origin}: sample {picture.key!r}: its moments reach {largest:g}, wanted finite values up to "
-                        "65504 (float16): remove the picture, or set precision=fp32")
+        raise DataError(
+            f"{picture.origin}: sample {picture.key!r}: its moments reach {largest:g}, wanted finite values up to "
+            "65504 (float16): remove the picture, or set precision=fp32"
+        )
     return half.cpu().numpy()
 
 

@@ -7,6 +7,7 @@ Members of one sample, in this order:
     <key>.txt          caption in UTF-8, when there is one
 A key has no dot after its last slash, because webdataset starts the extension at that dot.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -40,9 +41,9 @@ class ShardLayout:
     """Where the latents of a shard lie; row i is its i-th sample."""
 
     keys: list[str]
-    labels: np.ndarray   # (N,) int64, NO_CLASS without one
+    labels: np.ndarray  # (N,) int64, NO_CLASS without one
     offsets: np.ndarray  # (N,) int64, first byte of the .npy in the file
-    sizes: np.ndarray    # (N,) int64, bytes of the .npy
+    sizes: np.ndarray  # (N,) int64, bytes of the .npy
 
 
 def shard_name(number: int) -> str:
@@ -61,8 +62,10 @@ def split_member_name(name: str, where: str) -> tuple[str, str]:
     """(key, extension) as webdataset splits them.  `where` names the member in errors."""
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or _UNSAFE.search(name):
-        raise DataError(f"{where}: the member name {name!r} is not a plain relative path: pack the tar again without "
-                        "absolute paths, `..`, backslashes or control characters")
+        raise DataError(
+            f"{where}: the member name {name!r} is not a plain relative path: pack the tar again without "
+            "absolute paths, `..`, backslashes or control characters"
+        )
     stem, dot, extension = parts[-1].partition(".")
     if not stem or not dot or not extension:
         raise DataError(f"{where}: the member name {name!r} is not <key>.<extension>: remove it from the tar or rename it")
@@ -86,7 +89,7 @@ def pack_sample(key: str, moments: np.ndarray, label: int | None, caption: str |
 def parse_moments(blob: bytes, shape: tuple[int, int, int], where: str) -> np.ndarray:
     """A float16 view of an .npy's bytes.  Raises DataError when it is anything but float16 of this shape."""
     header = _npy_header(shape)
-    values = blob[len(header):]
+    values = blob[len(header) :]
     if not blob.startswith(header):
         values = _after_other_header(blob, shape, where)
     wanted = 2 * shape[0] * shape[1] * shape[2]
@@ -178,4 +181,4 @@ def _after_other_header(blob: bytes, shape: tuple[int, int, int], where: str) ->
         raise DataError(f"{where}: {MOMENTS} is not a numpy array ({problem}): {_DAMAGED}") from None
     if found_shape != shape or dtype != np.dtype("<f2") or fortran_order:
         raise DataError(f"{where}: {MOMENTS} is {dtype} {found_shape}, index.json wants float16 {shape}: encode the folder again")
-    return blob[stream.tell():]
+    return blob[stream.tell() :]

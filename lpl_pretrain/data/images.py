@@ -4,6 +4,7 @@ A source is an image folder `class/name.png` (class ids follow the sorted folder
 (no classes), a tar, or a folder of tars with samples `<key>.png|jpg|jpeg|webp` + `.cls`, `.txt`, `.json`.
 Pixels are uint8 (H, W, 3).  No torch here: `evaluation` reads its reference pictures through this file too.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -66,8 +67,9 @@ def read_pictures(source: str | list[str]) -> Iterator[Picture]:
         path, before = resolve_path(text), len(seen)
         for picture in _read_source(path):
             if picture.key in seen:
-                raise DataError(f"{picture.origin}: key {picture.key!r} is there twice over all sources, wanted unique keys: "
-                                "rename one")
+                raise DataError(
+                    f"{picture.origin}: key {picture.key!r} is there twice over all sources, wanted unique keys: rename one"
+                )
             seen.add(picture.key)
             yield picture
         if len(seen) == before:
@@ -95,7 +97,7 @@ def to_square(pixels: np.ndarray, resolution_px: int) -> np.ndarray:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     if side == resolution_px:
-        return pixels[top:top + side, left:left + side]
+        return pixels[top : top + side, left : left + side]
     box = (left, top, left + side, top + side)  # as resizing the shorter side and then cropping, without the margins in memory
     return np.asarray(Image.fromarray(pixels).resize((resolution_px, resolution_px), Image.Resampling.LANCZOS, box=box))
 
@@ -123,8 +125,11 @@ def _read_source(path: Path) -> Iterator[Picture]:
 def _read_folder(folder: Path) -> Iterator[Picture]:
     tars = sorted(folder.glob("*.tar"))
     flat = sorted(filter(_is_picture, folder.iterdir()))
-    inside = {sub: sorted(filter(_is_picture, sub.rglob("*"))) for sub in sorted(folder.iterdir())
-              if sub.is_dir() and not sub.name.startswith(".")}
+    inside = {
+        sub: sorted(filter(_is_picture, sub.rglob("*")))
+        for sub in sorted(folder.iterdir())
+        if sub.is_dir() and not sub.name.startswith(".")
+    }
     contents = {"tars": tars, "pictures": flat, "sub-folders of pictures": any(inside.values())}
     if len(kinds := [kind for kind, found in contents.items() if found]) > 1:
         raise DataError(f"{folder}: holds {' and '.join(kinds)}, wanted one of them: name the folder or files that you mean")
@@ -183,19 +188,26 @@ def _walk_tar(file: io.BufferedReader, path: Path) -> Iterator[tuple[str, tarfil
     except tarfile.TarError as problem:
         raise DataError(f"{path}: truncated, or not a tar ({problem}): fetch it again; decompress it if it is compressed") from None
     if end != bytes(BLOCK):
-        raise DataError(f"{path}: truncated or damaged: at byte {tar.offset} of {path.stat().st_size} there is neither a member "
-                        "nor the end mark of a tar: fetch it again")
+        raise DataError(
+            f"{path}: truncated or damaged: at byte {tar.offset} of {path.stat().st_size} there is neither a member "
+            "nor the end mark of a tar: fetch it again"
+        )
 
 
 def _tar_picture(path: Path, fd: int, key: str, members: dict[str, tarfile.TarInfo]) -> Picture:
     where = f"{path}: sample {key!r}"
     found = [extension for extension in PICTURE_EXTENSIONS if extension in members]
     if len(found) != 1:
-        raise DataError(f"{where}: has {len(found)} pictures (members: {', '.join(sorted(members))}), wanted one of "
-                        f"{', '.join(PICTURE_EXTENSIONS)}: complete or remove the sample")
+        raise DataError(
+            f"{where}: has {len(found)} pictures (members: {', '.join(sorted(members))}), wanted one of "
+            f"{', '.join(PICTURE_EXTENSIONS)}: complete or remove the sample"
+        )
     info = members[found[0]]
-    texts = {str(extension): os.pread(fd, members[extension].size, members[extension].offset_data)
-             for extension in ("cls", "txt", "json") if extension in members}
+    texts = {
+        str(extension): os.pread(fd, members[extension].size, members[extension].offset_data)
+        for extension in ("cls", "txt", "json")
+        if extension in members
+    }
     return Picture(key, f"{path}:{key}.{found[0]}", path, info.offset_data, info.size, *_parse_texts(texts, where))
 
 

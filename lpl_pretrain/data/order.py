@@ -3,6 +3,7 @@
 n counts samples over all ranks since the start of training.  Epoch n // N is a permutation of its own, so a global batch
 may span two epochs, and every sample is served exactly once in each.
 """
+
 from __future__ import annotations
 
 from functools import lru_cache

@@ -3,6 +3,7 @@
 The trainer decides who asks for which counts; the stream knows neither ranks nor steps, so resuming is asking for the
 next counts.  Sizes of all shards are checked when it opens; a shard's headers are walked when it is first touched.
 """
+
 from __future__ import annotations
 
 import os
@@ -62,15 +63,18 @@ class LatentStream:
         `requests` is consumed a few batches early; closing the iterator joins the thread.
         """
         pin = torch.cuda.is_available()
-        return map_ahead(lambda request: self.read(request).pin_memory() if pin else self.read(request), requests,
-                         threads=1, ahead=BATCHES_AHEAD)
+        return map_ahead(
+            lambda request: self.read(request).pin_memory() if pin else self.read(request), requests, threads=1, ahead=BATCHES_AHEAD
+        )
 
     def verify_checksums(self) -> None:
         """Reads every byte of the folder."""
         for entry in self.index.shards:
             if (found := file_sha256(self.folder / entry.file)) != entry.sha256:
-                raise DataError(f"{self.folder / entry.file}: sha256 is {found}, index.json says {entry.sha256}: "
-                                "copy the file again, or encode the folder again")
+                raise DataError(
+                    f"{self.folder / entry.file}: sha256 is {found}, index.json says {entry.sha256}: "
+                    "copy the file again, or encode the folder again"
+                )
 
     def _check_sizes(self) -> None:
         for entry in self.index.shards:
@@ -100,8 +104,10 @@ class _Shard:
         lowest = 0 if classes else NO_CLASS
         wrong = np.flatnonzero((self.layout.labels < lowest) | (self.layout.labels >= classes))
         if wrong.size:
-            raise DataError(f"{self.where(wrong[0])}: class id {self.layout.labels[wrong[0]]} is out of range, "
-                            f"index.json has {classes} classes: encode the folder again")
+            raise DataError(
+                f"{self.where(wrong[0])}: class id {self.layout.labels[wrong[0]]} is out of range, "
+                f"index.json has {classes} classes: encode the folder again"
+            )
         self._fd = os.open(path, os.O_RDONLY)
 
     def where(self, place: int) -> str:

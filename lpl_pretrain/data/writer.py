@@ -2,6 +2,7 @@
 
 Without index.json a folder is not a data set, so whatever an interrupted encode left there is removed and made again.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -71,8 +72,9 @@ class ShardWriter:
         self._statistics.add(moments)
         self._labels[label] += 1
 
-    def finish(self, autoencoder: AutoencoderEntry, resolution_px: int, classes: list[str],
-               source_fingerprint: str) -> DatasetIndex:
+    def finish(
+        self, autoencoder: AutoencoderEntry, resolution_px: int, classes: list[str], source_fingerprint: str
+    ) -> DatasetIndex:
         """Publishes index.json and returns what it says."""
         assert self._blobs and self._statistics and self._shape, "no sample was added"
         self._write_shard()

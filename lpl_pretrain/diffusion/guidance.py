@@ -1,4 +1,5 @@
 """Classifier-free guidance (arXiv 2207.12598): `uncond + w (cond - uncond)`, so that w = 1 is the plain conditional model."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 
 
-def guided(model: Callable[..., Tensor], z_t: Tensor, t: Tensor, cond: Any, uncond: Any,
-           guidance_scale: float) -> Tensor:
+def guided(model: Callable[..., Tensor], z_t: Tensor, t: Tensor, cond: Any, uncond: Any, guidance_scale: float) -> Tensor:
     """The model's answer (B, C, H, W) float32 by one forward of 2B rows; of B rows at scale 1, where `uncond` may be None."""
     if guidance_scale == 1.0:
         return model(z_t, t, cond).float()

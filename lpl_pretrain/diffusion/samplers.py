@@ -4,6 +4,7 @@ Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser always sees t, never a
 Shapes:      noise, z_t, z0 (B, C, H, W) float32;  t (B,) float32.
 Steps:       `ddim` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its last, tiny step is an Euler step).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -29,8 +30,17 @@ class Walk:
 
 
 @torch.no_grad()
-def sample(model: Callable[..., Tensor], prediction: Prediction, schedule: Schedule, sampler: SamplerConfig, noise: Tensor,
-           cond: Any, *, uncond: Any = None, guidance_scale: float = 1.0) -> Tensor:
+def sample(
+    model: Callable[..., Tensor],
+    prediction: Prediction,
+    schedule: Schedule,
+    sampler: SamplerConfig,
+    noise: Tensor,
+    cond: Any,
+    *,
+    uncond: Any = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
     """`noise` to z0.  `uncond` is needed where `guidance_scale` is not 1.  Raises ConfigError for a sampler that does not fit."""
     walk = plan_walk(prediction, schedule, sampler)
     z_t = noise
@@ -55,8 +65,12 @@ def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wal
     timestep unless `steps` divides 1,000, and it multiplies betas up in float32; ours are float64 and taken as they are.
     """
     kept = [round(TIMESTEPS * (i + 1) / steps) - 1 for i in range(steps)]
-    scheduler: Any = DDIMScheduler(num_train_timesteps=steps, clip_sample=False, timestep_spacing="trailing",
-                                   prediction_type={Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}[prediction])
+    scheduler: Any = DDIMScheduler(
+        num_train_timesteps=steps,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        prediction_type={Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}[prediction],
+    )
     scheduler.alphas_cumprod = schedule.alphas_cumprod[kept]
     scheduler.set_timesteps(steps)
     return Walk(scheduler, [timestep / TIMESTEPS for timestep in reversed(kept)])

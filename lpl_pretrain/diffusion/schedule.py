@@ -3,6 +3,7 @@
 Convention:  z_t = alpha_t * z0 + sigma_t * eps,  t in [0, 1],  t = 0 is data, t = 1 is noise.
 Shapes:      t, alpha_t, sigma_t (B,) float32.  Discrete schedules have 1,000 timesteps and t = timestep / 1000.
 """
+
 from __future__ import annotations
 
 import math
@@ -68,5 +69,7 @@ def make_schedule(kind: ScheduleKind) -> Schedule:
         return DiscreteSchedule(torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64))
     if kind is ScheduleKind.SCALED_LINEAR:  # latent diffusion, arXiv 2112.10752
         return DiscreteSchedule(torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square())
-    squared_cosine = torch.cos((torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2).square()
+    squared_cosine = torch.cos(
+        (torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2
+    ).square()
     return DiscreteSchedule((1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(max=0.999))  # arXiv 2102.09672, equation 17

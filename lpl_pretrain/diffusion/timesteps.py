@@ -4,6 +4,7 @@ Stratum i of a global batch of B covers [i / B, (i + 1) / B): each t keeps exact
 batch as a whole covers the noise levels evenly, which lowers the variance of the loss and fixes how many samples pass
 the LPL gate (to within one).
 """
+
 from __future__ import annotations
 
 import torch

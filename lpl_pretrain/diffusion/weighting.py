@@ -1,4 +1,5 @@
 """How much each noise level counts in the diffusion loss."""
+
 from __future__ import annotations
 
 import torch

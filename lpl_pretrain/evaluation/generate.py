@@ -3,6 +3,7 @@
 Noise: rng.normal(seed, "sample_noise", i).  Class: a keyed uniform through the training class frequencies.
 Shapes: z0 (B, C, H, W) float32; images (B, 3, H_px, W_px) float32, about [-1, 1]; pixels the same in uint8.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +42,9 @@ class Generator:
     device: torch.device
 
     @torch.no_grad()
-    def images(self, indices: Sequence[int], *, seed: int, sampler: SamplerConfig, guidance_scale: float,
-               precision: str = "fp32") -> Tensor:
+    def images(
+        self, indices: Sequence[int], *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"
+    ) -> Tensor:
         """Pictures `indices` as float images.  `precision` is the denoiser's; the decoder stays in float32."""
         noise = rng.normal(seed, "sample_noise", indices, self.latent_shape).to(self.device)
         labels = draw_classes(seed, indices, self.class_counts).to(self.device)
@@ -52,11 +54,22 @@ class Generator:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 return self.denoiser(z_t, t, cond)
 
-        return self.decode(sample(model, self.prediction, self.schedule, sampler, noise, Conditioning(labels),
-                                  uncond=uncond, guidance_scale=guidance_scale))
+        return self.decode(
+            sample(
+                model,
+                self.prediction,
+                self.schedule,
+                sampler,
+                noise,
+                Conditioning(labels),
+                uncond=uncond,
+                guidance_scale=guidance_scale,
+            )
+        )
 
-    def pixels(self, count: int, batch_size: int, *, seed: int, sampler: SamplerConfig, guidance_scale: float,
-               precision: str = "fp32") -> Iterator[Tensor]:
+    def pixels(
+        self, count: int, batch_size: int, *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"
+    ) -> Iterator[Tensor]:
         """Pictures 0 ... count - 1 in order, uint8 batches on this device.  Raises NonFiniteError."""
         for first in range(0, count, batch_size):
             indices = range(first, min(first + batch_size, count))
@@ -76,6 +89,8 @@ def to_uint8(images: Tensor, first: int = 0) -> Tensor:
     """The one rounding of this project (RULES["uint8"]).  Raises NonFiniteError naming pictures, counted from `first`."""
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise NonFiniteError(f"generated pictures {[first + i for i in bad[:8]]} hold NaN or infinity: these weights cannot be "
-                             "scored; try precision=fp32, or an earlier checkpoint")
+        raise NonFiniteError(
+            f"generated pictures {[first + i for i in bad[:8]]} hold NaN or infinity: these weights cannot be "
+            "scored; try precision=fp32, or an earlier checkpoint"
+        )
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)

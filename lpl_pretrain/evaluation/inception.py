@@ -4,6 +4,7 @@ It is torchvision's InceptionV3 with other pooling branches: averages that do no
 Weights: the file known as pt_inception-2015-12-05-6726825d.pth (pytorch-fid and torch-fidelity share its layout).
 Input:   uint8 (N, 3, H, W), resized as TensorFlow 1 did (corners at 0, no half-pixel centres) and scaled by (x - 128) / 128.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def maximum(x: Tensor) -> Tensor:
 
 def with_pool(block: Any, pool: Callable[[Tensor], Tensor]) -> type[nn.Module]:
     """The class `block` with its pooling branch, always the last one, computed through `pool`."""
+
     class Pooled(block):
         def _forward(self, x: Tensor) -> list[Tensor]:
             return [*super()._forward(x)[:-1], self.branch_pool(pool(x))]
@@ -40,10 +42,20 @@ def fid_inception(state_dict: dict[str, Tensor]) -> inception.Inception3:
     """In eval mode and frozen; call `pooled_features` on it.  Raises RuntimeError when names or shapes do not fit."""
     last = iter((average_without_padding, maximum))
     with torch.device("meta"):
-        network = inception.Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False, inception_blocks=[
-            inception.BasicConv2d, with_pool(inception.InceptionA, average_without_padding), inception.InceptionB,
-            with_pool(inception.InceptionC, average_without_padding), inception.InceptionD,
-            lambda channels: with_pool(inception.InceptionE, next(last))(channels), inception.InceptionAux])
+        network = inception.Inception3(
+            num_classes=CLASSES,
+            aux_logits=False,
+            init_weights=False,
+            inception_blocks=[
+                inception.BasicConv2d,
+                with_pool(inception.InceptionA, average_without_padding),
+                inception.InceptionB,
+                with_pool(inception.InceptionC, average_without_padding),
+                inception.InceptionD,
+                lambda channels: with_pool(inception.InceptionE, next(last))(channels),
+                inception.InceptionAux,
+            ],
+        )
     network.load_state_dict(dict(state_dict), assign=True)  # a plain dict: BatchNorm then forgives that old files lack its counters
     network.fc = nn.Identity()
     return network.float().eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 It meets the trainer in files only: complete checkpoints in, evaluations/step_*/<protocol>.json out, written last and whole.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -46,8 +47,14 @@ def evaluate(run_dir: RunDir, protocol: EvaluateConfig, steps: list[int] | None 
         return []
     device = pick_device()
     run, extractor = open_run(run_dir, device), load_extractor(protocol, device)
-    reference = reference_statistics(run_dir, protocol.reference, run.index.resolution_px, extractor,
-                                     batch_size=protocol.batch_size, grid_images=protocol.grid_images)
+    reference = reference_statistics(
+        run_dir,
+        protocol.reference,
+        run.index.resolution_px,
+        extractor,
+        batch_size=protocol.batch_size,
+        grid_images=protocol.grid_images,
+    )
     return [score(run, protocol, extractor, reference, step) for step in wanted]
 
 
@@ -61,34 +68,56 @@ def score(run: TrainedRun, protocol: EvaluateConfig, extractor: Extractor, refer
         started = time.monotonic()
         statistics, shown[scale] = generated_statistics(run, protocol, extractor, scale, f"step {step}, guidance {scale:g}")
         distance = frechet_distance(statistics, reference.statistics)
-        results.append({"guidance_scale": scale, "metric": extractor.metric, "value": distance, "images": statistics.count,
-                        "seconds": round(time.monotonic() - started, 2)})
+        results.append(
+            {
+                "guidance_scale": scale,
+                "metric": extractor.metric,
+                "value": distance,
+                "images": statistics.count,
+                "seconds": round(time.monotonic() - started, 2),
+            }
+        )
     samples = run.run_dir.samples(step, protocol.name)
     if protocol.grid_images:
         publish_grid(samples, shown[max(protocol.guidance_scales)])
     record = {
-        "format_version": FORMAT_VERSION, "step": step, "samples_seen": step * run.config.batch.global_batch_size,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "samples_seen": step * run.config.batch.global_batch_size,
         "results": results,
         "samples": str(samples.relative_to(run.run_dir.path)) if protocol.grid_images else None,
-        "protocol": protocol.model_dump(mode="json"), "rules": RULES, "weights": protocol.weights,
-        "checkpoint_manifest_sha256": hashlib.sha256(manifest).hexdigest(), "data_fingerprint": run.index.fingerprint,
-        "autoencoder_identity": run.index.autoencoder.identity, "extractor": extractor.identity(), "reference": reference.facts,
+        "protocol": protocol.model_dump(mode="json"),
+        "rules": RULES,
+        "weights": protocol.weights,
+        "checkpoint_manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "data_fingerprint": run.index.fingerprint,
+        "autoencoder_identity": run.index.autoencoder.identity,
+        "extractor": extractor.identity(),
+        "reference": reference.facts,
         "versions": {name: _version(name) for name in PACKAGES},
-        "device": run.generator.device.type, "threads": torch.get_num_threads(),
+        "device": run.generator.device.type,
+        "threads": torch.get_num_threads(),
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     publish_json(run.run_dir.evaluation(step, protocol.name), record)
     return record
 
 
-def generated_statistics(run: TrainedRun, protocol: EvaluateConfig, extractor: Extractor, guidance_scale: float,
-                         desc: str) -> tuple[FeatureStatistics, Tensor]:
+def generated_statistics(
+    run: TrainedRun, protocol: EvaluateConfig, extractor: Extractor, guidance_scale: float, desc: str
+) -> tuple[FeatureStatistics, Tensor]:
     """Statistics of all pictures, and the first `grid_images` of them (N, 3, H_px, W_px) uint8."""
     statistics, shown = FeatureStatistics(extractor.dimension), []
     with progress(protocol.images, "img", desc) as bar:
-        for pixels in run.generator.pixels(protocol.images, protocol.batch_size, seed=protocol.seed, sampler=protocol.sampler,
-                                           guidance_scale=guidance_scale, precision=protocol.precision):
-            shown.append(pixels[:max(protocol.grid_images - statistics.count, 0)].cpu())
+        for pixels in run.generator.pixels(
+            protocol.images,
+            protocol.batch_size,
+            seed=protocol.seed,
+            sampler=protocol.sampler,
+            guidance_scale=guidance_scale,
+            precision=protocol.precision,
+        ):
+            shown.append(pixels[: max(protocol.grid_images - statistics.count, 0)].cpu())
             statistics.update(extractor(pixels))
             bar.update(len(pixels))
     return statistics, torch.cat(shown)
@@ -100,8 +129,11 @@ def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:
         stored = validate(EvaluateConfig, json.loads(path.read_text())["protocol"], where=str(path))
         if changed := differences(stored, protocol):
             lines = [f"  {key}: scored with {old!r}, you ask for {new!r}" for key, (old, new) in changed.items()]
-            raise ConfigError(f"{path} was scored by another protocol of the same name:\n" + "\n".join(lines)
-                              + f"\ngive this one another name, such as name={protocol.name}_2, or set these back")
+            raise ConfigError(
+                f"{path} was scored by another protocol of the same name:\n"
+                + "\n".join(lines)
+                + f"\ngive this one another name, such as name={protocol.name}_2, or set these back"
+            )
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,5 @@
 """From a run directory to something that generates: the run's configuration, data index and autoencoder, the weights of a step."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ class TrainedRun:
         try:
             self.generator.denoiser.load_state_dict(read_full(folder, STORED_AS[weights]))
         except RuntimeError as problem:
-            raise CheckpointError(f"{folder}: its {weights} weights do not fit the model in {self.run_dir.config}: "
-                                  f"{str(problem)[:500]}") from None
+            raise CheckpointError(
+                f"{folder}: its {weights} weights do not fit the model in {self.run_dir.config}: {str(problem)[:500]}"
+            ) from None
 
 
 def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
@@ -43,8 +45,10 @@ def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
     index = read_index(resolve_path(config.data.folder))
     autoencoder = load_autoencoder(config.autoencoder).to(device)
     if autoencoder.identity != index.autoencoder.identity:
-        raise DataError(f"autoencoder={config.autoencoder} is {autoencoder.identity[:12]}, but data.folder={config.data.folder} "
-                        f"was encoded by {index.autoencoder.identity[:12]}: put the autoencoder that made the data back")
+        raise DataError(
+            f"autoencoder={config.autoencoder} is {autoencoder.identity[:12]}, but data.folder={config.data.folder} "
+            f"was encoded by {index.autoencoder.identity[:12]}: put the autoencoder that made the data back"
+        )
     scaling = latent_scaling(config.data.scaling, index)
 
     def decode(z0: Tensor) -> Tensor:
@@ -61,8 +65,9 @@ def complete_step(run_dir: RunDir, step: int | None) -> int:
     """`step`, or the newest, when it is complete.  Raises CheckpointError."""
     complete = run_dir.complete_checkpoints()
     if not complete:
-        raise CheckpointError(f"{run_dir.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train until the "
-                              "first one is saved")
+        raise CheckpointError(
+            f"{run_dir.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train until the first one is saved"
+        )
     if step is None:
         return complete[-1]
     if step not in complete:

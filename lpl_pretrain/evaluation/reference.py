@@ -6,6 +6,7 @@
 
 <key> is a hash of the extractor, the resolution, and the source files' names, sizes and times, which costs no reading.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -34,8 +35,9 @@ class Reference:
     """`pictures`, `fingerprint`, `resolution_px`, `extractor`, and the names of its files relative to the run."""
 
 
-def reference_statistics(run_dir: RunDir, source: str | list[str], resolution_px: int, extractor: Extractor, *,
-                         batch_size: int, grid_images: int) -> Reference:
+def reference_statistics(
+    run_dir: RunDir, source: str | list[str], resolution_px: int, extractor: Extractor, *, batch_size: int, grid_images: int
+) -> Reference:
     """Of every picture in `source`, brought to `resolution_px` as `encode` does.  Raises DataError for an unreadable picture."""
     pictures = list(read_pictures(source))
     stem = run_dir.path / "evaluations" / f"reference_{reference_key(pictures, resolution_px, extractor, grid_images)}"
@@ -56,9 +58,15 @@ def reference_statistics(run_dir: RunDir, source: str | list[str], resolution_px
         save_file(statistics.tensors(), temporary)
     if kept:
         publish_grid(grid, torch.stack(kept))
-    facts = {"pictures": statistics.count, "fingerprint": fingerprint.hexdigest(), "source": source, "resolution_px": resolution_px,
-             "extractor": extractor.identity(), "statistics": str(tensors.relative_to(run_dir.path)),
-             "grid": str(grid.relative_to(run_dir.path)) if kept else None}
+    facts = {
+        "pictures": statistics.count,
+        "fingerprint": fingerprint.hexdigest(),
+        "source": source,
+        "resolution_px": resolution_px,
+        "extractor": extractor.identity(),
+        "statistics": str(tensors.relative_to(run_dir.path)),
+        "grid": str(grid.relative_to(run_dir.path)) if kept else None,
+    }
     publish_json(sidecar, facts)
     return Reference(statistics, facts)
 

@@ -2,6 +2,7 @@
 
 Features (N, D) of any float type; everything kept is float64 on CPU (float32 covariances give wrong scores: torcheval issue 192).
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,8 +24,10 @@ class FeatureStatistics:
         rows = features.detach().to("cpu", torch.float64)
         bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
-            raise DataError(f"features of pictures {[self.count + i for i in bad[:8]]} are not finite: the pictures, or the "
-                            "extractor, hold NaN or infinity")
+            raise DataError(
+                f"features of pictures {[self.count + i for i in bad[:8]]} are not finite: the pictures, or the "
+                "extractor, hold NaN or infinity"
+            )
         if len(rows) == 0:
             return
         batch = FeatureStatistics(rows.shape[1])

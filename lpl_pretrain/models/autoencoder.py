@@ -2,6 +2,7 @@
 
 Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale is what the denoiser sees.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

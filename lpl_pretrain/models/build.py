@@ -1,4 +1,5 @@
 """From a model's section of the configuration and the latents it will see to the network."""
+
 from __future__ import annotations
 
 import torch

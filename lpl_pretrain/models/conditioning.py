@@ -1,4 +1,5 @@
 """What the denoiser is told besides z_t and t."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 Shapes: z_t (B, C, H, W), t (B,) in [0, 1]; the answer has the shape of z_t.  At initialisation the answer is exactly zero.
 """
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -48,7 +49,11 @@ class DiT(nn.Module):
         nn.init.zeros_(projection.bias)
         for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+        for layer in [
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -2,6 +2,7 @@
 
 Tokens are (B, N, D); images of tokens are row-major.
 """
+
 from __future__ import annotations
 
 import math

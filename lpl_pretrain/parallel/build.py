@@ -1,4 +1,5 @@
 """From configuration to strategy."""
+
 from __future__ import annotations
 
 import torch

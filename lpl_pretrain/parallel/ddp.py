@@ -2,6 +2,7 @@
 
 A share is ceil(numel / world_size) elements, so small parameters belong to the first ranks alone.
 """
+
 from __future__ import annotations
 
 import torch.distributed as dist

@@ -4,6 +4,7 @@ The engine is told one micro-batch, one accumulation step and no clipping; accum
 each call.  Checkpoints do not go through the engine: pieces are views of its float32 partitions.  Where those lie is not public, so
 versions that were not read are refused, and `setup` checks every piece against its parameter.
 """
+
 from __future__ import annotations
 
 import logging
@@ -49,8 +50,14 @@ class ZeroStrategy(Strategy):
         return engine
 
     def _engine_config(self) -> dict[str, Any]:
-        config = {**self._tuning, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
-                  "zero_allow_untested_optimizer": True, "communication_data_type": "fp32"}
+        config = {
+            **self._tuning,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "communication_data_type": "fp32",
+        }
         if self.recipe.working is torch.bfloat16:
             config |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         return config
@@ -123,8 +130,10 @@ class ZeroStrategy(Strategy):
             wanted = initial[piece.name].view(-1)[piece.start : piece.stop]
             rounded = wanted.to(self.recipe.working or wanted.dtype).to(wanted.dtype)
             if not torch.equal(piece.tensor, rounded):
-                raise ConfigError(f"{self._path}: elements {piece.start}..{piece.stop} of {piece.name} are not where "
-                                  f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use another strategy")
+                raise ConfigError(
+                    f"{self._path}: elements {piece.start}..{piece.stop} of {piece.name} are not where "
+                    f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use another strategy"
+                )
             piece.tensor.copy_(wanted)
         self._refresh_working_copies()
 
@@ -146,8 +155,10 @@ def _import_deepspeed() -> Any:
     except ImportError as error:
         raise ConfigError(f"parallel.strategy='zero': deepspeed is not installed: {REMEDY}") from error
     if not deepspeed.__version__.startswith(VERSION):
-        raise ConfigError(f"parallel.strategy='zero': deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
-                          f"whose memory layout is known: {REMEDY}")
+        raise ConfigError(
+            f"parallel.strategy='zero': deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
+            f"whose memory layout is known: {REMEDY}"
+        )
     deepspeed.ops.__compatible_ops__ = {}  # left alone, its first reader asks a compiler about every operator
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # what deepspeed calls, every step

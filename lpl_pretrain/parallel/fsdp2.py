@@ -2,6 +2,7 @@
 
 Blocks are gathered one at a time and released after forward; gradients are reduced and kept sharded in every micro-batch.
 """
+
 from __future__ import annotations
 
 import torch.distributed as dist

@@ -1,4 +1,5 @@
 """Training on one process: the reference that every other strategy must equal."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from lpl_pretrain.parallel.precision import Door
 class LocalStrategy(NativeStrategy):
     def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
         if self.world.world_size > 1:
-            raise ConfigError(f"parallel.strategy='local' with {self.world.world_size} processes: each would train its own model; "
-                              "use ddp, fsdp2 or zero, or start one process")
+            raise ConfigError(
+                f"parallel.strategy='local' with {self.world.world_size} processes: each would train its own model; "
+                "use ddp, fsdp2 or zero, or start one process"
+            )
         return door
 
     def _owned(self, tensor: Tensor) -> tuple[int, Tensor]:

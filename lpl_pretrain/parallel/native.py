@@ -2,6 +2,7 @@
 
 Also `materialize_state`, which gives any torch optimizer its moments before the first update: a checkpoint is read into them.
 """
+
 from __future__ import annotations
 
 import math

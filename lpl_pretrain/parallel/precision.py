@@ -9,6 +9,7 @@
 
 Autocast is on in every bf16 row, so that the model's inputs stay float32 at the door: a timestep rounded to bf16 has 8 bits.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -34,8 +35,10 @@ class Recipe:
 def recipe(strategy: StrategyKind, precision: Precision) -> Recipe:
     if precision is Precision.FP64:
         if strategy is StrategyKind.ZERO:
-            raise ConfigError("parallel.precision='fp64' with parallel.strategy='zero': DeepSpeed keeps float32 masters; "
-                              "use fp32 or bf16, or another strategy")
+            raise ConfigError(
+                "parallel.precision='fp64' with parallel.strategy='zero': DeepSpeed keeps float32 masters; "
+                "use fp32 or bf16, or another strategy"
+            )
         return Recipe(torch.float64)
     if precision is Precision.BF16:
         working = torch.bfloat16 if strategy in (StrategyKind.FSDP2, StrategyKind.ZERO) else None

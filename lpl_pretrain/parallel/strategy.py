@@ -4,6 +4,7 @@ Every sharding behind it gives a rank a contiguous range of the row-major flatte
 and checkpoints are built on pieces alone, so they know no strategy.  Master weights, gradients' accumulation and optimizer moments
 are float32 (float64 under fp64).
 """
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -68,8 +69,10 @@ class Strategy(ABC):
         """
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         if frozen:
-            raise ConfigError(f"model: {len(frozen)} parameters do not require gradients ({', '.join(frozen[:3])} ...); a strategy "
-                              "shards trainable ones only: register fixed tensors as buffers, keep frozen networks outside")
+            raise ConfigError(
+                f"model: {len(frozen)} parameters do not require gradients ({', '.join(frozen[:3])} ...); a strategy "
+                "shards trainable ones only: register fixed tensors as buffers, keep frozen networks outside"
+            )
         model.to(device=self.device, dtype=self.recipe.master)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if dist.is_initialized():
@@ -86,8 +89,10 @@ class Strategy(ABC):
         """Clip to the global norm `max_grad_norm` and update, or raise NonFiniteError on every rank with nothing changed."""
         norm = self._update(lr, max_grad_norm)
         if norm is None:
-            raise NonFiniteError(f"update {self.optimizer_steps + 1}: the gradient norm is not finite; parameters and moments are "
-                                 "as before. Lower optimizer.lr, or look for bad samples by their loss")
+            raise NonFiniteError(
+                f"update {self.optimizer_steps + 1}: the gradient norm is not finite; parameters and moments are "
+                "as before. Lower optimizer.lr, or look for bad samples by their loss"
+            )
         self.optimizer_steps += 1
         return StepReport(grad_norm=norm)
 

@@ -3,6 +3,7 @@
 Stages are named in the order they run: `mid`, `up0`, `up1`, ...; an SD decoder of latent side H gives sides H, 2H, 4H, 8H, 8H.
 The encoder and the decoder's unused tail are not kept.  `post_quant_conv` runs first, as in `AutoencoderKL.decode`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,8 +18,15 @@ from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling
 class DecoderFeatures(nn.Module):
     """z0 (B, C, H, W) -> {stage: features (B, C_l, H_l, W_l)} in the decoder's dtype."""
 
-    def __init__(self, autoencoder: Autoencoder, scaling: LatentScaling, stages: list[str] | None, *, dtype: torch.dtype = torch.float32,
-                 activation_checkpointing: bool = True) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        scaling: LatentScaling,
+        stages: list[str] | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = True,
+    ) -> None:
         super().__init__()
         decoder = autoencoder.network.decoder
         names = ["mid", *(f"up{i}" for i in range(len(decoder.up_blocks)))]
@@ -26,7 +34,7 @@ class DecoderFeatures(nn.Module):
         self.scaling, self.activation_checkpointing = scaling, activation_checkpointing
         self.entrance = nn.Sequential(autoencoder.network.post_quant_conv or nn.Identity(), decoder.conv_in)
         self.bodies = nn.ModuleDict(zip(names, [decoder.mid_block, *decoder.up_blocks], strict=True))
-        for name in names[names.index(self.stages[-1]) + 1:]:
+        for name in names[names.index(self.stages[-1]) + 1 :]:
             del self.bodies[name]
         self.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
 

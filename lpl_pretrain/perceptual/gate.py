@@ -2,6 +2,7 @@
 
 All three spellings come down to one number, the largest noise level sigma_t / alpha_t that passes.
 """
+
 from __future__ import annotations
 
 import torch
@@ -28,6 +29,7 @@ def gate_share(threshold: float, schedule: Schedule, timesteps: TimestepConfig) 
 
     Raises ConfigError when no sample can ever pass.
     """
+
     def passes(u: float) -> bool:
         t = schedule.place(quantile(timesteps, torch.tensor([u], dtype=torch.float64)))
         return schedule.noise_level(t).item() <= threshold
@@ -38,6 +40,8 @@ def gate_share(threshold: float, schedule: Schedule, timesteps: TimestepConfig) 
         low, high = (middle, high) if passes(middle) else (low, middle)
     if low == 0.0:
         least = schedule.noise_level(schedule.place(torch.zeros(1, dtype=torch.float64))).item()
-        raise ConfigError(f"lpl.gate: no sample can pass a noise level of {threshold:.4g}; the least noisy one of this schedule has "
-                          f"{least:.4g}: open the gate, or set lpl=null")
+        raise ConfigError(
+            f"lpl.gate: no sample can pass a noise level of {threshold:.4g}; the least noisy one of this schedule has "
+            f"{least:.4g}: open the gate, or set lpl=null"
+        )
     return low if not passes(1.0 - 2.0**-53) else 1.0

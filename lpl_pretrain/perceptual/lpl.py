@@ -8,6 +8,7 @@ everywhere, and gated-out samples count as zeros, so that the weight means the s
 
 Shapes: z0, z0_hat (K, C, H, W) float32; gate, loss (K,).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ COMPUTE = torch.float32
 class StageReport:
     """What one stage of the decoder did; each (K,), meaningful where the gate is open."""
 
-    contribution: Tensor   # omega_l * distance / number of stages
+    contribution: Tensor  # omega_l * distance / number of stages
     keep_fraction: Tensor  # share of positions that the outlier mask kept
-    std_ratio: Tensor      # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
+    std_ratio: Tensor  # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
 
     @classmethod
     def concatenate(cls, parts: list[StageReport]) -> StageReport:
@@ -39,8 +40,8 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class PerceptualTerm:
-    loss: Tensor                    # (K,) zero where the gate is shut
-    gradient: Tensor                # (K, C, H, W) d loss.sum() / d z0_hat
+    loss: Tensor  # (K,) zero where the gate is shut
+    gradient: Tensor  # (K, C, H, W) d loss.sum() / d z0_hat
     stages: dict[str, StageReport]
 
 
@@ -73,7 +74,9 @@ class LatentPerceptualLoss(nn.Module):
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient, report
 
-    def distance(self, predicted: dict[str, Tensor], clean: dict[str, Tensor], latent_side: int) -> tuple[Tensor, dict[str, StageReport]]:
+    def distance(
+        self, predicted: dict[str, Tensor], clean: dict[str, Tensor], latent_side: int
+    ) -> tuple[Tensor, dict[str, StageReport]]:
         """(K,) loss per sample and what each stage did."""
         reports = {}
         total = torch.zeros(())

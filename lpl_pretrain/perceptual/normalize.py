@@ -1,9 +1,10 @@
 """On which scale two feature maps are compared: both branches shifted and scaled by ONE set of statistics per channel.
 
-Shapes: features (B, C, H, W) float32, statistics (B, C, 1, 1).  The paper's choice is `prediction`: mean and standard deviation over
-space of the predicted features, for both branches, with gradient through them (arXiv 2411.04873; a replication that detached them
+Shapes: features (B, C, H, W) float32, statistics (B, C, 1, 1).  The paper's choice is `prediction`: mean and standard deviation
+over space of the predicted features, for both branches, with gradient through them (arXiv 2411.04873; a replication that detached them
 kept 16-39 % of the gain).  When both branches share their statistics the mean cancels in the difference, so it is never subtracted.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,9 +39,14 @@ def normalized_difference(predicted: Tensor, target: Tensor, kind: str, of_predi
     if kind == "none":
         return predicted - target
     if kind == "own":
-        return (predicted - of_predicted.mean) * _inverse_std(of_predicted.variance) \
-            - (target - of_target.mean) * _inverse_std(of_target.variance)
-    variance = {"prediction": of_predicted.variance, "prediction_detached": of_predicted.variance.detach(), "target": of_target.variance}[kind]
+        return (predicted - of_predicted.mean) * _inverse_std(of_predicted.variance) - (target - of_target.mean) * _inverse_std(
+            of_target.variance
+        )
+    variance = {
+        "prediction": of_predicted.variance,
+        "prediction_detached": of_predicted.variance.detach(),
+        "target": of_target.variance,
+    }[kind]
     return (predicted - target) * _inverse_std(variance)
 
 

@@ -4,6 +4,7 @@ Per sample and channel keep q1 - m < f < q2 + m, with q1 and q2 the k-th smalles
 m = margin x standard deviation; then holes of one or two positions are closed and larger ones widened by one
 (second-hand reading of arXiv 2411.04873; see docs/lpl.md).
 """
+
 from __future__ import annotations
 
 import math
@@ -24,7 +25,7 @@ def keep_mask(features: Tensor, std: Tensor, *, quantile: float, margin: float, 
 
 
 def _quantiles(flat: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """(B, C, N) -> the k-th smallest values at either end, each (B, C, 1).  Reads the two tails only: the same values as a full sort."""
+    """(B, C, N) -> the k-th smallest values at either end, each (B, C, 1), as a full sort would give them."""
     count = flat.shape[-1]
     lower_rank = max(1, int(quantile * count))
     upper_rank = max(1, int((1 - quantile) * count))

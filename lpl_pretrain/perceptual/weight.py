@@ -3,6 +3,7 @@
 With a target share s the weight is  w = s / (1 - s) * E[L_diff] / E[gate * L_LPL]  over `calibration_steps` steps from
 `start_step` on; until then it is 0, afterwards it is frozen, saved in every checkpoint and never measured again.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -42,8 +43,10 @@ class LPLWeight:
         if step + 1 < self.config.start_step + self.config.calibration_steps:
             return False
         if not self.perceptual_sum > 0.0:
-            raise NonFiniteError(f"lpl.target_share={self.config.target_share}: LPL summed to {self.perceptual_sum} over "
-                                 f"{self.config.calibration_steps} calibration steps, so no weight gives it a share; set lpl.weight")
+            raise NonFiniteError(
+                f"lpl.target_share={self.config.target_share}: LPL summed to {self.perceptual_sum} over "
+                f"{self.config.calibration_steps} calibration steps, so no weight gives it a share; set lpl.weight"
+            )
         share = self.config.target_share
         self.frozen = share / (1 - share) * self.diffusion_sum / self.perceptual_sum
         return True

@@ -3,6 +3,7 @@
 matplotlib draws in marker colours; `_inline` replaces each by a CSS variable (page.css defines them) and strips what only a
 file of its own needs.
 """
+
 from __future__ import annotations
 
 import io
@@ -24,12 +25,32 @@ INK, GRID, EVENT = "#010101", "#020202", "#030303"
 COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
 VARIABLES = {INK: "--muted", GRID: "--line", EVENT: "--event", **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)}}
 STYLE: dict[Any, Any] = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "lpl-pretrain",
-    "font.family": ["sans-serif"], "font.size": 8.5, "text.color": INK,
-    "axes.edgecolor": GRID, "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK,
-    "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.6, "lines.solid_capstyle": "round",
-    "legend.frameon": False, "legend.fontsize": 8, "legend.handlelength": 1.2,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lpl-pretrain",
+    "font.family": ["sans-serif"],
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 1.2,
 }
 MOST_POINTS = 600
 SIZE_IN = (5.2, 2.5)
@@ -63,8 +84,14 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
             _draw_series(axes, chart, name, series, colour)
         _format_axes(axes, chart, last_step)
         if len(chart.lines) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(chart.lines), 4), borderpad=0.0,
-                        borderaxespad=0.2, columnspacing=1.4)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0.0, 1.0),
+                ncols=min(len(chart.lines), 4),
+                borderpad=0.0,
+                borderaxespad=0.2,
+                columnspacing=1.4,
+            )
         markup = io.StringIO()
         FigureCanvasSVG(figure).print_svg(markup, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(markup.getvalue(), chart.title)
@@ -78,16 +105,24 @@ def smoothed(values: Sequence[float]) -> list[float]:
         sums.append(sums[-1] + (value if finite else 0.0))
         counts.append(counts[-1] + finite)
     ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
-    return [(sums[stop] - sums[start]) / (counts[stop] - counts[start]) if counts[stop] > counts[start] else math.nan
-            for start, stop in ends]
+    return [
+        (sums[stop] - sums[start]) / (counts[stop] - counts[start]) if counts[stop] > counts[start] else math.nan
+        for start, stop in ends
+    ]
 
 
 def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, colour: str) -> None:
     steps, raw = series.steps, series.values
     stride = max(1, math.ceil(len(steps) / MOST_POINTS))
     if chart.markers or not chart.smooth or len(steps) < 12:
-        axes.plot(steps[::stride], raw[::stride], color=colour, label=name, marker="o" if chart.markers or len(steps) < 3 else None,
-                  markersize=4)
+        axes.plot(
+            steps[::stride],
+            raw[::stride],
+            color=colour,
+            label=name,
+            marker="o" if chart.markers or len(steps) < 3 else None,
+            markersize=4,
+        )
         return
     axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(steps[::stride], smoothed(raw)[::stride], color=colour, label=name)
@@ -114,7 +149,7 @@ def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
 
 def _inline(markup: str, title: str) -> str:
     """An <svg> element for an HTML page: no file header, no links, page colours, fluid width."""
-    markup = markup[markup.index("<svg"):]
+    markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", markup, flags=re.S)
     markup = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", markup).replace("xlink:href", "href")
     markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)

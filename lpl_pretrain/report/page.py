@@ -2,6 +2,7 @@
 
 Every section is either drawn or says in one line what is missing.  Text is escaped by the template engine; only our own SVG is not.
 """
+
 from __future__ import annotations
 
 import base64
@@ -29,8 +30,9 @@ HERE = Path(__file__).resolve().parent
 def write_report(run_dir: RunDir) -> Path:
     """Writes report.html under a temporary name, then renames it; returns its path.  Raises ConfigError where there is no run."""
     if not run_dir.config.is_file() and not run_dir.metrics.is_file():
-        raise ConfigError(f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with "
-                          "`lpl-pretrain train`")
+        raise ConfigError(
+            f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with `lpl-pretrain train`"
+        )
     page = render(read_run(run_dir))
     temporary = run_dir.report.with_name(f".{run_dir.report.name}.tmp")
     temporary.write_text(page)
@@ -39,14 +41,26 @@ def write_report(run_dir: RunDir) -> Path:
 
 
 def render(record: RunRecord) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(when=when)
     name = record.settings.get("name") or record.run_dir.path.name
     return environment.get_template(TEMPLATE).render(
-        style=Markup((HERE / STYLE_SHEET).read_text()), name=name, status=status(record), tiles=tiles(record),
-        sections=sections(record), protocols=[protocol(record, *item) for item in record.protocols().items()], record=record,
-        provenance=provenance(record), written_at=datetime.now(timezone.utc))
+        style=Markup((HERE / STYLE_SHEET).read_text()),
+        name=name,
+        status=status(record),
+        tiles=tiles(record),
+        sections=sections(record),
+        protocols=[protocol(record, *item) for item in record.protocols().items()],
+        record=record,
+        provenance=provenance(record),
+        written_at=datetime.now(timezone.utc),
+    )
 
 
 def status(record: RunRecord) -> tuple[str, str]:
@@ -91,27 +105,63 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
     def section(title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
         drawn = [chart for chart in charts if any(chart.lines.values())]
         last = last_step(record)
-        return {"title": title, "missing": "" if drawn else missing,
-                "charts": [{"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))} for c in drawn]}
+        return {
+            "title": title,
+            "missing": "" if drawn else missing,
+            "charts": [{"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))} for c in drawn],
+        }
 
-    lpl_missing = "This run trains without the Latent Perceptual Loss (lpl: null)." if not record.settings.get("lpl") else \
-        "The Latent Perceptual Loss has not started yet."
+    lpl_missing = (
+        "This run trains without the Latent Perceptual Loss (lpl: null)."
+        if not record.settings.get("lpl")
+        else "The Latent Perceptual Loss has not started yet."
+    )
     return [
-        section("Loss", "No losses logged.", [
-            Chart("Diffusion loss", {"loss": one("loss/diffusion")}, log=True, note="mean squared error, weighted as configured"),
-            Chart("Total loss", {"loss": one("loss/total")}, log=True,
-                  note="what the optimizer minimises; its scale moves with LPL's weight")]),
-        section("Latent Perceptual Loss", lpl_missing, [
-            Chart("LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"),
-            Chart("Shares", nonempty({"of the loss": one("lpl/weighted_share"), "of samples, gated in": one("lpl/gated_share")}),
-                  percent=True, from_zero=True, note="LPL's share of the total loss; share of samples that pass the gate"),
-            Chart("Contribution of each decoder stage", record.stages("contribution"), log=True),
-            Chart("Feature spread, predicted / clean", record.stages("std_ratio"), baseline=1.0,
-                  note="standard deviation over space; below 1 the estimate is blurrier than the data"),
-            Chart("Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True)]),
-        section("Optimisation", "No gradient norms or rates logged.", [
-            Chart("Gradient norm", {"norm": one("grad_norm")}, log=True, note="before clipping"),
-            Chart("Throughput", {"samples / s": one("samples_per_s")}, from_zero=True, note="samples per second, all ranks")]),
+        section(
+            "Loss",
+            "No losses logged.",
+            [
+                Chart(
+                    "Diffusion loss", {"loss": one("loss/diffusion")}, log=True, note="mean squared error, weighted as configured"
+                ),
+                Chart(
+                    "Total loss",
+                    {"loss": one("loss/total")},
+                    log=True,
+                    note="what the optimizer minimises; its scale moves with LPL's weight",
+                ),
+            ],
+        ),
+        section(
+            "Latent Perceptual Loss",
+            lpl_missing,
+            [
+                Chart("LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"),
+                Chart(
+                    "Shares",
+                    nonempty({"of the loss": one("lpl/weighted_share"), "of samples, gated in": one("lpl/gated_share")}),
+                    percent=True,
+                    from_zero=True,
+                    note="LPL's share of the total loss; share of samples that pass the gate",
+                ),
+                Chart("Contribution of each decoder stage", record.stages("contribution"), log=True),
+                Chart(
+                    "Feature spread, predicted / clean",
+                    record.stages("std_ratio"),
+                    baseline=1.0,
+                    note="standard deviation over space; below 1 the estimate is blurrier than the data",
+                ),
+                Chart("Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True),
+            ],
+        ),
+        section(
+            "Optimisation",
+            "No gradient norms or rates logged.",
+            [
+                Chart("Gradient norm", {"norm": one("grad_norm")}, log=True, note="before clipping"),
+                Chart("Throughput", {"samples / s": one("samples_per_s")}, from_zero=True, note="samples per second, all ranks"),
+            ],
+        ),
     ]
 
 
@@ -123,12 +173,20 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
     chart = Chart("Frechet distance", curves, markers=True, note="by guidance scale w; lower is better")
     grids = [{"step": r["step"], "picture": picture(folder, r.get("samples"))} for r in spread(records, MOST_GRIDS)]
     return {
-        "name": name, "metric": result["metric"], "images": result["images"], "weights": last.get("weights", ""),
-        "svg": Markup(draw(chart, interruptions(record), max(last_step(record), last["step"]))), "note": chart.note,
-        "scales": scales(records), "sampler": last["protocol"].get("sampler"), "shown_scale": max(scales([last])),
+        "name": name,
+        "metric": result["metric"],
+        "images": result["images"],
+        "weights": last.get("weights", ""),
+        "svg": Markup(draw(chart, interruptions(record), max(last_step(record), last["step"]))),
+        "note": chart.note,
+        "scales": scales(records),
+        "sampler": last["protocol"].get("sampler"),
+        "shown_scale": max(scales([last])),
         "rows": [{"step": r["step"], "values": [value_at(r, scale) for scale in scales(records)]} for r in records],
-        "biased": result["images"] <= dimension, "dimension": dimension,
-        "reference": last.get("reference", {}), "real": picture(folder, last.get("reference", {}).get("grid")),
+        "biased": result["images"] <= dimension,
+        "dimension": dimension,
+        "reference": last.get("reference", {}),
+        "real": picture(folder, last.get("reference", {}).get("grid")),
         "grids": [grid for grid in grids if grid["picture"]],
     }
 
@@ -138,9 +196,13 @@ def provenance(record: RunRecord) -> dict[str, Any]:
     rest = dict(record.provenance)
     diff = str(rest.pop("git_diff", None) or "")
     argv = rest.pop("argv", None)
-    return {"command": " ".join(map(str, argv)) if isinstance(argv, list) else argv, "versions": rest.pop("versions", None) or {},
-            "diff": diff[:MOST_DIFF_CHARACTERS], "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
-            "facts": {key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items()}}
+    return {
+        "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv,
+        "versions": rest.pop("versions", None) or {},
+        "diff": diff[:MOST_DIFF_CHARACTERS],
+        "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
+        "facts": {key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items()},
+    }
 
 
 def interruptions(record: RunRecord) -> list[int]:

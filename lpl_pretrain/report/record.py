@@ -3,6 +3,7 @@
 metrics.jsonl: after a resume the steps beyond it are trained again, so what was logged beyond it before is dropped; of equal
 steps the last line counts.  A line cut by a kill is skipped and counted.
 """
+
 from __future__ import annotations
 
 import json
@@ -60,8 +61,7 @@ def read_run(run_dir: RunDir) -> RunRecord:
     settings, config_text = read_config(run_dir.config, problems)
     provenance = _read_json(run_dir.provenance, problems) if run_dir.provenance.is_file() else {}
     lines, events = read_metrics(run_dir.metrics, problems)
-    return RunRecord(run_dir, settings, config_text, provenance, lines, events,
-                     read_evaluations(run_dir, problems), problems)
+    return RunRecord(run_dir, settings, config_text, provenance, lines, events, read_evaluations(run_dir, problems), problems)
 
 
 def read_config(path: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
@@ -90,8 +90,10 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
         else:
             by_step[line["step"]] = line
     if skipped:
-        problems.append(f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped "
-                        "(a kill in the middle of a write leaves one)")
+        problems.append(
+            f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped "
+            "(a kill in the middle of a write leaves one)"
+        )
     return [by_step[step] for step in sorted(by_step)], events
 
 

@@ -3,6 +3,7 @@
 gloo on CPU, nccl on CUDA.  Without a group (one process, strategy local) every collective is the identity, so callers never ask.
 Objects travel as JSON: nothing is pickled.
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """How long work speaks: a progress bar on a terminal, plain lines in a log; one file per rank in the run directory."""
+
 from __future__ import annotations
 
 import logging

@@ -2,6 +2,7 @@
 
 A handler runs between two bytecodes of whatever is going on, a collective included, so it does nothing itself.
 """
+
 from __future__ import annotations
 
 import signal

@@ -2,6 +2,7 @@
 
 No generator state is ever saved.  An id is a global sample index, a step, an epoch: whatever names the draw.
 """
+
 from __future__ import annotations
 
 import hashlib

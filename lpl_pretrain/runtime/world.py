@@ -1,4 +1,5 @@
 """Which process this is among all: the only place in the package that reads ranks from the environment."""
+
 from __future__ import annotations
 
 import os
@@ -24,8 +25,10 @@ class World:
         missing = [name for name in NAMES if name not in found]
         bad = [f"{name}={value!r}" for name, value in found.items() if not value.isdigit()]
         if missing or bad:
-            raise ConfigError(f"environment: {', '.join(bad + [f'{name} is not set' for name in missing])}; wanted three integers: "
-                              "start with torchrun, or unset all three for one process")
+            raise ConfigError(
+                f"environment: {', '.join(bad + [f'{name} is not set' for name in missing])}; wanted three integers: "
+                "start with torchrun, or unset all three for one process"
+            )
         rank, local_rank, world_size = (int(found[name]) for name in NAMES)
         if not rank < world_size:
             raise ConfigError(f"environment: RANK={rank} is not below WORLD_SIZE={world_size}: start with torchrun")

@@ -1,4 +1,5 @@
 """From a checked configuration to the parts of a run, each built once, in the one order that works."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -44,7 +45,7 @@ class Run:
     def hands(self, step: int) -> list[Hand]:
         """What this rank trains on in `step`, one hand per microbatch."""
         dealt = self.dealer.deal(step, slots=self.grad_accum_steps * self.world.world_size)
-        return dealt[self.world.rank::self.world.world_size]
+        return dealt[self.world.rank :: self.world.world_size]
 
     def requests(self, first_step: int) -> Iterator[list[int]]:
         """Sample indices of every microbatch of this rank from `first_step` to the end, for reading ahead."""
@@ -55,8 +56,13 @@ class Run:
     def state(self, step: int) -> dict:
         """What a checkpoint holds besides parameters, moments and averages: plain JSON, the same on every rank."""
         weight = self.updater.perceptual and self.updater.perceptual.weight.state()
-        return {"step": step, "samples_seen": step * self.config.batch.global_batch_size, "seed": self.config.seed,
-                "data_fingerprint": self.stream.index.fingerprint, "lpl_weight": weight}
+        return {
+            "step": step,
+            "samples_seen": step * self.config.batch.global_batch_size,
+            "seed": self.config.seed,
+            "data_fingerprint": self.stream.index.fingerprint,
+            "lpl_weight": weight,
+        }
 
 
 def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
@@ -66,13 +72,21 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     accumulation = grad_accum_steps(config, world.world_size)
     dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule)
     scaling = latent_scaling(config.data.scaling, stream.index)
-    model = build_denoiser(config.model, stream.index.latent, len(stream.index.classes), seed=rng.key(config.seed, "initial_weights") >> 1)
+    model = build_denoiser(
+        config.model, stream.index.latent, len(stream.index.classes), seed=rng.key(config.seed, "initial_weights") >> 1
+    )
     num_classes = model.num_classes
     strategy = make_strategy(config.parallel, world, device)
     denoiser = strategy.setup(model, model.sharded_blocks(), lambda parameters: make_optimizer(config.optimizer, parameters))
     perceptual = build_perceptual(config, schedule, dealer, scaling, slots=accumulation * world.world_size, device=device)
     return Run(
-        config, run_dir, world, device, stream, dealer, strategy,
+        config,
+        run_dir,
+        world,
+        device,
+        stream,
+        dealer,
+        strategy,
         updater=Updater(config, denoiser, num_classes, strategy, schedule, scaling, perceptual, device),
         ema=EMATracker(strategy.local_params(), config.ema),
         checkpoints=CheckpointManager(run_dir, config.checkpoint),
@@ -86,14 +100,22 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parame
     return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def build_perceptual(config: TrainConfig, schedule: Schedule, dealer: Dealer, scaling: LatentScaling, *, slots: int,
-                     device: torch.device) -> Perceptual | None:
+def build_perceptual(
+    config: TrainConfig, schedule: Schedule, dealer: Dealer, scaling: LatentScaling, *, slots: int, device: torch.device
+) -> Perceptual | None:
     """None without an `lpl` section.  The autoencoder's encoder is dropped here: only the decoder's stages stay in memory."""
     if config.lpl is None:
         return None
     dtype = torch.bfloat16 if config.lpl.decoder_precision == "bf16" else torch.float32
-    features = DecoderFeatures(load_autoencoder(config.autoencoder), scaling, config.lpl.stages, dtype=dtype,
-                               activation_checkpointing=config.lpl.activation_checkpointing).to(device)
+    features = DecoderFeatures(
+        load_autoencoder(config.autoencoder),
+        scaling,
+        config.lpl.stages,
+        dtype=dtype,
+        activation_checkpointing=config.lpl.activation_checkpointing,
+    ).to(device)
     threshold = max_noise_level(config.lpl.gate, schedule)
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
-    return Perceptual(LatentPerceptualLoss(config.lpl, features), LPLWeight(config.lpl), threshold, dealer.gated_prefix(share, slots))
+    return Perceptual(
+        LatentPerceptualLoss(config.lpl, features), LPLWeight(config.lpl), threshold, dealer.gated_prefix(share, slots)
+    )

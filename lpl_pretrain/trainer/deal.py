@@ -4,6 +4,7 @@ The first is a function of (seed, step) alone.  The second sorts the global batc
 cards to the slots (microbatch, rank), so that every slot holds the same number of samples inside the LPL gate (to within
 one), and holds them FIRST: LPL runs on a fixed prefix of each microbatch, on every rank alike.
 """
+
 from __future__ import annotations
 
 import math
@@ -23,7 +24,7 @@ class Hand:
     """What one rank trains on in one microbatch; noise grows along it."""
 
     sample_indices: list[int]  # global sample indices
-    t: Tensor                  # (micro_batch_size,) float32
+    t: Tensor  # (micro_batch_size,) float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 Steps are counted as updates applied: after the first update `step` is 1.  A checkpoint named after a step holds the state
 after that many updates.
 """
+
 from __future__ import annotations
 
 import time
@@ -42,8 +43,10 @@ def restore(run: Run, sinks: Sinks) -> int:
     if state is None:
         return 0
     if state["data_fingerprint"] != run.stream.index.fingerprint:
-        raise CheckpointError(f"{run.run_dir.checkpoints}: trained on data {state['data_fingerprint'][:12]}, but data.folder="
-                              f"{run.config.data.folder} is {run.stream.index.fingerprint[:12]}: name the folder it was trained on")
+        raise CheckpointError(
+            f"{run.run_dir.checkpoints}: trained on data {state['data_fingerprint'][:12]}, but data.folder="
+            f"{run.config.data.folder} is {run.stream.index.fingerprint[:12]}: name the folder it was trained on"
+        )
     if run.updater.perceptual is not None:
         run.updater.perceptual.weight.load_state(state["lpl_weight"])
     sinks.event("resumed", state["step"], world_size=run.world.world_size)
@@ -66,8 +69,14 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
             sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
         if done % config.log.every_steps == 0 or done == config.steps:
             values = {**summarize(meter.flush()), "grad_norm": report.grad_norm, **clock.flush()}
-            sinks.metrics(done, {**values, "lr": learning_rate(config.optimizer, step, config.steps),
-                                 "samples_seen": done * config.batch.global_batch_size})
+            sinks.metrics(
+                done,
+                {
+                    **values,
+                    "lr": learning_rate(config.optimizer, step, config.steps),
+                    "samples_seen": done * config.batch.global_batch_size,
+                },
+            )
             if bar is not None:
                 bar.set_postfix({"loss": f"{values['loss/total']:.4f}"}, refresh=False)
         stopping = any_over_ranks(bool(stop))
@@ -92,7 +101,12 @@ def summarize(means: dict[str, float]) -> dict[str, float]:
     if weighted is None:
         return {"loss/total": means["loss/diffusion"], **means}
     total = means["loss/diffusion"] + weighted
-    return {"loss/total": total, **means, "lpl/weight": weighted / max(means["loss/lpl"], 1e-30), "lpl/weighted_share": weighted / total}
+    return {
+        "loss/total": total,
+        **means,
+        "lpl/weight": weighted / max(means["loss/lpl"], 1e-30),
+        "lpl/weighted_share": weighted / total,
+    }
 
 
 class Clock:
@@ -115,4 +129,3 @@ class Clock:
         values = {f"seconds/{name}": total / steps for name, total in self.seconds.items()}
         self.seconds, self.steps, self.started = {}, 0, time.perf_counter()
         return {"samples_per_s": steps * self.global_batch_size / elapsed, **values}
-

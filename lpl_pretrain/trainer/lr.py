@@ -1,4 +1,5 @@
 """The learning rate of a step: linear warm-up, then constant or a cosine to zero."""
+
 from __future__ import annotations
 
 import math

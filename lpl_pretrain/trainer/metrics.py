@@ -1,4 +1,5 @@
 """What happened since the last log line: weighted sums kept on the device, reduced over ranks and read once per log step."""
+
 from __future__ import annotations
 
 import torch

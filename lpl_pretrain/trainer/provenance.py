@@ -1,4 +1,5 @@
 """Where a run came from: code, versions, command, machine, data; written once, when the run starts."""
+
 from __future__ import annotations
 
 import json

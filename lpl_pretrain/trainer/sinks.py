@@ -2,6 +2,7 @@
 
 A resumed run appends: when a step appears twice, the last line counts.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,9 +26,16 @@ class Sinks:
             import wandb
             import yaml
 
-            self.wandb = wandb.init(project=config.log.wandb.project, entity=config.log.wandb.entity, name=config.name,
-                                    id=config.name, resume="allow", mode=config.log.wandb.mode, dir=str(run_dir.path),
-                                    config=yaml.safe_load(dump(config)))
+            self.wandb = wandb.init(
+                project=config.log.wandb.project,
+                entity=config.log.wandb.entity,
+                name=config.name,
+                id=config.name,
+                resume="allow",
+                mode=config.log.wandb.mode,
+                dir=str(run_dir.path),
+                config=yaml.safe_load(dump(config)),
+            )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, "time_s": time.time(), **values})

@@ -1,4 +1,5 @@
 """One optimizer update: from the latents of a step to both losses, one backward per microbatch, and the strategy's step."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class Perceptual:
 
     loss: LatentPerceptualLoss
     weight: LPLWeight
-    threshold: float   # largest noise level inside the gate
-    prefix: int        # samples of each microbatch that go through the decoder: those that can be inside the gate
+    threshold: float  # largest noise level inside the gate
+    prefix: int  # samples of each microbatch that go through the decoder: those that can be inside the gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ class Updater:
         """What the denoiser made of one microbatch, and its mean diffusion loss.  Every draw is keyed by its sample's index."""
         config, ids = self.config, hand.sample_indices
         latent_shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
-        posterior_noise = rng.normal(config.seed, "posterior", ids, latent_shape).to(self.device) if config.data.posterior == "sample" else None
+        posterior_noise = (
+            rng.normal(config.seed, "posterior", ids, latent_shape).to(self.device) if config.data.posterior == "sample" else None
+        )
         z0 = self.scaling.normalize(sample_posterior(batch.moments, posterior_noise))
         eps = rng.normal(config.seed, "noise", ids, latent_shape).to(self.device)
         dropped = rng.uniform(config.seed, "label_dropout", ids).to(self.device) < config.conditioning.label_dropout

@@ -1,4 +1,5 @@
 """Who may know whom, read from the imports: data flows one way, and each heavy dependency has one address."""
+
 import ast
 from pathlib import Path
 

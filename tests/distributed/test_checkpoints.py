@@ -1,4 +1,5 @@
 """One checkpoint format: a run saved by any strategy goes on under any other, at any world size, and bit for bit under its own."""
+
 from __future__ import annotations
 
 import json
@@ -73,9 +74,18 @@ def test_float64_and_plain_sgd_resume_bit_for_bit(tmp_path):
     assert_identical(resumed, went_on)
 
 
-MOVES = [("fsdp2", 2, "fsdp2", 1), ("fsdp2", 1, "fsdp2", 2), ("zero1", 2, "zero1", 1), ("zero2", 2, "zero2", 1),
-         ("zero3", 2, "zero3", 1), ("zero3", 1, "zero3", 2), ("zero2", 2, "fsdp2", 2), ("ddp", 2, "zero3", 2),
-         ("zero3", 2, "ddp", 2), ("fsdp2", 3, "zero1", 2)]
+MOVES = [
+    ("fsdp2", 2, "fsdp2", 1),
+    ("fsdp2", 1, "fsdp2", 2),
+    ("zero1", 2, "zero1", 1),
+    ("zero2", 2, "zero2", 1),
+    ("zero3", 2, "zero3", 1),
+    ("zero3", 1, "zero3", 2),
+    ("zero2", 2, "fsdp2", 2),
+    ("ddp", 2, "zero3", 2),
+    ("zero3", 2, "ddp", 2),
+    ("fsdp2", 3, "zero1", 2),
+]
 
 
 @pytest.mark.parametrize("source, source_size, target, target_size", MOVES)

@@ -1,4 +1,5 @@
 """The collectives that upper rooms use, and the launcher of these tests."""
+
 from __future__ import annotations
 
 import time

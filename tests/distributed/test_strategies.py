@@ -3,6 +3,7 @@
 Parity is tested under plain SGD without clipping: gradients twice too large move AdamW and clipped runs by next to nothing.
 Tolerances: float64 engines 1e-12; DeepSpeed keeps float32 masters, so ZeRO is compared with the float64 reference at 2e-6.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace

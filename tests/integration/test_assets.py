@@ -1,4 +1,5 @@
 """What ships is what the tools make: the emoji tars rebuild from their npm package, and the autoencoder is as good as it says."""
+
 import io
 import json
 import shutil
@@ -57,5 +58,7 @@ def test_the_autoencoder_is_as_good_as_it_says():
     pictures = train_autoencoder.read_pictures("held_out")
     measured = train_autoencoder.measure(AutoencoderKL.from_pretrained(ASSETS / "autoencoder_emoji"), pictures)
     assert measured["pictures"] == 197 and quality["parameters"] <= 3_000_000
-    assert measured["held_out_psnr_db"] == pytest.approx(quality["held_out_psnr_db"], abs=0.02) and measured["held_out_psnr_db"] >= 29
+    assert (
+        measured["held_out_psnr_db"] == pytest.approx(quality["held_out_psnr_db"], abs=0.02) and measured["held_out_psnr_db"] >= 29
+    )
     assert sum(f.stat().st_size for f in (ASSETS / "autoencoder_emoji").iterdir()) <= 8 * 2**20

@@ -1,4 +1,5 @@
 """The commands end to end on 32 pictures: encode, train, stop, go on, sample, evaluate, report; and what bad input gets."""
+
 import json
 import os
 import signal
@@ -39,10 +40,20 @@ grid_images: 4
 
 
 def lpl(*arguments, check=True, ranks=1, **options):
-    launcher = [sys.executable, "-m"] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                          "--nproc-per-node", str(ranks), "-m"]
-    done = subprocess.run([*launcher, "lpl_pretrain", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    launcher = (
+        [sys.executable, "-m"]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    )
+    done = subprocess.run(
+        [*launcher, "lpl_pretrain", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -108,13 +119,29 @@ def test_has_teeth_another_seed_is_another_run(world):
     assert list((world / "seed").glob("wandb/offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize("arguments", [["parallel.strategy=fsdp2"], ["parallel.strategy=zero", "parallel.zero_config=configs/zero/zero2.json"]],
-                         ids=["fsdp2", "zero2"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["parallel.strategy=fsdp2"], ["parallel.strategy=zero", "parallel.zero_config=configs/zero/zero2.json"]],
+    ids=["fsdp2", "zero2"],
+)
 def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
     """torchrun passes SIGTERM on; both ranks save at the same step and the same command goes on, and equals one process."""
     run = world / f"two_{arguments[0].split('=')[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lpl_pretrain", "train",
-               str(world / "train.yaml"), f"run_dir={run}", "steps=100000", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lpl_pretrain",
+        "train",
+        str(world / "train.yaml"),
+        f"run_dir={run}",
+        "steps=100000",
+        *arguments,
+    ]
     trainer = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not ((run / "metrics.jsonl").exists() and len(losses(run)) >= 6):
@@ -145,13 +172,15 @@ def test_sample_evaluate_report(world):
     lpl("report", run)
     page = (run / "report.html").read_text()
     assert "<svg" in page or "data:image" in page
-    assert "src=\"http" not in page and "href=\"http" not in page
+    assert 'src="http' not in page and 'href="http' not in page
 
 
 def test_help_is_quick_and_imports_no_torch():
-    code = "import sys, time; t = time.perf_counter(); from lpl_pretrain.cli.main import commands\n" \
-           "try: commands(['--help'])\nexcept SystemExit: pass\n" \
-           "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'heavy import'"
+    code = (
+        "import sys, time; t = time.perf_counter(); from lpl_pretrain.cli.main import commands\n"
+        "try: commands(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'heavy import'"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -160,15 +189,18 @@ def test_doctor_answers():
     assert "torch" in done.stdout and "slurm" in done.stdout and done.returncode in (0, 1)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["batch.global_batchsize=8"], ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
-    (["batch.micro_batch_size=3"], ["batch.global_batch_size=8 is not a multiple of micro_batch_size=3"]),
-    (["model.patch_size=3"], ["model.patch_size=3", "divisor of 8"]),
-    (["autoencoder=asset:autoencoder_emoji"], ["was encoded by autoencoder", "encode again"]),
-    (["data.folder=absent"], ["absent/index.json", "encode"]),
-    (["optimizer.lr=0.5"], ["belongs to another configuration", "optimizer.lr: the run has 0.001, you ask for 0.5"]),
-    (["parallel.strategy=zero", "parallel.zero_config=absent.json"], ["absent.json"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["batch.global_batchsize=8"], ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
+        (["batch.micro_batch_size=3"], ["batch.global_batch_size=8 is not a multiple of micro_batch_size=3"]),
+        (["model.patch_size=3"], ["model.patch_size=3", "divisor of 8"]),
+        (["autoencoder=asset:autoencoder_emoji"], ["was encoded by autoencoder", "encode again"]),
+        (["data.folder=absent"], ["absent/index.json", "encode"]),
+        (["optimizer.lr=0.5"], ["belongs to another configuration", "optimizer.lr: the run has 0.001, you ask for 0.5"]),
+        (["parallel.strategy=zero", "parallel.zero_config=absent.json"], ["absent.json"]),
+    ],
+)
 def test_bad_input_is_refused_before_training(world, arguments, words):
     done = lpl("train", world / "train.yaml", f"run_dir={world}/whole", *arguments, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr

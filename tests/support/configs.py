@@ -1,4 +1,5 @@
 """Small, valid configurations and data descriptions for tests."""
+
 from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex, LatentEntry
 from lpl_pretrain.config.schema import TrainConfig
 
@@ -6,11 +7,16 @@ from lpl_pretrain.config.schema import TrainConfig
 def train_config(**changes) -> TrainConfig:
     """A tiny flow DiT; `changes` are dotted keys with `__` for the dot."""
     raw = {
-        "name": "tiny", "steps": 6, "autoencoder": "asset:autoencoder_emoji", "data": {"folder": "data/x"},
+        "name": "tiny",
+        "steps": 6,
+        "autoencoder": "asset:autoencoder_emoji",
+        "data": {"folder": "data/x"},
         "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 2},
         "diffusion": {"prediction": "flow", "schedule": "rectified_flow"},
-        "batch": {"global_batch_size": 8}, "optimizer": {"lr": 1e-3},
-        "log": {"every_steps": 1}, "checkpoint": {"every_steps": 3},
+        "batch": {"global_batch_size": 8},
+        "optimizer": {"lr": 1e-3},
+        "log": {"every_steps": 1},
+        "checkpoint": {"every_steps": 3},
     }
     for key, value in changes.items():
         *parents, last = key.split("__")
@@ -23,7 +29,14 @@ def train_config(**changes) -> TrainConfig:
 
 def dataset_index(*, identity: str = "0" * 64, side: int = 16, samples: int = 32, channels: int = 4) -> DatasetIndex:
     return DatasetIndex(
-        format_version=1, samples=samples, classes=["a", "b"], class_counts=[samples // 2, samples - samples // 2],
+        format_version=1,
+        samples=samples,
+        classes=["a", "b"],
+        class_counts=[samples // 2, samples - samples // 2],
         latent=LatentEntry(channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels),
         autoencoder=AutoencoderEntry(identity=identity, downscale=4, shift=0.0, scale=1.0),
-        resolution_px=4 * side, source_fingerprint="s", fingerprint="f", shards=[])
+        resolution_px=4 * side,
+        source_fingerprint="s",
+        fingerprint="f",
+        shards=[],
+    )

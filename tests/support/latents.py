@@ -1,4 +1,5 @@
 """A small finished data folder, made by the real encoder path from drawn pictures."""
+
 from pathlib import Path
 
 import numpy as np

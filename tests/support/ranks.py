@@ -2,6 +2,7 @@
 
 Forked, not spawned: a launch costs tenths of a second instead of seconds, because the imports are already there.
 """
+
 from __future__ import annotations
 
 import contextlib

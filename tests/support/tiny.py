@@ -2,6 +2,7 @@
 
 Odd widths exercise padding and uneven shards; `gain` has one element, so on two ranks one of them owns none of it.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Trains the tiny denoiser under any strategy, so that two layouts can be compared; data depend on (step, sample) alone."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

@@ -1,4 +1,5 @@
 """Which checkpoints stay, and in what order a checkpoint becomes one; on one process, under the local strategy."""
+
 from __future__ import annotations
 
 import json
@@ -25,12 +26,15 @@ def manager(folder, **options) -> CheckpointManager:
     return CheckpointManager(RunDir(folder), CheckpointConfig(**options))
 
 
-@pytest.mark.parametrize("options, kept", [
-    ({"keep_last": 1}, [6]),
-    ({"keep_last": 3}, [4, 5, 6]),
-    ({"keep_last": 1, "keep_every_steps": 2}, [2, 4, 6]),
-    ({"keep_last": 2, "keep_every_steps": 3}, [3, 5, 6]),
-])
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({"keep_last": 1}, [6]),
+        ({"keep_last": 3}, [4, 5, 6]),
+        ({"keep_last": 1, "keep_every_steps": 2}, [2, 4, 6]),
+        ({"keep_last": 2, "keep_every_steps": 3}, [3, 5, 6]),
+    ],
+)
 def test_retention(tmp_path, run, options, kept):
     keeper = manager(tmp_path, **options)
     for step in range(1, 7):
@@ -93,12 +97,15 @@ def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkey
     assert keeper.run_dir.complete_checkpoints() == []
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda folder: (folder / "pieces_00000.safetensors").write_bytes(b"short"), "5 bytes, the manifest says"),
-    (lambda folder: (folder / "index.json").unlink(), "No such file"),
-    (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'), "TypeError"),
-    (lambda folder: (folder / "manifest.json").write_text("[]"), "TypeError"),
-])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda folder: (folder / "pieces_00000.safetensors").write_bytes(b"short"), "5 bytes, the manifest says"),
+        (lambda folder: (folder / "index.json").unlink(), "No such file"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'), "TypeError"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "TypeError"),
+    ],
+)
 def test_damage_is_named(tmp_path, run, harm, words):
     folder = manager(tmp_path).save(1, run.strategy, run.ema, {})
     harm(folder)

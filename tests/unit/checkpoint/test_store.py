@@ -1,4 +1,5 @@
 """Ranges written by any number of ranks are read back into any other layout; the files are plain safetensors."""
+
 from __future__ import annotations
 
 import json

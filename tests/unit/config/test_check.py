@@ -1,4 +1,5 @@
 """Relations between sections, data and machines are checked before any accelerator is asked for."""
+
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ def test_batch_arithmetic():
     config = train_config(batch__global_batch_size=96, batch__micro_batch_size=16)
     assert grad_accum_steps(config, 2) == 3
     assert micro_batch_size(train_config(batch__global_batch_size=96), 4) == 24
-    with pytest.raises(ConfigError, match=r"batch.global_batch_size=96 is not a multiple of micro_batch_size=16 x dp_world_size=4 = 64"):
+    with pytest.raises(
+        ConfigError, match=r"batch.global_batch_size=96 is not a multiple of micro_batch_size=16 x dp_world_size=4 = 64"
+    ):
         grad_accum_steps(config, 4)
     with pytest.raises(ConfigError, match="not a multiple of dp_world_size=5"):
         micro_batch_size(config.model_copy(update={"batch": train_config(batch__global_batch_size=8).batch}), 5)
@@ -30,14 +33,17 @@ def test_a_good_run_passes(identity):
     check_run(train_config(lpl__weight=1.0, lpl__stages=["mid", "up2"]), dataset_index(identity=identity), 1)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model__patch_size": 3}, ["model.patch_size=3", "height=16", "divisor of 16"]),
-    ({"diffusion__schedule": "cosine"}, ["diffusion.schedule=cosine", "flow goes with rectified_flow"]),
-    ({"diffusion__prediction": "v"}, ["diffusion.prediction=v"]),
-    ({"lpl__weight": 1.0, "lpl__gate": {"max_timestep": 200}}, ["lpl.gate.max_timestep=200", "min_snr"]),
-    ({"lpl__weight": 1.0, "lpl__stages": ["up7"]}, ["lpl.stages=['up7']", "mid, up0, up1, up2"]),
-    ({"lpl__weight": 1.0, "lpl__outliers": {"first_stage": 9}}, ["first_stage=9", "4 stages"]),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model__patch_size": 3}, ["model.patch_size=3", "height=16", "divisor of 16"]),
+        ({"diffusion__schedule": "cosine"}, ["diffusion.schedule=cosine", "flow goes with rectified_flow"]),
+        ({"diffusion__prediction": "v"}, ["diffusion.prediction=v"]),
+        ({"lpl__weight": 1.0, "lpl__gate": {"max_timestep": 200}}, ["lpl.gate.max_timestep=200", "min_snr"]),
+        ({"lpl__weight": 1.0, "lpl__stages": ["up7"]}, ["lpl.stages=['up7']", "mid, up0, up1, up2"]),
+        ({"lpl__weight": 1.0, "lpl__outliers": {"first_stage": 9}}, ["first_stage=9", "4 stages"]),
+    ],
+)
 def test_misfits_are_named(identity, changes, words):
     with pytest.raises(ConfigError) as error:
         check_run(train_config(**changes), dataset_index(identity=identity), 1)

@@ -1,4 +1,5 @@
 """YAML, `base:` deltas and overrides become one frozen configuration; every mistake is named with its path."""
+
 from pathlib import Path
 
 import pytest
@@ -44,20 +45,23 @@ def test_dump_loads_back(tmp_path, base):
     assert not differences(config, load_config(TrainConfig, again))
 
 
-@pytest.mark.parametrize("override, words", [
-    ("batch.global_batchsize=3", ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
-    ("model.widht=3", ["model.widht", "did you mean 'width'"]),
-    ("nonsense=3", ["nonsense: unknown key", "known keys"]),
-    ("steps=many", ["steps='many'", "integer"]),
-    ("steps=0", ["steps=0", "greater than 0"]),
-    ("model.width=33", ["width=33", "heads=2", "multiple"]),
-    ("lpl.weight=-1", ["lpl.weight=-1"]),
-    ("lpl={}", ["weight", "target_share"]),
-    ("lpl={weight: 1, target_share: 0.2}", ["exactly one of weight and target_share"]),
-    ("lpl={weight: 1, gate: {min_snr: 3, max_noise_level: 3}}", ["exactly one of min_snr"]),
-    ("diffusion.prediction=epsilon", ["diffusion.prediction='epsilon'", "'eps', 'v' or 'flow'"]),
-    ("parallel.strategy=zero", ["zero_config=None", "zero2.json"]),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("batch.global_batchsize=3", ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
+        ("model.widht=3", ["model.widht", "did you mean 'width'"]),
+        ("nonsense=3", ["nonsense: unknown key", "known keys"]),
+        ("steps=many", ["steps='many'", "integer"]),
+        ("steps=0", ["steps=0", "greater than 0"]),
+        ("model.width=33", ["width=33", "heads=2", "multiple"]),
+        ("lpl.weight=-1", ["lpl.weight=-1"]),
+        ("lpl={}", ["weight", "target_share"]),
+        ("lpl={weight: 1, target_share: 0.2}", ["exactly one of weight and target_share"]),
+        ("lpl={weight: 1, gate: {min_snr: 3, max_noise_level: 3}}", ["exactly one of min_snr"]),
+        ("diffusion.prediction=epsilon", ["diffusion.prediction='epsilon'", "'eps', 'v' or 'flow'"]),
+        ("parallel.strategy=zero", ["zero_config=None", "zero2.json"]),
+    ],
+)
 def test_mistakes_are_named(base, override, words):
     with pytest.raises(ConfigError) as error:
         load_config(TrainConfig, base, [override])

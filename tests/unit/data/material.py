@@ -1,4 +1,5 @@
 """Small pictures, tars and a stand-in autoencoder for the tests of the data room."""
+
 from __future__ import annotations
 
 import io
@@ -71,8 +72,13 @@ def tar_of(path: Path, count: int) -> Path:
 
 
 def encode_config(source: Path | list[str], output: Path, **options: object) -> EncodeConfig:
-    base = {"source": str(source) if isinstance(source, Path) else source, "output": str(output), "autoencoder": "fake",
-            "resolution_px": RESOLUTION_PX, "batch_size": 4}
+    base = {
+        "source": str(source) if isinstance(source, Path) else source,
+        "output": str(output),
+        "autoencoder": "fake",
+        "resolution_px": RESOLUTION_PX,
+        "batch_size": 4,
+    }
     return EncodeConfig.model_validate(base | options)
 
 

@@ -1,4 +1,5 @@
 """Encoding: the folder it makes, when it leaves one alone, and what it refuses."""
+
 from __future__ import annotations
 
 import hashlib
@@ -68,8 +69,11 @@ def test_webdataset_reads_the_folder(data_set: Path) -> None:
     for number, found in enumerate(samples):
         assert np.array_equal(found["moments.npy"], expected_moments(number))
         assert (found["cls"], found["txt"]) == (number % 3, f"picture {number}")
-        assert found["json"] == {"class_name": CLASSES[number % 3], "source_px": [16, 16],
-                                 "image_sha256": hashlib.sha256(encoded(picture(number))).hexdigest()}
+        assert found["json"] == {
+            "class_name": CLASSES[number % 3],
+            "source_px": [16, 16],
+            "image_sha256": hashlib.sha256(encoded(picture(number))).hexdigest(),
+        }
 
 
 def test_statistics_are_those_of_draws_from_the_posterior(data_set: Path) -> None:
@@ -133,13 +137,16 @@ class OtherAutoencoder(FakeAutoencoder):
     identity = "other"
 
 
-@pytest.mark.parametrize(("change", "fragment"), [
-    ({"autoencoder": OtherAutoencoder()}, "autoencoder identity fake there, other now"),
-    ({"resolution_px": 32}, "resolution_px 16 there, 32 now"),
-    ({"picture": sample(1, png=encoded(picture(99)))}, "source fingerprint"),
-    ({"picture": sample(1, cls=b"2", json=b"{}")}, "source fingerprint"),
-    ({"picture": sample(1, txt=b"another caption")}, "source fingerprint"),
-])
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"autoencoder": OtherAutoencoder()}, "autoencoder identity fake there, other now"),
+        ({"resolution_px": 32}, "resolution_px 16 there, 32 now"),
+        ({"picture": sample(1, png=encoded(picture(99)))}, "source fingerprint"),
+        ({"picture": sample(1, cls=b"2", json=b"{}")}, "source fingerprint"),
+        ({"picture": sample(1, txt=b"another caption")}, "source fingerprint"),
+    ],
+)
 def test_a_finished_folder_of_other_inputs_is_refused(tmp_path: Path, change: dict, fragment: str) -> None:
     folder, _ = encode_tar(tmp_path, 3)
     before = contents(folder)

@@ -1,4 +1,5 @@
 """A shard: what is written is what is read, by us and by webdataset; anything else is named."""
+
 from __future__ import annotations
 
 import io
@@ -49,7 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert layout.keys == names and layout.labels.tolist() == [0, 1, 2, 3]
     raw = path.read_bytes()
     for number, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
-        assert np.array_equal(parse_moments(raw[offset:offset + size], SHAPE, "here"), moments(number))
+        assert np.array_equal(parse_moments(raw[offset : offset + size], SHAPE, "here"), moments(number))
 
 
 def test_webdataset_reads_the_same(tmp_path: Path) -> None:
@@ -96,8 +97,11 @@ def test_damaged_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extension", ["cls", "json", "moments.npy"])
 def test_missing_member(tmp_path: Path, extension: str) -> None:
     blob = {"cls": b"1", "json": b"{}", "moments.npy": npy(moments(0))}
-    refused(write_shard(tmp_path, packed("a"), *(_tar_member(f"b.{e}", d) for e, d in blob.items() if e != extension)),
-            "'b'", f"no {extension}")
+    refused(
+        write_shard(tmp_path, packed("a"), *(_tar_member(f"b.{e}", d) for e, d in blob.items() if e != extension)),
+        "'b'",
+        f"no {extension}",
+    )
 
 
 def test_duplicate_keys(tmp_path: Path) -> None:
@@ -111,19 +115,25 @@ def test_path_traversal(tmp_path: Path, name: str) -> None:
 
 
 def test_label_that_is_no_number(tmp_path: Path) -> None:
-    refused(write_shard(tmp_path, _tar_member("a.cls", b"cat"), _tar_member("a.json", b"{}"), _tar_member("a.moments.npy", b"")),
-            "'a'", "b'cat'")
+    refused(
+        write_shard(tmp_path, _tar_member("a.cls", b"cat"), _tar_member("a.json", b"{}"), _tar_member("a.moments.npy", b"")),
+        "'a'",
+        "b'cat'",
+    )
 
 
-@pytest.mark.parametrize(("blob", "fragment"), [
-    (npy(moments(0).astype(np.float32)), "is float32 (4, 3, 2), index.json wants float16"),
-    (npy(moments(0)[:2]), "is float16 (2, 3, 2)"),
-    (npy(np.asfortranarray(moments(0))), "wants float16 (4, 3, 2)"),
-    (npy(np.array([{}], dtype=object)), "is object"),
-    (npy(moments(0))[:-2], "has 46 bytes of values, wanted 48"),
-    (npy(moments(0))[:40], "not a numpy array"),
-    (b"junk", "not a numpy array"),
-])
+@pytest.mark.parametrize(
+    ("blob", "fragment"),
+    [
+        (npy(moments(0).astype(np.float32)), "is float32 (4, 3, 2), index.json wants float16"),
+        (npy(moments(0)[:2]), "is float16 (2, 3, 2)"),
+        (npy(np.asfortranarray(moments(0))), "wants float16 (4, 3, 2)"),
+        (npy(np.array([{}], dtype=object)), "is object"),
+        (npy(moments(0))[:-2], "has 46 bytes of values, wanted 48"),
+        (npy(moments(0))[:40], "not a numpy array"),
+        (b"junk", "not a numpy array"),
+    ],
+)
 def test_moments_that_are_something_else(blob: bytes, fragment: str) -> None:
     with pytest.raises(DataError, match="here: ") as error:
         parse_moments(blob, SHAPE, "here")
@@ -131,6 +141,8 @@ def test_moments_that_are_something_else(blob: bytes, fragment: str) -> None:
 
 
 def test_moments_with_another_header_of_the_same_meaning() -> None:
-    blob = npy(moments(0)).replace(b"'descr': '<f2', 'fortran_order': False, 'shape': (4, 3, 2), ",
-                                   b"'shape': (4, 3, 2), 'fortran_order': False, 'descr': '<f2', ")
+    blob = npy(moments(0)).replace(
+        b"'descr': '<f2', 'fortran_order': False, 'shape': (4, 3, 2), ",
+        b"'shape': (4, 3, 2), 'fortran_order': False, 'descr': '<f2', ",
+    )
     assert blob != npy(moments(0)) and np.array_equal(parse_moments(blob, SHAPE, "here"), moments(0))

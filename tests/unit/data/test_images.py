@@ -1,4 +1,5 @@
 """Reading pictures: every kind of source and pixel format, and an error that names the place for everything else."""
+
 from __future__ import annotations
 
 import io
@@ -41,7 +42,11 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "cat" / "notes.md").write_text("not a picture")
     found = list(read_pictures(str(tmp_path)))
     assert [(p.key, p.label, p.class_name) for p in found] == [
-        ("cat/deep/y", 0, "cat"), ("cat/z", 0, "cat"), ("dog/A", 1, "dog"), ("dog/b", 1, "dog")]
+        ("cat/deep/y", 0, "cat"),
+        ("cat/z", 0, "cat"),
+        ("dog/A", 1, "dog"),
+        ("dog/b", 1, "dog"),
+    ]
     assert all(p.load().shape == (16, 16, 3) and p.load().dtype == np.uint8 for p in found)
 
 
@@ -80,15 +85,18 @@ def test_tar_of_a_folder_with_dot_slash_names(tmp_path: Path) -> None:
     assert keys(tmp_path / "x.tar") == ["sub/p"]
 
 
-@pytest.mark.parametrize(("pixels", "wanted"), [
-    (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
-    (Image.new("RGBA", (2, 2), (0, 0, 0, 51)), (204, 204, 204)),
-    (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
-    (Image.new("L", (2, 2), 7), (7, 7, 7)),
-    (Image.new("1", (2, 2), 1), (255, 255, 255)),
-    (Image.new("RGB", (2, 2), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE), (1, 2, 3)),
-    (Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16)), (128, 128, 128)),
-])
+@pytest.mark.parametrize(
+    ("pixels", "wanted"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 51)), (204, 204, 204)),
+        (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+        (Image.new("L", (2, 2), 7), (7, 7, 7)),
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE), (1, 2, 3)),
+        (Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16)), (128, 128, 128)),
+    ],
+)
 def test_modes(pixels: Image.Image, wanted: tuple[int, int, int]) -> None:
     assert decode_picture(encoded(pixels), "x.png").tolist() == [[list(wanted)] * 2] * 2
 
@@ -120,12 +128,12 @@ def test_square_keeps_pixels_of_the_right_size() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 80), (81, 64), (9, 13)])
 def test_square_equals_resize_then_crop(size: tuple[int, int]) -> None:
-    yy, xx = np.mgrid[:size[0], :size[1]]
+    yy, xx = np.mgrid[: size[0], : size[1]]
     smooth = np.stack([yy * 3, xx * 3, (yy + xx)], axis=-1).clip(0, 255).astype(np.uint8)
     scale = 16 / min(size)
     whole = np.asarray(Image.fromarray(smooth).resize((round(size[1] * scale), round(size[0] * scale)), Image.Resampling.LANCZOS))
     top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
-    assert np.abs(to_square(smooth, 16).astype(int) - whole[top:top + 16, left:left + 16]).max() <= 7
+    assert np.abs(to_square(smooth, 16).astype(int) - whole[top : top + 16, left : left + 16]).max() <= 7
 
 
 def test_square_antialiases() -> None:
@@ -164,7 +172,7 @@ def test_truncated_tar(tmp_path: Path, keep: float) -> None:
     whole = tar_of(tmp_path / "whole.tar", 8).read_bytes()
     end = len(whole.rstrip(b"\0"))
     cut = tmp_path / "cut.tar"
-    cut.write_bytes(whole[:int(end * keep)])
+    cut.write_bytes(whole[: int(end * keep)])
     refused(cut, "cut.tar", "truncated")
 
 
@@ -173,7 +181,7 @@ def test_tar_cut_between_two_members(tmp_path: Path) -> None:
     one, two = write_tar(tmp_path / "a.tar", sample(0)), tmp_path / "cut.tar"
     with tarfile.open(one) as tar:
         last = tar.getmembers()[-1]
-    two.write_bytes(one.read_bytes()[:last.offset_data + 512])
+    two.write_bytes(one.read_bytes()[: last.offset_data + 512])
     with tarfile.open(two) as tar:
         assert len(tar.getmembers()) == 4
     refused(two, "cut.tar", "end mark")
@@ -207,14 +215,17 @@ def test_links_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "x.tar", "x.tar", "'p.png' is a link")
 
 
-@pytest.mark.parametrize(("replaced", "fragment"), [
-    ({"png": None}, "has 0 pictures"),
-    ({"jpg": encoded(picture(0), "JPEG")}, "has 2 pictures"),
-    ({"cls": b"-1"}, "class id -1 is out of range"),
-    ({"cls": b"cat"}, "not an integer"),
-    ({"json": b"{"}, "not an integer, JSON"),
-    ({"txt": b"\xff\xfe"}, "UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("replaced", "fragment"),
+    [
+        ({"png": None}, "has 0 pictures"),
+        ({"jpg": encoded(picture(0), "JPEG")}, "has 2 pictures"),
+        ({"cls": b"-1"}, "class id -1 is out of range"),
+        ({"cls": b"cat"}, "not an integer"),
+        ({"json": b"{"}, "not an integer, JSON"),
+        ({"txt": b"\xff\xfe"}, "UTF-8"),
+    ],
+)
 def test_bad_members_name_shard_and_key(tmp_path: Path, replaced: dict, fragment: str) -> None:
     refused(write_tar(tmp_path / "x.tar", sample(0) + sample(4, **replaced)), "x.tar", "p0004", fragment)
 

@@ -1,4 +1,5 @@
 """The order of samples: a pure function of (seed, samples per epoch, count), over every layout that asks for it."""
+
 from __future__ import annotations
 
 import itertools
@@ -20,8 +21,11 @@ def test_every_epoch_serves_every_sample_once_in_another_order() -> None:
 def test_same_samples_for_any_layout() -> None:
     """Ranks, micro-batches and resume points cut the counts differently; what they get together is the same."""
     wanted = SampleOrder(SAMPLES, seed=7).dataset_index(np.arange(480))
-    layouts = [layout for layout in itertools.product([8, 24, 48], [1, 2, 3, 4, 6, 8], [1, 2, 4], [0, 96, 240])
-               if layout[0] % (layout[1] * layout[2]) == 0]  # batch, ranks, accumulation, resumed at
+    layouts = [
+        layout
+        for layout in itertools.product([8, 24, 48], [1, 2, 3, 4, 6, 8], [1, 2, 4], [0, 96, 240])
+        if layout[0] % (layout[1] * layout[2]) == 0
+    ]  # batch, ranks, accumulation, resumed at
     assert len(layouts) > 100
     for batch, ranks, accumulation, resumed in layouts:
         share = batch // ranks // accumulation

@@ -1,4 +1,5 @@
 """Reading latents by global sample count: the right ones, ahead of time, and damage named by shard and key."""
+
 from __future__ import annotations
 
 import json

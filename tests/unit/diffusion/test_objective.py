@@ -1,4 +1,5 @@
 """A denoiser that knows the answer has zero loss and returns the clean latent, for every prediction."""
+
 import pytest
 import torch
 
@@ -7,7 +8,11 @@ from lpl_pretrain.diffusion.objective import denoise
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
 
-PAIRS = [(Prediction.EPS, ScheduleKind.SCALED_LINEAR), (Prediction.V, ScheduleKind.COSINE), (Prediction.FLOW, ScheduleKind.RECTIFIED_FLOW)]
+PAIRS = [
+    (Prediction.EPS, ScheduleKind.SCALED_LINEAR),
+    (Prediction.V, ScheduleKind.COSINE),
+    (Prediction.FLOW, ScheduleKind.RECTIFIED_FLOW),
+]
 
 
 def setting(kind, schedule_kind):

@@ -1,4 +1,5 @@
 """Samplers against a closed form: for data N(m, s^2) the ideal denoiser is linear and the ODE's end is known for every noise."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,9 +15,14 @@ from lpl_pretrain.errors import ConfigError
 
 MEAN, STD = 0.7, 0.4
 CASES = [  # prediction, schedule, kind, steps, largest error of a sample: about 6 / steps (linear) or 3 / steps (cosine, flow)
-    ("eps", "linear", "ddim", 250, 0.03), ("eps", "scaled_linear", "ddim", 250, 0.04), ("v", "linear", "ddim", 250, 0.03),
-    ("v", "cosine", "ddim", 250, 0.015), ("v", "linear", "ddim", 1000, 0.007), ("v", "linear", "ddim", 600, 0.013),
-    ("v", "cosine", "ddim", 30, 0.12), ("flow", "rectified_flow", "euler", 250, 0.013),
+    ("eps", "linear", "ddim", 250, 0.03),
+    ("eps", "scaled_linear", "ddim", 250, 0.04),
+    ("v", "linear", "ddim", 250, 0.03),
+    ("v", "cosine", "ddim", 250, 0.015),
+    ("v", "linear", "ddim", 1000, 0.007),
+    ("v", "linear", "ddim", 600, 0.013),
+    ("v", "cosine", "ddim", 30, 0.12),
+    ("flow", "rectified_flow", "euler", 250, 0.013),
     ("flow", "rectified_flow", "heun", 40, 0.001),
 ]
 
@@ -33,20 +39,28 @@ def noise() -> torch.Tensor:
 
 def ideal(prediction: str, schedule, flip: float = 1.0):
     """E[target | z_t] for z0 ~ N(MEAN, STD^2)."""
+
     def model(z_t, t, cond):
         assert t.shape == (len(z_t),) and t.dtype == torch.float32
         a, s = (c.view(-1, 1, 1, 1) for c in schedule.coefficients(t))
         whitened = (z_t - a * MEAN) / (a**2 * STD**2 + s**2)
         eps, z0 = s * whitened, MEAN + a * STD**2 * whitened
         return flip * {"eps": eps, "v": a * eps - s * z0, "flow": eps - z0}[prediction]
+
     return model
 
 
 def run(prediction, kind, sampler_kind, steps, *, model_predicts=None, flip=1.0):
     """Samples, and what the ODE's exact solution makes of the same noise."""
     schedule, sampler, start = make_schedule(ScheduleKind(kind)), SamplerConfig(kind=sampler_kind, steps=steps), noise()
-    got = sample(ideal(model_predicts or prediction, schedule, flip), Prediction(prediction), schedule, sampler, start,
-                 Labels(torch.zeros(64, dtype=torch.int64)))
+    got = sample(
+        ideal(model_predicts or prediction, schedule, flip),
+        Prediction(prediction),
+        schedule,
+        sampler,
+        start,
+        Labels(torch.zeros(64, dtype=torch.int64)),
+    )
     a, s = schedule.coefficients(torch.tensor([plan_walk(Prediction(prediction), schedule, sampler).times[0]]))
     return got, MEAN + STD * (start - a * MEAN) / (a**2 * STD**2 + s**2).sqrt()
 
@@ -68,8 +82,10 @@ def test_has_teeth(prediction, schedule, kind, steps, tolerance, broken):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.15)
 
 
-@pytest.mark.parametrize("prediction, schedule, kind, gain", [
-    ("v", "cosine", "ddim", 1.7), ("flow", "rectified_flow", "euler", 1.7), ("flow", "rectified_flow", "heun", 3.0)])
+@pytest.mark.parametrize(
+    "prediction, schedule, kind, gain",
+    [("v", "cosine", "ddim", 1.7), ("flow", "rectified_flow", "euler", 1.7), ("flow", "rectified_flow", "heun", 3.0)],
+)
 def test_order_of_convergence(prediction, schedule, kind, gain):
     """Twice the steps: half the error for first order, a quarter for second order."""
     coarse, fine = ((got - wanted).abs().max() for got, wanted in (run(prediction, schedule, kind, steps) for steps in (10, 20)))
@@ -89,8 +105,9 @@ def test_forwards_of_flow(kind, forwards):
     assert len(walk.times) == forwards and walk.times[0] == 1.0
 
 
-@pytest.mark.parametrize("prediction, kind, steps", [
-    ("eps", "euler", 5), ("v", "heun", 5), ("flow", "ddim", 5), ("eps", "ddim", 1001)])
+@pytest.mark.parametrize(
+    "prediction, kind, steps", [("eps", "euler", 5), ("v", "heun", 5), ("flow", "ddim", 5), ("eps", "ddim", 1001)]
+)
 def test_refuses_a_sampler_that_does_not_fit(prediction, kind, steps):
     schedule = make_schedule(ScheduleKind.RECTIFIED_FLOW if prediction == "flow" else ScheduleKind.LINEAR)
     with pytest.raises(ConfigError, match="sampler"):

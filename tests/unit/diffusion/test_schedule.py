@@ -1,4 +1,5 @@
 """Schedules against closed forms and against diffusers' own, in float64."""
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -8,11 +9,14 @@ from lpl_pretrain.diffusion.schedule import TIMESTEPS, make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile, stratify
 
 
-@pytest.mark.parametrize("kind, theirs", [
-    ("linear", {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
-    ("scaled_linear", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
-    ("cosine", {"beta_schedule": "squaredcos_cap_v2"}),
-])
+@pytest.mark.parametrize(
+    "kind, theirs",
+    [
+        ("linear", {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+        ("scaled_linear", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        ("cosine", {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
 def test_alphas_cumprod_equal_diffusers(kind, theirs):
     ours = make_schedule(ScheduleKind(kind)).alphas_cumprod
     assert ours.dtype == torch.float64

@@ -1,4 +1,5 @@
 """The average follows its closed form, and moves under updates that bf16 loses."""
+
 from dataclasses import dataclass
 
 import pytest

@@ -1,4 +1,5 @@
 """A run made by hand: tiny random autoencoder and DiT, two complete checkpoints and an unfinished one, real pictures."""
+
 from __future__ import annotations
 
 import json
@@ -30,8 +31,15 @@ class Made:
     reference: Path
 
     def protocol(self, **changes) -> EvaluateConfig:
-        facts = {"name": "tiny", "images": 10, "batch_size": 4, "sampler": {"kind": "euler", "steps": 2},
-                 "reference": str(self.reference), "guidance_scales": [1.0, 3.0], "grid_images": 5}
+        facts = {
+            "name": "tiny",
+            "images": 10,
+            "batch_size": 4,
+            "sampler": {"kind": "euler", "steps": 2},
+            "reference": str(self.reference),
+            "guidance_scales": [1.0, 3.0],
+            "grid_images": 5,
+        }
         return EvaluateConfig.model_validate({**facts, **changes})
 
 
@@ -51,8 +59,9 @@ def make_run(folder: Path, prediction: str, schedule: str) -> Made:
     index = dataset_index(identity=autoencoder_identity(Path(autoencoder)), side=SIDE)
     (folder / "data").mkdir()
     (folder / "data" / INDEX_NAME).write_text(index.model_dump_json())
-    config = train_config(autoencoder=autoencoder, data__folder=str(folder / "data"), diffusion__prediction=prediction,
-                          diffusion__schedule=schedule)
+    config = train_config(
+        autoencoder=autoencoder, data__folder=str(folder / "data"), diffusion__prediction=prediction, diffusion__schedule=schedule
+    )
     run_dir = RunDir(folder / "run")
     run_dir.path.mkdir()
     run_dir.config.write_text(dump(config))
@@ -74,7 +83,13 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
     folder = run_dir.checkpoint(step)
     folder.mkdir(parents=True)
     named = [(name, tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
-    write_rank(folder, 0, [*(("param", Piece(name, shape, 0, p.flatten())) for name, shape, p in named),
-                           *(("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named)])
+    write_rank(
+        folder,
+        0,
+        [
+            *(("param", Piece(name, shape, 0, p.flatten())) for name, shape, p in named),
+            *(("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named),
+        ],
+    )
     merge_parts(folder, 1)
     (folder / MANIFEST).write_text(json.dumps({"step": step}))

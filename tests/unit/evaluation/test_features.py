@@ -1,4 +1,5 @@
 """Extractors: the right network with the right weights under the right name."""
+
 from __future__ import annotations
 
 import pytest

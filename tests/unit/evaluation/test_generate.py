@@ -1,4 +1,5 @@
 """Picture i depends on (seed, i) alone; classes follow training; one rounding rule."""
+
 from __future__ import annotations
 
 import pytest
@@ -38,6 +39,7 @@ def test_has_teeth(generator, change):
 
 def test_noise_keyed_by_position_in_the_batch_is_seen(generator, monkeypatch):
     from lpl_pretrain.runtime import rng
+
     honest = rng.normal
     monkeypatch.setattr(rng, "normal", lambda seed, purpose, ids, shape: honest(seed, purpose, range(len(ids)), shape))
     with pytest.raises(AssertionError):

@@ -1,4 +1,5 @@
 """A protocol over a run's checkpoints: what is scored, what is written, what is refused."""
+
 from __future__ import annotations
 
 import json
@@ -51,7 +52,7 @@ def test_scores_what_is_complete_and_not_yet_scored(run):
 
 
 def test_a_record_holds_what_repeating_it_needs(run):
-    record, = evaluate(run.run_dir, run.protocol(), [6])
+    (record,) = evaluate(run.run_dir, run.protocol(), [6])
     assert json.loads(run.run_dir.evaluation(6, "tiny").read_text()) == record
     plain, guided = record["results"]
     assert (plain["guidance_scale"], guided["guidance_scale"]) == (1.0, 3.0)
@@ -70,7 +71,7 @@ def test_a_record_holds_what_repeating_it_needs(run):
 def test_repeats_to_the_digit_and_weights_matter(run):
     values = {}
     for name, changes in {"a": {}, "b": {}, "raw": {"weights": "raw"}, "seed": {"seed": 1}, "batch": {"batch_size": 3}}.items():
-        record, = evaluate(run.run_dir, run.protocol(name=name, **changes), [6])
+        (record,) = evaluate(run.run_dir, run.protocol(name=name, **changes), [6])
         values[name] = record["results"][0]["value"]
     assert values["a"] == values["b"] and values["a"] not in (values["raw"], values["seed"])
     assert values["batch"] == pytest.approx(values["a"], rel=1e-2)  # a pixel may round to its neighbour
@@ -82,7 +83,7 @@ def test_reference_is_read_once_and_again_when_it_changes(run, monkeypatch):
         patch.setattr("lpl_pretrain.data.images.Picture.load", lambda picture: pytest.fail("read again"))
         evaluate(run.run_dir, run.protocol(), [6])
     shutil.copy(run.reference / "00.png", run.reference / "zz.png")
-    record, = evaluate(run.run_dir, run.protocol(), [6])
+    (record,) = evaluate(run.run_dir, run.protocol(), [6])
     assert record["reference"]["pictures"] == 13
 
 
@@ -92,9 +93,16 @@ def test_another_protocol_of_the_same_name_is_refused(run):
         evaluate(run.run_dir, run.protocol(images=12))
 
 
-@pytest.mark.parametrize("changes, message", [({"sampler": {"kind": "ddim"}}, "sampler.kind=ddim"), ({"images": 1}, "images=1"),
-                                              ({"guidance_scales": []}, "guidance_scales"), ({"name": "a/b"}, "file name"),
-                                              ({"extractor": "inception"}, "inception_weights")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sampler": {"kind": "ddim"}}, "sampler.kind=ddim"),
+        ({"images": 1}, "images=1"),
+        ({"guidance_scales": []}, "guidance_scales"),
+        ({"name": "a/b"}, "file name"),
+        ({"extractor": "inception"}, "inception_weights"),
+    ],
+)
 def test_protocols_that_cannot_run(run, changes, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(run.run_dir, run.protocol(**changes))
@@ -118,7 +126,7 @@ def test_a_corrupt_reference_picture_is_named(run):
 @pytest.mark.parametrize("prediction, schedule", [("eps", "linear"), ("v", "cosine")])
 def test_other_objectives(run_of, prediction, schedule):
     made = run_of(prediction, schedule)
-    record, = evaluate(made.run_dir, made.protocol(sampler={"kind": "ddim", "steps": 3}), [6])
+    (record,) = evaluate(made.run_dir, made.protocol(sampler={"kind": "ddim", "steps": 3}), [6])
     assert record["results"][0]["value"] > 0
 
 

@@ -1,4 +1,5 @@
 """Streaming statistics and the Frechet distance, against numpy, scipy and closed forms."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -90,8 +91,15 @@ def diagonal(variances: list[float], mean: float = 0.0) -> FeatureStatistics:
     return statistics
 
 
-@pytest.mark.parametrize("variances_a, variances_b", [([1.0, 4.0, 9.0], [4.0, 1.0, 9.0]), ([1.0, 0.0, 9.0], [0.0, 4.0, 4.0]),
-                                                      ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]), ([1e-6, 1.0, 1e6], [1e6, 1e-6, 1.0])])
+@pytest.mark.parametrize(
+    "variances_a, variances_b",
+    [
+        ([1.0, 4.0, 9.0], [4.0, 1.0, 9.0]),
+        ([1.0, 0.0, 9.0], [0.0, 4.0, 4.0]),
+        ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]),
+        ([1e-6, 1.0, 1e6], [1e6, 1e-6, 1.0]),
+    ],
+)
 def test_closed_form(variances_a, variances_b):
     wanted = 3 * 0.5**2 + sum((a**0.5 - b**0.5) ** 2 for a, b in zip(variances_a, variances_b, strict=True))
     assert frechet_distance(diagonal(variances_a, mean=0.5), diagonal(variances_b)) == pytest.approx(wanted, rel=1e-12)
@@ -113,6 +121,9 @@ def test_has_teeth(broken):
     a, b = of(features(20, 200, seed=4)), of(features(20, 200, seed=5))
     exact = torch.linalg.svdvals(root(b.covariance).T @ root(a.covariance)).sum()
     product = a.covariance @ b.covariance
-    wrong = {"no_square_root": lambda: product.trace(), "elementwise": lambda: product.abs().sqrt().trace(),
-             "root_of_noise": lambda: torch.linalg.eigvals(product).abs().sqrt().sum()}[broken]()
+    wrong = {
+        "no_square_root": lambda: product.trace(),
+        "elementwise": lambda: product.abs().sqrt().trace(),
+        "root_of_noise": lambda: torch.linalg.eigvals(product).abs().sqrt().sum(),
+    }[broken]()
     assert wrong.item() != pytest.approx(exact.item(), rel=1e-7)

@@ -1,4 +1,5 @@
 """The frozen autoencoder: moments in, pictures out, scaling there and back, and who it is."""
+
 import json
 
 import pytest
@@ -27,7 +28,9 @@ def test_moments_and_decode(tmp_path):
 
 
 def test_identity_follows_weights_and_config(tmp_path):
-    a, b, c = (autoencoder_identity(resolve_path(tiny_folder(tmp_path / name, seed=seed))) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    a, b, c = (
+        autoencoder_identity(resolve_path(tiny_folder(tmp_path / name, seed=seed))) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert a == b != c
     config = tmp_path / "b" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.7}))
@@ -53,8 +56,12 @@ def test_scaling_there_and_back():
 
 def test_scaling_kinds():
     index = dataset_index()
-    index = index.model_copy(update={"latent": index.latent.model_copy(update={"std": [2.0] * 4, "mean": [1.0] * 4}),
-                                     "autoencoder": index.autoencoder.model_copy(update={"scale": 0.5, "shift": 0.25})})
+    index = index.model_copy(
+        update={
+            "latent": index.latent.model_copy(update={"std": [2.0] * 4, "mean": [1.0] * 4}),
+            "autoencoder": index.autoencoder.model_copy(update={"scale": 0.5, "shift": 0.25}),
+        }
+    )
     assert latent_scaling("per_channel", index).scale.tolist() == [0.5] * 4
     assert latent_scaling("per_channel", index).shift.tolist() == [1.0] * 4
     assert latent_scaling("autoencoder", index).shift.tolist() == [0.25] * 4

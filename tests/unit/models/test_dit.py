@@ -1,4 +1,5 @@
 """The DiT: shapes, zero at initialisation, a working patch round trip, conditions that matter, fixed position embeddings."""
+
 import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
@@ -40,14 +41,18 @@ def test_every_input_matters(awake):
     z_t, t, labels = torch.randn(1, 4, 8, 12), torch.tensor([0.3]), torch.tensor([1])
     out = awake(z_t, t, Conditioning(labels))
     assert out.shape == z_t.shape
-    for other in (awake(z_t + 1, t, Conditioning(labels)), awake(z_t, t + 0.1, Conditioning(labels)), awake(z_t, t, Conditioning(labels * 3))):
+    for other in (
+        awake(z_t + 1, t, Conditioning(labels)),
+        awake(z_t, t + 0.1, Conditioning(labels)),
+        awake(z_t, t, Conditioning(labels * 3)),
+    ):
         assert (out - other).abs().max() > 1e-3
 
 
 def test_samples_do_not_see_each_other(awake):
     z_t, t, labels = torch.randn(3, 4, 8, 12), torch.rand(3), torch.tensor([0, 1, 3])
     together = awake(z_t, t, Conditioning(labels))
-    alone = torch.cat([awake(z_t[i:i + 1], t[i:i + 1], Conditioning(labels[i:i + 1])) for i in range(3)])
+    alone = torch.cat([awake(z_t[i : i + 1], t[i : i + 1], Conditioning(labels[i : i + 1])) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 

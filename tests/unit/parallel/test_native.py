@@ -1,4 +1,5 @@
 """Moments exist before the first update, and making them changes nothing."""
+
 import pytest
 import torch
 
@@ -12,11 +13,14 @@ from tests.support.tiny import tiny
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("make, moments", [
-    (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5), {"step", "exp_avg", "exp_avg_sq"}),
-    (lambda p: torch.optim.SGD(p, lr=0.1), set()),
-    (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5), {"momentum_buffer"}),
-])
+@pytest.mark.parametrize(
+    "make, moments",
+    [
+        (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5), {"step", "exp_avg", "exp_avg_sq"}),
+        (lambda p: torch.optim.SGD(p, lr=0.1), set()),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5), {"momentum_buffer"}),
+    ],
+)
 def test_materialized_state_continues_as_if_it_had_not_been(make, moments):
     def trained(materialize: bool) -> list[torch.Tensor]:
         model = tiny().double()

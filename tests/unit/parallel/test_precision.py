@@ -1,4 +1,5 @@
 """One table says what every strategy computes in; the door casts what it must and nothing else."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -42,11 +43,14 @@ def test_zero_has_no_float64():
         recipe(StrategyKind.ZERO, Precision.FP64)
 
 
-@pytest.mark.parametrize("precision, inside, answer", [
-    ("fp32", torch.float32, torch.float32),
-    ("bf16", torch.float32, torch.bfloat16),
-    ("fp64", torch.float64, torch.float64),
-])
+@pytest.mark.parametrize(
+    "precision, inside, answer",
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("fp64", torch.float64, torch.float64),
+    ],
+)
 def test_what_the_model_sees(precision, inside, answer):
     model = Asks().to(torch.float64 if precision == "fp64" else torch.float32)
     door = Door(model, recipe(StrategyKind.DDP, Precision(precision)), "cpu")

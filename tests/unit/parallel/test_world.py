@@ -1,4 +1,5 @@
 """Ranks come from torchrun's three variables, all or none."""
+
 import pytest
 
 from lpl_pretrain.errors import ConfigError
@@ -22,11 +23,14 @@ def test_as_torchrun_sets_them(environment):
     assert World.from_environment() == World(rank=5, local_rank=1, world_size=8)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"RANK": "1"}, "LOCAL_RANK is not set, WORLD_SIZE is not set"),
-    ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK='x'"),
-    ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"RANK": "1"}, "LOCAL_RANK is not set, WORLD_SIZE is not set"),
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ],
+)
 def test_half_an_environment_is_refused(environment, values, words):
     for name, value in values.items():
         environment.setenv(name, value)

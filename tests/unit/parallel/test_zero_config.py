@@ -1,4 +1,5 @@
 """A DeepSpeed JSON tunes the engine; whatever else it says is refused, everything at once."""
+
 import json
 import re
 from pathlib import Path
@@ -25,15 +26,28 @@ def test_shipped_files_are_accepted(path):
 
 
 def test_every_conflict_is_listed_with_who_decides(tmp_path):
-    message = refusal(tmp_path, {
-        "train_batch_size": 64, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1.0, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}, "scheduler": {},
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "round_robin_gradients": True},
-    })
+    message = refusal(
+        tmp_path,
+        {
+            "train_batch_size": 64,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW"},
+            "scheduler": {},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "round_robin_gradients": True},
+        },
+    )
     assert ": 9 keys cannot be used" in message
-    for key, owner in {"train_batch_size": "batch.global_batch_size", "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-                       "gradient_clipping": "optimizer.max_grad_norm", "bf16": "parallel.precision", "optimizer": "optimizer",
-                       "gradient_accumulation_steps": "batch"}.items():
+    for key, owner in {
+        "train_batch_size": "batch.global_batch_size",
+        "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+        "gradient_clipping": "optimizer.max_grad_norm",
+        "bf16": "parallel.precision",
+        "optimizer": "optimizer",
+        "gradient_accumulation_steps": "batch",
+    }.items():
         assert f"  {key}: set by {owner}" in message
     assert "zero_optimization.offload_optimizer: offload is not supported yet" in message
     assert "zero_optimization.round_robin_gradients: it shuffles" in message
@@ -41,19 +55,33 @@ def test_every_conflict_is_listed_with_who_decides(tmp_path):
 
 def test_defaults_written_out_are_no_conflict(tmp_path):
     path = tmp_path / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}, "zero_hpz_partition_size": 1,
-                                                      "round_robin_gradients": False, "zero_quantized_weights": False}}))
+    path.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "none"},
+                    "zero_hpz_partition_size": 1,
+                    "round_robin_gradients": False,
+                    "zero_quantized_weights": False,
+                }
+            }
+        )
+    )
     assert read_zero_config(path)["zero_optimization"]["stage"] == 3
 
 
-@pytest.mark.parametrize("content, words", [
-    ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
-    ({"zero_optimization": {"stage": 0}}, "found 0, wanted one of \\(1, 2, 3\\)"),
-    ({"zero_optimization": True}, "found True"),
-    ({}, "found None"),
-    ([1], "found a JSON list"),
-    ("{", "not JSON"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 0}}, "found 0, wanted one of \\(1, 2, 3\\)"),
+        ({"zero_optimization": True}, "found True"),
+        ({}, "found None"),
+        ([1], "found a JSON list"),
+        ("{", "not JSON"),
+    ],
+)
 def test_what_is_no_zero_configuration(tmp_path, content, words):
     assert re.search(words, refusal(tmp_path, content))
 

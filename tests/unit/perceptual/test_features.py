@@ -1,4 +1,5 @@
 """Stage features are those that `decode()` itself goes through, and nothing else of the autoencoder is kept."""
+
 import pytest
 import torch
 
@@ -11,8 +12,18 @@ def pixels_from_last_stage(autoencoder, hidden):
     return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
 
 
-@pytest.mark.parametrize("options", [{}, {"post_quant_conv": False}, {"attention": False}, {"latent_channels": 16, "shift_factor": 0.1},
-                                     {"levels": 4}, {"levels": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"post_quant_conv": False},
+        {"attention": False},
+        {"latent_channels": 16, "shift_factor": 0.1},
+        {"levels": 4},
+        {"levels": 2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_last_stage_leads_to_the_decoded_pixels(options, checkpointing):
     autoencoder = tiny_autoencoder(**options)

@@ -1,4 +1,5 @@
 """The gate's share is a property of the schedule; the weight is explicit, or measured and then frozen."""
+
 import pytest
 import torch
 
@@ -11,12 +12,19 @@ from lpl_pretrain.perceptual.weight import LPLWeight
 UNIFORM, LOGIT_NORMAL = TimestepConfig(), TimestepConfig(distribution="logit_normal")
 
 
-@pytest.mark.parametrize("kind, gate, timesteps, share", [
-    ("scaled_linear", {"max_noise_level": 3}, UNIFORM, 0.674), ("scaled_linear", {"min_snr": 3}, UNIFORM, 0.203),
-    ("scaled_linear", {"min_snr": 6}, UNIFORM, 0.129), ("scaled_linear", {"max_timestep": 200}, UNIFORM, 0.200),
-    ("rectified_flow", {"max_noise_level": 3}, UNIFORM, 0.75), ("rectified_flow", {"min_snr": 3}, UNIFORM, 0.366),
-    ("rectified_flow", {"max_noise_level": 3}, LOGIT_NORMAL, 0.864), ("rectified_flow", {"min_snr": 3}, LOGIT_NORMAL, 0.291),
-])
+@pytest.mark.parametrize(
+    "kind, gate, timesteps, share",
+    [
+        ("scaled_linear", {"max_noise_level": 3}, UNIFORM, 0.674),
+        ("scaled_linear", {"min_snr": 3}, UNIFORM, 0.203),
+        ("scaled_linear", {"min_snr": 6}, UNIFORM, 0.129),
+        ("scaled_linear", {"max_timestep": 200}, UNIFORM, 0.200),
+        ("rectified_flow", {"max_noise_level": 3}, UNIFORM, 0.75),
+        ("rectified_flow", {"min_snr": 3}, UNIFORM, 0.366),
+        ("rectified_flow", {"max_noise_level": 3}, LOGIT_NORMAL, 0.864),
+        ("rectified_flow", {"min_snr": 3}, LOGIT_NORMAL, 0.291),
+    ],
+)
 def test_published_shares(kind, gate, timesteps, share):
     schedule = make_schedule(ScheduleKind(kind))
     assert gate_share(max_noise_level(GateConfig(**gate), schedule), schedule, timesteps) == pytest.approx(share, abs=6e-4)

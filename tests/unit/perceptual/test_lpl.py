@@ -1,4 +1,5 @@
 """LPL against a slow, obvious float64 reference: value and gradient, for every option."""
+
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def reference_keep(maps, quantile, margin, stage):
         r, old = size // 2, keep.clone()
         for y in range(keep.shape[2]):
             for x in range(keep.shape[3]):
-                window = old[:, :, max(0, y - r):y + r + 1, max(0, x - r):x + r + 1]
+                window = old[:, :, max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1]
                 keep[:, :, y, x] = window.amax(dim=(2, 3)) if pick is max else window.amin(dim=(2, 3))
     return keep
 
@@ -56,12 +57,21 @@ def reference(config, z0, z0_hat, gate):
             omega = z0.shape[-1] / clean[name].shape[-1] if config.depth_weights == "inverse_resolution" else 1.0
             source = clean[name] if config.outliers.source == "target" else predicted[name].detach()
             masked = config.outliers.enabled and stage >= config.outliers.first_stage
-            keep = reference_keep(source, config.outliers.quantile, config.outliers.margin, stage) if masked else torch.ones_like(source)
+            keep = (
+                reference_keep(source, config.outliers.quantile, config.outliers.margin, stage)
+                if masked
+                else torch.ones_like(source)
+            )
             channels = []
             for c in range(clean[name].shape[1]):
                 f, f_hat = clean[name][b, c], predicted[name][b, c]
-                g, g_hat = {"prediction": (f_hat, f_hat), "prediction_detached": (f_hat.detach(), f_hat.detach()), "target": (f, f),
-                            "own": (f, f_hat), "none": (None, None)}[config.normalize]
+                g, g_hat = {
+                    "prediction": (f_hat, f_hat),
+                    "prediction_detached": (f_hat.detach(), f_hat.detach()),
+                    "target": (f, f),
+                    "own": (f, f_hat),
+                    "none": (None, None),
+                }[config.normalize]
                 if g is not None:
                     f = (f - g.mean()) / g.std(correction=0)
                     f_hat = (f_hat - g_hat.mean()) / g_hat.std(correction=0)
@@ -78,9 +88,20 @@ def inputs(count=3):
     return z0, z0 + 0.4 * torch.randn_like(z0), torch.tensor([True, True, False, True, True][:count])
 
 
-OPTIONS = [{}, {"normalize": "prediction_detached"}, {"normalize": "target"}, {"normalize": "own"}, {"normalize": "none"},
-           {"depth_weights": "uniform"}, {"outliers": {"enabled": False}}, {"outliers": {"source": "prediction"}},
-           {"outliers": {"quantile": 0.1, "margin": 0.1}}, {"outliers": {"first_stage": 2}}, {"stages": ["up0"]}, {"stages": ["mid", "up1"]}]
+OPTIONS = [
+    {},
+    {"normalize": "prediction_detached"},
+    {"normalize": "target"},
+    {"normalize": "own"},
+    {"normalize": "none"},
+    {"depth_weights": "uniform"},
+    {"outliers": {"enabled": False}},
+    {"outliers": {"source": "prediction"}},
+    {"outliers": {"quantile": 0.1, "margin": 0.1}},
+    {"outliers": {"first_stage": 2}},
+    {"stages": ["up0"]},
+    {"stages": ["mid", "up1"]},
+]
 
 
 class Subset(nn.Module):
@@ -111,8 +132,19 @@ def test_value_and_gradient(options):
     assert term.loss[2] == 0 and not term.gradient[2].any()
 
 
-@pytest.mark.parametrize("wrong", [{"normalize": "prediction_detached"}, {"normalize": "target"}, {"normalize": "own"}, {"normalize": "none"},
-                                   {"depth_weights": "uniform"}, {"outliers": {"enabled": False}}, {"stages": ["up0"]}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"normalize": "prediction_detached"},
+        {"normalize": "target"},
+        {"normalize": "own"},
+        {"normalize": "none"},
+        {"depth_weights": "uniform"},
+        {"outliers": {"enabled": False}},
+        {"stages": ["up0"]},
+    ],
+    ids=str,
+)
 def test_has_teeth(wrong):
     """Every option, computed when the default is asked for, is told apart."""
     config, broken = LPLConfig(weight=1.0, outliers={"margin": 0.5}), {"outliers": {"margin": 0.5}, **wrong}

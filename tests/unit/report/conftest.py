@@ -1,4 +1,5 @@
 """A run's files as a trainer and an evaluator leave them: 120 logged steps, LPL from step 40, one stop and resume, two scores."""
+
 from __future__ import annotations
 
 import json
@@ -14,12 +15,23 @@ PROTOCOL = {"name": "quick", "sampler": {"kind": "euler", "steps": 5}}
 
 
 def metrics(step: int, mark: float = 0.0) -> dict:
-    values = {"step": step, "time_s": 1.7e9 + step, "loss/total": 1 / step + mark, "loss/diffusion": 0.9 / step, "grad_norm": 0.5,
-              "samples_per_s": 100.0, "samples_seen": 8 * step, "lr": 1e-3}
+    values = {
+        "step": step,
+        "time_s": 1.7e9 + step,
+        "loss/total": 1 / step + mark,
+        "loss/diffusion": 0.9 / step,
+        "grad_norm": 0.5,
+        "samples_per_s": 100.0,
+        "samples_seen": 8 * step,
+        "lr": 1e-3,
+    }
     if step >= 40:
         values |= {"loss/lpl": 2.0, "lpl/weight": 0.1, "lpl/weighted_share": 0.2, "lpl/gated_share": 0.4}
-        values |= {f"lpl/stage/{stage}/{quantity}": 0.5
-                   for stage in ("mid", "up0") for quantity in ("contribution", "keep_fraction", "std_ratio")}
+        values |= {
+            f"lpl/stage/{stage}/{quantity}": 0.5
+            for stage in ("mid", "up0")
+            for quantity in ("contribution", "keep_fraction", "std_ratio")
+        }
     return values
 
 
@@ -28,12 +40,24 @@ def run(tmp_path) -> RunDir:
     run_dir = RunDir(tmp_path / "a run")
     run_dir.path.mkdir()
     run_dir.config.write_text(dump(train_config(name="<b>tiny</b> & co", steps=120, lpl={"target_share": 0.2})))
-    run_dir.provenance.write_text(json.dumps({
-        "git_commit": "abc", "git_diff": "-old\n+<script>alert(1)</script>", "versions": {"torch": "2.14.1", "deepspeed": None},
-        "argv": ["lpl-pretrain", "train", "x.yaml"], "world_size": 2, "data_samples": 64, "something_new": {"a": [1]}}))
+    run_dir.provenance.write_text(
+        json.dumps(
+            {
+                "git_commit": "abc",
+                "git_diff": "-old\n+<script>alert(1)</script>",
+                "versions": {"torch": "2.14.1", "deepspeed": None},
+                "argv": ["lpl-pretrain", "train", "x.yaml"],
+                "world_size": 2,
+                "data_samples": 64,
+                "something_new": {"a": [1]},
+            }
+        )
+    )
     lines = [metrics(step, mark=7.0 if step > 75 else 0.0) for step in range(1, 81)]
-    lines += [{"event": "stopped", "step": 75, "time_s": 1.7e9, "signal": "SIGTERM"},
-              {"event": "resumed", "step": 75, "time_s": 1.7e9}]
+    lines += [
+        {"event": "stopped", "step": 75, "time_s": 1.7e9, "signal": "SIGTERM"},
+        {"event": "resumed", "step": 75, "time_s": 1.7e9},
+    ]
     lines += [metrics(step) for step in range(76, 121)]
     run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in (60, 120):
@@ -41,9 +65,15 @@ def run(tmp_path) -> RunDir:
         samples.parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(samples)
         results = [{"guidance_scale": w, "metric": "fd_x", "value": 90.0 / w - step / 10, "images": 10} for w in (1.0, 2.5)]
-        record = {"step": step, "results": results, "protocol": PROTOCOL, "weights": "ema", "extractor": {"dimension": 1280},
-                  "samples": str(samples.relative_to(run_dir.path)),
-                  "reference": {"pictures": 5, "grid": "evaluations/reference_x.png"}}
+        record = {
+            "step": step,
+            "results": results,
+            "protocol": PROTOCOL,
+            "weights": "ema",
+            "extractor": {"dimension": 1280},
+            "samples": str(samples.relative_to(run_dir.path)),
+            "reference": {"pictures": 5, "grid": "evaluations/reference_x.png"},
+        }
         path = run_dir.evaluation(step, "quick")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(record))

@@ -1,4 +1,5 @@
 """The report builds from whatever is there, needs nothing else, and says what is missing."""
+
 from __future__ import annotations
 
 import json
@@ -57,15 +58,35 @@ def page_of(run: RunDir) -> Page:
 def outside_references(page: Page) -> list[str]:
     """Values of attributes that would make a browser fetch something."""
     fetched = ("src", "href", "xlink:href")
-    return [value for name, value in page.attributes if value and name != "alt"
-            and ("http:" in value or "https:" in value or (name in fetched and not value.startswith(("data:", "#"))))]
+    return [
+        value
+        for name, value in page.attributes
+        if value
+        and name != "alt"
+        and ("http:" in value or "https:" in value or (name in fetched and not value.startswith(("data:", "#"))))
+    ]
 
 
 def test_a_whole_run(run):
     page = page_of(run)
-    for words in ("complete", "120", "960", "100", "15.0 times the data", "resumed once", "quick, guidance 2.5", "20.0%", "30 → 24",
-                  "fd_x", "biased upwards", "step 120, guidance 2.5, ema weights", "some of the 5 pictures", "SIGTERM",
-                  "something new", "x.yaml"):
+    for words in (
+        "complete",
+        "120",
+        "960",
+        "100",
+        "15.0 times the data",
+        "resumed once",
+        "quick, guidance 2.5",
+        "20.0%",
+        "30 → 24",
+        "fd_x",
+        "biased upwards",
+        "step 120, guidance 2.5, ema weights",
+        "some of the 5 pictures",
+        "SIGTERM",
+        "something new",
+        "x.yaml",
+    ):
         assert words in page.text, words
     assert page.tags.count("svg") == 10 and page.tags.count("img") == 3
     assert not list(run.path.glob("*.tmp"))
@@ -111,9 +132,16 @@ def test_a_torn_line_is_skipped_and_said(run):
     assert "1 unreadable line skipped" in page.text and read_run(run).lines[-1]["step"] == 120
 
 
-@pytest.mark.parametrize("gone, said", [
-    ("config.yaml", "config.yaml is missing"), ("provenance.json", "provenance.json is missing"),
-    ("evaluations", "No checkpoint is scored yet"), ("samples", "No sample grids"), ("metrics.jsonl", "Nothing logged yet")])
+@pytest.mark.parametrize(
+    "gone, said",
+    [
+        ("config.yaml", "config.yaml is missing"),
+        ("provenance.json", "provenance.json is missing"),
+        ("evaluations", "No checkpoint is scored yet"),
+        ("samples", "No sample grids"),
+        ("metrics.jsonl", "Nothing logged yet"),
+    ],
+)
 def test_missing_parts_are_named(run, gone, said):
     path = run.path / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -182,8 +210,9 @@ def test_smoothing_keeps_constants_and_does_not_spread_nan():
     assert all(map(math.isfinite, smoothed([1.0, math.nan, 1.0])))
 
 
-@pytest.mark.parametrize("value, words", [
-    (None, "–"), (math.nan, "–"), (96_000, "96,000"), (1_730_000, "1.73M"), (211.4, "211"), (0.0412, "0.0412")])
+@pytest.mark.parametrize(
+    "value, words", [(None, "–"), (math.nan, "–"), (96_000, "96,000"), (1_730_000, "1.73M"), (211.4, "211"), (0.0412, "0.0412")]
+)
 def test_number(value, words):
     assert number(value) == words
 

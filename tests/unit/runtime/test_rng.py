@@ -1,4 +1,5 @@
 """A draw depends on its seed, purpose and id, and on nothing else."""
+
 import torch
 
 from lpl_pretrain.runtime import rng
@@ -31,5 +32,5 @@ def test_distributions():
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
     assert abs(torch.corrcoef(normal[:2])[0, 1]) < 0.5
     uniform = rng.uniform(0, "u", range(4000))
-    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
     assert abs((uniform < 0.1).double().mean() - 0.1) < 0.02

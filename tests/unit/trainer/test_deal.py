@@ -1,15 +1,15 @@
 """What a step trains on is a function of (seed, step); who takes it never changes what is taken."""
+
 import math
 
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
+from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.perceptual.gate import gate_share
 from lpl_pretrain.trainer.deal import Dealer
 from lpl_pretrain.trainer.lr import learning_rate
-from lpl_pretrain.config.schema import OptimizerConfig
 
 
 def dealer(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_normal", seed=3):

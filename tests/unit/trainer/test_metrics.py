@@ -1,4 +1,5 @@
 """Means over everything since the last line, by weight; a mean over nothing is absent."""
+
 import math
 
 import pytest

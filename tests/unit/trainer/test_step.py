@@ -1,13 +1,14 @@
 """One update: the surrogate carries LPL's gradient exactly, microbatches change nothing, and every draw is keyed."""
+
 import copy
 
 import pytest
 import torch
 
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.models.autoencoder import load_autoencoder
 from lpl_pretrain.perceptual.features import DecoderFeatures
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
-from lpl_pretrain.models.autoencoder import load_autoencoder
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
 from lpl_pretrain.trainer.metrics import Meter
@@ -24,8 +25,17 @@ def data(tmp_path_factory):
 
 def new_run(data, tmp_path, **changes):
     latents, autoencoder = data
-    settings = {"data__folder": latents, "autoencoder": autoencoder, "optimizer__kind": "sgd", "optimizer__lr": 0.5,
-                "optimizer__max_grad_norm": 1e9, "lpl__weight": 0.7, "lpl__gate": {"max_noise_level": 1.0}, "lpl__chunk_size": 3, **changes}
+    settings = {
+        "data__folder": latents,
+        "autoencoder": autoencoder,
+        "optimizer__kind": "sgd",
+        "optimizer__lr": 0.5,
+        "optimizer__max_grad_norm": 1e9,
+        "lpl__weight": 0.7,
+        "lpl__gate": {"max_noise_level": 1.0},
+        "lpl__chunk_size": 3,
+        **changes,
+    }
     run = assemble(train_config(**settings), RunDir(tmp_path), World(), CPU)
     torch.manual_seed(0)
     for parameter in run.updater.denoiser.parameters():  # away from the zero output of adaLN-Zero
@@ -72,8 +82,18 @@ def test_microbatches_change_nothing(data, tmp_path, micro_batch_size):
         assert split_values[name] == pytest.approx(values[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("changes", [{"lpl__weight": 1.4}, {"lpl__gate": {"max_noise_level": 0.3}}, {"seed": 1},
-                                     {"conditioning": {"label_dropout": 1.0}}, {"data__posterior": "mean"}, {"lpl": None}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lpl__weight": 1.4},
+        {"lpl__gate": {"max_noise_level": 0.3}},
+        {"seed": 1},
+        {"conditioning": {"label_dropout": 1.0}},
+        {"data__posterior": "mean"},
+        {"lpl": None},
+    ],
+    ids=str,
+)
 def test_has_teeth(data, tmp_path, changes):
     """What matters to an update shows in it."""
     whole, _ = one_update(new_run(data, tmp_path))
@@ -87,10 +107,22 @@ def test_has_teeth(data, tmp_path, changes):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("prediction, schedule, gate", [("eps", "scaled_linear", {"max_timestep": 300}), ("v", "cosine", {"min_snr": 3.0}),
-                                                        ("eps", "linear", {"max_noise_level": 1.0})])
+@pytest.mark.parametrize(
+    "prediction, schedule, gate",
+    [
+        ("eps", "scaled_linear", {"max_timestep": 300}),
+        ("v", "cosine", {"min_snr": 3.0}),
+        ("eps", "linear", {"max_noise_level": 1.0}),
+    ],
+)
 def test_other_objectives_run(data, tmp_path, prediction, schedule, gate):
-    run = new_run(data, tmp_path, diffusion__prediction=prediction, diffusion__schedule=schedule, lpl__gate=gate,
-                  diffusion__weighting={"kind": "min_snr"})
+    run = new_run(
+        data,
+        tmp_path,
+        diffusion__prediction=prediction,
+        diffusion__schedule=schedule,
+        lpl__gate=gate,
+        diffusion__weighting={"kind": "min_snr"},
+    )
     _, values = one_update(run)
     assert values["loss/lpl"] > 0 and values["lpl/gated_share"] > 0
