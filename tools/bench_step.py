@@ -51,9 +51,7 @@ def main() -> None:
             f"min {1000 * min(values):8.1f} ms   max {1000 * max(values):8.1f} ms"
         )
     ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
-    print(
-        f"ours / bare: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to {max(ratios):.4f} over {len(ratios)} rounds"
-    )
+    print(f"ours / bare: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to {max(ratios):.4f}, {len(ratios)} rounds")
 
 
 def bare_loop(run: Run) -> Callable[[int], None]:

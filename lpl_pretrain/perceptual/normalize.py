@@ -1,8 +1,9 @@
 """On which scale two feature maps are compared: both branches shifted and scaled by ONE set of statistics per channel.
 
-Shapes: features (B, C, H, W) float32, statistics (B, C, 1, 1).  The paper's choice is `prediction`: mean and standard deviation
-over space of the predicted features, for both branches, with gradient through them (arXiv 2411.04873; a replication that detached them
-kept 16-39 % of the gain).  When both branches share their statistics the mean cancels in the difference, so it is never subtracted.
+Shapes: features (B, C, H, W) float32, statistics (B, C, 1, 1).  The paper's choice is `prediction`: mean and standard
+deviation over space of the predicted features, for both branches, with gradient through them (arXiv 2411.04873; a replication
+that detached them kept 16-39 % of the gain).  When both branches share their statistics the mean cancels in the difference, so it
+is never subtracted.
 """
 
 from __future__ import annotations

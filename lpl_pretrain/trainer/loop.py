@@ -68,17 +68,10 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
         if frozen:
             sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
         if done % config.log.every_steps == 0 or done == config.steps:
-            values = {**summarize(meter.flush()), "grad_norm": report.grad_norm, **clock.flush()}
-            sinks.metrics(
-                done,
-                {
-                    **values,
-                    "lr": learning_rate(config.optimizer, step, config.steps),
-                    "samples_seen": done * config.batch.global_batch_size,
-                },
-            )
+            means = meter.flush()
+            sinks.metrics(done, {**means, **settings(run, step, means), "grad_norm": report.grad_norm, **clock.flush()})
             if bar is not None:
-                bar.set_postfix({"loss": f"{values['loss/total']:.4f}"}, refresh=False)
+                bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
         stopping = any_over_ranks(bool(stop))
         if stopping or done % config.checkpoint.every_steps == 0 or done == config.steps:
             with clock.phase("checkpoint"):
@@ -95,18 +88,16 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
     return True
 
 
-def summarize(means: dict[str, float]) -> dict[str, float]:
-    """Adds the total that is minimised and LPL's share of it, from means over the same samples."""
-    weighted = means.pop("loss/lpl_weighted", None)
-    if weighted is None:
-        return {"loss/total": means["loss/diffusion"], **means}
-    total = means["loss/diffusion"] + weighted
-    return {
-        "loss/total": total,
-        **means,
-        "lpl/weight": weighted / max(means["loss/lpl"], 1e-30),
-        "lpl/weighted_share": weighted / total,
+def settings(run: Run, step: int, means: dict[str, float]) -> dict[str, float]:
+    """What was in force in update number `step` (from 0), beside what was measured."""
+    values = {
+        "lr": learning_rate(run.config.optimizer, step, run.config.steps),
+        "samples_seen": (step + 1) * run.config.batch.global_batch_size,
     }
+    if run.updater.perceptual is not None:
+        values["lpl/weight"] = run.updater.perceptual.weight.value(step)
+        values["lpl/weighted_share"] = 1 - means["loss/diffusion"] / means["loss/total"]
+    return values
 
 
 class Clock:

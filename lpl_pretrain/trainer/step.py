@@ -50,16 +50,14 @@ class Updater:
         means = []
         for microbatch, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
             seen, diffusion = self._diffusion(hand, batch.to(self.device), meter)
-            loss, lpl = diffusion, torch.zeros_like(diffusion)
+            loss, lpl, weight = diffusion, torch.zeros_like(diffusion), 0.0
             if self.perceptual is not None and self.perceptual.weight.active(step):
-                term = self._lpl(seen, meter)
-                first = len(term.loss)
-                weight = self.perceptual.weight.value(step)
+                weight, term = self.perceptual.weight.value(step), self._lpl(self.perceptual, seen, meter)
                 lpl = term.loss.sum() / len(hand.t)
                 # d/dz0_hat of weight * lpl is known already: this inner product carries it into the denoiser's one backward
-                loss = loss + weight * (term.gradient * seen.z0_hat[:first]).sum() / len(hand.t)
+                loss = loss + weight * (term.gradient * seen.z0_hat[: len(term.loss)]).sum() / len(hand.t)
                 meter.add("loss/lpl", lpl)
-                meter.add("loss/lpl_weighted", weight * lpl)
+            meter.add("loss/total", diffusion + weight * lpl)
             self.strategy.backward(loss, microbatch=microbatch, of=len(hands))
             means.append(torch.stack([diffusion.detach(), lpl.detach()]))
         frozen = self._calibrate(step, torch.stack(means).mean(dim=0))
@@ -83,9 +81,9 @@ class Updater:
         meter.add("loss/diffusion", diffusion)
         return seen, diffusion
 
-    def _lpl(self, seen: Denoising, meter: Meter) -> PerceptualTerm:
+    @staticmethod
+    def _lpl(perceptual: Perceptual, seen: Denoising, meter: Meter) -> PerceptualTerm:
         """LPL of the microbatch's prefix, which holds every sample that the gate may pass."""
-        perceptual = self.perceptual
         first = slice(perceptual.prefix)
         gate = seen.noise_level[first] <= perceptual.threshold
         term = perceptual.loss(seen.z0[first], seen.z0_hat[first], gate)

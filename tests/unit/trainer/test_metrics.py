@@ -2,11 +2,10 @@
 
 import math
 
-import pytest
 import torch
 
 from lpl_pretrain.runtime.preempt import StopRequest
-from lpl_pretrain.trainer.loop import Clock, summarize
+from lpl_pretrain.trainer.loop import Clock
 from lpl_pretrain.trainer.metrics import Meter
 
 
@@ -18,13 +17,6 @@ def test_weighted_means():
     meter.add("c", torch.tensor([1.0]), torch.tensor([False]))
     assert meter.flush() == {"a": 3.0, "b": 2.0}
     assert meter.flush() == {}
-
-
-def test_total_and_share():
-    values = summarize({"loss/diffusion": 0.8, "loss/lpl": 0.1, "loss/lpl_weighted": 0.2})
-    assert values["loss/total"] == pytest.approx(1.0) and values["lpl/weight"] == pytest.approx(2.0)
-    assert values["lpl/weighted_share"] == pytest.approx(0.2)
-    assert summarize({"loss/diffusion": 0.8}) == {"loss/total": 0.8, "loss/diffusion": 0.8}
 
 
 def test_clock_counts_updates():

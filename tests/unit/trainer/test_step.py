@@ -69,7 +69,8 @@ def test_one_backward_equals_differentiating_through_the_decoder(data, tmp_path)
     wanted = [p.detach() - 0.5 * p.grad for p in slow.parameters()]
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert values["loss/lpl_weighted"] + values["loss/diffusion"] == pytest.approx(total.item(), rel=1e-5)
+    assert values["loss/total"] == pytest.approx(total.item(), rel=1e-5)
+    assert values["loss/diffusion"] + 0.7 * values["loss/lpl"] == pytest.approx(total.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
