@@ -154,7 +154,7 @@ def _inline(markup: str, title: str) -> str:
     markup = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", markup).replace("xlink:href", "href")
     markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(r"(\d+\.\d{2})\d+", r"\1", markup)
+    markup = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), markup)  # coordinates, not labels
     markup = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", markup)
     for colour, variable in VARIABLES.items():
         markup = markup.replace(colour, f"var({variable})")

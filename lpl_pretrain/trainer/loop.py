@@ -94,7 +94,7 @@ def settings(run: Run, step: int, means: dict[str, float]) -> dict[str, float]:
         "lr": learning_rate(run.config.optimizer, step, run.config.steps),
         "samples_seen": (step + 1) * run.config.batch.global_batch_size,
     }
-    if run.updater.perceptual is not None:
+    if run.updater.perceptual is not None and run.updater.perceptual.weight.active(step):
         values["lpl/weight"] = run.updater.perceptual.weight.value(step)
         values["lpl/weighted_share"] = 1 - means["loss/diffusion"] / means["loss/total"]
     return values

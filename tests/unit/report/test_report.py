@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -201,6 +202,12 @@ def test_charts_stay_small_and_mark_interruptions():
     plain, marked = draw(Chart("x", {"a": long}), [], 50_000), draw(Chart("x", {"a": long}), [25_000], 50_000)
     assert len(plain) < 60_000 and marked.count("var(--event)") > plain.count("var(--event)")
     assert "#0a0001" not in plain and "var(--series-1)" in plain
+
+
+def test_labels_of_small_values_keep_their_digits():
+    markup = draw(Chart("x", {"line": Series([1, 2, 3], [0.0151, 0.0162, 0.0173])}, log=True), events=[], last_step=3)
+    labels = re.findall(r">(0\.[0-9]+)</text>", markup)
+    assert len(labels) >= 2 and len(set(labels)) == len(labels)
 
 
 def test_smoothing_keeps_constants_and_does_not_spread_nan():
