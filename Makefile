@@ -14,6 +14,7 @@ test: .venv/.ready lint
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/.ready: setup.cfg pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv 2>/dev/null || (apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv)

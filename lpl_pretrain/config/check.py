@@ -82,7 +82,7 @@ def _diffusion(config: TrainConfig) -> list[str]:
 
 
 def _lpl(config: TrainConfig) -> list[str]:
-    problems = []
+    problems: list[str] = []
     if config.lpl is None:
         return problems
     if config.lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:

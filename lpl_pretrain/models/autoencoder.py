@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,9 +20,9 @@ from lpl_pretrain.errors import ConfigError
 
 
 class Autoencoder(nn.Module):
-    """Frozen, in eval mode, float32 unless moved."""
+    """A diffusers AutoencoderKL, frozen, in eval mode, float32 unless moved."""
 
-    def __init__(self, network: AutoencoderKL, identity: str) -> None:
+    def __init__(self, network: Any, identity: str) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.identity = identity

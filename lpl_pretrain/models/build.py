@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from lpl_pretrain.config.dataset import LatentEntry
 from lpl_pretrain.config.schema import DiTConfig
 from lpl_pretrain.models.dit import DiT
 
 
-def build_denoiser(config: DiTConfig, latent: LatentEntry, num_classes: int, seed: int = 0) -> nn.Module:
+def build_denoiser(config: DiTConfig, latent: LatentEntry, num_classes: int, seed: int = 0) -> DiT:
     """Initial weights depend on `seed` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 
 from lpl_pretrain.config.schema import DiTConfig
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.models.layers import Attention, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_position_embedding, unpatchify
+from lpl_pretrain.models.layers import (
+    Attention,
+    GELUTanh,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    modulate,
+    sincos_position_embedding,
+    unpatchify,
+)
 
 
 class DiT(nn.Module):
+    pos_embed: Tensor  # (1, tokens, width)
+
     def __init__(self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int) -> None:
         super().__init__()
         self.num_classes, self.patch = num_classes, config.patch_size
@@ -44,18 +55,14 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.data.flatten(1))
-        nn.init.zeros_(projection.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
-        for layer in [
-            *(block.adaLN_modulation[1] for block in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        parameters = dict(self.named_parameters())
+        nn.init.xavier_uniform_(parameters["x_embedder.proj.weight"].data.flatten(1))
+        nn.init.zeros_(parameters["x_embedder.proj.bias"])
+        for name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+            nn.init.normal_(parameters[name], std=0.02)
+        for name, parameter in parameters.items():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
 
 class Block(nn.Module):
@@ -64,7 +71,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads=heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import GELUTanh, Mlp, PatchEmbed
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-__all__ = ["Attention", "Mlp", "PatchEmbed", "TimestepEmbedder", "modulate", "sincos_position_embedding", "unpatchify"]
+__all__ = ["Attention", "GELUTanh", "Mlp", "PatchEmbed", "TimestepEmbedder", "modulate", "sincos_position_embedding", "unpatchify"]
 
 
 class TimestepEmbedder(nn.Module):
     """Sinusoids of 1000 t, then an MLP (arXiv 2006.11239, appendix B; frequencies as in arXiv 2212.09748)."""
+
+    rates: Tensor  # (frequencies / 2,)
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         angles = 1000 * t.float()[:, None] * self.rates.float()
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

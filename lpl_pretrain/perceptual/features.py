@@ -7,6 +7,7 @@ The encoder and the decoder's unused tail are not kept.  `post_quant_conv` runs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,13 @@ class DecoderFeatures(nn.Module):
         self.stages = [name for name in names if stages is None or name in stages]
         self.scaling, self.activation_checkpointing = scaling, activation_checkpointing
         self.entrance = nn.Sequential(autoencoder.network.post_quant_conv or nn.Identity(), decoder.conv_in)
-        self.bodies = nn.ModuleDict(zip(names, [decoder.mid_block, *decoder.up_blocks], strict=True))
+        self.bodies = nn.ModuleDict(dict(zip(names, [decoder.mid_block, *decoder.up_blocks], strict=True)))
         for name in names[names.index(self.stages[-1]) + 1 :]:
             del self.bodies[name]
-        self.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+        self.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(self, z0: Tensor) -> dict[str, Tensor]:
-        raw = self.scaling.denormalize(z0).to(self.entrance[1].weight.dtype, memory_format=torch.channels_last)
+        raw = self.scaling.denormalize(z0).to(next(self.parameters()).dtype, memory_format=torch.channels_last)
         hidden = self.entrance(raw)
         features = {}
         for name, body in self.bodies.items():
@@ -61,7 +62,7 @@ def stage_number(name: str) -> int:
     return 0 if name == "mid" else 1 + int(name.removeprefix("up"))
 
 
-def _pieces(body: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+def _pieces(body: Any) -> list[Callable[[Tensor], Tensor]]:
     """The resnets, attentions and upsamplers of a mid or up block, in the order in which diffusers runs them."""
     resnets = [lambda hidden, resnet=resnet: resnet(hidden, None) for resnet in body.resnets]
     attentions = list(getattr(body, "attentions", []))

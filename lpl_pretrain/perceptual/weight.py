@@ -7,6 +7,7 @@ With a target share s the weight is  w = s / (1 - s) * E[L_diff] / E[gate * L_LP
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lpl_pretrain.config.schema import LPLConfig
 from lpl_pretrain.errors import NonFiniteError
@@ -48,11 +49,12 @@ class LPLWeight:
                 f"{self.config.calibration_steps} calibration steps, so no weight gives it a share; set lpl.weight"
             )
         share = self.config.target_share
+        assert share is not None
         self.frozen = share / (1 - share) * self.diffusion_sum / self.perceptual_sum
         return True
 
-    def state(self) -> dict[str, float | None]:
+    def state(self) -> dict[str, Any]:
         return {"frozen": self.frozen, "diffusion_sum": self.diffusion_sum, "perceptual_sum": self.perceptual_sum}
 
-    def load_state(self, state: dict[str, float | None]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         self.frozen, self.diffusion_sum, self.perceptual_sum = state["frozen"], state["diffusion_sum"], state["perceptual_sum"]

@@ -65,7 +65,7 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
         with clock.phase("update"):
             report, frozen = run.updater.update(step, run.hands(step), microbatches, meter)
             run.ema.update(done := step + 1)
-        if frozen:
+        if frozen and run.updater.perceptual is not None:
             sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
         if done % config.log.every_steps == 0 or done == config.steps:
             means = meter.flush()
