@@ -16,7 +16,17 @@ from lpl_pretrain.config.schema import Prediction, ScheduleKind, StrategyKind, T
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError, DataError
 
-FREE_TO_CHANGE = ("run_dir", "steps", "checkpoint", "log", "parallel", "batch.micro_batch_size", "autoencoder", "data.folder")
+FREE_TO_CHANGE = (
+    "run_dir",
+    "steps",
+    "checkpoint",
+    "log",
+    "parallel",
+    "batch.micro_batch_size",
+    "autoencoder",
+    "data.folder",
+    "data.verify",
+)
 """Keys that a run may change when it is continued: none of them changes what is learned up to a given step (a folder may
 move; what lies in it is compared by fingerprint).  `steps` moves the end of a cosine, so it is free only without one."""
 

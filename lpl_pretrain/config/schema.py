@@ -55,6 +55,8 @@ class DataConfig(Section):
     """Encoded latents: a folder written by `lpl-pretrain encode`, with its index.json."""
     scaling: Literal["autoencoder", "per_channel"] = "autoencoder"
     """Latents are normalised by the autoencoder's shift and scaling factor, or by the folder's mean and std per channel."""
+    verify: Literal["full", "sizes"] = "full"
+    """At every start: read all shards once, shared out over the ranks (checksums, shapes, finite values), or compare sizes only."""
     posterior: Literal["sample", "mean"] = "sample"
     """Draw z0 from the stored posterior anew each time a sample is seen, or always use its mean."""
 

@@ -41,8 +41,7 @@ class LatentStream:
     def read(self, sample_indices: Sequence[int]) -> LatentBatch:
         """One row per global sample count, in the order given."""
         positions = self.order.dataset_index(sample_indices)
-        latent = self.index.latent
-        shape = (2 * latent.channels, latent.height, latent.width)
+        shape = self._shape()
         half, labels = np.empty((len(positions), *shape), dtype=np.float16), np.empty(len(positions), dtype=np.int64)
         places: list[tuple[_Shard, int]] = []
         for row, position in enumerate(positions):
@@ -54,7 +53,7 @@ class LatentStream:
         moments = torch.from_numpy(half).float()
         if not torch.isfinite(moments).all():
             shard, place = places[int((~torch.isfinite(moments)).flatten(1).any(1).nonzero()[0])]
-            raise DataError(f"{shard.where(place)}: NaN or infinity in its latent, wanted finite values: encode the folder again")
+            raise _not_finite(shard, place)
         return LatentBatch(moments, torch.from_numpy(labels), torch.as_tensor(np.asarray(sample_indices, dtype=np.int64)))
 
     def prefetch(self, requests: Iterable[Sequence[int]]) -> Generator[LatentBatch, None, None]:
@@ -67,14 +66,23 @@ class LatentStream:
             lambda request: self.read(request).pin_memory() if pin else self.read(request), requests, threads=1, ahead=BATCHES_AHEAD
         )
 
-    def verify_checksums(self) -> None:
-        """Reads every byte of the folder."""
-        for entry in self.index.shards:
+    def verify(self, *, share: int = 0, shares: int = 1) -> None:
+        """Reads every byte of every `shares`-th shard: shapes and finite values of all samples, then the checksum."""
+        shape = self._shape()
+        for number in range(share, len(self.index.shards), shares):
+            entry, shard = self.index.shards[number], self._shard(number)
+            for place in range(entry.samples):
+                if not np.isfinite(shard.read(place, shape)).all():
+                    raise _not_finite(shard, place)
             if (found := file_sha256(self.folder / entry.file)) != entry.sha256:
                 raise DataError(
                     f"{self.folder / entry.file}: sha256 is {found}, index.json says {entry.sha256}: "
                     "copy the file again, or encode the folder again"
                 )
+
+    def _shape(self) -> tuple[int, int, int]:
+        latent = self.index.latent
+        return 2 * latent.channels, latent.height, latent.width
 
     def _check_sizes(self) -> None:
         for entry in self.index.shards:
@@ -120,3 +128,7 @@ class _Shard:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _not_finite(shard: _Shard, place: int) -> DataError:
+    return DataError(f"{shard.where(place)}: NaN or infinity in its latent, wanted finite values: encode the folder again")

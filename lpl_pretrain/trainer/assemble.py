@@ -14,6 +14,7 @@ from lpl_pretrain.config.schema import OptimizerConfig, TrainConfig
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
+from lpl_pretrain.errors import DataError
 from lpl_pretrain.models.autoencoder import LatentScaling, latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.parallel.build import make_strategy
@@ -23,6 +24,7 @@ from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.perceptual.weight import LPLWeight
 from lpl_pretrain.runtime import rng
+from lpl_pretrain.runtime.dist import first_over_ranks
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.deal import Dealer, Hand
 from lpl_pretrain.trainer.step import Perceptual, Updater
@@ -68,6 +70,8 @@ class Run:
 def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
     """Collective: strategies shard as they are built."""
     stream = LatentStream(config.data.folder, config.seed)
+    if config.data.verify == "full":
+        verify(stream, world)
     schedule = make_schedule(config.diffusion.schedule)
     accumulation = grad_accum_steps(config, world.world_size)
     dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule)
@@ -92,6 +96,18 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
         checkpoints=CheckpointManager(run_dir, config.checkpoint),
         grad_accum_steps=accumulation,
     )
+
+
+def verify(stream: LatentStream, world: World) -> None:
+    """Communicates: every rank reads its share of the shards; what one finds wrong is raised on all."""
+    trouble = None
+    try:
+        stream.verify(share=world.rank, shares=world.world_size)
+    except DataError as error:
+        trouble = str(error)
+    trouble = first_over_ranks(trouble)
+    if trouble is not None:
+        raise DataError(trouble)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

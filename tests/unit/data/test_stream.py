@@ -136,13 +136,13 @@ def test_map_ahead_works_while_the_consumer_does() -> None:
 
 def test_checksums(data_set: Path) -> None:
     stream = LatentStream(data_set, seed=0)
-    stream.verify_checksums()
+    stream.verify()
     shard = data_set / stream.index.shards[1].file
     raw = bytearray(shard.read_bytes())
     raw[700] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(DataError, match=f"{shard.name}: sha256 is .*index.json says {stream.index.shards[1].sha256}"):
-        LatentStream(data_set, seed=0).verify_checksums()
+        LatentStream(data_set, seed=0).verify()
 
 
 def test_truncated_and_missing_shards_are_found_when_it_opens(data_set: Path) -> None:
@@ -167,6 +167,10 @@ def test_nan_in_a_latent(data_set: Path, value: float) -> None:
     samples = healthy(data_set, 1)
     samples[2][1][1, 2, 3] = value
     refused(data_set, replace_shard(data_set, 1, *samples), repr(samples[2][0]), "NaN or infinity")
+    stream = LatentStream(data_set, seed=0)
+    stream.verify(share=0, shares=len(stream.index.shards))  # the first shard is somebody's healthy share
+    with pytest.raises(DataError, match=f"{samples[2][0]}.*NaN or infinity"):
+        stream.verify()
 
 
 def test_wrong_shape(data_set: Path) -> None:
