@@ -5,10 +5,9 @@ All problems are listed at once.  Nothing here needs torch, so that a run is ref
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import differences, resolve_path
@@ -58,7 +57,7 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
     grad_accum_steps(config, dp_world_size)
     if config.parallel.zero_config is not None:
         read_zero_config(config.parallel.zero_config)
-    problems = [*_diffusion(config), *_lpl(config), *_model(config, index), *_strategy(config, dp_world_size)]
+    problems = [*_diffusion(config), *_lpl(config, index, dp_world_size), *_model(config, index), *_strategy(config, dp_world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
     _autoencoder(config, index)
@@ -91,23 +90,48 @@ def _diffusion(config: TrainConfig) -> list[str]:
     return []
 
 
-def _lpl(config: TrainConfig) -> list[str]:
+def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[str]:
+    lpl = config.lpl
+    if lpl is None:
+        return []
     problems: list[str] = []
-    if config.lpl is None:
-        return problems
-    if config.lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
+    if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
         problems.append(
-            f"lpl.gate.max_timestep={config.lpl.gate.max_timestep}: rectified_flow has no integer timesteps; "
+            f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer timesteps; "
             "use lpl.gate.min_snr or lpl.gate.max_noise_level"
         )
-    stages = decoder_stages(config.autoencoder)
-    unknown = [stage for stage in config.lpl.stages or [] if stage not in stages]
-    if unknown or config.lpl.stages == []:
-        problems.append(f"lpl.stages={config.lpl.stages}: the decoder in {config.autoencoder} has {', '.join(stages)}")
-    if config.lpl.outliers.enabled and config.lpl.outliers.first_stage >= len(stages):
+    folder = lpl.decoder or config.autoencoder
+    decoder = read_autoencoder(folder, resolve_path(folder))
+    unknown = [stage for stage in lpl.stages or [] if stage not in decoder.stages]
+    if unknown or lpl.stages == []:
+        problems.append(f"lpl.stages={lpl.stages}: the decoder in {folder} has {', '.join(decoder.stages)}")
+    compared = [stage for stage in decoder.stages if lpl.stages is None or stage in lpl.stages]
+    if isinstance(lpl.depth_weights, tuple) and len(lpl.depth_weights) != len(compared):
         problems.append(
-            f"lpl.outliers.first_stage={config.lpl.outliers.first_stage}: the decoder has {len(stages)} stages; "
-            "use a smaller number, or outliers.enabled=false"
+            f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for the {len(compared)} compared "
+            f"stages {', '.join(compared)}: give one for each"
+        )
+    if isinstance(lpl.depth_weights, tuple) and not any(lpl.depth_weights):
+        problems.append(f"lpl.depth_weights={list(lpl.depth_weights)}: nothing is left of the loss; set lpl=null instead")
+    if lpl.outliers is not None and lpl.outliers.first_stage >= len(decoder.stages):
+        problems.append(
+            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has {len(decoder.stages)} stages; "
+            "use a smaller number, or lpl.outliers=null"
+        )
+    if decoder.latent_channels != index.latent.channels:
+        problems.append(
+            f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, {config.data.folder} has "
+            f"{index.latent.channels}: name a decoder for the same latents"
+        )
+    smallest = min(index.latent.height, index.latent.width)
+    if lpl.crop is not None and lpl.crop.side > smallest:
+        problems.append(
+            f"lpl.crop.side={lpl.crop.side}: latents of {config.data.folder} have {smallest} positions a side: use less"
+        )
+    if lpl.normalize is not None and lpl.normalize.over == "batch" and grad_accum_steps(config, dp_world_size) > 1:
+        problems.append(
+            f"lpl.normalize.over=batch with {grad_accum_steps(config, dp_world_size)} microbatches an update: statistics would "
+            "depend on how the batch is split; raise batch.micro_batch_size, or use over=space"
         )
     return problems
 
@@ -128,15 +152,14 @@ def _strategy(config: TrainConfig, dp_world_size: int) -> list[str]:
 
 
 def _autoencoder(config: TrainConfig, index: DatasetIndex) -> None:
+    facts, stored = read_autoencoder(config.autoencoder, resolve_path(config.autoencoder)), index.autoencoder
     found = autoencoder_identity(resolve_path(config.autoencoder))
-    if found != index.autoencoder.identity:
-        raise DataError(
-            f"data.folder={config.data.folder} was encoded by autoencoder {index.autoencoder.identity[:12]}, but "
-            f"autoencoder={config.autoencoder} is {found[:12]}: name the autoencoder that made it, or encode again"
+    made = f"data.folder={config.data.folder} was encoded by autoencoder {stored.identity[:12]}"
+    remedy = "name the autoencoder that made it, or encode again"
+    if facts.scale is not None and (facts.shift, facts.scale) != (stored.shift, stored.scale):
+        raise ConfigError(
+            f"{made} with shift {stored.shift} and scale {stored.scale}, but autoencoder={config.autoencoder} ({found[:12]}) has "
+            f"shift {facts.shift} and scale {facts.scale}: {remedy}"
         )
-
-
-def decoder_stages(autoencoder: str) -> list[str]:
-    """Names of the decoder's stages in order: `mid`, `up0`, ... read from config.json alone."""
-    settings: dict[str, Any] = json.loads((resolve_path(autoencoder) / "config.json").read_text())
-    return ["mid", *(f"up{i}" for i in range(len(settings["up_block_types"])))]
+    if found != stored.identity:
+        raise DataError(f"{made}, but autoencoder={config.autoencoder} is {found[:12]}: {remedy}")

@@ -1,4 +1,4 @@
-"""The frozen autoencoder: pictures to posterior moments, latents to pictures; any of diffusers' AutoencoderKL family.
+"""The frozen autoencoder: pictures to posterior moments, latents to pictures; the families of config/autoencoder.py.
 
 Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale is what the denoiser sees.
 """
@@ -6,13 +6,13 @@ Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from lpl_pretrain.config.autoencoder import AutoencoderFacts, read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
@@ -20,21 +20,25 @@ from lpl_pretrain.errors import ConfigError
 
 
 class Autoencoder(nn.Module):
-    """A diffusers AutoencoderKL, frozen, in eval mode, float32 unless moved."""
+    """A diffusers autoencoder, frozen, in eval mode, float32 unless moved."""
 
-    def __init__(self, network: Any, identity: str) -> None:
+    def __init__(self, network: Any, identity: str, facts: AutoencoderFacts) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.identity = identity
-        self.downscale = 2 ** (len(network.config.block_out_channels) - 1)
-        self.latent_channels = network.config.latent_channels
-        self.shift = float(network.config.shift_factor or 0.0)
-        self.scale = float(network.config.scaling_factor)
+        self.identity, self.facts = identity, facts
+        self.downscale, self.latent_channels = facts.downscale, facts.latent_channels
+        self.shift, self.scale = _shift_and_scale(network, facts)
 
     def encode_moments(self, images: Tensor) -> Tensor:
-        """(B, 3, H_px, W_px) in [-1, 1] -> (B, 2C, H, W) float32: the posterior's mean, then its standard deviation."""
-        posterior = self.network.encode(images).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+        """(B, 3, H_px, W_px) in [-1, 1] -> (B, 2C, H, W) float32: the posterior's mean, then its standard deviation.
+
+        Families without a posterior (tiny, DC) have a standard deviation of 0.
+        """
+        encoded = self.network.encode(images)
+        if "latent_dist" not in encoded:
+            latents = encoded[0].float()
+            return torch.cat([latents, torch.zeros_like(latents)], dim=1)
+        return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
 
     def decode(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, H, W) -> pictures (B, 3, H_px, W_px), about [-1, 1]."""
@@ -42,14 +46,31 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError."""
+    """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError, for NaN in it too."""
     path = resolve_path(folder)
-    identity = autoencoder_identity(Path(path))
+    facts, identity = read_autoencoder(folder, path), autoencoder_identity(path)
     try:
-        network = AutoencoderKL.from_pretrained(path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        network = getattr(diffusers, facts.family).from_pretrained(
+            path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError, RuntimeError, TypeError) as problem:
-        raise ConfigError(f"autoencoder={folder}: diffusers cannot load it as an AutoencoderKL: {problem}") from None
-    return Autoencoder(network, identity)
+        raise ConfigError(f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {problem}") from None
+    broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise ConfigError(
+            f"autoencoder={folder}: NaN or infinity in {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}: "
+            "copy the file again from where it is whole"
+        )
+    return Autoencoder(network, identity, facts)
+
+
+def _shift_and_scale(network: Any, facts: AutoencoderFacts) -> tuple[float, float]:
+    """FLUX.2 has no scaling factor but running statistics of its patched latents: their overall mean and deviation stand in."""
+    if facts.family != "AutoencoderKLFlux2":
+        return facts.shift, 1.0 if facts.scale is None else float(facts.scale)
+    mean, variance = network.bn.running_mean.double(), network.bn.running_var.double()
+    overall = variance.mean() + mean.var(correction=0) + network.config.batch_norm_eps
+    return mean.mean().item(), overall.rsqrt().item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +79,9 @@ class LatentScaling:
 
     shift: Tensor  # (C,)
     scale: Tensor  # (C,)
+
+    def to(self, device: torch.device) -> LatentScaling:
+        return LatentScaling(self.shift.to(device), self.scale.to(device))
 
     def normalize(self, raw: Tensor) -> Tensor:
         return (raw - self.shift.to(raw)[None, :, None, None]) * self.scale.to(raw)[None, :, None, None]
@@ -72,6 +96,12 @@ def latent_scaling(kind: str, index: DatasetIndex) -> LatentScaling:
         return LatentScaling(torch.tensor(index.latent.mean), 1 / torch.tensor(index.latent.std))
     channels = index.latent.channels
     return LatentScaling(torch.full((channels,), index.autoencoder.shift), torch.full((channels,), index.autoencoder.scale))
+
+
+def chained(scaling: LatentScaling, own: Autoencoder, other: Autoencoder) -> LatentScaling:
+    """From z0 of `scaling` to the raw latents of `other`, when z0 of `own` are z0 of `other`: TAESD takes what SD scales."""
+    shift = (scaling.shift - own.shift) * own.scale / other.scale + other.shift
+    return LatentScaling(shift, scaling.scale * other.scale / own.scale)
 
 
 def sample_posterior(moments: Tensor, noise: Tensor | None) -> Tensor:

@@ -1,19 +1,21 @@
 """Where features come from: the stages of a frozen decoder, from the latent up to the deepest stage asked for.
 
-Stages are named in the order they run: `mid`, `up0`, `up1`, ...; an SD decoder of latent side H gives sides H, 2H, 4H, 8H, 8H.
-The encoder and the decoder's unused tail are not kept.  `post_quant_conv` runs first, as in `AutoencoderKL.decode`.
+An SD decoder of latent side H has stages `mid`, `up0` .. `up3` of sides H, 2H, 4H, 8H, 8H.  What runs after the deepest stage asked
+for is not kept, and neither is the encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling
+from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.models.autoencoder import LatentScaling
+from lpl_pretrain.models.decoder import DecoderStages
+
+Piece = Callable[[Tensor], Tensor]
 
 
 class DecoderFeatures(nn.Module):
@@ -21,52 +23,57 @@ class DecoderFeatures(nn.Module):
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        decoder: DecoderStages,
         scaling: LatentScaling,
-        stages: list[str] | None,
+        stages: list[str] | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        activation_checkpointing: bool = True,
+        compile_pieces: bool = False,
     ) -> None:
         super().__init__()
-        decoder = autoencoder.network.decoder
-        names = ["mid", *(f"up{i}" for i in range(len(decoder.up_blocks)))]
-        self.stages = [name for name in names if stages is None or name in stages]
-        self.scaling, self.activation_checkpointing = scaling, activation_checkpointing
-        self.entrance = nn.Sequential(autoencoder.network.post_quant_conv or nn.Identity(), decoder.conv_in)
-        self.bodies = nn.ModuleDict(dict(zip(names, [decoder.mid_block, *decoder.up_blocks], strict=True)))
-        for name in names[names.index(self.stages[-1]) + 1 :]:
-            del self.bodies[name]
-        self.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        self.stages = [name for name in decoder.stages if stages is None or name in stages]
+        self.decoder = decoder.cut_after(self.stages[-1])
+        self.shift, self.scale = nn.Buffer(scaling.shift.clone()), nn.Buffer(scaling.scale.clone())
+        self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        if compile_pieces:
+            self.decoder = self.decoder.map_pieces(lambda piece: torch.compile(piece, dynamic=False))
+
+    def enter(self, z0: Tensor) -> Tensor:
+        """The first piece: back to raw latents, into the decoder's dtype and layout, through its entrance."""
+        raw = LatentScaling(self.shift, self.scale).denormalize(z0)
+        return self.decoder.entrance(raw.to(self.dtype, memory_format=torch.channels_last))
+
+    def walk(self) -> Iterator[tuple[str | None, Piece]]:
+        """All pieces in order; each with the name of the stage that it completes, if that stage was asked for."""
+        yield None, self.enter
+        for name, pieces in self.decoder.stages.items():
+            *inner, last = pieces.children()
+            yield from ((None, piece) for piece in inner)
+            yield (name if name in self.stages else None), last
 
     def forward(self, z0: Tensor) -> dict[str, Tensor]:
-        raw = self.scaling.denormalize(z0).to(next(self.parameters()).dtype, memory_format=torch.channels_last)
-        hidden = self.entrance(raw)
-        features = {}
-        for name, body in self.bodies.items():
-            for piece in _pieces(body):
-                hidden = self._run(piece, hidden)
-            if name in self.stages:
+        features, hidden = {}, z0
+        for name, piece in self.walk():
+            hidden = piece(hidden)
+            if name is not None:
                 features[name] = hidden
         return features
 
-    def _run(self, piece: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Frozen weights need no gradient, so a checkpointed piece keeps its input alone."""
-        if self.activation_checkpointing and hidden.requires_grad:
-            return checkpoint(piece, hidden, use_reentrant=False, preserve_rng_state=False)
-        return piece(hidden)
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    @torch.no_grad()
+    def check(self, channels: int, height: int, width: int) -> None:
+        """Raises ConfigError when a stage is not finite for the most ordinary latent there is, z0 = 0."""
+        for name, features in self(torch.zeros(1, channels, height, width, device=self.scale.device)).items():
+            if not features.isfinite().all():
+                raise ConfigError(
+                    f"lpl: stage {name} of the decoder is not finite for z0 = 0 in {self.dtype}: "
+                    "use another lpl.decoder_precision, or an autoencoder whose weights are whole"
+                )
 
 
 def stage_number(name: str) -> int:
     """Position in decoder order: mid is 0, up0 is 1, ..."""
     return 0 if name == "mid" else 1 + int(name.removeprefix("up"))
-
-
-def _pieces(body: Any) -> list[Callable[[Tensor], Tensor]]:
-    """The resnets, attentions and upsamplers of a mid or up block, in the order in which diffusers runs them."""
-    resnets = [lambda hidden, resnet=resnet: resnet(hidden, None) for resnet in body.resnets]
-    attentions = list(getattr(body, "attentions", []))
-    if attentions:  # the mid block: resnet, then pairs of attention (None when the autoencoder has none) and resnet
-        pairs = zip(attentions, resnets[1:], strict=True)
-        return [resnets[0], *(piece for pair in pairs for piece in pair if piece is not None)]
-    return [*resnets, *(getattr(body, "upsamplers", None) or [])]

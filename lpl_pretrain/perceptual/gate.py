@@ -6,10 +6,12 @@ All three spellings come down to one number, the largest noise level sigma_t / a
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from lpl_pretrain.config.schema import GateConfig, TimestepConfig
+from lpl_pretrain.config.schema import GateConfig, Prediction, TimestepConfig, WeightingConfig
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, Schedule
 from lpl_pretrain.diffusion.timesteps import quantile
+from lpl_pretrain.diffusion.weighting import loss_weight
 from lpl_pretrain.errors import ConfigError
 
 
@@ -22,6 +24,11 @@ def max_noise_level(gate: GateConfig, schedule: Schedule) -> float:
     assert gate.max_timestep is not None
     last_in, first_out = (min(timestep, TIMESTEPS - 1) / TIMESTEPS for timestep in (gate.max_timestep - 1, gate.max_timestep))
     return schedule.noise_level(torch.tensor([last_in, first_out], dtype=torch.float64)).mean().item()
+
+
+def gate_weights(noise_level: Tensor, threshold: float, weighting: WeightingConfig, prediction: Prediction) -> Tensor:
+    """(B,) how much each sample counts in LPL: 0 outside the gate, inside it 1 or as `lpl.noise_weighting` says."""
+    return (noise_level <= threshold) * loss_weight(weighting, prediction, noise_level)
 
 
 def gate_share(threshold: float, schedule: Schedule, timesteps: TimestepConfig) -> float:

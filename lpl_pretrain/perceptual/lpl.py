@@ -6,23 +6,24 @@
 phi are features of z0, phihat those of z0_hat, prime is normalisation, rho the keep mask, omega_l = H / H_l.  Means
 everywhere, and gated-out samples count as zeros, so that the weight means the same for any batch and number of ranks.
 
-Shapes: z0, z0_hat (K, C, H, W) float32; gate, loss (K,).
+Shapes: z0, z0_hat (K, C, H, W) float32; weights, loss (K,).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.perceptual.batch_statistics import BatchStatistics, Observation, measure
+from lpl_pretrain.perceptual.crop import Windows
+from lpl_pretrain.perceptual.distance import difference, distance
 from lpl_pretrain.perceptual.features import DecoderFeatures, stage_number
-from lpl_pretrain.perceptual.normalize import Moments, normalized_difference
-from lpl_pretrain.perceptual.outliers import keep_mask
-
-COMPUTE = torch.float32
-"""Features may come in bf16; distances are taken in this."""
+from lpl_pretrain.perceptual.tape import Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,62 +41,120 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class PerceptualTerm:
-    loss: Tensor  # (K,) zero where the gate is shut
+    loss: Tensor  # (K,) times its weight: zero where the gate is shut
     gradient: Tensor  # (K, C, H, W) d loss.sum() / d z0_hat
     stages: dict[str, StageReport]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    z0: Tensor
+    z0_hat: Tensor
+    weights: Tensor
+    windows: Windows | None
 
 
 class LatentPerceptualLoss(nn.Module):
     """Holds the frozen decoder; knows nothing of schedules, steps or ranks."""
 
-    def __init__(self, config: LPLConfig, features: DecoderFeatures) -> None:
+    def __init__(
+        self, config: LPLConfig, features: DecoderFeatures, sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
+        """`sum_over_ranks` is called only for `normalize.over: batch`, the same number of times on every rank."""
         super().__init__()
-        self.config, self.features = config, features
+        self.config, self.features, self.sum_over_ranks = config, features, sum_over_ranks
 
-    def forward(self, z0: Tensor, z0_hat: Tensor, gate: Tensor) -> PerceptualTerm:
+    def forward(self, z0: Tensor, z0_hat: Tensor, weights: Tensor, places: Tensor | None = None) -> PerceptualTerm:
         """Loss and its gradient at `z0_hat`, `chunk_size` samples inside the decoder at a time.
 
-        z0_hat is taken as a leaf: the caller sends `gradient` through the denoiser in its one backward.  Where `gate`
-        (K,) bool is False a sample is compared with itself: finite, and exactly 0.
+        z0_hat is taken as a leaf: the caller sends `gradient` through the denoiser in its one backward.  `weights` (K,) are 0
+        where the gate is shut: there a sample is compared with itself, finite and exactly 0.  `places` (K, 2) in [0, 1) say
+        where `lpl.crop` cuts.
         """
-        z0_hat = torch.where(gate.view(-1, 1, 1, 1), z0_hat.detach(), z0)
-        inputs = zip(*(x.split(self.config.chunk_size) for x in (z0, z0_hat, gate)), strict=True)
-        losses, gradients, reports = zip(*(self._chunk(*chunk) for chunk in inputs), strict=True)
-        stages = {name: StageReport.concatenate([report[name] for report in reports]) for name in self.features.stages}
-        return PerceptualTerm(torch.cat(losses), torch.cat(gradients), stages)
+        z0_hat = torch.where((weights > 0).view(-1, 1, 1, 1), z0_hat.detach(), z0)
+        height, width = z0.shape[-2:]
+        windows = None
+        if self.config.crop is not None:
+            assert places is not None, "lpl.crop needs places"
+            windows = Windows.at(places, self.config.crop, height, width)
+            z0, z0_hat = windows.cut(z0), windows.cut(z0_hat)
+        chunks = self._chunks(z0, z0_hat, weights, windows)
+        batch = self._batch_statistics(chunks)
+        losses, gradients, reports = zip(*(self._differentiate(chunk, batch) for chunk in chunks), strict=True)
+        gradient = torch.cat(gradients)
+        return PerceptualTerm(
+            torch.cat(losses),
+            gradient if windows is None else windows.spread(gradient, height, width),
+            {name: StageReport.concatenate([report[name] for report in reports]) for name in self.features.stages},
+        )
 
-    def _chunk(self, z0: Tensor, z0_hat: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
-        leaf = z0_hat.detach().requires_grad_()
-        with torch.no_grad():
-            clean = self.features(z0)
-        with torch.enable_grad():
-            loss, report = self.distance(self.features(leaf), clean, latent_side=z0.shape[-1])
-            loss = loss * gate
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach(), gradient, report
+    def omega(self, name: str, upscale: int) -> float:
+        """Depth weight of a stage whose features have `upscale` times the latent's side."""
+        weights = self.config.depth_weights
+        if isinstance(weights, tuple):
+            return weights[self.features.stages.index(name)]
+        return 1.0 / upscale if weights == "inverse_resolution" else 1.0
 
-    def distance(
-        self, predicted: dict[str, Tensor], clean: dict[str, Tensor], latent_side: int
-    ) -> tuple[Tensor, dict[str, StageReport]]:
-        """(K,) loss per sample and what each stage did."""
-        reports = {}
-        total = torch.zeros(())
-        for name in predicted:
-            # plain memory order: statistics, quantiles and masks all run along the positions of a channel
-            phi_hat, phi = (x[name].to(COMPUTE, memory_format=torch.contiguous_format) for x in (predicted, clean))
-            moments_hat, moments = Moments.of(phi_hat), Moments.of(phi)
-            omega = latent_side / phi.shape[-1] if self.config.depth_weights == "inverse_resolution" else 1.0
-            difference = normalized_difference(phi_hat, phi, self.config.normalize, moments_hat, moments)
-            keep = self._keep(stage_number(name), phi_hat, phi, moments_hat, moments)
-            contribution = omega / len(predicted) * (keep * difference).square().mean(dim=(1, 2, 3))
-            total = total.to(contribution) + contribution
-            ratio = moments_hat.std.mean(dim=(1, 2, 3)) / moments.std.mean(dim=(1, 2, 3)).clamp(min=1e-12)
-            reports[name] = StageReport(contribution.detach(), keep.to(COMPUTE).mean(dim=(1, 2, 3)), ratio)
-        return total, reports
+    def _chunks(self, z0: Tensor, z0_hat: Tensor, weights: Tensor, windows: Windows | None) -> list[_Chunk]:
+        size = self.config.chunk_size
+        split = [None] * -(-len(z0) // size) if windows is None else windows.split(size)
+        return [_Chunk(*parts) for parts in zip(*(x.split(size) for x in (z0, z0_hat, weights)), split, strict=True)]
 
-    def _keep(self, stage: int, phi_hat: Tensor, phi: Tensor, moments_hat: Moments, moments: Moments) -> Tensor:
-        outliers = self.config.outliers
-        if not outliers.enabled or stage < outliers.first_stage:
-            return torch.ones_like(phi, dtype=torch.bool)
-        source, std = (phi, moments.std) if outliers.source == "target" else (phi_hat, moments_hat.std)
-        return keep_mask(source, std, quantile=outliers.quantile, margin=outliers.margin, stage=stage)
+    def _batch_statistics(self, chunks: list[_Chunk]) -> dict[str, BatchStatistics]:
+        """Communicates when `normalize.over` is batch; empty otherwise."""
+        normalize = self.config.normalize
+        if normalize is None or normalize.over != "batch":
+            return {}
+        through = normalize.gradient and normalize.source != "target"
+        return measure(lambda: self._observe(chunks), through_statistics=through, sum_over_ranks=self.sum_over_ranks)
+
+    def _observe(self, chunks: list[_Chunk]) -> Iterator[Observation]:
+        for chunk in chunks:
+            hidden, clean = chunk.z0_hat, chunk.z0
+            for name, piece in self.features.walk():
+                with torch.no_grad():
+                    hidden, clean = piece(hidden), piece(clean)
+                if name is not None:
+                    pair = self._visible(chunk, hidden, clean)
+                    yield Observation(name, *pair, chunk.weights, partial(self._loss_under, name, chunk, pair))
+
+    def _loss_under(self, name: str, chunk: _Chunk, pair: tuple[Tensor, Tensor], batch: BatchStatistics) -> Tensor:
+        return (self._compare(name, chunk, *pair, batch)[0] * chunk.weights).sum()
+
+    def _differentiate(self, chunk: _Chunk, batch: dict[str, BatchStatistics]) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
+        """Both branches stage by stage; each stage is compared, and its gradient taken, before the next one runs."""
+        tape, hidden, clean = Tape(recompute=self.config.activation_checkpointing), chunk.z0_hat, chunk.z0
+        loss = torch.zeros_like(chunk.weights)
+        reports: dict[str, StageReport] = {}
+        for name, piece in self.features.walk():
+            hidden = tape.run(piece, hidden)
+            with torch.no_grad():
+                clean = piece(clean)
+            if name is not None:
+                leaf = hidden.detach().requires_grad_()
+                with torch.enable_grad():
+                    pair = self._visible(chunk, leaf, clean)
+                    contribution, reports[name] = self._compare(name, chunk, *pair, batch.get(name))
+                    objective = (contribution * chunk.weights).sum()
+                    if name in batch:
+                        objective = objective + batch[name].surrogate(pair[0], chunk.weights)
+                    tape.inject(*torch.autograd.grad(objective, leaf))
+                loss = loss + contribution.detach() * chunk.weights
+        return loss, tape.backward(), reports
+
+    def _visible(self, chunk: _Chunk, hidden: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """What of both feature maps is compared."""
+        if chunk.windows is None:
+            return hidden, clean
+        return chunk.windows.interior(hidden), chunk.windows.interior(clean)
+
+    def _compare(
+        self, name: str, chunk: _Chunk, predicted: Tensor, target: Tensor, batch: BatchStatistics | None
+    ) -> tuple[Tensor, StageReport]:
+        """(K,) contribution of one stage, with gradient at `predicted`, and what it did."""
+        side = chunk.z0.shape[-1] if chunk.windows is None else chunk.windows.side
+        given = None if batch is None else (batch.predicted, batch.target)
+        of = difference(self.config, stage_number(name), predicted, target, given)
+        factor = self.omega(name, predicted.shape[-1] // side) / len(self.features.stages)
+        contribution = factor * distance(self.config, of)
+        return contribution, StageReport(contribution.detach(), of.keep_fraction(), of.std_ratio)

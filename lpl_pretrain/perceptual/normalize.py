@@ -1,9 +1,9 @@
-"""On which scale two feature maps are compared: both branches shifted and scaled by ONE set of statistics per channel.
+"""On which scale two feature maps are compared: both branches shifted and divided by statistics of one, or each by its own.
 
-Shapes: features (B, C, H, W) float32, statistics (B, C, 1, 1).  The paper's choice is `prediction`: mean and standard
-deviation over space of the predicted features, for both branches, with gradient through them (arXiv 2411.04873; a replication
-that detached them kept 16-39 % of the gain).  When both branches share their statistics the mean cancels in the difference, so it
-is never subtracted.
+Shapes: features (B, C, H, W) float32; statistics broadcast against them.  The paper's choice is mean and standard deviation over
+the space of each channel, of the PREDICTED features, for both branches, with gradient through them (arXiv 2411.04873; a replication
+that detached them kept 16-39 % of the gain).  The public implementation divides by the L2 norm over channels at each position.
+When both branches share their statistics the shift cancels in the difference, so it is never subtracted.
 """
 
 from __future__ import annotations
@@ -13,45 +13,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VARIANCE_FLOOR = 1e-8
-"""A channel whose variance over space is below this says nothing: it contributes exactly 0."""
+from lpl_pretrain.config.schema import NormalizeConfig
+
+FLOOR = 1e-8
+"""Where the variance, or the squared norm, is below this there is nothing to compare: the contribution is exactly 0."""
+DIMS = {"space": (2, 3), "channels": (1,), "batch": (0, 2, 3)}
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
-    """Over the positions of each channel; the variance is the biased one."""
+class Statistics:
+    """x becomes (x - shift) / sqrt(square)."""
 
-    mean: Tensor
-    variance: Tensor
+    shift: Tensor
+    square: Tensor  # the biased variance, or the sum of squares
 
     @classmethod
-    def of(cls, features: Tensor) -> Moments:
-        variance, mean = torch.var_mean(features, dim=(2, 3), keepdim=True, correction=0)
+    def of(cls, features: Tensor, over: str = "space", kind: str = "std") -> Statistics:
+        if kind == "l2_norm":
+            square = features.square().sum(dim=DIMS[over], keepdim=True)
+            return cls(torch.zeros_like(square), square)
+        variance, mean = torch.var_mean(features, dim=DIMS[over], keepdim=True, correction=0)
         return cls(mean, variance)
+
+    def detach(self) -> Statistics:
+        return Statistics(self.shift.detach(), self.square.detach())
 
     @property
     def std(self) -> Tensor:
         """No gradient: for masks and reports."""
-        return self.variance.detach().sqrt()
+        return self.square.detach().sqrt()
+
+    def inverse(self) -> Tensor:
+        """1 / sqrt(square); 0 where that is below the floor, with a finite gradient."""
+        informative = self.square > FLOOR
+        return torch.where(informative, self.square, 1.0).rsqrt() * informative
 
 
-def normalized_difference(predicted: Tensor, target: Tensor, kind: str, of_predicted: Moments, of_target: Moments) -> Tensor:
-    """Predicted minus target, each normalised by the statistics that `kind` (`LPLConfig.normalize`) names."""
-    if kind == "none":
-        return predicted - target
-    if kind == "own":
-        return (predicted - of_predicted.mean) * _inverse_std(of_predicted.variance) - (target - of_target.mean) * _inverse_std(
-            of_target.variance
-        )
-    variance = {
-        "prediction": of_predicted.variance,
-        "prediction_detached": of_predicted.variance.detach(),
-        "target": of_target.variance,
-    }[kind]
-    return (predicted - target) * _inverse_std(variance)
-
-
-def _inverse_std(variance: Tensor) -> Tensor:
-    """0 for a constant channel, with a finite gradient."""
-    informative = variance > VARIANCE_FLOOR
-    return torch.where(informative, variance, 1.0).rsqrt() * informative
+def scales(config: NormalizeConfig, predicted: Statistics, target: Statistics) -> tuple[Statistics, Statistics]:
+    """The statistics that (prediction, target) are normalised by."""
+    if not config.gradient:
+        predicted, target = predicted.detach(), target.detach()
+    return {
+        "prediction": (predicted, predicted),
+        "target": (target, target),
+        "own": (predicted, target),
+    }[config.source]

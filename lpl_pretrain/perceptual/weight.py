@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lpl_pretrain.config.schema import LPLConfig
 from lpl_pretrain.errors import NonFiniteError
 
@@ -17,8 +20,8 @@ from lpl_pretrain.errors import NonFiniteError
 class LPLWeight:
     config: LPLConfig
     frozen: float | None = field(init=False)
-    diffusion_sum: float = 0.0
-    perceptual_sum: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """Of the diffusion loss and of LPL since `start_step`; on the device, and looked at when the weight is frozen or saved."""
 
     def __post_init__(self) -> None:
         self.frozen = self.config.weight
@@ -37,24 +40,30 @@ class LPLWeight:
         ramp = min(1.0, (step - first + 1) / self.config.ramp_steps) if self.config.ramp_steps else 1.0
         return self.frozen * ramp
 
-    def observe(self, step: int, diffusion: float, perceptual: float) -> bool:
-        """Means of one step over the global batch (gated-out samples as zeros); True at the step that freezes the weight."""
-        self.diffusion_sum += diffusion
-        self.perceptual_sum += perceptual
+    def observe(self, step: int, means: Tensor) -> bool:
+        """`means` (2,) float64: diffusion loss and LPL of one step over the global batch (gated-out samples as zeros).
+
+        True at the step that freezes the weight.
+        """
+        self.sums = self.sums.to(means.device) + means
         if step + 1 < self.config.start_step + self.config.calibration_steps:
             return False
-        if not self.perceptual_sum > 0.0:
+        diffusion, perceptual = self.sums.tolist()
+        if not perceptual > 0.0:
             raise NonFiniteError(
-                f"lpl.target_share={self.config.target_share}: LPL summed to {self.perceptual_sum} over "
-                f"{self.config.calibration_steps} calibration steps, so no weight gives it a share; set lpl.weight"
+                f"lpl.target_share={self.config.target_share}: LPL summed to {perceptual} over "
+                f"{self.config.calibration_steps} calibration steps, so no weight gives it a share: open lpl.gate, "
+                "raise lpl.calibration_steps, or set lpl.weight"
             )
         share = self.config.target_share
         assert share is not None
-        self.frozen = share / (1 - share) * self.diffusion_sum / self.perceptual_sum
+        self.frozen = share / (1 - share) * diffusion / perceptual
         return True
 
     def state(self) -> dict[str, Any]:
-        return {"frozen": self.frozen, "diffusion_sum": self.diffusion_sum, "perceptual_sum": self.perceptual_sum}
+        diffusion, perceptual = self.sums.tolist()
+        return {"frozen": self.frozen, "diffusion_sum": diffusion, "perceptual_sum": perceptual}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.frozen, self.diffusion_sum, self.perceptual_sum = state["frozen"], state["diffusion_sum"], state["perceptual_sum"]
+        self.frozen = state["frozen"]
+        self.sums = torch.tensor([state["diffusion_sum"], state["perceptual_sum"]], dtype=torch.float64)

@@ -62,13 +62,17 @@ def barrier() -> None:
             torch.cuda.synchronize()
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Communicates: the elementwise mean, a new tensor; `value` has the same shape on all ranks."""
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Communicates: the elementwise sum, a new tensor; `value` has the same shape on all ranks."""
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
-        total /= dist.get_world_size()
     return total
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Communicates: the elementwise mean, a new tensor; `value` has the same shape on all ranks."""
+    return sum_over_ranks(value) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def any_over_ranks(value: bool) -> bool:

@@ -9,14 +9,16 @@ import torch
 
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.check import grad_accum_steps
+from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import OptimizerConfig, TrainConfig
+from lpl_pretrain.config.schema import LPLConfig, OptimizerConfig, TrainConfig
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.models.autoencoder import LatentScaling, latent_scaling, load_autoencoder
+from lpl_pretrain.models.autoencoder import LatentScaling, chained, latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.perceptual.features import DecoderFeatures
@@ -24,10 +26,11 @@ from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.perceptual.weight import LPLWeight
 from lpl_pretrain.runtime import rng
-from lpl_pretrain.runtime.dist import first_over_ranks
+from lpl_pretrain.runtime.dist import first_over_ranks, sum_over_ranks
+from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.deal import Dealer, Hand
-from lpl_pretrain.trainer.step import Perceptual, Updater
+from lpl_pretrain.trainer.deal import Choice, Dealer, Hand
+from lpl_pretrain.trainer.step import LastSeen, Perceptual, Updater
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +77,15 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
         verify(stream, world)
     schedule = make_schedule(config.diffusion.schedule)
     accumulation = grad_accum_steps(config, world.world_size)
-    dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule)
-    scaling = latent_scaling(config.data.scaling, stream.index)
+    scaling = latent_scaling(config.data.scaling, stream.index).to(device)
+    perceptual, choice = build_perceptual(config, schedule, stream.index, scaling, accumulation * world.world_size, device)
+    dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice)
     model = build_denoiser(
         config.model, stream.index.latent, len(stream.index.classes), seed=rng.key(config.seed, "initial_weights") >> 1
     )
     num_classes = model.num_classes
     strategy = make_strategy(config.parallel, world, device)
     denoiser = strategy.setup(model, model.sharded_blocks(), lambda parameters: make_optimizer(config.optimizer, parameters))
-    perceptual = build_perceptual(config, schedule, dealer, scaling, slots=accumulation * world.world_size, device=device)
     return Run(
         config,
         run_dir,
@@ -117,21 +120,28 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parame
 
 
 def build_perceptual(
-    config: TrainConfig, schedule: Schedule, dealer: Dealer, scaling: LatentScaling, *, slots: int, device: torch.device
-) -> Perceptual | None:
-    """None without an `lpl` section.  The autoencoder's encoder is dropped here: only the decoder's stages stay in memory."""
-    if config.lpl is None:
-        return None
-    dtype = torch.bfloat16 if config.lpl.decoder_precision == "bf16" else torch.float32
-    features = DecoderFeatures(
-        load_autoencoder(config.autoencoder),
-        scaling,
-        config.lpl.stages,
-        dtype=dtype,
-        activation_checkpointing=config.lpl.activation_checkpointing,
-    ).to(device)
-    threshold = max_noise_level(config.lpl.gate, schedule)
+    config: TrainConfig, schedule: Schedule, index: DatasetIndex, scaling: LatentScaling, slots: int, device: torch.device
+) -> tuple[Perceptual | None, Choice]:
+    """(None, nobody chosen) without an `lpl` section.  Only the decoder's stages that are asked for stay in memory."""
+    lpl = config.lpl
+    if lpl is None:
+        return None, Choice(0, 0)
+    threshold = max_noise_level(lpl.gate, schedule)
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
-    return Perceptual(
-        LatentPerceptualLoss(config.lpl, features), LPLWeight(config.lpl), threshold, dealer.gated_prefix(share, slots)
-    )
+    choice = Choice.of(config.batch.global_batch_size, share, lpl.sample_share)
+    features = build_features(config, lpl, scaling).to(device)
+    features.check(index.latent.channels, index.latent.height, index.latent.width)
+    loss = LatentPerceptualLoss(lpl, features, sum_over_ranks)
+    prefix, inclusion = choice.prefix(slots), choice.inclusion
+    return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, DeviceTimer(device), LastSeen()), choice
+
+
+def build_features(config: TrainConfig, lpl: LPLConfig, scaling: LatentScaling) -> DecoderFeatures:
+    """From `lpl.decoder` where there is one: a smaller network for the same latents."""
+    autoencoder = load_autoencoder(config.autoencoder)
+    if lpl.decoder is not None:
+        other = load_autoencoder(lpl.decoder)
+        autoencoder, scaling = other, chained(scaling, autoencoder, other)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[lpl.decoder_precision]
+    stages = decoder_stages(autoencoder.network)
+    return DecoderFeatures(stages, scaling, lpl.stages, dtype=dtype, compile_pieces=lpl.compile)

@@ -1,8 +1,8 @@
 """Who trains on what: which samples at which noise levels make up a step, and which rank takes them in which microbatch.
 
 The first is a function of (seed, step) alone.  The second sorts the global batch by noise level and deals it out like
-cards to the slots (microbatch, rank), so that every slot holds the same number of samples inside the LPL gate (to within
-one), and holds them FIRST: LPL runs on a fixed prefix of each microbatch, on every rank alike.
+cards to the slots (microbatch, rank), so that every slot holds the same number of samples for LPL (to within one), and holds
+them FIRST: LPL runs on a fixed prefix of each microbatch, on every rank alike.
 """
 
 from __future__ import annotations
@@ -21,10 +21,33 @@ from lpl_pretrain.runtime import rng
 
 @dataclass(frozen=True, slots=True)
 class Hand:
-    """What one rank trains on in one microbatch; noise grows along it."""
+    """What one rank trains on in one microbatch."""
 
     sample_indices: list[int]  # global sample indices
     t: Tensor  # (micro_batch_size,) float32
+    chosen: int  # the first so many are for LPL, if the gate passes them
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How many of a global batch LPL looks at: `chosen` at random of the `candidates` that a gate can pass."""
+
+    candidates: int
+    chosen: int
+
+    @classmethod
+    def of(cls, global_batch_size: int, gate_share: float, sample_share: float) -> Choice:
+        candidates = math.ceil(global_batch_size * gate_share)
+        return cls(candidates, max(1, math.ceil(candidates * sample_share)))
+
+    @property
+    def inclusion(self) -> float:
+        """The probability of each candidate to be chosen; its inverse keeps the sum unbiased."""
+        return self.chosen / self.candidates
+
+    def prefix(self, slots: int) -> int:
+        """Samples of each hand that go through the decoder: the same number everywhere, the last may be padding."""
+        return math.ceil(self.chosen / slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +56,7 @@ class Dealer:
     global_batch_size: int
     timesteps: TimestepConfig
     schedule: Schedule
+    choice: Choice = Choice(0, 0)  # noqa: RUF009  no LPL
 
     def deal(self, step: int, slots: int) -> list[Hand]:
         """The hands of one step, one per slot; `slots` divides the global batch."""
@@ -40,9 +64,23 @@ class Dealer:
         draw = rng.numpy_generator(self.seed, "timesteps", step)
         u = stratify(torch.from_numpy(draw.random(size)), torch.from_numpy(draw.permutation(size)))
         t = self.schedule.place(quantile(self.timesteps, u).float())
-        order = torch.argsort(u)
-        return [Hand((step * size + order[slot::slots]).tolist(), t[order[slot::slots]]) for slot in range(slots)]
+        order = self._chosen_first(torch.argsort(u), step)
+        return [
+            Hand(
+                (step * size + order[slot::slots]).tolist(),
+                t[order[slot::slots]],
+                chosen=len(range(slot, self.choice.chosen, slots)),
+            )
+            for slot in range(slots)
+        ]
 
-    def gated_prefix(self, share: float, slots: int) -> int:
-        """Samples of each hand that can be inside a gate which passes `share` of the noise levels."""
-        return math.ceil(math.ceil(self.global_batch_size * share) / slots)
+    def _chosen_first(self, order: Tensor, step: int) -> Tensor:
+        """Systematic sampling: every candidate has the same chance, and those that are chosen cover the noise levels evenly."""
+        candidates, chosen = self.choice.candidates, self.choice.chosen
+        if chosen == candidates:
+            return order
+        offset = rng.numpy_generator(self.seed, "lpl_samples", step).random()
+        picked = torch.tensor([min(int((i + offset) * candidates / chosen), candidates - 1) for i in range(chosen)])
+        rest = torch.ones(len(order), dtype=torch.bool)
+        rest[picked] = False
+        return torch.cat([order[picked], order[rest]])

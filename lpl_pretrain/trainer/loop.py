@@ -19,6 +19,7 @@ from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.dist import any_over_ranks
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
+from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
@@ -56,7 +57,7 @@ def restore(run: Run, sinks: Sinks) -> int:
 
 def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
     """Collective. The loop itself; True when all steps are done."""
-    config, meter, clock = run.config, Meter(run.device), Clock(run.config.batch.global_batch_size)
+    config, meter, clock = run.config, Meter(run.device), Clock(run.config.batch.global_batch_size, timers(run))
     batches = run.stream.prefetch(run.requests(first_step))
     bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
     for step in range(first_step, config.steps):
@@ -100,11 +101,15 @@ def settings(run: Run, step: int, means: dict[str, float]) -> dict[str, float]:
     return values
 
 
-class Clock:
-    """Wall seconds of the host by phase and samples per second, since the last log line."""
+def timers(run: Run) -> dict[str, DeviceTimer]:
+    return {} if run.updater.perceptual is None else {"lpl": run.updater.perceptual.timer}
 
-    def __init__(self, global_batch_size: int) -> None:
-        self.global_batch_size = global_batch_size
+
+class Clock:
+    """Seconds a step by phase (of the host) and by part (of the device), and samples per second, since the last log line."""
+
+    def __init__(self, global_batch_size: int, parts: dict[str, DeviceTimer] | None = None) -> None:
+        self.global_batch_size, self.parts = global_batch_size, parts or {}
         self.seconds: dict[str, float] = {}
         self.steps, self.started = 0, time.perf_counter()
 
@@ -117,6 +122,7 @@ class Clock:
 
     def flush(self) -> dict[str, float]:
         elapsed, steps = time.perf_counter() - self.started, self.steps
+        self.seconds |= {name: seconds for name, timer in self.parts.items() if (seconds := timer.flush())}
         values = {f"seconds/{name}": total / steps for name, total in self.seconds.items()}
         self.seconds, self.steps, self.started = {}, 0, time.perf_counter()
         return {"samples_per_s": steps * self.global_batch_size / elapsed, **values}

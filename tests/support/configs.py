@@ -27,14 +27,17 @@ def train_config(**changes) -> TrainConfig:
     return TrainConfig.model_validate(raw)
 
 
-def dataset_index(*, identity: str = "0" * 64, side: int = 16, samples: int = 32, channels: int = 4) -> DatasetIndex:
+def dataset_index(
+    *, identity: str = "0" * 64, side: int = 16, samples: int = 32, channels: int = 4, scale: float = 1.09169
+) -> DatasetIndex:
+    """As the emoji autoencoder would have made it."""
     return DatasetIndex(
         format_version=1,
         samples=samples,
         classes=["a", "b"],
         class_counts=[samples // 2, samples - samples // 2],
         latent=LatentEntry(channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels),
-        autoencoder=AutoencoderEntry(identity=identity, downscale=4, shift=0.0, scale=1.0),
+        autoencoder=AutoencoderEntry(identity=identity, downscale=4, shift=0.0, scale=scale),
         resolution_px=4 * side,
         source_fingerprint="s",
         fingerprint="f",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lpl_pretrain.config.check import check_run, check_same_run, decoder_stages, grad_accum_steps, micro_batch_size
+from lpl_pretrain.config.autoencoder import read_autoencoder
+from lpl_pretrain.config.check import check_run, check_same_run, grad_accum_steps, micro_batch_size
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError, DataError
@@ -42,6 +43,13 @@ def test_a_good_run_passes(identity):
         ({"lpl__weight": 1.0, "lpl__gate": {"max_timestep": 200}}, ["lpl.gate.max_timestep=200", "min_snr"]),
         ({"lpl__weight": 1.0, "lpl__stages": ["up7"]}, ["lpl.stages=['up7']", "mid, up0, up1, up2"]),
         ({"lpl__weight": 1.0, "lpl__outliers": {"first_stage": 9}}, ["first_stage=9", "4 stages"]),
+        ({"lpl__weight": 1.0, "lpl__depth_weights": [1.0, 2.0]}, ["2 numbers for the 4 compared stages mid, up0, up1, up2"]),
+        ({"lpl__weight": 1.0, "lpl__depth_weights": [0, 0, 0, 0]}, ["nothing is left of the loss"]),
+        ({"lpl__weight": 1.0, "lpl__crop": {"side": 17}}, ["lpl.crop.side=17", "16 positions"]),
+        (
+            {"lpl__weight": 1.0, "lpl__normalize": {"over": "batch"}, "batch__micro_batch_size": 4},
+            ["lpl.normalize.over=batch", "2 microbatches", "micro_batch_size"],
+        ),
     ],
 )
 def test_misfits_are_named(identity, changes, words):
@@ -61,6 +69,16 @@ def test_shards_of_another_autoencoder(identity):
         check_run(train_config(), dataset_index(), 1)
 
 
+def test_scaling_that_does_not_match_the_shards(identity):
+    with pytest.raises(ConfigError, match=r"shift 0.0 and scale 0.18215, but autoencoder=.* has shift 0.0 and scale 1.09169"):
+        check_run(train_config(), dataset_index(identity=identity, scale=0.18215), 1)
+
+
+def test_latents_that_the_decoder_does_not_take(identity):
+    with pytest.raises(ConfigError, match="takes latents of 4 channels, data/x has 16"):
+        check_run(train_config(lpl__weight=1.0), dataset_index(identity=identity, channels=16), 1)
+
+
 def test_autoencoder_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="diffusion_pytorch_model.safetensors not found"):
@@ -68,7 +86,7 @@ def test_autoencoder_folder_without_weights(tmp_path):
 
 
 def test_stages_of_the_shipped_decoder():
-    assert decoder_stages("asset:autoencoder_emoji") == ["mid", "up0", "up1", "up2"]
+    assert read_autoencoder("x", resolve_path("asset:autoencoder_emoji")).stages == ["mid", "up0", "up1", "up2"]
 
 
 def test_continuing_a_run_names_what_differs():

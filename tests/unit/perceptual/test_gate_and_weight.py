@@ -9,6 +9,11 @@ from lpl_pretrain.errors import ConfigError, NonFiniteError
 from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.weight import LPLWeight
 
+
+def means(diffusion, perceptual):
+    return torch.tensor([diffusion, perceptual], dtype=torch.float64)
+
+
 UNIFORM, LOGIT_NORMAL = TimestepConfig(), TimestepConfig(distribution="logit_normal")
 
 
@@ -56,8 +61,8 @@ def test_explicit_weight_with_start_and_ramp():
 
 def test_target_share_is_reached_and_frozen():
     weight = LPLWeight(LPLConfig(target_share=0.2, start_step=5, calibration_steps=3))
-    assert [weight.observe(step, 0.5, 0.02) for step in (5, 6)] == [False, False]
-    assert weight.value(6) == 0.0 and weight.observe(7, 0.5, 0.02)
+    assert [weight.observe(step, means(0.5, 0.02)) for step in (5, 6)] == [False, False]
+    assert weight.value(6) == 0.0 and weight.observe(7, means(0.5, 0.02))
     w = weight.value(8)
     assert w * 0.02 / (0.5 + w * 0.02) == pytest.approx(0.2)
     assert not weight.calibrating(8)
@@ -67,15 +72,15 @@ def test_calibration_survives_a_restart():
     config = LPLConfig(target_share=0.2, calibration_steps=3)
     whole, first, second = LPLWeight(config), LPLWeight(config), LPLWeight(config)
     for step, lpl in enumerate((0.01, 0.03, 0.02)):
-        whole.observe(step, 0.5, lpl)
-    first.observe(0, 0.5, 0.01)
+        whole.observe(step, means(0.5, lpl))
+    first.observe(0, means(0.5, 0.01))
     second.load_state(first.state())
-    second.observe(1, 0.5, 0.03)
-    second.observe(2, 0.5, 0.02)
+    second.observe(1, means(0.5, 0.03))
+    second.observe(2, means(0.5, 0.02))
     assert second.value(3) == whole.value(3) > 0
 
 
 def test_calibration_on_nothing_is_an_error():
     weight = LPLWeight(LPLConfig(target_share=0.2, calibration_steps=1))
     with pytest.raises(NonFiniteError, match="set lpl.weight"):
-        weight.observe(0, 0.5, 0.0)
+        weight.observe(0, means(0.5, 0.0))

@@ -8,7 +8,7 @@ import torch
 from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.perceptual.gate import gate_share
-from lpl_pretrain.trainer.deal import Dealer
+from lpl_pretrain.trainer.deal import Choice, Dealer
 from lpl_pretrain.trainer.lr import learning_rate
 
 
@@ -33,7 +33,7 @@ def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, thres
     d = dealer(kind=kind, distribution=distribution)
     share = gate_share(threshold, d.schedule, d.timesteps)
     for slots in (1, 2, 3, 8):
-        prefix = d.gated_prefix(share, slots)
+        prefix = Choice.of(48, share, 1.0).prefix(slots)
         assert prefix <= math.ceil(48 * share / slots) + 1
         counts = []
         for step in range(20):
@@ -47,7 +47,7 @@ def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, thres
 def test_has_teeth_without_sorting():
     """Dealt in the order of the draw, gated samples would lie anywhere."""
     d = dealer()
-    prefix = d.gated_prefix(gate_share(3**-0.5, d.schedule, d.timesteps), 4)
+    prefix = Choice.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).prefix(4)
     hand = d.deal(0, 1)[0]
     by_index = hand.t[torch.tensor(hand.sample_indices).argsort()]
     assert any((d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4))

@@ -5,6 +5,7 @@ import math
 import torch
 
 from lpl_pretrain.runtime.preempt import StopRequest
+from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.trainer.loop import Clock
 from lpl_pretrain.trainer.metrics import Meter
 
@@ -20,14 +21,17 @@ def test_weighted_means():
 
 
 def test_clock_counts_updates():
-    clock = Clock(64)
+    timer = DeviceTimer(torch.device("cpu"))
+    clock = Clock(64, {"lpl": timer, "idle": DeviceTimer(torch.device("cpu"))})
+    with timer:
+        pass
     for _ in range(3):
         with clock.phase("data"):
             pass
         with clock.phase("update"):
             pass
     values = clock.flush()
-    assert set(values) == {"samples_per_s", "seconds/data", "seconds/update"} and values["samples_per_s"] > 0
+    assert set(values) == {"samples_per_s", "seconds/data", "seconds/update", "seconds/lpl"} and values["samples_per_s"] > 0
 
 
 def test_a_signal_only_sets_a_flag():

@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.models.autoencoder import load_autoencoder
-from lpl_pretrain.perceptual.features import DecoderFeatures
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.assemble import assemble
+from lpl_pretrain.trainer.assemble import assemble, build_features
 from lpl_pretrain.trainer.metrics import Meter
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
+from tests.unit.perceptual.reference import reference_loss
 
 CPU = torch.device("cpu")
 
@@ -58,13 +56,11 @@ def test_one_backward_equals_differentiating_through_the_decoder(data, tmp_path)
     hand = run.hands(0)[0]
     borrowed = type(run.updater)(**{**{name: getattr(run.updater, name) for name in run.updater.__slots__}, "denoiser": slow})
     seen, diffusion = borrowed._diffusion(hand, run.stream.read(hand.sample_indices), Meter(CPU))
-    autoencoder = load_autoencoder(run.config.autoencoder)
-    features = DecoderFeatures(autoencoder, run.updater.scaling, None, activation_checkpointing=False)
-    lpl = LatentPerceptualLoss(run.config.lpl, features)
+    features = build_features(run.config, run.config.lpl, run.updater.scaling)
     gate = seen.noise_level <= 1.0
     assert 0 < gate.sum() < len(gate)
-    distance, _ = lpl.distance(features(seen.z0_hat), features(seen.z0), latent_side=8)
-    total = diffusion + 0.7 * (distance * gate).mean()
+    predicted, clean = ({name: x.double() for name, x in features(z).items()} for z in (seen.z0_hat, seen.z0))
+    total = diffusion + 0.7 * reference_loss(run.config.lpl, clean, predicted, gate.double(), 8).mean()
     total.backward()
     wanted = [p.detach() - 0.5 * p.grad for p in slow.parameters()]
     for a, b in zip(got, wanted):
