@@ -34,10 +34,9 @@ class DecoderStages(nn.Module):
         kept = {n: list(self.stages[n].children()) for n in names[: names.index(name) + 1]}
         return DecoderStages(self.entrance, kept, nn.Identity())
 
-    def map_pieces(self, change: Callable[[nn.Module], Any]) -> DecoderStages:
-        """The same with `change` applied to every piece of every stage."""
-        changed = {name: [change(piece) for piece in pieces.children()] for name, pieces in self.stages.items()}
-        return DecoderStages(self.entrance, changed, self.exit)
+    def changed(self, change: Callable[[list[nn.Module]], list[Any]]) -> DecoderStages:
+        """The same with other pieces in each stage."""
+        return DecoderStages(self.entrance, {name: change(list(run.children())) for name, run in self.stages.items()}, self.exit)
 
 
 class Call(nn.Module):

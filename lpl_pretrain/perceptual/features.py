@@ -1,7 +1,8 @@
 """Where features come from: the stages of a frozen decoder, from the latent up to the deepest stage asked for.
 
 An SD decoder of latent side H has stages `mid`, `up0` .. `up3` of sides H, 2H, 4H, 8H, 8H.  What runs after the deepest stage asked
-for is not kept, and neither is the encoder.
+for is not kept, and neither is the encoder.  Upsampling is merged into the convolution after it (models/upsampling.py): equal up to
+rounding, and cheaper.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import DecoderStages
+from lpl_pretrain.models.upsampling import merge_upsampling
 
 Piece = Callable[[Tensor], Tensor]
 
@@ -32,11 +34,11 @@ class DecoderFeatures(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = [name for name in decoder.stages if stages is None or name in stages]
-        self.decoder = decoder.cut_after(self.stages[-1])
+        self.decoder = decoder.cut_after(self.stages[-1]).changed(merge_upsampling)
         self.shift, self.scale = nn.Buffer(scaling.shift.clone()), nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
         if compile_pieces:
-            self.decoder = self.decoder.map_pieces(lambda piece: torch.compile(piece, dynamic=False))
+            self.decoder = self.decoder.changed(lambda run: [torch.compile(piece, dynamic=False) for piece in run])
 
     def enter(self, z0: Tensor) -> Tensor:
         """The first piece: back to raw latents, into the decoder's dtype and layout, through its entrance."""

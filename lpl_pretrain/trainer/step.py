@@ -86,8 +86,9 @@ class Updater:
         posterior_noise = (
             rng.normal(config.seed, "posterior", ids, latent_shape).to(self.device) if config.data.posterior == "sample" else None
         )
-        z0 = self.scaling.normalize(sample_posterior(batch.moments, posterior_noise))
-        eps = rng.normal(config.seed, "noise", ids, latent_shape).to(self.device)
+        wide = self.strategy.recipe.master  # float32, or float64 in parity tests
+        z0 = self.scaling.normalize(sample_posterior(batch.moments, posterior_noise)).to(wide)
+        eps = rng.normal(config.seed, "noise", ids, latent_shape).to(self.device, wide)
         dropped = rng.uniform(config.seed, "label_dropout", ids).to(self.device) < config.conditioning.label_dropout
         cond = class_conditioning(batch.labels, self.num_classes, dropped)
         t = hand.t.to(self.device)

@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoint": {"config", "runtime", "parallel", "ema"},
     "trainer": {"config", "runtime", "diffusion", "models", "perceptual", "data", "ema", "parallel", "checkpoint"},
     "evaluation": {"config", "runtime", "diffusion", "models", "data", "checkpoint"},
+    "planning": {"config", "models"},
     "report": {"config", "data"},
     "cli": {"config", "runtime", "models", "diffusion", "data", "parallel", "trainer", "evaluation", "report", "checkpoint"},
 }

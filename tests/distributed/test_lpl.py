@@ -1,0 +1,101 @@
+"""LPL is the same loss under every strategy, any number of ranks and any accumulation: one process on the whole batch says so."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.assemble import assemble
+from lpl_pretrain.trainer.metrics import Meter
+from tests.support.configs import train_config
+from tests.support.latents import tiny_dataset
+from tests.support.ranks import run_ranks
+from tests.support.training import JSON_OF, ROOT, whole
+
+STEPS = 2
+LPL = {"weight": 3.0, "gate": {"max_noise_level": 0.7}, "chunk_size": 2}  # three of eight samples: uneven over two ranks
+OPTIONS = {
+    "the paper's": {},
+    "crop, half of the samples": {"crop": {"side": 4, "halo": 1}, "sample_share": 0.5, "noise_weighting": {"kind": "min_snr"}},
+    "batch statistics": {"normalize": {"over": "batch"}},
+    "diffusers_script": {"preset": "diffusers_script"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def train(world, device, data, strategy, precision, micro_batch_size, lpl, forgets_padding=False):
+    """Parameters, gradient norms and metrics after STEPS updates with plain SGD, unclipped."""
+    parallel = {"precision": precision, "strategy": "zero" if strategy in JSON_OF else strategy}
+    if strategy in JSON_OF:
+        parallel["zero_config"] = str(ROOT / JSON_OF[strategy])
+    config = train_config(
+        data__folder=data[0],
+        autoencoder=data[1],
+        optimizer={"kind": "sgd", "lr": 0.05, "max_grad_norm": 1e9},
+        parallel=parallel,
+        batch={"global_batch_size": 8, "micro_batch_size": micro_batch_size},
+        lpl={**LPL, "decoder_precision": "fp64" if precision == "fp64" else "fp32", **lpl},
+    )
+    run = assemble(config, RunDir(Path(data[0]) / "never_written"), world, device)
+    meter, norms = Meter(device), []
+    for step in range(STEPS):
+        hands = run.hands(step)
+        if forgets_padding:
+            hands = [replace(hand, chosen=len(hand.t)) for hand in hands]
+        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        norms.append(run.updater.update(step, hands, batches, meter)[0].grad_norm)
+    pieces = [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in run.strategy.local_params()]
+    return {"pieces": {"param": pieces}, "norms": norms, "metrics": meter.flush()}
+
+
+def reference(data, lpl, precision="fp64"):
+    return train(World(), torch.device("cpu"), data, "local", precision, 8, lpl)
+
+
+def assert_same(results, wanted, rtol, atol):
+    got, expected = whole(results), whole([wanted])
+    for name, tensor in expected["param"].items():
+        torch.testing.assert_close(got["param"][name].double(), tensor.double(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(got["norms"]["norms"], expected["norms"]["norms"], rtol=max(rtol, 1e-12), atol=0)
+    for name in wanted["metrics"]:
+        assert results[0]["metrics"][name] == pytest.approx(wanted["metrics"][name], rel=max(100 * rtol, 1e-6)), name
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_equals_one_process_in_float64(data, strategy, options):
+    lpl = OPTIONS[options]
+    micro = 4 if options == "batch statistics" else 2  # statistics over the batch refuse accumulation
+    if lpl.get("preset") == "diffusers_script":
+        lpl = {**lpl, "gate": LPL["gate"]}
+    assert_same(run_ranks(2, train, data, strategy, "fp64", micro, lpl), reference(data, lpl), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_equals_one_process_under_zero(data, strategy):
+    """DeepSpeed's masters are float32."""
+    results = run_ranks(2, train, data, strategy, "fp32", 2, {})
+    assert_same(results, reference(data, {}, "fp32"), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_bf16_is_near(data, strategy):
+    results = run_ranks(2, train, data, strategy, "bf16", 2, {"decoder_precision": "bf16"})
+    got, wanted = whole(results), whole([reference(data, {})])
+    torch.testing.assert_close(got["norms"]["norms"], wanted["norms"]["norms"], rtol=3e-2, atol=0)
+    assert results[0]["metrics"]["loss/lpl"] == pytest.approx(reference(data, {})["metrics"]["loss/lpl"], rel=5e-2)
+
+
+def test_has_teeth_padding_that_counts(data):
+    """Two chosen samples in four microbatches: two of those hold one that was not chosen, and decode it all the same."""
+    lpl = {"sample_share": 0.5}
+    results = run_ranks(2, train, data, "ddp", "fp64", 2, lpl, True)
+    with pytest.raises(AssertionError):
+        assert_same(results, reference(data, lpl), rtol=1e-3, atol=1e-4)
