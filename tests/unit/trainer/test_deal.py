@@ -1,12 +1,14 @@
 """What a step trains on is a function of (seed, step); who takes it never changes what is taken."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
+from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.perceptual.gate import gate_share
 from lpl_pretrain.trainer.deal import Choice, Dealer
 from lpl_pretrain.trainer.lr import learning_rate
@@ -53,13 +55,6 @@ def test_has_teeth_without_sorting():
     assert any((d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4))
 
 
-def test_marginal_of_one_sample_is_the_configured_distribution():
-    d = dealer(size=4)
-    t = torch.tensor([next(t for i, t in zip(h.sample_indices, h.t) if i % 4 == 0) for h in (d.deal(s, 1)[0] for s in range(4000))])
-    logit = torch.log(t / (1 - t))
-    assert abs(logit.mean()) < 0.05 and abs(logit.std() - 1) < 0.05
-
-
 def test_steps_and_seeds_differ():
     assert not torch.equal(dealer().deal(0, 1)[0].t, dealer().deal(1, 1)[0].t)
     assert not torch.equal(dealer().deal(0, 1)[0].t, dealer(seed=4).deal(0, 1)[0].t)
@@ -70,3 +65,89 @@ def test_learning_rate():
     assert [learning_rate(config, s, 8) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
     assert learning_rate(config, 6, 8) == pytest.approx(0.5)
     assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=4), 1000, 8) == 1.0
+
+
+@pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.3, 0.01])
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+def test_chosen_samples_come_first_and_are_the_same_for_any_slots(sample_share, slots):
+    choice = Choice.of(48, 0.4, sample_share)
+    d = replace(dealer(), choice=choice)
+    assert choice.candidates == 20 and choice.chosen == math.ceil(20 * sample_share)
+    for step in range(5):
+        one = d.deal(step, 1)[0]
+        hands = d.deal(step, slots)
+        chosen = [i for hand in hands for i in hand.sample_indices[: hand.chosen]]
+        assert sorted(chosen) == sorted(one.sample_indices[: one.chosen]) and len(chosen) == choice.chosen
+        assert all(len(hand.sample_indices) == 48 // slots and hand.chosen <= choice.prefix(slots) for hand in hands)
+        assert max(hand.chosen for hand in hands) - min(hand.chosen for hand in hands) <= 1
+        assert sorted(i for hand in hands for i in hand.sample_indices) == list(range(48 * step, 48 * step + 48))
+
+
+def test_every_candidate_has_the_same_chance():
+    """Systematic sampling: 7 of 20, each with probability 7 / 20, whatever its noise level."""
+    d = replace(dealer(), choice=Choice(20, 7))
+    counts = torch.zeros(48)
+    steps = 4000
+    for step in range(steps):
+        order = d._chosen_first(torch.arange(48), step)
+        counts[order[:7]] += 1
+    share = counts / steps
+    assert not share[20:].any()
+    assert (share[:20] - 0.35).abs().max() < 5 * math.sqrt(0.35 * 0.65 / steps)
+
+
+class Estimator:
+    """The mean over a batch of gate * f(t), for a smooth f, as LPL's share of the loss is estimated in one step."""
+
+    def __init__(self, threshold=3**-0.5, size=32):
+        self.threshold, self.size = threshold, size
+        self.schedule, self.timesteps = make_schedule(ScheduleKind.RECTIFIED_FLOW), TimestepConfig(distribution="logit_normal")
+        self.share = gate_share(threshold, self.schedule, self.timesteps)
+
+    def value(self, t):
+        level = self.schedule.noise_level(t)
+        return (level <= self.threshold) * (0.2 + level)
+
+    def plain(self, draws):
+        """Independent t for every sample: (draws // size,) batch means."""
+        torch.manual_seed(0)
+        t = quantile(self.timesteps, torch.rand(draws, dtype=torch.float64))
+        return self.value(t).view(-1, self.size).mean(dim=1)
+
+    def dealt(self, draws, sample_share, *, weighted=True):
+        choice = Choice.of(self.size, self.share, sample_share)
+        d = Dealer(0, self.size, self.timesteps, self.schedule, choice)
+        means = []
+        for step in range(draws // self.size):
+            (hand,) = d.deal(step, 1)
+            value = self.value(hand.t.double()[: hand.chosen]).sum()
+            means.append(value / (choice.inclusion if weighted else 1.0) / self.size)
+        return torch.stack(means)
+
+
+@pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.25])
+def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_share):
+    estimator = Estimator()
+    plain, dealt = estimator.plain(1_600_000), estimator.dealt(100_000, sample_share)
+    error = math.sqrt(dealt.var() / len(dealt) + plain.var() / len(plain))
+    assert abs(dealt.mean() - plain.mean()) < 4 * error
+    assert error < 0.02 * plain.mean()
+    assert dealt.var() < 0.5 * plain.var()
+
+
+def test_has_teeth_half_of_the_samples_without_their_weight():
+    estimator = Estimator()
+    plain, wrong = estimator.plain(1_600_000), estimator.dealt(20_000, 0.5, weighted=False)
+    assert abs(wrong.mean() - plain.mean()) > 0.3 * plain.mean()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_marginal_of_t_is_exactly_the_configured_distribution(distribution):
+    """Of single samples, by where they lie in the batch: Kolmogorov-Smirnov against the quantile function's inverse."""
+    d = dealer(size=4, distribution=distribution)
+    steps = 4000
+    t = torch.stack([one.t[torch.tensor(one.sample_indices).argsort()] for one in (d.deal(step, 1)[0] for step in range(steps))])
+    for column in t.double().T:
+        u = column if distribution == "uniform" else torch.special.ndtr(torch.logit(column))
+        distance = (u.sort().values - (torch.arange(steps) + 0.5) / steps).abs().max()
+        assert distance < 1.95 / math.sqrt(steps)  # one in a thousand

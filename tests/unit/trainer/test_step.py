@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.runtime.world import World
@@ -123,3 +124,51 @@ def test_other_objectives_run(data, tmp_path, prediction, schedule, gate):
     )
     _, values = one_update(run)
     assert values["loss/lpl"] > 0 and values["lpl/gated_share"] > 0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: single values, and sizes that depend on values."""
+
+    READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.name().split(".")[0] in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("calibrating", [False, True])
+def test_lpl_adds_no_host_read_to_an_update(data, tmp_path, calibrating):
+    """One read is left, whatever LPL does: the gradient norm, which must be finite before the update."""
+    counts = []
+    weight = {"lpl__weight": None, "lpl__target_share": 0.2, "lpl__calibration_steps": 9} if calibrating else {}
+    for changes in ({"lpl__start_step": 100}, weight, {**weight, "lpl__crop": {"side": 4, "halo": 1}, "lpl__sample_share": 0.5}):
+        run, meter = new_run(data, tmp_path, batch__micro_batch_size=4, **changes), Meter(CPU)
+        hands = run.hands(0)
+        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        with HostReads() as reads:
+            run.updater.update(0, hands, batches, meter)
+        counts.append(reads.count)
+        assert meter.flush()["loss/lpl" if "lpl__start_step" not in changes else "loss/total"] > 0
+    assert counts == [1, 1, 1]
+
+
+def test_has_teeth_a_read_is_counted():
+    with HostReads() as reads:
+        assert torch.ones(3).sum().item() == 3
+        torch.ones(3).nonzero()
+    assert reads.count == 2
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
+    run = new_run(data, tmp_path, lpl__sample_share=share)
+    _, values = one_update(run)
+    assert run.updater.perceptual.timer.flush() > 0 and run.updater.perceptual.timer.flush() == 0
+    assert run.updater.perceptual.seen.z0.shape[1:] == (4, 8, 8)
+    for stage in ("mid", "up0", "up1", "up2"):
+        assert values[f"lpl/stage/{stage}/contribution"] > 0
+        assert 0 < values[f"lpl/stage/{stage}/keep_fraction"] <= 1 and values[f"lpl/stage/{stage}/std_ratio"] > 0
