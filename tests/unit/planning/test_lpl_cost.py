@@ -1,0 +1,78 @@
+"""The tool's figures: the published sizes, and each option saves what it says it saves."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def tool():
+    import lpl_cost
+
+    return lpl_cost
+
+
+def costs(tool, config, *arguments):
+    found = tool.main([str(ROOT / "configs" / "train" / config), *arguments])
+    return [{row[next(iter(row))]: row for row in found[kind]} for kind in ("stages", "options")]
+
+
+@pytest.fixture(scope="module")
+def small(tool, tmp_path_factory):
+    """The demo's decoder with 16x16 latents, over two ranks with one microbatch each."""
+    path = tmp_path_factory.mktemp("cost") / "cost.json"
+    keys = ["lpl.activation_checkpointing=true", "lpl.stages=null", "lpl.decoder_precision=fp32"]
+    found = costs(tool, "emoji_dit_lpl.yaml", *keys, "--latent", "4,16,16", "--ranks", "2", "--json", str(path))
+    return *found, json.loads(path.read_text())
+
+
+def test_published_sizes(tool):
+    """An SD decoder and DiT-XL/2 at 256 px (622 GFLOP; 118.6 GMAC as in arXiv 2212.09748)."""
+    config = tool.load_config(tool.TrainConfig, ROOT / "configs" / "train" / "dit_xl2_in256_lpl.yaml")
+    case = tool.Case(config, config.lpl, (4, 32, 32), 1)
+    stages = {row["stage"]: row["forward GFLOP"] for row in tool.stage_rows(tool.build_decoder("sd"), case)}
+    assert stages["all"] == pytest.approx(622, rel=0.01)
+    wanted = {"mid": 24, "up0": 48, "up1": 193, "up2": 217, "up3": 140}
+    assert {name: round(stages[name]) for name in wanted} == wanted
+    assert case.denoiser_flops() == pytest.approx(237.24e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "sana", "taesd"])
+def test_named_shapes(tool, name):
+    decoder = tool.build_decoder(name)
+    assert all(p.is_meta for p in decoder.parameters()) and list(decoder.stages)[:2] == ["mid", "up0"]
+
+
+def test_options_save_what_they_say(small):
+    _, rows, _ = small
+    base = rows["as configured"]
+    assert base["samples a step"] == 10  # 9.4 of 32 are inside the gate, over two ranks
+    without = rows["activation_checkpointing: false"]
+    assert without["GFLOP a sample"] == pytest.approx(0.75 * base["GFLOP a sample"], rel=0.02)
+    assert without["peak MiB"] > base["peak MiB"]
+    cuts = [base, *(rows[f"stages up to {stage}"] for stage in ("up1", "up0", "mid"))]
+    for whole, cut in zip(cuts, cuts[1:]):
+        assert cut["GFLOP a sample"] < whole["GFLOP a sample"] and cut["weights MiB"] < whole["weights MiB"]
+    assert rows["crop: {side: 8, halo: 4}"]["GFLOP a sample"] == pytest.approx(base["GFLOP a sample"], rel=0.01)  # a halo too wide
+    half = rows["sample_share: 0.5"]
+    assert half["samples a step"] == 6 and half["GFLOP a sample"] == base["GFLOP a sample"]
+    assert half["of the denoiser's step"] == pytest.approx(0.6 * base["of the denoiser's step"])
+
+
+def test_a_crop_that_fits_is_cheaper(tool):
+    _, rows = costs(tool, "emoji_dit_lpl.yaml", "--latent", "4,32,32", "--decoder", "taesd", "lpl.stages=null")
+    assert rows["crop: {side: 16, halo: 4}"]["GFLOP a sample"] == pytest.approx(
+        (24 / 32) ** 2 * rows["as configured"]["GFLOP a sample"]
+    )
+
+
+def test_json_holds_the_tables(small):
+    stages, rows, saved = small
+    assert saved == {"stages": list(stages.values()), "options": list(rows.values())}
+    total = sum(row["forward GFLOP"] for name, row in stages.items() if name != "all")
+    assert stages["all"]["forward GFLOP"] == pytest.approx(total)

@@ -1,0 +1,212 @@
+"""What the Latent Perceptual Loss costs: FLOPs and bytes of every decoder stage and every option, counted on meta tensors.
+
+    python tools/lpl_cost.py configs/train/dit_xl2_in256_lpl.yaml --decoder sd --latent 4,32,32
+    python tools/lpl_cost.py configs/train/emoji_dit_lpl.yaml lpl.sample_share=0.5
+
+Nothing is loaded, nothing is computed: the decoder is built from its config.json alone, or is a named shape (`--decoder`); the
+latents' shape comes from the data folder, or from `--latent C,H,W`.  FLOP = 2 x multiply-add.  A training step of the denoiser
+counts as three forwards.  Bytes are the peak of one chunk above the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from lpl_pretrain.config.dataset import LatentEntry, read_index
+from lpl_pretrain.config.load import load_config, resolve_path
+from lpl_pretrain.config.schema import LPLConfig, TrainConfig
+from lpl_pretrain.diffusion.schedule import make_schedule
+from lpl_pretrain.models.autoencoder import LatentScaling
+from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.models.conditioning import Conditioning
+from lpl_pretrain.models.decoder import DecoderStages, decoder_stages
+from lpl_pretrain.perceptual.features import DecoderFeatures
+from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
+from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
+from lpl_pretrain.planning.flops import count_flops
+from lpl_pretrain.planning.live_bytes import LiveBytes
+from lpl_pretrain.trainer.deal import Choice
+
+SD: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd": SD,
+    "flux": {**SD, "latent_channels": 16, "use_post_quant_conv": False, "use_quant_conv": False},
+    "flux2": {**SD, "_class_name": "AutoencoderKLFlux2", "latent_channels": 32},
+    "sana": {"_class_name": "AutoencoderDC"},
+    "taesd": {"_class_name": "AutoencoderTiny"},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+GIGA, MIB = 1e9, 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--decoder", help=f"folder with a config.json, or one of {', '.join(SHAPES)}; else the configuration's")
+    parser.add_argument("--latent", help="C,H,W; read from the data folder if absent")
+    parser.add_argument("--ranks", type=int, default=1, help="microbatches x ranks of a step: all decode equally many")
+    parser.add_argument("--json", type=Path, help="write both tables here too")
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(TrainConfig, args.config, args.overrides)
+    lpl = config.lpl or LPLConfig(target_share=0.2)
+    channels, height, width = map(int, args.latent.split(",")) if args.latent else latent_shape(config)
+    network = build_decoder(args.decoder or lpl.decoder or config.autoencoder)
+    case = Case(config, lpl, (channels, height, width), args.ranks)
+    stages, options = stage_rows(network, case), option_rows(network, case)
+    print(f"{config.name}: latents {channels}x{height}x{width}, global batch {config.batch.global_batch_size}, ", end="")
+    print(f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops() / GIGA:,.2f} GFLOP a forward\n")
+    print(table(stages), "\n", table(options), sep="\n")
+    result = {"stages": stages, "options": options}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+@dataclass(frozen=True)
+class Case:
+    config: TrainConfig
+    lpl: LPLConfig
+    latent: tuple[int, int, int]
+    slots: int
+
+    def share(self) -> float:
+        schedule = make_schedule(self.config.diffusion.schedule)
+        return gate_share(max_noise_level(self.lpl.gate, schedule), schedule, self.config.diffusion.timesteps)
+
+    def decoded_samples(self, lpl: LPLConfig) -> int:
+        """Of one step over all slots, padding included."""
+        choice = Choice.of(self.config.batch.global_batch_size, self.share(), lpl.sample_share)
+        return choice.prefix(self.slots) * self.slots
+
+    def denoiser_flops(self) -> int:
+        """Of one sample's forward."""
+        channels, height, width = self.latent
+        entry = LatentEntry(channels=channels, height=height, width=width, mean=[0.0] * channels, std=[1.0] * channels)
+        with torch.device("meta"):
+            model = build_denoiser(self.config.model, entry, num_classes=1000)
+        z_t, t, labels = (torch.empty(1, *shape, device="meta") for shape in (self.latent, (), ()))
+        return count_flops(lambda: model(z_t, t, Conditioning(labels.long())))
+
+
+def latent_shape(config: TrainConfig) -> tuple[int, int, int]:
+    entry = read_index(config.data.folder).latent
+    return entry.channels, entry.height, entry.width
+
+
+def build_decoder(name: str) -> DecoderStages:
+    settings = SHAPES.get(name) or json.loads((resolve_path(name) / "config.json").read_text())
+    with torch.device("meta"):
+        network = getattr(diffusers, settings["_class_name"]).from_config(settings)
+    return decoder_stages(network.requires_grad_(False))
+
+
+def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
+    """The decoder as `decode()` runs it, a sample; entrance and exit are rows of their own."""
+    hidden, rows = torch.empty(1, *case.latent, device="meta"), []
+    for name, module in [("entrance", decoder.entrance), *decoder.stages.items(), ("exit", decoder.exit)]:
+        leaf = hidden.detach().requires_grad_()
+        seen: list[torch.Tensor] = []
+        forward = count_flops(lambda module=module, leaf=leaf, seen=seen: seen.append(module(leaf)))
+        hidden = seen[0]
+        backward = count_flops(lambda leaf=leaf, hidden=hidden: torch.autograd.grad(hidden, leaf, torch.empty_like(hidden)))
+        rows.append(
+            {
+                "stage": name,
+                "channels": hidden.shape[1],
+                "side": hidden.shape[-1],
+                "forward GFLOP": forward / GIGA,
+                "input gradient GFLOP": backward / GIGA,
+                "parameters M": sum(p.numel() for p in module.parameters()) / 1e6,
+            }
+        )
+    totals = {key: sum(row[key] for row in rows) for key in ("forward GFLOP", "input gradient GFLOP", "parameters M")}
+    return [*rows, {"stage": "all", "channels": "", "side": "", **totals}]
+
+
+def option_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
+    step = 3 * case.denoiser_flops() * case.config.batch.global_batch_size
+    return [row(name, changed, lpl, case, step) for name, changed, lpl in variants(decoder, case)]
+
+
+def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderStages, LPLConfig]]:
+    """The configuration as it is, then one option at a time, then all that save."""
+
+    def plus(**changes: Any) -> LPLConfig:
+        return LPLConfig.model_validate({**case.lpl.model_dump(), **changes})
+
+    every = list(decoder.stages)
+    asked = [stage for stage in every if case.lpl.stages is None or stage in case.lpl.stages]
+    channels, height, width = case.latent
+    crop = {"side": min(height, width) // 2, "halo": 4}
+    with torch.device("meta"):
+        tiny = diffusers.AutoencoderTiny(latent_channels=channels, latent_magnitude=3).requires_grad_(False)
+    small, half = decoder_stages(tiny), 0.5 * case.lpl.sample_share
+    yield "as configured", decoder, case.lpl
+    flipped = not case.lpl.activation_checkpointing
+    yield f"activation_checkpointing: {str(flipped).lower()}", decoder, plus(activation_checkpointing=flipped)
+    for last in range(len(asked) - 1, 0, -1):
+        yield f"stages up to {asked[last - 1]}", decoder, plus(stages=asked[:last])
+    yield f"crop: {{side: {crop['side']}, halo: {crop['halo']}}}", decoder, plus(crop=crop)
+    yield f"sample_share: {half:g}", decoder, plus(sample_share=half)
+    early = asked[: max(1, len(asked) - 2)]
+    yield f"stages up to {early[-1]}, crop, share", decoder, plus(stages=early, crop=crop, sample_share=half)
+    yield "decoder: of TAESD's size", small, plus(stages=None, depth_weights="uniform")
+    yield "decoder: of TAESD's size, share", small, plus(stages=None, depth_weights="uniform", sample_share=half)
+
+
+def row(name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_step: int) -> dict[str, Any]:
+    features = DecoderFeatures(decoder, LatentScaling(*torch.ones(2, case.latent[0], device="meta")), lpl.stages)
+    features.decoder.to(DTYPES[lpl.decoder_precision])
+    loss, decoded = LatentPerceptualLoss(lpl, features), case.decoded_samples(lpl)
+    chunk = min(lpl.chunk_size, decoded // case.slots)
+    z0, z0_hat = torch.empty(2, chunk, *case.latent, device="meta")
+    weights, places = torch.empty(chunk, device="meta"), torch.empty(chunk, 2, device="meta")
+    flops = count_flops(lambda: loss(z0, z0_hat, weights, places)) / chunk
+    with LiveBytes() as live:
+        loss(z0, z0_hat, weights, places)
+    return {
+        "option": name,
+        "GFLOP a sample": flops / GIGA,
+        "samples a step": decoded,
+        "of the denoiser's step": flops * decoded / denoiser_step,
+        "chunk": chunk,
+        "peak MiB": live.peak / MIB,
+        "weights MiB": weight_bytes(features) / MIB,
+    }
+
+
+def weight_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    def text(key: str, value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.1%}" if key.startswith("of the") else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+    cells = [list(rows[0]), *([text(key, value) for key, value in row.items()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *rest]) for line, (_, *rest) in zip(cells, aligned, strict=True))
+
+
+if __name__ == "__main__":
+    main()
