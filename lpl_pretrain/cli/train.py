@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +11,7 @@ from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.load import dump, load_config, load_run_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.world import World
 
@@ -36,15 +36,9 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     device = dist.start(world, group=needs_group(config.parallel))
     set_up_logging(world.rank, run_dir.log(world.rank))
     if world.rank == 0:
-        publish(run_dir.config, dump(config))
+        with published(run_dir.config) as temporary:
+            temporary.write_text(dump(config))
         provenance.write_once(run_dir.provenance, provenance.describe(index, world.world_size, str(device)))
     complete = train(config, run_dir, world, device, stop)
     log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
     dist.leave()
-
-
-def publish(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -3,6 +3,7 @@
 runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
               checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
               evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
+              lpl/step_00010000.png
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ class RunDir:
 
     def samples(self, step: int, protocol: str) -> Path:
         return self.path / "samples" / f"{step_name(step)}_{protocol}.png"
+
+    def lpl_picture(self, step: int) -> Path:
+        """What LPL compared at a checkpoint: x0, its one-step estimate, and where each stage sees them differ."""
+        return self.path / "lpl" / f"{step_name(step)}.png"
+
+    def lpl_pictures(self) -> dict[int, Path]:
+        """By step, ascending."""
+        found = ((STEP_NAME.match(path.stem), path) for path in (self.path / "lpl").glob("step_*.png"))
+        return dict(sorted((int(name[1]), path) for name, path in found if name))
 
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank:05d}.log"

@@ -38,6 +38,9 @@ class DecoderFeatures(nn.Module):
         self.shift, self.scale = nn.Buffer(scaling.shift.clone()), nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
         if compile_pieces:
+            # pieces of a kind share their code, which is compiled for each of them, with gradient and without, and for a last chunk
+            limits, pieces = torch._dynamo.config, sum(len(list(run.children())) for run in self.decoder.stages.values())
+            limits.recompile_limit = max(limits.recompile_limit, 4 * pieces)
             self.decoder = self.decoder.changed(lambda run: [torch.compile(piece, dynamic=False) for piece in run])
 
     def enter(self, z0: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from lpl_pretrain.config.schema import LPLConfig
 from lpl_pretrain.perceptual.batch_statistics import BatchStatistics, Observation, measure
 from lpl_pretrain.perceptual.crop import Windows
-from lpl_pretrain.perceptual.distance import difference, distance
+from lpl_pretrain.perceptual.distance import difference, distance, pointwise
 from lpl_pretrain.perceptual.features import DecoderFeatures, stage_number
+from lpl_pretrain.perceptual.normalize import Statistics
 from lpl_pretrain.perceptual.tape import Tape
 
 
@@ -87,6 +88,22 @@ class LatentPerceptualLoss(nn.Module):
             gradient if windows is None else windows.spread(gradient, height, width),
             {name: StageReport.concatenate([report[name] for report in reports]) for name in self.features.stages},
         )
+
+    @torch.no_grad()
+    def error_maps(self, z0: Tensor, z0_hat: Tensor) -> dict[str, Tensor]:
+        """For pictures: {stage: (1, H_l, W_l)}, mean over channels of what every position of ONE whole latent contributes.
+
+        Without `crop` and depth weights; statistics over a batch are taken over this sample.
+        """
+        predicted, clean = self.features(z0_hat), self.features(z0)
+        batch = self.config.normalize is not None and self.config.normalize.over == "batch"
+        maps = {}
+        for name in self.features.stages:
+            pair = predicted[name], clean[name]
+            own = [Statistics.of(x.to(torch.promote_types(x.dtype, torch.float32)), "batch") for x in pair] if batch else None
+            of = difference(self.config, stage_number(name), *pair, None if own is None else (own[0], own[1]))
+            maps[name] = pointwise(self.config, of).mean(dim=1)
+        return maps
 
     def omega(self, name: str, upscale: int) -> float:
         """Depth weight of a stage whose features have `upscale` times the latent's side."""

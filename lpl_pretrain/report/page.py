@@ -20,23 +20,23 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report.charts import Chart, draw
 from lpl_pretrain.report.record import RunRecord, Series, read_run
+from lpl_pretrain.runtime.files import published
 
 TEMPLATE, STYLE_SHEET = "page.html", "page.css"
-MOST_GRIDS = 6
+MOST_GRIDS, MOST_LPL_PICTURES = 6, 3
 MOST_DIFF_CHARACTERS = 40_000
 HERE = Path(__file__).resolve().parent
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Writes report.html under a temporary name, then renames it; returns its path.  Raises ConfigError where there is no run."""
+    """Writes report.html; returns its path.  Raises ConfigError where there is no run."""
     if not run_dir.config.is_file() and not run_dir.metrics.is_file():
         raise ConfigError(
             f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with `lpl-pretrain train`"
         )
     page = render(read_run(run_dir))
-    temporary = run_dir.report.with_name(f".{run_dir.report.name}.tmp")
-    temporary.write_text(page)
-    temporary.replace(run_dir.report)
+    with published(run_dir.report) as temporary:
+        temporary.write_text(page)
     return run_dir.report
 
 
@@ -99,7 +99,9 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
 def sections(record: RunRecord) -> list[dict[str, Any]]:
     """Titles with their charts, or with the one line that says why there are none."""
     if not record.lines:
-        return [{"title": "Training", "charts": [], "missing": "Nothing logged yet: metrics.jsonl is missing or empty."}]
+        return [
+            {"title": "Training", "charts": [], "pictures": [], "missing": "Nothing logged yet: metrics.jsonl is missing or empty."}
+        ]
     one, events = record.series, interruptions(record)
 
     def section(title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
             "title": title,
             "missing": "" if drawn else missing,
             "charts": [{"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))} for c in drawn],
+            "pictures": [],
         }
 
     lpl_missing = (
@@ -116,7 +119,7 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
         if not record.settings.get("lpl")
         else "The Latent Perceptual Loss has not started yet."
     )
-    return [
+    found = [
         section(
             "Loss",
             "No losses logged.",
@@ -152,6 +155,11 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
                     note="standard deviation over space; below 1 the estimate is blurrier than the data",
                 ),
                 Chart("Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True),
+                Chart(
+                    "Seconds a step",
+                    nonempty({"LPL": one("seconds/lpl"), "whole update": one("seconds/update")}) if one("seconds/lpl") else {},
+                    from_zero=True,
+                ),
             ],
         ),
         section(
@@ -162,6 +170,16 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
                 Chart("Throughput", {"samples / s": one("samples_per_s")}, from_zero=True, note="samples per second, all ranks"),
             ],
         ),
+    ]
+    found[1]["pictures"] = lpl_pictures(record)
+    return found
+
+
+def lpl_pictures(record: RunRecord) -> list[dict[str, Any]]:
+    """What LPL compared at some checkpoints."""
+    folder, found = record.run_dir.path, list(record.run_dir.lpl_pictures().items())
+    return [
+        {"step": step, "picture": picture(folder, str(path.relative_to(folder)))} for step, path in spread(found, MOST_LPL_PICTURES)
     ]
 
 

@@ -24,6 +24,7 @@ from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
+from lpl_pretrain.trainer.pictures import picture_lpl
 from lpl_pretrain.trainer.sinks import Sinks
 
 
@@ -77,6 +78,9 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
         if stopping or done % config.checkpoint.every_steps == 0 or done == config.steps:
             with clock.phase("checkpoint"):
                 run.checkpoints.save(done, run.strategy, run.ema, run.state(done))
+            if run.world.rank == 0 and run.updater.perceptual is not None:
+                with clock.phase("pictures"):
+                    picture_lpl(run.config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done))
         if bar is not None:
             bar.update(1)
         if stopping and done < config.steps:

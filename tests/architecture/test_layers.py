@@ -22,7 +22,7 @@ ALLOWED = {
     "trainer": {"config", "runtime", "diffusion", "models", "perceptual", "data", "ema", "parallel", "checkpoint"},
     "evaluation": {"config", "runtime", "diffusion", "models", "data", "checkpoint"},
     "planning": {"config", "models"},
-    "report": {"config", "data"},
+    "report": {"config", "data", "runtime"},
     "cli": {"config", "runtime", "models", "diffusion", "data", "parallel", "trainer", "evaluation", "report", "checkpoint"},
 }
 HEAVY = {

@@ -99,6 +99,10 @@ def test_a_run_leaves_what_the_readme_promises(world):
     assert events == ["lpl_weight_calibrated"]
     last = lines(run)[-1]
     assert 0 < last["lpl/weighted_share"] < 1 and last["lpl/gated_share"] > 0 and last["grad_norm"] > 0
+    assert last["seconds/lpl"] > 0 and [path.name for path in sorted((run / "lpl").iterdir())] == [
+        "step_00000004.png",
+        "step_00000008.png",
+    ]
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["world_size"] == 1 and provenance["versions"]["torch"]
 

@@ -27,6 +27,7 @@ def metrics(step: int, mark: float = 0.0) -> dict:
     }
     if step >= 40:
         values |= {"loss/lpl": 2.0, "lpl/weight": 0.1, "lpl/weighted_share": 0.2, "lpl/gated_share": 0.4}
+        values |= {"seconds/lpl": 0.1, "seconds/update": 0.3}
         values |= {
             f"lpl/stage/{stage}/{quantity}": 0.5
             for stage in ("mid", "up0")
@@ -77,5 +78,7 @@ def run(tmp_path) -> RunDir:
         path = run_dir.evaluation(step, "quick")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(record))
+        run_dir.lpl_picture(step).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "green").save(run_dir.lpl_picture(step))
     Image.new("RGB", (8, 8), "blue").save(run_dir.path / "evaluations" / "reference_x.png")
     return run_dir

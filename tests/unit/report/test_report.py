@@ -89,7 +89,7 @@ def test_a_whole_run(run):
         "x.yaml",
     ):
         assert words in page.text, words
-    assert page.tags.count("svg") == 10 and page.tags.count("img") == 3
+    assert page.tags.count("svg") == 11 and page.tags.count("img") == 5
     assert not list(run.path.glob("*.tmp"))
 
 
@@ -231,3 +231,13 @@ def test_clock(seconds, words):
 
 def test_spread_keeps_the_ends():
     assert spread(list(range(100)), 6) == [0, 20, 40, 59, 79, 99] and spread([1, 2], 6) == [1, 2]
+
+
+def test_shows_what_lpl_compared(run):
+    page = page_of(run)
+    assert "Seconds a step" in page.text and "where each decoder stage sees them differ" in page.text
+    assert [value for name, value in page.attributes if name == "alt" and "LPL compared" in value] == [
+        f"what LPL compared at step {step}" for step in (60, 120)
+    ]
+    shutil.rmtree(run.path / "lpl")
+    assert "sees them differ" not in page_of(run).text
