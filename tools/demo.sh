@@ -6,8 +6,11 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=$(( $(nproc) > 2 ? $(nproc) / 2 : 1 ))
 RUN=runs/demo
+# bf16 where the processor has it; emulated it would take hours
+PRECISION=$(python -c "import torch; from lpl_pretrain.runtime.device import bf16_is_native as native
+print('bf16' if native(torch.device('cuda' if torch.cuda.is_available() else 'cpu')) else 'fp32')")
 TRAIN=(torchrun --standalone --nproc-per-node 2 -m lpl_pretrain train configs/train/emoji_dit_lpl.yaml
-       run_dir=$RUN parallel.strategy=fsdp2)
+       run_dir=$RUN parallel.strategy=fsdp2 parallel.precision=$PRECISION lpl.decoder_precision=$PRECISION)
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 steps_done() { tail -n 1 "$RUN/metrics.jsonl" 2>/dev/null | grep -oP '"step": \K\d+' || echo 0; }
 started=$(date +%s)
@@ -28,7 +31,7 @@ say "the same command again: it goes on where it stopped"
 "${TRAIN[@]}"
 
 say "checkpoints -> scores"
-OMP_NUM_THREADS=$(nproc) lpl-pretrain evaluate $RUN configs/evaluate/emoji.yaml
+OMP_NUM_THREADS=$(nproc) lpl-pretrain evaluate $RUN configs/evaluate/emoji.yaml precision=$PRECISION
 
 say "everything on one page"
 lpl-pretrain report $RUN

@@ -44,6 +44,8 @@ def _accelerators() -> Iterator[Row]:
         return
     import torch
 
+    from lpl_pretrain.runtime.device import bf16_is_native
+
     if not torch.cuda.is_available():
         yield "accelerator", "optional", "none: training runs on the CPU with gloo (small models only)"
     for i in range(torch.cuda.device_count()):
@@ -53,7 +55,7 @@ def _accelerators() -> Iterator[Row]:
             "ok",
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}",
         )
-    bf16 = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+    bf16 = bf16_is_native(torch.device("cpu"))
     yield "cpu bf16", "ok" if bf16 else "optional", "in hardware" if bf16 else "emulated: use precision fp32 on the CPU"
 
 

@@ -10,7 +10,7 @@ from lpl_pretrain.config.check import check_run, check_same_run
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.load import dump, load_config, load_run_config
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.world import World
@@ -29,6 +29,7 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
 
     from lpl_pretrain.parallel.build import needs_group
     from lpl_pretrain.runtime import dist
+    from lpl_pretrain.runtime.device import bf16_is_native
     from lpl_pretrain.runtime.log import log, set_up_logging
     from lpl_pretrain.trainer import provenance
     from lpl_pretrain.trainer.loop import train
@@ -39,6 +40,15 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
         with published(run_dir.config) as temporary:
             temporary.write_text(dump(config))
         provenance.write_once(run_dir.provenance, provenance.describe(index, world.world_size, str(device)))
+    if uses_bf16(config) and not bf16_is_native(device):
+        log.warning(
+            "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
+            device.type,
+        )
     complete = train(config, run_dir, world, device, stop)
     log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
     dist.leave()
+
+
+def uses_bf16(config: TrainConfig) -> bool:
+    return config.parallel.precision is Precision.BF16 or (config.lpl is not None and config.lpl.decoder_precision == "bf16")

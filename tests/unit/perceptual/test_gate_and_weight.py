@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import GateConfig, LPLConfig, ScheduleKind, TimestepConfig
+from lpl_pretrain.config.schema import GateConfig, LPLConfig, Prediction, ScheduleKind, TimestepConfig, WeightingConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, NonFiniteError
-from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
+from lpl_pretrain.perceptual.gate import gate_share, gate_weights, max_noise_level
 from lpl_pretrain.perceptual.weight import LPLWeight
 
 
@@ -84,3 +84,15 @@ def test_calibration_on_nothing_is_an_error():
     weight = LPLWeight(LPLConfig(target_share=0.2, calibration_steps=1))
     with pytest.raises(NonFiniteError, match="set lpl.weight"):
         weight.observe(0, means(0.5, 0.0))
+
+
+@pytest.mark.parametrize(
+    "prediction, wanted",
+    [("eps", [5 / 16, 1.0, 0.0]), ("v", [5 / 17, 4 / 5, 0.0]), ("flow", [5 * 0.2**2, 4 * (1 / 3) ** 2, 0.0])],
+)
+def test_noise_weighting_is_min_snr(prediction, wanted):
+    """SNR 16, 4 and 1 with gamma 5: min(SNR, 5) on the error of z0, restated for what is predicted (arXiv 2303.09556)."""
+    noise_level = torch.tensor([0.25, 0.5, 1.0])
+    weights = gate_weights(noise_level, 0.6, WeightingConfig(kind="min_snr"), Prediction(prediction))
+    torch.testing.assert_close(weights, torch.tensor(wanted))
+    assert gate_weights(noise_level, 0.6, WeightingConfig(), Prediction(prediction)).tolist() == [1.0, 1.0, 0.0]
