@@ -63,7 +63,9 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
         config = LPLConfig(weight=1.0, chunk_size=args.chunk_size, **options)
         dtype = torch.bfloat16 if decoder_precision == "bf16" else torch.float32
         scaling = LatentScaling(torch.zeros(SD["latent_channels"]), torch.full((SD["latent_channels"],), SD["scaling_factor"]))
-        features = DecoderFeatures(decoder_stages(copy_of(network)), scaling, dtype=dtype, compile_pieces=compile_pieces)
+        features = DecoderFeatures(
+            decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype, compile_pieces=compile_pieces
+        )
         loss = LatentPerceptualLoss(config, features.to(args.device))
 
         def run() -> tuple[Tensor, Tensor]:

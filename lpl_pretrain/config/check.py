@@ -25,6 +25,9 @@ FREE_TO_CHANGE = (
     "autoencoder",
     "data.folder",
     "data.verify",
+    "lpl.chunk_size",
+    "lpl.activation_checkpointing",
+    "lpl.compile",
 )
 """Keys that a run may change when it is continued: none of them changes what is learned up to a given step (a folder may
 move; what lies in it is compared by fingerprint).  `steps` moves the end of a cosine, so it is free only without one."""

@@ -74,6 +74,17 @@ def test_scaling_that_does_not_match_the_shards(identity):
         check_run(train_config(), dataset_index(identity=identity, scale=0.18215), 1)
 
 
+def test_another_decoder_is_checked_like_the_first(identity, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"_class_name": "AutoencoderTiny", "latent_channels": 16, "num_decoder_blocks": [1, 1], "upsampling_scaling_factor": 2}'
+    )
+    with pytest.raises(ConfigError) as error:
+        check_run(
+            train_config(lpl={"weight": 1.0, "decoder": str(tmp_path), "stages": ["up1"]}), dataset_index(identity=identity), 1
+        )
+    assert "takes latents of 16 channels, data/x has 4" in str(error.value) and "has mid, up0" in str(error.value)
+
+
 def test_latents_that_the_decoder_does_not_take(identity):
     with pytest.raises(ConfigError, match="takes latents of 4 channels, data/x has 16"):
         check_run(train_config(lpl__weight=1.0), dataset_index(identity=identity, channels=16), 1)

@@ -7,9 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import NonFiniteError
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble, build_features
 from lpl_pretrain.trainer.metrics import Meter
+from tests.support.autoencoders import tiny_dc, tiny_distilled
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.unit.perceptual.reference import reference_loss
@@ -172,3 +174,25 @@ def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
     for stage in ("mid", "up0", "up1", "up2"):
         assert values[f"lpl/stage/{stage}/contribution"] > 0
         assert 0 < values[f"lpl/stage/{stage}/keep_fraction"] <= 1 and values[f"lpl/stage/{stage}/std_ratio"] > 0
+
+
+@pytest.mark.parametrize("make", [tiny_distilled, tiny_dc], ids=["distilled", "dc"])
+def test_features_from_another_decoder(data, tmp_path, make):
+    """`lpl.decoder`: a smaller network for the same latents, which changes LPL and nothing else."""
+    make().save_pretrained(tmp_path / "other")
+    _, own = one_update(new_run(data, tmp_path))
+    run = new_run(data, tmp_path, lpl__decoder=str(tmp_path / "other"))
+    weights, other = one_update(run)
+    assert list(run.updater.perceptual.loss.features.stages) == ["mid", "up0", "up1"]
+    assert other["loss/diffusion"] == own["loss/diffusion"] and 0 < other["loss/lpl"] != own["loss/lpl"]
+    assert all(w.isfinite().all() for w in weights)
+
+
+def test_a_model_that_diverged_inside_the_gate_is_refused(data, tmp_path):
+    """NaN in what LPL compares reaches the gradient norm, and the update is not applied."""
+    run = new_run(data, tmp_path)
+    before = [p.detach().clone() for p in run.updater.denoiser.parameters()]
+    run.updater.perceptual.loss.features.decoder.stages["up0"][0].module.conv1.bias.data[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="the gradient norm is not finite"):
+        one_update(run)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.updater.denoiser.parameters()))
