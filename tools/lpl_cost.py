@@ -2,10 +2,15 @@
 
     python tools/lpl_cost.py configs/train/dit_xl2_in256_lpl.yaml --decoder sd --latent 4,32,32
     python tools/lpl_cost.py configs/train/emoji_dit_lpl.yaml lpl.sample_share=0.5
+    python tools/lpl_cost.py --decoder flux --latent 32 --denoiser xl2      # with configs/train/dit_xl2_in256_lpl.yaml
 
 Nothing is loaded, nothing is computed: the decoder is built from its config.json alone, or is a named shape (`--decoder`); the
-latents' shape comes from the data folder, or from `--latent C,H,W`.  FLOP = 2 x multiply-add.  A training step of the denoiser
-counts as three forwards.  Bytes are the peak of one chunk above the weights.
+latents' shape comes from the data folder, or from `--latent`.  FLOP = 2 x multiply-add.  A training step of the denoiser counts
+as three forwards.  Bytes are the peak of one chunk above the weights.
+
+The first table is the decoder as `decode()` runs it; the second is LPL as it runs, with upsampling merged (models/upsampling.py).
+Attention is counted as plain matrix products: a fused kernel does not hold its positions x positions matrix, which is the peak
+where large latents meet few stages (`mid`).
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,7 @@ from lpl_pretrain.config.dataset import LatentEntry, read_index
 from lpl_pretrain.config.load import load_config, resolve_path
 from lpl_pretrain.config.schema import LPLConfig, TrainConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
+from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
@@ -51,27 +58,29 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sana": {"_class_name": "AutoencoderDC"},
     "taesd": {"_class_name": "AutoencoderTiny"},
 }
+DENOISERS = {"s2": (384, 12, 6), "b2": (768, 12, 12), "l2": (1024, 24, 16), "xl2": (1152, 28, 16)}  # width, depth, heads of DiT
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "train" / "dit_xl2_in256_lpl.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 GIGA, MIB = 1e9, 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--decoder", help=f"folder with a config.json, or one of {', '.join(SHAPES)}; else the configuration's")
-    parser.add_argument("--latent", help="C,H,W; read from the data folder if absent")
+    parser.add_argument("words", nargs="*", metavar="CONFIG KEY=VALUE", help=f"{CONFIG.name} without CONFIG")
+    parser.add_argument("--decoder", help=f"a config.json, its folder, or one of {', '.join(SHAPES)}; else the configuration's")
+    parser.add_argument("--latent", help="C,H,W, or one side with the decoder's channels; read from the data folder if absent")
+    parser.add_argument("--denoiser", choices=DENOISERS, help="a DiT of this size; else the configuration's")
     parser.add_argument("--ranks", type=int, default=1, help="microbatches x ranks of a step: all decode equally many")
     parser.add_argument("--json", type=Path, help="write both tables here too")
     args = parser.parse_intermixed_args(arguments)
-    config = load_config(TrainConfig, args.config, args.overrides)
+    config = read_config(args.words, args.denoiser)
     lpl = config.lpl or LPLConfig(target_share=0.2)
-    channels, height, width = map(int, args.latent.split(",")) if args.latent else latent_shape(config)
-    network = build_decoder(args.decoder or lpl.decoder or config.autoencoder)
-    case = Case(config, lpl, (channels, height, width), args.ranks)
-    stages, options = stage_rows(network, case), option_rows(network, case)
+    network = build_network(args.decoder or lpl.decoder or config.autoencoder)
+    channels, height, width = latent = latent_shape(args.latent, network.config.latent_channels, config)
+    case, decoder = Case(config, lpl, latent, args.ranks), decoder_stages(network)
+    stages, options = stage_rows(decoder, case), option_rows(decoder, case)
     print(f"{config.name}: latents {channels}x{height}x{width}, global batch {config.batch.global_batch_size}, ", end="")
-    print(f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops() / GIGA:,.2f} GFLOP a forward\n")
+    print(f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops / GIGA:,.2f} GFLOP a forward\n")
     print(table(stages), "\n", table(options), sep="\n")
     result = {"stages": stages, "options": options}
     if args.json:
@@ -95,6 +104,7 @@ class Case:
         choice = Choice.of(self.config.batch.global_batch_size, self.share(), lpl.sample_share)
         return choice.prefix(self.slots) * self.slots
 
+    @cached_property
     def denoiser_flops(self) -> int:
         """Of one sample's forward."""
         channels, height, width = self.latent
@@ -105,16 +115,39 @@ class Case:
         return count_flops(lambda: model(z_t, t, Conditioning(labels.long())))
 
 
-def latent_shape(config: TrainConfig) -> tuple[int, int, int]:
-    entry = read_index(config.data.folder).latent
-    return entry.channels, entry.height, entry.width
+def read_config(words: Sequence[str], denoiser: str | None) -> TrainConfig:
+    """`words`: a file, where the first has no `=` in it, then overrides; they win over `denoiser`."""
+    own = bool(words) and "=" not in words[0]
+    path, overrides = (words[0], words[1:]) if own else (CONFIG, words)
+    size: dict[str, float] = {}
+    if denoiser is not None:
+        width, depth, heads = DENOISERS[denoiser]
+        size = {"width": width, "depth": depth, "heads": heads, "patch_size": 2, "mlp_ratio": 4.0}
+    return load_config(TrainConfig, path, [*(f"model.{key}={value}" for key, value in size.items()), *overrides])
 
 
-def build_decoder(name: str) -> DecoderStages:
-    settings = SHAPES.get(name) or json.loads((resolve_path(name) / "config.json").read_text())
+def latent_shape(text: str | None, decoder_channels: int, config: TrainConfig) -> tuple[int, int, int]:
+    if text is None:
+        entry = read_index(config.data.folder).latent
+        channels, height, width = entry.channels, entry.height, entry.width
+    else:
+        *first, height, width = [int(number) for number in (text.split(",") if "," in text else [text, text])]
+        channels = first[0] if first else decoder_channels
+    if channels != decoder_channels:
+        raise ConfigError(f"latents of {channels} channels, but the decoder takes {decoder_channels}: change --latent or --decoder")
+    return channels, height, width
+
+
+def build_network(name: str) -> Any:
+    settings = SHAPES.get(name)
+    if settings is None:
+        path = resolve_path(name)
+        path = path if path.suffix == ".json" else path / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"decoder {name}: {path} not found; give --decoder a folder, or one of {', '.join(SHAPES)}")
+        settings = json.loads(path.read_text())
     with torch.device("meta"):
-        network = getattr(diffusers, settings["_class_name"]).from_config(settings)
-    return decoder_stages(network.requires_grad_(False))
+        return getattr(diffusers, settings["_class_name"]).from_config(settings).requires_grad_(False)
 
 
 def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
@@ -141,7 +174,7 @@ def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
 
 
 def option_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
-    step = 3 * case.denoiser_flops() * case.config.batch.global_batch_size
+    step = 3 * case.denoiser_flops * case.config.batch.global_batch_size
     return [row(name, changed, lpl, case, step) for name, changed, lpl in variants(decoder, case)]
 
 
@@ -169,6 +202,8 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
     yield f"stages up to {early[-1]}, crop, share", decoder, plus(stages=early, crop=crop, sample_share=half)
     yield "decoder: of TAESD's size", small, plus(stages=None, depth_weights="uniform")
     yield "decoder: of TAESD's size, share", small, plus(stages=None, depth_weights="uniform", sample_share=half)
+    everything = plus(stages=None, depth_weights="uniform", crop=crop, sample_share=half)
+    yield "decoder: of TAESD's size, crop, share", small, everything
 
 
 def row(name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_step: int) -> dict[str, Any]:
@@ -178,9 +213,8 @@ def row(name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_
     chunk = min(lpl.chunk_size, decoded // case.slots)
     z0, z0_hat = torch.empty(2, chunk, *case.latent, device="meta")
     weights, places = torch.empty(chunk, device="meta"), torch.empty(chunk, 2, device="meta")
-    flops = count_flops(lambda: loss(z0, z0_hat, weights, places)) / chunk
     with LiveBytes() as live:
-        loss(z0, z0_hat, weights, places)
+        flops = count_flops(lambda: loss(z0, z0_hat, weights, places)) / chunk
     return {
         "option": name,
         "GFLOP a sample": flops / GIGA,

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+FORMULAS = {
+    **flop_registry,
+    # what attention is on a CPU, which torch does not count; on meta tensors it is plain matrix products
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}
 
 
 def count_flops(function: Callable[[], Any]) -> int:
@@ -23,7 +32,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket)
+        formula = FORMULAS.get(function._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result

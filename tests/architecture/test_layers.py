@@ -23,7 +23,19 @@ ALLOWED = {
     "evaluation": {"config", "runtime", "diffusion", "models", "data", "checkpoint"},
     "planning": {"config", "models"},
     "report": {"config", "data", "runtime"},
-    "cli": {"config", "runtime", "models", "diffusion", "data", "parallel", "trainer", "evaluation", "report", "checkpoint"},
+    "cli": {
+        "config",
+        "runtime",
+        "models",
+        "diffusion",
+        "data",
+        "parallel",
+        "trainer",
+        "evaluation",
+        "planning",
+        "report",
+        "checkpoint",
+    },
 }
 HEAVY = {
     "deepspeed": {"parallel/deepspeed_zero.py"},

@@ -25,9 +25,28 @@ def test_linear_and_convolution(frozen):
     assert backward(linear, tokens) == 2 * 3 * 7 * 4 * (1 if frozen else 2)
 
 
-def test_attention():
-    q = torch.empty(2, 4, 10, 16, device="meta")
-    assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * (2 * 4 * 10 * 10 * 16)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_merged_upsampling(frozen):
+    """The transposed convolution that models/upsampling.py makes: every input meets the whole 4x4 kernel."""
+    x = torch.empty(2, 6, 8, 8, device="meta", requires_grad=True)
+    transposed = nn.ConvTranspose2d(6, 5, 4, stride=2, padding=1, device="meta").requires_grad_(not frozen)
+    forward = 2 * 2 * 8 * 8 * 6 * 5 * 16
+    assert count_flops(lambda: transposed(x)) == forward
+    assert backward(transposed, x) == forward * (1 if frozen else 2)
+
+
+@pytest.mark.parametrize("device, products", [("meta", 4), ("cpu", 5)])
+def test_attention(device, products):
+    """Two matrix products forward; four backward, and a fused kernel makes the scores again."""
+    q = torch.zeros(2, 4, 10, 16, device=device, requires_grad=True)
+    product = 2 * 2 * 4 * 10 * 10 * 16
+    assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * product
+    assert backward(lambda x: nn.functional.scaled_dot_product_attention(x, x, x), q) == products * product
+
+
+def test_batched_products():
+    a, b = torch.empty(3, 4, 5, device="meta"), torch.empty(3, 5, 6, device="meta")
+    assert count_flops(lambda: a @ b) == 2 * 3 * 4 * 5 * 6
 
 
 def test_has_teeth_elementwise_work_is_not_counted():

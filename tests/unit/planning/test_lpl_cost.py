@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,21 +32,57 @@ def small(tool, tmp_path_factory):
     return *found, json.loads(path.read_text())
 
 
-def test_published_sizes(tool):
-    """An SD decoder and DiT-XL/2 at 256 px (622 GFLOP; 118.6 GMAC as in arXiv 2212.09748)."""
-    config = tool.load_config(tool.TrainConfig, ROOT / "configs" / "train" / "dit_xl2_in256_lpl.yaml")
-    case = tool.Case(config, config.lpl, (4, 32, 32), 1)
-    stages = {row["stage"]: row["forward GFLOP"] for row in tool.stage_rows(tool.build_decoder("sd"), case)}
-    assert stages["all"] == pytest.approx(622, rel=0.01)
-    wanted = {"mid": 24, "up0": 48, "up1": 193, "up2": 217, "up3": 140}
-    assert {name: round(stages[name]) for name in wanted} == wanted
-    assert case.denoiser_flops() == pytest.approx(237.24e9, rel=0.01)
+@pytest.mark.parametrize("side, decoder, denoiser", [(32, 622, 237.24), (64, 2515, 1049)])
+def test_published_sizes(tool, side, decoder, denoiser):
+    """An SD decoder and DiT-XL/2 at 256 px (622 GFLOP; 118.6 GMAC as in arXiv 2212.09748) and at 512 px."""
+    config = tool.read_config(["batch.global_batch_size=64"], "xl2")
+    case = tool.Case(config, config.lpl, (4, side, side), 1)
+    rows = tool.stage_rows(tool.decoder_stages(tool.build_network("sd")), case)
+    stages = {row["stage"]: row["forward GFLOP"] for row in rows}
+    assert stages["all"] == pytest.approx(decoder, rel=0.01)
+    assert case.denoiser_flops / 1e9 == pytest.approx(denoiser, rel=0.01)
+    if side == 32:
+        wanted = {"mid": 24, "up0": 48, "up1": 193, "up2": 217, "up3": 140}
+        assert {name: round(stages[name]) for name in wanted} == wanted
+
+
+def test_has_teeth_another_denoiser_is_another_size(tool):
+    config = tool.read_config([], "l2")
+    assert tool.Case(config, config.lpl, (4, 32, 32), 1).denoiser_flops / 1e9 != pytest.approx(237.24, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "sana", "taesd"])
 def test_named_shapes(tool, name):
-    decoder = tool.build_decoder(name)
+    decoder = tool.decoder_stages(tool.build_network(name))
     assert all(p.is_meta for p in decoder.parameters()) and list(decoder.stages)[:2] == ["mid", "up0"]
+
+
+def test_words(tool):
+    """A first word with `=` is an override; overrides win over `--denoiser`; one side takes the decoder's channels."""
+    config = tool.read_config(["model.depth=3", "lpl.sample_share=0.5"], "s2")
+    assert (config.name, config.model.width, config.model.depth) == ("dit_xl2_in256_lpl", 384, 3)
+    assert config.lpl.sample_share == 0.5
+    assert tool.latent_shape("8", 16, config) == (16, 8, 8) and tool.latent_shape("16,8,4", 16, config) == (16, 8, 4)
+    with pytest.raises(tool.ConfigError, match="4 channels.*takes 16"):
+        tool.latent_shape("4,8,8", 16, config)
+
+
+def test_folder_and_file_are_the_same_decoder(tool):
+    folder = ROOT / "lpl_pretrain" / "assets" / "autoencoder_emoji"
+    found = [tool.build_network(str(name)) for name in (folder, folder / "config.json")]
+    assert found[0].config == found[1].config
+    with pytest.raises(tool.ConfigError, match="not found; give --decoder"):
+        tool.build_network(str(folder / "nothing"))
+
+
+def test_a_sample_costs_its_four_passes(tool, small):
+    """Target, prediction, prediction again and input gradient, each counted by itself with plain autograd."""
+    decoder = tool.decoder_stages(tool.build_network("asset:autoencoder_emoji"))
+    features = tool.DecoderFeatures(decoder, tool.LatentScaling(*torch.ones(2, 4, device="meta")))
+    z0, seen = torch.empty(1, 4, 16, 16, device="meta", requires_grad=True), []
+    forward = tool.count_flops(lambda: seen.append(sum(x.sum() for x in features(z0).values())))
+    backward = tool.count_flops(lambda: torch.autograd.grad(seen[0], z0))
+    assert small[1]["as configured"]["GFLOP a sample"] == pytest.approx((3 * forward + backward) / 1e9)
 
 
 def test_options_save_what_they_say(small):
