@@ -23,7 +23,7 @@ from lpl_pretrain.report.record import RunRecord, Series, read_run
 from lpl_pretrain.runtime.files import published
 
 TEMPLATE, STYLE_SHEET = "page.html", "page.css"
-MOST_GRIDS, MOST_LPL_PICTURES = 6, 3
+MOST_GRIDS, MOST_LPL_PICTURES = 6, 4
 MOST_DIFF_CHARACTERS = 40_000
 HERE = Path(__file__).resolve().parent
 

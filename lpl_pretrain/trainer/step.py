@@ -110,8 +110,9 @@ class Updater:
             places = torch.stack(drawn, dim=1).to(self.device)
         with perceptual.timer:
             term = perceptual.loss(z0, z0_hat, weights / perceptual.inclusion, places)
-        perceptual.seen.z0, perceptual.seen.z0_hat = z0, z0_hat.detach()
-        perceptual.seen.noise_level, perceptual.seen.weights = noise_level, weights
+        if hand.chosen:  # the last microbatches of every step may hold padding alone
+            perceptual.seen.z0, perceptual.seen.z0_hat = z0, z0_hat.detach()
+            perceptual.seen.noise_level, perceptual.seen.weights = noise_level, weights
         meter.add("lpl/gated_share", (seen.noise_level <= perceptual.threshold).float())
         for name, stage in term.stages.items():
             meter.add(f"lpl/stage/{name}/contribution", stage.contribution, weights > 0)

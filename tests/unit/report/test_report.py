@@ -241,3 +241,16 @@ def test_shows_what_lpl_compared(run):
     ]
     shutil.rmtree(run.path / "lpl")
     assert "sees them differ" not in page_of(run).text
+
+
+def test_four_pictures_of_what_lpl_compared_are_spread_over_the_run(run):
+    for step in range(20, 120, 20):
+        shutil.copy(run.lpl_picture(120), run.lpl_picture(step))
+    shown = [value for name, value in page_of(run).attributes if name == "alt" and "LPL compared" in value]
+    assert [int(words.split()[-1]) for words in shown] == [20, 60, 80, 120]
+
+
+def test_seconds_are_drawn_where_lpl_was_timed(run):
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    run.metrics.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "seconds/lpl"}) + "\n" for line in lines))
+    assert "Seconds a step" not in page_of(run).text

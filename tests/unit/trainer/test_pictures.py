@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.trainer.pictures import CELL_PX, GAP_PX, LEFT_PX, TOP_PX, choose_rows, heat, picture_lpl
+from tests.support.autoencoders import tiny_distilled
 from tests.support.latents import tiny_dataset
 from tests.unit.trainer.test_step import new_run, one_update
 
@@ -68,6 +70,14 @@ def test_a_shut_gate_and_a_run_that_has_not_started_lpl_leave_nothing(data, tmp_
     assert not (tmp_path / "none.png").exists()
 
 
+def test_microbatches_that_hold_padding_alone_are_not_what_is_shown(data, tmp_path):
+    run = new_run(data, tmp_path, batch__micro_batch_size=2, lpl__sample_share=0.3)
+    assert run.hands(0)[0].chosen == 1 and run.hands(0)[-1].chosen == 0
+    one_update(run)
+    draw(run, tmp_path / "a.png")
+    assert cell(tmp_path / "a.png", 0, 2).any()
+
+
 @pytest.mark.parametrize(
     "lpl", [{"normalize": {"over": "batch"}}, {"crop": {"side": 4, "halo": 1}}, {"preset": "diffusers_script"}], ids=str
 )
@@ -78,13 +88,35 @@ def test_whatever_the_options(data, tmp_path, lpl):
     assert cell(tmp_path / "a.png", 0, 2).any()
 
 
+def test_another_decoder_gives_the_maps_and_the_autoencoder_the_pictures(data, tmp_path):
+    tiny_distilled().save_pretrained(tmp_path / "other")
+    for name, options in (("own", {}), ("other", {"lpl__decoder": str(tmp_path / "other")})):
+        run = new_run(data, tmp_path, **options)
+        one_update(run)
+        draw(run, tmp_path / f"{name}.png")
+    own, other = tmp_path / "own.png", tmp_path / "other.png"
+    assert Image.open(own).width - Image.open(other).width == CELL_PX + GAP_PX  # the distilled one has no up2
+    assert [np.array_equal(cell(own, 0, column), cell(other, 0, column)) for column in range(3)] == [True, True, False]
+
+
+def test_an_autoencoder_that_is_gone_is_an_error_and_leaves_nothing(data, tmp_path):
+    run = new_run(data, tmp_path)
+    one_update(run)
+    moved = replace(run, config=run.config.model_copy(update={"autoencoder": str(tmp_path / "gone")}))
+    with pytest.raises(ConfigError, match="gone"):
+        draw(moved, tmp_path / "lpl" / "a.png")
+    assert not (tmp_path / "lpl").exists()
+
+
 def test_training_does_not_notice(data, tmp_path):
     results = []
     for pictures in (False, True):
         run = new_run(data, tmp_path)
         one_update(run)
         if pictures:
+            random_state = torch.get_rng_state()
             draw(run, tmp_path / "a.png")
+            assert torch.equal(torch.get_rng_state(), random_state)
         results.append(one_update(run, step=1))
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0])) and results[0][1] == results[1][1]
 
