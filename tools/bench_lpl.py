@@ -22,12 +22,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import decoder_stages
-from lpl_pretrain.perceptual.features import DecoderFeatures
+from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.planning.live_bytes import LiveBytes
+from lpl_pretrain.runtime.device import bf16_is_native
 
 SD = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215}
 Run = Callable[[], tuple[Tensor, Tensor]]  # loss (K,), gradient (K, C, H, W)
@@ -61,7 +62,7 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
 
     def ours(*, decoder_precision: str = "fp32", compile_pieces: bool = False, **options) -> Run:
         config = LPLConfig(weight=1.0, chunk_size=args.chunk_size, **options)
-        dtype = torch.bfloat16 if decoder_precision == "bf16" else torch.float32
+        dtype = DTYPES[decoder_precision]
         scaling = LatentScaling(torch.zeros(SD["latent_channels"]), torch.full((SD["latent_channels"],), SD["scaling_factor"]))
         features = DecoderFeatures(
             decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype, compile_pieces=compile_pieces
@@ -75,7 +76,7 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
         return run
 
     equal: dict = {"preset": "diffusers_script", "activation_checkpointing": False}
-    bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    bf16 = bf16_is_native(torch.device(args.device))
     if not bf16:
         print("no bf16 in this processor: its rows are left out (emulated, a convolution takes minutes)")
     runs: dict[str, Run] = {}

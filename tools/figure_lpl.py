@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from lpl_pretrain.config.load import resolve_path
-from lpl_pretrain.config.schema import GateConfig, LPLConfig, ScheduleKind, TimestepConfig
+from lpl_pretrain.config.lpl import GateConfig, LPLConfig
+from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
 from lpl_pretrain.data.images import read_pictures, to_square
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile

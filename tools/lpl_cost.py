@@ -29,14 +29,15 @@ from torch import nn
 
 from lpl_pretrain.config.dataset import LatentEntry, read_index
 from lpl_pretrain.config.load import load_config, resolve_path
-from lpl_pretrain.config.schema import LPLConfig, TrainConfig
+from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.decoder import DecoderStages, decoder_stages
-from lpl_pretrain.perceptual.features import DecoderFeatures
+from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
 from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.planning.flops import count_flops
@@ -60,7 +61,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 DENOISERS = {"s2": (384, 12, 6), "b2": (768, 12, 12), "l2": (1024, 24, 16), "xl2": (1152, 28, 16)}  # width, depth, heads of DiT
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "train" / "dit_xl2_in256_lpl.yaml"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 GIGA, MIB = 1e9, 2**20
 
 
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--latent", help="C,H,W, or one side with the decoder's channels; read from the data folder if absent")
     parser.add_argument("--denoiser", choices=DENOISERS, help="a DiT of this size; else the configuration's")
     parser.add_argument("--ranks", type=int, default=1, help="microbatches x ranks of a step: all decode equally many")
+    parser.add_argument("--samples", help="such as 1,4,16: a third table, of the peak for so many gated samples")
     parser.add_argument("--json", type=Path, help="write both tables here too")
     args = parser.parse_intermixed_args(arguments)
     config = read_config(args.words, args.denoiser)
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops / GIGA:,.2f} GFLOP a forward\n")
     print(table(stages), "\n", table(options), sep="\n")
     result = {"stages": stages, "options": options}
+    if args.samples:
+        result["samples"] = sample_rows(decoder, case, [int(count) for count in args.samples.split(",")])
+        print("\n", table(result["samples"]), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -207,23 +211,39 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
 
 
 def row(name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_step: int) -> dict[str, Any]:
-    features = DecoderFeatures(decoder, LatentScaling(*torch.ones(2, case.latent[0], device="meta")), lpl.stages)
-    features.decoder.to(DTYPES[lpl.decoder_precision])
-    loss, decoded = LatentPerceptualLoss(lpl, features), case.decoded_samples(lpl)
+    loss, decoded = build_loss(decoder, lpl, case), case.decoded_samples(lpl)
     chunk = min(lpl.chunk_size, decoded // case.slots)
-    z0, z0_hat = torch.empty(2, chunk, *case.latent, device="meta")
-    weights, places = torch.empty(chunk, device="meta"), torch.empty(chunk, 2, device="meta")
-    with LiveBytes() as live:
-        flops = count_flops(lambda: loss(z0, z0_hat, weights, places)) / chunk
+    flops, peak = run_loss(loss, case, chunk)
+    flops /= chunk
     return {
         "option": name,
         "GFLOP a sample": flops / GIGA,
         "samples a step": decoded,
         "of the denoiser's step": flops * decoded / denoiser_step,
         "chunk": chunk,
-        "peak MiB": live.peak / MIB,
-        "weights MiB": weight_bytes(features) / MIB,
+        "peak MiB": peak / MIB,
+        "weights MiB": weight_bytes(loss) / MIB,
     }
+
+
+def sample_rows(decoder: DecoderStages, case: Case, counts: list[int]) -> list[dict[str, Any]]:
+    """Peak bytes for so many gated samples in a microbatch, `chunk_size` of them in the decoder at a time."""
+    loss = build_loss(decoder, case.lpl, case)
+    return [{"gated samples": str(count), "peak MiB": run_loss(loss, case, count)[1] / MIB} for count in counts]
+
+
+def build_loss(decoder: DecoderStages, lpl: LPLConfig, case: Case) -> LatentPerceptualLoss:
+    scaling = LatentScaling(*torch.ones(2, case.latent[0], device="meta"))
+    return LatentPerceptualLoss(lpl, DecoderFeatures(decoder, scaling, lpl.stages, dtype=DTYPES[lpl.decoder_precision]))
+
+
+def run_loss(loss: LatentPerceptualLoss, case: Case, samples: int) -> tuple[float, int]:
+    """FLOPs, and peak bytes above the weights."""
+    z0, z0_hat = torch.empty(2, samples, *case.latent, device="meta")
+    weights, places = torch.empty(samples, device="meta"), torch.empty(samples, 2, device="meta")
+    with LiveBytes() as live:
+        flops = count_flops(lambda: loss(z0, z0_hat, weights, places))
+    return flops, live.peak
 
 
 def weight_bytes(module: nn.Module) -> int:

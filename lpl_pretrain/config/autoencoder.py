@@ -47,6 +47,8 @@ def read_autoencoder(folder: str, path: Path) -> AutoencoderFacts:
         )
     try:
         return FAMILIES[family](settings)
+    except ValueError as problem:
+        raise ConfigError(f"autoencoder={folder}: {problem}") from None
     except KeyError as missing:
         raise ConfigError(f"autoencoder={folder}: {config} has no {missing}, as every {family} has: save it again") from None
 
@@ -55,7 +57,7 @@ def _kl(settings: dict[str, Any]) -> AutoencoderFacts:
     """SD, SDXL, SD3, FLUX and FLUX.2: `mid_block`, then `up_blocks`, all but the last of which double the side."""
     unknown = sorted(set(settings["up_block_types"]) - set(UP_BLOCKS))
     if unknown:
-        raise ConfigError(f"autoencoder: its decoder has up blocks of type {', '.join(unknown)}; known are {', '.join(UP_BLOCKS)}")
+        raise ValueError(f"its decoder has up blocks of type {', '.join(unknown)}; known are {', '.join(UP_BLOCKS)}")
     last = len(settings["up_block_types"]) - 1
     ups = {f"up{i}": 2 ** min(i + 1, last) for i in range(last + 1)}
     return AutoencoderFacts(

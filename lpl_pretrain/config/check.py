@@ -11,6 +11,7 @@ from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import differences, resolve_path
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind, StrategyKind, TrainConfig
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError, DataError
@@ -105,22 +106,7 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
         )
     folder = lpl.decoder or config.autoencoder
     decoder = read_autoencoder(folder, resolve_path(folder))
-    unknown = [stage for stage in lpl.stages or [] if stage not in decoder.stages]
-    if unknown or lpl.stages == []:
-        problems.append(f"lpl.stages={lpl.stages}: the decoder in {folder} has {', '.join(decoder.stages)}")
-    compared = [stage for stage in decoder.stages if lpl.stages is None or stage in lpl.stages]
-    if isinstance(lpl.depth_weights, tuple) and len(lpl.depth_weights) != len(compared):
-        problems.append(
-            f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for the {len(compared)} compared "
-            f"stages {', '.join(compared)}: give one for each"
-        )
-    if isinstance(lpl.depth_weights, tuple) and not any(lpl.depth_weights):
-        problems.append(f"lpl.depth_weights={list(lpl.depth_weights)}: nothing is left of the loss; set lpl=null instead")
-    if lpl.outliers is not None and lpl.outliers.first_stage >= len(decoder.stages):
-        problems.append(
-            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has {len(decoder.stages)} stages; "
-            "use a smaller number, or lpl.outliers=null"
-        )
+    problems += _lpl_stages(lpl, folder, decoder.stages)
     if decoder.latent_channels != index.latent.channels:
         problems.append(
             f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, {config.data.folder} has "
@@ -131,10 +117,33 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
         problems.append(
             f"lpl.crop.side={lpl.crop.side}: latents of {config.data.folder} have {smallest} positions a side: use less"
         )
-    if lpl.normalize is not None and lpl.normalize.over == "batch" and grad_accum_steps(config, dp_world_size) > 1:
+    microbatches = grad_accum_steps(config, dp_world_size)
+    if lpl.normalize is not None and lpl.normalize.over == "batch" and microbatches > 1:
         problems.append(
-            f"lpl.normalize.over=batch with {grad_accum_steps(config, dp_world_size)} microbatches an update: statistics would "
+            f"lpl.normalize.over=batch with {microbatches} microbatches an update: statistics would "
             "depend on how the batch is split; raise batch.micro_batch_size, or use over=space"
+        )
+    return problems
+
+
+def _lpl_stages(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
+    """`stages` are those of the decoder in `folder`."""
+    problems: list[str] = []
+    unknown = [stage for stage in lpl.stages or [] if stage not in stages]
+    if unknown or lpl.stages == []:
+        problems.append(f"lpl.stages={lpl.stages}: the decoder in {folder} has {', '.join(stages)}")
+    compared = [stage for stage in stages if lpl.stages is None or stage in lpl.stages]
+    if isinstance(lpl.depth_weights, tuple) and len(lpl.depth_weights) != len(compared):
+        problems.append(
+            f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for the {len(compared)} compared "
+            f"stages {', '.join(compared)}: give one for each"
+        )
+    if isinstance(lpl.depth_weights, tuple) and not any(lpl.depth_weights):
+        problems.append(f"lpl.depth_weights={list(lpl.depth_weights)}: nothing is left of the loss; set lpl=null instead")
+    if lpl.outliers is not None and lpl.outliers.first_stage >= len(stages):
+        problems.append(
+            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has {len(stages)} stages; "
+            "use a smaller number, or lpl.outliers=null"
         )
     return problems
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lpl_pretrain.config.schema import Section
+from lpl_pretrain.config.section import Section
 from lpl_pretrain.errors import DataError
 
 FORMAT_VERSION = 1

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import Section, TrainConfig
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.config.section import Section
 from lpl_pretrain.errors import ConfigError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

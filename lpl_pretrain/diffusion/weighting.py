@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import Prediction, WeightingConfig
+from lpl_pretrain.config.schema import Prediction
+from lpl_pretrain.config.section import WeightingConfig
 
 
 def loss_weight(config: WeightingConfig, prediction: Prediction, noise_level: Tensor) -> Tensor:

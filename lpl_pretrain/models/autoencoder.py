@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.config.autoencoder import AutoencoderFacts, read_autoencoder
-from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError
@@ -25,7 +25,7 @@ class Autoencoder(nn.Module):
     def __init__(self, network: Any, identity: str, facts: AutoencoderFacts) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.identity, self.facts = identity, facts
+        self.identity = identity
         self.downscale, self.latent_channels = facts.downscale, facts.latent_channels
         self.shift, self.scale = _shift_and_scale(network, facts)
 
@@ -98,7 +98,7 @@ def latent_scaling(kind: str, index: DatasetIndex) -> LatentScaling:
     return LatentScaling(torch.full((channels,), index.autoencoder.shift), torch.full((channels,), index.autoencoder.scale))
 
 
-def chained(scaling: LatentScaling, own: Autoencoder, other: Autoencoder) -> LatentScaling:
+def chained(scaling: LatentScaling, own: Autoencoder | AutoencoderEntry, other: Autoencoder) -> LatentScaling:
     """From z0 of `scaling` to the raw latents of `other`, when z0 of `own` are z0 of `other`: TAESD takes what SD scales."""
     shift = (scaling.shift - own.shift) * own.scale / other.scale + other.shift
     return LatentScaling(shift, scaling.scale * other.scale / own.scale)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import CropConfig
+from lpl_pretrain.config.lpl import CropConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.perceptual.normalize import Statistics, scales
 from lpl_pretrain.perceptual.outliers import keep_mask
 

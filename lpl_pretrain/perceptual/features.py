@@ -18,6 +18,8 @@ from lpl_pretrain.models.decoder import DecoderStages
 from lpl_pretrain.models.upsampling import merge_upsampling
 
 Piece = Callable[[Tensor], Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""By `lpl.decoder_precision`."""
 
 
 class DecoderFeatures(nn.Module):

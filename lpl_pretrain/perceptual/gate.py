@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import GateConfig, Prediction, TimestepConfig, WeightingConfig
+from lpl_pretrain.config.lpl import GateConfig
+from lpl_pretrain.config.schema import Prediction, TimestepConfig
+from lpl_pretrain.config.section import WeightingConfig
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, Schedule
 from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.diffusion.weighting import loss_weight

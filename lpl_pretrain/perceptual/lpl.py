@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.perceptual.batch_statistics import BatchStatistics, Observation, measure
 from lpl_pretrain.perceptual.crop import Windows
 from lpl_pretrain.perceptual.distance import difference, distance, pointwise

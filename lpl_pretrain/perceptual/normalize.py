@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import NormalizeConfig
+from lpl_pretrain.config.lpl import NormalizeConfig
 
 FLOOR = 1e-8
 """Where the variance, or the squared norm, is below this there is nothing to compare: the contribution is exactly 0."""

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import OutlierConfig
+from lpl_pretrain.config.lpl import OutlierConfig
 
 
 def keep_mask(features: Tensor, std: Tensor, config: OutlierConfig, stage: int) -> Tensor:

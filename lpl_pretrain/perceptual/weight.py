@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.errors import NonFiniteError
 
 

@@ -10,8 +10,9 @@ import torch
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.check import grad_accum_steps
 from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import LPLConfig, OptimizerConfig, TrainConfig
+from lpl_pretrain.config.schema import OptimizerConfig, TrainConfig
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
@@ -21,7 +22,7 @@ from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
-from lpl_pretrain.perceptual.features import DecoderFeatures
+from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
 from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.perceptual.weight import LPLWeight
@@ -129,19 +130,17 @@ def build_perceptual(
     threshold = max_noise_level(lpl.gate, schedule)
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
     choice = Choice.of(config.batch.global_batch_size, share, lpl.sample_share)
-    features = build_features(config, lpl, scaling).to(device)
+    features = build_features(config, lpl, index, scaling).to(device)
     features.check(index.latent.channels, index.latent.height, index.latent.width)
     loss = LatentPerceptualLoss(lpl, features, sum_over_ranks)
     prefix, inclusion = choice.prefix(slots), choice.inclusion
     return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, DeviceTimer(device), LastSeen()), choice
 
 
-def build_features(config: TrainConfig, lpl: LPLConfig, scaling: LatentScaling) -> DecoderFeatures:
+def build_features(config: TrainConfig, lpl: LPLConfig, index: DatasetIndex, scaling: LatentScaling) -> DecoderFeatures:
     """From `lpl.decoder` where there is one: a smaller network for the same latents."""
-    autoencoder = load_autoencoder(config.autoencoder)
+    autoencoder = load_autoencoder(lpl.decoder or config.autoencoder)
     if lpl.decoder is not None:
-        other = load_autoencoder(lpl.decoder)
-        autoencoder, scaling = other, chained(scaling, autoencoder, other)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[lpl.decoder_precision]
-    stages = decoder_stages(autoencoder.network)
+        scaling = chained(scaling, index.autoencoder, autoencoder)
+    stages, dtype = decoder_stages(autoencoder.network), DTYPES[lpl.decoder_precision]
     return DecoderFeatures(stages, scaling, lpl.stages, dtype=dtype, compile_pieces=lpl.compile)

@@ -56,7 +56,7 @@ class Dealer:
     global_batch_size: int
     timesteps: TimestepConfig
     schedule: Schedule
-    choice: Choice = Choice(0, 0)  # noqa: RUF009  no LPL
+    choice: Choice = Choice(0, 0)  # no LPL
 
     def deal(self, step: int, slots: int) -> list[Hand]:
         """The hands of one step, one per slot; `slots` divides the global batch."""

@@ -3,7 +3,8 @@
 import pytest
 
 from lpl_pretrain.config.load import dump, validate
-from lpl_pretrain.config.schema import LPLConfig, TrainConfig
+from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
 from tests.support.configs import train_config
 

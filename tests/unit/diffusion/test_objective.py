@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import Prediction, ScheduleKind, WeightingConfig
+from lpl_pretrain.config.schema import Prediction, ScheduleKind
+from lpl_pretrain.config.section import WeightingConfig
 from lpl_pretrain.diffusion.objective import denoise
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.weighting import loss_weight

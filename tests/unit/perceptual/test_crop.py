@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import CropConfig, LPLConfig
+from lpl_pretrain.config.lpl import CropConfig, LPLConfig
 from lpl_pretrain.perceptual.crop import Windows
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from tests.support.autoencoders import features_of, tiny_autoencoder, tiny_distilled, wrap

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.autoencoder import LatentScaling, chained
 from lpl_pretrain.models.decoder import decoder_stages

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import GateConfig, LPLConfig, Prediction, ScheduleKind, TimestepConfig, WeightingConfig
+from lpl_pretrain.config.lpl import GateConfig, LPLConfig
+from lpl_pretrain.config.schema import Prediction, ScheduleKind, TimestepConfig
+from lpl_pretrain.config.section import WeightingConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, NonFiniteError
 from lpl_pretrain.perceptual.gate import gate_share, gate_weights, max_noise_level

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import LPLConfig, OutlierConfig
+from lpl_pretrain.config.lpl import LPLConfig, OutlierConfig
 from lpl_pretrain.perceptual.distance import difference, distance
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.perceptual.normalize import FLOOR, Statistics

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from lpl_pretrain.config.schema import LPLConfig
+from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.perceptual.features import DecoderFeatures

@@ -113,3 +113,10 @@ def test_json_holds_the_tables(small):
     assert saved == {"stages": list(stages.values()), "options": list(rows.values())}
     total = sum(row["forward GFLOP"] for name, row in stages.items() if name != "all")
     assert stages["all"]["forward GFLOP"] == pytest.approx(total)
+
+
+def test_a_third_table_for_the_number_of_gated_samples(tool):
+    keys = ["lpl.stages=[mid]", "lpl.chunk_size=1", "lpl.decoder_precision=fp32"]
+    found = tool.main([str(ROOT / "configs/train/emoji_dit_lpl.yaml"), *keys, "--latent", "4,16,16", "--samples", "1,4"])
+    one, four = (row["peak MiB"] for row in found["samples"])
+    assert one < four < 1.1 * one

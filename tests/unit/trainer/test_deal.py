@@ -1,17 +1,20 @@
 """What a step trains on is a function of (seed, step); who takes it never changes what is taken."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
-from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.perceptual.gate import gate_share
 from lpl_pretrain.trainer.deal import Choice, Dealer
 from lpl_pretrain.trainer.lr import learning_rate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
 
 def dealer(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_normal", seed=3):
@@ -96,37 +99,10 @@ def test_every_candidate_has_the_same_chance():
     assert (share[:20] - 0.35).abs().max() < 5 * math.sqrt(0.35 * 0.65 / steps)
 
 
-class Estimator:
-    """The mean over a batch of gate * f(t), for a smooth f, as LPL's share of the loss is estimated in one step."""
-
-    def __init__(self, threshold=3**-0.5, size=32):
-        self.threshold, self.size = threshold, size
-        self.schedule, self.timesteps = make_schedule(ScheduleKind.RECTIFIED_FLOW), TimestepConfig(distribution="logit_normal")
-        self.share = gate_share(threshold, self.schedule, self.timesteps)
-
-    def value(self, t):
-        level = self.schedule.noise_level(t)
-        return (level <= self.threshold) * (0.2 + level)
-
-    def plain(self, draws):
-        """Independent t for every sample: (draws // size,) batch means."""
-        torch.manual_seed(0)
-        t = quantile(self.timesteps, torch.rand(draws, dtype=torch.float64))
-        return self.value(t).view(-1, self.size).mean(dim=1)
-
-    def dealt(self, draws, sample_share, *, weighted=True):
-        choice = Choice.of(self.size, self.share, sample_share)
-        d = Dealer(0, self.size, self.timesteps, self.schedule, choice)
-        means = []
-        for step in range(draws // self.size):
-            (hand,) = d.deal(step, 1)
-            value = self.value(hand.t.double()[: hand.chosen]).sum()
-            means.append(value / (choice.inclusion if weighted else 1.0) / self.size)
-        return torch.stack(means)
-
-
 @pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.25])
 def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_share):
+    from bench_dealing import Estimator
+
     estimator = Estimator()
     plain, dealt = estimator.plain(1_600_000), estimator.dealt(100_000, sample_share)
     error = math.sqrt(dealt.var() / len(dealt) + plain.var() / len(plain))
@@ -136,6 +112,8 @@ def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_sh
 
 
 def test_has_teeth_half_of_the_samples_without_their_weight():
+    from bench_dealing import Estimator
+
     estimator = Estimator()
     plain, wrong = estimator.plain(1_600_000), estimator.dealt(20_000, 0.5, weighted=False)
     assert abs(wrong.mean() - plain.mean()) > 0.3 * plain.mean()

@@ -59,7 +59,7 @@ def test_one_backward_equals_differentiating_through_the_decoder(data, tmp_path)
     hand = run.hands(0)[0]
     borrowed = type(run.updater)(**{**{name: getattr(run.updater, name) for name in run.updater.__slots__}, "denoiser": slow})
     seen, diffusion = borrowed._diffusion(hand, run.stream.read(hand.sample_indices), Meter(CPU))
-    features = build_features(run.config, run.config.lpl, run.updater.scaling)
+    features = build_features(run.config, run.config.lpl, run.stream.index, run.updater.scaling)
     gate = seen.noise_level <= 1.0
     assert 0 < gate.sum() < len(gate)
     predicted, clean = ({name: x.double() for name, x in features(z).items()} for z in (seen.z0_hat, seen.z0))
