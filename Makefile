@@ -1,4 +1,4 @@
-# demo: the whole way on real pictures, in about 12 minutes on 2 cores    test: everything CI runs
+# demo: the whole way on real pictures, in 11 to 14 minutes on 2 cores    test: everything CI runs
 # Both set up .venv on a fresh Debian or Ubuntu machine with Python >= 3.10.
 PYTHON ?= python3
 BIN := .venv/bin
