@@ -20,9 +20,10 @@ from torch import Tensor
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.config.lpl import GateConfig, LPLConfig
 from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
-from lpl_pretrain.data.images import read_pictures, to_square
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
+from lpl_pretrain.encoding.images import to_square
+from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, load_autoencoder
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.perceptual.features import DecoderFeatures

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lpl_pretrain.config.check import check_run, check_same_run
-from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.load import dump, load_config, load_run_config
+from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.runtime.files import published
@@ -22,7 +22,7 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     config = load_config(TrainConfig, config_path, overrides)
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
     world = World.from_environment()
-    index = read_index(config.data.folder)
+    index = read_data(config.data.folder).merged
     check_run(config, index, world.world_size)
     if run_dir.config.is_file():
         check_same_run(load_run_config(run_dir), config, run_dir.path)

@@ -1,4 +1,4 @@
-"""Who an autoencoder is: a hash of its configuration and weights, taken from the files alone."""
+"""Who a frozen network is: a hash of its configuration and weights, taken from the files alone."""
 
 from __future__ import annotations
 
@@ -27,4 +27,26 @@ def autoencoder_identity(folder: Path) -> str:
     with weights.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+TEXT_ENCODER_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".bin")
+"""Configuration, weights, vocabularies."""
+
+
+@lru_cache(maxsize=8)
+def text_encoder_identity(folder: Path, where: str) -> str:
+    """sha256 over the files that transformers may read.  `where` is the key, for errors.  Raises ConfigError."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{where}.folder={folder}: config.json not found; wanted a text encoder "
+            "and its tokenizer as transformers' save_pretrained writes them"
+        )
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in TEXT_ENCODER_SUFFIXES:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()

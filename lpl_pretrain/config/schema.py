@@ -47,9 +47,38 @@ class Precision(str, Enum):
     FP64 = "fp64"
 
 
+class OnError(str, Enum):
+    """What becomes of a sample that cannot be read: an error that names it, or another sample in its place, counted and logged."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class CacheConfig(Section):
+    """Where shards of a remote folder are kept."""
+
+    folder: str = "~/.cache/lpl_pretrain"
+    max_gib: PositiveFloat = 100.0
+    """The shards that were not used for the longest time make room for new ones."""
+    retries: NonNegativeInt = 6
+    """Of a download that fails or arrives damaged, after 1, 2, 4 ... seconds."""
+
+
 class DataConfig(Section):
-    folder: str
-    """Encoded latents: a folder written by `lpl-pretrain encode`, with its index.json."""
+    folder: Union[str, dict[str, PositiveFloat]]
+    """Encoded latents: a folder written by `lpl-pretrain encode` or an fsspec URL of one; several as `folder: weight`."""
+    lanes: PositiveInt = 16
+    """Stretches of the data that are read side by side (data/lanes.py): a batch mixes all of them."""
+    block_samples: PositiveInt = 1024
+    """Samples that are shuffled among each other inside a lane."""
+    flips: bool = False
+    """Take the mirrored picture's latent for half of the samples; wants a folder encoded with `flips: true`."""
+    workers: PositiveInt = 1
+    """Threads that read batches ahead."""
+    on_error: OnError = OnError.STOP
+    max_skipped_fraction: Share = 0.001
+    """With on_error skip: more damaged samples than this share of the data stop the run."""
+    cache: CacheConfig = CacheConfig()
     scaling: Literal["autoencoder", "per_channel"] = "autoencoder"
     """Latents are normalised by the autoencoder's shift and scaling factor, or by the folder's mean and std per channel."""
     verify: Literal["full", "sizes"] = "full"
@@ -176,19 +205,57 @@ class TrainConfig(Section):
     log: LogConfig = LogConfig()
 
 
+class BucketsConfig(Section):
+    """Aspect-ratio buckets: every picture goes to the shape that cuts least of it off."""
+
+    max_aspect: Annotated[float, Field(ge=1.0)] = 2.0
+    """Longest side over shortest."""
+    step_px: PositiveInt = 64
+    """Sides are multiples of this, and areas at most that of the square of `resolution_px`."""
+
+
+class TextEncoderConfig(Section):
+    folder: str
+    """A text encoder with its tokenizer, as transformers' save_pretrained writes them (CLIP, T5, BERT ...)."""
+    max_tokens: PositiveInt = 77
+    """Longer captions are cut."""
+    layer: int = -1
+    """Which hidden state is stored: -1 the last, -2 the one before (as SDXL takes it from CLIP)."""
+    pooled: bool = False
+    """Store the encoder's pooled vector too."""
+    storage: Literal["int8", "fp16"] = "int8"
+    """int8 has a scale per token: a quarter of a percent of error at half the size."""
+
+
 class EncodeConfig(Section):
     """Pictures to latents."""
 
     source: Union[str, list[str]]
-    """An image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json; `asset:` works too."""
+    """An image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json; `asset:` and fsspec URLs work too."""
     output: str
     autoencoder: str
     resolution_px: PositiveInt
-    """Pictures are resized (Lanczos) to cover a square of this side, then cropped at the centre."""
+    """Pictures are resized (Lanczos) to cover a square of this side, or their bucket, and cropped."""
+    buckets: Optional[BucketsConfig] = None
+    """Absent: squares only."""
+    crop: Literal["center", "random"] = "center"
+    """Where the part lies that is kept; recorded with each sample."""
+    flips: bool = False
+    """Encode the mirrored picture too, and store it beside the original."""
+    text: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], TextEncoderConfig] = {}
+    """Embeddings of the captions: a name for each encoder; pictures without a caption get that of the empty one."""
     batch_size: PositiveInt = 32
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the encoder; moments are stored in fp16."""
-    shard_max_mib: PositiveFloat = 256.0
+    """Arithmetic of the encoders."""
+    moments_dtype: Literal["fp16", "bf16"] = "fp16"
+    """How moments are stored."""
+    shard_samples: PositiveInt = 8192
+    """At most so many samples in a shard; an interrupted encode repeats the shards it was working on."""
+    seed: NonNegativeInt = 0
+    """Of random crops, and of the order in which the pictures of an image folder go to shards."""
+    on_error: OnError = OnError.STOP
+    max_skipped_fraction: Share = 0.001
+    """With on_error skip: more unreadable pictures than this share of the source stop the encode."""
 
 
 class SamplerConfig(Section):

@@ -1,27 +1,60 @@
-"""What the trainer gets from the data: latents as stored, not yet sampled or normalised.
+"""What the trainer gets from the data: latents as stored, not yet sampled or normalised, and what is known about them.
 
-Shapes: moments (B, 2C, H, W) float32, the posterior's mean then its standard deviation;  labels, sample_indices (B,) int64.
+Shapes: moments (B, 2C, H, W), the posterior's mean then its standard deviation;  labels, sample_indices (B,) int64;
+sizes (B, 6) int64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class TextBatch:
+    """One encoder's view of the captions."""
+
+    states: Tensor  # (B, T, D) float16, zero behind each caption's end
+    lengths: Tensor  # (B,) int64, true tokens of each
+    pooled: Tensor | None = None  # (B, P) float16
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextBatch:
+        return TextBatch(function(self.states), function(self.lengths), None if self.pooled is None else function(self.pooled))
+
+
+@dataclass(frozen=True, slots=True)
 class LatentBatch:
     moments: Tensor
+    """float16 or bfloat16, as stored; float32 after `to`."""
     labels: Tensor
     """Class id; -1 is no class."""
     sample_indices: Tensor
     """Global sample counts: they name the random draws of each sample (runtime/rng.py)."""
+    sizes: Tensor
+    """(height, width) of the source, (top, left) of the crop in the resized picture, (height, width) of the crop, in pixels: what
+    SDXL is conditioned on (arXiv 2307.01952, section 2.2).  -1: not recorded.  For flipped samples, of the mirrored picture."""
+    captions: list[str] | None = None
+    """Only when asked for; "" for a picture without one."""
+    text: dict[str, TextBatch] = field(default_factory=dict)
+    """By encoder; only those that were asked for."""
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """Does not wait for the copy when the batch is pinned."""
-        return LatentBatch(*(tensor.to(device, non_blocking=True) for tensor in (self.moments, self.labels, self.sample_indices)))
+        """Does not wait for the copy when the batch is pinned; moments become float32 on the other side."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, moments=moved.moments.float())
 
     def pin_memory(self) -> LatentBatch:
-        return LatentBatch(*(tensor.pin_memory() for tensor in (self.moments, self.labels, self.sample_indices)))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> LatentBatch:
+        return LatentBatch(
+            function(self.moments),
+            function(self.labels),
+            function(self.sample_indices),
+            function(self.sizes),
+            self.captions,
+            {name: text.map(function) for name, text in self.text.items()},
+        )

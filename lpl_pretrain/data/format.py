@@ -1,10 +1,15 @@
 """What a shard of latents is: a plain tar, which webdataset reads too, whose latents our own reader views in place.
 
-Members of one sample, in this order:
-    <key>.cls          class id in ASCII; -1 when the picture has no class
-    <key>.json         facts about the picture (see encode.py)
-    <key>.moments.npy  float16 (2C, H, W): the posterior's mean, then its standard deviation
-    <key>.txt          caption in UTF-8, when there is one
+Samples stand in the order of their keys, and the members of one in the order of their names:
+    <key>.cls                    class id in ASCII; -1 when the picture has no class
+    <key>.json                   facts about the picture (see encode.py)
+    <key>.moments.npy            (2C, H, W): the posterior's mean, then its standard deviation; float16, or the bits of bfloat16
+                                 as uint16, a type that numpy lacks: torch.from_numpy(bits).view(torch.bfloat16)
+    <key>.moments_flipped.npy    the same of the mirrored picture, when there is one
+    <key>.text_<name>.npy        (T, D) states of the caption's T tokens by encoder <name>: float16, or int8 to be multiplied by
+    <key>.text_<name>_scale.npy  (T,) float16
+    <key>.text_<name>_pooled.npy (P,) float16, when the encoder gives one and the configuration asks for it
+    <key>.txt                    caption in UTF-8, when there is one
 A key has no dot after its last slash, because webdataset starts the extension at that dot.
 """
 
@@ -17,7 +22,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,24 +35,62 @@ from lpl_pretrain.errors import DataError
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 NO_CLASS = -1
-MOMENTS, LABEL, FACTS, CAPTION = "moments.npy", "cls", "json", "txt"
+MOMENTS, FLIPPED, LABEL, FACTS, CAPTION = "moments.npy", "moments_flipped.npy", "cls", "json", "txt"
 REQUIRED = (MOMENTS, LABEL, FACTS)
+DTYPES = {"fp16": "<f2", "bf16": "<u2"}
+"""How numpy names the stored type of moments."""
+DAMAGED = "copy the file again from where it is whole, or encode the folder again"
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
-_DAMAGED = "copy the file again from where it is whole, or encode the folder again"
 
 
 @dataclass(frozen=True, slots=True)
-class ShardLayout:
-    """Where the latents of a shard lie; row i is its i-th sample."""
+class EncodedText:
+    """What one encoder made of a caption; T is its true length, without padding."""
 
-    keys: list[str]
-    labels: np.ndarray  # (N,) int64, NO_CLASS without one
-    offsets: np.ndarray  # (N,) int64, first byte of the .npy in the file
-    sizes: np.ndarray  # (N,) int64, bytes of the .npy
+    tokens: np.ndarray  # (T, D) float16 or int8
+    scale: np.ndarray | None = None  # (T,) float16, with int8
+    pooled: np.ndarray | None = None  # (P,) float16
+
+    def floats(self) -> np.ndarray:
+        """(T, D) float32"""
+        states = self.tokens.astype(np.float32)
+        return states if self.scale is None else states * self.scale.astype(np.float32)[:, None]
 
 
-def shard_name(number: int) -> str:
-    return f"latents-{number:06d}.tar"
+@dataclass(frozen=True, slots=True)
+class Sample:
+    key: str
+    moments: np.ndarray  # (2C, H, W) float16, or uint16: the bits of bfloat16
+    label: int | None = None
+    caption: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    flipped: np.ndarray | None = None  # as moments
+    text: dict[str, EncodedText] = field(default_factory=dict)
+
+    def members(self) -> dict[str, bytes]:
+        """Extension -> content; a function of the sample alone (no clock, no owner)."""
+        members = {
+            LABEL: str(NO_CLASS if self.label is None else self.label).encode(),
+            FACTS: json.dumps(self.facts, sort_keys=True).encode(),
+            MOMENTS: _npy_bytes(self.moments),
+        }
+        if self.flipped is not None:
+            members[FLIPPED] = _npy_bytes(self.flipped)
+        for name, text in self.text.items():
+            arrays = dict(zip(text_members(name), (text.tokens, text.scale, text.pooled), strict=True))
+            members |= {extension: _npy_bytes(array) for extension, array in arrays.items() if array is not None}
+        if self.caption is not None:
+            members[CAPTION] = self.caption.encode()
+        return dict(sorted(members.items()))
+
+
+def text_members(name: str) -> tuple[str, str, str]:
+    """Extensions of one encoder's tokens, scale and pooled vector."""
+    return f"text_{name}.npy", f"text_{name}_scale.npy", f"text_{name}_pooled.npy"
+
+
+def shard_name(part: str, number: int, bucket: str) -> str:
+    return f"latents-{part}-{number:03d}-{bucket}.tar"
 
 
 def file_sha256(path: Path) -> str:
@@ -72,48 +115,41 @@ def split_member_name(name: str, where: str) -> tuple[str, str]:
     return "/".join([*parts[:-1], stem]), extension.lower()
 
 
-def pack_sample(key: str, moments: np.ndarray, label: int | None, caption: str | None, facts: dict[str, Any]) -> bytes:
-    """The bytes of one sample in a shard; a function of the arguments alone (no clock, no owner)."""
-    assert moments.dtype == np.float16 and moments.ndim == 3, (moments.dtype, moments.shape)
-    buffer = io.BytesIO()
-    np.save(buffer, moments, allow_pickle=False)
-    members = {
-        LABEL: str(NO_CLASS if label is None else label).encode(),
-        FACTS: json.dumps(facts, sort_keys=True).encode(),
-        MOMENTS: buffer.getvalue(),
-        CAPTION: None if caption is None else caption.encode(),
-    }
-    return b"".join(_tar_member(f"{key}.{extension}", data) for extension, data in members.items() if data is not None)
+def pack_sample(sample: Sample) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The bytes of one sample in a shard, and where in them each member's content lies: extension -> (offset, size)."""
+    packed, places = bytearray(), {}
+    for extension, content in sample.members().items():
+        member = _tar_member(f"{sample.key}.{extension}", content)
+        places[extension] = (len(packed) + len(member) - len(content) - -len(content) % BLOCK, len(content))
+        packed += member
+    return bytes(packed), places
 
 
-def parse_moments(blob: bytes, shape: tuple[int, int, int], where: str) -> np.ndarray:
-    """A float16 view of an .npy's bytes.  Raises DataError when it is anything but float16 of this shape."""
-    header = _npy_header(shape)
-    values = blob[len(header) :]
-    if not blob.startswith(header):
-        values = _after_other_header(blob, shape, where)
-    wanted = 2 * shape[0] * shape[1] * shape[2]
-    if len(values) != wanted:
-        raise DataError(f"{where}: {MOMENTS} has {len(values)} bytes of values, wanted {wanted}: {_DAMAGED}")
-    return np.frombuffer(values, dtype="<f2").reshape(shape)
+def scan_shard(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> extension -> (offset, size) by walking the tar's headers, in their order.
 
-
-def scan_shard(path: Path) -> ShardLayout:
-    """Walk the tar's headers.  Raises DataError for a truncated or damaged tar, a missing member, a repeated key."""
+    Raises DataError for a truncated or damaged tar, a missing member, a repeated key.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with open(path, "rb") as file:
-        for name, offset, size in _walk_tar(file.fileno(), path):
+        for name, offset, size in walk_tar(file.fileno(), path):
             key, extension = split_member_name(name, f"{path}")
             members = samples.setdefault(key, {})
             if extension in members:
                 raise DataError(f"{path}: sample {key!r} is there twice ({name}), wanted unique keys: encode the folder again")
             members[extension] = (offset, size)
-        for key, members in samples.items():
-            if missing := [extension for extension in REQUIRED if extension not in members]:
-                raise DataError(f"{path}: sample {key!r} has {', '.join(members)}, but no {missing[0]}: encode the folder again")
-        labels = [_read_label(file.fileno(), *members[LABEL], f"{path}: sample {key!r}") for key, members in samples.items()]
-    moments = np.array([members[MOMENTS] for members in samples.values()], dtype=np.int64).reshape(-1, 2)
-    return ShardLayout(list(samples), np.array(labels, dtype=np.int64), moments[:, 0], moments[:, 1])
+    for key, members in samples.items():
+        if missing := [extension for extension in REQUIRED if extension not in members]:
+            raise DataError(f"{path}: sample {key!r} has {', '.join(members)}, but no {missing[0]}: encode the folder again")
+    return samples
+
+
+@lru_cache(maxsize=1024)
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What our .npy members of this type and shape start with."""
+    buffer = io.BytesIO()
+    npy.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
 
 
 def _tar_member(name: str, data: bytes) -> bytes:
@@ -122,13 +158,13 @@ def _tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)
 
 
-def _walk_tar(fd: int, path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each member; what GNU tar calls long names is understood, other extensions are not."""
-    position, long_name = 0, None
+def walk_tar(fd: int, path: Path, position: int = 0) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each member from `position` on; GNU tar's long names are understood, other extensions are not."""
+    long_name = None
     while True:
         block = os.pread(fd, BLOCK, position)
         if len(block) < BLOCK:
-            raise DataError(f"{path}: truncated: {os.fstat(fd).st_size} bytes and no end mark of a tar: {_DAMAGED}")
+            raise DataError(f"{path}: truncated: {os.fstat(fd).st_size} bytes and no end mark of a tar: {DAMAGED}")
         if not any(block):
             return
         name, size, kind = _parse_header(block, f"{path}: byte {position}")
@@ -149,36 +185,11 @@ def _parse_header(block: bytes, where: str) -> tuple[str, int, bytes]:
     except ValueError:
         checksum, size = -1, 0
     if checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
-        raise DataError(f"{where}: no tar header, or a damaged one: {_DAMAGED}")
+        raise DataError(f"{where}: no tar header, or a damaged one: {DAMAGED}")
     name, prefix = (block[field].split(b"\0", 1)[0].decode(errors="surrogateescape") for field in (slice(0, 100), slice(345, 500)))
     is_ustar = block[257:263] == b"ustar\0"
     return f"{prefix}/{name}" if is_ustar and prefix else name, size, block[156:157]
 
 
-def _read_label(fd: int, offset: int, size: int, where: str) -> int:
-    text = os.pread(fd, size, offset)
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{where}: .{LABEL} holds {text[:40]!r}, wanted a class id such as 3: encode the folder again") from None
-
-
-@lru_cache(maxsize=8)
-def _npy_header(shape: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    npy.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
-def _after_other_header(blob: bytes, shape: tuple[int, int, int], where: str) -> bytes:
-    """The values behind a header that is not, byte for byte, the one we write: either it means the same or it is refused."""
-    stream = io.BytesIO(blob)
-    try:
-        if npy.read_magic(stream) != (1, 0):
-            raise ValueError("wanted version 1.0 of the format")
-        found_shape, fortran_order, dtype = npy.read_array_header_1_0(stream)
-    except ValueError as problem:
-        raise DataError(f"{where}: {MOMENTS} is not a numpy array ({problem}): {_DAMAGED}") from None
-    if found_shape != shape or dtype != np.dtype("<f2") or fortran_order:
-        raise DataError(f"{where}: {MOMENTS} is {dtype} {found_shape}, index.json wants float16 {shape}: encode the folder again")
-    return blob[stream.tell() :]
+def _npy_bytes(array: np.ndarray) -> bytes:
+    return npy_header(array.dtype.str, array.shape) + array.tobytes()

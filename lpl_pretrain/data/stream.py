@@ -1,134 +1,263 @@
 """Latents by global sample count: any batch, at any point of training, without state.
 
-The trainer decides who asks for which counts; the stream knows neither ranks nor steps, so resuming is asking for the
-next counts.  Sizes of all shards are checked when it opens; a shard's headers are walked when it is first touched.
+The trainer decides who asks for which counts; the stream knows neither ranks nor steps, so resuming is asking for the next counts.
+A sample that cannot be read stops the run, or, when the configuration says so, another one stands in for it: the same one on
+every layout, drawn from the same pool by (seed, count).
 """
 
 from __future__ import annotations
 
-import os
+import threading
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lpl_pretrain.config.dataset import ShardEntry, read_index
+from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, is_url
+from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.ahead import map_ahead
-from lpl_pretrain.data.batch import LatentBatch
-from lpl_pretrain.data.format import NO_CLASS, ShardLayout, file_sha256, parse_moments, scan_shard
+from lpl_pretrain.data.batch import LatentBatch, TextBatch
+from lpl_pretrain.data.cache import CachedStore, LocalStore, Store
+from lpl_pretrain.data.damage import DamageLog
+from lpl_pretrain.data.format import DTYPES, EncodedText
+from lpl_pretrain.data.offsets import SUFFIX
 from lpl_pretrain.data.order import SampleOrder
-from lpl_pretrain.errors import DataError
+from lpl_pretrain.data.shard import Damage, OpenShard, check_size
+from lpl_pretrain.errors import ConfigError, DataError
+from lpl_pretrain.runtime import rng
 
 BATCHES_AHEAD = 4
+OPEN_SHARDS_PER_LANE = 4
+SUBSTITUTES = 100
+"""Samples that are tried in the place of an unreadable one."""
+EXPONENT = {"fp16": 0x7C00, "bf16": 0x7F80}
+"""Bits that are all set in NaN and infinity, and in nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What a run reads besides latents, labels and sizes."""
+
+    captions: bool = False
+    text: tuple[str, ...] = ()
+    """Names of text encoders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample, without its latent."""
+
+    label: int
+    micro: np.ndarray  # (6,) as in data/offsets.py
+    caption: str | None
+    text: dict[str, EncodedText]
 
 
 class LatentStream:
-    """A finished folder, opened for reading.  Raises DataError that names shard and key."""
+    """One or several finished folders, opened for reading.  Raises DataError that names shard and key."""
 
-    def __init__(self, folder: str | Path, seed: int) -> None:
-        self.folder = Path(folder)
-        self.index = read_index(folder)
-        self.order = SampleOrder(self.index.samples, seed)
+    def __init__(self, config: DataConfig, seed: int, global_batch_size: int, wants: Wants | None = None) -> None:
+        self.config, self.seed, self.wants = config, seed, wants or Wants()
+        self.folders = read_data(config.folder)
+        self.index = self.folders.merged
+        for path, index in zip(self.folders.paths, self.folders.indexes, strict=True):
+            _check_sums(path, index)
+        self._check_wants()
+        self.order = SampleOrder(self.folders, seed, global_batch_size, lanes=config.lanes, block_samples=config.block_samples)
+        self._stores = [self._store(path, i) for i, path in enumerate(self.folders.paths)]
+        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        self.damage = DamageLog(config, self.folders.indexes)
+        self._fetched_to = 0
         self._check_sizes()
-        self._ends = np.cumsum([entry.samples for entry in self.index.shards])
-        self._shards: dict[int, _Shard] = {}
 
     def close(self) -> None:
-        while self._shards:
-            self._shards.popitem()[1].close()
+        with self._lock:
+            self._open.clear()
+
+    def state(self, samples_seen: int) -> dict:
+        """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank."""
+        epoch = samples_seen // self.index.samples
+        return {"samples_seen": samples_seen, "epoch": epoch, "seed": self.seed, "fingerprint": self.index.fingerprint}
 
     def read(self, sample_indices: Sequence[int]) -> LatentBatch:
-        """One row per global sample count, in the order given."""
-        positions = self.order.dataset_index(sample_indices)
-        shape = self._shape()
-        half, labels = np.empty((len(positions), *shape), dtype=np.float16), np.empty(len(positions), dtype=np.int64)
-        places: list[tuple[_Shard, int]] = []
-        for row, position in enumerate(positions):
-            number = int(np.searchsorted(self._ends, position, side="right"))
-            shard, place = self._shard(number), int(position - self._ends[number])  # counted from the shard's end: negative
-            half[row] = shard.read(place, shape)
-            labels[row] = shard.layout.labels[place]
-            places.append((shard, place))
-        moments = torch.from_numpy(half).float()
-        if not torch.isfinite(moments).all():
-            shard, place = places[int((~torch.isfinite(moments)).flatten(1).any(1).nonzero()[0])]
-            raise _not_finite(shard, place)
-        return LatentBatch(moments, torch.from_numpy(labels), torch.as_tensor(np.asarray(sample_indices, dtype=np.int64)))
+        """One row per global sample count, in the order given; all of them of one bucket."""
+        counts = np.asarray(sample_indices, dtype=np.int64)
+        found = self.order.locate(counts)
+        self._fetch_ahead(counts)
+        places = list(zip(found.folder.tolist(), found.shard.tolist(), found.row.tolist(), strict=True))
+        flips = self._flips(counts)
+        buckets = {self._bucket(folder, shard) for folder, shard in {place[:2] for place in places}}
+        assert len(buckets) <= 1, f"samples {sample_indices} are of different global batches, in buckets {sorted(buckets)}"
+        height, width = next(iter(buckets), (self.index.latent.height, self.index.latent.width))
+        stored = np.empty((len(places), 2 * self.index.latent.channels, height, width), dtype=DTYPES[self.index.moments_dtype])
+        raw = stored.reshape(len(places), -1).view(np.uint8)
+        rows = [self._read_row(*row) for row in zip(counts.tolist(), places, flips.tolist(), raw, strict=True)]
+        return self._collate(stored, rows, flips, counts)
 
     def prefetch(self, requests: Iterable[Sequence[int]]) -> Generator[LatentBatch, None, None]:
-        """`read` of each request, ahead of the consumer on one thread; pinned when there is CUDA.
+        """`read` of each request, ahead of the consumer on `workers` threads; pinned when there is CUDA.
 
-        `requests` is consumed a few batches early; closing the iterator joins the thread.
+        `requests` is consumed a few batches early; closing the iterator joins the threads.
         """
         pin = torch.cuda.is_available()
         return map_ahead(
-            lambda request: self.read(request).pin_memory() if pin else self.read(request), requests, threads=1, ahead=BATCHES_AHEAD
+            lambda request: self.read(request).pin_memory() if pin else self.read(request),
+            requests,
+            threads=self.config.workers,
+            ahead=max(BATCHES_AHEAD, 2 * self.config.workers),
         )
 
-    def verify(self, *, share: int = 0, shares: int = 1) -> None:
-        """Reads every byte of every `shares`-th shard: shapes and finite values of all samples, then the checksum."""
-        shape = self._shape()
-        for number in range(share, len(self.index.shards), shares):
-            entry, shard = self.index.shards[number], self._shard(number)
-            for place in range(entry.samples):
-                if not np.isfinite(shard.read(place, shape)).all():
-                    raise _not_finite(shard, place)
-            if (found := file_sha256(self.folder / entry.file)) != entry.sha256:
-                raise DataError(
-                    f"{self.folder / entry.file}: sha256 is {found}, index.json says {entry.sha256}: "
-                    "copy the file again, or encode the folder again"
-                )
+    def verify(self, *, share: int = 0, shares: int = 1) -> list[tuple[int, int, int | None, str]]:
+        """Reads every byte of every `shares`-th shard and compares checksums: (folder, shard, row or None, reason) of damage.
 
-    def _shape(self) -> tuple[int, int, int]:
-        latent = self.index.latent
-        return 2 * latent.channels, latent.height, latent.width
+        Raises DataError for the first when the configuration says `stop`.
+        """
+        damaged = []
+        shards = [(folder, shard) for folder, index in enumerate(self.folders.indexes) for shard in range(len(index.shards))]
+        for folder, shard in shards[share::shares]:
+            if self.damage.reason(folder, shard, None):
+                continue
+            try:
+                problems = self._shard(folder, shard).verify()
+            except DataError as problem:
+                problems = [Damage(None, str(problem))]
+            if problems and self.damage.stops:
+                raise DataError(problems[0].reason)
+            damaged += [(folder, shard, problem.row, problem.reason) for problem in problems]
+        return damaged
+
+    def _read_row(self, count: int, place: tuple[int, int, int], flipped: bool, into: np.ndarray) -> Row:
+        """What was read: the sample at `place`, or another of its pool when that is damaged and may be skipped."""
+        folder, shard, row = place
+        for substitute in range(SUBSTITUTES):
+            try:
+                return self._try_row(folder, shard, row, flipped, into)
+            except DataError as problem:
+                self.damage.note(folder, shard, row, str(problem))
+            folder, shard, row = self.order.drawn_from_pool(place, rng.key(self.seed, "substitute", count, substitute))
+        raise DataError(f"{self.folders.paths[folder]}: {SUBSTITUTES} samples in a row cannot be read: encode the folder again")
+
+    def _try_row(self, folder: int, shard: int, row: int, flipped: bool, into: np.ndarray) -> Row:
+        if known := self.damage.reason(folder, shard, row):
+            raise DataError(known)
+        opened = self._shard(folder, shard)
+        opened.read_moments(row, flipped, memoryview(into))  # type: ignore[arg-type]
+        exponent = EXPONENT[self.index.moments_dtype]
+        if ((into.view("<u2") & exponent) == exponent).any():
+            raise DataError(f"{opened.where(row)}: NaN or infinity in its latent, wanted finite values: encode the folder again")
+        caption = opened.read_caption(row) if self.wants.captions else None
+        text = {name: opened.read_text(row, name, self.index.text[name]) for name in self.wants.text}
+        return Row(int(opened.offsets.label[row]), opened.offsets.micro[row], caption, text)
+
+    def _flips(self, counts: np.ndarray) -> np.ndarray:
+        if not self.config.flips:
+            return np.zeros(len(counts), dtype=bool)
+        return (rng.uniform(self.seed, "flip", counts.tolist()) < 0.5).numpy()
+
+    def _collate(self, stored: np.ndarray, rows: list[Row], flips: np.ndarray, counts: np.ndarray) -> LatentBatch:
+        dtype = torch.float16 if self.index.moments_dtype == "fp16" else torch.bfloat16
+        return LatentBatch(
+            torch.from_numpy(stored.view("<i2")).view(dtype),
+            torch.tensor([row.label for row in rows], dtype=torch.int64),
+            torch.from_numpy(counts),
+            self._sizes(rows, flips, stored.shape[2:]),
+            [row.caption or "" for row in rows] if self.wants.captions else None,
+            {name: _text_batch([row.text[name] for row in rows], self.index.text[name].width) for name in self.wants.text},
+        )
+
+    def _sizes(self, rows: list[Row], flips: np.ndarray, latent: tuple[int, ...]) -> torch.Tensor:
+        micro = np.array([row.micro for row in rows], dtype=np.int64).reshape(-1, 3, 2)
+        source, resized, crop = micro[:, 0], micro[:, 1], micro[:, 2]
+        target = np.array(latent, dtype=np.int64) * self.index.autoencoder.downscale
+        mirrored = flips & (crop[:, 1] >= 0)
+        crop[mirrored, 1] = resized[mirrored, 1] - target[1] - crop[mirrored, 1]
+        return torch.from_numpy(np.concatenate([source, crop, np.broadcast_to(target, source.shape)], axis=1))
+
+    def _bucket(self, folder: int, shard: int) -> tuple[int, int]:
+        index = self.folders.indexes[folder]
+        bucket = index.buckets[index.shards[shard].bucket]
+        return bucket.height, bucket.width
+
+    def _shard(self, folder: int, shard: int) -> OpenShard:
+        with self._lock:
+            if opened := self._open.get((folder, shard)):
+                self._open.move_to_end((folder, shard))
+                return opened
+        index = self.folders.indexes[folder]
+        entry = index.shards[shard]
+        try:
+            tar, offsets = (self._stores[folder].path(*file) for file in _files(entry))
+            opened = OpenShard(tar, offsets, entry, index)
+        except DataError as problem:
+            self.damage.note(folder, shard, None, str(problem))
+            raise
+        with self._lock:
+            self._open[folder, shard] = opened
+            if len(self._open) > OPEN_SHARDS_PER_LANE * self.config.lanes:
+                self._open.popitem(last=False)  # closed once nobody reads it
+        return opened
+
+    def _fetch_ahead(self, counts: np.ndarray) -> None:
+        """Remote shards that will be read before every lane has moved on by a block are asked for now."""
+        horizon, lanes = self.config.lanes * self.config.block_samples, self.config.lanes
+        now = int(counts.max(initial=0))
+        if not any(isinstance(store, CachedStore) for store in self._stores) or now + horizon * 3 // 4 < self._fetched_to:
+            return
+        self._fetched_to = now + horizon
+        coming = self.order.locate((now + np.arange(0, horizon + 1, horizon // 4)[:, None] + np.arange(lanes)).ravel())
+        for folder, shard in dict.fromkeys(zip(coming.folder.tolist(), coming.shard.tolist(), strict=True)):
+            for file in _files(self.folders.indexes[folder].shards[shard]):
+                self._stores[folder].ahead(*file)
+
+    def _store(self, path: str, folder: int) -> Store:
+        if not is_url(path):
+            return LocalStore(path)
+        largest = max(entry.bytes for entry in self.folders.indexes[folder].shards)
+        at_once = min(self.config.lanes, len(self.folders.indexes[folder].shards))
+        return CachedStore(path, self.config.cache, largest_bytes=largest, at_once=at_once)
 
     def _check_sizes(self) -> None:
-        for entry in self.index.shards:
-            path = self.folder / entry.file
-            found = path.stat().st_size if path.is_file() else None
-            if found != entry.bytes:
-                state = "missing" if found is None else f"has {found} bytes"
-                raise DataError(f"{path}: {state}, index.json says {entry.bytes} bytes: copy it again, or encode the folder again")
-        if (total := sum(entry.samples for entry in self.index.shards)) != self.index.samples or total == 0:
-            raise DataError(f"{self.folder}: index.json says {self.index.samples} samples, its shards {total}: encode it again")
+        for folder, (store, index) in enumerate(zip(self._stores, self.folders.indexes, strict=True)):
+            for shard, entry in enumerate(index.shards):
+                if isinstance(store, LocalStore):
+                    try:
+                        check_size(store.folder / entry.file, entry)
+                    except DataError as problem:
+                        self.damage.note(folder, shard, None, str(problem))
 
-    def _shard(self, number: int) -> _Shard:
-        if number not in self._shards:
-            entry = self.index.shards[number]
-            self._shards[number] = _Shard(self.folder / entry.file, entry, len(self.index.classes))
-        return self._shards[number]
-
-
-class _Shard:
-    """One open file and where its samples lie."""
-
-    def __init__(self, path: Path, entry: ShardEntry, classes: int) -> None:
-        self.path = path
-        self.layout: ShardLayout = scan_shard(path)
-        if len(self.layout.keys) != entry.samples:
-            raise DataError(f"{path}: {len(self.layout.keys)} samples, index.json says {entry.samples}: encode the folder again")
-        lowest = 0 if classes else NO_CLASS
-        wrong = np.flatnonzero((self.layout.labels < lowest) | (self.layout.labels >= classes))
-        if wrong.size:
-            raise DataError(
-                f"{self.where(wrong[0])}: class id {self.layout.labels[wrong[0]]} is out of range, "
-                f"index.json has {classes} classes: encode the folder again"
+    def _check_wants(self) -> None:
+        if missing := [name for name in self.wants.text if name not in self.index.text]:
+            raise ConfigError(
+                f"data.folder={self.config.folder}: has no embeddings by {missing[0]!r}, it has "
+                f"{sorted(self.index.text) or 'none'}: encode it with that text encoder"
             )
-        self._fd = os.open(path, os.O_RDONLY)
-
-    def where(self, place: int) -> str:
-        return f"{self.path}: sample {self.layout.keys[place]!r}"
-
-    def read(self, place: int, shape: tuple[int, int, int]) -> np.ndarray:
-        """A float16 view; pread moves no file position, so threads may share the file."""
-        blob = os.pread(self._fd, int(self.layout.sizes[place]), int(self.layout.offsets[place]))
-        return parse_moments(blob, shape, self.where(place))
-
-    def close(self) -> None:
-        os.close(self._fd)
+        if self.config.flips and not self.index.flipped:
+            raise ConfigError(
+                f"data.flips=true: {self.config.folder} holds no flipped latents: encode it with flips: true, "
+                "or set data.flips=false"
+            )
 
 
-def _not_finite(shard: _Shard, place: int) -> DataError:
-    return DataError(f"{shard.where(place)}: NaN or infinity in its latent, wanted finite values: encode the folder again")
+def _check_sums(path: str, index: DatasetIndex) -> None:
+    shards = sum(entry.samples for entry in index.shards)
+    if not shards == index.samples == sum(bucket.samples for bucket in index.buckets) or not shards:
+        raise DataError(f"{path}: index.json says {index.samples} samples, its shards {shards}: encode it again")
+
+
+def _text_batch(found: list[EncodedText], width: int) -> TextBatch:
+    lengths = [len(text.tokens) for text in found]
+    states = np.zeros((len(found), max(lengths, default=0), width), dtype=np.float16)
+    for i, text in enumerate(found):
+        states[i, : lengths[i]] = text.floats()
+    pooled = [text.pooled for text in found if text.pooled is not None]
+    return TextBatch(torch.from_numpy(states), torch.tensor(lengths), torch.from_numpy(np.stack(pooled)) if pooled else None)
+
+
+def _files(entry: ShardEntry) -> list[tuple[str, str, int]]:
+    """(file, sha256, bytes) of a shard and of its offsets."""
+    offsets = entry.file.removesuffix(".tar") + SUFFIX
+    return [(entry.file, entry.sha256, entry.bytes), (offsets, entry.offsets_sha256, 0)]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.checkpoint.store import read_full
-from lpl_pretrain.config.dataset import DatasetIndex, read_index
-from lpl_pretrain.config.load import load_run_config, resolve_path
+from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
@@ -42,7 +43,7 @@ class TrainedRun:
 def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
     """Raises ConfigError or DataError; `load` a step before generating."""
     config = load_run_config(run_dir)
-    index = read_index(resolve_path(config.data.folder))
+    index = read_data(config.data.folder).merged
     autoencoder = load_autoencoder(config.autoencoder).to(device)
     if autoencoder.identity != index.autoencoder.identity:
         raise DataError(

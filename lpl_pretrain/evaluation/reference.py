@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.data.images import Picture, read_pictures, to_square
+from lpl_pretrain.encoding.images import to_square
+from lpl_pretrain.encoding.sources import Picture, read_pictures
 from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.files import publish_grid, publish_json, published
 from lpl_pretrain.evaluation.stats import FeatureStatistics
@@ -72,7 +74,7 @@ def reference_statistics(
 
 
 def reference_key(pictures: list[Picture], resolution_px: int, extractor: Extractor, grid_images: int) -> str:
-    files = {picture.path for picture in pictures}
+    files = {Path(picture.path) for picture in pictures}
     stamps = sorted((path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files)
     facts = [stamps, len(pictures), resolution_px, extractor.identity(), grid_images]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

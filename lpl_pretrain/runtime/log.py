@@ -12,7 +12,7 @@ LINE_EVERY_S = 15.0
 log = logging.getLogger("lpl_pretrain")
 
 
-def progress(total: int, unit: str, desc: str, *, initial: int = 0) -> tqdm:
+def progress(total: int | None, unit: str, desc: str, *, initial: int = 0) -> tqdm:
     """A tqdm with rate and time left; when stderr is no terminal it writes a plain line every 15 s instead of redrawing."""
     if sys.stderr.isatty():
         return tqdm(total=total, unit=unit, desc=desc, initial=initial, dynamic_ncols=True, smoothing=0.1)

@@ -27,7 +27,7 @@ from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.perceptual.weight import LPLWeight
 from lpl_pretrain.runtime import rng
-from lpl_pretrain.runtime.dist import first_over_ranks, sum_over_ranks
+from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks, sum_over_ranks
 from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.deal import Choice, Dealer, Hand
@@ -64,16 +64,14 @@ class Run:
         weight = self.updater.perceptual and self.updater.perceptual.weight.state()
         return {
             "step": step,
-            "samples_seen": step * self.config.batch.global_batch_size,
-            "seed": self.config.seed,
-            "data_fingerprint": self.stream.index.fingerprint,
+            "stream": self.stream.state(step * self.config.batch.global_batch_size),
             "lpl_weight": weight,
         }
 
 
 def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
     """Collective: strategies shard as they are built."""
-    stream = LatentStream(config.data.folder, config.seed)
+    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size)
     if config.data.verify == "full":
         verify(stream, world)
     schedule = make_schedule(config.diffusion.schedule)
@@ -103,15 +101,17 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
 
 
 def verify(stream: LatentStream, world: World) -> None:
-    """Communicates: every rank reads its share of the shards; what one finds wrong is raised on all."""
-    trouble = None
+    """Communicates: every rank reads its share of the shards; what one finds wrong is raised, or skipped, on all."""
+    trouble, damaged = None, []
     try:
-        stream.verify(share=world.rank, shares=world.world_size)
+        damaged = stream.verify(share=world.rank, shares=world.world_size)
     except DataError as error:
         trouble = str(error)
     trouble = first_over_ranks(trouble)
     if trouble is not None:
         raise DataError(trouble)
+    for rank in range(world.world_size):
+        stream.damage.mark(broadcast_json(damaged, source=rank))
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -44,10 +44,11 @@ def restore(run: Run, sinks: Sinks) -> int:
     state = run.checkpoints.restore_latest(run.strategy, run.ema)
     if state is None:
         return 0
-    if state["data_fingerprint"] != run.stream.index.fingerprint:
+    seen, now = state["stream"], run.stream.index.fingerprint
+    if seen["fingerprint"] != now:
         raise CheckpointError(
-            f"{run.run_dir.checkpoints}: trained on data {state['data_fingerprint'][:12]}, but data.folder="
-            f"{run.config.data.folder} is {run.stream.index.fingerprint[:12]}: name the folder it was trained on"
+            f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but data.folder="
+            f"{run.config.data.folder} is {now[:12]}: name the folder it was trained on"
         )
     if run.updater.perceptual is not None:
         run.updater.perceptual.weight.load_state(state["lpl_weight"])

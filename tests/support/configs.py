@@ -1,6 +1,6 @@
 """Small, valid configurations and data descriptions for tests."""
 
-from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex, LatentEntry
+from lpl_pretrain.config.dataset import FORMAT_VERSION, AutoencoderEntry, BucketEntry, DatasetIndex, LatentEntry
 from lpl_pretrain.config.schema import TrainConfig
 
 
@@ -32,11 +32,12 @@ def dataset_index(
 ) -> DatasetIndex:
     """As the emoji autoencoder would have made it."""
     return DatasetIndex(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         samples=samples,
         classes=["a", "b"],
         class_counts=[samples // 2, samples - samples // 2],
         latent=LatentEntry(channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels),
+        buckets=[BucketEntry(height=side, width=side, samples=samples)],
         autoencoder=AutoencoderEntry(identity=identity, downscale=4, shift=0.0, scale=scale),
         resolution_px=4 * side,
         source_fingerprint="s",

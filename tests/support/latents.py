@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from lpl_pretrain.config.schema import EncodeConfig
-from lpl_pretrain.data.encode import encode
+from lpl_pretrain.encoding.encode import encode
 from tests.support.autoencoders import tiny_folder
 
 

@@ -1,66 +1,144 @@
-"""The order of samples: a pure function of (seed, samples per epoch, count), over every layout that asks for it."""
+"""The order of samples: a pure function of (seed, fingerprints, count), over every layout that asks for it."""
 
 from __future__ import annotations
 
 import itertools
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from lpl_pretrain.data.order import SampleOrder
+from lpl_pretrain.config.dataset import MIX_CYCLE_SAMPLES
+from lpl_pretrain.config.mix import DataFolders
+from lpl_pretrain.data.order import Places, SampleOrder
+from tests.support.indexes import simulated_folders, simulated_index
 
-SAMPLES = 23
-
-
-def test_every_epoch_serves_every_sample_once_in_another_order() -> None:
-    epochs = SampleOrder(SAMPLES, seed=1).dataset_index(np.arange(5 * SAMPLES)).reshape(5, SAMPLES)
-    assert (np.sort(epochs, axis=1) == np.arange(SAMPLES)).all()
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+SQUARE, TALL, WIDE = (16, 16), (24, 12), (12, 24)
 
 
-def test_same_samples_for_any_layout() -> None:
-    """Ranks, micro-batches and resume points cut the counts differently; what they get together is the same."""
-    wanted = SampleOrder(SAMPLES, seed=7).dataset_index(np.arange(480))
+def one_folder(sizes: list[int] = [5, 9, 1, 8]) -> DataFolders:  # noqa: B006
+    return simulated_folders({"a": 1.0}, {"a": simulated_index("a", {SQUARE: sizes})})
+
+
+def bucketed() -> DataFolders:
+    index = simulated_index("a", {TALL: [31, 40], SQUARE: [100, 1, 90, 55], WIDE: [7]})
+    return simulated_folders({"a": 1.0}, {"a": index})
+
+
+def mixed() -> DataFolders:
+    indexes = {
+        "a": simulated_index("a", {TALL: [31, 40], SQUARE: [100, 55]}),
+        "b": simulated_index("b", {SQUARE: [20], WIDE: [33]}),
+    }
+    return simulated_folders({"a": 0.75, "b": 0.25}, indexes)
+
+
+def order_of(data: DataFolders, seed: int = 7, batch: int = 48, lanes: int = 3, block: int = 4) -> SampleOrder:
+    return SampleOrder(data, seed, batch, lanes=lanes, block_samples=block)
+
+
+def table(places: Places) -> np.ndarray:
+    return np.stack([places.folder, places.shard, places.row], axis=1)
+
+
+@pytest.mark.parametrize("data", [one_folder, bucketed, mixed], ids=lambda f: f.__name__)
+def test_same_samples_for_any_layout(data) -> None:
+    """Ranks, micro-batches and resume points cut the counts differently; what they get together is the same, in every batch."""
+    folders, total = data(), 480
     layouts = [
         layout
-        for layout in itertools.product([8, 24, 48], [1, 2, 3, 4, 6, 8], [1, 2, 4], [0, 96, 240])
+        for layout in itertools.product([24, 48, 96], [1, 2, 3, 4, 6, 8], [1, 2, 4], [0, 96, 288])
         if layout[0] % (layout[1] * layout[2]) == 0
     ]  # batch, ranks, accumulation, resumed at
     assert len(layouts) > 100
+    wanted = {batch: table(order_of(folders, batch=batch).locate(np.arange(total))) for batch in (24, 48, 96)}
     for batch, ranks, accumulation, resumed in layouts:
         share = batch // ranks // accumulation
-        orders = [SampleOrder(SAMPLES, seed=7) for _ in range(ranks)]
-        got = np.full(480, -1)
-        for start in range(resumed, 480, batch):
+        orders = [order_of(folders, batch=batch) for _ in range(ranks)]
+        got = np.full((total, 3), -1)
+        for start in range(resumed, total, batch):
             for rank, micro in itertools.product(reversed(range(ranks)), range(accumulation)):
                 first = start + (rank * accumulation + micro) * share
                 counts = np.arange(first, first + share)
-                got[counts] = orders[rank].dataset_index(counts)
-        assert np.array_equal(got[resumed:], wanted[resumed:]), (batch, ranks, accumulation, resumed)
+                got[counts] = table(orders[rank].locate(counts))
+        assert np.array_equal(got[resumed:], wanted[batch][resumed:]), (batch, ranks, accumulation, resumed)
 
 
-def test_does_not_depend_on_what_was_asked_before() -> None:
-    order, wanted = SampleOrder(SAMPLES, seed=3), SampleOrder(SAMPLES, seed=3).dataset_index(np.arange(230))
-    counts = np.random.default_rng(0).permutation(230)
-    assert np.array_equal(order.dataset_index(counts), wanted[counts])
-    assert np.array_equal(order.dataset_index(counts.reshape(10, 23)), wanted[counts].reshape(10, 23))
+def test_has_teeth() -> None:
+    """An order that depends on who asks would be seen: here, a rank-dependent seed."""
+    folders = one_folder()
+    whole = table(order_of(folders).locate(np.arange(48)))
+    halves = [table(order_of(folders, seed=7 + rank).locate(np.arange(24 * rank, 24 * rank + 24))) for rank in (0, 1)]
+    assert not np.array_equal(np.concatenate(halves), whole)
 
 
-def test_batch_larger_than_many_epochs() -> None:
-    assert SampleOrder(1, seed=0).dataset_index([0, 5, 1000]).tolist() == [0, 0, 0]
-    assert np.bincount(SampleOrder(3, seed=0).dataset_index(np.arange(300))).tolist() == [100, 100, 100]
+@pytest.mark.parametrize("sizes", [[23], [1] * 23, [22, 1], [5, 9, 1, 8], [1, 1, 400]], ids=str)
+def test_uneven_shards_and_one_giant_shard(sizes: list[int]) -> None:
+    """Nobody waits for the end of anybody's shard: counts go on into the next epoch, in the middle of a batch."""
+    order, total = order_of(one_folder(sizes)), sum(sizes)
+    epochs = table(order.locate(np.arange(3 * total))).reshape(3, total, 3)
+    assert all(len({tuple(place) for place in epoch.tolist()}) == total for epoch in epochs)
 
 
-def test_seeds_differ() -> None:
-    zero, one = (SampleOrder(SAMPLES, seed).dataset_index(range(SAMPLES)) for seed in (0, 1))
-    assert zero.tolist() != one.tolist()
+@pytest.mark.parametrize("samples", [1, 3])
+def test_fewer_samples_than_ranks(samples: int) -> None:
+    """Every rank has its share of every batch; samples come round again within one."""
+    counts = Counter(table(order_of(one_folder([samples])).locate(np.arange(96)))[:, 2].tolist())
+    assert set(counts.values()) == {96 // samples}
 
 
-def test_the_order_never_changes() -> None:
-    """A run that is resumed by a later version must go on in the same order."""
-    assert SampleOrder(8, seed=0).dataset_index(range(16)).tolist() == [4, 7, 5, 0, 3, 2, 6, 1, 2, 4, 6, 1, 5, 7, 0, 3]
+def test_one_bucket_in_a_batch_and_every_sample_served() -> None:
+    data = bucketed()
+    order, shards = order_of(data, batch=8), data.indexes[0].shards
+    places = order.locate(np.arange(8 * 324))  # 324 samples: eight epochs
+    buckets = np.array([shards[shard].bucket for shard in places.shard]).reshape(-1, 8)
+    assert (buckets == buckets[:, :1]).all()
+    counts = Counter(map(tuple, table(places).tolist()))
+    assert len(counts) == 324 and max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_folders_by_weight_within_every_cycle() -> None:
+    indexes = {"a": simulated_index("a", {SQUARE: [300, 55]}), "b": simulated_index("b", {SQUARE: [20]})}
+    order = order_of(simulated_folders({"a": 3.0, "b": 1.0}, indexes))
+    places = order.locate(np.arange(2 * MIX_CYCLE_SAMPLES))
+    assert (places.folder == 1).reshape(2, -1).sum(axis=1).tolist() == [MIX_CYCLE_SAMPLES // 4] * 2
+    rows = Counter(places.row[places.folder == 1].tolist())
+    assert max(rows.values()) - min(rows.values()) <= 1  # 20 samples, each as often as the others
+
+
+def test_folders_with_buckets_keep_both_shares() -> None:
+    data = mixed()
+    order = order_of(data, batch=8)
+    places = order.locate(np.arange(8 * 8192))
+    assert abs((places.folder == 0).mean() - 0.75) < 0.005
+    wide = np.array([data.indexes[1].shards[shard].bucket == 1 for shard in places.shard[places.folder == 1]])
+    assert abs(wide.mean() - 33 / 53) < 0.01
+
+
+def test_fingerprint_and_seed_change_the_order() -> None:
+    def first(name: str, seed: int) -> list:
+        folders = simulated_folders({name: 1.0}, {name: simulated_index(name, {SQUARE: [23]})})
+        return table(order_of(folders, seed=seed).locate(np.arange(23))).tolist()
+
+    assert first("a", 0) != first("b", 0) and first("a", 0) != first("a", 1) and first("a", 0) == first("a", 0)
+
+
+def test_drawn_from_pool_stays_in_the_bucket() -> None:
+    data = bucketed()
+    order = order_of(data)
+    drawn = {order.drawn_from_pool((0, 2, 5), key) for key in range(246)}
+    assert len(drawn) == 246 and {data.indexes[0].shards[shard].bucket for _, shard, _ in drawn} == {1}
+
+
+def test_ten_million_samples_open_at_once() -> None:
+    index = simulated_index("a", {SQUARE: [8192] * 900, TALL: [8192] * 200, WIDE: [8192] * 121})
+    folders = simulated_folders({"a": 1.0}, {"a": index})
+    started = time.perf_counter()
+    SampleOrder(folders, 0, 1024, lanes=16, block_samples=1024).locate(np.arange(10_000_384, 10_000_384 + 1024))
+    assert time.perf_counter() - started < 1.0
 
 
 def test_negative_counts_are_a_bug() -> None:
     with pytest.raises(AssertionError):
-        SampleOrder(8, seed=0).dataset_index([-1])
+        order_of(one_folder()).locate([-1])

@@ -15,14 +15,15 @@ from lpl_pretrain.cli import encode as command
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.schema import EncodeConfig
-from lpl_pretrain.data.encode import encode
-from lpl_pretrain.data.writer import LatentStatistics, ShardWriter
+from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.writer import LatentStatistics
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.unit.data.material import (
+from tests.support.material import (
     CLASSES,
     FakeAutoencoder,
     encode_config,
     encode_tar,
+    encode_whole,
     encoded,
     picture,
     sample,
@@ -43,23 +44,24 @@ def expected_moments(number: int) -> np.ndarray:
 def refused(source: Path, *fragments: str) -> None:
     output = source.parent / "latents"
     with pytest.raises(DataError) as error:
-        encode(encode_config(source, output), FakeAutoencoder())
+        encode_whole(encode_config(source, output), FakeAutoencoder())
     for fragment in fragments:
         assert fragment in str(error.value)
     assert not (output / "index.json").exists()
 
 
 def test_folder_and_index(tmp_path: Path) -> None:
-    folder, index = encode_tar(tmp_path, 23, shard_max_mib=20 / 1024)
+    folder, index = encode_tar(tmp_path, 23, shard_samples=6)
     assert read_index(folder) == index
-    assert sorted(contents(folder)) == ["index.json", *(shard.file for shard in index.shards)]
+    files = [name for shard in index.shards for name in (shard.file, shard.file.replace(".tar", ".offsets.safetensors"))]
+    assert sorted(contents(folder)) == sorted(["index.json", *files])
     assert (index.samples, index.classes, index.class_counts) == (23, list(CLASSES), [8, 8, 7])
-    assert index.autoencoder.model_dump() == {"identity": "fake", "downscale": 4, "shift": 0.25, "scale": 2.0}
+    assert index.autoencoder.model_dump() == {"name": "fake", "identity": "fake", "downscale": 4, "shift": 0.25, "scale": 2.0}
     assert (index.latent.channels, index.latent.height, index.latent.width, index.resolution_px) == (2, 4, 4, 16)
     assert sum(shard.samples for shard in index.shards) == 23
     for shard in index.shards:
         raw = (folder / shard.file).read_bytes()
-        assert len(raw) == shard.bytes <= 20 * 1024 and hashlib.sha256(raw).hexdigest() == shard.sha256
+        assert len(raw) == shard.bytes and shard.samples <= 6 and hashlib.sha256(raw).hexdigest() == shard.sha256
 
 
 def test_webdataset_reads_the_folder(data_set: Path) -> None:
@@ -72,6 +74,8 @@ def test_webdataset_reads_the_folder(data_set: Path) -> None:
         assert found["json"] == {
             "class_name": CLASSES[number % 3],
             "source_px": [16, 16],
+            "resized_px": [16, 16],
+            "crop_px": [0, 0],
             "image_sha256": hashlib.sha256(encoded(picture(number))).hexdigest(),
         }
 
@@ -97,7 +101,7 @@ def test_statistics_keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_same_bytes_every_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        encode_tar(tmp_path / name, 11, shard_max_mib=10 / 1024)
+        encode_tar(tmp_path / name, 11, shard_samples=3)
     one, two = contents(tmp_path / "one" / "latents"), contents(tmp_path / "two" / "latents")
     assert one == two and len(one) > 2
 
@@ -106,9 +110,8 @@ def test_an_interrupted_encode_is_made_again(tmp_path: Path) -> None:
     folder, _ = encode_tar(tmp_path, 5)
     whole = contents(folder)
     (folder / "index.json").unlink()
-    (folder / "latents-000000.tar").write_bytes(b"half")
-    (folder / "latents-000007.tar").write_bytes(b"of another size")
-    (folder / "latents-000001.tar.partial").write_bytes(b"killed here")
+    next(folder.glob("latents-*.tar")).write_bytes(b"half")
+    (folder / ".latents-00000-0000-000-4x4.tar.123.tmp").write_bytes(b"killed here")
     encode_tar(tmp_path, 5)
     assert contents(folder) == whole
 
@@ -129,7 +132,7 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptu
 def test_source_fingerprint_does_not_depend_on_how_pictures_are_packed(tmp_path: Path) -> None:
     _, index = encode_tar(tmp_path, 3)
     tars = [str(write_tar(tmp_path / f"{number}.tar", sample(number))) for number in (2, 0, 1)]
-    apart = encode(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
+    apart = encode_whole(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
     assert apart.source_fingerprint == index.source_fingerprint and apart.fingerprint != index.fingerprint
 
 
@@ -140,11 +143,11 @@ class OtherAutoencoder(FakeAutoencoder):
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"autoencoder": OtherAutoencoder()}, "autoencoder identity fake there, other now"),
+        ({"autoencoder": OtherAutoencoder()}, "source or encoders have changed"),
         ({"resolution_px": 32}, "resolution_px 16 there, 32 now"),
-        ({"picture": sample(1, png=encoded(picture(99)))}, "source fingerprint"),
-        ({"picture": sample(1, cls=b"2", json=b"{}")}, "source fingerprint"),
-        ({"picture": sample(1, txt=b"another caption")}, "source fingerprint"),
+        ({"picture": sample(1, png=encoded(picture(99)))}, "source or encoders have changed"),
+        ({"picture": sample(1, cls=b"2", json=b"{}")}, "source or encoders have changed"),
+        ({"picture": sample(1, txt=b"another caption")}, "source or encoders have changed"),
     ],
 )
 def test_a_finished_folder_of_other_inputs_is_refused(tmp_path: Path, change: dict, fragment: str) -> None:
@@ -156,11 +159,6 @@ def test_a_finished_folder_of_other_inputs_is_refused(tmp_path: Path, change: di
         encode(config, change.get("autoencoder", FakeAutoencoder()))
     assert str(folder) in str(error.value) and "name another output" in str(error.value)
     assert contents(folder) == before
-
-
-def test_the_writer_never_touches_a_finished_folder(data_set: Path) -> None:
-    with pytest.raises(DataError, match="finished data set"):
-        ShardWriter(data_set, 1 << 20)
 
 
 class BrokenAutoencoder(FakeAutoencoder):
@@ -180,13 +178,13 @@ class BrokenAutoencoder(FakeAutoencoder):
 @pytest.mark.parametrize(("value", "fragment"), [(np.nan, "reach nan"), (-np.inf, "reach inf"), (70000.0, "reach 70000")])
 def test_moments_that_float16_cannot_hold_name_the_key(tmp_path: Path, value: float, fragment: str) -> None:
     with pytest.raises(DataError, match=f"'p0006'.*{fragment}"):
-        encode(encode_config(tar_of(tmp_path / "x.tar", 9), tmp_path / "latents"), BrokenAutoencoder(value))
+        encode_whole(encode_config(tar_of(tmp_path / "x.tar", 9), tmp_path / "latents"), BrokenAutoencoder(value))
     assert not (tmp_path / "latents" / "index.json").exists()
 
 
 def test_resolution_must_fit_the_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resolution_px=18 is not a multiple of 4.*such as 20"):
-        encode(encode_config(tmp_path, tmp_path / "latents", resolution_px=18), FakeAutoencoder())
+        encode_whole(encode_config(tmp_path, tmp_path / "latents", resolution_px=18), FakeAutoencoder())
 
 
 def test_class_ids_out_of_range(tmp_path: Path) -> None:
@@ -205,22 +203,24 @@ def test_classes_that_contradict(tmp_path: Path) -> None:
 
 def test_classes_without_names_and_no_classes(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", sample(0, json=None) + sample(2, json=None))
-    index = encode(encode_config(tar, tmp_path / "named"), FakeAutoencoder())
+    index = encode_whole(encode_config(tar, tmp_path / "named"), FakeAutoencoder())
     assert (index.classes, index.class_counts) == (["0", "1", "2"], [1, 0, 1])
     tar = write_tar(tmp_path / "b.tar", sample(0, json=None, cls=None))
-    index = encode(encode_config(tar, tmp_path / "none"), FakeAutoencoder())
+    index = encode_whole(encode_config(tar, tmp_path / "none"), FakeAutoencoder())
     assert (index.classes, index.class_counts) == ([], [])
 
 
 def test_pictures_of_any_size_and_bf16(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", sample(0, png=encoded(picture(0, 40, 23))) + sample(1, png=encoded(picture(1, 5, 90))))
-    index = encode(encode_config(tar, tmp_path / "latents", precision="bf16"), FakeAutoencoder())
+    index = encode_whole(encode_config(tar, tmp_path / "latents", precision="bf16"), FakeAutoencoder())
     assert index.samples == 2 and (index.latent.height, index.latent.width) == (4, 4)
 
 
 def test_command_prints_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     config = encode_config(tar_of(tmp_path / "x.tar", 5), tmp_path / "latents")
-    monkeypatch.setattr("lpl_pretrain.data.encode.encode", lambda config, encode=encode: encode(config, FakeAutoencoder()))
+    monkeypatch.setattr(
+        "lpl_pretrain.encoding.encode.encode", lambda config, world, encode=encode: encode(config, FakeAutoencoder())
+    )
     command.run(config)
     assert "5 samples, 3 classes, 1 shards" in (out := capsys.readouterr().out) and "pictures/s" in out
     command.run(config)

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.schema import EncodeConfig
-from lpl_pretrain.data.encode import encode
+from lpl_pretrain.config.schema import DataConfig, EncodeConfig
+from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.networks import Autoencoder
 
 CLASSES = ("flags", "food", "symbols")
 RESOLUTION_PX = 16
@@ -82,7 +83,18 @@ def encode_config(source: Path | list[str], output: Path, **options: object) -> 
     return EncodeConfig.model_validate(base | options)
 
 
-def encode_tar(folder: Path, count: int, shard_max_mib: float = 256.0) -> tuple[Path, DatasetIndex]:
+def encode_whole(config: EncodeConfig, autoencoder: Autoencoder, **networks) -> DatasetIndex:
+    """By one process, so that the index is there in the end."""
+    index = encode(config, autoencoder, **networks)
+    assert index is not None
+    return index
+
+
+def data_config(folder: Path | str | dict[str, float], **options: object) -> DataConfig:
+    return DataConfig.model_validate({"folder": folder if isinstance(folder, dict) else str(folder)} | options)
+
+
+def encode_tar(folder: Path, count: int, **options: object) -> tuple[Path, DatasetIndex]:
     tar = tar_of(folder / "pictures.tar", count)
     output = folder / "latents"
-    return output, encode(encode_config(tar, output, shard_max_mib=shard_max_mib), FakeAutoencoder())
+    return output, encode_whole(encode_config(tar, output, **options), FakeAutoencoder())

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.material import encode_tar
+from tests.support.material import encode_tar
 
 
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
     """23 encoded pictures in several shards."""
-    folder, index = encode_tar(tmp_path, 23, shard_max_mib=20 / 1024)
+    folder, index = encode_tar(tmp_path, 23, shard_samples=6)
     assert len(index.shards) > 3
     return folder

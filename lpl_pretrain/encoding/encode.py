@@ -1,0 +1,263 @@
+"""Pictures to latents: each part of the plan is decoded ahead on threads, encoded in batches, and written by itself.
+
+Killed at any moment and started again, parts that have a record stand, the others are made again, and the folder ends up
+byte for byte the same.  Batches never cross a part, so the bytes do not depend on how many processes share the work.
+The .json of a sample says `image_sha256`, `class_name`, and in pixels (height, width) or (top, left): `source_px`, `resized_px`,
+`crop_px`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex, read_index
+from lpl_pretrain.config.schema import EncodeConfig, OnError
+from lpl_pretrain.data.ahead import map_ahead
+from lpl_pretrain.data.format import NO_CLASS, Sample
+from lpl_pretrain.data.remote import download
+from lpl_pretrain.encoding.finish import publish_index
+from lpl_pretrain.encoding.images import Fit, apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit
+from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
+from lpl_pretrain.encoding.sources import Picture, Problem
+from lpl_pretrain.encoding.writer import RECORDS, PartWriter, publish, record_path
+from lpl_pretrain.errors import ConfigError, DataError
+from lpl_pretrain.runtime import rng
+from lpl_pretrain.runtime.log import log, progress
+from lpl_pretrain.runtime.world import World
+
+DECODE_THREADS = min(16, os.cpu_count() or 1)
+PLAN_NAME = "plan.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    picture: Picture
+    image_sha256: str
+    source_px: tuple[int, int]
+    fit: Fit
+    pixels: np.ndarray  # uint8 (height_px, width_px, 3)
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "class_name": self.picture.class_name,
+            "image_sha256": self.image_sha256,
+            "source_px": self.source_px,
+            "resized_px": self.fit.resized_px,
+            "crop_px": self.fit.crop_px,
+        }
+
+
+def encode(
+    config: EncodeConfig,
+    autoencoder: Autoencoder | None = None,
+    text_encoders: dict[str, TextEncoder] | None = None,
+    world: World | None = None,
+) -> DatasetIndex | None:
+    """Encodes this process's parts into config.output, and publishes its index when no part is missing.
+
+    None: other processes have parts left.  A folder that was finished from the same inputs is left alone.
+    Raises ConfigError, DataError.
+    """
+    world = world or World()
+    networks = Networks.load(config, autoencoder, text_encoders)
+    check_shapes(config, networks.autoencoder.downscale)
+    plan, folder = make_plan(config, networks.identities()), Path(config.output)
+    if (folder / INDEX_NAME).exists():
+        return _accept_finished(config, plan)
+    _begin(folder, plan)
+    mine = [part for part in plan.parts[world.rank :: world.world_size] if not record_path(folder, part.name).exists()]
+    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    PartEncoder(config, networks.to(device), plan, device).run(mine)
+    missing = [part for part in plan.parts if not record_path(folder, part.name).exists()]
+    if missing and not (folder / INDEX_NAME).exists():
+        log.info("%s: %d of %d parts are left to other processes", folder, len(missing), len(plan.parts))
+        return None
+    return publish_index(config, plan, networks)
+
+
+def check_shapes(config: EncodeConfig, downscale: int) -> None:
+    """Raises ConfigError for pictures that the autoencoder cannot take."""
+    sides = {"resolution_px": config.resolution_px}
+    if config.buckets is not None:
+        sides = {"buckets.step_px": config.buckets.step_px}
+        if config.buckets.step_px > config.resolution_px:
+            raise ConfigError(
+                f"buckets.step_px={config.buckets.step_px} with resolution_px={config.resolution_px}: no bucket; use a smaller step"
+            )
+    for name, side in sides.items():
+        if side % downscale:
+            above = -(-side // downscale) * downscale
+            raise ConfigError(
+                f"{name}={side} is not a multiple of {downscale}, the pixels per "
+                f"latent position of autoencoder={config.autoencoder}: choose one that is, such as {above}"
+            )
+
+
+def shapes(config: EncodeConfig) -> list[tuple[int, int]]:
+    """(height, width) in pixels of every bucket that a picture may go to."""
+    if config.buckets is None:
+        return [(config.resolution_px, config.resolution_px)]
+    return aspect_buckets(config.resolution_px, config.buckets.max_aspect, config.buckets.step_px)
+
+
+def decode(picture: Picture, config: EncodeConfig) -> Decoded:
+    """Raises DataError for what is not a picture."""
+    encoded = picture.read_bytes()
+    pixels = decode_picture(encoded, picture.origin)
+    place = None
+    if config.crop == "random":
+        row, column = (rng.key(config.seed, f"{purpose}/{picture.key}") / 2.0**64 for purpose in ("crop_row", "crop_column"))
+        place = (row, column)
+    source_px = (pixels.shape[0], pixels.shape[1])
+    fit = plan_fit(source_px, nearest_bucket(source_px, shapes(config)), place)
+    return Decoded(picture, hashlib.sha256(encoded).hexdigest(), source_px, fit, apply_fit(pixels, fit))
+
+
+def _begin(folder: Path, plan: Plan) -> None:
+    """The plan's identity lies in the folder before anything else: what another configuration began is never mixed in."""
+    file = folder / RECORDS / PLAN_NAME
+    if not file.exists():
+        publish(file, [plan.identity.encode()])
+    if (found := file.read_text()) != plan.identity:
+        raise DataError(
+            f"output={folder}: holds the unfinished work of other inputs (plan {found[:12]} there, {plan.identity[:12]} now): "
+            "go on with those, name another output, or remove that folder"
+        )
+
+
+def _accept_finished(config: EncodeConfig, plan: Plan) -> DatasetIndex:
+    index = read_index(config.output)
+    if index.plan != plan.identity:
+        raise DataError(
+            f"output={config.output}: holds a data set made from other inputs ({_difference(config, index)}): "
+            "name another output, or remove that folder"
+        )
+    log.info("%s: encoded already from this source; left alone", config.output)
+    return index
+
+
+def _difference(config: EncodeConfig, index: DatasetIndex) -> str:
+    stored, asked = json.loads(index.config), settings_of_bytes(config)
+    changed = [f"{key} {stored.get(key)!r} there, {value!r} now" for key, value in asked.items() if stored.get(key) != value]
+    return "; ".join(changed) or "source or encoders have changed"
+
+
+@dataclass(slots=True)
+class PartEncoder:
+    config: EncodeConfig
+    networks: Networks
+    plan: Plan
+    device: torch.device
+    _skipped_before: int = field(default=0)
+
+    def run(self, parts: list[Part]) -> None:
+        """One pass over all parts, so that decoding never waits for a part to end."""
+        total = None if any(part.samples is None for part in parts) else sum(part.samples or 0 for part in parts)
+        with tempfile.TemporaryDirectory(prefix="lpl-encode-") as scratch:
+            decoded = map_ahead(
+                self._decode,
+                _work(parts, Path(scratch)),
+                threads=DECODE_THREADS,
+                ahead=max(4 * self.config.batch_size, DECODE_THREADS),
+            )
+            with closing(decoded), progress(total, " pictures", "encode") as bar:
+                for part in parts:
+                    self._encode_part(part, decoded, bar.update)
+                    (Path(scratch) / part.name).unlink(missing_ok=True)
+
+    def _decode(self, item: Picture | Problem | None) -> Decoded | Problem | None:
+        if not isinstance(item, Picture):
+            return item
+        try:
+            return decode(item, self.config)
+        except DataError as problem:
+            return Problem(item.origin, str(problem))
+
+    def _encode_part(self, part: Part, items: Iterator[Decoded | Problem | None], advance: Callable[[float], object]) -> None:
+        folder = Path(self.config.output)
+        for leftover in [*folder.glob(f".latents-{part.name}-*.tmp"), *folder.glob(f"latents-{part.name}-*")]:
+            leftover.unlink(missing_ok=True)
+        writer = PartWriter(folder, part.name, self.networks.autoencoder.latent_channels, self.config.shard_samples)
+        source, skipped, class_names = 0, list[str](), dict[int, str]()
+        waiting: dict[tuple[int, int], list[Decoded]] = {}
+        while (item := next(items)) is not None:
+            if isinstance(item, Problem):
+                self._skip(item.reason, skipped, part)
+                continue
+            source += int.from_bytes(hashlib.sha256(_entry(item).encode()).digest(), "big")
+            if item.picture.label is not None and item.picture.class_name is not None:
+                class_names[item.picture.label] = item.picture.class_name
+            batch = waiting.setdefault(item.fit.shape_px, [])
+            batch.append(item)
+            if len(batch) == self.config.batch_size:
+                self._encode_batch(waiting.pop(item.fit.shape_px), writer, skipped, part)
+                advance(self.config.batch_size)
+        for shape in sorted(waiting):
+            self._encode_batch(waiting[shape], writer, skipped, part)
+            advance(len(waiting[shape]))
+        self._skipped_before += len(skipped)
+        writer.finish(plan=self.plan.identity, skipped=skipped, class_names=class_names, source=source % 2**256)
+
+    def _encode_batch(self, batch: list[Decoded], writer: PartWriter, skipped: list[str], part: Part) -> None:
+        pixels = np.stack([item.pixels for item in batch])
+        encoded = [self.networks.moments(pixels, self.config)]
+        if self.config.flips:
+            encoded.append(self.networks.moments(np.ascontiguousarray(pixels[:, :, ::-1]), self.config))
+        texts = self.networks.texts([item.picture.caption or "" for item in batch])
+        for row, item in enumerate(batch):
+            picture = item.picture
+            wrong = [version.reach[row] for version in encoded if not version.finite[row]]
+            if wrong:
+                self._skip(
+                    f"{picture.origin}: sample {picture.key!r}: its moments reach {wrong[0]:g}, wanted finite values within "
+                    f"{self.config.moments_dtype}: remove the picture, or set moments_dtype=bf16 or precision=fp32",
+                    skipped,
+                    part,
+                )
+                continue
+            sample = Sample(
+                picture.key,
+                encoded[0].stored[row],
+                picture.label,
+                picture.caption,
+                item.facts(),
+                encoded[1].stored[row] if self.config.flips else None,
+                {name: rows[row] for name, rows in texts.items()},
+            )
+            writer.add(sample, NO_CLASS if picture.label is None else picture.label, encoded[0].floats[row])
+
+    def _skip(self, reason: str, skipped: list[str], part: Part) -> None:
+        if self.config.on_error is OnError.STOP:
+            raise DataError(reason)
+        log.warning("skipped: %s", reason)
+        skipped.append(reason)
+        count, total = self._skipped_before + len(skipped), self.plan.samples or 0
+        if total and count > self.config.max_skipped_fraction * total:
+            raise DataError(
+                f"{count} of {total} pictures cannot be read, more than max_skipped_fraction={self.config.max_skipped_fraction}; "
+                f"the last: {reason}"
+            )
+
+
+def _work(parts: Sequence[Part], scratch: Path) -> Iterator[Picture | Problem | None]:
+    """What each part holds, and None at its end.  A remote tar is brought here and lies in `scratch` under its part's name."""
+    for part in parts:
+        yield from part.items(partial(download, path=scratch / part.name))
+        yield None
+
+
+def _entry(item: Decoded) -> str:
+    picture = item.picture
+    return json.dumps([picture.key, item.image_sha256, picture.label, picture.class_name, picture.caption])

@@ -1,0 +1,127 @@
+"""How an encode is cut into parts before it begins: the same parts for any number of processes, on every start.
+
+A part is a run of pictures of one unit: of a local tar, or of an image folder in an order drawn once; a remote tar is one part.
+Process r of n takes parts r, r + n, r + 2n ...; nobody talks to anybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpl_pretrain.config.schema import EncodeConfig, OnError
+from lpl_pretrain.data.offsets import key_hashes
+from lpl_pretrain.encoding.classes import ClassTable
+from lpl_pretrain.encoding.sources import Picture, Problem, Unit, list_units, no_pictures
+from lpl_pretrain.errors import DataError
+from lpl_pretrain.runtime import rng
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    name: str
+    """Part of its shards' names."""
+    unit: Unit
+    first: int
+    samples: int | None
+    """None: all of the unit, which is not known yet (a remote tar)."""
+
+    def items(self, fetch: Callable[[str], Path]) -> Iterator[Picture | Problem]:
+        last = None if self.samples is None else self.first + self.samples
+        return islice(self.unit.pictures(fetch), self.first, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    identity: str
+    """Hash of all that the encoded bytes depend on: the listing of the source, the encoders, the configuration."""
+    parts: list[Part]
+
+    @property
+    def samples(self) -> int | None:
+        """None when there are remote tars."""
+        counts = [part.samples for part in self.parts]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
+    """Reads the headers of everything that is local.  `encoders`: identity of each network.  Raises DataError.
+
+    Repeated keys and classes that contradict each other are found here, before anything is encoded; in remote tars, afterwards.
+    """
+    stamp, classes, hashes = hashlib.sha256(), ClassTable(), []
+    parts: list[Part] = []
+    stamp.update(f"{json.dumps(settings_of_bytes(config))} {sorted(encoders.items())}\n".encode())
+    for number, unit in enumerate(list_units(config.source)):
+        if unit.is_remote_tar:
+            stamp.update(f"{unit.origin.rpartition('/')[2]} {unit.size}\n".encode())
+            parts.append(Part(f"{number:05d}-0000", unit, 0, None))
+            continue
+        unit = _shuffled(unit, config.seed)
+        keys: list[str] = []
+        for item in unit.pictures():
+            if isinstance(item, Problem):
+                if config.on_error is OnError.STOP:
+                    raise DataError(item.reason)
+                keys.append(f"{unit.origin}\n{len(keys)}")  # holds a place, and is no key of a tar
+                continue
+            stamp.update(item.stamp().encode() + b"\n")
+            classes.add(f"{item.origin}: sample {item.key!r}", item.label, item.class_name)
+            keys.append(item.key)
+        if not keys:
+            raise no_pictures(unit.origin)
+        hashes.append(key_hashes(keys))
+        parts += _cut(f"{number:05d}", unit, len(keys), config.shard_samples)
+    classes.names()
+    if hashes and (repeated := first_repeated(np.concatenate(hashes))) is not None:
+        raise _repeated_key(config, repeated)
+    return Plan(stamp.hexdigest(), parts)
+
+
+def settings_of_bytes(config: EncodeConfig) -> dict[str, Any]:
+    """What the encoded bytes depend on: all but where things lie (they are known by content) and what is done about damage."""
+    settings = config.model_dump(mode="json", exclude={"source", "output", "autoencoder", "on_error", "max_skipped_fraction"})
+    settings["text"] = {name: {**entry, "folder": ""} for name, entry in settings["text"].items()}
+    return settings
+
+
+def first_repeated(hashes: np.ndarray) -> int | None:
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return int(repeated[0]) if repeated.size else None
+
+
+def _cut(name: str, unit: Unit, count: int, shard_samples: int) -> list[Part]:
+    """Parts of nearly the same size, each of one full shard at most when there are no buckets."""
+    parts = -(-count // shard_samples)
+    ends = [count * i // parts for i in range(parts + 1)]
+    return [Part(f"{name}-{i:04d}", unit, ends[i], ends[i + 1] - ends[i]) for i in range(parts)]
+
+
+def _shuffled(unit: Unit, seed: int) -> Unit:
+    """An image folder comes class by class: its pictures are dealt to parts at random, so that every shard has all classes."""
+    if unit.files is None:
+        return unit
+    return Unit(unit.origin, tuple(sorted(unit.files, key=lambda p: (rng.key(seed, f"shard_of/{p.key}"), p.origin))), unit.size)
+
+
+def _repeated_key(config: EncodeConfig, wanted: int) -> DataError:
+    """Reads the source again to name both."""
+    found = [
+        item
+        for unit in list_units(config.source)
+        if not unit.is_remote_tar
+        for item in unit.pictures()
+        if isinstance(item, Picture) and int(key_hashes([item.key])[0]) == wanted
+    ]
+    return DataError(
+        f"{found[-1].origin}: key {found[-1].key!r} is there twice over all sources (also {found[0].origin}), wanted unique keys: "
+        "rename one"
+    )

@@ -1,0 +1,74 @@
+"""Frozen text encoders of transformers (CLIP, T5, BERT and their kin): captions to the states of their true tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lpl_pretrain.config.identity import text_encoder_identity
+from lpl_pretrain.config.load import resolve_path
+from lpl_pretrain.config.schema import TextEncoderConfig
+from lpl_pretrain.errors import ConfigError
+
+ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Model types whose text encoder is half of a larger network."""
+
+
+class TextEncoder(nn.Module):
+    """Frozen, in eval mode, float32 unless moved."""
+
+    def __init__(self, network: Any, tokenizer: Any, identity: str, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer, self.identity, self.config = tokenizer, identity, config
+        settings = getattr(network.config, "text_config", None) or network.config
+        self.width = settings.hidden_size
+        self.pooled_width = None
+        if config.pooled:
+            _, pooled = self.encode([""])[0]
+            if pooled is None:
+                raise ConfigError(f"{config.folder}: {type(network).__name__} has no pooled output: set pooled=false")
+            self.pooled_width = len(pooled)
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> list[tuple[Tensor, Tensor | None]]:
+        """For each caption (T, width) states of its T tokens, special ones included, padding not, and (P,) pooled, if asked for."""
+        tokens = self.tokenizer(
+            captions, padding=True, truncation=True, max_length=self.config.max_tokens, padding_side="right", return_tensors="pt"
+        ).to(next(self.network.parameters()).device)
+        mask = tokens["attention_mask"]
+        out = self.network(input_ids=tokens["input_ids"], attention_mask=mask, output_hidden_states=True)
+        states = out.last_hidden_state if self.config.layer == -1 else out.hidden_states[self.config.layer]
+        pooled = out.get("text_embeds", out.get("pooler_output")) if self.config.pooled else None
+        lengths = mask.sum(dim=1).tolist()
+        return [(states[i, :length], None if pooled is None else pooled[i]) for i, length in enumerate(lengths)]
+
+
+def load_text_encoder(config: TextEncoderConfig, where: str) -> TextEncoder:
+    """`where` is the section's path, for errors.  Raises ConfigError."""
+    folder = resolve_path(config.folder)
+    identity = text_encoder_identity(folder, where)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network = getattr(transformers, _class_name(settings)).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        raise ConfigError(f"{where}.folder={config.folder}: transformers cannot load it: {problem}") from None
+    layers = getattr(getattr(settings, "text_config", settings), "num_hidden_layers", None)
+    if layers is not None and not -layers - 1 <= config.layer <= layers:
+        raise ConfigError(f"{where}.layer={config.layer}: the encoder has {layers} layers: use {-layers - 1} to {layers}")
+    return TextEncoder(network, tokenizer, identity, config)
+
+
+def _class_name(settings: Any) -> str:
+    if settings.model_type in ENCODER_HALVES:
+        return ENCODER_HALVES[settings.model_type]
+    if settings.model_type in ("clip", "clip_text_model"):
+        projected = "CLIPTextModelWithProjection" in (settings.architectures or []) or settings.model_type == "clip"
+        return "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    return "AutoModel"
