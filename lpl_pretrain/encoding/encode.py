@@ -26,7 +26,7 @@ from lpl_pretrain.config.schema import EncodeConfig, OnError
 from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.format import NO_CLASS, Sample
 from lpl_pretrain.data.remote import download
-from lpl_pretrain.encoding.finish import publish_index
+from lpl_pretrain.encoding.finish import publish_index, remove_records
 from lpl_pretrain.encoding.images import Fit, apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit
 from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
@@ -144,6 +144,7 @@ def _accept_finished(config: EncodeConfig, plan: Plan) -> DatasetIndex:
             f"output={config.output}: holds a data set made from other inputs ({_difference(config, index)}): "
             "name another output, or remove that folder"
         )
+    remove_records(Path(config.output))
     log.info("%s: encoded already from this source; left alone", config.output)
     return index
 

@@ -51,8 +51,13 @@ def publish_index(config: EncodeConfig, plan: Plan, networks: Networks) -> Datas
     for leftover in folder.glob(".latents-*.tmp"):
         leftover.unlink(missing_ok=True)
     publish(folder / INDEX_NAME, [index.model_dump_json(indent=2).encode(), b"\n"])
-    shutil.rmtree(folder / RECORDS, ignore_errors=True)
+    remove_records(folder)
     return index
+
+
+def remove_records(folder: Path) -> None:
+    """Of a finished folder."""
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)
 
 
 def make_index(config: EncodeConfig, plan: Plan, networks: Networks, records: list[PartRecord]) -> DatasetIndex:

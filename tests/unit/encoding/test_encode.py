@@ -15,12 +15,14 @@ from lpl_pretrain.cli import encode as command
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.encoding.writer import LatentStatistics
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.material import (
     CLASSES,
     FakeAutoencoder,
+    data_config,
     encode_config,
     encode_tar,
     encode_whole,
@@ -230,3 +232,170 @@ def test_command_prints_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_shipped_config_is_valid() -> None:
     config = load_config(EncodeConfig, Path(__file__).parents[3] / "configs" / "encode" / "emoji.yaml")
     assert config.source == "asset:emoji/train.tar"
+
+
+# --- shapes, crops, flips
+
+
+def read_samples(folder: Path) -> dict[str, dict]:
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    return {found["__key__"]: found for found in webdataset.WebDataset(urls, shardshuffle=False).decode()}
+
+
+def tar_of_sizes(path: Path, *sizes: tuple[int, int]) -> Path:
+    return write_tar(path, [member for n, size in enumerate(sizes) for member in sample(n, png=encoded(picture(n, *size)))])
+
+
+def test_buckets_have_shards_of_their_own_with_sorted_keys(tmp_path: Path) -> None:
+    tar = tar_of_sizes(tmp_path / "x.tar", *[((16, 16), (30, 12), (12, 30), (17, 15))[n % 4] for n in range(20)])
+    config = encode_config(tar, tmp_path / "latents", buckets={"max_aspect": 3.0, "step_px": 4}, shard_samples=4)
+    index = encode_whole(config, FakeAutoencoder())
+    shapes = {(bucket.height, bucket.width): bucket.samples for bucket in index.buckets}
+    assert sum(shapes.values()) == 20 and len(shapes) == 3 and (index.latent.height, index.latent.width) == (4, 4)
+    for shard in index.shards:
+        bucket = index.buckets[shard.bucket]
+        found = list(webdataset.WebDataset(str(tmp_path / "latents" / shard.file), shardshuffle=False).decode())
+        assert {f["moments.npy"].shape for f in found} == {(4, bucket.height, bucket.width)}
+        assert [f["__key__"] for f in found] == sorted(f["__key__"] for f in found)
+        assert f"-{bucket.height}x{bucket.width}.tar" in shard.file
+
+
+def test_random_crops_are_recorded_and_do_not_depend_on_the_company(tmp_path: Path) -> None:
+    whole = tar_of_sizes(tmp_path / "x.tar", *[(16, 48)] * 12)
+    alone = write_tar(tmp_path / "y.tar", sample(7, png=encoded(picture(7, 16, 48))))
+    for tar in (whole, alone):
+        encode_whole(encode_config(tar, tmp_path / tar.stem, crop="random"), FakeAutoencoder())
+    samples = read_samples(tmp_path / "x")
+    crops = [found["json"]["crop_px"] for found in samples.values()]
+    assert len({left for _, left in crops}) > 5 and all(top == 0 and 0 <= left <= 32 for top, left in crops)
+    for n, found in enumerate(samples.values()):
+        left = found["json"]["crop_px"][1]
+        images = torch.from_numpy(picture(n, 16, 48)[:, left : left + 16].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        assert np.array_equal(found["moments.npy"], FakeAutoencoder().encode_moments(images)[0].half().numpy())
+    assert read_samples(tmp_path / "y")["p0007"]["json"] == samples["p0007"]["json"]
+
+
+class LopsidedAutoencoder(FakeAutoencoder):
+    """Does not commute with mirrors, as real ones do not: it sees where the left is."""
+
+    identity = "lopsided"
+
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        return super().encode_moments(images * torch.linspace(0.1, 1.0, images.shape[-1]))
+
+
+def test_flips_are_encodings_of_the_mirrored_picture(tmp_path: Path) -> None:
+    encode_whole(encode_config(tar_of(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True), LopsidedAutoencoder())
+    for n, found in enumerate(read_samples(tmp_path / "latents").values()):
+        mirrored = torch.from_numpy(picture(n)[:, ::-1].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        assert np.array_equal(found["moments_flipped.npy"], LopsidedAutoencoder().encode_moments(mirrored)[0].half().numpy())
+        assert not np.array_equal(found["moments_flipped.npy"], found["moments.npy"][..., ::-1])
+
+
+def test_class_folders_are_spread_over_the_shards(tmp_path: Path) -> None:
+    for n in range(80):
+        folder = tmp_path / "pictures" / f"class{n // 40}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{n}.png").write_bytes(encoded(picture(n)))
+    index = encode_whole(encode_config(tmp_path / "pictures", tmp_path / "latents", shard_samples=20), FakeAutoencoder())
+    assert [shard.samples for shard in index.shards] == [20] * 4
+    for shard in index.shards:
+        labels = [f["cls"] for f in webdataset.WebDataset(str(tmp_path / "latents" / shard.file), shardshuffle=False).decode()]
+        assert 4 < sum(labels) < 16
+
+
+def test_img2dataset_layout(tmp_path: Path) -> None:
+    """Tars of jpg + txt + json with the caption in both, and parquet and statistics beside them."""
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        members = []
+        for n in range(3):
+            key = f"{shard:05d}{n:04d}"
+            facts = {
+                "caption": f"a picture {n}",
+                "url": "https://example.com/x.jpg",
+                "status": "success",
+                "width": 20,
+                "height": 16,
+            }
+            members += [
+                (f"{key}.jpg", encoded(picture(n, 16, 20), "JPEG")),
+                *([(f"{key}.txt", f"a picture {n}".encode())] if n else []),
+                (f"{key}.json", json.dumps(facts).encode()),
+            ]
+        write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
+        (tmp_path / "in" / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+        (tmp_path / "in" / f"{shard:05d}_stats.json").write_text("{}")
+    index = encode_whole(encode_config(tmp_path / "in", tmp_path / "latents"), FakeAutoencoder())
+    assert (index.samples, index.captions, index.classes, len(index.shards)) == (6, 6, [], 2)
+    assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == [
+        "a picture 0",
+        "a picture 1",
+        "a picture 2",
+    ] * 2
+
+
+CAPTIONS = ["", "naïve café", "日本語のキャプション", "👩‍🚀🏳️‍🌈", "a\x00b", "line\nbreak\ttab", "\u202eright to left", "x" * 20_000]
+
+
+def test_captions_in_any_unicode(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", [m for n, text in enumerate(CAPTIONS) for m in sample(n, txt=text.encode())])
+    encode_whole(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
+    assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == CAPTIONS
+    stream = LatentStream(data_config(tmp_path / "latents"), 0, 8, Wants(captions=True))
+    captions = stream.read(range(8)).captions
+    assert captions is not None and sorted(captions) == sorted(CAPTIONS)
+
+
+# --- on_error: skip
+
+
+def test_unreadable_pictures_can_be_skipped_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [member for n in range(12) for member in sample(n)]
+    bad = sample(20, png=b"no picture") + sample(21, png=None) + sample(22, cls=b"cat") + sample(23, txt=b"\xff")
+    tar = write_tar(tmp_path / "x.tar", members[:16] + bad + [("../evil.png", b"")] + members[16:])
+    index = encode_whole(encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.4), FakeAutoencoder())
+    assert (index.samples, index.skipped) == (12, 5) and caplog.text.count("skipped: ") == 5
+    assert list(read_samples(tmp_path / "latents")) == [f"p{n:04d}" for n in range(12)]
+    for fragment in (
+        "p0020.png: not a readable",
+        "'p0021': has 0 pictures",
+        "'p0022': .cls",
+        "'p0023': .cls",
+        "../evil.png",
+    ):
+        assert fragment in caplog.text
+    with pytest.raises(DataError, match="pictures cannot be read, more than max_skipped_fraction=0.1"):
+        encode(encode_config(tar, tmp_path / "other", on_error="skip", max_skipped_fraction=0.1), FakeAutoencoder())
+    with pytest.raises(DataError, match="p0021"):
+        encode(encode_config(tar, tmp_path / "strict"), FakeAutoencoder())
+
+
+def test_skipping_gives_the_same_bytes_as_leaving_them_out(tmp_path: Path) -> None:
+    whole = tar_of(tmp_path / "whole.tar", 9)
+    holes = write_tar(tmp_path / "holes.tar", [m for n in range(9) for m in sample(n)] + sample(10, png=b"x"))
+    for tar in (whole, holes):
+        encode_whole(encode_config(tar, tmp_path / tar.stem, on_error="skip", max_skipped_fraction=0.2), FakeAutoencoder())
+    tars = [sorted((tmp_path / name).glob("*.tar")) for name in ("whole", "holes")]
+    assert [path.read_bytes() for path in tars[0]] == [path.read_bytes() for path in tars[1]]
+
+
+def test_what_a_truncated_tar_still_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cut = tmp_path / "cut.tar"
+    raw = tar_of(tmp_path / "whole.tar", 8).read_bytes()
+    cut.write_bytes(raw[: len(raw.rstrip(b"\0")) // 2])
+    index = encode_whole(encode_config(cut, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.5), FakeAutoencoder())
+    assert index.skipped == 1 and 2 <= index.samples < 8 and "cut.tar: truncated" in caplog.text
+
+
+def test_everything_skipped_is_an_error(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", sample(0, png=b"x"))
+    with pytest.raises(DataError, match="1 of 1 pictures cannot be read"):
+        encode(encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=1.0), FakeAutoencoder())
+
+
+def test_moments_out_of_range_can_be_skipped_and_fit_bf16(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "x.tar", 9)
+    config = encode_config(tar, tmp_path / "a", on_error="skip", max_skipped_fraction=0.2)
+    assert encode_whole(config, BrokenAutoencoder(70000.0)).skipped == 1
+    assert encode_whole(encode_config(tar, tmp_path / "b", moments_dtype="bf16"), BrokenAutoencoder(70000.0)).samples == 9

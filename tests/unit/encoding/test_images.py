@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpl_pretrain.encoding.images import decode_picture, to_square
+from lpl_pretrain.encoding.images import apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit, to_square
 from tests.support.material import encoded, picture
 
 
@@ -65,3 +65,35 @@ def test_square_antialiases() -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     assert np.abs(to_square(stripes, 16)[:, 2:-2].astype(int) - 127).max() <= 2
+
+
+def test_fit_covers_the_shape_and_names_the_crop() -> None:
+    fit = plan_fit((100, 200), (32, 48))
+    assert (fit.resized_px, fit.crop_px, fit.shape_px) == ((32, 64), (0, 8), (32, 48))
+    assert plan_fit((32, 48), (32, 48)).resized_px == (32, 48)
+    for place, left in (((0.0, 0.0), 0), ((0.0, 0.999999), 16), ((0.5, 0.5), 8)):
+        assert plan_fit((100, 200), (32, 48), place).crop_px == (0, left)
+
+
+def test_every_crop_is_a_part_of_the_whole_resized_picture() -> None:
+    smooth = np.stack(np.broadcast_arrays(*np.ogrid[:60, :90], 128), axis=-1).astype(np.uint8)
+    whole = np.asarray(Image.fromarray(smooth).resize((30, 20), Image.Resampling.LANCZOS)).astype(int)
+    for column in (0.0, 0.3, 0.7, 0.99):
+        fit = plan_fit((60, 90), (20, 20), (0.0, column))
+        top, left = fit.crop_px
+        assert np.abs(apply_fit(smooth, fit) - whole[top : top + 20, left : left + 20]).max() <= 2
+
+
+def test_aspect_buckets() -> None:
+    buckets = aspect_buckets(256, 2.0, 64)
+    assert buckets == [(192, 320), (256, 256), (320, 192)]
+    assert all(h * w <= 256 * 256 and h % 64 == w % 64 == 0 for h, w in buckets)
+    assert (512, 128) in aspect_buckets(256, 4.0, 64) and aspect_buckets(64, 1.0, 64) == [(64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("source", "bucket"),
+    [((100, 100), (256, 256)), ((1000, 2000), (192, 320)), ((300, 200), (320, 192)), ((10, 11), (256, 256)), ((9, 1), (320, 192))],
+)
+def test_nearest_bucket(source: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert nearest_bucket(source, aspect_buckets(256, 2.0, 64)) == bucket
