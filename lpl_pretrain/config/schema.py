@@ -224,7 +224,7 @@ class TextEncoderConfig(Section):
     pooled: bool = False
     """Store the encoder's pooled vector too."""
     storage: Literal["int8", "fp16"] = "int8"
-    """int8 has a scale per token: a quarter of a percent of error at half the size."""
+    """int8 has a scale per token: half the size, for errors up to 0.4 % of the token's largest value."""
 
 
 class EncodeConfig(Section):

@@ -28,6 +28,8 @@ class Store(Protocol):
         """It will be asked for soon."""
         ...
 
+    def close(self) -> None: ...
+
 
 class LocalStore:
     def __init__(self, folder: str) -> None:
@@ -37,6 +39,9 @@ class LocalStore:
         return self.folder / file
 
     def ahead(self, file: str, sha256: str, size: int) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -70,6 +75,9 @@ class CachedStore:
     def ahead(self, file: str, sha256: str, size: int) -> None:
         if file not in self._asked or self._asked[file].done():
             self._asked[file] = self._pool.submit(self.path, file, sha256, size)  # an error shows when the file is needed
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def _make_room(self, size: int) -> None:
         """What a process has open stays readable for it after it is removed here."""

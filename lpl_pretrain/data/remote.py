@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import fsspec
-from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from lpl_pretrain.data.format import file_sha256
 from lpl_pretrain.errors import DataError
@@ -21,10 +21,15 @@ class _Damaged(OSError):
     pass
 
 
+def _may_pass(problem: BaseException) -> bool:
+    """Networks recover; what is not there, or not allowed, stays so."""
+    return isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError | PermissionError)
+
+
 def download(url: str, path: Path, sha256: str | None = None, retries: int = 6) -> Path:
     """`path`, holding what `url` holds.  Waits 1, 2, 4 ... s (with jitter) between tries.  Raises DataError in the end."""
     attempts = Retrying(
-        retry=retry_if_exception_type(OSError),
+        retry=retry_if_exception(_may_pass),
         stop=stop_after_attempt(1 + retries),
         wait=wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S),
         before_sleep=before_sleep_log(log, logging.WARNING),

@@ -75,6 +75,9 @@ class LatentStream:
         self._check_sizes()
 
     def close(self) -> None:
+        """Nothing is fetched ahead from here on; what is on its way is waited for."""
+        for store in self._stores:
+            store.close()
         with self._lock:
             self._open.clear()
 
@@ -208,7 +211,7 @@ class LatentStream:
         if not any(isinstance(store, CachedStore) for store in self._stores) or now + horizon * 3 // 4 < self._fetched_to:
             return
         self._fetched_to = now + horizon
-        coming = self.order.locate((now + np.arange(0, horizon + 1, horizon // 4)[:, None] + np.arange(lanes)).ravel())
+        coming = self.order.locate((now + np.arange(0, horizon + 1, max(1, horizon // 4))[:, None] + np.arange(lanes)).ravel())
         for folder, shard in dict.fromkeys(zip(coming.folder.tolist(), coming.shard.tolist(), strict=True)):
             for file in _files(self.folders.indexes[folder].shards[shard]):
                 self._stores[folder].ahead(*file)
