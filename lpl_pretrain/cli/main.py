@@ -18,7 +18,8 @@ def commands() -> None:
     """Pretrain latent diffusion models with the Latent Perceptual Loss.
 
     \b
-    lpl-pretrain encode   configs/encode/emoji.yaml             pictures -> latents
+    lpl-pretrain encode   configs/encode/emoji.yaml             pictures -> latents; the same command goes on
+    lpl-pretrain data show data/emoji_latents                   what is in them
     lpl-pretrain train    configs/train/emoji_dit_lpl.yaml      latents -> checkpoints; the same command resumes
     lpl-pretrain evaluate runs/emoji_dit_lpl configs/evaluate/emoji.yaml
     lpl-pretrain report   runs/emoji_dit_lpl                    one page with everything
@@ -30,13 +31,37 @@ def commands() -> None:
 @commands.command()
 @click.argument("config")
 @OVERRIDES
-def encode(config: str, overrides: tuple[str, ...]) -> None:
-    """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says."""
+@click.option(
+    "--verify", is_flag=True, help="Re-read the finished folder and compare it with its source; exit status 1 when unsound."
+)
+@click.option("--pictures", type=int, default=32, show_default=True, help="How many --verify decodes and compares.")
+def encode(config: str, overrides: tuple[str, ...], verify: bool, pictures: int) -> None:
+    """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says; killed and started again, it goes on."""
     from lpl_pretrain.cli import encode as command
     from lpl_pretrain.config.load import load_config
     from lpl_pretrain.config.schema import EncodeConfig
 
-    command.run(load_config(EncodeConfig, config, overrides))
+    loaded = load_config(EncodeConfig, config, overrides)
+    if verify:
+        sys.exit(0 if command.verify(loaded, pictures) else 1)
+    command.run(loaded)
+
+
+@commands.group()
+def data() -> None:
+    """Look into folders of latents."""
+
+
+@data.command()
+@click.argument("folder")
+@click.option("--autoencoder", help="The one that made the latents; where the index says when absent.")
+@click.option("--output", help="PNG with pictures decoded from the latents; FOLDER/contact_sheet.png when absent.")
+@click.option("--pictures", type=int, default=64, show_default=True, help="0 writes no PNG.")
+def show(folder: str, autoencoder: str | None, output: str | None, pictures: int) -> None:
+    """Print counts, classes, buckets, statistics and disk use of FOLDER, and draw a contact sheet."""
+    from lpl_pretrain.cli import data as command
+
+    command.show(folder, autoencoder=autoencoder, output=output, pictures=pictures)
 
 
 @commands.command()

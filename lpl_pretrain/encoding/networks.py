@@ -81,7 +81,7 @@ class Networks:
 
     @torch.inference_mode()
     def moments(self, pixels: np.ndarray, config: EncodeConfig) -> StoredMoments:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = torch.tensor(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             moments = self.autoencoder.encode_moments(images).float()
         height, width = (side // self.autoencoder.downscale for side in images.shape[-2:])
