@@ -116,7 +116,7 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
             f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, {config.data.folder} has "
             f"{index.latent.channels}: name a decoder for the same latents"
         )
-    smallest = min(index.latent.height, index.latent.width)
+    smallest = min(min(bucket.height, bucket.width) for bucket in index.buckets)
     if lpl.crop is not None and lpl.crop.side > smallest:
         problems.append(
             f"lpl.crop.side={lpl.crop.side}: latents of {config.data.folder} have {smallest} positions a side: use less"
@@ -156,7 +156,7 @@ def _model(config: TrainConfig, index: DatasetIndex) -> list[str]:
     patch = config.model.patch_size
     return [
         f"model.patch_size={patch} does not divide the latent {side}={size} of {config.data.folder}: use a divisor of {size}"
-        for side, size in (("height", index.latent.height), ("width", index.latent.width))
+        for side, size in sorted({(side, getattr(bucket, side)) for bucket in index.buckets for side in ("height", "width")})
         if size % patch
     ]
 

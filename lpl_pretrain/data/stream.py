@@ -8,7 +8,6 @@ every layout, drawn from the same pool by (seed, count).
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +32,8 @@ BATCHES_AHEAD = 4
 OPEN_SHARDS_PER_LANE = 4
 SUBSTITUTES = 100
 """Samples that are tried in the place of an unreadable one."""
-EXPONENT = {"fp16": 0x7C00, "bf16": 0x7F80}
-"""Bits that are all set in NaN and infinity, and in nothing else."""
+INFINITY = {"fp16": 0x7C00, "bf16": 0x7F80}
+"""The bits of infinity; those of NaN are above, those of finite magnitudes below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class LatentStream:
         self._check_wants()
         self.order = SampleOrder(self.folders, seed, global_batch_size, lanes=config.lanes, block_samples=config.block_samples)
         self._stores = [self._store(path, i) for i, path in enumerate(self.folders.paths)]
-        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        self._open: dict[tuple[int, int], OpenShard] = {}
         self._lock = threading.Lock()
         self.damage = DamageLog(config, self.folders.indexes)
         self._fetched_to = 0
@@ -99,6 +98,8 @@ class LatentStream:
         stored = np.empty((len(places), 2 * self.index.latent.channels, height, width), dtype=DTYPES[self.index.moments_dtype])
         raw = stored.reshape(len(places), -1).view(np.uint8)
         rows = [self._read_row(*row) for row in zip(counts.tolist(), places, flips.tolist(), raw, strict=True)]
+        for row in np.flatnonzero(self._not_finite(raw)).tolist():
+            rows[row] = self._read_row(int(counts[row]), places[row], bool(flips[row]), raw[row], look=True)
         return self._collate(stored, rows, flips, counts)
 
     def prefetch(self, requests: Iterable[Sequence[int]]) -> Generator[LatentBatch, None, None]:
@@ -133,28 +134,35 @@ class LatentStream:
             damaged += [(folder, shard, problem.row, problem.reason) for problem in problems]
         return damaged
 
-    def _read_row(self, count: int, place: tuple[int, int, int], flipped: bool, into: np.ndarray) -> Row:
-        """What was read: the sample at `place`, or another of its pool when that is damaged and may be skipped."""
+    def _read_row(self, count: int, place: tuple[int, int, int], flipped: bool, into: np.ndarray, look: bool = False) -> Row:
+        """What was read: the sample at `place`, or another of its pool when that is damaged and may be skipped.
+
+        `look` into the latent for NaN and infinity; without, the whole batch is looked at afterwards, which is faster.
+        """
         folder, shard, row = place
         for substitute in range(SUBSTITUTES):
             try:
-                return self._try_row(folder, shard, row, flipped, into)
+                return self._try_row(folder, shard, row, flipped, into, look)
             except DataError as problem:
                 self.damage.note(folder, shard, row, str(problem))
             folder, shard, row = self.order.drawn_from_pool(place, rng.key(self.seed, "substitute", count, substitute))
         raise DataError(f"{self.folders.paths[folder]}: {SUBSTITUTES} samples in a row cannot be read: encode the folder again")
 
-    def _try_row(self, folder: int, shard: int, row: int, flipped: bool, into: np.ndarray) -> Row:
+    def _try_row(self, folder: int, shard: int, row: int, flipped: bool, into: np.ndarray, look: bool) -> Row:
         if known := self.damage.reason(folder, shard, row):
             raise DataError(known)
         opened = self._shard(folder, shard)
         opened.read_moments(row, flipped, memoryview(into))  # type: ignore[arg-type]
-        exponent = EXPONENT[self.index.moments_dtype]
-        if ((into.view("<u2") & exponent) == exponent).any():
+        if look and self._not_finite(into[None])[0]:
             raise DataError(f"{opened.where(row)}: NaN or infinity in its latent, wanted finite values: encode the folder again")
         caption = opened.read_caption(row) if self.wants.captions else None
         text = {name: opened.read_text(row, name, self.index.text[name]) for name in self.wants.text}
         return Row(int(opened.offsets.label[row]), opened.offsets.micro[row], caption, text)
+
+    def _not_finite(self, raw: np.ndarray) -> np.ndarray:
+        """(B, bytes) of latents as stored -> (B,) bool"""
+        magnitudes = raw.view("<i2") & 0x7FFF
+        return magnitudes.max(axis=1, initial=0) >= INFINITY[self.index.moments_dtype]
 
     def _flips(self, counts: np.ndarray) -> np.ndarray:
         if not self.config.flips:
@@ -186,10 +194,8 @@ class LatentStream:
         return bucket.height, bucket.width
 
     def _shard(self, folder: int, shard: int) -> OpenShard:
-        with self._lock:
-            if opened := self._open.get((folder, shard)):
-                self._open.move_to_end((folder, shard))
-                return opened
+        if known := self._open.get((folder, shard)):
+            return known
         index = self.folders.indexes[folder]
         entry = index.shards[shard]
         try:
@@ -201,7 +207,7 @@ class LatentStream:
         with self._lock:
             self._open[folder, shard] = opened
             if len(self._open) > OPEN_SHARDS_PER_LANE * self.config.lanes:
-                self._open.popitem(last=False)  # closed once nobody reads it
+                del self._open[next(iter(self._open))]  # the one opened first; closed once nobody reads it
         return opened
 
     def _fetch_ahead(self, counts: np.ndarray) -> None:

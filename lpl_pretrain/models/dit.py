@@ -1,6 +1,7 @@
 """The diffusion transformer with adaLN-Zero (arXiv 2212.09748), class-conditional, with the published parameter names.
 
-Shapes: z_t (B, C, H, W), t (B,) in [0, 1]; the answer has the shape of z_t.  At initialisation the answer is exactly zero.
+Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the shape of z_t.
+At initialisation the answer is exactly zero.
 """
 
 from __future__ import annotations
@@ -42,11 +43,18 @@ class DiT(nn.Module):
         return [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
+        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self._positions(rows, columns)
         condition = self.t_embedder(t) + self.y_embedder(cond.labels)
         for block in self.blocks:
             tokens = block(tokens, condition)
-        return unpatchify(self.final_layer(tokens, condition), self.patch, self.rows, self.columns)
+        return unpatchify(self.final_layer(tokens, condition), self.patch, rows, columns)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
+        if (rows, columns) == (self.rows, self.columns):
+            return self.pos_embed
+        return sincos_position_embedding(self.pos_embed.shape[-1], rows, columns).to(self.pos_embed)
 
     def _initialise(self) -> None:
         """As published: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""

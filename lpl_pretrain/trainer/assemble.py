@@ -131,7 +131,8 @@ def build_perceptual(
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
     choice = Choice.of(config.batch.global_batch_size, share, lpl.sample_share)
     features = build_features(config, lpl, index, scaling).to(device)
-    features.check(index.latent.channels, index.latent.height, index.latent.width)
+    for bucket in index.buckets:
+        features.check(index.latent.channels, bucket.height, bucket.width)
     loss = LatentPerceptualLoss(lpl, features, sum_over_ranks)
     prefix, inclusion = choice.prefix(slots), choice.inclusion
     return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, DeviceTimer(device), LastSeen()), choice

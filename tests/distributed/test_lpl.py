@@ -43,7 +43,7 @@ def train(world, device, data, strategy, precision, micro_batch_size, lpl, forge
         batch={"global_batch_size": 8, "micro_batch_size": micro_batch_size},
         lpl={**LPL, "decoder_precision": "fp64" if precision == "fp64" else "fp32", **lpl},
     )
-    run = assemble(config, RunDir(Path(data[0]) / "never_written"), world, device)
+    run = assemble(config, RunDir(Path("never_written")), world, device)
     meter, norms = Meter(device), []
     for step in range(STEPS):
         hands = run.hands(step)

@@ -10,8 +10,8 @@ from lpl_pretrain.encoding.encode import encode
 from tests.support.autoencoders import tiny_folder
 
 
-def draw_pictures(folder: Path, count: int = 32, side: int = 32) -> Path:
-    """`class/name.png`: coloured blobs in two classes."""
+def draw_pictures(folder: Path, count: int = 32, side: int = 32, sizes: list[tuple[int, int]] | None = None) -> Path:
+    """`class/name.png`: coloured blobs in two classes, stretched to (height, width) of `sizes` in turn."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:side, :side]
     for i in range(count):
@@ -21,8 +21,22 @@ def draw_pictures(folder: Path, count: int = 32, side: int = 32) -> Path:
         pixels = np.full((side, side, 3), 255, np.uint8)
         pixels[inside] = rng.integers(0, 255, 3)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+        height, width = sizes[i // 2 % len(sizes)] if sizes else (side, side)
+        Image.fromarray(pixels).resize((width, height)).save(folder / name / f"{i:03d}.png")
     return folder
+
+
+def mixed_dataset(folder: Path) -> tuple[dict[str, float], str]:
+    """({folder: weight}, autoencoder): two folders of three aspect ratios between them, flipped latents included."""
+    autoencoder = tiny_folder(folder / "autoencoder")
+    weights = {}
+    for name, sizes, weight in (("a", [(32, 32), (48, 24)], 3.0), ("b", [(32, 32), (24, 48)], 1.0)):
+        draw_pictures(folder / name, 12, sizes=sizes)
+        config = {"source": str(folder / name), "output": str(folder / f"{name}_latents"), "autoencoder": autoencoder}
+        more = {"resolution_px": 32, "buckets": {"max_aspect": 2.0, "step_px": 8}, "flips": True, "shard_samples": 5}
+        encode(EncodeConfig.model_validate(config | more))
+        weights[config["output"]] = weight
+    return weights, autoencoder
 
 
 def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:

@@ -77,3 +77,13 @@ def test_null_class():
     labels = torch.tensor([0, 2, -1, 1])
     assert class_conditioning(labels, 3).labels.tolist() == [0, 2, 3, 1]
     assert class_conditioning(labels, 3, torch.tensor([True, False, False, False])).labels.tolist() == [3, 2, 3, 1]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (12, 8), (4, 4), (2, 24)])
+def test_other_shapes_are_those_of_a_model_built_for_them(awake, height, width):
+    """Buckets: the same weights, and positions counted from the same corner."""
+    latent = LATENT.model_copy(update={"height": height, "width": width})
+    other = build_denoiser(DiTConfig(width=32, depth=2, heads=2, patch_size=2), latent, num_classes=3)
+    other.load_state_dict(awake.state_dict())
+    z_t, t, cond = torch.randn(3, 4, height, width), torch.rand(3), Conditioning(torch.tensor([0, 1, 2]))
+    assert torch.equal(awake(z_t, t, cond), other(z_t, t, cond)) and awake(z_t, t, cond).shape == z_t.shape

@@ -1,0 +1,91 @@
+"""Data on real ranks: together they read what one process reads, they agree on damage, and training on it is the same training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.runtime.dist import sum_over_ranks
+from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.assemble import assemble
+from tests.distributed.test_lpl import assert_same, train
+from tests.support.configs import train_config
+from tests.support.latents import mixed_dataset, tiny_dataset
+from tests.support.ranks import run_ranks
+
+BATCH, STEPS = 24, 6
+LIVELY = {"lanes": 2, "block_samples": 3, "flips": True}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return mixed_dataset(tmp_path_factory.mktemp("mixed"))
+
+
+def rows_of_each_step(world, device, data, options, first_step=0):
+    """What this rank trains on: per step, {sample index: its latent}."""
+    config = train_config(
+        data={"folder": data[0], **options},
+        autoencoder=data[1],
+        batch={"global_batch_size": BATCH},
+        parallel={"strategy": "local" if world.world_size == 1 else "ddp"},
+    )
+    run = assemble(config, RunDir(Path("never_written")), world, device)
+    steps = []
+    for step in range(first_step, STEPS):
+        rows = {}
+        for hand in run.hands(step):
+            batch = run.stream.read(hand.sample_indices)
+            rows |= dict(zip(batch.sample_indices.tolist(), batch.moments.clone(), strict=True))
+        steps.append(rows)
+    return steps
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2), (4, 1), (6, 1), (8, 3)])
+def test_ranks_together_read_what_one_process_reads(mixed, ranks, workers):
+    whole = rows_of_each_step(World(), torch.device("cpu"), mixed, LIVELY)
+    parts = run_ranks(ranks, rows_of_each_step, mixed, {**LIVELY, "workers": workers})
+    for step, wanted in enumerate(whole):
+        got = {index: row for part in parts for index, row in part[step].items()}
+        assert sum(len(part[step]) for part in parts) == len(got) == BATCH
+        assert len({tuple(row.shape) for row in got.values()}) == 1  # all ranks are in the same bucket
+        assert all(torch.equal(got[index], row) for index, row in wanted.items())
+    assert len({tuple(row.shape) for step in whole for row in step.values()}) > 1  # but not always in the same one
+
+
+def test_resumed_on_another_number_of_ranks(mixed):
+    whole = rows_of_each_step(World(), torch.device("cpu"), mixed, LIVELY)
+    parts = run_ranks(3, rows_of_each_step, mixed, LIVELY, 4)
+    for step, wanted in enumerate(whole[4:]):
+        got = {index: row for part in parts for index, row in part[step].items()}
+        assert all(torch.equal(got[index], row) for index, row in wanted.items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_training_on_buckets_flips_and_a_mixture_equals_one_process(mixed, strategy):
+    results = run_ranks(2, train, mixed, strategy, "fp64", 2, {})
+    assert_same(results, train(World(), torch.device("cpu"), mixed, "local", "fp64", 8, {}), rtol=1e-11, atol=1e-13)
+
+
+def damaged_rows(world, device, data, options):
+    steps = rows_of_each_step(world, device, data, {**options, "on_error": "skip", "max_skipped_fraction": 0.2})
+    return steps, float(sum_over_ranks(torch.ones(1)))
+
+
+def test_ranks_agree_on_damage(tmp_path):
+    """A bit flip that only the rank that verifies the shard can see: all skip the sample, and all put the same one in its place."""
+    folder, autoencoder = tiny_dataset(tmp_path, 24)
+    shard = next(Path(folder).glob("*.tar"))
+    raw = bytearray(shard.read_bytes())
+    raw[raw.index(b"moments.npy") // 512 * 512 + 512 + 128 + 77] ^= 1
+    shard.write_bytes(raw)
+    whole, _ = damaged_rows(World(), torch.device("cpu"), (folder, autoencoder), {})
+    sound = rows_of_each_step(World(), torch.device("cpu"), (folder, autoencoder), {"verify": "sizes"})
+    replaced = [index for a, b in zip(whole, sound, strict=True) for index in a if not torch.equal(a[index], b[index])]
+    assert 1 <= len(replaced) <= STEPS  # one of 24 samples, in each epoch of one batch
+    for ranks in (2, 4):
+        parts = [part for part, _ in run_ranks(ranks, damaged_rows, (folder, autoencoder), {})]
+        for step, wanted in enumerate(whole):
+            got = {index: row for part in parts for index, row in part[step].items()}
+            assert all(torch.equal(got[index], row) for index, row in wanted.items())

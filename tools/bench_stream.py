@@ -1,0 +1,172 @@
+"""Samples per second of our stream against webdataset's pipeline, StatefulDataLoader over it, and the floor, on the same shards.
+
+    python tools/bench_stream.py --samples 16384 --rounds 5 [--skip 100000] [--json out.json]
+
+Latents of 4x32x32 (moments 8x32x32 in float16) with a class and facts, in shards of 4096 that lie in the page cache.  All give
+shuffled batches of 256.  The floor reads every shard once, front to back, and views the arrays: no shuffling, no copy, no batch.
+Contestants alternate, each round in another order; medians, and the ratio's range over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lpl_pretrain.config.dataset import INDEX_NAME, AutoencoderEntry, BucketEntry, DatasetIndex, LatentEntry, ShardEntry, read_index
+from lpl_pretrain.config.schema import DataConfig
+from lpl_pretrain.data.format import Sample
+from lpl_pretrain.data.offsets import SUFFIX, Offsets
+from lpl_pretrain.data.stream import LatentStream
+from lpl_pretrain.encoding.writer import PartRecord, PartWriter, record_path
+
+CHANNELS, SIDE, BATCH, SHARD = 4, 32, 256, 4096
+
+
+def build(folder: Path, samples: int) -> None:
+    """A finished folder, by the writer that `encode` uses."""
+    writer = PartWriter(folder, "00000-0000", CHANNELS, SHARD)
+    rng = np.random.default_rng(0)
+    for n in range(samples):
+        moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE), dtype=np.float32).astype(np.float16)
+        facts = {"class_name": "x", "source_px": (256, 256), "resized_px": (256, 256), "crop_px": (0, 0)}
+        writer.add(Sample(f"{n:08d}", moments, n % 1000, facts=facts), n % 1000, moments)
+    writer.finish(plan="", skipped=[], class_names={}, source=0)
+    record = PartRecord.model_validate_json(record_path(folder, "00000-0000").read_bytes())
+    shards: list[ShardEntry] = [entry for _, entry in record.shards]
+    index = DatasetIndex(
+        format_version=2,
+        samples=samples,
+        classes=[str(c) for c in range(1000)],
+        class_counts=[record.labels.get(c, 0) for c in range(1000)],
+        latent=LatentEntry(channels=CHANNELS, height=SIDE, width=SIDE, mean=[0.0] * CHANNELS, std=[1.0] * CHANNELS),
+        buckets=[BucketEntry(height=SIDE, width=SIDE, samples=samples)],
+        autoencoder=AutoencoderEntry(identity="none", downscale=8, shift=0.0, scale=1.0),
+        resolution_px=8 * SIDE,
+        source_fingerprint="",
+        fingerprint="bench",
+        shards=shards,
+    )
+    (folder / INDEX_NAME).write_text(index.model_dump_json())
+
+
+def floor(folder: Path, samples: int) -> int:
+    index, seen = read_index(folder), 0
+    for entry in index.shards:
+        path = folder / entry.file
+        offsets = Offsets.read(path.with_suffix(SUFFIX), entry.offsets_sha256)
+        with open(path, "rb", buffering=0) as file:
+            raw = file.read()
+        for start in offsets.moments.tolist():
+            np.frombuffer(raw, "<f2", 2 * CHANNELS * SIDE * SIDE, start + 128).reshape(2 * CHANNELS, SIDE, SIDE)
+            seen += 1
+    return seen
+
+
+def ours(folder: Path, samples: int, workers: int, first: int = 0) -> int:
+    stream = LatentStream(DataConfig(folder=str(folder), workers=max(1, workers)), 0, BATCH)
+    requests = (range(start, start + BATCH) for start in range(first, first + samples, BATCH))
+    batches = map(stream.read, requests) if workers == 0 else stream.prefetch(requests)
+    return sum(len(batch.moments) for batch in batches)
+
+
+def pipeline(folder: Path) -> webdataset.WebDataset:
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    shuffled = webdataset.WebDataset(urls, shardshuffle=100, workersplitter=webdataset.split_by_worker).shuffle(1000)
+    return shuffled.decode().to_tuple("moments.npy", "cls").batched(BATCH)
+
+
+def count(batches: Iterator[Any], samples: int) -> int:
+    seen = 0
+    for moments, _ in batches:
+        seen += len(moments)
+        if seen >= samples:
+            break
+    return seen
+
+
+def webdataset_loader(folder: Path, samples: int, workers: int) -> int:
+    loader = pipeline(folder) if workers == 0 else webdataset.WebLoader(pipeline(folder), batch_size=None, num_workers=workers)
+    return count(iter(loader), samples)
+
+
+def stateful_loader(folder: Path, samples: int, workers: int) -> int:
+    return count(iter(StatefulDataLoader(pipeline(folder), batch_size=None, num_workers=workers)), samples)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--samples", type=int, default=16384)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--skip", type=int, default=100_000, help="samples that webdataset skips to come back to its place")
+    arguments.add_argument("--json", type=Path)
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="lpl-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        folder = Path(name)
+        build(folder, given.samples)
+        contestants: dict[str, Callable[[], int]] = {"floor: read() and view, in order": partial(floor, folder, given.samples)}
+        for workers in (0, 1, 2):
+            contestants |= {
+                f"ours, {workers} threads": partial(ours, folder, given.samples, workers),
+                f"webdataset, {workers} workers": partial(webdataset_loader, folder, given.samples, workers),
+                f"StatefulDataLoader, {workers} workers": partial(stateful_loader, folder, given.samples, workers),
+            }
+        rates: dict[str, list[float]] = {label: [] for label in contestants}
+        for turn in range(given.rounds):
+            labels = list(contestants)
+            for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
+                started = time.perf_counter()
+                seen = contestants[label]()
+                rates[label].append(seen / (time.perf_counter() - started))
+        resume = compare_resume(folder, given.skip)
+    print(table(rates))
+    print(resume["text"])
+    if given.json:
+        given.json.write_text(json.dumps({"samples_per_s": rates, "resume": resume}, indent=2) + "\n")
+
+
+def table(rates: dict[str, list[float]]) -> str:
+    base, low = statistics.median(rates["webdataset, 0 workers"]), statistics.median(rates["floor: read() and view, in order"])
+    lines = [f"{'':<36}{'samples/s':>12}{'x webdataset (0 workers)':>28}{'x floor':>10}"]
+    for label, found in rates.items():
+        each = [rate / other for rate, other in zip(found, rates["webdataset, 0 workers"], strict=True)]
+        median = statistics.median(found)
+        span = f"{median / base:.2f} ({min(each):.2f} to {max(each):.2f})"
+        lines.append(f"{label:<36}{median:>12,.0f}{span:>28}{median / low:>10.2f}")
+    return "\n".join(lines)
+
+
+def compare_resume(folder: Path, skip: int) -> dict[str, Any]:
+    """Seconds to the first batch at sample 10^6: we open a stream there; webdataset has to read what comes before it."""
+    opened = []
+    for _ in range(5):
+        started = time.perf_counter()
+        ours(folder, BATCH, 0, first=10**6)
+        opened.append(time.perf_counter() - started)
+    started, skipped = time.perf_counter(), 0
+    while skipped < skip:
+        skipped += webdataset_loader(folder, skip - skipped, 0)
+    per_sample_s = (time.perf_counter() - started) / skipped
+    ratio = per_sample_s * 10**6 / statistics.median(opened)
+    text = (
+        f"first batch at sample 10^6: ours {1000 * statistics.median(opened):.1f} ms; webdataset skipped {skipped:,} samples at "
+        f"{1 / per_sample_s:,.0f}/s, {per_sample_s * 10**6:,.0f} s for 10^6: {ratio:,.0f}x"
+    )
+    return {"ours_s": opened, "skipped": skipped, "webdataset_s_per_sample": per_sample_s, "ratio": ratio, "text": text}
+
+
+if __name__ == "__main__":
+    main()
