@@ -5,6 +5,7 @@ All problems are listed at once.  Nothing here needs torch, so that a run is ref
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
@@ -38,6 +39,14 @@ FREE_TO_CHANGE = (
 move; what lies in it is compared by fingerprint).  `steps` moves the end of a cosine, so it is free only without one."""
 
 
+FIRST_BETA = {
+    ScheduleKind.LINEAR: 1e-4,
+    ScheduleKind.SCALED_LINEAR: 0.00085,
+    ScheduleKind.COSINE: 1 - (math.cos(0.009 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2,
+}
+"""sigma^2 of the least noisy timestep of each discrete schedule (diffusion/schedule.py)."""
+
+
 def grad_accum_steps(config: TrainConfig, dp_world_size: int) -> int:
     """Microbatches per rank per update."""
     total, micro = config.batch.global_batch_size, micro_batch_size(config, dp_world_size)
@@ -65,7 +74,13 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
     grad_accum_steps(config, dp_world_size)
     if config.parallel.zero_config is not None:
         read_zero_config(config.parallel.zero_config)
-    problems = [*_diffusion(config), *_lpl(config, index, dp_world_size), *_model(config, index), *_strategy(config, dp_world_size)]
+    problems = [
+        *_data(config, index),
+        *_diffusion(config),
+        *_lpl(config, index, dp_world_size),
+        *_model(config, index),
+        *_strategy(config, dp_world_size),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     _autoencoder(config, index)
@@ -88,6 +103,14 @@ def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> Non
         )
 
 
+def _data(config: TrainConfig, index: DatasetIndex) -> list[str]:
+    if config.data.flips and not index.flipped:
+        return [
+            f"data.flips=true: {config.data.folder} holds no flipped latents: encode it with flips: true, or set data.flips=false"
+        ]
+    return []
+
+
 def _diffusion(config: TrainConfig) -> list[str]:
     prediction, schedule = config.diffusion.prediction, config.diffusion.schedule
     if (prediction is Prediction.FLOW) != (schedule is ScheduleKind.RECTIFIED_FLOW):
@@ -107,6 +130,13 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
         problems.append(
             f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer timesteps; "
             "use lpl.gate.min_snr or lpl.gate.max_noise_level"
+        )
+    limit = lpl.gate.max_noise_level or (lpl.gate.min_snr**-0.5 if lpl.gate.min_snr else math.inf)
+    beta = FIRST_BETA.get(config.diffusion.schedule, 0.0)
+    if limit < (least := (beta / (1 - beta)) ** 0.5):
+        problems.append(
+            f"lpl.gate: no sample can pass a noise level of {limit:.4g}; the least noisy one of "
+            f"{config.diffusion.schedule.value} has {least:.4g}: open the gate, or set lpl=null"
         )
     folder = lpl.decoder or config.autoencoder
     decoder = read_autoencoder(folder, resolve_path(folder))

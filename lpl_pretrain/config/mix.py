@@ -91,6 +91,7 @@ def _samples_of(index: DatasetIndex, height: int, width: int) -> int:
 def _check_alike(paths: list[str], indexes: list[DatasetIndex]) -> None:
     alike: dict[str, Callable[[DatasetIndex], Any]] = {
         "autoencoder": lambda index: index.autoencoder.identity[:12],
+        "resolution_px": lambda index: index.resolution_px,
         "latent channels": lambda index: index.latent.channels,
         "moments_dtype": lambda index: index.moments_dtype,
         "classes": lambda index: index.classes,

@@ -100,6 +100,8 @@ def settings(run: Run, step: int, means: dict[str, float]) -> dict[str, float]:
         "lr": learning_rate(run.config.optimizer, step, run.config.steps),
         "samples_seen": (step + 1) * run.config.batch.global_batch_size,
     }
+    if lost := run.stream.damage.lost_samples():
+        values["data/skipped_samples"] = lost
     if run.updater.perceptual is not None and run.updater.perceptual.weight.active(step):
         values["lpl/weight"] = run.updater.perceptual.weight.value(step)
         values["lpl/weighted_share"] = 1 - means["loss/diffusion"] / means["loss/total"]

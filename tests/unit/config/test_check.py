@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
-from lpl_pretrain.config.check import check_run, check_same_run, grad_accum_steps, micro_batch_size
+from lpl_pretrain.config.check import FIRST_BETA, check_run, check_same_run, grad_accum_steps, micro_batch_size
+from lpl_pretrain.config.dataset import BucketEntry
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
+from lpl_pretrain.config.schema import ScheduleKind
+from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.configs import dataset_index, train_config
 
@@ -41,6 +44,11 @@ def test_a_good_run_passes(identity):
         ({"diffusion__schedule": "cosine"}, ["diffusion.schedule=cosine", "flow goes with rectified_flow"]),
         ({"diffusion__prediction": "v"}, ["diffusion.prediction=v"]),
         ({"lpl__weight": 1.0, "lpl__gate": {"max_timestep": 200}}, ["lpl.gate.max_timestep=200", "min_snr"]),
+        ({"data__flips": True}, ["data.flips=true: data/x holds no flipped latents"]),
+        (
+            {"lpl__weight": 1, "lpl__gate": {"min_snr": 1e9}, "diffusion": {"prediction": "v", "schedule": "cosine"}},
+            ["lpl.gate: no sample can pass a noise level of 3.162e-05", "of cosine has 0.006425"],
+        ),
         ({"lpl__weight": 1.0, "lpl__stages": ["up7"]}, ["lpl.stages=['up7']", "mid, up0, up1, up2"]),
         ({"lpl__weight": 1.0, "lpl__outliers": {"first_stage": 9}}, ["first_stage=9", "4 stages"]),
         ({"lpl__weight": 1.0, "lpl__depth_weights": [1.0, 2.0]}, ["2 numbers for the 4 compared stages mid, up0, up1, up2"]),
@@ -57,6 +65,19 @@ def test_misfits_are_named(identity, changes, words):
         check_run(train_config(**changes), dataset_index(identity=identity), 1)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kind", list(FIRST_BETA))
+def test_least_noise_levels_are_those_of_the_schedules(kind):
+    assert FIRST_BETA[kind] == pytest.approx(make_schedule(kind).betas[0].item(), rel=1e-6)
+    assert set(FIRST_BETA) == set(ScheduleKind) - {ScheduleKind.RECTIFIED_FLOW}
+
+
+def test_every_bucket_fits_the_patches(identity):
+    index = dataset_index(identity=identity)
+    buckets = [*index.buckets, BucketEntry(height=19, width=12, samples=3)]
+    with pytest.raises(ConfigError, match="model.patch_size=2 does not divide the latent height=19"):
+        check_run(train_config(), index.model_copy(update={"buckets": buckets}), 1)
 
 
 def test_local_strategy_on_two_processes(identity):

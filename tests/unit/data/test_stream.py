@@ -17,6 +17,7 @@ from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.offsets import Offsets, key_at
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
+from tests.support.indexes import simulated_index
 from tests.support.material import FakeAutoencoder, data_config, encode_config, encode_whole, encoded, picture, sample, write_tar
 
 SHAPE = (4, 4, 4)
@@ -113,6 +114,20 @@ def test_open_shards_are_limited(data_set: Path) -> None:
     stream = open_stream(data_set, lanes=1, block_samples=1)
     stream.read(range(23))
     assert len(stream._open) <= 4
+
+
+def test_ten_million_samples_open_at_any_place_within_a_second(tmp_path: Path) -> None:
+    """A simulated index of 1,221 shards, whose files are sparse: all that is done before the first sample is read."""
+    index = simulated_index("big", {(32, 32): [8192] * 1000, (40, 24): [8192] * 221}, bytes_each=20_000)
+    for entry in index.shards:
+        with open(tmp_path / entry.file, "wb") as file:
+            file.truncate(entry.bytes)
+    (tmp_path / "index.json").write_text(index.model_dump_json())
+    started = time.perf_counter()
+    stream = open_stream(tmp_path, batch=1024)
+    places = stream.order.locate(np.arange(10_000_384, 10_000_384 + 1024))
+    assert time.perf_counter() - started < 1.0
+    assert stream.index.samples > 10_000_000 and len(set(places.shard.tolist())) > 10
 
 
 def test_state_says_where_a_run_is(data_set: Path) -> None:
@@ -349,6 +364,14 @@ def test_folders_that_cannot_be_mixed(tmp_path: Path) -> None:
 
     change_index(b, other)
     with pytest.raises(DataError, match="folders of different autoencoder cannot be mixed: .*a has fake, .*b has other"):
+        open_stream({str(a): 1.0, str(b): 1.0})
+
+    def larger(index: dict) -> None:
+        index["resolution_px"] = 32
+        index["autoencoder"]["identity"] = "fake"
+
+    change_index(b, larger)
+    with pytest.raises(DataError, match="folders of different resolution_px cannot be mixed: .*a has 16, .*b has 32"):
         open_stream({str(a): 1.0, str(b): 1.0})
     with pytest.raises(ConfigError, match="its weight is 0.0001 of the whole, wanted at least 1/4096"):
         open_stream({str(a): 9999.0, str(b): 1.0})

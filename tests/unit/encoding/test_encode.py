@@ -16,7 +16,7 @@ from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.schema import EncodeConfig
 from lpl_pretrain.data.stream import LatentStream, Wants
-from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.encode import check_shapes, encode
 from lpl_pretrain.encoding.writer import LatentStatistics
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.material import (
@@ -229,9 +229,13 @@ def test_command_prints_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "left alone" in capsys.readouterr().out
 
 
-def test_shipped_config_is_valid() -> None:
-    config = load_config(EncodeConfig, Path(__file__).parents[3] / "configs" / "encode" / "emoji.yaml")
-    assert config.source == "asset:emoji/train.tar"
+def test_shipped_configs_are_valid() -> None:
+    shipped = {
+        path.name: load_config(EncodeConfig, path) for path in (Path(__file__).parents[3] / "configs" / "encode").glob("*.yaml")
+    }
+    assert shipped["emoji.yaml"].source == "asset:emoji/train.tar" and len(shipped) >= 3
+    for config in shipped.values():
+        check_shapes(config, downscale=4 if config.resolution_px == 64 else 8)
 
 
 # --- shapes, crops, flips
