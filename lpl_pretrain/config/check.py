@@ -6,6 +6,7 @@ All problems are listed at once.  Nothing here needs torch, so that a run is ref
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
@@ -13,7 +14,7 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import differences, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
-from lpl_pretrain.config.schema import Prediction, ScheduleKind, StrategyKind, TrainConfig
+from lpl_pretrain.config.schema import DataConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError, DataError
 
@@ -75,7 +76,7 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
     if config.parallel.zero_config is not None:
         read_zero_config(config.parallel.zero_config)
     problems = [
-        *_data(config, index),
+        *data_problems(config.data, index),
         *_diffusion(config),
         *_lpl(config, index, dp_world_size),
         *_model(config, index),
@@ -103,12 +104,19 @@ def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> Non
         )
 
 
-def _data(config: TrainConfig, index: DatasetIndex) -> list[str]:
-    if config.data.flips and not index.flipped:
-        return [
-            f"data.flips=true: {config.data.folder} holds no flipped latents: encode it with flips: true, or set data.flips=false"
-        ]
-    return []
+def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = ()) -> list[str]:
+    """What a run asks for and the folder does not hold; `text`: names of text encoders."""
+    problems = [
+        f"data.folder={data.folder}: has no embeddings by {name!r}, it has {sorted(index.text) or 'none'}: "
+        "encode it with that text encoder"
+        for name in text
+        if name not in index.text
+    ]
+    if data.flips and not index.flipped:
+        problems.append(
+            f"data.flips=true: {data.folder} holds no flipped latents: encode it with flips: true, or set data.flips=false"
+        )
+    return problems
 
 
 def _diffusion(config: TrainConfig) -> list[str]:

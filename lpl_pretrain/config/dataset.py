@@ -43,7 +43,7 @@ class AutoencoderEntry(Section):
 class LatentEntry(Section):
     channels: int
     height: int
-    """Of the bucket with the most samples, in latent positions."""
+    """Of the square bucket, or of the one with the most samples, in latent positions: what a run generates."""
     width: int
     mean: list[float]
     """Per channel, over all samples and positions of the posterior's mean."""

@@ -23,8 +23,8 @@ class LaneOrder:
         self.samples = int(self.sizes.sum())
         assert self.samples > 0, (name, shard_samples)
         self.seed, self.name = seed, name
-        small = self.samples <= lanes * block_samples
-        self.lanes, self.block_samples = (1, self.samples) if small else (lanes, block_samples)
+        self.is_whole = self.samples <= lanes * block_samples
+        self.lanes, self.block_samples = (1, self.samples) if self.is_whole else (lanes, block_samples)
         self._line = lru_cache(maxsize=2)(self._draw_line)
         self._block = lru_cache(maxsize=4 * self.lanes)(self._draw_block)
 

@@ -73,6 +73,11 @@ class SampleOrder:
                 places.folder[mine], places.shard[mine] = pool.folder, pool.shards[shards]
         return places
 
+    def shards_at_once(self, folder: int) -> int:
+        """How many shards of a folder are read side by side: one for each lane of each bucket, all of a pool without lanes."""
+        pools = [pool for pools in self.pools for pool in pools if pool.folder == folder]
+        return sum(len(pool.shards) if pool.order.is_whole else min(pool.order.lanes, len(pool.shards)) for pool in pools)
+
     def drawn_from_pool(self, place: tuple[int, int, int], key: int) -> tuple[int, int, int]:
         """(folder, shard, row) of a sample of the same pool, picked by 64 random bits."""
         folder, shard, _ = place

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lpl_pretrain.config.check import data_problems
 from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, is_url
 from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.schema import DataConfig
@@ -29,7 +30,8 @@ from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
 
 BATCHES_AHEAD = 4
-OPEN_SHARDS_PER_LANE = 4
+MOST_OPEN_SHARDS = 768
+"""Below the usual limit of 1,024 open files."""
 SUBSTITUTES = 100
 """Samples that are tried in the place of an unreadable one."""
 INFINITY = {"fp16": 0x7C00, "bf16": 0x7F80}
@@ -64,9 +66,12 @@ class LatentStream:
         self.index = self.folders.merged
         for path, index in zip(self.folders.paths, self.folders.indexes, strict=True):
             _check_sums(path, index)
-        self._check_wants()
+        if problems := data_problems(config, self.index, self.wants.text):
+            raise ConfigError("\n".join(problems))
         self.order = SampleOrder(self.folders, seed, global_batch_size, lanes=config.lanes, block_samples=config.block_samples)
-        self._stores = [self._store(path, i) for i, path in enumerate(self.folders.paths)]
+        at_once = [self.order.shards_at_once(folder) for folder in range(len(self.folders.paths))]
+        self._most_open = min(2 * sum(at_once), MOST_OPEN_SHARDS)
+        self._stores = [self._store(path, i, at_once[i]) for i, path in enumerate(self.folders.paths)]
         self._open: dict[tuple[int, int], OpenShard] = {}
         self._lock = threading.Lock()
         self.damage = DamageLog(config, self.folders.indexes)
@@ -206,7 +211,7 @@ class LatentStream:
             raise
         with self._lock:
             self._open[folder, shard] = opened
-            if len(self._open) > OPEN_SHARDS_PER_LANE * self.config.lanes:
+            if len(self._open) > self._most_open:
                 del self._open[next(iter(self._open))]  # the one opened first; closed once nobody reads it
         return opened
 
@@ -222,11 +227,10 @@ class LatentStream:
             for file in _files(self.folders.indexes[folder].shards[shard]):
                 self._stores[folder].ahead(*file)
 
-    def _store(self, path: str, folder: int) -> Store:
+    def _store(self, path: str, folder: int, at_once: int) -> Store:
         if not is_url(path):
             return LocalStore(path)
         largest = max(entry.bytes for entry in self.folders.indexes[folder].shards)
-        at_once = min(self.config.lanes, len(self.folders.indexes[folder].shards))
         return CachedStore(path, self.config.cache, largest_bytes=largest, at_once=at_once)
 
     def _check_sizes(self) -> None:
@@ -237,18 +241,6 @@ class LatentStream:
                         check_size(store.folder / entry.file, entry)
                     except DataError as problem:
                         self.damage.note(folder, shard, None, str(problem))
-
-    def _check_wants(self) -> None:
-        if missing := [name for name in self.wants.text if name not in self.index.text]:
-            raise ConfigError(
-                f"data.folder={self.config.folder}: has no embeddings by {missing[0]!r}, it has "
-                f"{sorted(self.index.text) or 'none'}: encode it with that text encoder"
-            )
-        if self.config.flips and not self.index.flipped:
-            raise ConfigError(
-                f"data.flips=true: {self.config.folder} holds no flipped latents: encode it with flips: true, "
-                "or set data.flips=false"
-            )
 
 
 def _check_sums(path: str, index: DatasetIndex) -> None:

@@ -195,7 +195,7 @@ class PartEncoder:
         waiting: dict[tuple[int, int], list[Decoded]] = {}
         while (item := next(items)) is not None:
             if isinstance(item, Problem):
-                self._skip(item.reason, skipped, part)
+                self._skip(item.reason, skipped)
                 continue
             source += int.from_bytes(hashlib.sha256(_entry(item).encode()).digest(), "big")
             if item.picture.label is not None and item.picture.class_name is not None:
@@ -203,15 +203,15 @@ class PartEncoder:
             batch = waiting.setdefault(item.fit.shape_px, [])
             batch.append(item)
             if len(batch) == self.config.batch_size:
-                self._encode_batch(waiting.pop(item.fit.shape_px), writer, skipped, part)
+                self._encode_batch(waiting.pop(item.fit.shape_px), writer, skipped)
                 advance(self.config.batch_size)
         for shape in sorted(waiting):
-            self._encode_batch(waiting[shape], writer, skipped, part)
+            self._encode_batch(waiting[shape], writer, skipped)
             advance(len(waiting[shape]))
         self._skipped_before += len(skipped)
         writer.finish(plan=self.plan.identity, skipped=skipped, class_names=class_names, source=source % 2**256)
 
-    def _encode_batch(self, batch: list[Decoded], writer: PartWriter, skipped: list[str], part: Part) -> None:
+    def _encode_batch(self, batch: list[Decoded], writer: PartWriter, skipped: list[str]) -> None:
         pixels = np.stack([item.pixels for item in batch])
         encoded = [self.networks.moments(pixels, self.config)]
         if self.config.flips:
@@ -225,7 +225,6 @@ class PartEncoder:
                     f"{picture.origin}: sample {picture.key!r}: its moments reach {wrong[0]:g}, wanted finite values within "
                     f"{self.config.moments_dtype}: remove the picture, or set moments_dtype=bf16 or precision=fp32",
                     skipped,
-                    part,
                 )
                 continue
             sample = Sample(
@@ -239,7 +238,7 @@ class PartEncoder:
             )
             writer.add(sample, NO_CLASS if picture.label is None else picture.label, encoded[0].floats[row])
 
-    def _skip(self, reason: str, skipped: list[str], part: Part) -> None:
+    def _skip(self, reason: str, skipped: list[str]) -> None:
         if self.config.on_error is OnError.STOP:
             raise DataError(reason)
         log.warning("skipped: %s", reason)

@@ -72,7 +72,7 @@ def make_index(config: EncodeConfig, plan: Plan, networks: Networks, records: li
     for bucket, entry in (shard for record in records for shard in record.shards):
         per_bucket[bucket] += entry.samples
     buckets = sorted(per_bucket)
-    height, width = max(buckets, key=lambda bucket: (per_bucket[bucket], bucket))
+    height, width = max(buckets, key=lambda bucket: (bucket[0] == bucket[1], per_bucket[bucket], bucket))
     shards = [entry.model_copy(update={"bucket": buckets.index(bucket)}) for record in records for bucket, entry in record.shards]
     autoencoder = networks.autoencoder
     return DatasetIndex(

@@ -32,10 +32,13 @@ class Part:
     first: int
     samples: int | None
     """None: all of the unit, which is not known yet (a remote tar)."""
+    start: int = 0
+    """Byte of a local tar where the first of them begins."""
 
     def items(self, fetch: Callable[[str], Path]) -> Iterator[Picture | Problem]:
-        last = None if self.samples is None else self.first + self.samples
-        return islice(self.unit.pictures(fetch), self.first, last)
+        first = self.first if self.unit.files is not None else 0
+        last = None if self.samples is None else first + self.samples
+        return islice(self.unit.pictures(fetch, self.start), first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +68,22 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
             parts.append(Part(f"{number:05d}-0000", unit, 0, None))
             continue
         unit = _shuffled(unit, config.seed)
-        keys: list[str] = []
+        keys, starts = list[str](), list[int | None]()
         for item in unit.pictures():
             if isinstance(item, Problem):
                 if config.on_error is OnError.STOP:
                     raise DataError(item.reason)
                 keys.append(f"{unit.origin}\n{len(keys)}")  # holds a place, and is no key of a tar
+                starts.append(None)
                 continue
             stamp.update(item.stamp().encode() + b"\n")
             classes.add(f"{item.origin}: sample {item.key!r}", item.label, item.class_name)
             keys.append(item.key)
+            starts.append(item.start)
         if not keys:
             raise no_pictures(unit.origin)
         hashes.append(key_hashes(keys))
-        parts += _cut(f"{number:05d}", unit, len(keys), config.shard_samples)
+        parts += _cut(f"{number:05d}", unit, starts, config.shard_samples)
     classes.names()
     if hashes and (repeated := first_repeated(np.concatenate(hashes))) is not None:
         raise _repeated_key(config, repeated)
@@ -98,11 +103,19 @@ def first_repeated(hashes: np.ndarray) -> int | None:
     return int(repeated[0]) if repeated.size else None
 
 
-def _cut(name: str, unit: Unit, count: int, shard_samples: int) -> list[Part]:
-    """Parts of nearly the same size, each of one full shard at most when there are no buckets."""
+def _cut(name: str, unit: Unit, starts: list[int | None], shard_samples: int) -> list[Part]:
+    """Parts of nearly the same size, each of one full shard at most when there are no buckets.
+
+    `starts`: where each picture begins; None for a problem, at which no part begins.
+    """
+    count = len(starts)
     parts = -(-count // shard_samples)
-    ends = [count * i // parts for i in range(parts + 1)]
-    return [Part(f"{name}-{i:04d}", unit, ends[i], ends[i + 1] - ends[i]) for i in range(parts)]
+    ends = [0, *(count * i // parts for i in range(1, parts)), count]
+    for i in range(1, parts):
+        while ends[i] < count and starts[ends[i]] is None:
+            ends[i] += 1
+    spans = [(first, end) for first, end in zip(ends, ends[1:], strict=False) if first < end]
+    return [Part(f"{name}-{i:04d}", unit, first, end - first, starts[first] or 0) for i, (first, end) in enumerate(spans)]
 
 
 def _shuffled(unit: Unit, seed: int) -> Unit:

@@ -44,6 +44,8 @@ class Picture:
     label: int | None = None
     class_name: str | None = None
     caption: str | None = None
+    start: int = 0
+    """Of its sample in a tar, from where reading can begin."""
 
     def read_bytes(self) -> bytes:
         encoded = self._read(self.offset, self.size)
@@ -94,12 +96,15 @@ class Unit:
     def is_remote_tar(self) -> bool:
         return self.files is None and is_url(self.origin)
 
-    def pictures(self, fetch: Callable[[str], Path] | None = None) -> Iterator[Picture | Problem]:
-        """In a fixed order.  `fetch` brings a remote tar here; its pictures can be read while the file is there."""
+    def pictures(self, fetch: Callable[[str], Path] | None = None, start: int = 0) -> Iterator[Picture | Problem]:
+        """In a fixed order, of a local tar from the sample at byte `start` on.
+
+        `fetch` brings a remote tar here; its pictures can be read while the file is there.
+        """
         if self.files is not None:
             yield from self.files
         elif not self.is_remote_tar:
-            yield from _read_tar(Path(self.origin), self.origin)
+            yield from _read_tar(Path(self.origin), self.origin, start)
         elif fetch is not None:
             yield from _read_tar(fetch(self.origin), self.origin)
         else:
@@ -205,9 +210,10 @@ def _file_picture(origin: str, name: str, size: int, label: int | None = None, c
     return Picture(key, where, where, 0, size, label, class_name)
 
 
-def _read_tar(path: Path, origin: str) -> Iterator[Picture | Problem]:
+def _read_tar(path: Path, origin: str, start: int = 0) -> Iterator[Picture | Problem]:
     """`origin` names the tar in errors; `path` is where it lies now."""
     with open(path, "rb") as file:
+        file.seek(start)
         key = ""
         members: dict[str, tarfile.TarInfo] = {}
         try:
@@ -284,7 +290,8 @@ def _tar_picture(path: Path, origin: str, fd: int, key: str, members: dict[str, 
         said = _parse_texts(texts, where)
     except DataError as problem:
         return Problem(where, str(problem))
-    return Picture(key, f"{origin}:{key}.{found[0]}", str(path), info.offset_data, info.size, *said)
+    start = min(member.offset for member in members.values())
+    return Picture(key, f"{origin}:{key}.{found[0]}", str(path), info.offset_data, info.size, *said, start)
 
 
 def _parse_texts(texts: dict[str, bytes], where: str) -> tuple[int | None, str | None, str | None]:
