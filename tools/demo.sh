@@ -17,6 +17,8 @@ started=$(date +%s)
 
 say "pictures -> latents"
 lpl-pretrain encode configs/encode/emoji.yaml
+lpl-pretrain encode configs/encode/emoji.yaml --verify
+lpl-pretrain data show data/emoji_latents
 rm -rf $RUN
 
 say "latents -> checkpoints: ${TRAIN[*]}"

@@ -6,8 +6,10 @@ sizes (B, 6) int64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,13 +45,13 @@ class LatentBatch:
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """Does not wait for the copy when the batch is pinned; moments become float32 on the other side."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, moments=moved.moments.float())
 
     def pin_memory(self) -> LatentBatch:
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> LatentBatch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> LatentBatch:
         return LatentBatch(
             function(self.moments),
             function(self.labels),
@@ -58,3 +60,37 @@ class LatentBatch:
             self.captions,
             {name: text.map(function) for name, text in self.text.items()},
         )
+
+
+def on_device(batches: Generator[LatentBatch, None, None], device: torch.device) -> Generator[LatentBatch, None, None]:
+    """`batches`, on `device`.  On CUDA each is copied on a stream of its own while the one before it is worked on.
+
+    Closing this closes `batches`.
+    """
+    with closing(batches):
+        if device.type != "cuda":
+            yield from (batch.to(device) for batch in batches)
+            return
+        copies = _copies(batches, device)
+        ready = next(copies, None)
+        while ready is not None:
+            batch, copied = ready
+            ready = next(copies, None)
+            compute = torch.cuda.current_stream(device)
+            compute.wait_event(copied)
+            batch.map(partial(_keep_for, stream=compute))
+            yield batch
+
+
+def _copies(batches: Iterator[LatentBatch], device: torch.device) -> Iterator[tuple[LatentBatch, torch.cuda.Event]]:
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied, done = batch.to(device), stream.record_event()
+        yield copied, done
+
+
+def _keep_for(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    """Its memory is not given to anybody before `stream` is done with it."""
+    tensor.record_stream(stream)
+    return tensor

@@ -19,7 +19,7 @@ from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, is_url
 from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.ahead import map_ahead
-from lpl_pretrain.data.batch import LatentBatch, TextBatch
+from lpl_pretrain.data.batch import LatentBatch, TextBatch, on_device
 from lpl_pretrain.data.cache import CachedStore, LocalStore, Store
 from lpl_pretrain.data.damage import DamageLog
 from lpl_pretrain.data.format import DTYPES, EncodedText
@@ -107,18 +107,19 @@ class LatentStream:
             rows[row] = self._read_row(int(counts[row]), places[row], bool(flips[row]), raw[row], look=True)
         return self._collate(stored, rows, flips, counts)
 
-    def prefetch(self, requests: Iterable[Sequence[int]]) -> Generator[LatentBatch, None, None]:
-        """`read` of each request, ahead of the consumer on `workers` threads; pinned when there is CUDA.
+    def prefetch(self, requests: Iterable[Sequence[int]], device: torch.device | None = None) -> Generator[LatentBatch, None, None]:
+        """`read` of each request, ahead of the consumer on `workers` threads; brought to `device`, through pinned memory if CUDA.
 
         `requests` is consumed a few batches early; closing the iterator joins the threads.
         """
-        pin = torch.cuda.is_available()
-        return map_ahead(
+        pin = device is not None and device.type == "cuda"
+        batches = map_ahead(
             lambda request: self.read(request).pin_memory() if pin else self.read(request),
             requests,
             threads=self.config.workers,
             ahead=max(BATCHES_AHEAD, 2 * self.config.workers),
         )
+        return batches if device is None else on_device(batches, device)
 
     def verify(self, *, share: int = 0, shares: int = 1) -> list[tuple[int, int, int | None, str]]:
         """Reads every byte of every `shares`-th shard and compares checksums: (folder, shard, row or None, reason) of damage.

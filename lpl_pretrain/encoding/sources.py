@@ -211,30 +211,34 @@ def _file_picture(origin: str, name: str, size: int, label: int | None = None, c
 
 
 def _read_tar(path: Path, origin: str, start: int = 0) -> Iterator[Picture | Problem]:
-    """`origin` names the tar in errors; `path` is where it lies now."""
+    """`origin` names the tar in errors; `path` is where it lies now.  What is wrong beside a sample is told behind it."""
+    key, members, beside = "", dict[str, tarfile.TarInfo](), list[Problem]()
     with open(path, "rb") as file:
         file.seek(start)
-        key = ""
-        members: dict[str, tarfile.TarInfo] = {}
+
+        def finished() -> Iterator[Picture | Problem]:
+            if members:
+                yield _tar_picture(path, origin, file.fileno(), key, members)
+            yield from beside
+
         try:
             for name, info in _walk_tar(file, path, origin):
                 if isinstance(parsed := _parse_member(name, info, origin), Problem):
-                    yield parsed
+                    beside.append(parsed)
                     continue
                 new_key, extension = parsed
                 if new_key != key:
-                    if members:
-                        yield _tar_picture(path, origin, file.fileno(), key, members)
-                    key, members = new_key, {}
+                    yield from finished()
+                    key, members, beside = new_key, {}, []
                 if extension in members:
-                    yield Problem(origin, f"{origin}: member {name!r} is there twice: keys are unique; pack the tar again")
-                    continue
-                members[extension] = info
-        except DataError as problem:  # nothing behind this place can be found
+                    beside.append(Problem(origin, f"{origin}: member {name!r} is there twice: keys are unique; pack the tar again"))
+                else:
+                    members[extension] = info
+        except DataError as problem:  # nothing behind this place can be found; the sample before it may not be whole
+            yield from beside
             yield Problem(origin, str(problem))
             return
-        if members:
-            yield _tar_picture(path, origin, file.fileno(), key, members)
+        yield from finished()
 
 
 def _walk_tar(file: io.BufferedReader, path: Path, origin: str) -> Iterator[tuple[str, tarfile.TarInfo]]:

@@ -60,7 +60,7 @@ def restore(run: Run, sinks: Sinks) -> int:
 def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
     """Collective. The loop itself; True when all steps are done."""
     config, meter, clock = run.config, Meter(run.device), Clock(run.config.batch.global_batch_size, timers(run))
-    batches = run.stream.prefetch(run.requests(first_step))
+    batches = run.stream.prefetch(run.requests(first_step), run.device)
     bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
     for step in range(first_step, config.steps):
         with clock.phase("data"):

@@ -153,6 +153,16 @@ def test_prefetch_raises_in_the_consumer_at_the_right_batch(data_set: Path) -> N
         next(batches)
 
 
+def test_prefetch_to_a_device(data_set: Path) -> None:
+    stream, threads = open_stream(data_set), threading.active_count()
+    batches = stream.prefetch([range(start, start + 4) for start in range(0, 40, 4)], torch.device("cpu"))
+    for start in range(0, 20, 4):
+        batch = next(batches)
+        assert batch.moments.dtype == torch.float32 and batch.sample_indices.tolist() == list(range(start, start + 4))
+    batches.close()
+    assert threading.active_count() == threads
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_change_nothing(data_set: Path, workers: int) -> None:
     requests = [range(start, start + 5) for start in range(0, 200, 5)]

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lpl_pretrain.data.format import scan_shard
 from lpl_pretrain.encoding.images import MAX_PIXELS
-from lpl_pretrain.encoding.sources import read_pictures
+from lpl_pretrain.encoding.sources import list_units, read_pictures
 from lpl_pretrain.errors import DataError
-from tests.support.material import encoded, picture, sample, tar_of, write_tar
+from tests.support.material import FakeAutoencoder, encode_config, encode_whole, encoded, picture, sample, tar_of, write_tar
 
 
 def keys(source: Path | list[str]) -> list[str]:
@@ -201,3 +202,34 @@ def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
     write_pictures(tmp_path / "c", "cat/y.png")
     (tmp_path / "c" / "dog").mkdir()
     refused(tmp_path / "c", "c/dog", "no pictures in this class folder")
+
+
+@pytest.mark.parametrize("names", ["p{:03d}", "a/rather/long/folder/{:03d}" + "x" * 120, "ünïcode/👩‍🚀/{:03d}"])
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, kind: int) -> None:
+    """Parts of one large tar begin where they begin, without walking through what lies before."""
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        for number in range(6):
+            for name, data in sample(number):
+                info = tarfile.TarInfo(names.format(number) + name[name.index(".") :])
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    (unit,) = list_units(str(tmp_path / "x.tar"))
+    whole = list(unit.pictures())
+    for number, found in enumerate(whole):
+        assert list(unit.pictures(start=found.start)) == whole[number:]
+
+
+def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
+    members = []
+    for number in range(30):
+        broken = {"png": None} if number % 5 in (0, 4) else {"cls": b"cat"} if number % 7 == 3 else {}
+        members += sample(number, **broken) + ([("../evil.png", b"")] if number % 6 == 5 else [])
+    tar = write_tar(tmp_path / "x.tar", members)
+    options = {"on_error": "skip", "max_skipped_fraction": 1.0}
+    keys_of = []
+    for shard_samples in (3, 4, 1000):
+        output = tmp_path / f"latents{shard_samples}"
+        index = encode_whole(encode_config(tar, output, shard_samples=shard_samples, **options), FakeAutoencoder())
+        keys_of.append((sorted(key for shard in index.shards for key in scan_shard(output / shard.file)), index.skipped))
+    assert keys_of[0] == keys_of[1] == keys_of[2] and len(keys_of[0][0]) > 10
