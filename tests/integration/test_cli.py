@@ -83,8 +83,11 @@ def world(tmp_path_factory):
     draw_pictures(folder / "pictures")
     autoencoder = tiny_folder(folder / "autoencoder")
     encode = folder / "encode.yaml"
-    encode.write_text(f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\n")
-    assert "32 samples" in lpl("encode", encode).stdout
+    encode.write_text(
+        f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\nshard_samples: 9\n"
+    )
+    said = lpl("encode", encode, ranks=2).stdout  # by two processes, which do not talk to each other
+    assert "32 samples" in said and "4 shards" in said
     (folder / "train.yaml").write_text(TRAIN.format(autoencoder=autoencoder, latents=folder / "latents"))
     (folder / "quick.yaml").write_text(PROTOCOL.format(pictures=folder / "pictures"))
     lpl("train", folder / "train.yaml", f"run_dir={folder}/whole")
