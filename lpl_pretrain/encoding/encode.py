@@ -24,7 +24,7 @@ import torch
 from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex, read_index
 from lpl_pretrain.config.schema import EncodeConfig, OnError
 from lpl_pretrain.data.ahead import map_ahead
-from lpl_pretrain.data.format import NO_CLASS, Sample
+from lpl_pretrain.data.format import Sample
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.encoding.finish import publish_index, remove_records
 from lpl_pretrain.encoding.images import Fit, apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit
@@ -236,7 +236,7 @@ class PartEncoder:
                 encoded[1].stored[row] if self.config.flips else None,
                 {name: rows[row] for name, rows in texts.items()},
             )
-            writer.add(sample, NO_CLASS if picture.label is None else picture.label, encoded[0].floats[row])
+            writer.add(sample, encoded[0].floats[row])
 
     def _skip(self, reason: str, skipped: list[str]) -> None:
         if self.config.on_error is OnError.STOP:

@@ -25,6 +25,7 @@ from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.data.format import BLOCK, split_member_name
 from lpl_pretrain.encoding.images import decode_picture
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.runtime.log import log
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 STAMP_BYTES = 64
@@ -181,6 +182,9 @@ def _list_folder(origin: str, sizes: dict[str, int], folders: list[str]) -> list
     for name in names:
         if "/" in name:
             inside.setdefault(name.split("/")[0], []).extend([name] if _is_picture(name) else [])
+    left_out = [name for name in names if not _is_picture(name) and name not in tars]
+    if left_out:
+        log.info("%s: %d files are neither pictures nor tars and are left out, such as %s", origin, len(left_out), left_out[0])
     contents = {"tars": tars, "pictures": flat, "sub-folders of pictures": any(inside.values())}
     if len(kinds := [kind for kind, found in contents.items() if found]) != 1:
         if not kinds:

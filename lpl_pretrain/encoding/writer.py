@@ -15,7 +15,7 @@ import numpy as np
 
 from lpl_pretrain.config.dataset import ShardEntry
 from lpl_pretrain.config.section import Section
-from lpl_pretrain.data.format import Sample, shard_name
+from lpl_pretrain.data.format import NO_CLASS, Sample, shard_name
 from lpl_pretrain.data.offsets import SUFFIX, ShardBytes
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.files import published
@@ -92,8 +92,8 @@ class PartWriter:
         self._shards: list[tuple[tuple[int, int], ShardEntry]] = []
         self._keys: set[str] = set()
 
-    def add(self, sample: Sample, label: int, moments: np.ndarray) -> None:
-        """`moments` as floating-point numbers, for the statistics."""
+    def add(self, sample: Sample, moments: np.ndarray) -> None:
+        """`moments`: those of the sample as floating-point numbers, for the statistics."""
         if sample.key in self._keys:
             raise DataError(f"part {self.part}: key {sample.key!r} is there twice, wanted unique keys: rename one")
         self._keys.add(sample.key)
@@ -101,7 +101,7 @@ class PartWriter:
         shard = self._open.setdefault(bucket, ShardBytes())
         shard.samples.append(sample)
         self.statistics.add(moments)
-        self.labels[label] += 1
+        self.labels[NO_CLASS if sample.label is None else sample.label] += 1
         self.captions += sample.caption is not None
         if len(shard) == self.shard_samples:
             self._write(bucket)

@@ -51,6 +51,14 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
     assert all(p.load().shape == (16, 16, 3) and p.load().dtype == np.uint8 for p in found)
 
 
+def test_files_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pictures(tmp_path, "dog/b.png", "cat/z.jpg")
+    (tmp_path / "cat" / "moving.gif").write_bytes(b"GIF89a")
+    with caplog.at_level("INFO", logger="lpl_pretrain"):
+        assert len(keys(tmp_path)) == 2
+    assert "1 files are neither pictures nor tars and are left out, such as cat/moving.gif" in caplog.text
+
+
 def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
     found = list(read_pictures(str(write_pictures(tmp_path, "b.png", "a.v2.png"))))
     assert [(p.key, p.label, p.class_name) for p in found] == [("a_v2", None, None), ("b", None, None)]
