@@ -26,7 +26,7 @@ WRITING, REMOVING = ".writing_", ".removing_"
 class HasPieces(Protocol):
     """What is restored beside the strategy: an EMATracker."""
 
-    def pieces(self) -> Iterator[Piece]: ...
+    def pieces(self, *, power_only: bool = False) -> Iterator[tuple[str, Piece]]: ...
 
 
 class CheckpointManager:
@@ -35,8 +35,16 @@ class CheckpointManager:
 
     def save(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any]) -> Path:
         """Communicates: every rank writes its own pieces, rank 0 publishes them with its `state` (JSON); returns the folder."""
-        world, final = strategy.world, self.run_dir.checkpoint(step)
-        temporary = final.with_name(WRITING + final.name)
+        return self._save(self.run_dir.checkpoint(step), step, strategy, _entries(strategy, ema), state)
+
+    def save_snapshot(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any]) -> Path:
+        """Communicates: as `save`, of the power-function averages alone, and for good."""
+        return self._save(self.run_dir.snapshot(step), step, strategy, ema.pieces(power_only=True), state)
+
+    def _save(
+        self, final: Path, step: int, strategy: Strategy, entries: Iterator[tuple[str, Piece]], state: dict[str, Any]
+    ) -> Path:
+        world, temporary = strategy.world, final.with_name(WRITING + final.name)
 
         def publish() -> None:
             files = merge_parts(temporary, world.world_size)
@@ -50,7 +58,7 @@ class CheckpointManager:
 
         rank0 = world.rank == 0
         _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0)
-        _together(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, _entries(strategy, ema)))
+        _together(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, entries))
         _together(f"{final}: cannot be published", publish, act=rank0)
         return final
 
@@ -97,9 +105,10 @@ class CheckpointManager:
 
     def _sweep(self) -> None:
         """Remove what interrupted saves and removals left behind."""
-        for prefix in (WRITING, REMOVING):
-            for folder in self.run_dir.checkpoints.glob(f"{prefix}*"):
-                shutil.rmtree(folder)
+        for parent in (self.run_dir.checkpoints, self.run_dir.snapshot(0).parent):
+            for prefix in (WRITING, REMOVING):
+                for folder in parent.glob(f"{prefix}*"):
+                    shutil.rmtree(folder)
 
     def _retain(self) -> None:
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
@@ -121,8 +130,7 @@ def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:
         yield "param", piece
     for name, piece in strategy.local_optimizer_state():
         yield f"optimizer.{name}", piece
-    for piece in ema.pieces():
-        yield "ema", piece
+    yield from ema.pieces()
 
 
 def _together(what: str, action: Callable[[], None], *, act: bool = True) -> None:

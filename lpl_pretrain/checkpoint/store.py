@@ -5,7 +5,8 @@
     state.json                 what the trainer wants to find again
     manifest.json              see manifest.py
 
-Kinds: `param` (masters), `ema`, `optimizer.<state name>`.  Ranges are in elements of the row-major flattened parameter and tile it.
+Kinds: `param` (masters), `ema`, `ema_power_<sigma_rel>`, `optimizer.<state name>`.  Ranges are in elements of the row-major
+flattened parameter and tile it.
 Nothing is pickled; nothing here communicates.
 """
 
@@ -113,11 +114,16 @@ class Reader:
             raise CheckpointError(f"{self.folder}: {kind}/{piece.name} holds {filled} of elements {piece.start}..{piece.stop}")
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        for name, entry in self.index[kind].items():
-            dtype = next(key for key, value in DTYPES.items() if value == entry["dtype"])
-            tensor = torch.empty(entry["shape"], dtype=dtype)
-            self.fill(kind, Piece(name, tuple(entry["shape"]), 0, tensor.view(-1)))
-            yield name, tensor
+        for name in self.index[kind]:
+            yield name, self.whole(kind, name)
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One parameter, joined from its ranges."""
+        entry = self.index[kind][name]
+        dtype = next(key for key, value in DTYPES.items() if value == entry["dtype"])
+        tensor = torch.empty(entry["shape"], dtype=dtype)
+        self.fill(kind, Piece(name, tuple(entry["shape"]), 0, tensor.view(-1)))
+        return tensor
 
     def _file(self, rank: int) -> Any:
         if rank not in self._files:

@@ -105,6 +105,19 @@ def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | No
 
 @commands.command()
 @click.argument("run")
+@click.option("--weights", default="ema", show_default=True, help="ema, raw, or an average that the run tracks: ema_power_0.050.")
+@click.option("--sigma-rel", type=float, help="Make the power-function average of this length from the run's snapshots instead.")
+@click.option("--step", type=int, help="Checkpoint, or last snapshot; the newest when absent.")
+@click.option("--output", required=True, help="Safetensors file to write.")
+def export(run: str, weights: str, sigma_rel: float | None, step: int | None, output: str) -> None:
+    """Write the weights of RUN as one safetensors file."""
+    from lpl_pretrain.cli import export as command
+
+    command.run(run, weights=weights, step=step, sigma_rel=sigma_rel, output=output)
+
+
+@commands.command()
+@click.argument("run")
 def report(run: str) -> None:
     """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance."""
     from lpl_pretrain.cli import report as command

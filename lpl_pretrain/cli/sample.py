@@ -24,10 +24,10 @@ def run(
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.files import publish_grid
-    from lpl_pretrain.evaluation.load import complete_step, open_run, pick_device
+    from lpl_pretrain.evaluation.load import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
-    step = complete_step(run_dir, step)
+    step = run_dir.complete_step(step)
     trained = open_run(run_dir, pick_device())
     trained.load(step, "ema")
     pixels = []

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "run_dir",
     "steps",
     "checkpoint",
+    "ema.snapshot_every_steps",
     "log",
     "parallel",
     "batch.micro_batch_size",

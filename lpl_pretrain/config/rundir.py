@@ -2,6 +2,7 @@
 
 runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
               checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
+              snapshots/step_00010000/ (power-function averages, as a checkpoint)
               evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
               lpl/step_00010000.png
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from lpl_pretrain.errors import CheckpointError
 
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
@@ -47,6 +50,13 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
 
+    def snapshot(self, step: int) -> Path:
+        """Averages that are kept for good, in the format of a checkpoint."""
+        return self.path / "snapshots" / step_name(step)
+
+    def complete_snapshots(self) -> list[int]:
+        return _complete(self.path / "snapshots")
+
     def evaluation(self, step: int, protocol: str) -> Path:
         return self.path / "evaluations" / step_name(step) / f"{protocol}.json"
 
@@ -67,11 +77,29 @@ class RunDir:
 
     def complete_checkpoints(self) -> list[int]:
         """Steps whose checkpoint has its manifest (written last), ascending."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = ((STEP_NAME.match(folder.name), folder) for folder in self.checkpoints.iterdir())
-        return sorted(int(name[1]) for name, folder in found if name and (folder / MANIFEST).is_file())
+        return _complete(self.checkpoints)
+
+    def complete_step(self, step: int | None) -> int:
+        """`step`, or the newest, when its checkpoint is complete.  Raises CheckpointError."""
+        complete = self.complete_checkpoints()
+        if not complete:
+            raise CheckpointError(
+                f"{self.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train until the first one is saved"
+            )
+        if step is None:
+            return complete[-1]
+        if step not in complete:
+            steps = ", ".join(map(str, complete))
+            raise CheckpointError(f"{self.checkpoint(step)}: not a complete checkpoint; complete steps: {steps}")
+        return step
 
     def pending_evaluations(self, protocol: str) -> list[int]:
         """Complete checkpoints that `protocol` has not scored yet, ascending."""
         return [step for step in self.complete_checkpoints() if not self.evaluation(step, protocol).is_file()]
+
+
+def _complete(parent: Path) -> list[int]:
+    if not parent.is_dir():
+        return []
+    found = ((STEP_NAME.match(folder.name), folder) for folder in parent.iterdir())
+    return sorted(int(name[1]) for name, folder in found if name and (folder / MANIFEST).is_file())

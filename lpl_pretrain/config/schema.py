@@ -163,6 +163,25 @@ class EMAConfig(Section):
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
     warmup: bool = True
     """Use min(decay, (1 + step) / (10 + step)), so that early averages are not dominated by the initial weights."""
+    power: tuple[Annotated[float, Field(gt=0.01, lt=0.28)], ...] = ()
+    """Relative standard deviations of power-function averages that are tracked beside it (arXiv 2312.02696, section 3)."""
+    snapshot_every_steps: Optional[PositiveInt] = None
+    """Keep the power-function averages of these steps for good: `export --sigma-rel` makes averages of any length from them."""
+
+    @model_validator(mode="after")
+    def _snapshots_hold_something(self) -> EMAConfig:
+        if self.snapshot_every_steps is not None and not self.power:
+            raise ValueError(
+                f"snapshot_every_steps={self.snapshot_every_steps} without power: there is nothing to keep; add power: [0.05, 0.10]"
+            )
+        if len({power_kind(sigma_rel) for sigma_rel in self.power}) < len(self.power):
+            raise ValueError(f"power={list(self.power)}: lengths differ by less than 0.001; leave one out")
+        return self
+
+
+def power_kind(sigma_rel: float) -> str:
+    """How a power-function average is called in checkpoints and by `weights`."""
+    return f"ema_power_{sigma_rel:.3f}"
 
 
 class CheckpointConfig(Section):
@@ -270,7 +289,8 @@ class EvaluateConfig(Section):
     images: PositiveInt
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
-    weights: Literal["ema", "raw"] = "ema"
+    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
+    """The average, the parameters themselves, or a power-function average that the run tracks (`ema_power_0.050`)."""
     sampler: SamplerConfig
     guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
     """1.0 is no guidance; the scales share their noise and classes."""

@@ -1,7 +1,7 @@
-"""Keeps an exponential moving average of the parameter pieces that this rank owns.
+"""Keeps exponential moving averages of the parameter pieces that this rank owns.
 
-The average has the pieces' own precision (float32 masters, never their bf16 copies, so it moves however small the updates are) and
-their ranges, so nothing is ever gathered.  A piece is any dataclass with a live `tensor`: this room knows no strategy and no file.
+The averages have the pieces' own precision (float32 masters, never their bf16 copies, so they move however small the updates are)
+and their ranges, so nothing is ever gathered.  A piece is any dataclass with a live `tensor`: this room knows no strategy, no file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from lpl_pretrain.config.schema import EMAConfig
-from lpl_pretrain.ema.profiles import decay_at
+from lpl_pretrain.config.schema import EMAConfig, power_kind
+from lpl_pretrain.ema.profiles import decay_at, power_decay_at
+
+MAIN = "ema"
 
 
 class EMATracker:
@@ -21,15 +23,22 @@ class EMATracker:
         """Starts at the current values of `pieces` (strategy.local_params() after setup)."""
         self.config = config
         self._live = list(pieces)
-        self._averages = [replace(piece, tensor=piece.tensor.detach().clone()) for piece in self._live]
+        kinds = [MAIN, *(power_kind(sigma_rel) for sigma_rel in config.power)]
+        self._averages = {kind: [replace(piece, tensor=piece.tensor.detach().clone()) for piece in self._live] for kind in kinds}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Not collective: average <- average + (1 - decay) (parameter - average), after update number `step` (1 is the first)."""
-        if self._live:
-            weight = 1.0 - decay_at(step, self.config.decay, self.config.warmup)
-            torch._foreach_lerp_([piece.tensor for piece in self._averages], [piece.tensor for piece in self._live], weight)
+        decays = {MAIN: decay_at(step, self.config.decay, self.config.warmup)}
+        decays |= {power_kind(sigma_rel): power_decay_at(step, sigma_rel) for sigma_rel in self.config.power}
+        if not self._live:
+            return
+        for kind, decay in decays.items():
+            averages = [piece.tensor for piece in self._averages[kind]]
+            torch._foreach_lerp_(averages, [piece.tensor for piece in self._live], 1.0 - decay)
 
-    def pieces(self) -> Iterator[Any]:
-        """The average, on the ranges of the live pieces; writing to the tensors restores it."""
-        return iter(self._averages)
+    def pieces(self, *, power_only: bool = False) -> Iterator[tuple[str, Any]]:
+        """(kind, piece of that average), on the ranges of the live pieces; writing to the tensors restores it."""
+        for kind, averages in self._averages.items():
+            if kind != MAIN or not power_only:
+                yield from ((kind, piece) for piece in averages)

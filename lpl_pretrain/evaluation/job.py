@@ -24,7 +24,7 @@ from lpl_pretrain.evaluation.features import Extractor, load_extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.files import publish_grid, publish_json
 from lpl_pretrain.evaluation.generate import RULES
-from lpl_pretrain.evaluation.load import TrainedRun, complete_step, open_run, pick_device
+from lpl_pretrain.evaluation.load import TrainedRun, open_run, pick_device
 from lpl_pretrain.evaluation.reference import Reference, reference_statistics
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from lpl_pretrain.runtime.log import progress
@@ -40,8 +40,8 @@ def evaluate(run_dir: RunDir, protocol: EvaluateConfig, steps: list[int] | None 
     """
     check_protocol(protocol)
     check_sampler(load_run_config(run_dir).diffusion.prediction, protocol.sampler)
-    complete_step(run_dir, None)
-    wanted = run_dir.pending_evaluations(protocol.name) if steps is None else [complete_step(run_dir, step) for step in steps]
+    run_dir.complete_step(None)
+    wanted = run_dir.pending_evaluations(protocol.name) if steps is None else [run_dir.complete_step(step) for step in steps]
     check_same_protocol(run_dir, protocol)
     if not wanted:
         return []

@@ -19,8 +19,6 @@ from lpl_pretrain.evaluation.generate import Generator
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
 
-STORED_AS = {"ema": "ema", "raw": "param"}
-
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -30,10 +28,10 @@ class TrainedRun:
     generator: Generator
 
     def load(self, step: int, weights: str) -> None:
-        """Puts the `ema` or `raw` weights of a complete checkpoint into the generator's denoiser.  Raises CheckpointError."""
+        """Puts weights of a complete checkpoint (`ema`, `raw`, `ema_power_...`) into the denoiser.  Raises CheckpointError."""
         folder = self.run_dir.checkpoint(step)
         try:
-            self.generator.denoiser.load_state_dict(read_full(folder, STORED_AS[weights]))
+            self.generator.denoiser.load_state_dict(read_full(folder, "param" if weights == "raw" else weights))
         except RuntimeError as problem:
             raise CheckpointError(
                 f"{folder}: its {weights} weights do not fit the model in {self.run_dir.config}: {str(problem)[:500]}"
@@ -60,21 +58,6 @@ def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
     schedule = make_schedule(config.diffusion.schedule)
     generator = Generator(denoiser, decode, config.diffusion.prediction, schedule, shape, index.class_counts, device)
     return TrainedRun(run_dir, config, index, generator)
-
-
-def complete_step(run_dir: RunDir, step: int | None) -> int:
-    """`step`, or the newest, when it is complete.  Raises CheckpointError."""
-    complete = run_dir.complete_checkpoints()
-    if not complete:
-        raise CheckpointError(
-            f"{run_dir.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train until the first one is saved"
-        )
-    if step is None:
-        return complete[-1]
-    if step not in complete:
-        steps = ", ".join(map(str, complete))
-        raise CheckpointError(f"{run_dir.checkpoint(step)}: not a complete checkpoint; complete steps: {steps}")
-    return step
 
 
 def pick_device() -> torch.device:

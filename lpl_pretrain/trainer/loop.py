@@ -82,6 +82,9 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
             if run.world.rank == 0 and run.updater.perceptual is not None:
                 with clock.phase("pictures"):
                     picture_lpl(run.config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done))
+        if config.ema.snapshot_every_steps and done % config.ema.snapshot_every_steps == 0:
+            with clock.phase("checkpoint"):
+                run.checkpoints.save_snapshot(done, run.strategy, run.ema, run.state(done))
         if bar is not None:
             bar.update(1)
         if stopping and done < config.steps:

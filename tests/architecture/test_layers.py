@@ -37,6 +37,7 @@ ALLOWED = {
         "planning",
         "report",
         "checkpoint",
+        "ema",
     },
 }
 HEAVY = {

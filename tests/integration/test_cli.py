@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.support.autoencoders import tiny_folder
@@ -28,6 +29,7 @@ optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: 4}}
 log: {{every_steps: 1}}
+ema: {{power: [0.05, 0.1], snapshot_every_steps: 2}}
 """
 PROTOCOL = """
 name: quick
@@ -177,6 +179,24 @@ def test_a_damaged_shard_is_named_before_training(world):
     shard.write_bytes(content)
     done = lpl("train", world / "train.yaml", f"run_dir={world}/never", f"data.folder={world}/damaged", check=False)
     assert done.returncode == 2 and shard.name in done.stderr and not (world / "never" / "checkpoints").exists()
+
+
+def test_export(world):
+    """Whole weights of a run of two ranks, of any kind, and an average of a length that nobody tracked."""
+    run, out = world / "whole", world / "exported"
+    out.mkdir()
+    for name in ("raw", "ema_power_0.050"):
+        lpl("export", run, "--weights", name, "--output", out / f"{name}.safetensors")
+    raw = load_file(out / "raw.safetensors")
+    assert {f"pieces_00000.safetensors/param/{name}" for name in raw} == weights(run, 8).keys()
+    assert all(tensor.flatten().equal(weights(run, 8)[f"pieces_00000.safetensors/param/{name}"]) for name, tensor in raw.items())
+    assert [path.name for path in sorted((run / "snapshots").iterdir())] == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
+    lpl("export", run, "--sigma-rel", "0.05", "--output", out / "made.safetensors")
+    made, tracked = load_file(out / "made.safetensors"), load_file(out / "ema_power_0.050.safetensors")
+    assert all(torch.allclose(made[name], tracked[name], rtol=1e-4, atol=1e-6) for name in tracked)
+    assert not all(torch.allclose(made[name], raw[name], rtol=1e-4, atol=1e-6) for name in raw)
+    refused = lpl("export", run, "--sigma-rel", "0.07", "--step", "5", "--output", out / "no", check=False)
+    assert refused.returncode == 2 and "no snapshot of step 5, there are: 2, 4, 6, 8" in refused.stderr
 
 
 def test_sample_evaluate_report(world):

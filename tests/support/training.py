@@ -55,7 +55,7 @@ class Training:
         self.strategy: Strategy = make_strategy(case.config(), world, device)
         # ranks begin with different weights on purpose: setup must make them rank 0's
         self.module = self.strategy.setup(tiny(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer])
-        self.ema = EMATracker(self.strategy.local_params(), EMAConfig(decay=case.ema_decay))
+        self.ema = EMATracker(self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1)))
         self.norms: list[float] = []
 
     def train(self, steps: int, *, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> Training:
@@ -70,7 +70,9 @@ class Training:
 
     def result(self) -> dict[str, Any]:
         """Everything this rank owns, to be sent to the parent process."""
-        pieces = {"param": list(self.strategy.local_params()), "ema": list(self.ema.pieces())}
+        pieces = {"param": list(self.strategy.local_params())}
+        for kind, piece in self.ema.pieces():
+            pieces.setdefault(kind, []).append(piece)
         for name, piece in self.strategy.local_optimizer_state():
             pieces.setdefault(f"optimizer.{name}", []).append(piece)
         sent = {kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some] for kind, some in pieces.items()}
