@@ -143,11 +143,25 @@ class BatchConfig(Section):
     """Samples per rank per forward; absent: the whole share of a rank. Accumulation follows from the two and the world size."""
 
 
+class ActivationCheckpointing(str, Enum):
+    """What of a block's forward is computed again in backward instead of being kept."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+    SELECTIVE = "selective"
+
+
 class ParallelConfig(Section):
     strategy: StrategyKind = StrategyKind.LOCAL
     zero_config: Optional[str] = None
     """DeepSpeed JSON (configs/zero/*.json) when strategy is zero: engine tuning only, never batch, precision or clipping."""
     precision: Precision = Precision.FP32
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
+    """Of the denoiser: `blocks` keeps what enters a block, `selective` also the outputs of matrix products and attention."""
+    checkpoint_every_blocks: PositiveInt = 1
+    """With activation checkpointing: every second, every third block ... only."""
+    compile: bool = False
+    """Compile each block (torch.compile); the first step takes a minute or more."""
 
     @model_validator(mode="after")
     def _zero_needs_json(self) -> ParallelConfig:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lpl_pretrain.config.schema import ParallelConfig
 from lpl_pretrain.errors import ConfigError, NonFiniteError
+from lpl_pretrain.parallel.blocks import prepare_blocks
 from lpl_pretrain.parallel.precision import Door, Recipe, recipe
 from lpl_pretrain.runtime.world import World
 
@@ -54,7 +55,7 @@ class Strategy(ABC):
     """
 
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
-        self.world, self.device = world, device
+        self.config, self.world, self.device = config, world, device
         self.recipe: Recipe = recipe(config.strategy, config.precision)
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name and shape of every parameter, in the model's order: the same on all ranks and under all strategies."""
@@ -78,6 +79,7 @@ class Strategy(ABC):
         if dist.is_initialized():
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.detach(), src=0)
+        prepare_blocks(model, blocks, self.config)
         return self._shard(Door(model, self.recipe, self.device.type), model, blocks, make_optimizer)
 
     def backward(self, loss: Tensor, *, microbatch: int, of: int) -> None:

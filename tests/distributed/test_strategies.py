@@ -48,6 +48,28 @@ def test_equals_one_process(strategy, world_size):
         assert_same(whole(results), one_process(Case()), strategy)
 
 
+CHECKPOINTING = [
+    (("activation_checkpointing", "blocks"),),
+    (("activation_checkpointing", "selective"),),
+    (("activation_checkpointing", "blocks"), ("checkpoint_every_blocks", 2)),
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_activation_checkpointing_changes_nothing(strategy):
+    cases = [Case(strategy, precision(strategy), grad_accum_steps=2, blocks=blocks) for blocks in CHECKPOINTING]
+    for results in zip(*run_ranks(2, train_all, cases), strict=True):
+        assert_same(whole(results), one_process(Case()), strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_compiled_blocks_change_nothing(strategy):
+    """With activation checkpointing inside: checkpoint, compile, shard."""
+    blocks = (("compile", True), ("activation_checkpointing", "blocks"))
+    results = run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, blocks=blocks), timeout_s=240)
+    assert_same(whole(results), one_process(Case()), strategy)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_adamw_with_clipping_equals_one_process(strategy):
     """Also the moments: they are on the same ranges as the parameters."""

@@ -40,11 +40,13 @@ class Case:
     max_grad_norm: float = NO_CLIPPING
     lr: float = 0.1
     ema_decay: float = 0.9
+    blocks: tuple[tuple[str, Any], ...] = ()  # activation_checkpointing, checkpoint_every_blocks, compile
 
     def config(self) -> ParallelConfig:
+        raw = {"strategy": self.strategy, "precision": self.precision, **dict(self.blocks)}
         if self.strategy in JSON_OF:
-            return ParallelConfig(strategy="zero", zero_config=str(ROOT / JSON_OF[self.strategy]), precision=self.precision)
-        return ParallelConfig(strategy=self.strategy, precision=self.precision)
+            raw |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[self.strategy])}
+        return ParallelConfig.model_validate(raw)
 
 
 class Training:
