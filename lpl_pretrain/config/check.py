@@ -14,7 +14,7 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import differences, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
-from lpl_pretrain.config.schema import DataConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
+from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError, DataError
 
@@ -203,7 +203,21 @@ def _model(config: TrainConfig, index: DatasetIndex) -> list[str]:
 def _strategy(config: TrainConfig, dp_world_size: int) -> list[str]:
     if config.parallel.strategy is StrategyKind.LOCAL and dp_world_size > 1:
         return [f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero, or start one process"]
+    try:
+        check_shard_size(config.parallel, dp_world_size)
+    except ConfigError as problem:
+        return [str(problem)]
     return []
+
+
+def check_shard_size(parallel: ParallelConfig, dp_world_size: int) -> None:
+    """Raises ConfigError when ranks cannot be grouped."""
+    if parallel.shard_size is not None and dp_world_size % parallel.shard_size:
+        divisors = [size for size in range(1, dp_world_size + 1) if dp_world_size % size == 0]
+        raise ConfigError(
+            f"parallel.shard_size={parallel.shard_size} does not divide the {dp_world_size} processes into equal groups: "
+            f"use one of {', '.join(map(str, divisors))}"
+        )
 
 
 def _autoencoder(config: TrainConfig, index: DatasetIndex) -> None:

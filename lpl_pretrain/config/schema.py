@@ -160,6 +160,12 @@ class ParallelConfig(Section):
     """Of the denoiser: `blocks` keeps what enters a block, `selective` also the outputs of matrix products and attention."""
     checkpoint_every_blocks: PositiveInt = 1
     """With activation checkpointing: every second, every third block ... only."""
+    shard_size: Optional[PositiveInt] = None
+    """fsdp2: ranks that share one copy of the model, and replicate what other groups hold (HSDP); absent: all ranks share one."""
+    reshard_after_forward: bool = True
+    """fsdp2: release a block's gathered parameters after forward and gather them again in backward: less memory, more traffic."""
+    cpu_offload: bool = False
+    """fsdp2: parameters, gradients and moments lie in the host's memory, and the optimizer runs there."""
     compile: bool = False
     """Compile each block (torch.compile); the first step takes a minute or more."""
 
@@ -169,6 +175,13 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"zero_config={self.zero_config!r} with strategy={self.strategy.value!r}: "
                 "name a DeepSpeed JSON, such as configs/zero/zero2.json, with strategy zero and only with it"
+            )
+        own = ("shard_size", "reshard_after_forward", "cpu_offload")
+        asked = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
+        if asked and self.strategy is not StrategyKind.FSDP2:
+            raise ValueError(
+                f"{asked[0]}={getattr(self, asked[0])} with strategy={self.strategy.value!r}: it is for strategy fsdp2; "
+                "DeepSpeed's own tuning belongs into its JSON"
             )
         return self
 

@@ -215,5 +215,5 @@ def _psnr(networks: Networks, moments: np.ndarray, pixels: np.ndarray) -> float:
     """dB, of the posterior's mean decoded, against uint8 pixels."""
     raw = torch.from_numpy(moments[: len(moments) // 2])[None].to(networks.device)
     decoded = networks.autoencoder.decode(raw)[0].float().cpu().clamp(-1, 1)  # type: ignore[attr-defined]
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 127.5 - 1
+    image = torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1
     return float(10 * torch.log10(4 / (decoded - image).square().mean().clamp_min(1e-12)))

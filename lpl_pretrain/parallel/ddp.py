@@ -18,7 +18,9 @@ class DDPStrategy(NativeStrategy):
         self._ddp = DistributedDataParallel(door, init_sync=False, gradient_as_bucket_view=True)
         # Reduction is armed in `_backward`: DDP would arm it in forward, which does not know whether its micro-batch is the last.
         self._ddp.require_backward_grad_sync = False
-        return self._ddp
+        # Forward goes past DDP, which would sort its buckets anew after the first step: sums over four ranks and more would then
+        # be made in another order after a restart, and a resumed run would differ in the last bits.
+        return door
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         if last:

@@ -101,6 +101,43 @@ def test_moves_to_another_layout(source, source_size, target, target_size, tmp_p
                 torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)
 
 
+LAYOUTS = [(strategy, world_size) for strategy in STRATEGIES for world_size in (1, 2, 4)] + [("hsdp", 4)]
+
+
+def layout(strategy):
+    return replace(CASE, strategy="fsdp2", more=(("shard_size", 2),)) if strategy == "hsdp" else replace(CASE, strategy=strategy)
+
+
+@pytest.fixture(scope="module")
+def saved_by_all(tmp_path_factory):
+    """{(strategy, world size): (folder of its checkpoint, state in it, state some steps later)}"""
+    found = {}
+    for strategy, world_size in LAYOUTS:
+        folder = tmp_path_factory.mktemp(f"{strategy}_{world_size}")
+        found[strategy, world_size] = (folder, *columns(run_ranks(world_size, save_and_go_on, layout(strategy), folder)))
+    return found
+
+
+def resume_each(world, device, case, folders):
+    return [resume(world, device, case, folder) for folder in folders]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), LAYOUTS)
+def test_goes_on_from_the_checkpoint_of_every_layout(saved_by_all, strategy, world_size):
+    """The whole matrix: what is read is exactly what was written; the same layout goes on bit for bit."""
+    folders = [str(folder) for folder, _, _ in saved_by_all.values()]
+    by_rank = run_ranks(world_size, resume_each, layout(strategy), folders)
+    for source, results in zip(saved_by_all, zip(*by_rank, strict=True), strict=True):
+        _, saved, went_on = saved_by_all[source]
+        restored, resumed = columns(results)
+        assert_identical(restored, saved)
+        if source == (strategy, world_size):
+            assert_identical(resumed, went_on)
+        for kind in ("param", "ema", "ema_power_0.050"):
+            for name, tensor in went_on[kind].items():
+                torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)
+
+
 def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
     saved, _ = columns(run_ranks(2, save_and_go_on, replace(CASE, strategy="zero3"), tmp_path))
     folder = RunDir(tmp_path).checkpoint(SAVED)

@@ -48,6 +48,26 @@ def test_equals_one_process(strategy, world_size):
         assert_same(whole(results), one_process(Case()), strategy)
 
 
+@pytest.mark.parametrize(("world_size", "shard_size"), [(4, 2), (4, 1), (4, 4), (2, 1), (1, 1)])
+def test_groups_of_ranks_that_replicate_each_other_equal_one_process(world_size, shard_size):
+    """HSDP; shards of one are plain replicas, one group of all is plain FSDP2."""
+    cases = [Case("fsdp2", "fp64", grad_accum_steps=steps, more=(("shard_size", shard_size),)) for steps in (1, 2)]
+    for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
+        assert_same(whole(results), one_process(Case()), "fsdp2")
+
+
+@pytest.mark.parametrize("more", [(("reshard_after_forward", False),), (("cpu_offload", True),)])
+def test_policies_of_fsdp2_change_nothing(more):
+    cases = [Case("fsdp2", "fp64", grad_accum_steps=2, more=more), Case("fsdp2", "fp64", more=(*more, ("shard_size", 1)))]
+    for results in zip(*run_ranks(2, train_all, cases), strict=True):
+        assert_same(whole(results), one_process(Case()), "fsdp2")
+
+
+def test_groups_that_do_not_divide_the_world():
+    with pytest.raises(RankFailed, match="parallel.shard_size=3 does not divide the 2 processes .*: use one of 1, 2"):
+        run_ranks(2, train, Case("fsdp2", more=(("shard_size", 3),)))
+
+
 CHECKPOINTING = [
     (("activation_checkpointing", "blocks"),),
     (("activation_checkpointing", "selective"),),
@@ -57,7 +77,7 @@ CHECKPOINTING = [
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_activation_checkpointing_changes_nothing(strategy):
-    cases = [Case(strategy, precision(strategy), grad_accum_steps=2, blocks=blocks) for blocks in CHECKPOINTING]
+    cases = [Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks) for blocks in CHECKPOINTING]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
         assert_same(whole(results), one_process(Case()), strategy)
 
@@ -66,7 +86,7 @@ def test_activation_checkpointing_changes_nothing(strategy):
 def test_compiled_blocks_change_nothing(strategy):
     """With activation checkpointing inside: checkpoint, compile, shard."""
     blocks = (("compile", True), ("activation_checkpointing", "blocks"))
-    results = run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, blocks=blocks), timeout_s=240)
+    results = run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks), timeout_s=240)
     assert_same(whole(results), one_process(Case()), strategy)
 
 

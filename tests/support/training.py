@@ -40,10 +40,10 @@ class Case:
     max_grad_norm: float = NO_CLIPPING
     lr: float = 0.1
     ema_decay: float = 0.9
-    blocks: tuple[tuple[str, Any], ...] = ()  # activation_checkpointing, checkpoint_every_blocks, compile
+    more: tuple[tuple[str, Any], ...] = ()  # more keys of ParallelConfig
 
     def config(self) -> ParallelConfig:
-        raw = {"strategy": self.strategy, "precision": self.precision, **dict(self.blocks)}
+        raw = {"strategy": self.strategy, "precision": self.precision, **dict(self.more)}
         if self.strategy in JSON_OF:
             raw |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[self.strategy])}
         return ParallelConfig.model_validate(raw)
