@@ -40,7 +40,7 @@ def train_all(world, device, cases):
     return [train(world, device, case) for case in cases]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "zero3_shipped"])
 def test_equals_one_process(strategy, world_size):
     cases = [Case(strategy, precision(strategy), grad_accum_steps=steps) for steps in (1, 2, 4)]
@@ -51,7 +51,7 @@ def test_equals_one_process(strategy, world_size):
 @pytest.mark.parametrize(("world_size", "shard_size"), [(4, 2), (4, 1), (4, 4), (2, 1), (1, 1)])
 def test_groups_of_ranks_that_replicate_each_other_equal_one_process(world_size, shard_size):
     """HSDP; shards of one are plain replicas, one group of all is plain FSDP2."""
-    cases = [Case("fsdp2", "fp64", grad_accum_steps=steps, more=(("shard_size", shard_size),)) for steps in (1, 2)]
+    cases = [Case("fsdp2", "fp64", grad_accum_steps=steps, more=(("shard_size", shard_size),)) for steps in (1, 2, 4)]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
         assert_same(whole(results), one_process(Case()), "fsdp2")
 

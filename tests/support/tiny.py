@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 CLASSES, CHANNELS, WIDTH, HIDDEN = 3, 3, 5, 7
-GLOBAL_BATCH = 8
+GLOBAL_BATCH = 16
 
 
 @dataclass(frozen=True)
