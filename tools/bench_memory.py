@@ -112,6 +112,7 @@ def count(strategy: str, precision: str, ranks: int, depth: int) -> dict[str, fl
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    arguments.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     arguments.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     arguments.add_argument("--work", nargs=3, metavar=("STRATEGY", "DEPTH", "FILE"), help="what the tool starts on each rank")
     given = arguments.parse_args()
@@ -120,7 +121,7 @@ def main() -> None:
         return
     print(f"bytes per parameter and rank, {given.precision}: counted (promised, ratio) + fixed")
     print(f"{'':<8}" + "".join(f"{f'{ranks} ranks':>32}" for ranks in given.worlds))
-    for strategy in STRATEGIES:
+    for strategy in given.strategies:
         cells = []
         for ranks in given.worlds:
             if strategy == "local" and ranks > 1:
