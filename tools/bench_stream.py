@@ -43,7 +43,7 @@ def build(folder: Path, samples: int) -> None:
         moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE), dtype=np.float32).astype(np.float16)
         facts = {"class_name": "x", "source_px": (256, 256), "resized_px": (256, 256), "crop_px": (0, 0)}
         writer.add(Sample(f"{n:08d}", moments, n % 1000, facts=facts), moments)
-    writer.finish(plan="", skipped=[], class_names={}, source=0)
+    writer.finish(skipped=[], class_names={}, source=0)
     record = PartRecord.model_validate_json(record_path(folder, "00000-0000").read_bytes())
     shards: list[ShardEntry] = [entry for _, entry in record.shards]
     index = DatasetIndex(

@@ -89,7 +89,7 @@ class DatasetIndex(Section):
     autoencoder: AutoencoderEntry
     resolution_px: int
     plan: str = ""
-    """Hash of what was encoded and how, as far as the source's listing and last bytes tell (data/plan.py)."""
+    """Hash of what was encoded and how, as far as the source's listing and last bytes tell (encoding/plan.py)."""
     config: str = "{}"
     """The configuration of `encode`, JSON; for people, and for messages."""
     source_fingerprint: str

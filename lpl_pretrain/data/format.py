@@ -2,7 +2,7 @@
 
 Samples stand in the order of their keys, and the members of one in the order of their names:
     <key>.cls                    class id in ASCII; -1 when the picture has no class
-    <key>.json                   facts about the picture (see encode.py)
+    <key>.json                   facts about the picture (see encoding/encode.py)
     <key>.moments.npy            (2C, H, W): the posterior's mean, then its standard deviation; float16, or the bits of bfloat16
                                  as uint16, a type that numpy lacks: torch.from_numpy(bits).view(torch.bfloat16)
     <key>.moments_flipped.npy    the same of the mirrored picture, when there is one

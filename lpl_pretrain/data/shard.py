@@ -51,9 +51,7 @@ class OpenShard:
                 f"index.json has {classes} classes: encode the folder again"
             )
         bucket = index.buckets[entry.bucket]
-        dtype = DTYPES[index.moments_dtype]
-        self._header = npy_header(dtype, (2 * index.latent.channels, bucket.height, bucket.width))
-        self._moments_bytes = 2 * 2 * index.latent.channels * bucket.height * bucket.width
+        self._header = npy_header(DTYPES[index.moments_dtype], (2 * index.latent.channels, bucket.height, bucket.width))
         self._fd = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:

@@ -209,7 +209,7 @@ class PartEncoder:
             self._encode_batch(waiting[shape], writer, skipped)
             advance(len(waiting[shape]))
         self._skipped_before += len(skipped)
-        writer.finish(plan=self.plan.identity, skipped=skipped, class_names=class_names, source=source % 2**256)
+        writer.finish(skipped=skipped, class_names=class_names, source=source % 2**256)
 
     def _encode_batch(self, batch: list[Decoded], writer: PartWriter, skipped: list[str]) -> None:
         pixels = np.stack([item.pixels for item in batch])

@@ -45,9 +45,8 @@ def publish_index(config: EncodeConfig, plan: Plan, networks: Networks) -> Datas
         return read_index(folder)  # another process was faster, and has removed them
     index = make_index(config, plan, networks, records)
     _check_keys(folder, index.shards)
-    for name, encoder in networks.text.items():
-        publish(folder / null_text_name(name), [save(_null_text(networks, name, config.text[name].storage))])
-        assert encoder.width == index.text[name].width
+    for name in networks.text:
+        publish(folder / null_text_name(name), [save(_null_text(networks, name))])
     for leftover in folder.glob(".latents-*.tmp"):
         leftover.unlink(missing_ok=True)
     publish(folder / INDEX_NAME, [index.model_dump_json(indent=2).encode(), b"\n"])
@@ -112,7 +111,7 @@ def null_text_name(name: str) -> str:
     return f"text_{name}.null.safetensors"
 
 
-def _null_text(networks: Networks, name: str, storage: str) -> dict[str, np.ndarray]:
+def _null_text(networks: Networks, name: str) -> dict[str, np.ndarray]:
     text = networks.texts([""])[name][0]
     arrays = {"tokens": text.floats()}
     return arrays if text.pooled is None else arrays | {"pooled": text.pooled.astype(np.float32)}
@@ -148,8 +147,7 @@ def _check_skipped(config: EncodeConfig, samples: int, reasons: list[str]) -> No
 
 def _check_keys(folder: Path, shards: list[ShardEntry]) -> None:
     """Over all parts: those of remote tars could not be compared before."""
-    offsets = [Offsets.read(offsets_path(folder / entry.file), entry.offsets_sha256) for entry in shards]
-    hashes = [found.key_hash for found in offsets]
+    hashes = [Offsets.read(offsets_path(folder / entry.file), entry.offsets_sha256).key_hash for entry in shards]
     if (repeated := first_repeated(np.concatenate(hashes))) is not None:
         files = [entry.file for entry, mine in zip(shards, hashes, strict=True) if (mine == repeated).any()]
         raise DataError(f"{folder}: a key is there twice, in {' and '.join(files)}, wanted unique keys: rename it in the source")

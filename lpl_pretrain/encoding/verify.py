@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.dataset import DatasetIndex, read_index
+from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, read_index
 from lpl_pretrain.config.schema import EncodeConfig
 from lpl_pretrain.data.format import CAPTION, DTYPES, FLIPPED
 from lpl_pretrain.data.offsets import SUFFIX, key_at
@@ -23,7 +23,7 @@ from lpl_pretrain.data.shard import OpenShard
 from lpl_pretrain.encoding.encode import Decoded, decode
 from lpl_pretrain.encoding.finish import fingerprint_of
 from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
-from lpl_pretrain.encoding.plan import Part, make_plan
+from lpl_pretrain.encoding.plan import Part, Plan, make_plan
 from lpl_pretrain.encoding.sources import Picture
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.log import progress
@@ -73,91 +73,100 @@ def verify(
     """Of config.output against config.source; `pictures` are decoded, spread over the folder."""
     index = read_index(config.output)
     networks = Networks.load(config, autoencoder, text_encoders)
-    opened, bad_shards = _open_all(config.output, index)
-    checks = [
-        Check("checksums", f"{len(index.shards)} shards, {sum(entry.bytes for entry in index.shards) / 2**20:.1f} MiB", bad_shards),
-        _check_samples(opened, index),
-        _check_counts(opened, index),
-        _check_inputs(config, index, networks),
-    ]
-    if not any(check.problems for check in checks):
-        checks.append(_check_pictures(config, index, networks, opened, pictures))
-    return Report(config.output, checks)
-
-
-def _open_all(folder: str, index: DatasetIndex) -> tuple[list[OpenShard], list[str]]:
-    opened, problems = [], []
-    with progress(len(index.shards), " shards", "checksums") as bar:
-        for entry in index.shards:
-            path = Path(folder) / entry.file
-            try:
-                shard = OpenShard(path, path.with_suffix(SUFFIX), entry, index)
-                problems += [damage.reason for damage in shard.verify()]
-                opened.append(shard)
-            except DataError as problem:
-                problems.append(str(problem))
-            bar.update(1)
-    if (found := fingerprint_of(index.shards)) != index.fingerprint:
-        problems.append(f"index.json: fingerprint is {index.fingerprint}, its shards' is {found}: encode the folder again")
-    return opened, problems
-
-
-def _check_samples(opened: list[OpenShard], index: DatasetIndex) -> Check:
-    problems, members = [], 0
-    with progress(sum(len(shard.offsets) for shard in opened), " samples", "latents") as bar:
-        for shard in opened:
-            for row in range(len(shard.offsets)):
-                try:
-                    for flipped in (False, True)[: 1 + index.flipped]:
-                        if not np.isfinite(_floats(shard, index, row, flipped)).all():
-                            problems.append(f"{shard.where(row)}: NaN or infinity in its {FLIPPED if flipped else 'latent'}")
-                    shard.read_caption(row)
-                    for name, entry in index.text.items():
-                        text = shard.read_text(row, name, entry)
-                        if not np.isfinite(text.floats()).all() or not 0 < len(text.tokens) <= entry.max_tokens:
-                            problems.append(f"{shard.where(row)}: text {name} has {len(text.tokens)} tokens, or is not finite")
-                    members += 1 + index.flipped + len(index.text)
-                except DataError as problem:
-                    problems.append(str(problem))
-                bar.update(1)
-    return Check("shapes and finite values", f"{members} arrays", problems)
-
-
-def _check_counts(opened: list[OpenShard], index: DatasetIndex) -> Check:
-    labels: Counter[int] = Counter()
-    hashes, captions, per_bucket = [], 0, Counter[int]()
-    for shard in opened:
-        labels.update(shard.offsets.label.tolist())
-        hashes.append(shard.offsets.key_hash)
-        per_bucket[shard.entry.bucket] += len(shard.offsets)
-        if (places := shard.offsets.members.get(CAPTION)) is not None:
-            captions += int((places[:, 1] >= 0).sum())
-    found = {
-        "samples": (labels.total(), index.samples),
-        "class counts": ([labels[c] for c in range(len(index.classes))], index.class_counts),
-        "captions": (captions, index.captions),
-        "bucket counts": ([per_bucket[b] for b in range(len(index.buckets))], [bucket.samples for bucket in index.buckets]),
-        "different keys": (len(np.unique(np.concatenate(hashes))) if hashes else 0, index.samples),
-    }
-    problems = [f"{what}: {there} in the shards, index.json says {said}" for what, (there, said) in found.items() if there != said]
-    looked_at = f"{index.samples} samples, {len(index.classes)} classes, {index.captions} captions, {len(index.buckets)} buckets"
-    return Check("counts", looked_at, problems)
-
-
-def _check_inputs(config: EncodeConfig, index: DatasetIndex, networks: Networks) -> Check:
+    checks = _check_shards(Path(config.output), index)
     try:
         plan = make_plan(config, networks.identities())
     except DataError as problem:
-        return Check("source and encoders", "as they are now", [str(problem)])
-    changed = "source, encoders or configuration are not those that made this folder" if plan.identity != index.plan else None
-    return Check("source and encoders", f"{len(plan.parts)} parts", [changed] if changed else [])
+        return Report(config.output, [*checks, Check("source and encoders", "as they are now", [str(problem)])])
+    changed = "source, encoders or configuration are not those that made this folder"
+    checks.append(Check("source and encoders", f"{len(plan.parts)} parts", [changed] if plan.identity != index.plan else []))
+    if not any(check.problems for check in checks):
+        checks.append(_check_pictures(config, index, networks, plan, pictures))
+    return Report(config.output, checks)
+
+
+class _Tally:
+    """What shards hold, added up one by one: no more than one of them is open."""
+
+    def __init__(self) -> None:
+        self.arrays = self.captions = 0
+        self.labels: Counter[int] = Counter()
+        self.per_bucket: Counter[int] = Counter()
+        self.key_hashes: list[np.ndarray] = []
+
+    def add(self, shard: OpenShard) -> None:
+        self.labels.update(shard.offsets.label.tolist())
+        self.per_bucket[shard.entry.bucket] += len(shard.offsets)
+        self.key_hashes.append(shard.offsets.key_hash)
+        if (places := shard.offsets.members.get(CAPTION)) is not None:
+            self.captions += int((places[:, 1] >= 0).sum())
+
+    def problems(self, index: DatasetIndex) -> list[str]:
+        different = len(np.unique(np.concatenate(self.key_hashes))) if self.key_hashes else 0
+        found = {
+            "samples": (self.labels.total(), index.samples),
+            "class counts": ([self.labels[c] for c in range(len(index.classes))], index.class_counts),
+            "captions": (self.captions, index.captions),
+            "bucket counts": (
+                [self.per_bucket[b] for b in range(len(index.buckets))],
+                [bucket.samples for bucket in index.buckets],
+            ),
+            "different keys": (different, index.samples),
+        }
+        return [f"{what}: {there} in the shards, index.json says {said}" for what, (there, said) in found.items() if there != said]
+
+
+def _check_shards(folder: Path, index: DatasetIndex) -> list[Check]:
+    tally, bytes_wrong, values_wrong = _Tally(), list[str](), list[str]()
+    with progress(index.samples, " samples", "verify") as bar:
+        for entry in index.shards:
+            try:
+                shard = _open(folder, entry, index)
+                bytes_wrong += [damage.reason for damage in shard.verify()]
+                tally.add(shard)
+                values_wrong += _wrong_values(shard, index, tally)
+            except DataError as problem:
+                bytes_wrong.append(str(problem))
+            bar.update(entry.samples)
+    if (found := fingerprint_of(index.shards)) != index.fingerprint:
+        bytes_wrong.append(f"index.json: fingerprint is {index.fingerprint}, its shards' is {found}: encode the folder again")
+    counted = f"{index.samples} samples, {len(index.classes)} classes, {index.captions} captions, {len(index.buckets)} buckets"
+    total_mib = sum(entry.bytes for entry in index.shards) / 2**20
+    return [
+        Check("checksums", f"{len(index.shards)} shards, {total_mib:.1f} MiB", bytes_wrong),
+        Check("shapes and finite values", f"{tally.arrays} arrays", values_wrong),
+        Check("counts", counted, tally.problems(index)),
+    ]
+
+
+def _open(folder: Path, entry: ShardEntry, index: DatasetIndex) -> OpenShard:
+    path = folder / entry.file
+    return OpenShard(path, path.with_suffix(SUFFIX), entry, index)
+
+
+def _wrong_values(shard: OpenShard, index: DatasetIndex, tally: _Tally) -> list[str]:
+    problems = []
+    for row in range(len(shard.offsets)):
+        try:
+            for flipped in (False, True)[: 1 + index.flipped]:
+                if not np.isfinite(_floats(shard, index, row, flipped)).all():
+                    problems.append(f"{shard.where(row)}: NaN or infinity in its {FLIPPED if flipped else 'latent'}")
+            shard.read_caption(row)
+            for name, entry in index.text.items():
+                text = shard.read_text(row, name, entry)
+                if not np.isfinite(text.floats()).all() or not 0 < len(text.tokens) <= entry.max_tokens:
+                    problems.append(f"{shard.where(row)}: text {name} has {len(text.tokens)} tokens, or is not finite")
+            tally.arrays += 1 + index.flipped + len(index.text)
+        except DataError as problem:
+            problems.append(str(problem))
+    return problems
 
 
 @torch.inference_mode()
-def _check_pictures(config: EncodeConfig, index: DatasetIndex, networks: Networks, opened: list[OpenShard], count: int) -> Check:
+def _check_pictures(config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan, count: int) -> Check:
     problems, stored_db, fresh_db = [], [], []
     with TemporaryDirectory(prefix="lpl-verify-") as scratch:
-        for shard, row, item in _find_pictures(config, index, networks, opened, count, Path(scratch)):
+        for shard, row, item in _find_pictures(config, index, plan, count, Path(scratch)):
             where = shard.where(row)
             if shard.offsets.micro[row].tolist() != [*item.source_px, *item.fit.resized_px, *item.fit.crop_px]:
                 problems.append(f"{where}: its recorded sizes are not those of {item.picture.origin}")
@@ -177,12 +186,12 @@ def _check_pictures(config: EncodeConfig, index: DatasetIndex, networks: Network
 
 
 def _find_pictures(
-    config: EncodeConfig, index: DatasetIndex, networks: Networks, opened: list[OpenShard], count: int, scratch: Path
+    config: EncodeConfig, index: DatasetIndex, plan: Plan, count: int, scratch: Path
 ) -> Iterator[tuple[OpenShard, int, Decoded]]:
     """Samples spread over a few shards, with their pictures: a shard's name says which part of the source made it."""
-    parts = {part.name: part for part in make_plan(config, networks.identities()).parts}
-    chosen = [opened[i * len(opened) // SHARDS_WITH_PICTURES] for i in range(SHARDS_WITH_PICTURES)][: max(1, count)]
-    shards = list(dict.fromkeys(chosen)) if len(opened) >= SHARDS_WITH_PICTURES else opened
+    parts, total_shards = {part.name: part for part in plan.parts}, len(index.shards)
+    few = min(SHARDS_WITH_PICTURES, total_shards, max(1, count))
+    shards = [_open(Path(config.output), index.shards[i * total_shards // few], index) for i in range(few)]
     each = -(-count // len(shards))
     for name, group in groupby(shards, key=lambda shard: shard.entry.file.removeprefix("latents-")[:10]):
         wanted: dict[str, tuple[OpenShard, int]] = {}

@@ -27,8 +27,6 @@ RECORDS = ".encode"
 class PartRecord(Section):
     """What index.json needs to know of one part."""
 
-    plan: str
-    """Hash of everything that the part's bytes depend on (data/plan.py)."""
     samples: int
     skipped: list[str]
     """Why each picture was left out."""
@@ -106,11 +104,10 @@ class PartWriter:
         if len(shard) == self.shard_samples:
             self._write(bucket)
 
-    def finish(self, *, plan: str, skipped: list[str], class_names: dict[int, str], source: int) -> None:
+    def finish(self, *, skipped: list[str], class_names: dict[int, str], source: int) -> None:
         for bucket in sorted(self._open):
             self._write(bucket)
         record = PartRecord(
-            plan=plan,
             samples=sum(self.labels.values()),
             skipped=skipped,
             labels=dict(sorted(self.labels.items())),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,3 +202,15 @@ def test_commands(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     unsound = run(commands, ["encode", str(config), "--verify"])
     assert unsound.exit_code == 1 and "NOT SOUND" in unsound.output and shard.name in unsound.output
+
+
+def test_many_shards_are_not_open_at_once(tmp_path: Path) -> None:
+    """A data set of thousands of shards: fewer files may be open than it has."""
+    config = encode_config(smooth_tar(tmp_path / "x.tar", 60), tmp_path / "latents", shard_samples=1)
+    encode_whole(config, SmoothAutoencoder())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        assert verify(config, 8, SmoothAutoencoder()).is_sound
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
