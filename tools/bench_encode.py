@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import decode, encode
 from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.models.autoencoder import Autoencoder, load_autoencoder

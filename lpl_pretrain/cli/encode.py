@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from lpl_pretrain.config.dataset import INDEX_NAME
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.runtime.world import World
 
 

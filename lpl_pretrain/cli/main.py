@@ -38,8 +38,8 @@ def commands() -> None:
 def encode(config: str, overrides: tuple[str, ...], verify: bool, pictures: int) -> None:
     """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says; killed and started again, it goes on."""
     from lpl_pretrain.cli import encode as command
+    from lpl_pretrain.config.encode import EncodeConfig
     from lpl_pretrain.config.load import load_config
-    from lpl_pretrain.config.schema import EncodeConfig
 
     loaded = load_config(EncodeConfig, config, overrides)
     if verify:

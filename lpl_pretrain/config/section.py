@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
@@ -11,6 +12,13 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class OnError(str, Enum):
+    """What becomes of a sample that cannot be read: an error that names it, or another sample in its place, counted and logged."""
+
+    STOP = "stop"
+    SKIP = "skip"
 
 
 class WeightingConfig(Section):

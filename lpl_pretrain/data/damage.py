@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.schema import DataConfig, OnError
+from lpl_pretrain.config.schema import DataConfig
+from lpl_pretrain.config.section import OnError
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.log import log
 

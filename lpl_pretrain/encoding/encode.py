@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex, read_index
-from lpl_pretrain.config.schema import EncodeConfig, OnError
+from lpl_pretrain.config.encode import EncodeConfig
+from lpl_pretrain.config.section import OnError
 from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.format import Sample
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.encoding.finish import publish_index, remove_records
 from lpl_pretrain.encoding.images import Fit, apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit
 from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.pictures import Picture, Problem
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
-from lpl_pretrain.encoding.sources import Picture, Problem
 from lpl_pretrain.encoding.writer import RECORDS, PartWriter, publish, record_path
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng

@@ -26,7 +26,7 @@ from lpl_pretrain.config.dataset import (
     TextEntry,
     read_index,
 )
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.data.format import NO_CLASS
 from lpl_pretrain.data.offsets import Offsets
 from lpl_pretrain.encoding.classes import ClassTable

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.data.format import DTYPES, EncodedText
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from lpl_pretrain.config.schema import EncodeConfig, OnError
+from lpl_pretrain.config.encode import EncodeConfig
+from lpl_pretrain.config.section import OnError
 from lpl_pretrain.data.offsets import key_hashes
 from lpl_pretrain.encoding.classes import ClassTable
-from lpl_pretrain.encoding.sources import Picture, Problem, Unit, list_units, no_pictures
+from lpl_pretrain.encoding.pictures import Picture, Problem
+from lpl_pretrain.encoding.sources import Unit, list_units, no_pictures
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime import rng
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, read_index
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.data.format import CAPTION, DTYPES, FLIPPED
 from lpl_pretrain.data.offsets import SUFFIX, key_at
 from lpl_pretrain.data.remote import download
@@ -23,8 +23,8 @@ from lpl_pretrain.data.shard import OpenShard
 from lpl_pretrain.encoding.encode import Decoded, decode
 from lpl_pretrain.encoding.finish import fingerprint_of
 from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan
-from lpl_pretrain.encoding.sources import Picture
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.log import progress
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.encoding.images import to_square
-from lpl_pretrain.encoding.sources import Picture, read_pictures
+from lpl_pretrain.encoding.pictures import Picture
+from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.files import publish_grid, publish_json, published
 from lpl_pretrain.evaluation.stats import FeatureStatistics

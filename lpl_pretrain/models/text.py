@@ -8,9 +8,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.identity import text_encoder_identity
 from lpl_pretrain.config.load import resolve_path
-from lpl_pretrain.config.schema import TextEncoderConfig
 from lpl_pretrain.errors import ConfigError
 
 ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.schema import DataConfig, EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
+from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.encoding.networks import Autoencoder
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import differences, dump, load_config, resolve_path, validate
-from lpl_pretrain.config.schema import EncodeConfig, EvaluateConfig, TrainConfig
+from lpl_pretrain.config.schema import EvaluateConfig, TrainConfig
 from lpl_pretrain.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

@@ -13,8 +13,8 @@ import webdataset
 
 from lpl_pretrain.cli import encode as command
 from lpl_pretrain.config.dataset import read_index
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import load_config
-from lpl_pretrain.config.schema import EncodeConfig
 from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.encoding.encode import check_shapes, encode
 from lpl_pretrain.encoding.writer import LatentStatistics

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.world import World

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lpl_pretrain.cli.main import commands
 from lpl_pretrain.config.dataset import DatasetIndex, read_index
-from lpl_pretrain.config.schema import EncodeConfig
+from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.data.offsets import Offsets
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.encoding.show import contact_sheet, describe

@@ -80,7 +80,7 @@ def test_repeats_to_the_digit_and_weights_matter(run):
 def test_reference_is_read_once_and_again_when_it_changes(run, monkeypatch):
     evaluate(run.run_dir, run.protocol(), [3])
     with monkeypatch.context() as patch:
-        patch.setattr("lpl_pretrain.encoding.sources.Picture.load", lambda picture: pytest.fail("read again"))
+        patch.setattr("lpl_pretrain.encoding.pictures.Picture.load", lambda picture: pytest.fail("read again"))
         evaluate(run.run_dir, run.protocol(), [6])
     shutil.copy(run.reference / "00.png", run.reference / "zz.png")
     (record,) = evaluate(run.run_dir, run.protocol(), [6])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import TextEncoderConfig
+from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.text import load_text_encoder
 from tests.support.text_encoders import minilm, text_encoder_folder
