@@ -44,6 +44,10 @@ class Precision(str, Enum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
+    """With a dynamic loss scale; for GPUs without bf16."""
+    FP8 = "fp8"
+    """bf16, with float8 products in the linear layers of the blocks (torchao)."""
     FP64 = "fp64"
 
 
@@ -168,6 +172,11 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"zero_config={self.zero_config!r} with strategy={self.strategy.value!r}: "
                 "name a DeepSpeed JSON, such as configs/zero/zero2.json, with strategy zero and only with it"
+            )
+        if self.strategy is StrategyKind.ZERO and self.precision in (Precision.FP64, Precision.FP8):
+            raise ValueError(
+                f"precision={self.precision.value!r} with strategy='zero': DeepSpeed keeps float32 masters and knows no float8; "
+                "use bf16, fp16 or fp32, or another strategy"
             )
         own = ("shard_size", "reshard_after_forward", "cpu_offload")
         asked = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]

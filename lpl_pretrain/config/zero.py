@@ -32,7 +32,7 @@ OWNED = {
     "gradient_predivide_factor": "nothing: gradients are always the mean over ranks",
     "gradient_allreduce_op": "nothing: gradients are always the mean over ranks",
     "zero_allow_untested_optimizer": "nothing: it is always allowed",
-    "zero_force_ds_cpu_optimizer": "nothing: the optimizer is always torch's",
+    "zero_force_ds_cpu_optimizer": "nothing: the optimizer is always torch's, offloaded or not",
     "checkpoint": "checkpoint",
     "wandb": "log.wandb",
     "tensorboard": "log",
@@ -54,10 +54,8 @@ TUNING = {
 }
 
 REFUSED = {
-    "offload_optimizer": "offload is not supported yet",
-    "offload_param": "offload is not supported yet",
-    "cpu_offload": "offload is not supported yet",
-    "cpu_offload_param": "offload is not supported yet",
+    "cpu_offload": "DeepSpeed's old name of offload_optimizer",
+    "cpu_offload_param": "DeepSpeed's old name of offload_param",
     "zenflow": "it updates some parameters later than others",
     "round_robin_gradients": "it shuffles the flat buffer that checkpoints are read from",
     "zero_hpz_partition_size": "it keeps a second partition of every parameter",
@@ -70,7 +68,9 @@ REFUSED = {
 """Key of zero_optimization -> why it cannot be set to anything but its default."""
 
 DEFAULTS: tuple[Any, ...] = (None, False, {}, {"device": "none"})
-STAGES = (1, 2, 3)
+STAGES = (0, 1, 2, 3)
+OFFLOAD = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""Key of zero_optimization -> stages that have it."""
 
 
 def read_zero_config(path: str | Path) -> dict[str, Any]:
@@ -89,9 +89,10 @@ def read_zero_config(path: str | Path) -> dict[str, Any]:
     problems = [_top_level_problem(key) for key in content if key not in TUNING]
     if not isinstance(zero, dict) or zero.get("stage") not in STAGES:
         found = zero.get("stage") if isinstance(zero, dict) else zero
-        problems.append(f"zero_optimization.stage: found {found!r}, wanted one of {STAGES} (0 is parallel.strategy: ddp)")
+        problems.append(f"zero_optimization.stage: found {found!r}, wanted one of {STAGES}")
     if isinstance(zero, dict):
         problems += [f"zero_optimization.{key}: {why}; remove it" for key, why in REFUSED.items() if not _is_default(key, zero)]
+        problems += [problem for key in OFFLOAD if not _is_default(key, zero) for problem in _offload_problems(key, zero)]
     if problems:
         raise ConfigError(f"{path}: {len(problems)} keys cannot be used:\n  " + "\n  ".join(problems))
     return content
@@ -102,6 +103,23 @@ def _top_level_problem(key: str) -> str:
         return f"{key}: set by {OWNED[key]} in the run's configuration; remove it here"
     close = difflib.get_close_matches(key, TUNING, n=1)
     return f"{key}: unknown key{f'; did you mean {close[0]!r}?' if close else '; remove it'}"
+
+
+def _offload_problems(key: str, zero: dict[str, Any]) -> list[str]:
+    """Offload to the host's memory works; what else DeepSpeed can do with it needs operators that it compiles on the spot."""
+    asked, stage, path = zero[key], zero.get("stage"), f"zero_optimization.{key}"
+    if not isinstance(asked, dict):
+        return [f'{path}: found {asked!r}, wanted an object such as {{"device": "cpu", "pin_memory": true}}']
+    problems = []
+    if asked.get("device") != "cpu":
+        problems.append(
+            f"{path}.device: found {asked.get('device')!r}, wanted 'cpu' (nvme needs an operator compiled on the machine)"
+        )
+    if stage in STAGES and stage not in OFFLOAD[key]:
+        problems.append(f"{path}: stage {stage} has none, it is for stages {', '.join(map(str, OFFLOAD[key]))}; remove it")
+    compiled = [name for name, default in (("ratio", 1.0), ("super_offload", False)) if asked.get(name, default) != default]
+    problems += [f"{path}.{name}: it needs an Adam that DeepSpeed compiles on the spot; remove it" for name in compiled]
+    return problems
 
 
 def _is_default(key: str, zero: dict[str, Any]) -> bool:

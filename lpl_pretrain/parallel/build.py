@@ -28,6 +28,6 @@ def make_strategy(config: ParallelConfig, world: World, device: torch.device) ->
         from lpl_pretrain.parallel.fsdp2 import FSDP2Strategy
 
         return FSDP2Strategy(config, world, device)
-    from lpl_pretrain.parallel.deepspeed_zero import ZeroStrategy
+    from lpl_pretrain.parallel.deepspeed_zero import ZeroStage0Strategy, ZeroStrategy, zero_stage
 
-    return ZeroStrategy(config, world, device)
+    return (ZeroStrategy if zero_stage(config) else ZeroStage0Strategy)(config, world, device)

@@ -13,19 +13,8 @@ from lpl_pretrain.parallel.native import NativeStrategy
 from lpl_pretrain.parallel.precision import Door
 
 
-class DDPStrategy(NativeStrategy):
-    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
-        self._ddp = DistributedDataParallel(door, init_sync=False, gradient_as_bucket_view=True)
-        # Reduction is armed in `_backward`: DDP would arm it in forward, which does not know whether its micro-batch is the last.
-        self._ddp.require_backward_grad_sync = False
-        # Forward goes past DDP, which would sort its buckets anew after the first step: sums over four ranks and more would then
-        # be made in another order after a restart, and a resumed run would differ in the last bits.
-        return door
-
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
-        if last:
-            self._ddp.reducer.prepare_for_backward([])
-        loss.backward()
+class ReplicatedStrategy(NativeStrategy):
+    """Who owns what, whoever averages the gradients."""
 
     def _owned(self, tensor: Tensor) -> tuple[int, Tensor]:
         flat, share = tensor.view(-1), self._share(tensor)
@@ -43,3 +32,18 @@ class DDPStrategy(NativeStrategy):
 
     def _share(self, tensor: Tensor) -> int:
         return -(-tensor.numel() // self.world.world_size)
+
+
+class DDPStrategy(ReplicatedStrategy):
+    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
+        self._ddp = DistributedDataParallel(door, init_sync=False, gradient_as_bucket_view=True)
+        # Reduction is armed in `_backward`: DDP would arm it in forward, which does not know whether its micro-batch is the last.
+        self._ddp.require_backward_grad_sync = False
+        # Forward goes past DDP, which would sort its buckets anew after the first step: sums over four ranks and more would then
+        # be made in another order after a restart, and a resumed run would differ in the last bits.
+        return door
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        if last:
+            self._ddp.reducer.prepare_for_backward([])
+        super()._backward(loss, last=last)

@@ -3,6 +3,8 @@
 The engine is told one micro-batch, one accumulation step and no clipping; accumulation, clipping and learning rate are set here at
 each call.  Checkpoints do not go through the engine: pieces are views of its float32 partitions.  Where those lie is not public, so
 versions that were not read are refused, and `setup` checks every piece against its parameter.
+
+Stage 0 shards nothing.  There the engine averages gradients and no more: its own updates count Adam's steps one too high in bf16.
 """
 
 from __future__ import annotations
@@ -13,56 +15,73 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lpl_pretrain.config.schema import ParallelConfig
+from lpl_pretrain.config.schema import ParallelConfig, StrategyKind
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.parallel.ddp import ReplicatedStrategy
 from lpl_pretrain.parallel.native import STEP, materialize_state, set_steps
-from lpl_pretrain.parallel.precision import Door
+from lpl_pretrain.parallel.precision import Door, recipe
 from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy
 from lpl_pretrain.runtime.world import World
 
 VERSION, REMEDY = "0.19.", "pip install 'deepspeed>=0.19.8,<0.20'"
+ENGINE = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,
+    "communication_data_type": "fp32",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam is compiled on the spot, for minutes
+}
+
+
+class ZeroStage0Strategy(ReplicatedStrategy):
+    def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
+        super().__init__(config, world, device)
+        self.recipe = recipe(StrategyKind.DDP, config.precision)
+
+    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
+        assert self.config.zero_config is not None
+        never_steps = torch.optim.SGD(model.parameters(), lr=0.0)  # an engine without an optimizer refuses to run backward
+        self._engine = _make_engine(self.config.zero_config, door, never_steps, self.world, ENGINE)
+        return self._engine
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.loss_scale.value, scale_wrt_gas=False)
 
 
 class ZeroStrategy(Strategy):
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
         super().__init__(config, world, device)
         assert config.zero_config is not None
-        self._path, self._tuning = config.zero_config, read_zero_config(config.zero_config)
-        self._stage: int = self._tuning["zero_optimization"]["stage"]
+        self._path = config.zero_config
+        self._stage = zero_stage(config)
 
     def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
-        deepspeed = _import_deepspeed()
-        self.world.to_environment()
         self._parameters = dict(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._optimizer = make_optimizer(list(self._parameters.values()))
-        try:
-            engine = deepspeed.initialize(model=door, optimizer=self._optimizer, config=self._engine_config())[0]
-        except ValidationError as error:
-            raise ConfigError(f"{self._path}: DeepSpeed refuses it: {error}") from error
+        engine = _make_engine(self._path, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
         self._engine, self._zero = engine, engine.optimizer
         self._with_partitions(materialize_state)
         self._start_from(initial)
         return engine
 
-    def _engine_config(self) -> dict[str, Any]:
-        config = {
-            **self._tuning,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "communication_data_type": "fp32",
-        }
+    def _narrow(self) -> dict[str, Any]:
+        """What tells the engine of bf16 or fp16; the scale of fp16 is ours, handed over before every backward."""
+        if self.recipe.working is None:
+            return {}
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}}
         if self.recipe.working is torch.bfloat16:
-            config |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        return config
+            return {**sums, "bf16": {"enabled": True, "check_grad_overflow": True}}
+        return {**sums, "fp16": {"enabled": True, "loss_scale": 1.0}}
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
+        if self.loss_scale.dynamic:
+            self._zero.loss_scale = self.loss_scale.value
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
@@ -72,7 +91,11 @@ class ZeroStrategy(Strategy):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else None
+        if self._engine.was_step_applied():
+            return float(self._engine.get_global_grad_norm())
+        if getattr(self._zero, "cpu_offload", False):  # stages 1 and 2 would add the next gradient to the refused one
+            self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
+        return None
 
     def local_params(self) -> Iterator[Piece]:
         for name, parameter in self._parameters.items():
@@ -146,6 +169,21 @@ class ZeroStrategy(Strategy):
         for sub_group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         self._zero._post_step(set())
+
+
+def zero_stage(config: ParallelConfig) -> int:
+    """That the JSON asks for."""
+    assert config.zero_config is not None
+    return read_zero_config(config.zero_config)["zero_optimization"]["stage"]
+
+
+def _make_engine(path: str, door: Door, optimizer: torch.optim.Optimizer, world: World, ours: dict[str, Any]) -> Any:
+    deepspeed = _import_deepspeed()
+    world.to_environment()
+    try:
+        return deepspeed.initialize(model=door, optimizer=optimizer, config={**read_zero_config(path), **ours})[0]
+    except ValueError as error:  # a key that it does not know; fp16 on a device without
+        raise ConfigError(f"{path}: DeepSpeed refuses it: {error}") from error
 
 
 def _import_deepspeed() -> Any:

@@ -28,17 +28,17 @@ class NativeStrategy(Strategy):
         return wrapped
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+        (loss * self.loss_scale.value).backward()
 
     @torch.no_grad()
     def _update(self, lr: float, max_grad_norm: float) -> float | None:
         gradients = [self._local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        norm = math.sqrt(self._sum_over_shards(_squared_norm(gradients, self.device)).item())
+        norm = math.sqrt(self._sum_over_shards(_squared_norm(gradients, self.device)).item()) / self.loss_scale.value
         finite = math.isfinite(norm)
         if finite:
-            scale = max_grad_norm / (norm + 1e-6)
-            if scale < 1.0:
-                torch._foreach_mul_(gradients, scale)
+            factor = min(1.0, max_grad_norm / (norm + 1e-6)) / self.loss_scale.value
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -100,7 +100,7 @@ def _squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
 def materialize_state(optimizer: Optimizer) -> None:
     """Create the moments as the first update would, at zero, and change nothing else: a zero gradient at a zero learning rate."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates, gradients = [group["lr"] for group in optimizer.param_groups], [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
@@ -108,7 +108,8 @@ def materialize_state(optimizer: Optimizer) -> None:
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient  # None, or a buffer that an engine has put there
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

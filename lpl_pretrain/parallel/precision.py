@@ -1,13 +1,15 @@
 """Which number format each strategy holds, computes and communicates in, for every `parallel.precision`.
 
-    precision  strategy         master, moments, EMA   forward weights     matmuls          gradient sum, reduction
-    fp32       all              float32                float32             float32          float32
-    bf16       local, ddp       float32                float32             bf16 (autocast)  float32
-    bf16       fsdp2            float32 shards         bf16, gathered      bf16 (autocast)  float32
-    bf16       zero 1, 2, 3     float32 partitions     bf16                bf16 (autocast)  float32
-    fp64       all but zero     float64                float64             float64          float64   (parity tests)
+    precision  strategy            master, moments, EMA   forward weights     matmuls          gradient sum, reduction
+    fp32       all                 float32                float32             float32          float32
+    bf16       local, ddp, zero 0  float32                float32             bf16 (autocast)  float32
+    bf16       fsdp2               float32 shards         bf16, gathered      bf16 (autocast)  float32
+    bf16       zero 1, 2, 3        float32 partitions     bf16                bf16 (autocast)  float32
+    fp16       as bf16             as bf16                float16 for bf16    fp16 (autocast)  float32, of a scaled loss (loss_scale.py)
+    fp8        as bf16, not zero   as bf16                as bf16             e4m3 and e5m2 in the blocks (float8.py), else bf16
+    fp64       all but zero        float64                float64             float64          float64   (parity tests)
 
-Autocast is on in every bf16 row, so that the model's inputs stay float32 at the door: a timestep rounded to bf16 has 8 bits.
+Autocast is on in every narrow row, so that the model's inputs stay float32 at the door: a timestep rounded to bf16 has 8 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.config.schema import Precision, StrategyKind
-from lpl_pretrain.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,13 @@ class Recipe:
 
 
 def recipe(strategy: StrategyKind, precision: Precision) -> Recipe:
+    """`strategy` zero means its stages 1 to 3; stage 0 is ddp here."""
     if precision is Precision.FP64:
-        if strategy is StrategyKind.ZERO:
-            raise ConfigError(
-                "parallel.precision='fp64' with parallel.strategy='zero': DeepSpeed keeps float32 masters; "
-                "use fp32 or bf16, or another strategy"
-            )
         return Recipe(torch.float64)
-    if precision is Precision.BF16:
-        working = torch.bfloat16 if strategy in (StrategyKind.FSDP2, StrategyKind.ZERO) else None
-        return Recipe(torch.float32, torch.bfloat16, working)
-    return Recipe(torch.float32)
+    if precision is Precision.FP32:
+        return Recipe(torch.float32)
+    narrow = torch.float16 if precision is Precision.FP16 else torch.bfloat16
+    return Recipe(torch.float32, narrow, narrow if strategy in (StrategyKind.FSDP2, StrategyKind.ZERO) else None)
 
 
 class Door(nn.Module):

@@ -7,6 +7,7 @@ are float32 (float64 under fp64).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lpl_pretrain.config.schema import ParallelConfig
-from lpl_pretrain.errors import ConfigError, NonFiniteError
+from lpl_pretrain.config.schema import ParallelConfig, Precision
+from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.blocks import prepare_blocks
+from lpl_pretrain.parallel.float8 import use_float8
+from lpl_pretrain.parallel.loss_scale import LossScale
 from lpl_pretrain.parallel.precision import Door, Recipe, recipe
 from lpl_pretrain.runtime.world import World
 
@@ -41,8 +44,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepReport:
+    """Of one update; the same on all ranks."""
+
+    applied: bool
+    """False when the gradient was not finite: parameters and moments are as before."""
     grad_norm: float
-    """L2 norm of the whole gradient of the global batch, before clipping."""
+    """L2 norm of the whole gradient of the global batch, before clipping; NaN when it was not finite."""
+    scale_lowered: bool = False
+    """fp16: the loss was scaled too high for float16, which happens now and then; the next update tries half of it."""
 
 
 class Strategy(ABC):
@@ -50,13 +59,14 @@ class Strategy(ABC):
 
     - after `step`, parameters equal those of one process that saw the whole global batch;
     - `backward` takes the MEAN loss of one micro-batch; dividing by accumulation and by ranks is done here, once;
-    - a non-finite gradient is found before the update, on all ranks alike;
+    - a loss or gradient that is not finite, on any rank, is found before the update, which is then left out on all of them;
     - every method is collective unless it says otherwise: all ranks call it, in the same order, or none does.
     """
 
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
         self.recipe: Recipe = recipe(config.strategy, config.precision)
+        self.loss_scale = LossScale.fp16() if config.precision is Precision.FP16 else LossScale()
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name and shape of every parameter, in the model's order: the same on all ranks and under all strategies."""
         self.optimizer_steps = 0
@@ -79,24 +89,24 @@ class Strategy(ABC):
         if dist.is_initialized():
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.detach(), src=0)
+        if self.config.precision is Precision.FP8:
+            use_float8(model, blocks, self.device)
         prepare_blocks(model, blocks, self.config)
         return self._shard(Door(model, self.recipe, self.device.type), model, blocks, make_optimizer)
 
     def backward(self, loss: Tensor, *, microbatch: int, of: int) -> None:
         """Add the gradient of micro-batch `microbatch` (0 .. of-1) of this update; `loss` is its mean over this rank's samples."""
         assert loss.ndim == 0 and 0 <= microbatch < of, (loss.shape, microbatch, of)
+        # A loss can overflow where its gradient does not; NaN in the gradient is what every rank will find, in one check.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._backward(loss / of, last=microbatch == of - 1)
 
     def step(self, *, lr: float, max_grad_norm: float) -> StepReport:
-        """Clip to the global norm `max_grad_norm` and update, or raise NonFiniteError on every rank with nothing changed."""
+        """Clip to the global norm `max_grad_norm` and update; or change nothing, on every rank, and say so."""
         norm = self._update(lr, max_grad_norm)
-        if norm is None:
-            raise NonFiniteError(
-                f"update {self.optimizer_steps + 1}: the gradient norm is not finite; parameters and moments are "
-                "as before. Lower optimizer.lr, or look for bad samples by their loss"
-            )
-        self.optimizer_steps += 1
-        return StepReport(grad_norm=norm)
+        applied = norm is not None
+        self.optimizer_steps += applied
+        return StepReport(applied, math.nan if norm is None else norm, scale_lowered=self.loss_scale.update(finite=applied))
 
     @abstractmethod
     def local_params(self) -> Iterator[Piece]:
@@ -116,7 +126,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backward of a loss that is already divided by the number of micro-batches; averages over ranks."""
+        """Backward, at `loss_scale`, of a loss that is already divided by the number of micro-batches; averages over ranks."""
 
     @abstractmethod
     def _update(self, lr: float, max_grad_norm: float) -> float | None:

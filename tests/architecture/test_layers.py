@@ -45,6 +45,7 @@ HEAVY = {
     "diffusers": {"models/autoencoder.py", "diffusion/samplers.py"},
     "timm": {"models/layers.py", "evaluation/features.py"},
     "transformers": {"models/text.py", "evaluation/features.py"},
+    "torchao": {"parallel/float8.py"},
     "webdataset": set(),
     "wandb": {"trainer/sinks.py"},
     "submitit": set(),

@@ -13,16 +13,20 @@ from torch import Tensor
 from lpl_pretrain.config.schema import EMAConfig, ParallelConfig
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.parallel.build import make_strategy
-from lpl_pretrain.parallel.strategy import Piece, Strategy
+from lpl_pretrain.parallel.strategy import Piece, StepReport, Strategy
 from lpl_pretrain.runtime.world import World
 from tests.support.tiny import BLOCKS, GLOBAL_BATCH, batch, tiny
 
 ROOT = Path(__file__).parents[2]
 JSON_OF = {
+    "zero0": "configs/zero/zero0.json",
     "zero1": "configs/zero/zero1.json",
     "zero2": "configs/zero/zero2.json",
     "zero3": "tests/support/zero3_partitioned.json",  # the shipped one keeps parameters this small whole on every rank
     "zero3_shipped": "configs/zero/zero3.json",
+    "zero2_offload": "configs/zero/zero2_offload.json",
+    "zero3_offload": "tests/support/zero3_partitioned_offload.json",
+    "zero3_offload_shipped": "configs/zero/zero3_offload.json",
 }
 NO_CLIPPING = 1e9
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -60,15 +64,19 @@ class Training:
         self.ema = EMATracker(self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1)))
         self.norms: list[float] = []
 
-    def train(self, steps: int, *, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> Training:
+    def train(self, steps: int) -> Training:
         for _ in range(steps):
-            for microbatch in range(self.case.grad_accum_steps):
-                loss = damage(self._loss(microbatch), microbatch)
-                self.strategy.backward(loss, microbatch=microbatch, of=self.case.grad_accum_steps)
+            self.norms.append(self.update().grad_norm)
             self.step += 1
-            self.norms.append(self.strategy.step(lr=self.case.lr, max_grad_norm=self.case.max_grad_norm).grad_norm)
             self.ema.update(self.step)
         return self
+
+    def update(self, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> StepReport:
+        """One update of the strategy, on the data of the next step."""
+        for microbatch in range(self.case.grad_accum_steps):
+            loss = damage(self._loss(microbatch), microbatch)
+            self.strategy.backward(loss, microbatch=microbatch, of=self.case.grad_accum_steps)
+        return self.strategy.step(lr=self.case.lr, max_grad_norm=self.case.max_grad_norm)
 
     def result(self) -> dict[str, Any]:
         """Everything this rank owns, to be sent to the parent process."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lpl_pretrain.config.schema import Precision, StrategyKind
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.config.schema import ParallelConfig, Precision, StrategyKind
+from lpl_pretrain.parallel.loss_scale import LossScale
 from lpl_pretrain.parallel.precision import Door, Recipe, recipe
 
 
@@ -31,16 +31,38 @@ class Asks(nn.Module):
 
 @pytest.mark.parametrize("strategy", StrategyKind)
 def test_masters_are_wide_under_every_precision(strategy):
-    for precision in (Precision.FP32, Precision.BF16):
-        assert recipe(strategy, precision).master is torch.float32
     assert recipe(strategy, Precision.FP32) == Recipe(torch.float32)
     sharded = strategy in (StrategyKind.FSDP2, StrategyKind.ZERO)
-    assert recipe(strategy, Precision.BF16).working is (torch.bfloat16 if sharded else None)
+    narrow = {Precision.BF16: torch.bfloat16, Precision.FP8: torch.bfloat16, Precision.FP16: torch.float16}
+    for precision, dtype in narrow.items():
+        assert recipe(strategy, precision) == Recipe(torch.float32, dtype, dtype if sharded else None)
 
 
-def test_zero_has_no_float64():
-    with pytest.raises(ConfigError, match="fp64.*zero.*use fp32 or bf16"):
-        recipe(StrategyKind.ZERO, Precision.FP64)
+@pytest.mark.parametrize("precision", ["fp64", "fp8"])
+def test_what_zero_does_not_know(precision):
+    with pytest.raises(ValueError, match=f"precision='{precision}' with strategy='zero'.*use bf16, fp16 or fp32"):
+        ParallelConfig(strategy="zero", zero_config="configs/zero/zero2.json", precision=precision)
+
+
+def test_the_scale_is_halved_by_an_overflow_and_doubled_after_many_good_updates():
+    scale = LossScale.fp16()
+    assert scale.update(finite=False) and scale.value == 2.0**15
+    assert not any(scale.update(finite=True) for _ in range(1999)) and scale.value == 2.0**15
+    saved = scale.state()
+    scale.update(finite=True)
+    assert (scale.value, scale.good_updates) == (2.0**16, 0)
+    again = LossScale.fp16()
+    again.load_state(saved)
+    again.update(finite=True)
+    assert again == scale
+    scale.value = 2.0
+    assert scale.update(finite=False) and not scale.update(finite=False) and scale.value == 1.0
+
+
+def test_without_fp16_there_is_no_scale():
+    scale = LossScale()
+    scale.load_state(LossScale.fp16().state())
+    assert not scale.update(finite=False) and scale == LossScale()
 
 
 @pytest.mark.parametrize(
@@ -48,6 +70,7 @@ def test_zero_has_no_float64():
     [
         ("fp32", torch.float32, torch.float32),
         ("bf16", torch.float32, torch.bfloat16),
+        ("fp16", torch.float32, torch.float16),
         ("fp64", torch.float64, torch.float64),
     ],
 )

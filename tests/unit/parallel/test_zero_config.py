@@ -36,7 +36,7 @@ def test_every_conflict_is_listed_with_who_decides(tmp_path):
             "bf16": {"enabled": True},
             "optimizer": {"type": "AdamW"},
             "scheduler": {},
-            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "round_robin_gradients": True},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}, "round_robin_gradients": True},
         },
     )
     assert ": 9 keys cannot be used" in message
@@ -49,7 +49,7 @@ def test_every_conflict_is_listed_with_who_decides(tmp_path):
         "gradient_accumulation_steps": "batch",
     }.items():
         assert f"  {key}: set by {owner}" in message
-    assert "zero_optimization.offload_optimizer: offload is not supported yet" in message
+    assert "zero_optimization.offload_optimizer.device: found 'nvme', wanted 'cpu'" in message
     assert "zero_optimization.round_robin_gradients: it shuffles" in message
 
 
@@ -75,7 +75,7 @@ def test_defaults_written_out_are_no_conflict(tmp_path):
     "content, words",
     [
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
-        ({"zero_optimization": {"stage": 0}}, "found 0, wanted one of \\(1, 2, 3\\)"),
+        ({"zero_optimization": {"stage": 4}}, "found 4, wanted one of \\(0, 1, 2, 3\\)"),
         ({"zero_optimization": True}, "found True"),
         ({}, "found None"),
         ([1], "found a JSON list"),
@@ -89,3 +89,23 @@ def test_what_is_no_zero_configuration(tmp_path, content, words):
 def test_absent_file(tmp_path):
     with pytest.raises(ConfigError, match="parallel.zero_config=.*No such file.*configs/zero/zero2.json"):
         read_zero_config(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "stage, key, asked, complaint",
+    [
+        (2, "offload_param", {"device": "cpu"}, "offload_param: stage 2 has none, it is for stages 3"),
+        (0, "offload_optimizer", {"device": "cpu"}, "offload_optimizer: stage 0 has none, it is for stages 1, 2, 3"),
+        (
+            3,
+            "offload_optimizer",
+            {"device": "cpu", "ratio": 0.5},
+            "offload_optimizer.ratio: it needs an Adam that DeepSpeed compiles",
+        ),
+        (3, "offload_optimizer", {"device": "cpu", "super_offload": True}, "offload_optimizer.super_offload: it needs an Adam"),
+        (3, "offload_param", True, "offload_param: found True, wanted an object such as"),
+        (3, "cpu_offload", True, "cpu_offload: DeepSpeed's old name of offload_optimizer"),
+    ],
+)
+def test_offload_to_the_host_and_nothing_else(tmp_path, stage, key, asked, complaint):
+    assert complaint in refusal(tmp_path, {"zero_optimization": {"stage": stage, key: asked}})

@@ -1,0 +1,50 @@
+"""Linear layers of the blocks with float8 products (torchao): 8 bits into the tensor cores, everything else as under bf16.
+
+Scales are taken anew from every tensor (arXiv 2209.05433, section 3): inputs and weights e4m3, gradients e5m2.  Weights stay what they
+were, under their names; the layers before and after the blocks are not touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lpl_pretrain.errors import ConfigError
+
+CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+MULTIPLE = 16  # a float8 product wants both sides of a weight to be a multiple of it
+
+
+def use_float8(model: nn.Module, blocks: list[str], device: torch.device) -> None:
+    """Swaps layers in place.  Raises ConfigError where there is no hardware, no torchao, or no layer of a fitting size."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type}"
+        raise ConfigError(
+            f"parallel.precision='fp8': its products need an NVIDIA GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer "
+            f"(Ada, Hopper, Blackwell), this is {name}: use bf16"
+        )
+    swap_layers(model, blocks, emulate=False)
+
+
+def swap_layers(model: nn.Module, blocks: list[str], *, emulate: bool) -> int:
+    """Returns how many layers were swapped.  `emulate`: rounds to float8 and multiplies in float32, on any device (tests)."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError("parallel.precision='fp8': torchao is not installed: pip install 'lpl-pretrain[fp8]'") from error
+    swapped = 0
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        nonlocal swapped
+        fitting = isinstance(layer, nn.Linear) and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+        swapped += fitting
+        return fitting
+
+    for block in blocks:
+        convert_to_float8_training(model.get_submodule(block), module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
+    if not swapped:
+        raise ConfigError(
+            f"parallel.precision='fp8': no linear layer of the blocks has both sides a multiple of {MULTIPLE}: "
+            "choose such a model.width, or use bf16"
+        )
+    return swapped
