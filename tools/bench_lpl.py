@@ -64,9 +64,9 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
         config = LPLConfig(weight=1.0, chunk_size=args.chunk_size, **options)
         dtype = DTYPES[decoder_precision]
         scaling = LatentScaling(torch.zeros(SD["latent_channels"]), torch.full((SD["latent_channels"],), SD["scaling_factor"]))
-        features = DecoderFeatures(
-            decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype, compile_pieces=compile_pieces
-        )
+        features = DecoderFeatures(decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype)
+        if compile_pieces:
+            features.compile_pieces()
         loss = LatentPerceptualLoss(config, features.to(args.device))
 
         def run() -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.models.autoencoder import sample_posterior
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import class_conditioning
+from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble, make_optimizer
 from lpl_pretrain.trainer.metrics import Meter
@@ -79,14 +80,15 @@ def bare_loop(run: Run) -> Callable[[int], None]:
 
 
 def our_loop(run: Run) -> Callable[[int], None]:
-    meter, batches = Meter(run.device), run.stream.prefetch(run.requests(0))
+    meter, clock, batches = Meter(run.device), Clock(run.device), run.stream.prefetch(run.requests(0))
     step = iter(range(run.config.steps))
 
     def loop(steps: int) -> None:
         for number in islice(step, steps):
-            run.updater.update(number, run.hands(number), list(islice(batches, run.grad_accum_steps)), meter)
+            run.updater.update(number, run.hands(number), list(islice(batches, run.grad_accum_steps)), meter, clock)
             run.ema.update(number + 1)
         meter.flush()
+        clock.flush()
 
     return loop
 

@@ -1,6 +1,9 @@
 """When checkpoints are published, removed and restored: temporary name, manifest last, rename; the newest undamaged one wins.
 
 All ranks see one file system.  An error on one rank is raised on all of them, with the same message.
+
+Saving takes three phases: every rank copies its state, every rank writes the copy, rank 0 publishes.  The last two run on a thread,
+which never communicates: ranks agree on the main thread, in `advance`, that all of them are through with a phase.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lpl_pretrain.checkpoint.manifest import Manifest, damage, sync_folder, write_json
+from lpl_pretrain.checkpoint.staging import HostCopies, Task
 from lpl_pretrain.checkpoint.store import STATE, Reader, merge_parts, read_state, write_rank
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
@@ -30,37 +34,50 @@ class HasPieces(Protocol):
 
 
 class CheckpointManager:
-    def __init__(self, run_dir: RunDir, config: CheckpointConfig) -> None:
-        self.run_dir, self.config = run_dir, config
+    def __init__(self, run_dir: RunDir, config: CheckpointConfig, identity: str = "") -> None:
+        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused."""
+        self.run_dir, self.config, self.identity = run_dir, config, identity
+        self._copies = HostCopies()
+        self._phases: list[Task] = []
+        """Of the save under way: what is left to do, the first one being done now."""
 
-    def save(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any]) -> Path:
-        """Communicates: every rank writes its own pieces, rank 0 publishes them with its `state` (JSON); returns the folder."""
-        return self._save(self.run_dir.checkpoint(step), step, strategy, _entries(strategy, ema), state)
+    def save(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any], *, samples_seen: int) -> Path:
+        """Communicates: the folder that the checkpoint will be; it is there after `finish`, or when `saving` has become False."""
+        return self._save(self.run_dir.checkpoint(step), strategy, _entries(strategy, ema), state, step, samples_seen)
 
-    def save_snapshot(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any]) -> Path:
+    def save_snapshot(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any], *, samples_seen: int) -> Path:
         """Communicates: as `save`, of the power-function averages alone, and for good."""
-        return self._save(self.run_dir.snapshot(step), step, strategy, ema.pieces(power_only=True), state)
+        return self._save(self.run_dir.snapshot(step), strategy, ema.pieces(power_only=True), state, step, samples_seen)
 
-    def _save(
-        self, final: Path, step: int, strategy: Strategy, entries: Iterator[tuple[str, Piece]], state: dict[str, Any]
-    ) -> Path:
-        world, temporary = strategy.world, final.with_name(WRITING + final.name)
+    @property
+    def saving(self) -> bool:
+        """Not collective: a save is under way; the same on all ranks."""
+        return bool(self._phases)
 
-        def publish() -> None:
-            files = merge_parts(temporary, world.world_size)
-            files[STATE] = write_json(temporary / STATE, state)
-            Manifest(step, strategy.optimizer_steps, type(strategy).__name__, world.world_size, files).write(temporary)
-            sync_folder(temporary)
-            self._remove(final)
-            temporary.rename(final)
-            sync_folder(final.parent)
-            self._retain()
+    @property
+    def busy(self) -> bool:
+        """Not collective: this rank's thread works; `advance` would wait for it."""
+        return bool(self._phases) and self._phases[0].running
 
-        rank0 = world.rank == 0
-        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0)
-        _together(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, entries))
-        _together(f"{final}: cannot be published", publish, act=rank0)
-        return final
+    def advance(self) -> None:
+        """Communicates while `saving`: waits until all ranks are through with this phase, and starts the next one.
+
+        Raises on all ranks what went wrong on one.
+        """
+        if not self._phases:
+            return
+        done, *self._phases = self._phases
+        trouble = first_over_ranks(done.wait())
+        if trouble is not None:
+            self._phases = []
+            raise CheckpointError(trouble) from done.cause
+        if self._phases:
+            self._phases[0].start()
+
+    def finish(self) -> None:
+        """Communicates while `saving`: returns when the checkpoint is published."""
+        while self._phases:
+            self.advance()
 
     def restore_latest(self, strategy: Strategy, ema: HasPieces) -> dict[str, Any] | None:
         """Communicates: fills parameters, moments and EMA from the newest undamaged checkpoint; returns its state, or None.
@@ -88,6 +105,11 @@ class CheckpointManager:
         """Communicates: fills parameters, moments and EMA from one checkpoint, saved by any strategy at any world size."""
 
         def fill() -> None:
+            if (found := Manifest.read(folder).identity) != self.identity:
+                raise CheckpointError(
+                    f"{folder}: was saved by a run with another configuration ({found[:12]}, this one is {self.identity[:12]}): "
+                    "resume it in the directory of that run"
+                )
             reader = Reader(folder)
             entries = list(_entries(strategy, ema))
             for kind in sorted({kind for kind, _ in entries}):
@@ -98,6 +120,41 @@ class CheckpointManager:
         _together(f"{folder}: cannot be restored", fill)
         strategy.accept_loaded(Manifest.read(folder).optimizer_steps)
         return read_state(folder)
+
+    def _save(
+        self,
+        final: Path,
+        strategy: Strategy,
+        live: Iterator[tuple[str, Piece]],
+        state: dict[str, Any],
+        step: int,
+        samples_seen: int,
+    ) -> Path:
+        self.finish()
+        world, temporary, updates = strategy.world, final.with_name(WRITING + final.name), strategy.optimizer_steps
+
+        def publish() -> None:
+            files = merge_parts(temporary, world.world_size)
+            files[STATE] = write_json(temporary / STATE, state)
+            kind = type(strategy).__name__
+            Manifest(step, samples_seen, updates, kind, world.world_size, self.identity, files).write(temporary)
+            sync_folder(temporary)
+            self._remove(final)
+            temporary.rename(final)
+            sync_folder(final.parent)
+            self._retain()
+
+        rank0 = world.rank == 0
+        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0)
+        copies = self._copies.of(live, strategy.device) if self.config.asynchronous else list(live)
+        self._phases = [
+            Task(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, copies)),
+            Task(f"{final}: cannot be published", publish if rank0 else lambda: None),
+        ]
+        self._phases[0].start()
+        if not self.config.asynchronous:
+            self.finish()
+        return final
 
     def _start(self, temporary: Path) -> None:
         self._sweep()
@@ -135,13 +192,8 @@ def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:
 
 def _together(what: str, action: Callable[[], None], *, act: bool = True) -> None:
     """Communicates: run `action` on the ranks that `act`; an error on any of them is raised on all."""
-    trouble: str | None = None
-    cause: Exception | None = None
-    try:
-        if act:
-            action()
-    except (OSError, ValueError, KeyError, CheckpointError) as error:
-        trouble, cause = str(error) if isinstance(error, CheckpointError) else f"{what}: {type(error).__name__}: {error}", error
-    trouble = first_over_ranks(trouble)
+    task = Task(what, action if act else lambda: None)
+    task.run()
+    trouble = first_over_ranks(task.trouble)
     if trouble is not None:
-        raise CheckpointError(trouble) from cause
+        raise CheckpointError(trouble) from task.cause

@@ -15,7 +15,7 @@ from typing import Any
 from lpl_pretrain.config.rundir import MANIFEST
 from lpl_pretrain.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 1 << 22
 
 
@@ -28,10 +28,14 @@ class FileRecord:
 @dataclass(frozen=True)
 class Manifest:
     step: int
+    samples_seen: int
     optimizer_steps: int
+    """Updates applied: `step` less those that were left out."""
     strategy: str
     """Class and world size of the run that saved it: for people, reading needs neither."""
     world_size: int
+    identity: str
+    """Hash of what the run learns by (config/check.py)."""
     files: dict[str, FileRecord]
     format: int = FORMAT
 
@@ -43,8 +47,9 @@ class Manifest:
         """ValueError or OSError if damaged; CheckpointError if this version of lpl_pretrain cannot know what is inside."""
         content = json.loads((folder / MANIFEST).read_text())
         found = content["format"]
-        if found > FORMAT:
-            raise CheckpointError(f"{folder}: checkpoint format {found}, this version reads up to {FORMAT}: update lpl_pretrain")
+        if found != FORMAT:
+            remedy = "update lpl_pretrain" if found > FORMAT else "go on with the version that saved it"
+            raise CheckpointError(f"{folder}: checkpoint format {found}, this version reads {FORMAT}: {remedy}")
         files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
         return cls(**content, files=files)
 

@@ -5,6 +5,8 @@ All problems are listed at once.  Nothing here needs torch, so that a run is ref
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
-from lpl_pretrain.config.load import differences, resolve_path
+from lpl_pretrain.config.load import differences, flatten, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
 from lpl_pretrain.config.zero import read_zero_config
@@ -23,6 +25,8 @@ FREE_TO_CHANGE = (
     "steps",
     "checkpoint",
     "ema.snapshot_every_steps",
+    "optimizer.on_nonfinite",
+    "optimizer.max_skipped_updates",
     "log",
     "parallel",
     "batch.micro_batch_size",
@@ -90,12 +94,7 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
 
 def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> None:
     """Raises ConfigError naming the keys that make `wanted` another run than the one that lies in `where`."""
-    free = tuple(key for key in FREE_TO_CHANGE if key != "steps" or stored.optimizer.decay == "constant")
-    changed = {
-        key: values
-        for key, values in differences(stored, wanted).items()
-        if not any(key == name or key.startswith(name + ".") for name in free)
-    }
+    changed = {key: values for key, values in differences(stored, wanted).items() if not _is_free(key, stored)}
     if changed:
         lines = [f"  {key}: the run has {old!r}, you ask for {new!r}" for key, (old, new) in changed.items()]
         raise ConfigError(
@@ -103,6 +102,22 @@ def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> Non
             + "\n".join(lines)
             + "\nset these back, or start a new run with another name or run_dir"
         )
+
+
+def run_identity(config: TrainConfig) -> str:
+    """sha256 over what the run learns by: all keys that may not change when it goes on and that are not at their default.
+
+    A key that a later version adds does not change it.
+    """
+    settings = flatten(config.model_dump(mode="json", exclude_defaults=True))
+    kept = {key: value for key, value in settings.items() if not _is_free(key, config)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _is_free(key: str, config: TrainConfig) -> bool:
+    if key == "steps":
+        return config.optimizer.decay == "constant"
+    return any(key == name or key.startswith(name + ".") for name in FREE_TO_CHANGE)
 
 
 def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = ()) -> list[str]:

@@ -66,7 +66,7 @@ def dump(config: Section) -> str:
 
 def differences(stored: Section, wanted: Section) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ: key -> (stored, wanted)."""
-    old, new = _flatten(stored.model_dump(mode="json")), _flatten(wanted.model_dump(mode="json"))
+    old, new = flatten(stored.model_dump(mode="json")), flatten(wanted.model_dump(mode="json"))
     return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
 
 
@@ -135,10 +135,11 @@ def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
     return list(cls.model_fields)
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for name, child in value.items():
-        flat |= _flatten(child, f"{prefix}.{name}" if prefix else name)
+        flat |= flatten(child, f"{prefix}.{name}" if prefix else name)
     return flat

@@ -131,6 +131,10 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = 0
     decay: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine to zero at `steps`."""
+    on_nonfinite: OnError = OnError.STOP
+    """A loss or gradient that is not finite: stop, with parameters as before; or leave that update out, name it and go on."""
+    max_skipped_updates: NonNegativeInt = 10
+    """With on_nonfinite skip: more left-out updates than this in one run stop it."""
 
 
 class BatchConfig(Section):
@@ -215,6 +219,8 @@ def power_kind(sigma_rel: float) -> str:
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
+    asynchronous: bool = True
+    """Copy the state to the host's memory (16 bytes a parameter that the rank owns) and go on training while it is written."""
     keep_last: PositiveInt = 3
     keep_every_steps: Optional[PositiveInt] = None
     """Checkpoints at multiples of this are never removed."""

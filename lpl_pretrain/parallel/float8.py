@@ -1,7 +1,7 @@
 """Linear layers of the blocks with float8 products (torchao): 8 bits into the tensor cores, everything else as under bf16.
 
-Scales are taken anew from every tensor (arXiv 2209.05433, section 3): inputs and weights e4m3, gradients e5m2.  Weights stay what they
-were, under their names; the layers before and after the blocks are not touched.
+Scales are taken anew from every tensor (arXiv 2209.05433, section 3): inputs and weights e4m3, gradients e5m2.  Weights stay what
+they were, under their names; the layers before and after the blocks are not touched.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.runtime.device import name_of
 
-CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+CAPABILITY = (8, 9)  # of CUDA devices: Ada; Hopper is 9.0
 MULTIPLE = 16  # a float8 product wants both sides of a weight to be a multiple of it
 
 
 def use_float8(model: nn.Module, blocks: list[str], device: torch.device) -> None:
     """Swaps layers in place.  Raises ConfigError where there is no hardware, no torchao, or no layer of a fitting size."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type}"
         raise ConfigError(
-            f"parallel.precision='fp8': its products need an NVIDIA GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer "
-            f"(Ada, Hopper, Blackwell), this is {name}: use bf16"
+            "parallel.precision='fp8': its products need an NVIDIA GPU of compute capability 8.9 or newer "
+            f"(Ada, Hopper, Blackwell), this is {name_of(device)}: use bf16"
         )
     swap_layers(model, blocks, emulate=False)
 

@@ -5,11 +5,12 @@
     bf16       local, ddp, zero 0  float32                float32             bf16 (autocast)  float32
     bf16       fsdp2               float32 shards         bf16, gathered      bf16 (autocast)  float32
     bf16       zero 1, 2, 3        float32 partitions     bf16                bf16 (autocast)  float32
-    fp16       as bf16             as bf16                float16 for bf16    fp16 (autocast)  float32, of a scaled loss (loss_scale.py)
-    fp8        as bf16, not zero   as bf16                as bf16             e4m3 and e5m2 in the blocks (float8.py), else bf16
+    fp16       as bf16             as bf16                fp16 for bf16       fp16 (autocast)  float32, of scaled losses
+    fp8        as bf16, not zero   as bf16                as bf16             e4m3, e5m2 in blocks, else bf16   float32
     fp64       all but zero        float64                float64             float64          float64   (parity tests)
 
-Autocast is on in every narrow row, so that the model's inputs stay float32 at the door: a timestep rounded to bf16 has 8 bits.
+Scaled losses: loss_scale.py; e4m3 and e5m2: float8.py.  Autocast is on in every narrow row, so that the model's inputs stay float32
+at the door: a timestep rounded to bf16 has 8 bits.
 """
 
 from __future__ import annotations

@@ -32,18 +32,20 @@ class DecoderFeatures(nn.Module):
         stages: list[str] | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        compile_pieces: bool = False,
     ) -> None:
         super().__init__()
         self.stages = [name for name in decoder.stages if stages is None or name in stages]
         self.decoder = decoder.cut_after(self.stages[-1]).changed(merge_upsampling)
         self.shift, self.scale = nn.Buffer(scaling.shift.clone()), nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
-        if compile_pieces:
-            # pieces of a kind share their code, which is compiled for each of them, with gradient and without, and for a last chunk
-            limits, pieces = torch._dynamo.config, sum(len(list(run.children())) for run in self.decoder.stages.values())
-            limits.recompile_limit = max(limits.recompile_limit, 4 * pieces)
-            self.decoder = self.decoder.changed(lambda run: [torch.compile(piece, dynamic=False) for piece in run])
+
+    def compile_pieces(self) -> DecoderFeatures:
+        """In place; they are compiled when they first run."""
+        # pieces of a kind share their code, which is compiled for each of them, with gradient and without, and for a last chunk
+        limits, pieces = torch._dynamo.config, sum(len(list(run.children())) for run in self.decoder.stages.values())
+        limits.recompile_limit = max(limits.recompile_limit, 4 * pieces)
+        self.decoder = self.decoder.changed(lambda run: [torch.compile(piece, dynamic=False) for piece in run])
+        return self
 
     def enter(self, z0: Tensor) -> Tensor:
         """The first piece: back to raw latents, into the decoder's dtype and layout, through its entrance."""

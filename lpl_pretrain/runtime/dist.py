@@ -75,13 +75,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
-def any_over_ranks(value: bool) -> bool:
-    """Communicates: True on all ranks when it is on one."""
+def any_over_ranks(*values: bool) -> list[bool]:
+    """Communicates: each True on all ranks when it is on one."""
     if not dist.is_initialized():
-        return bool(value)
-    flag = torch.tensor([int(value)], device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+        return list(values)
+    flags = torch.tensor(values, dtype=torch.int32, device=_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def first_over_ranks(message: str | None) -> str | None:

@@ -1,8 +1,10 @@
-"""How long a part of a step takes on the device, without making the host wait for it."""
+"""How long the parts of a step take, without making the host wait for the device."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -34,3 +36,32 @@ class DeviceTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Clock:
+    """Seconds by name since the last flush: `phase` is what the host spends, `part` what the device does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._phases: dict[str, float] = {}
+        self._parts: dict[str, DeviceTimer] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        entered = time.perf_counter()
+        yield
+        self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - entered
+
+    def part(self, name: str) -> DeviceTimer:
+        if name not in self._parts:
+            self._parts[name] = DeviceTimer(self.device)
+        return self._parts[name]
+
+    def flush(self) -> dict[str, float]:
+        """Also `all`: the seconds since the last flush, whatever they were spent on.  What did not happen is absent."""
+        parts = {name: seconds for name, timer in self._parts.items() if (seconds := timer.flush())}
+        now = time.perf_counter()
+        found = {"all": now - self._started, **self._phases, **parts}
+        self._phases, self._started = {}, now
+        return found

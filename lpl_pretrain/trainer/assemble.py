@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lpl_pretrain.checkpoint.manager import CheckpointManager
-from lpl_pretrain.config.check import grad_accum_steps
+from lpl_pretrain.config.check import grad_accum_steps, run_identity
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.rundir import RunDir
@@ -26,11 +26,14 @@ from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
 from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.perceptual.weight import LPLWeight
+from lpl_pretrain.planning.peak import peak_flops
 from lpl_pretrain.runtime import rng
+from lpl_pretrain.runtime.device import name_of
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks, sum_over_ranks
-from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.deal import Choice, Dealer, Hand
+from lpl_pretrain.trainer.effort import Effort, denoiser_flops, lpl_flops
+from lpl_pretrain.trainer.health import Health
 from lpl_pretrain.trainer.step import LastSeen, Perceptual, Updater
 
 
@@ -47,6 +50,7 @@ class Run:
     ema: EMATracker
     checkpoints: CheckpointManager
     grad_accum_steps: int
+    effort: Effort
 
     def hands(self, step: int) -> list[Hand]:
         """What this rank trains on in `step`, one hand per microbatch."""
@@ -59,13 +63,19 @@ class Run:
             for hand in self.hands(step):
                 yield hand.sample_indices
 
+    def samples_seen(self, step: int) -> int:
+        """After so many steps, over all ranks."""
+        return step * self.config.batch.global_batch_size
+
     def state(self, step: int) -> dict:
         """What a checkpoint holds besides parameters, moments and averages: plain JSON, the same on every rank."""
         weight = self.updater.perceptual and self.updater.perceptual.weight.state()
         return {
             "step": step,
-            "stream": self.stream.state(step * self.config.batch.global_batch_size),
+            "stream": self.stream.state(self.samples_seen(step)),
             "lpl_weight": weight,
+            "loss_scale": self.strategy.loss_scale.state(),
+            "skipped_updates": self.updater.health.skipped_updates,
         }
 
 
@@ -77,7 +87,8 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     schedule = make_schedule(config.diffusion.schedule)
     accumulation = grad_accum_steps(config, world.world_size)
     scaling = latent_scaling(config.data.scaling, stream.index).to(device)
-    perceptual, choice = build_perceptual(config, schedule, stream.index, scaling, accumulation * world.world_size, device)
+    slots = accumulation * world.world_size
+    perceptual, choice = build_perceptual(config, schedule, stream.index, scaling, slots, device)
     dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice)
     model = build_denoiser(
         config.model, stream.index.latent, len(stream.index.classes), seed=rng.key(config.seed, "initial_weights") >> 1
@@ -93,10 +104,17 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
         stream,
         dealer,
         strategy,
-        updater=Updater(config, denoiser, num_classes, strategy, schedule, scaling, perceptual, device),
+        updater=Updater(
+            config, denoiser, num_classes, strategy, schedule, scaling, perceptual, Health(config.optimizer, world), device
+        ),
         ema=EMATracker(strategy.local_params(), config.ema),
-        checkpoints=CheckpointManager(run_dir, config.checkpoint),
+        checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config)),
         grad_accum_steps=accumulation,
+        effort=Effort(
+            denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index),
+            lpl=accumulation * perceptual.prefix * perceptual.flops if perceptual is not None else 0.0,
+            peak=peak_flops(name_of(device), config.parallel.precision),
+        ),
     )
 
 
@@ -130,18 +148,22 @@ def build_perceptual(
     threshold = max_noise_level(lpl.gate, schedule)
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
     choice = Choice.of(config.batch.global_batch_size, share, lpl.sample_share)
-    features = build_features(config, lpl, index, scaling).to(device)
+    features = build_features(config, lpl, index, scaling)
+    flops = lpl_flops(lpl, features, index)
+    if lpl.compile:
+        features.compile_pieces()
+    features.to(device)
     for bucket in index.buckets:
         features.check(index.latent.channels, bucket.height, bucket.width)
     loss = LatentPerceptualLoss(lpl, features, sum_over_ranks)
     prefix, inclusion = choice.prefix(slots), choice.inclusion
-    return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, DeviceTimer(device), LastSeen()), choice
+    return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, flops, LastSeen()), choice
 
 
 def build_features(config: TrainConfig, lpl: LPLConfig, index: DatasetIndex, scaling: LatentScaling) -> DecoderFeatures:
-    """From `lpl.decoder` where there is one: a smaller network for the same latents."""
+    """From `lpl.decoder` where there is one: a smaller network for the same latents.  Not compiled."""
     autoencoder = load_autoencoder(lpl.decoder or config.autoencoder)
     if lpl.decoder is not None:
         scaling = chained(scaling, index.autoencoder, autoencoder)
     stages, dtype = decoder_stages(autoencoder.network), DTYPES[lpl.decoder_precision]
-    return DecoderFeatures(stages, scaling, lpl.stages, dtype=dtype, compile_pieces=lpl.compile)
+    return DecoderFeatures(stages, scaling, lpl.stages, dtype=dtype)

@@ -6,9 +6,6 @@ after that many updates.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -19,13 +16,14 @@ from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.dist import any_over_ranks
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
-from lpl_pretrain.runtime.timer import DeviceTimer
+from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.pictures import picture_lpl
 from lpl_pretrain.trainer.sinks import Sinks
+from lpl_pretrain.trainer.step import Outcome
 
 
 def train(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, stop: StopRequest) -> bool:
@@ -52,6 +50,8 @@ def restore(run: Run, sinks: Sinks) -> int:
         )
     if run.updater.perceptual is not None:
         run.updater.perceptual.weight.load_state(state["lpl_weight"])
+    run.strategy.loss_scale.load_state(state["loss_scale"])
+    run.updater.health.skipped_updates = state["skipped_updates"]
     sinks.event("resumed", state["step"], world_size=run.world.world_size)
     log.info("resumed at step %d of %d", state["step"], run.config.steps)
     return state["step"]
@@ -59,32 +59,29 @@ def restore(run: Run, sinks: Sinks) -> int:
 
 def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
     """Collective. The loop itself; True when all steps are done."""
-    config, meter, clock = run.config, Meter(run.device), Clock(run.config.batch.global_batch_size, timers(run))
+    config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
     batches = run.stream.prefetch(run.requests(first_step), run.device)
     bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
     for step in range(first_step, config.steps):
+        done = step + 1
         with clock.phase("data"):
             microbatches = list(islice(batches, run.grad_accum_steps))
         with clock.phase("update"):
-            report, frozen = run.updater.update(step, run.hands(step), microbatches, meter)
-            run.ema.update(done := step + 1)
-        if frozen and run.updater.perceptual is not None:
-            sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
+            outcome = run.updater.update(step, run.hands(step), microbatches, meter, clock)
+            with clock.part("ema"):
+                run.ema.update(done)
+        tell(run, sinks, done, outcome)
         if done % config.log.every_steps == 0 or done == config.steps:
             means = meter.flush()
-            sinks.metrics(done, {**means, **settings(run, step, means), "grad_norm": report.grad_norm, **clock.flush()})
-            if bar is not None:
+            sinks.metrics(done, {**means, **settings(run, step, means, outcome), **speed(run, logged, done, clock.flush())})
+            logged = done
+            if bar is not None and means:
                 bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
-        stopping = any_over_ranks(bool(stop))
-        if stopping or done % config.checkpoint.every_steps == 0 or done == config.steps:
-            with clock.phase("checkpoint"):
-                run.checkpoints.save(done, run.strategy, run.ema, run.state(done))
-            if run.world.rank == 0 and run.updater.perceptual is not None:
-                with clock.phase("pictures"):
-                    picture_lpl(run.config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done))
-        if config.ema.snapshot_every_steps and done % config.ema.snapshot_every_steps == 0:
-            with clock.phase("checkpoint"):
-                run.checkpoints.save_snapshot(done, run.strategy, run.ema, run.state(done))
+        stopping, writing = any_over_ranks(bool(stop), run.checkpoints.busy)
+        with clock.phase("checkpoint"):
+            if not writing:
+                run.checkpoints.advance()
+            save(run, done, last=stopping or done == config.steps)
         if bar is not None:
             bar.update(1)
         if stopping and done < config.steps:
@@ -97,42 +94,50 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
     return True
 
 
-def settings(run: Run, step: int, means: dict[str, float]) -> dict[str, float]:
+def save(run: Run, done: int, *, last: bool) -> None:
+    """Collective. What is due after this step; `last`: nothing comes after it, so wait until it is published."""
+    config, seen = run.config, run.samples_seen(done)
+    if config.ema.snapshot_every_steps and done % config.ema.snapshot_every_steps == 0:
+        run.checkpoints.save_snapshot(done, run.strategy, run.ema, run.state(done), samples_seen=seen)
+    if last or done % config.checkpoint.every_steps == 0:
+        run.checkpoints.save(done, run.strategy, run.ema, run.state(done), samples_seen=seen)
+        if run.world.rank == 0 and run.updater.perceptual is not None:
+            picture_lpl(config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done))
+    if last:
+        run.checkpoints.finish()
+
+
+def tell(run: Run, sinks: Sinks, done: int, outcome: Outcome) -> None:
+    """What happened in an update and does not happen in most."""
+    if outcome.left_out is not None:
+        sinks.event("update_left_out", done, reason=outcome.left_out)
+    if outcome.weight_frozen and run.updater.perceptual is not None:
+        sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
+
+
+def settings(run: Run, step: int, means: dict[str, float], outcome: Outcome) -> dict[str, float]:
     """What was in force in update number `step` (from 0), beside what was measured."""
-    values = {
-        "lr": learning_rate(run.config.optimizer, step, run.config.steps),
-        "samples_seen": (step + 1) * run.config.batch.global_batch_size,
-    }
+    values = {"lr": learning_rate(run.config.optimizer, step, run.config.steps), "samples_seen": run.samples_seen(step + 1)}
+    if outcome.left_out is None:
+        values["grad_norm"] = outcome.grad_norm
+    if run.updater.health.skipped_updates:
+        values["skipped_updates"] = run.updater.health.skipped_updates
+    if run.strategy.loss_scale.dynamic:
+        values["loss_scale"] = run.strategy.loss_scale.value
     if lost := run.stream.damage.lost_samples():
         values["data/skipped_samples"] = lost
-    if run.updater.perceptual is not None and run.updater.perceptual.weight.active(step):
+    if means and run.updater.perceptual is not None and run.updater.perceptual.weight.active(step):
         values["lpl/weight"] = run.updater.perceptual.weight.value(step)
         values["lpl/weighted_share"] = 1 - means["loss/diffusion"] / means["loss/total"]
     return values
 
 
-def timers(run: Run) -> dict[str, DeviceTimer]:
-    return {} if run.updater.perceptual is None else {"lpl": run.updater.perceptual.timer}
-
-
-class Clock:
-    """Seconds a step by phase (of the host) and by part (of the device), and samples per second, since the last log line."""
-
-    def __init__(self, global_batch_size: int, parts: dict[str, DeviceTimer] | None = None) -> None:
-        self.global_batch_size, self.parts = global_batch_size, parts or {}
-        self.seconds: dict[str, float] = {}
-        self.steps, self.started = 0, time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        entered = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - entered
-        self.steps += name == "update"
-
-    def flush(self) -> dict[str, float]:
-        elapsed, steps = time.perf_counter() - self.started, self.steps
-        self.seconds |= {name: seconds for name, timer in self.parts.items() if (seconds := timer.flush())}
-        values = {f"seconds/{name}": total / steps for name, total in self.seconds.items()}
-        self.seconds, self.steps, self.started = {}, 0, time.perf_counter()
-        return {"samples_per_s": steps * self.global_batch_size / elapsed, **values}
+def speed(run: Run, before: int, done: int, seconds: dict[str, float]) -> dict[str, float]:
+    """Of the updates since the last log line: seconds of each by phase, samples a second, arithmetic of one device."""
+    updates, perceptual = done - before, run.updater.perceptual
+    with_lpl = 0 if perceptual is None else sum(perceptual.weight.active(step) for step in range(before, done))
+    return {
+        "samples_per_s": updates * run.config.batch.global_batch_size / seconds["all"],
+        **run.effort.rates(seconds["all"], updates=updates, with_lpl=with_lpl),
+        **{f"seconds/{name}": total / updates for name, total in seconds.items()},
+    }

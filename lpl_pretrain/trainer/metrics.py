@@ -14,13 +14,21 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: dict[str, Tensor] = {}
+        self.update: dict[str, Tensor] = {}
+        """Of the update that is being made."""
 
     def add(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
         """Weighted mean over everything added; a mean over weights that sum to 0 is reported as absent."""
         values = values.detach().double()
         weights = torch.ones_like(values) if weights is None else weights.detach().double()
         pair = torch.stack([torch.where(weights > 0, values * weights, 0.0).sum(), weights.sum()])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+        self.update[name] = self.update[name] + pair if name in self.update else pair
+
+    def end_update(self, *, applied: bool) -> None:
+        """What was added since the last call counts, or is forgotten: a left-out update would make every mean NaN."""
+        if applied:
+            self.sums |= {name: self.sums[name] + pair if name in self.sums else pair for name, pair in self.update.items()}
+        self.update = {}
 
     def flush(self) -> dict[str, float]:
         """Collective. Means over the global batches since the last flush; the host waits for the device here and only here."""

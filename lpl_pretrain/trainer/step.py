@@ -14,14 +14,15 @@ from lpl_pretrain.diffusion.schedule import Schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
 from lpl_pretrain.models.autoencoder import LatentScaling, sample_posterior
 from lpl_pretrain.models.conditioning import class_conditioning
-from lpl_pretrain.parallel.strategy import StepReport, Strategy
+from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.perceptual.gate import gate_weights
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss, PerceptualTerm
 from lpl_pretrain.perceptual.weight import LPLWeight
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.dist import mean_over_ranks
-from lpl_pretrain.runtime.timer import DeviceTimer
+from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.trainer.deal import Hand
+from lpl_pretrain.trainer.health import Health
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
 
@@ -35,7 +36,7 @@ class Perceptual:
     threshold: float  # largest noise level inside the gate
     prefix: int  # samples of each microbatch that go through the decoder: those that were chosen, and perhaps one as padding
     inclusion: float  # probability of a sample that the gate passes to be chosen
-    timer: DeviceTimer
+    flops: float  # of one decoded sample
     seen: LastSeen
 
 
@@ -50,6 +51,15 @@ class LastSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one update; the same on all ranks."""
+
+    left_out: str | None  # why nothing was changed
+    grad_norm: float  # before clipping; NaN if the update was left out
+    weight_frozen: bool  # LPL's weight was found in this update
+
+
+@dataclass(frozen=True, slots=True)
 class Updater:
     config: TrainConfig
     denoiser: torch.nn.Module  # as the strategy returned it
@@ -58,26 +68,37 @@ class Updater:
     schedule: Schedule
     scaling: LatentScaling
     perceptual: Perceptual | None
+    health: Health
     device: torch.device
 
-    def update(self, step: int, hands: list[Hand], batches: list[LatentBatch], meter: Meter) -> tuple[StepReport, bool]:
-        """Collective. Applies update number `step` (from 0); the bool says that LPL's weight was frozen in it."""
-        means = []
+    def update(self, step: int, hands: list[Hand], batches: list[LatentBatch], meter: Meter, clock: Clock) -> Outcome:
+        """Collective. Makes update number `step` (from 0), or leaves it out on all ranks."""
+        means, losses = [], []
         for microbatch, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
-            seen, diffusion = self._diffusion(hand, batch.to(self.device), meter)
-            loss, lpl, weight = diffusion, torch.zeros_like(diffusion), 0.0
+            with clock.part("forward"):
+                seen, diffusion = self._diffusion(hand, batch.to(self.device), meter)
+            loss, lpl, by_sample = diffusion, torch.zeros_like(diffusion), seen.loss.detach()
             if self.perceptual is not None and self.perceptual.weight.active(step):
-                weight, term = self.perceptual.weight.value(step), self._lpl(self.perceptual, hand, seen, meter)
-                lpl = term.loss.sum() / len(hand.t)
-                # d/dz0_hat of weight * lpl is known already: this inner product carries it into the denoiser's one backward
-                loss = loss + weight * (term.gradient * seen.z0_hat[: len(term.loss)]).sum() / len(hand.t)
+                with clock.part("lpl"):
+                    term = self._lpl(self.perceptual, hand, seen, meter)
+                decoded, lpl = len(term.loss), term.loss.sum() / len(hand.t)
+                # d/dz0_hat of lpl is known already: this inner product, of value 0, carries it into the denoiser's one backward
+                carrier = (term.gradient * seen.z0_hat[:decoded]).sum() / len(hand.t)
+                loss = diffusion + self.perceptual.weight.value(step) * (lpl + carrier - carrier.detach())
+                by_sample = torch.cat([by_sample[:decoded] + term.loss, by_sample[decoded:]])
                 meter.add("loss/lpl", lpl)
-            meter.add("loss/total", diffusion + weight * lpl)
-            self.strategy.backward(loss, microbatch=microbatch, of=len(hands))
+            meter.add("loss/total", loss)
+            with clock.part("backward"):
+                self.strategy.backward(loss, microbatch=microbatch, of=len(hands))
             means.append(torch.stack([diffusion.detach(), lpl.detach()]))
-        frozen = self._calibrate(step, torch.stack(means).mean(dim=0))
-        lr = learning_rate(self.config.optimizer, step, self.config.steps)
-        return self.strategy.step(lr=lr, max_grad_norm=self.config.optimizer.max_grad_norm), frozen
+            losses.append(by_sample)
+        with clock.part("optimizer"):
+            lr = learning_rate(self.config.optimizer, step, self.config.steps)
+            report = self.strategy.step(lr=lr, max_grad_norm=self.config.optimizer.max_grad_norm)
+        meter.end_update(applied=report.applied)
+        left_out = self.health.judge(step, report, [hand.sample_indices for hand in hands], losses)
+        frozen = report.applied and self._calibrate(step, torch.stack(means).mean(dim=0))
+        return Outcome(left_out, report.grad_norm, frozen)
 
     def _diffusion(self, hand: Hand, batch: LatentBatch, meter: Meter) -> tuple[Denoising, Tensor]:
         """What the denoiser made of one microbatch, and its mean diffusion loss.  Every draw is keyed by its sample's index."""
@@ -108,8 +129,7 @@ class Updater:
         if lpl.crop is not None:
             drawn = [rng.uniform(config.seed, purpose, ids) for purpose in ("lpl_crop_row", "lpl_crop_column")]
             places = torch.stack(drawn, dim=1).to(self.device)
-        with perceptual.timer:
-            term = perceptual.loss(z0, z0_hat, weights / perceptual.inclusion, places)
+        term = perceptual.loss(z0, z0_hat, weights / perceptual.inclusion, places)
         if hand.chosen:  # the last microbatches of every step may hold padding alone
             perceptual.seen.z0, perceptual.seen.z0_hat = z0, z0_hat.detach()
             perceptual.seen.noise_level, perceptual.seen.weights = noise_level, weights

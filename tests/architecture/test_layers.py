@@ -20,9 +20,9 @@ ALLOWED = {
     "encoding": {"config", "runtime", "models", "data"},
     "parallel": {"config", "runtime"},
     "checkpoint": {"config", "runtime", "parallel", "ema"},
-    "trainer": {"config", "runtime", "diffusion", "models", "perceptual", "data", "ema", "parallel", "checkpoint"},
+    "trainer": {"config", "runtime", "diffusion", "models", "perceptual", "data", "ema", "parallel", "checkpoint", "planning"},
     "evaluation": {"config", "runtime", "diffusion", "models", "data", "encoding", "checkpoint"},
-    "planning": {"config", "models"},
+    "planning": {"config"},
     "report": {"config", "data", "runtime"},
     "cli": {
         "config",

@@ -236,20 +236,28 @@ def assert_moved_by_tiny_updates(got, start):
         assert (got["param"][name].bfloat16() == before.bfloat16()).float().mean() > 0.8
 
 
-def meets_a_bad_gradient(world, device, case, bad):
+BAD = {
+    "NaN": lambda loss: loss * torch.nan,
+    "infinite": lambda loss: loss * torch.inf,
+    "finite gradient of an infinite loss": lambda loss: loss + torch.inf,
+}
+
+
+def meets_a_bad_loss(world, device, case, bad):
     run = Training(world, device, case).train(1)
     before = run.result()
-    report = run.update(lambda loss, microbatch: loss * bad if world.rank == world.world_size - 1 and microbatch == 0 else loss)
+    last = world.rank == world.world_size - 1
+    report = run.update(lambda loss, microbatch: BAD[bad](loss) if last and microbatch == 0 else loss)
     after = run.result()
     return str(report), before, after, run.train(2).result(), train(world, device, case, 3)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
-def test_non_finite_gradient_is_refused_by_all_ranks_before_the_update(strategy, bad):
-    """One rank's bad micro-batch; then training goes on as if it had never been.  NaN in full precision, infinity in bf16."""
-    case = Case(strategy, "bf16" if bad == float("inf") else precision(strategy), optimizer="adamw", grad_accum_steps=2, lr=0.01)
-    reports, *results = zip(*run_ranks(2, meets_a_bad_gradient, case, bad), strict=True)
+def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_the_update(strategy, bad):
+    """One rank's bad micro-batch; then training goes on as if it had never been.  NaN in full precision, the others in bf16."""
+    case = Case(strategy, precision(strategy) if bad == "NaN" else "bf16", optimizer="adamw", grad_accum_steps=2, lr=0.01)
+    reports, *results = zip(*run_ranks(2, meets_a_bad_loss, case, bad), strict=True)
     assert set(reports) == {"StepReport(applied=False, grad_norm=nan, scale_lowered=False)"}
     before, after, later, undisturbed = map(whole, results)
     assert_identical(after, before)

@@ -23,7 +23,7 @@ def run():
 
 
 def manager(folder, **options) -> CheckpointManager:
-    return CheckpointManager(RunDir(folder), CheckpointConfig(**options))
+    return CheckpointManager(RunDir(folder), CheckpointConfig(**{"asynchronous": False, **options}))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def manager(folder, **options) -> CheckpointManager:
 def test_retention(tmp_path, run, options, kept):
     keeper = manager(tmp_path, **options)
     for step in range(1, 7):
-        keeper.save(step, run.strategy, run.ema, {})
+        keeper.save(step, run.strategy, run.ema, {}, samples_seen=step * 16)
     assert keeper.run_dir.complete_checkpoints() == kept
     assert sorted(path.name for path in keeper.run_dir.checkpoints.iterdir()) == [f"step_{step:08d}" for step in kept]
 
@@ -48,19 +48,25 @@ def test_nothing_to_restore(tmp_path, run):
 
 
 def test_files_and_manifest(tmp_path, run):
-    folder = manager(tmp_path).save(12, run.strategy, run.ema, {"seed": 3})
+    folder = manager(tmp_path).save(12, run.strategy, run.ema, {"seed": 3}, samples_seen=12 * 16)
     assert {path.name for path in folder.iterdir()} == {"index.json", "manifest.json", "pieces_00000.safetensors", "state.json"}
     manifest = Manifest.read(folder)
-    assert (manifest.step, manifest.optimizer_steps, manifest.world_size, manifest.format) == (12, 1, 1, 1)
+    assert (manifest.step, manifest.samples_seen, manifest.optimizer_steps, manifest.world_size, manifest.format) == (
+        12,
+        192,
+        1,
+        1,
+        2,
+    )
     assert json.loads((folder / "state.json").read_text()) == {"seed": 3}
     assert damage(folder) is None
 
 
 def test_saving_a_step_again_replaces_it(tmp_path, run):
     keeper = manager(tmp_path)
-    keeper.save(1, run.strategy, run.ema, {"try": 1})
+    keeper.save(1, run.strategy, run.ema, {"try": 1}, samples_seen=16)
     run.train(1)
-    keeper.save(1, run.strategy, run.ema, {"try": 2})
+    keeper.save(1, run.strategy, run.ema, {"try": 2}, samples_seen=16)
     wanted = [piece.tensor.clone() for piece in run.strategy.local_params()]
     run.train(1)
     assert keeper.restore_latest(run.strategy, run.ema) == {"try": 2}
@@ -86,13 +92,13 @@ def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkey
 
     monkeypatch.setattr(module, "merge_parts", crash)
     with pytest.raises(CheckpointError, match="step_00000001: cannot be published: OSError: pulled the plug"):
-        keeper.save(1, run.strategy, run.ema, {})
+        keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
     half = keeper.run_dir.checkpoints / ".writing_step_00000001"
     assert half.is_dir() and not (half / "manifest.json").exists()
     monkeypatch.undo()
     monkeypatch.setattr(Manifest, "write", crash)
     with pytest.raises(CheckpointError, match="pulled the plug"):
-        keeper.save(1, run.strategy, run.ema, {})
+        keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
     assert (half / "state.json").exists() and not (half / "manifest.json").exists()
     assert keeper.run_dir.complete_checkpoints() == []
 
@@ -102,11 +108,28 @@ def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkey
     [
         (lambda folder: (folder / "pieces_00000.safetensors").write_bytes(b"short"), "5 bytes, the manifest says"),
         (lambda folder: (folder / "index.json").unlink(), "No such file"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'), "TypeError"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {}}'), "TypeError"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "TypeError"),
     ],
 )
 def test_damage_is_named(tmp_path, run, harm, words):
-    folder = manager(tmp_path).save(1, run.strategy, run.ema, {})
+    folder = manager(tmp_path).save(1, run.strategy, run.ema, {}, samples_seen=16)
     harm(folder)
     assert words in damage(folder)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, run):
+    """Someone has copied it from another run."""
+    CheckpointManager(RunDir(tmp_path), CheckpointConfig(asynchronous=False), "aaaa").save(
+        1, run.strategy, run.ema, {}, samples_seen=16
+    )
+    with pytest.raises(CheckpointError, match="saved by a run with another configuration \\(aaaa, this one is bbbb\\)"):
+        CheckpointManager(RunDir(tmp_path), CheckpointConfig(), "bbbb").restore_latest(run.strategy, run.ema)
+
+
+def test_an_older_format_is_refused(tmp_path, run):
+    folder = manager(tmp_path).save(1, run.strategy, run.ema, {}, samples_seen=16)
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**content, "format": 1}))
+    with pytest.raises(CheckpointError, match="checkpoint format 1, this version reads 2: go on with the version that saved it"):
+        manager(tmp_path).restore_latest(run.strategy, run.ema)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
-from lpl_pretrain.config.check import FIRST_BETA, check_run, check_same_run, grad_accum_steps, micro_batch_size
+from lpl_pretrain.config.check import FIRST_BETA, check_run, check_same_run, grad_accum_steps, micro_batch_size, run_identity
 from lpl_pretrain.config.dataset import BucketEntry
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
@@ -133,3 +133,14 @@ def test_continuing_a_run_names_what_differs():
 def test_a_cosine_fixes_the_number_of_steps():
     with pytest.raises(ConfigError, match="steps: the run has 6, you ask for 7"):
         check_same_run(train_config(optimizer__decay="cosine"), train_config(optimizer__decay="cosine", steps=7), Path("runs/x"))
+
+
+def test_the_identity_of_a_run_is_what_it_learns_by():
+    """Free keys and defaults do not enter it, so a run may move, speed up, and meet a version with more keys."""
+    base = run_identity(train_config())
+    for free in ({"steps": 999}, {"parallel__precision": "bf16"}, {"optimizer__on_nonfinite": "skip"}, {"ema": {"warmup": True}}):
+        assert run_identity(train_config(**free)) == base, free
+    for learned in ({"seed": 5}, {"optimizer__lr": 0.123}, {"conditioning": {"label_dropout": 0.4}}):
+        assert run_identity(train_config(**learned)) != base, learned
+    cosine = {"optimizer__decay": "cosine"}
+    assert run_identity(train_config(steps=7, **cosine)) != run_identity(train_config(steps=8, **cosine))

@@ -75,5 +75,5 @@ def test_sizes_that_do_not_fit() -> None:
 
 def test_a_device_without_float8() -> None:
     door = make_strategy(ParallelConfig(precision="fp8"), World(), CPU)
-    with pytest.raises(ConfigError, match="fp8.*compute capability 8.9.*this is a cpu: use bf16"):
+    with pytest.raises(ConfigError, match="fp8.*compute capability 8.9.*this is cpu: use bf16"):
         door.setup(model_of(), ["blocks.0"], lambda p: torch.optim.SGD(p, lr=1.0))

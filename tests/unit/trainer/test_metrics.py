@@ -1,12 +1,12 @@
 """Means over everything since the last line, by weight; a mean over nothing is absent."""
 
 import math
+import time
 
 import torch
 
 from lpl_pretrain.runtime.preempt import StopRequest
-from lpl_pretrain.runtime.timer import DeviceTimer
-from lpl_pretrain.trainer.loop import Clock
+from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.trainer.metrics import Meter
 
 
@@ -16,22 +16,34 @@ def test_weighted_means():
     meter.add("a", torch.tensor(5.0))
     meter.add("b", torch.tensor([2.0, math.nan]), torch.tensor([True, False]))
     meter.add("c", torch.tensor([1.0]), torch.tensor([False]))
+    meter.end_update(applied=True)
     assert meter.flush() == {"a": 3.0, "b": 2.0}
     assert meter.flush() == {}
 
 
-def test_clock_counts_updates():
-    timer = DeviceTimer(torch.device("cpu"))
-    clock = Clock(64, {"lpl": timer, "idle": DeviceTimer(torch.device("cpu"))})
-    with timer:
+def test_an_update_that_was_left_out_does_not_count():
+    meter = Meter(torch.device("cpu"))
+    for value, applied in ((1.0, True), (math.nan, False), (3.0, True)):
+        meter.add("a", torch.tensor(value))
+        meter.end_update(applied=applied)
+    assert meter.flush() == {"a": 2.0}
+    meter.add("a", torch.tensor(math.nan))
+    meter.end_update(applied=False)
+    assert meter.flush() == {}
+
+
+def test_a_clock_tells_phases_from_parts():
+    clock = Clock(torch.device("cpu"))
+    with clock.phase("data"):
         pass
-    for _ in range(3):
-        with clock.phase("data"):
-            pass
-        with clock.phase("update"):
-            pass
-    values = clock.flush()
-    assert set(values) == {"samples_per_s", "seconds/data", "seconds/update", "seconds/lpl"} and values["samples_per_s"] > 0
+    for _ in range(2):
+        with clock.phase("update"), clock.part("forward"):
+            time.sleep(0.01)
+    clock.part("never")
+    seconds = clock.flush()
+    assert set(seconds) == {"all", "data", "update", "forward"}
+    assert 0.02 <= seconds["forward"] <= seconds["update"] <= seconds["all"]
+    assert set(clock.flush()) == {"all"}
 
 
 def test_a_signal_only_sets_a_flag():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import NonFiniteError
+from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble, build_features
 from lpl_pretrain.trainer.metrics import Meter
@@ -47,7 +48,7 @@ def new_run(data, tmp_path, **changes):
 def one_update(run, step=0):
     meter = Meter(CPU)
     hands = run.hands(step)
-    run.updater.update(step, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter)
+    run.updater.update(step, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, Clock(CPU))
     return [p.detach().clone() for p in run.updater.denoiser.parameters()], meter.flush()
 
 
@@ -152,7 +153,7 @@ def test_lpl_adds_no_host_read_to_an_update(data, tmp_path, calibrating):
         hands = run.hands(0)
         batches = [run.stream.read(hand.sample_indices) for hand in hands]
         with HostReads() as reads:
-            run.updater.update(0, hands, batches, meter)
+            run.updater.update(0, hands, batches, meter, Clock(CPU))
         counts.append(reads.count)
         assert meter.flush()["loss/lpl" if "lpl__start_step" not in changes else "loss/total"] > 0
     assert counts == [1, 1, 1]
@@ -167,9 +168,12 @@ def test_has_teeth_a_read_is_counted():
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
-    run = new_run(data, tmp_path, lpl__sample_share=share)
-    _, values = one_update(run)
-    assert run.updater.perceptual.timer.flush() > 0 and run.updater.perceptual.timer.flush() == 0
+    run, clock, meter = new_run(data, tmp_path, lpl__sample_share=share), Clock(CPU), Meter(CPU)
+    hands = run.hands(0)
+    run.updater.update(0, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, clock)
+    values, seconds = meter.flush(), clock.flush()
+    assert set(seconds) == {"all", "forward", "lpl", "backward", "optimizer"} and min(seconds.values()) > 0
+    assert sum(seconds.values()) < 2 * seconds["all"] and set(clock.flush()) == {"all"}
     assert run.updater.perceptual.seen.z0.shape[1:] == (4, 8, 8)
     for stage in ("mid", "up0", "up1", "up2"):
         assert values[f"lpl/stage/{stage}/contribution"] > 0
@@ -189,10 +193,12 @@ def test_features_from_another_decoder(data, tmp_path, make):
 
 
 def test_a_model_that_diverged_inside_the_gate_is_refused(data, tmp_path):
-    """NaN in what LPL compares reaches the gradient norm, and the update is not applied."""
+    """NaN in what LPL compares: the update is not applied, and the samples that passed the gate are named."""
     run = new_run(data, tmp_path)
     before = [p.detach().clone() for p in run.updater.denoiser.parameters()]
     run.updater.perceptual.loss.features.decoder.stages["up0"][0].module.conv1.bias.data[0] = torch.nan
-    with pytest.raises(NonFiniteError, match="the gradient norm is not finite"):
+    hand = run.hands(0)[0]
+    passed = sorted(index for index, t in zip(hand.sample_indices, hand.t.tolist()) if t / (1 - t) <= 1.0)
+    with pytest.raises(NonFiniteError, match=f"step 1: the loss is not finite: rank 0: samples {', '.join(map(str, passed))}. Par"):
         one_update(run)
     assert all(torch.equal(a, b) for a, b in zip(before, run.updater.denoiser.parameters()))

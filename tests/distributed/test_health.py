@@ -1,0 +1,109 @@
+"""A loss or gradient that is not finite: all ranks hear of it, by rank, step and sample, before the update; stop, or skip."""
+
+import pytest
+import torch
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import NonFiniteError
+from lpl_pretrain.runtime.timer import Clock
+from lpl_pretrain.trainer.assemble import assemble
+from lpl_pretrain.trainer.metrics import Meter
+from tests.support.configs import train_config
+from tests.support.latents import tiny_dataset
+from tests.support.ranks import run_ranks
+from tests.support.training import JSON_OF, ROOT, assert_identical, whole
+
+BAD_STEPS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def new_run(world, device, data, folder, strategy, **optimizer):
+    parallel = {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])} if strategy in JSON_OF else {"strategy": strategy}
+    config = train_config(
+        data__folder=data[0],
+        autoencoder=data[1],
+        optimizer={"kind": "sgd", "lr": 0.05, **optimizer},
+        parallel=parallel,
+        batch={"global_batch_size": 8, "micro_batch_size": 2},
+        lpl={"target_share": 0.2, "calibration_steps": 2, "gate": {"max_noise_level": 0.7}},
+    )
+    return assemble(config, RunDir(folder), world, device)
+
+
+def pieces(run):
+    return {"pieces": {"param": [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in run.strategy.local_params()]}}
+
+
+def train(world, device, data, folder, strategy, steps, optimizer):
+    """Rank 1 reads damaged latents in its second micro-batch of BAD_STEPS; what came of every step, and what it was."""
+    run, meter, clock = new_run(world, device, data, folder, strategy, **optimizer), Meter(device), Clock(device)
+    messages, bad, states = [], [], []
+    for step in range(steps):
+        hands = run.hands(step)
+        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        if step in BAD_STEPS:
+            bad.append(run.dealer.deal(step, 4)[3].sample_indices[0])
+            if world.rank == 1:
+                batches[1].moments[0] = torch.nan
+        states.append({**pieces(run), "norms": []})
+        try:
+            outcome = run.updater.update(step, hands, batches, meter, clock)
+        except NonFiniteError as error:
+            messages.append(str(error))
+            states.append({**pieces(run), "norms": []})
+            break
+        messages.append(outcome.left_out or "")
+    means = meter.flush() if steps > 2 else {}
+    return messages, bad, states, means, run.state(steps)["skipped_updates"], run.updater.perceptual.weight.frozen or 0.0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_stop(data, tmp_path, strategy):
+    messages, bad, states, *_ = zip(*run_ranks(2, train, data, tmp_path, strategy, 3, {}), strict=True)
+    assert messages[0] == messages[1] and messages[0][0] == ""
+    assert messages[0][1].startswith(
+        f"step 2: the loss is not finite: rank 1: sample {bad[0][0]}. Parameters and moments are as before"
+    )
+    before, after = (whole([state[i] for state in states]) for i in (1, 2))
+    assert_identical(after, before)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_skip(data, tmp_path, strategy):
+    """Two updates are left out, metrics and LPL's calibration go on without them."""
+    skip = {"on_nonfinite": "skip", "max_skipped_updates": 2}
+    messages, bad, states, means, skipped, weight = zip(*run_ranks(2, train, data, tmp_path, strategy, 5, skip), strict=True)
+    assert messages[0] == messages[1]
+    assert [bool(message) for message in messages[0]] == [False, True, False, True, False]
+    assert f"step 4: the loss is not finite: rank 1: sample {bad[0][1]}" in messages[0][3] and skipped == (2, 2)
+    assert 0 < means[0]["loss/total"] < 100 and weight[0] == weight[1] > 0
+    states = [whole([state[i] for state in states]) for i in range(5)]
+    assert_identical(states[2], states[1])
+    for earlier, later in ((0, 1), (2, 3)):
+        with pytest.raises(AssertionError):
+            assert_identical(states[later], states[earlier])
+
+
+def test_more_than_the_cap(data, tmp_path):
+    skip = {"on_nonfinite": "skip", "max_skipped_updates": 1}
+    messages, *_ = zip(*run_ranks(2, train, data, tmp_path, "ddp", 5, skip), strict=True)
+    assert "This is left-out update number 2, optimizer.max_skipped_updates is 1" in messages[0][3] == messages[1][3]
+
+
+def explodes(world, device, data, folder):
+    run = new_run(world, device, data, folder, "ddp")
+    next(run.updater.denoiser.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    hands = run.hands(0)
+    with pytest.raises(NonFiniteError) as caught:
+        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        run.updater.update(0, hands, batches, Meter(device), Clock(device))
+    return str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_where_all_losses_are(data, tmp_path):
+    first, second = run_ranks(2, explodes, data, tmp_path)
+    assert first == second and first.startswith("step 1: all losses are finite, the gradient is not. Parameters")
