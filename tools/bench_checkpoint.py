@@ -34,12 +34,12 @@ from lpl_pretrain.trainer.assemble import make_optimizer
 
 LATENT = LatentEntry(channels=4, height=32, width=32, mean=[0.0] * 4, std=[1.0] * 4)
 MODEL = DiTConfig(width=384, depth=12, heads=6, patch_size=2)
-STEPS = 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="that follow each save")
     parser.add_argument("--strategy", default="local", choices=["local", "ddp", "fsdp2"])
     parser.add_argument("--folder", help="where to write; by default in the temporary folder")
     args = parser.parse_args()
@@ -65,7 +65,9 @@ def main() -> None:
     }
     for number in range(args.rounds + 1):
         for kind, keeper in keepers.items():
-            measured = one_save(step, lambda keeper=keeper, at=number: keeper.save(at, engine, ema, {}, samples_seen=0), keeper)
+            measured = one_save(
+                step, args.steps, lambda keeper=keeper, at=number: keeper.save(at, engine, ema, {}, samples_seen=0), keeper
+            )
             if number:  # the first round allocates
                 found[kind].append(measured)
     if world.rank == 0:
@@ -74,13 +76,16 @@ def main() -> None:
     dist.leave()
 
 
-def one_save(step: Callable[[], None], save: Callable[[], object], keeper: CheckpointManager) -> tuple[float, float]:
+def one_save(step: Callable[[], None], steps: int, save: Callable[[], object], keeper: CheckpointManager) -> tuple[float, float]:
     """(stall, delay) in seconds."""
-    alone = timed(step)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    alone = time.perf_counter() - started
     started = time.perf_counter()
     save()
     stall = time.perf_counter() - started
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
         if not dist.any_over_ranks(keeper.busy)[0]:
             keeper.advance()
@@ -88,21 +93,13 @@ def one_save(step: Callable[[], None], save: Callable[[], object], keeper: Check
     return stall, time.perf_counter() - started - alone
 
 
-def timed(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    return time.perf_counter() - started
-
-
 def tell(found: dict[str, list[tuple[float, float]]], parameters: int, world: World) -> None:
     print(f"{parameters / 1e6:.1f} M parameters, {16 * parameters / 2**20:.0f} MiB, {world.world_size} ranks, medians")
     for kind, values in found.items():
         stalls, delays = zip(*values, strict=True)
         print(f"{kind:<13} stall {statistics.median(stalls):6.3f} s   delay {statistics.median(delays):6.3f} s")
-    for what, column in (("stall", 0), ("delay", 1)):
-        ratios = [a[column] / s[column] for a, s in zip(found["asynchronous"], found["synchronous"], strict=True)]
-        print(f"{what}: asynchronous / synchronous {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    ratios = [a[0] / s[0] for a, s in zip(found["asynchronous"], found["synchronous"], strict=True)]
+    print(f"stall: asynchronous / synchronous {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 if __name__ == "__main__":

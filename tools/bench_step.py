@@ -4,6 +4,7 @@
 
 Bare: latents already in memory, torch.randn noise, autocast, backward, clip, AdamW, EMA.  Ours: everything `train` does in a
 step, that is reading from shards, keyed draws, dealing, metrics, strategy and EMA.  The ratio is the median over rounds.
+Both run after `runtime.dist.start`, which on a CPU keeps freed memory from going back to the system.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.models.autoencoder import sample_posterior
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import class_conditioning
+from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble, make_optimizer
@@ -37,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(TrainConfig, args.config, args.overrides)
     with TemporaryDirectory() as scratch:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = dist.start(World())
         run = assemble(config, RunDir(Path(scratch)), World(), device)
         loops = {"bare": bare_loop(run), "ours": our_loop(run)}
         seconds: dict[str, list[float]] = {name: [] for name in loops}

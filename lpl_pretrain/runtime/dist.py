@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpl_pretrain.runtime.device import keep_freed_memory
 from lpl_pretrain.runtime.world import World
 
 
@@ -27,6 +28,8 @@ def start(world: World, *, group: bool = False, store: dist.Store | None = None)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if world.world_size > 1 or group:
         if store is None and world.world_size == 1:
             store = dist.HashStore()
