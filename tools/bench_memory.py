@@ -7,7 +7,7 @@ lives in the process, once, activations being gone; the slope between depths 4 a
 which are told apart in MiB, do not count.  `promised`, per parameter and rank, N the number of ranks:
 
     local    master 4 + gradient 4 + moments 8 + EMA 4
-    ddp      master 4 + gradient 4 + moments 8 + EMA 4/N
+    ddp      master 4 + gradient 4 + moments 8 + EMA 4/N; the same for zero0
     fsdp2    (master 4 + gradient 4 + moments 8 + EMA 4)/N
     zero     as in DeepSpeed's paper (arXiv 1910.02054, figure 1), but for gradients, which are accumulated in float32: the working
              copy (bf16: 2) is divided in stage 3, the gradient 4 from stage 2 on, master 4 + moments 8 + EMA 4 always; stage 1
@@ -38,7 +38,7 @@ from lpl_pretrain.trainer.assemble import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTHS = (4, 12)
-STRATEGIES = ("local", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+STRATEGIES = ("local", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 LATENT = LatentEntry(channels=4, height=16, width=16, mean=[0.0] * 4, std=[1.0] * 4)
 STATE = 4 + 8 + 4  # master, moments, EMA
 
@@ -49,6 +49,7 @@ def promised(strategy: str, ranks: int, working: int) -> float:
         "local": 4 + STATE,
         "ddp": 4 + 4 + 8 + 4 / ranks,
         "fsdp2": (4 + STATE) / ranks,
+        "zero0": 4 + 4 + 8 + 4 / ranks,
         "zero1": working + working + 4 + STATE / ranks,
         "zero2": working + (4 + STATE) / ranks,
         "zero3": (working + 4 + STATE) / ranks,

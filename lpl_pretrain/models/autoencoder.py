@@ -5,6 +5,7 @@ Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale i
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,12 @@ from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError
+
+for name in (
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao",
+):  # where torchao is installed, diffusers imports it and complains
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Autoencoder(nn.Module):

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report.charts import Chart, draw
+from lpl_pretrain.report.curves import training_charts
 from lpl_pretrain.report.record import RunRecord, Series, read_run
 from lpl_pretrain.runtime.files import published
 
@@ -102,7 +103,7 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
         return [
             {"title": "Training", "charts": [], "pictures": [], "missing": "Nothing logged yet: metrics.jsonl is missing or empty."}
         ]
-    one, events = record.series, interruptions(record)
+    events = interruptions(record)
 
     def section(title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
         drawn = [chart for chart in charts if any(chart.lines.values())]
@@ -114,63 +115,7 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
             "pictures": [],
         }
 
-    lpl_missing = (
-        "This run trains without the Latent Perceptual Loss (lpl: null)."
-        if not record.settings.get("lpl")
-        else "The Latent Perceptual Loss has not started yet."
-    )
-    found = [
-        section(
-            "Loss",
-            "No losses logged.",
-            [
-                Chart(
-                    "Diffusion loss", {"loss": one("loss/diffusion")}, log=True, note="mean squared error, weighted as configured"
-                ),
-                Chart(
-                    "Total loss",
-                    {"loss": one("loss/total")},
-                    log=True,
-                    note="what the optimizer minimises; its scale moves with LPL's weight",
-                ),
-            ],
-        ),
-        section(
-            "Latent Perceptual Loss",
-            lpl_missing,
-            [
-                Chart("LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"),
-                Chart(
-                    "Shares",
-                    nonempty({"of the loss": one("lpl/weighted_share"), "of samples, gated in": one("lpl/gated_share")}),
-                    percent=True,
-                    from_zero=True,
-                    note="LPL's share of the total loss; share of samples that pass the gate",
-                ),
-                Chart("Contribution of each decoder stage", record.stages("contribution"), log=True),
-                Chart(
-                    "Feature spread, predicted / clean",
-                    record.stages("std_ratio"),
-                    baseline=1.0,
-                    note="standard deviation over space; below 1 the estimate is blurrier than the data",
-                ),
-                Chart("Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True),
-                Chart(
-                    "Seconds a step",
-                    nonempty({"LPL": one("seconds/lpl"), "whole update": one("seconds/update")}) if one("seconds/lpl") else {},
-                    from_zero=True,
-                ),
-            ],
-        ),
-        section(
-            "Optimisation",
-            "No gradient norms or rates logged.",
-            [
-                Chart("Gradient norm", {"norm": one("grad_norm")}, log=True, note="before clipping"),
-                Chart("Throughput", {"samples / s": one("samples_per_s")}, from_zero=True, note="samples per second, all ranks"),
-            ],
-        ),
-    ]
+    found = [section(title, missing, charts) for title, missing, charts in training_charts(record)]
     found[1]["pictures"] = lpl_pictures(record)
     return found
 
@@ -284,10 +229,6 @@ def picture(run: Path, name: str | None) -> str | None:
     if not name or not (run / name).is_file():
         return None
     return "data:image/png;base64," + base64.b64encode((run / name).read_bytes()).decode()
-
-
-def nonempty(lines: dict[str, Series]) -> dict[str, Series]:
-    return {name: series for name, series in lines.items() if series}
 
 
 def number(value: float | None) -> str:

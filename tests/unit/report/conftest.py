@@ -24,10 +24,14 @@ def metrics(step: int, mark: float = 0.0) -> dict:
         "samples_per_s": 100.0,
         "samples_seen": 8 * step,
         "lr": 1e-3,
+        "seconds/all": 0.4,
+        "seconds/forward": 0.1,
+        "seconds/backward": 0.2,
+        "tflops_per_s": 0.3,
     }
     if step >= 40:
         values |= {"loss/lpl": 2.0, "lpl/weight": 0.1, "lpl/weighted_share": 0.2, "lpl/gated_share": 0.4}
-        values |= {"seconds/lpl": 0.1, "seconds/update": 0.3}
+        values |= {"seconds/lpl": 0.1}
         values |= {
             f"lpl/stage/{stage}/{quantity}": 0.5
             for stage in ("mid", "up0")

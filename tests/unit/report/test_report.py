@@ -89,7 +89,7 @@ def test_a_whole_run(run):
         "x.yaml",
     ):
         assert words in page.text, words
-    assert page.tags.count("svg") == 11 and page.tags.count("img") == 5
+    assert page.tags.count("svg") == 12 and page.tags.count("img") == 5
     assert not list(run.path.glob("*.tmp"))
 
 
@@ -235,7 +235,7 @@ def test_spread_keeps_the_ends():
 
 def test_shows_what_lpl_compared(run):
     page = page_of(run)
-    assert "Seconds a step" in page.text and "where each decoder stage sees them differ" in page.text
+    assert "where each decoder stage sees them differ" in page.text
     assert [value for name, value in page.attributes if name == "alt" and "LPL compared" in value] == [
         f"what LPL compared at step {step}" for step in (60, 120)
     ]
@@ -250,7 +250,11 @@ def test_four_pictures_of_what_lpl_compared_are_spread_over_the_run(run):
     assert [int(words.split()[-1]) for words in shown] == [20, 60, 80, 120]
 
 
-def test_seconds_are_drawn_where_lpl_was_timed(run):
+def test_phases_and_arithmetic_are_drawn_as_far_as_they_were_logged(run):
+    text = page_of(run).text
+    assert "Seconds a step" in text and "Arithmetic" in text and "Model FLOPs utilisation" not in text
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    run.metrics.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "seconds/lpl"}) + "\n" for line in lines))
-    assert "Seconds a step" not in page_of(run).text
+    kept = [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
+    run.metrics.write_text("".join(json.dumps({**line, "mfu": 0.4}) + "\n" for line in kept))
+    text = page_of(run).text
+    assert "Seconds a step" not in text and "Model FLOPs utilisation" in text
