@@ -13,12 +13,13 @@ import torch
 from lpl_pretrain.checkpoint import manager as manager_module
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.checkpoint.store import read_full, read_state
+from lpl_pretrain.cli.export import stored
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.dist import barrier
 from tests.support.ranks import run_ranks
-from tests.support.training import Case, Training, assert_identical, whole
+from tests.support.training import Case, Training, assert_identical, one_process, whole
 
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 SAVED, MORE = 2, 2
@@ -56,7 +57,7 @@ def columns(results):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "zero3_shipped"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "zero0", "zero2_offload", "zero3_offload", "zero3_shipped"])
 def test_same_layout_resumes_bit_for_bit(strategy, precision, tmp_path):
     """Parameters, moments, EMA; under bf16 the float32 masters, from which the working copies are made anew."""
     saved, went_on, restored, resumed = columns(run_ranks(2, both, replace(CASE, strategy=strategy, precision=precision), tmp_path))
@@ -85,6 +86,8 @@ MOVES = [
     ("zero2", 2, "fsdp2", 2),
     ("ddp", 2, "zero3", 2),
     ("zero3", 2, "ddp", 2),
+    ("zero3_offload", 2, "zero0", 2),
+    ("zero0", 2, "zero2_offload", 2),
     ("fsdp2", 3, "zero1", 2),
 ]
 
@@ -117,6 +120,15 @@ def saved_by_all(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"{strategy}_{world_size}")
         found[strategy, world_size] = (folder, *columns(run_ranks(world_size, save_and_go_on, layout(strategy), folder)))
     return found
+
+
+def test_the_average_exported_from_every_layout_is_that_of_one_process(saved_by_all):
+    wanted = one_process(replace(CASE, strategy="local", grad_accum_steps=1), steps=SAVED)["ema"]
+    for folder, _, _ in saved_by_all.values():
+        exported, facts = stored(RunDir(folder), "ema", None)
+        assert exported.keys() == wanted.keys() and facts == {"weights": "ema", "step": str(SAVED)}
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(exported[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def resume_each(world, device, case, folders):

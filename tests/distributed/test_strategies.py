@@ -264,6 +264,18 @@ def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_the_update(str
     assert_identical(later, undisturbed)
 
 
+def overlooks_an_infinite_loss(world, device):
+    """The strategy's backward as it would be without the check of the loss."""
+    run = Training(world, device, Case("ddp", "fp64"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
+        return run.update(lambda loss, microbatch: BAD["finite gradient of an infinite loss"](loss)).applied
+
+
+def test_has_teeth_an_infinite_loss_whose_gradient_is_finite():
+    assert run_ranks(2, overlooks_an_infinite_loss) == [True, True]
+
+
 def test_local_refuses_two_processes():
     with pytest.raises(RankFailed, match="ConfigError.*parallel.strategy='local' with 2 processes"):
         run_ranks(2, train, Case("local"))
