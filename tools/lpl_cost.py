@@ -100,7 +100,8 @@ class Case:
     slots: int
 
     def share(self) -> float:
-        schedule = make_schedule(self.config.diffusion.schedule)
+        diffusion = self.config.diffusion
+        schedule = make_schedule(diffusion.schedule, zero_terminal_snr=diffusion.zero_terminal_snr)
         return gate_share(max_noise_level(self.lpl.gate, schedule), schedule, self.config.diffusion.timesteps)
 
     def decoded_samples(self, lpl: LPLConfig) -> int:

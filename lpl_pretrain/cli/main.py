@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -79,16 +80,22 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--step", type=int, help="Checkpoint to draw from; the newest when absent.")
 @click.option("--guidance-scale", type=float, default=2.5, show_default=True)
 @click.option("--images", type=int, default=64, show_default=True)
+@click.option("--sampler", help="ddim or dpmpp_2m (eps, v); euler or heun (flow).")
 @click.option("--sampler-steps", type=int, default=50, show_default=True)
+@click.option("--shift", type=float, default=1.0, show_default=True, help="Of the times that euler and heun visit.")
+@click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH", help="Noise levels between which to guide.")
+@click.option("--guide", metavar="RUN", help="A weaker run to be guided away from, instead of from the null class.")
+@click.option("--guide-step", type=int, help="Its checkpoint; the newest when absent.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--output", help="PNG to write; in the run's samples/ when absent.")
-def sample(
-    run: str, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int, output: str | None
-) -> None:
-    """Draw pictures from the EMA weights of RUN."""
+@click.option("--format", type=click.Choice(["grid", "png", "tar"]), default="grid", show_default=True)
+@click.option("--output", help="File or folder to write; in the run's samples/ when absent.")
+def sample(run: str, **options: Any) -> None:
+    """Draw pictures from the EMA weights of RUN: one sheet, a folder of PNGs that say where they come from, or a WebDataset tar."""
     from lpl_pretrain.cli import sample as command
 
-    command.run(run, step=step, guidance_scale=guidance_scale, images=images, sampler_steps=sampler_steps, seed=seed, output=output)
+    asked = {"kind": "sampler", "steps": "sampler_steps", "shift": "shift", "guidance_interval": "guidance_interval"}
+    found = {key: options.pop(name) for key, name in asked.items()}
+    command.run(run, sampler={key: value for key, value in found.items() if value is not None}, **options)
 
 
 @commands.command()

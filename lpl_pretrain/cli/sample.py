@@ -1,40 +1,64 @@
-"""`lpl-pretrain sample RUN`: a grid of pictures from a checkpoint's EMA weights."""
+"""`lpl-pretrain sample RUN`: pictures from a checkpoint's weights, as a grid, as single PNGs, or as a WebDataset tar."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lpl_pretrain.config.evaluation import SAMPLERS
-from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.evaluation import SAMPLERS, check_sampler
+from lpl_pretrain.config.load import load_run_config, validate
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import SamplerConfig
+from lpl_pretrain.config.schema import GuideConfig, SamplerConfig
 from lpl_pretrain.errors import ConfigError
 
 BATCH_SIZE = 64
+SUFFIX = {"grid": ".png", "png": "", "tar": ".tar"}
 
 
 def run(
-    run: str, *, step: int | None, guidance_scale: float, images: int, sampler_steps: int, seed: int, output: str | None
+    run: str,
+    *,
+    step: int | None,
+    guidance_scale: float,
+    images: int,
+    sampler: dict[str, object],
+    guide: str | None,
+    guide_step: int | None,
+    seed: int,
+    format: str,
+    output: str | None,
 ) -> None:
-    if images < 1 or sampler_steps < 1:
-        raise ConfigError(f"--images={images} --sampler-steps={sampler_steps}: both are at least 1")
+    """`sampler`: keys of SamplerConfig; without `kind` the first that suits what the run predicts."""
+    if images < 1:
+        raise ConfigError(f"--images={images}: at least 1")
     run_dir = RunDir(Path(run))
-    kind = SAMPLERS[load_run_config(run_dir).diffusion.prediction][0]
-    sampler = SamplerConfig.model_validate({"kind": kind, "steps": sampler_steps})
+    prediction = load_run_config(run_dir).diffusion.prediction
+    chosen = validate(SamplerConfig, {"kind": SAMPLERS[prediction][0], **sampler}, where="sample")
+    check_sampler(prediction, chosen)
+    weak = None if guide is None else GuideConfig(run=guide, step=guide_step)
     import torch  # not for --help
 
-    from lpl_pretrain.evaluation.files import publish_grid
+    from lpl_pretrain.evaluation.files import publish_grid, publish_pictures, publish_tar
+    from lpl_pretrain.evaluation.generate import draw_classes
     from lpl_pretrain.evaluation.load import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
     step = run_dir.complete_step(step)
-    trained = open_run(run_dir, pick_device())
+    trained = open_run(run_dir, pick_device(), weak)
     trained.load(step, "ema")
-    pixels = []
+    found = []
     with progress(images, "img", f"step {step}") as bar:
-        for batch in trained.generator.pixels(images, BATCH_SIZE, seed=seed, sampler=sampler, guidance_scale=guidance_scale):
-            pixels.append(batch.cpu())
+        for batch in trained.generator.pixels(images, BATCH_SIZE, seed=seed, sampler=chosen, guidance_scale=guidance_scale):
+            found.append(batch.cpu())
             bar.update(len(batch))
-    path = Path(output) if output else run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
-    publish_grid(path, torch.cat(pixels))
+    pixels = torch.cat(found)
+    default = run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
+    path = Path(output) if output else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
+    labels = draw_classes(seed, range(images), trained.index.class_counts).tolist()
+    names = [*trained.index.classes, ""]
+    shared = {"run": str(run_dir.path), "step": step, "seed": seed, "guidance_scale": guidance_scale, "sampler": chosen.kind}
+    facts = [{**shared, "index": i, "class": names[label]} for i, label in enumerate(labels)]
+    if format == "grid":
+        publish_grid(path, pixels)
+    else:
+        (publish_pictures if format == "png" else publish_tar)(path, pixels, facts)
     print(path)

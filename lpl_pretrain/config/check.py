@@ -116,7 +116,7 @@ def run_identity(config: TrainConfig) -> str:
 
 def _is_free(key: str, config: TrainConfig) -> bool:
     if key == "steps":
-        return config.optimizer.decay == "constant"
+        return config.optimizer.decay != "cosine"
     return any(key == name or key.startswith(name + ".") for name in FREE_TO_CHANGE)
 
 
@@ -136,13 +136,25 @@ def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = (
 
 
 def _diffusion(config: TrainConfig) -> list[str]:
-    prediction, schedule = config.diffusion.prediction, config.diffusion.schedule
+    diffusion = config.diffusion
+    prediction, schedule, shift = diffusion.prediction, diffusion.schedule, diffusion.timesteps.shift
+    problems = []
     if (prediction is Prediction.FLOW) != (schedule is ScheduleKind.RECTIFIED_FLOW):
-        return [
+        problems.append(
             f"diffusion.schedule={schedule.value} with diffusion.prediction={prediction.value}: flow goes with rectified_flow; "
             "eps and v go with linear, scaled_linear or cosine"
-        ]
-    return []
+        )
+    if prediction is Prediction.EPS and (schedule is ScheduleKind.COSINE or diffusion.zero_terminal_snr):
+        ending = "zero_terminal_snr=true" if diffusion.zero_terminal_snr else "schedule=cosine"
+        problems.append(
+            f"diffusion.prediction=eps with diffusion.{ending}: the last timesteps hold next to nothing of the data, so that "
+            "no estimate of it follows from eps and sampling cannot start: use v"
+        )
+    if diffusion.zero_terminal_snr and schedule is ScheduleKind.RECTIFIED_FLOW:
+        problems.append("diffusion.zero_terminal_snr=true with schedule=rectified_flow: it ends in pure noise anyway; remove it")
+    if shift != 1.0 and schedule is not ScheduleKind.RECTIFIED_FLOW:
+        problems.append(f"diffusion.timesteps.shift={shift} with schedule={schedule.value}: it is for rectified_flow; set it to 1")
+    return problems
 
 
 def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[str]:

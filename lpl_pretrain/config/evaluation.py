@@ -10,7 +10,8 @@ from pathlib import Path
 from lpl_pretrain.config.schema import EvaluateConfig, Prediction, SamplerConfig
 from lpl_pretrain.errors import ConfigError
 
-SAMPLERS = {Prediction.EPS: ("ddim",), Prediction.V: ("ddim",), Prediction.FLOW: ("euler", "heun")}
+DISCRETE, FLOW = ("ddim", "dpmpp_2m"), ("euler", "heun")
+SAMPLERS = {Prediction.EPS: DISCRETE, Prediction.V: DISCRETE, Prediction.FLOW: FLOW}
 DISCRETE_TIMESTEPS = 1000
 
 FID_WEIGHTS_SHA256_START = "6726825d"
@@ -28,10 +29,14 @@ def check_sampler(prediction: Prediction, sampler: SamplerConfig) -> None:
             f"sampler.kind={sampler.kind} with a denoiser trained with diffusion.prediction={prediction.value}: "
             f"use {' or '.join(SAMPLERS[prediction])}"
         )
-    if sampler.kind == "ddim" and sampler.steps > DISCRETE_TIMESTEPS:
+    if sampler.kind in DISCRETE and sampler.steps > DISCRETE_TIMESTEPS:
         raise ConfigError(
-            f"sampler.steps={sampler.steps} with sampler.kind=ddim: its schedule has {DISCRETE_TIMESTEPS} timesteps; "
+            f"sampler.steps={sampler.steps} with sampler.kind={sampler.kind}: its schedule has {DISCRETE_TIMESTEPS} timesteps; "
             "use at most that many"
+        )
+    if sampler.kind in DISCRETE and sampler.shift != 1.0:
+        raise ConfigError(
+            f"sampler.shift={sampler.shift} with sampler.kind={sampler.kind}: it is for {' and '.join(FLOW)}; set it to 1"
         )
 
 

@@ -6,6 +6,7 @@ No torch in this room: a configuration is checked on a login node, before any ac
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated, Literal, Optional, Union
 
@@ -107,10 +108,16 @@ class ConditioningConfig(Section):
 
 
 class TimestepConfig(Section):
-    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Drawn by strata over the global batch whatever the distribution (diffusion/timesteps.py)."""
+
+    distribution: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
     mean: float = 0.0
     """Of the normal whose logistic is t (logit_normal; arXiv 2403.03206, section 3.1)."""
     std: PositiveFloat = 1.0
+    mode_scale: Annotated[float, Field(ge=-1.0, le=2 / (math.pi - 2))] = 1.29
+    """Of mode: positive favours the middle, negative the ends (arXiv 2403.03206, equation 20)."""
+    shift: PositiveFloat = 1.0
+    """Above 1: more noise, as more pixels want it: sqrt(pixels / those of the reference); rectified_flow (arXiv 2403.03206, 23)."""
 
 
 class DiffusionConfig(Section):
@@ -118,6 +125,8 @@ class DiffusionConfig(Section):
     schedule: ScheduleKind
     timesteps: TimestepConfig = TimestepConfig()
     weighting: WeightingConfig = WeightingConfig()
+    zero_terminal_snr: bool = False
+    """Rescale a discrete schedule so that its last timestep is pure noise (arXiv 2305.08891, algorithm 1); for v only."""
 
 
 class OptimizerConfig(Section):
@@ -129,12 +138,22 @@ class OptimizerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm; use a large number for none."""
     warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a cosine to zero at `steps`."""
+    decay: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """After the warm-up: constant, a cosine to zero at `steps`, or 1 / sqrt of the step from `decay_from_steps` on."""
+    decay_from_steps: Optional[PositiveInt] = None
+    """inverse_sqrt: lr / sqrt(max(step / this, 1)) (arXiv 2312.02696, equation 67)."""
     on_nonfinite: OnError = OnError.STOP
     """A loss or gradient that is not finite: stop, with parameters as before; or leave that update out, name it and go on."""
     max_skipped_updates: NonNegativeInt = 10
     """With on_nonfinite skip: more left-out updates than this in one run stop it."""
+
+    @model_validator(mode="after")
+    def _inverse_sqrt_starts_somewhere(self) -> OptimizerConfig:
+        if (self.decay == "inverse_sqrt") != (self.decay_from_steps is not None):
+            raise ValueError(
+                f"decay_from_steps={self.decay_from_steps} with decay={self.decay}: set it with inverse_sqrt and only with it"
+            )
+        return self
 
 
 class BatchConfig(Section):
@@ -260,8 +279,28 @@ class TrainConfig(Section):
 
 
 class SamplerConfig(Section):
-    kind: Literal["ddim", "euler", "heun"]
+    kind: Literal["ddim", "dpmpp_2m", "euler", "heun"]
     steps: PositiveInt = 50
+    shift: PositiveFloat = 1.0
+    """euler, heun: as diffusion.timesteps.shift, of the times that are visited."""
+    guidance_interval: Optional[tuple[NonNegativeFloat, NonNegativeFloat]] = None
+    """Guide only where the noise level sigma_t / alpha_t lies between the two (arXiv 2404.07724)."""
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> SamplerConfig:
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval={list(self.guidance_interval)}: the lower noise level comes first")
+        return self
+
+
+class GuideConfig(Section):
+    """A weaker model of the same data, away from which samples are guided, instead of from the null class (arXiv 2406.02507)."""
+
+    run: str
+    """Run directory; an earlier step of the same run will do."""
+    step: Optional[PositiveInt] = None
+    """Of a complete checkpoint; absent: the newest."""
+    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
 
 
 class EvaluateConfig(Section):
@@ -274,6 +313,7 @@ class EvaluateConfig(Section):
     weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
     """The average, the parameters themselves, or a power-function average that the run tracks (`ema_power_0.050`)."""
     sampler: SamplerConfig
+    guide: Optional[GuideConfig] = None
     guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
     """1.0 is no guidance; the scales share their noise and classes."""
     extractor: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"

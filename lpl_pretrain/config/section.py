@@ -22,6 +22,13 @@ class OnError(str, Enum):
 
 
 class WeightingConfig(Section):
-    kind: Literal["uniform", "min_snr"] = "uniform"
+    kind: Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"] = "uniform"
+    """Formulas and sources: diffusion/weighting.py."""
     gamma: PositiveFloat = 5.0
-    """Clamp of the SNR (min_snr; arXiv 2303.09556, equation 7)."""
+    """SNR from which min_snr stops growing, and around which soft_min_snr bends."""
+    k: PositiveFloat = 1.0
+    """p2: added to the SNR."""
+    power: PositiveFloat = 1.0
+    """p2: exponent of SNR + k."""
+    bias: float = 0.0
+    """sigmoid: log-SNR at which the weight is a half."""

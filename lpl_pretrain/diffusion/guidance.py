@@ -1,4 +1,8 @@
-"""Classifier-free guidance (arXiv 2207.12598): `uncond + w (cond - uncond)`, so that w = 1 is the plain conditional model."""
+"""Guidance: `weak + w (strong - weak)`, so that w = 1 is the plain conditional model.
+
+`weak` is the same model with the null condition (classifier-free guidance, arXiv 2207.12598), or a smaller or younger model with
+the same condition (autoguidance, arXiv 2406.02507).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,24 @@ import torch
 from torch import Tensor
 
 
-def guided(model: Callable[..., Tensor], z_t: Tensor, t: Tensor, cond: Any, uncond: Any, guidance_scale: float) -> Tensor:
-    """The model's answer (B, C, H, W) float32 by one forward of 2B rows; of B rows at scale 1, where `uncond` may be None."""
+def guided(
+    model: Callable[..., Tensor],
+    z_t: Tensor,
+    t: Tensor,
+    cond: Any,
+    uncond: Any,
+    guidance_scale: float,
+    guide: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The model's answer (B, C, H, W) float32.
+
+    At scale 1 by one forward of B rows; with a `guide` by one of each model; else by one of 2B rows, for which `uncond` is needed.
+    """
     if guidance_scale == 1.0:
         return model(z_t, t, cond).float()
+    if guide is not None:
+        strong, weak = model(z_t, t, cond).float(), guide(z_t, t, cond).float()
+        return weak + guidance_scale * (strong - weak)
     if uncond is None:
         raise TypeError(f"guidance_scale={guidance_scale} needs uncond, the null condition of every row")
     both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), concatenate(uncond, cond)).float()

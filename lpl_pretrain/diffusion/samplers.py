@@ -2,7 +2,7 @@
 
 Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser always sees t, never a scheduler's own timestep.
 Shapes:      noise, z_t, z0 (B, C, H, W) float32;  t (B,) float32.
-Steps:       `ddim` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its last, tiny step is an Euler step).
+Steps:       `ddim`, `dpmpp_2m` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its last, tiny step is an Euler step).
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from torch import Tensor
 
 from lpl_pretrain.config.evaluation import check_sampler
 from lpl_pretrain.config.schema import Prediction, SamplerConfig
 from lpl_pretrain.diffusion.guidance import guided
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, DiscreteSchedule, Schedule
+from lpl_pretrain.diffusion.timesteps import shifted
+
+PREDICTION_TYPES = {Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,34 @@ def sample(
     *,
     uncond: Any = None,
     guidance_scale: float = 1.0,
+    guide: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`noise` to z0.  `uncond` is needed where `guidance_scale` is not 1.  Raises ConfigError for a sampler that does not fit."""
+    """`noise` to z0.  Where `guidance_scale` is not 1, away from `model`'s answer to `uncond`, or from `guide`'s to `cond`.
+
+    Raises ConfigError for a sampler that does not fit.
+    """
     walk = plan_walk(prediction, schedule, sampler)
     z_t = noise
     for timestep, time in zip(walk.scheduler.timesteps, walk.times, strict=True):
         t = torch.full((len(noise),), time, dtype=torch.float32, device=noise.device)
-        answer = guided(model, z_t, t, cond, uncond, guidance_scale)
+        scale = guidance_scale if guides_at(sampler, schedule, time) else 1.0
+        answer = guided(model, z_t, t, cond, uncond, scale, guide)
         z_t = walk.scheduler.step(answer, timestep, z_t).prev_sample
     return z_t
+
+
+def guides_at(sampler: SamplerConfig, schedule: Schedule, time: float) -> bool:
+    if sampler.guidance_interval is None:
+        return True
+    low, high = sampler.guidance_interval
+    return low <= schedule.noise_level(torch.tensor([time], dtype=torch.float64)).item() <= high
 
 
 def plan_walk(prediction: Prediction, schedule: Schedule, sampler: SamplerConfig) -> Walk:
     check_sampler(prediction, sampler)
     if isinstance(schedule, DiscreteSchedule):
-        return _ddim(prediction, schedule, sampler.steps)
-    return _euler(sampler.steps) if sampler.kind == "euler" else _heun(sampler.steps)
+        return (_ddim if sampler.kind == "ddim" else _dpmpp)(prediction, schedule, sampler.steps)
+    return (_euler if sampler.kind == "euler" else _heun)(sampler.steps, sampler.shift)
 
 
 def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Walk:
@@ -69,24 +89,43 @@ def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wal
         num_train_timesteps=steps,
         clip_sample=False,
         timestep_spacing="trailing",
-        prediction_type={Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}[prediction],
+        prediction_type=PREDICTION_TYPES[prediction],
     )
     scheduler.alphas_cumprod = schedule.alphas_cumprod[kept]
     scheduler.set_timesteps(steps)
     return Walk(scheduler, [timestep / TIMESTEPS for timestep in reversed(kept)])
 
 
-def _euler(steps: int) -> Walk:
-    """Equal steps from t = 1 to 0; diffusers' default would spend the last one on t = 0.001."""
+def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Walk:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on trailing timesteps, ending at no noise."""
+    scheduler: Any = DPMSolverMultistepScheduler(
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        prediction_type=PREDICTION_TYPES[prediction],
+    )
+    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=2.0**-24)  # it takes the logarithm, of pure noise too
+    scheduler.set_timesteps(steps)
+    return Walk(scheduler, [timestep / TIMESTEPS for timestep in scheduler.timesteps.tolist()])
+
+
+def _euler(steps: int, shift: float) -> Walk:
+    """Equal steps from t = 1 to 0, before the shift; diffusers' default would spend the last one on t = 0.001."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    scheduler.set_timesteps(sigmas=shifted(1 - torch.arange(steps, dtype=torch.float64) / steps, shift).tolist())
     return Walk(scheduler, _times(scheduler))
 
 
-def _heun(steps: int) -> Walk:
-    """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001, then one Euler step to 0."""
+def _heun(steps: int, shift: float) -> Walk:
+    """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001 before the shift, then one Euler step to 0.
+
+    The scheduler's own shift is applied twice to the times in between.
+    """
     scheduler: Any = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(steps)
+    scheduler.sigmas = shifted(scheduler.sigmas, shift)
+    scheduler.timesteps = shifted(scheduler.timesteps / TIMESTEPS, shift) * TIMESTEPS
     return Walk(scheduler, _times(scheduler))
 
 

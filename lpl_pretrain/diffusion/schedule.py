@@ -62,14 +62,28 @@ class DiscreteSchedule(Schedule):
         return alphas_cumprod.sqrt().to(t.dtype), (1 - alphas_cumprod).sqrt().to(t.dtype)
 
 
-def make_schedule(kind: ScheduleKind) -> Schedule:
+def make_schedule(kind: ScheduleKind, *, zero_terminal_snr: bool = False) -> Schedule:
     if kind is ScheduleKind.RECTIFIED_FLOW:
         return RectifiedFlow()
+    betas = _betas(kind)
+    return DiscreteSchedule(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """(1000,) betas whose first sqrt(alphas_cumprod) is as before and whose last is 0 (arXiv 2305.08891, algorithm 1)."""
+    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    alphas_cumprod = alpha.square()
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+
+
+def _betas(kind: ScheduleKind) -> Tensor:
+    """(1000,) float64."""
     if kind is ScheduleKind.LINEAR:  # arXiv 2006.11239, section 4
-        return DiscreteSchedule(torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64))
+        return torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
     if kind is ScheduleKind.SCALED_LINEAR:  # latent diffusion, arXiv 2112.10752
-        return DiscreteSchedule(torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square())
+        return torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square()
     squared_cosine = torch.cos(
         (torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2
     ).square()
-    return DiscreteSchedule((1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(max=0.999))  # arXiv 2102.09672, equation 17
+    return (1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(max=0.999)  # arXiv 2102.09672, equation 17

@@ -7,6 +7,8 @@ the LPL gate (to within one).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,19 @@ def stratify(jitter: Tensor, permutation: Tensor) -> Tensor:
 
 
 def quantile(config: TimestepConfig, u: Tensor) -> Tensor:
-    """(B,) float64 times t in [0, 1]: the inverse cumulative distribution at `u` in [0, 1); increasing in u."""
-    if config.distribution == "uniform":
-        return u
-    return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
+    """(B,) float64 times t in [0, 1]: the inverse cumulative distribution at `u` in [0, 1); increasing in u.
+
+    arXiv 2403.03206, section 3.1: logit-normal (equation 19), mode (20), cosmap (21).
+    """
+    t = {
+        "uniform": lambda: u,
+        "logit_normal": lambda: torch.sigmoid(config.mean + config.std * torch.special.ndtri(u)),
+        "mode": lambda: u - config.mode_scale * ((math.pi / 2 * (1 - u)).cos().square() - u),  # the paper's u is 1 - ours
+        "cosmap": lambda: 1 - 1 / ((math.pi / 2 * u).tan() + 1),
+    }[config.distribution]()
+    return shifted(t, config.shift)
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times of a picture with `shift`^2 times the pixels that look equally noisy (arXiv 2403.03206, equation 23)."""
+    return t if shift == 1.0 else shift * t / (1 + (shift - 1) * t)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lpl_pretrain.runtime.files import published
@@ -25,6 +29,32 @@ def publish_grid(path: Path, pixels: Tensor) -> None:
     """uint8 (N, 3, H, W), row by row, as square a grid as N allows, on white."""
     with published(path) as temporary:
         grid(pixels).save(temporary, format="PNG", optimize=True)
+
+
+def publish_pictures(folder: Path, pixels: Tensor, facts: list[dict[str, Any]]) -> None:
+    """folder/00000000.png ...; the text chunk `lpl_pretrain` of each is its `facts` as JSON."""
+    for name, (data, _) in _named(pixels, facts):
+        with published(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(data)
+
+
+def publish_tar(path: Path, pixels: Tensor, facts: list[dict[str, Any]]) -> None:
+    """A WebDataset shard of `<key>.png` and `<key>.json`; the same bytes for the same pictures."""
+    with published(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, (picture, told) in _named(pixels, facts):
+            for suffix, data in (("png", picture), ("json", told)):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _named(pixels: Tensor, facts: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
+    """(name, (PNG, JSON)) of every picture."""
+    for number, (picture, fact) in enumerate(zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), facts, strict=True)):
+        told, info, buffer = json.dumps(fact), PngInfo(), io.BytesIO()
+        info.add_text("lpl_pretrain", told)
+        Image.fromarray(picture).save(buffer, format="PNG", pnginfo=info)
+        yield f"{number:08d}", (buffer.getvalue(), told.encode())
 
 
 def grid(pixels: Tensor) -> Image.Image:

@@ -40,6 +40,8 @@ class Generator:
     class_counts: Sequence[int]
     """Training samples of each class; empty when there are no classes."""
     device: torch.device
+    guide: nn.Module | None = None
+    """A weaker denoiser that took the same conditions."""
 
     @torch.no_grad()
     def images(
@@ -50,13 +52,16 @@ class Generator:
         labels = draw_classes(seed, indices, self.class_counts).to(self.device)
         uncond = Conditioning(torch.full_like(labels, len(self.class_counts)))  # the null class comes after the last one
 
-        def model(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                return self.denoiser(z_t, t, cond)
+        def at_precision(denoiser: nn.Module) -> Callable[..., Tensor]:
+            def answer(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                    return denoiser(z_t, t, cond)
+
+            return answer
 
         return self.decode(
             sample(
-                model,
+                at_precision(self.denoiser),
                 self.prediction,
                 self.schedule,
                 sampler,
@@ -64,6 +69,7 @@ class Generator:
                 Conditioning(labels),
                 uncond=uncond,
                 guidance_scale=guidance_scale,
+                guide=None if self.guide is None else at_precision(self.guide),
             )
         )
 

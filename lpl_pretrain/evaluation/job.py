@@ -46,7 +46,7 @@ def evaluate(run_dir: RunDir, protocol: EvaluateConfig, steps: list[int] | None 
     if not wanted:
         return []
     device = pick_device()
-    run, extractor = open_run(run_dir, device), load_extractor(protocol, device)
+    run, extractor = open_run(run_dir, device, protocol.guide), load_extractor(protocol, device)
     reference = reference_statistics(
         run_dir,
         protocol.reference,

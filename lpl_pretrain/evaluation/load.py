@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl_pretrain.checkpoint.store import read_full
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.config.schema import GuideConfig, TrainConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
-from lpl_pretrain.errors import CheckpointError, DataError
+from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.generate import Generator
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
@@ -29,16 +30,38 @@ class TrainedRun:
 
     def load(self, step: int, weights: str) -> None:
         """Puts weights of a complete checkpoint (`ema`, `raw`, `ema_power_...`) into the denoiser.  Raises CheckpointError."""
-        folder = self.run_dir.checkpoint(step)
-        try:
-            self.generator.denoiser.load_state_dict(read_full(folder, "param" if weights == "raw" else weights))
-        except RuntimeError as problem:
-            raise CheckpointError(
-                f"{folder}: its {weights} weights do not fit the model in {self.run_dir.config}: {str(problem)[:500]}"
-            ) from None
+        load_weights(self.generator.denoiser, self.run_dir, step, weights)
 
 
-def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
+def load_weights(denoiser: nn.Module, run_dir: RunDir, step: int, weights: str) -> None:
+    folder = run_dir.checkpoint(step)
+    try:
+        denoiser.load_state_dict(read_full(folder, "param" if weights == "raw" else weights))
+    except RuntimeError as problem:
+        raise CheckpointError(
+            f"{folder}: its {weights} weights do not fit the model in {run_dir.config}: {str(problem)[:500]}"
+        ) from None
+
+
+def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, device: torch.device) -> nn.Module:
+    """The weaker denoiser, with its weights.  Raises ConfigError when it was trained for something else than `config`."""
+    run_dir = RunDir(Path(guide.run))
+    theirs = load_run_config(run_dir)
+    asked, found = (some.diffusion.model_dump(mode="json") for some in (config, theirs))
+    for key in ("prediction", "schedule", "zero_terminal_snr"):
+        mine, other = asked[key], found[key]
+        if mine != other:
+            raise ConfigError(f"guide.run={guide.run}: trained with diffusion.{key}={other}, this run with {mine}: use one like it")
+    if read_data(theirs.data.folder).merged.fingerprint != index.fingerprint:
+        raise ConfigError(
+            f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on {config.data.folder}: use one like it"
+        )
+    denoiser = build_denoiser(theirs.model, index.latent, len(index.classes)).to(device).eval().requires_grad_(False)
+    load_weights(denoiser, run_dir, run_dir.complete_step(guide.step), guide.weights)
+    return denoiser
+
+
+def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = None) -> TrainedRun:
     """Raises ConfigError or DataError; `load` a step before generating."""
     config = load_run_config(run_dir)
     index = read_data(config.data.folder).merged
@@ -55,8 +78,9 @@ def open_run(run_dir: RunDir, device: torch.device) -> TrainedRun:
 
     denoiser = build_denoiser(config.model, index.latent, len(index.classes)).to(device).eval().requires_grad_(False)
     shape = (index.latent.channels, index.latent.height, index.latent.width)
-    schedule = make_schedule(config.diffusion.schedule)
-    generator = Generator(denoiser, decode, config.diffusion.prediction, schedule, shape, index.class_counts, device)
+    schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
+    weak = None if guide is None else open_guide(guide, config, index, device)
+    generator = Generator(denoiser, decode, config.diffusion.prediction, schedule, shape, index.class_counts, device, weak)
     return TrainedRun(run_dir, config, index, generator)
 
 

@@ -84,7 +84,7 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     stream = LatentStream(config.data, config.seed, config.batch.global_batch_size)
     if config.data.verify == "full":
         verify(stream, world)
-    schedule = make_schedule(config.diffusion.schedule)
+    schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
     accumulation = grad_accum_steps(config, world.world_size)
     scaling = latent_scaling(config.data.scaling, stream.index).to(device)
     slots = accumulation * world.world_size

@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then constant or a cosine to zero."""
+"""The learning rate of a step: linear warm-up, then constant, a cosine to zero, or falling with the root of the step."""
 
 from __future__ import annotations
 
@@ -13,5 +13,8 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return config.lr
+    if config.decay == "inverse_sqrt":
+        assert config.decay_from_steps is not None
+        return config.lr / math.sqrt(max(1.0, (step + 1) / config.decay_from_steps))
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -144,3 +144,21 @@ def test_the_identity_of_a_run_is_what_it_learns_by():
         assert run_identity(train_config(**learned)) != base, learned
     cosine = {"optimizer__decay": "cosine"}
     assert run_identity(train_config(steps=7, **cosine)) != run_identity(train_config(steps=8, **cosine))
+
+
+@pytest.mark.parametrize(
+    "diffusion, words",
+    [
+        ({"prediction": "eps", "schedule": "cosine"}, "prediction=eps with diffusion.schedule=cosine.*use v"),
+        (
+            {"prediction": "eps", "schedule": "linear", "zero_terminal_snr": True},
+            "eps with diffusion.zero_terminal_snr=true",
+        ),
+        ({"prediction": "flow", "schedule": "rectified_flow", "zero_terminal_snr": True}, "it ends in pure noise anyway"),
+        ({"prediction": "v", "schedule": "linear", "timesteps": {"shift": 2.0}}, "timesteps.shift=2.0 with schedule=linear"),
+    ],
+)
+def test_objectives_that_do_not_go_together(identity, diffusion, words):
+    config = train_config(diffusion=diffusion, lpl=None)
+    with pytest.raises(ConfigError, match=words):
+        check_run(config, dataset_index(identity=identity), 1)

@@ -58,12 +58,41 @@ def test_has_teeth(kind, schedule_kind, told):
         torch.testing.assert_close(seen.z0_hat, z0, rtol=0.1, atol=0.1)
 
 
+ON_Z0 = {  # in the papers' own form
+    "min_snr": ({"gamma": 3.0}, lambda snr: snr.clamp(max=3.0)),
+    "soft_min_snr": ({"gamma": 3.0}, lambda snr: 3.0 * snr / (snr + 3.0)),
+    "p2": ({"k": 2.0, "power": 0.5}, lambda snr: snr / (2.0 + snr).sqrt()),
+    "sigmoid": ({"bias": -1.0}, lambda snr: snr / (1 + torch.e * snr)),
+}
+
+
 @pytest.mark.parametrize("kind, schedule_kind", PAIRS)
-def test_min_snr_is_one_weight_on_the_error_of_z0(kind, schedule_kind):
-    """Whatever is predicted, weight x squared error of the prediction = min(SNR, gamma) x squared error of z0."""
+@pytest.mark.parametrize("weighting", ON_Z0)
+def test_a_weighting_is_one_weight_on_the_error_of_z0(kind, schedule_kind, weighting):
+    """Whatever is predicted, weight x squared error of the prediction = the paper's weight x squared error of z0."""
+    options, on_z0 = ON_Z0[weighting]
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
     wrong = answer + 0.1 * torch.randn_like(answer)
     seen = denoise(lambda z_t, t, cond: wrong, kind, z0, eps, t, alpha_t, sigma_t, None)
-    got = loss_weight(WeightingConfig(kind="min_snr", gamma=5.0), kind, seen.noise_level) * seen.loss
-    snr = (alpha_t / sigma_t).square()
-    torch.testing.assert_close(got, snr.clamp(max=5.0) * (seen.z0_hat - z0).square().mean(dim=(1, 2, 3)))
+    got = loss_weight(WeightingConfig(kind=weighting, **options), kind, seen.noise_level) * seen.loss
+    error = (seen.z0_hat - z0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(got, on_z0((alpha_t / sigma_t).square()) * error)
+
+
+@pytest.mark.parametrize("kind", list(Prediction))
+@pytest.mark.parametrize("weighting", ON_Z0)
+def test_weights_are_finite_from_no_noise_to_noise_alone(kind, weighting):
+    weights = loss_weight(WeightingConfig(kind=weighting), kind, torch.tensor([0.0, 1e-6, 1.0, 1e6]))
+    assert weights.isfinite().all() and (weights >= 0).all()
+
+
+def test_v_at_zero_terminal_snr():
+    """The last timestep is noise alone: the answer is -z0, and so is the estimate's source."""
+    schedule = make_schedule(ScheduleKind.SCALED_LINEAR, zero_terminal_snr=True)
+    t = torch.tensor([0.999], dtype=torch.float64)
+    alpha_t, sigma_t = schedule.coefficients(t)
+    z0, eps = torch.randn(2, 1, 4, 5, 5, dtype=torch.float64)
+    assert alpha_t.item() == 0.0
+    seen = denoise(lambda z_t, t, cond: -z0, Prediction.V, z0, eps, t, alpha_t, sigma_t, None)
+    torch.testing.assert_close(seen.z0_hat, z0)
+    assert not seen.loss.any() and loss_weight(WeightingConfig(kind="min_snr"), Prediction.V, seen.noise_level).isfinite().all()

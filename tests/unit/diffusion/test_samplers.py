@@ -22,6 +22,8 @@ CASES = [  # prediction, schedule, kind, steps, largest error of a sample: about
     ("v", "linear", "ddim", 1000, 0.007),
     ("v", "linear", "ddim", 600, 0.013),
     ("v", "cosine", "ddim", 30, 0.12),
+    ("eps", "scaled_linear", "dpmpp_2m", 250, 0.018),
+    ("v", "cosine", "dpmpp_2m", 60, 0.003),
     ("flow", "rectified_flow", "euler", 250, 0.013),
     ("flow", "rectified_flow", "heun", 40, 0.001),
 ]
@@ -99,6 +101,29 @@ def test_ddim_visits_trailing_timesteps(steps):
     assert walk.times[0] == 0.999 and all(a > b for a, b in zip(walk.times, walk.times[1:], strict=False))
 
 
+@pytest.mark.parametrize("kind", ["ddim", "dpmpp_2m"])
+def test_zero_terminal_snr_starts_from_pure_noise(kind):
+    """All that the first step can know is the mean, and the end is right all the same."""
+    schedule = make_schedule(ScheduleKind.SCALED_LINEAR, zero_terminal_snr=True)
+    got = sample(
+        ideal("v", schedule), Prediction.V, schedule, SamplerConfig(kind=kind, steps=100), noise(), Labels(torch.zeros(64))
+    )
+    assert got.isfinite().all() and abs(got.mean() - MEAN) < 0.02 and abs(got.std() - STD) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["euler", "heun"])
+def test_shift_moves_the_times_and_not_the_end(kind):
+    schedule, flow = make_schedule(ScheduleKind.RECTIFIED_FLOW), Prediction.FLOW
+    plain, moved = (
+        torch.tensor(plan_walk(flow, schedule, SamplerConfig(kind=kind, steps=200, shift=shift)).times[1:-2])
+        for shift in (1.0, 3.0)
+    )
+    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain), atol=1e-3, rtol=0)
+    sampler = SamplerConfig(kind=kind, steps=200, shift=3.0)
+    got = sample(ideal("flow", schedule), flow, schedule, sampler, noise(), Labels(torch.zeros(64)))
+    torch.testing.assert_close(got, MEAN + STD * noise(), rtol=0, atol=0.035)
+
+
 @pytest.mark.parametrize("kind, forwards", [("euler", 5), ("heun", 9)])
 def test_forwards_of_flow(kind, forwards):
     walk = plan_walk(Prediction.FLOW, make_schedule(ScheduleKind.RECTIFIED_FLOW), SamplerConfig(kind=kind, steps=5))
@@ -106,7 +131,15 @@ def test_forwards_of_flow(kind, forwards):
 
 
 @pytest.mark.parametrize(
-    "prediction, kind, steps", [("eps", "euler", 5), ("v", "heun", 5), ("flow", "ddim", 5), ("eps", "ddim", 1001)]
+    "prediction, kind, steps",
+    [
+        ("eps", "euler", 5),
+        ("v", "heun", 5),
+        ("flow", "ddim", 5),
+        ("flow", "dpmpp_2m", 5),
+        ("v", "dpmpp_2m", 1001),
+        ("eps", "ddim", 1001),
+    ],
 )
 def test_refuses_a_sampler_that_does_not_fit(prediction, kind, steps):
     schedule = make_schedule(ScheduleKind.RECTIFIED_FLOW if prediction == "flow" else ScheduleKind.LINEAR)
@@ -132,3 +165,21 @@ def test_guidance(scale, rows, answer):
     out = guided(model, z_t, torch.zeros(3), cond, uncond, scale)
     assert model.rows == [rows] and out.dtype == torch.float32
     torch.testing.assert_close(out, torch.full_like(z_t, answer))
+
+
+def test_autoguidance_asks_the_weaker_model_about_the_same_condition():
+    strong, weak, z_t, cond = Counting(), Counting(), torch.zeros(3, 1, 2, 2), Labels(torch.full((3,), 2))
+    out = guided(strong, z_t, torch.zeros(3), cond, None, 3.0, lambda z_t, t, cond: weak(z_t, t, cond) + 1)
+    assert (strong.rows, weak.rows) == ([3], [3])
+    torch.testing.assert_close(out, torch.full_like(z_t, 3.0 + 3.0 * (2.0 - 3.0)))
+
+
+def test_guidance_inside_an_interval_only():
+    """Noise levels of ten Euler steps are 1/0, 9, 4, ... 1/9: between 0.5 and 2.5 lie t = 0.7, 0.6, 0.5 and 0.4."""
+    model, cond = Counting(), Labels(torch.zeros(3, dtype=torch.int64))
+    sampler = SamplerConfig(kind="euler", steps=10, guidance_interval=(0.5, 2.5))
+    schedule = make_schedule(ScheduleKind.RECTIFIED_FLOW)
+    sample(model, Prediction.FLOW, schedule, sampler, torch.zeros(3, 1, 2, 2), cond, uncond=cond, guidance_scale=2.0)
+    assert model.rows == [3, 3, 3, 6, 6, 6, 6, 3, 3, 3]
+    with pytest.raises(ValueError, match="the lower noise level comes first"):
+        SamplerConfig(kind="euler", guidance_interval=(2.0, 1.0))

@@ -7,16 +7,19 @@ import shutil
 
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from torch import nn
 
 from lpl_pretrain.cli import evaluate as evaluate_command
 from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
+from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation import job
 from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.job import evaluate
+from tests.support.configs import train_config
 
 
 class Averages(nn.Module):
@@ -140,9 +143,51 @@ def test_command_line(run, tmp_path, capsys, real_extractor):
 
 
 def test_sample_writes_a_grid(run, capsys):
-    sample_command.run(str(run.run_dir.path), step=None, guidance_scale=2.0, images=3, sampler_steps=2, seed=0, output=None)
+    draw(run, guidance_scale=2.0, images=3, sampler={"steps": 2})
     path = capsys.readouterr().out.strip()
     assert "step_00000006" in path and Image.open(path).size == (66, 66)
     output = run.run_dir.path / "x" / "y.png"
-    sample_command.run(str(run.run_dir.path), step=3, guidance_scale=1.0, images=1, sampler_steps=1, seed=0, output=str(output))
+    draw(run, step=3, images=1, sampler={"steps": 1}, output=str(output))
     assert output.is_file()
+
+
+def draw(run, **options):
+    defaults = {"step": None, "guidance_scale": 1.0, "images": 2, "sampler": {"steps": 2}, "guide": None, "guide_step": None}
+    sample_command.run(str(run.run_dir.path), **{**defaults, "seed": 0, "format": "grid", "output": None, **options})
+
+
+def test_pictures_say_where_they_come_from(run, tmp_path):
+    """Single files and a tar that webdataset reads hold the same pixels; the sheet shows them."""
+    draw(run, format="png", output=str(tmp_path / "pngs"))
+    draw(run, format="tar", output=str(tmp_path / "some.tar"))
+    draw(run, format="tar", output=str(tmp_path / "again.tar"))
+    assert (tmp_path / "some.tar").read_bytes() == (tmp_path / "again.tar").read_bytes()
+    samples = list(webdataset.WebDataset(str(tmp_path / "some.tar"), shardshuffle=False).decode("pil"))
+    assert [sample["__key__"] for sample in samples] == ["00000000", "00000001"]
+    for i, sample in enumerate(samples):
+        single = Image.open(tmp_path / "pngs" / f"{i:08d}.png")
+        told = json.loads(single.text["lpl_pretrain"])
+        assert told == sample["json"] and (told["step"], told["seed"], told["index"]) == (6, 0, i)
+        assert told["class"] in ("a", "b") and told["sampler"] == "euler"
+        assert single.tobytes() == sample["png"].tobytes()
+
+
+def test_a_guide_moves_the_samples_and_must_fit(run, tmp_path):
+    """Guided by itself at any scale a model draws what it draws alone; by an earlier step, something else."""
+    me = str(run.run_dir.path)
+
+    def pixels(name, **options):
+        draw(run, format="tar", output=str(tmp_path / name), **options)
+        return [sample["png"].tobytes() for sample in webdataset.WebDataset(str(tmp_path / name), shardshuffle=False).decode("pil")]
+
+    alone = pixels("alone.tar")
+    assert pixels("itself.tar", guidance_scale=3.0, guide=me, guide_step=6) == alone
+    assert pixels("younger.tar", guidance_scale=3.0, guide=me, guide_step=3) != alone
+    with pytest.raises(CheckpointError, match="complete steps: 3, 6"):
+        draw(run, guide=me, guide_step=4)
+    config = train_config(diffusion__prediction="v", diffusion__schedule="cosine")
+    other = RunDir(tmp_path / "other")
+    other.path.mkdir()
+    other.config.write_text(dump(config))
+    with pytest.raises(ConfigError, match="guide.run=.*other: trained with diffusion.prediction=.*v, this run with .*flow"):
+        draw(run, guide=str(other.path))

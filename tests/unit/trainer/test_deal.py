@@ -63,6 +63,13 @@ def test_steps_and_seeds_differ():
     assert not torch.equal(dealer().deal(0, 1)[0].t, dealer(seed=4).deal(0, 1)[0].t)
 
 
+def test_inverse_square_root():
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, decay="inverse_sqrt", decay_from_steps=4)
+    assert [learning_rate(config, step, 100) for step in (0, 1, 3, 15, 63)] == [0.5, 1.0, 1.0, 0.5, 0.25]
+    with pytest.raises(ValueError, match="decay_from_steps=None with decay=inverse_sqrt"):
+        OptimizerConfig(decay="inverse_sqrt")
+
+
 def test_learning_rate():
     config = OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine")
     assert [learning_rate(config, s, 8) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
