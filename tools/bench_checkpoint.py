@@ -22,8 +22,9 @@ import torch
 
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.dataset import LatentEntry
+from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import CheckpointConfig, DiTConfig, EMAConfig, OptimizerConfig, ParallelConfig
+from lpl_pretrain.config.schema import CheckpointConfig, EMAConfig, OptimizerConfig, ParallelConfig
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning

@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.schema import DiTConfig, EMAConfig, OptimizerConfig, ParallelConfig
+from lpl_pretrain.config.model import DiTConfig
+from lpl_pretrain.config.schema import EMAConfig, OptimizerConfig, ParallelConfig
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning

@@ -152,6 +152,8 @@ def _diffusion(config: TrainConfig) -> list[str]:
         )
     if diffusion.zero_terminal_snr and schedule is ScheduleKind.RECTIFIED_FLOW:
         problems.append("diffusion.zero_terminal_snr=true with schedule=rectified_flow: it ends in pure noise anyway; remove it")
+    if config.model.learned_sigma and schedule is ScheduleKind.RECTIFIED_FLOW:
+        problems.append("model.learned_sigma=true with diffusion.schedule=rectified_flow: its steps have no variance; set false")
     if shift != 1.0 and schedule is not ScheduleKind.RECTIFIED_FLOW:
         problems.append(f"diffusion.timesteps.shift={shift} with schedule={schedule.value}: it is for rectified_flow; set it to 1")
     return problems

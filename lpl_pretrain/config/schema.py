@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Optional, Union
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.model import ModelConfig
 from lpl_pretrain.config.section import OnError, Section, Share, WeightingConfig
 
 
@@ -83,23 +84,6 @@ class DataConfig(Section):
     """At every start: read all shards once, shared out over the ranks (checksums, shapes, finite values), or compare sizes only."""
     posterior: Literal["sample", "mean"] = "sample"
     """Draw z0 from the stored posterior anew each time a sample is seen, or always use its mean."""
-
-
-class DiTConfig(Section):
-    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748)."""
-
-    kind: Literal["dit"] = "dit"
-    width: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
-    patch_size: PositiveInt = 2
-    mlp_ratio: PositiveFloat = 4.0
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> DiTConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
-        return self
 
 
 class ConditioningConfig(Section):
@@ -266,7 +250,7 @@ class TrainConfig(Section):
     autoencoder: str
     """Folder of a diffusers autoencoder (families: config/autoencoder.py), or `asset:NAME` for one that ships with the package."""
     data: DataConfig
-    model: DiTConfig
+    model: ModelConfig
     conditioning: ConditioningConfig = ConditioningConfig()
     diffusion: DiffusionConfig
     lpl: Optional[LPLConfig] = None

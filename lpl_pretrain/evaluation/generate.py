@@ -55,7 +55,7 @@ class Generator:
         def at_precision(denoiser: nn.Module) -> Callable[..., Tensor]:
             def answer(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                    return denoiser(z_t, t, cond)
+                    return denoiser(z_t, t, cond)[:, : self.latent_shape[0]]  # behind it lies a learned sigma, if any
 
             return answer
 

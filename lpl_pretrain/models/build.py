@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.schema import DiTConfig
+from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.models.dit import DiT
 
 

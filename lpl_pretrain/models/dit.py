@@ -1,22 +1,23 @@
 """The diffusion transformer with adaLN-Zero (arXiv 2212.09748), class-conditional, with the published parameter names.
 
-Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the shape of z_t.
-At initialisation the answer is exactly zero.
+Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the shape of z_t, with `learned_sigma`
+twice its channels (the second half: diffusion/learned_sigma.py).  At initialisation the answer is exactly zero.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lpl_pretrain.config.schema import DiTConfig
+from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
-    Attention,
-    GELUTanh,
-    Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    attention,
+    mlp,
     modulate,
+    norm,
+    rotary_embedding,
     sincos_position_embedding,
     unpatchify,
 )
@@ -27,15 +28,15 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int) -> None:
         super().__init__()
-        self.num_classes, self.patch = num_classes, config.patch_size
+        self.config, self.num_classes, self.patch = config, num_classes, config.patch_size
         self.rows, self.columns = height // config.patch_size, width // config.patch_size
         self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
-        self.t_embedder = TimestepEmbedder(config.width)
+        self.t_embedder = TimestepEmbedder(config.width, last_rate_is_slowest=config.timestep_rates == "diffusers")
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         # a buffer, not a parameter: sharding would pad it to the world size
         self.register_buffer("pos_embed", sincos_position_embedding(config.width, self.rows, self.columns), persistent=False)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config.width, config.patch_size**2 * channels)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, config.patch_size**2 * channels * (1 + config.learned_sigma))
         self._initialise()
 
     def sharded_blocks(self) -> list[str]:
@@ -46,8 +47,9 @@ class DiT(nn.Module):
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
         tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self._positions(rows, columns)
         condition = self.t_embedder(t) + self.y_embedder(cond.labels)
+        rope = self._rotations(rows, columns, tokens)
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            tokens = block(tokens, condition, rope)
         return unpatchify(self.final_layer(tokens, condition), self.patch, rows, columns)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
@@ -55,6 +57,11 @@ class DiT(nn.Module):
         if (rows, columns) == (self.rows, self.columns):
             return self.pos_embed
         return sincos_position_embedding(self.pos_embed.shape[-1], rows, columns).to(self.pos_embed)
+
+    def _rotations(self, rows: int, columns: int, tokens: Tensor) -> Tensor | None:
+        if not self.config.rope:
+            return None
+        return rotary_embedding(self.config.width // self.config.heads, rows, columns, tokens.device).to(tokens.dtype)
 
     def _initialise(self) -> None:
         """As published: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""
@@ -74,24 +81,26 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads=heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh)
+        width = config.width
+        self.norm1 = norm(width, rms=config.rms_norm)
+        self.attn = attention(width, config.heads, qk_norm=config.qk_norm, rms=config.rms_norm)
+        self.norm2 = norm(width, rms=config.rms_norm)
+        self.mlp = mlp(width, config.mlp_ratio, swiglu=config.swiglu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Tensor, rope: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
-        tokens = tokens + gate_a[:, None] * self.attn(modulate(self.norm1(tokens), shift_a, scale_a))
+        tokens = tokens + gate_a[:, None] * self.attn(modulate(self.norm1(tokens), shift_a, scale_a), rope=rope)
         return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, outputs: int) -> None:
+    def __init__(self, config: DiTConfig, outputs: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        width = config.width
+        self.norm_final = norm(width, rms=config.rms_norm)
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

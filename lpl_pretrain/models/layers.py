@@ -6,13 +6,25 @@ Tokens are (B, N, D); images of tokens are row-major.
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
-from timm.layers import GELUTanh, Mlp, PatchEmbed
-from timm.layers.attention import Attention
+from timm.layers import GELUTanh, Mlp, PatchEmbed, SwiGLU, build_rotary_pos_embed
+from timm.layers.attention import AttentionRope
 from torch import Tensor, nn
 
-__all__ = ["Attention", "GELUTanh", "Mlp", "PatchEmbed", "TimestepEmbedder", "modulate", "sincos_position_embedding", "unpatchify"]
+__all__ = [
+    "PatchEmbed",
+    "TimestepEmbedder",
+    "attention",
+    "mlp",
+    "modulate",
+    "norm",
+    "rotary_embedding",
+    "sincos_position_embedding",
+    "unpatchify",
+]
 
 
 class TimestepEmbedder(nn.Module):
@@ -20,17 +32,34 @@ class TimestepEmbedder(nn.Module):
 
     rates: Tensor  # (frequencies / 2,)
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int, frequencies: int = 256, *, last_rate_is_slowest: bool = False) -> None:
+        """Rates fall from 1 towards 1/10,000, which the last one reaches if `last_rate_is_slowest` (diffusers' DiT)."""
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         half = frequencies // 2
-        rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
+        rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / (half - last_rate_is_slowest))
         self.register_buffer("rates", rates.float(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = 1000 * t.float()[:, None] * self.rates.float()
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+
+
+def norm(width: int, *, rms: bool) -> nn.Module:
+    """Without scale and shift of its own: those come from the condition."""
+    return (nn.RMSNorm if rms else nn.LayerNorm)(width, elementwise_affine=False, eps=1e-6)
+
+
+def attention(width: int, heads: int, *, qk_norm: bool, rms: bool) -> AttentionRope:
+    """All tokens rotate when `rope` is given to its forward."""
+    per_head: Any = partial(nn.RMSNorm if rms else nn.LayerNorm, eps=1e-6)
+    return AttentionRope(width, heads, num_prefix_tokens=0, qk_norm=qk_norm, norm_layer=per_head)
+
+
+def mlp(width: int, ratio: float, *, swiglu: bool) -> nn.Module:
+    hidden = int(width * ratio)
+    return SwiGLU(width, hidden * 2 // 3, align_to=16) if swiglu else Mlp(width, hidden, act_layer=GELUTanh)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -45,6 +74,12 @@ def sincos_position_embedding(width: int, rows: int, columns: int) -> Tensor:
     row, column = torch.meshgrid(torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij")
     parts = [f(axis.reshape(-1, 1) * rates) for axis in (column, row) for f in (torch.sin, torch.cos)]
     return torch.cat(parts, dim=1).float()[None]
+
+
+def rotary_embedding(head_width: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows * columns, 2 * head_width), as timm's attention takes it: half of a head turns with the row, half with the column."""
+    sine, cosine = build_rotary_pos_embed([rows, columns], dim=head_width, in_pixels=False, device=device)
+    return torch.cat([sine, cosine], dim=-1)
 
 
 def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.data.batch import LatentBatch
+from lpl_pretrain.diffusion.learned_sigma import variational_bound
 from lpl_pretrain.diffusion.objective import Denoising, denoise
-from lpl_pretrain.diffusion.schedule import Schedule
+from lpl_pretrain.diffusion.schedule import DiscreteSchedule, Schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
 from lpl_pretrain.models.autoencoder import LatentScaling, sample_posterior
 from lpl_pretrain.models.conditioning import class_conditioning
@@ -115,6 +116,11 @@ class Updater:
         t = hand.t.to(self.device)
         seen = denoise(self.denoiser, config.diffusion.prediction, z0, eps, t, *self.schedule.coefficients(t), cond)
         diffusion = (loss_weight(config.diffusion.weighting, config.diffusion.prediction, seen.noise_level) * seen.loss).mean()
+        if seen.spread is not None:
+            assert isinstance(self.schedule, DiscreteSchedule)
+            bound = variational_bound(self.schedule, t, seen).mean()
+            meter.add("loss/variational_bound", bound)
+            diffusion = diffusion + bound
         meter.add("loss/diffusion", diffusion)
         return seen, diffusion
 

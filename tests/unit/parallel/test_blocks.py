@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.schema import DiTConfig, ParallelConfig
+from lpl_pretrain.config.model import DiTConfig
+from lpl_pretrain.config.schema import ParallelConfig
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.parallel.blocks import prepare_blocks

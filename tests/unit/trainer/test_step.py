@@ -129,6 +129,19 @@ def test_other_objectives_run(data, tmp_path, prediction, schedule, gate):
     assert values["loss/lpl"] > 0 and values["lpl/gated_share"] > 0
 
 
+def test_learned_sigma_adds_its_bound(data, tmp_path):
+    run = new_run(
+        data,
+        tmp_path,
+        model__learned_sigma=True,
+        diffusion={"prediction": "eps", "schedule": "linear"},
+        lpl__gate={"max_noise_level": 1.0},
+    )
+    _, values = one_update(run)
+    assert values["loss/variational_bound"] > 0 and values["loss/diffusion"] > values["loss/variational_bound"]
+    assert run.updater.perceptual.seen.z0_hat.shape[1] == 4
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for the device: single values, and sizes that depend on values."""
 

@@ -1,0 +1,64 @@
+"""Which network is trained, and how large: one line of configuration each, all off or absent by default."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Optional, Union
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from lpl_pretrain.config.section import Section
+
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+"""width, depth, heads (arXiv 2212.09748, table 1)."""
+
+
+class DiTConfig(Section):
+    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); without further options the published one."""
+
+    kind: Literal["dit"] = "dit"
+    size: Optional[Literal["S", "B", "L", "XL"]] = None
+    """Stands for width, depth and heads."""
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    patch_size: PositiveInt = 2
+    mlp_ratio: PositiveFloat = 4.0
+    qk_norm: bool = False
+    """Normalise queries and keys of each head (arXiv 2302.05442): large models stay stable in bf16."""
+    rope: bool = False
+    """Rotate queries and keys by row and column (arXiv 2104.09864), beside the absolute embedding."""
+    swiglu: bool = False
+    """Gated MLP (arXiv 2002.05202) of two thirds of the hidden width: as many parameters."""
+    rms_norm: bool = False
+    """RMSNorm (arXiv 1910.07467) for LayerNorm."""
+    learned_sigma: bool = False
+    """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the published checkpoints do."""
+    timestep_rates: Literal["dit", "diffusers"] = "dit"
+    """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for export wants its."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_the_size(cls, raw: Any) -> Any:
+        return spell_out(raw, DIT_SIZES)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> DiTConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(f"rope=true with heads of {self.width // self.heads} channels: rows and columns want a multiple of 4")
+        return self
+
+
+def spell_out(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
+    """`size` as width, depth and heads, which may be given too when they agree."""
+    if not isinstance(raw, dict) or raw.get("size") not in sizes:
+        return raw
+    meant = dict(zip(("width", "depth", "heads"), sizes[raw["size"]], strict=True))
+    for key, value in meant.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{key}={raw[key]} with size={raw['size']}, which has {value}: leave one of the two out")
+    return {**raw, **meant}
+
+
+ModelConfig = Union[DiTConfig]
