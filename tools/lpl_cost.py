@@ -31,6 +31,7 @@ from lpl_pretrain.config.dataset import LatentEntry, read_index
 from lpl_pretrain.config.load import load_config, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.autoencoder import LatentScaling
@@ -62,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 DENOISERS = {"s2": (384, 12, 6), "b2": (768, 12, 12), "l2": (1024, 24, 16), "xl2": (1152, 28, 16)}  # width, depth, heads of DiT
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "train" / "dit_xl2_in256_lpl.yaml"
 GIGA, MIB = 1e9, 2**20
+TEXT = TextShape(tokens=154, width=4096, pooled_width=2048)  # of SD3, where the model reads text
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -115,9 +117,10 @@ class Case:
         channels, height, width = self.latent
         entry = LatentEntry(channels=channels, height=height, width=width, mean=[0.0] * channels, std=[1.0] * channels)
         with torch.device("meta"):
-            model = build_denoiser(self.config.model, entry, num_classes=1000)
+            model = build_denoiser(self.config.model, entry, num_classes=1000, text=TEXT)
         z_t, t, labels = (torch.empty(1, *shape, device="meta") for shape in (self.latent, (), ()))
-        return count_flops(lambda: model(z_t, t, Conditioning(labels.long())))
+        text, pooled = (torch.empty(1, *shape, device="meta") for shape in ((TEXT.tokens, TEXT.width), (TEXT.pooled_width,)))
+        return count_flops(lambda: model(z_t, t, Conditioning(labels.long(), text, pooled)))
 
 
 def read_config(words: Sequence[str], denoiser: str | None) -> TrainConfig:

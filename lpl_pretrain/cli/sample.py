@@ -57,6 +57,9 @@ def run(
     names = [*trained.index.classes, ""]
     shared = {"run": str(run_dir.path), "step": step, "seed": seed, "guidance_scale": guidance_scale, "sampler": chosen.kind}
     facts = [{**shared, "index": i, "class": names[label]} for i, label in enumerate(labels)]
+    if trained.generator.captions is not None:
+        captions, _, _ = trained.generator.captions.draw(seed, range(images))
+        facts = [{**fact, "caption": caption} for fact, caption in zip(facts, captions, strict=True)]
     if format == "grid":
         publish_grid(path, pixels)
     else:

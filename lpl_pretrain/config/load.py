@@ -7,7 +7,7 @@ else replaces.  A section set to null is switched off.  Overrides come last: `op
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -112,13 +112,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location, cls_of_last = _walk(cls, [str(part) for part in problem["loc"]])
     path = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(cls, location[:-1])
+        known = list(cls_of_last.model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
+    if problem["type"] == "union_tag_invalid":
+        return f"{path}.kind={problem['ctx']['tag']!r}: wanted one of {problem['ctx']['expected_tags']}"
     if problem["type"] == "missing":
         return f"{path}: missing, and it has no default"
     message = problem["msg"].removeprefix("Value error, ")
@@ -127,12 +129,31 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     return f"{path}: {message}" if path else message
 
 
-def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation = cls.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
-        cls = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(cls.model_fields)
+def _walk(cls: type[BaseModel], location: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """The keys of a location, without pydantic's names for the members of a union, and the section that the last one is in."""
+    keys: list[str] = []
+    members: dict[str, type[BaseModel]] = {}
+    for number, part in enumerate(location):
+        if part in members:  # not a key: it says which member was tried
+            cls, members = members[part], {}
+            continue
+        field = cls.model_fields.get(part)
+        if field is None:
+            return keys + location[number:], cls
+        keys.append(part)
+        found = [option for option in _options(field.annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
+        if found and number + 1 < len(location):
+            cls = found[0]
+            members = {str(option.model_fields["kind"].default): option for option in found if "kind" in option.model_fields}
+    return keys, cls
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """The members of a union, however deep they are annotated; a plain type is its own."""
+    inner = get_args(annotation)
+    yield annotation
+    for option in inner:
+        yield from _options(option)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, PositiveFloat, PositiveInt, Tag, model_validator
 
 from lpl_pretrain.config.section import Section
 
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """width, depth, heads (arXiv 2212.09748, table 1)."""
+MMDIT_SIZES = {**DIT_SIZES, "2B": (1536, 24, 24), "8B": (2432, 38, 38)}
+"""The last two: depth d, d heads of 64 channels (arXiv 2403.03206, section 4)."""
 
 
 class DiTConfig(Section):
@@ -50,6 +52,32 @@ class DiTConfig(Section):
         return self
 
 
+class MMDiTConfig(Section):
+    """Multimodal diffusion transformer (SD3, arXiv 2403.03206): conditioned on the text encoders of `conditioning.text`."""
+
+    kind: Literal["mmdit"] = "mmdit"
+    size: Optional[Literal["S", "B", "L", "XL", "2B", "8B"]] = None
+    """Stands for width, depth and heads."""
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    patch_size: PositiveInt = 2
+    mlp_ratio: PositiveFloat = 4.0
+    qk_norm: bool = False
+    """RMSNorm of queries and keys in both streams (section 5.3.2)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_the_size(cls, raw: Any) -> Any:
+        return spell_out(raw, MMDIT_SIZES)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> MMDiTConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+        return self
+
+
 def spell_out(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
     """`size` as width, depth and heads, which may be given too when they agree."""
     if not isinstance(raw, dict) or raw.get("size") not in sizes:
@@ -61,4 +89,12 @@ def spell_out(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
     return {**raw, **meant}
 
 
-ModelConfig = Union[DiTConfig]
+def _kind(raw: Any) -> Any:
+    return raw.get("kind", "dit") if isinstance(raw, dict) else getattr(raw, "kind", None)
+
+
+ModelConfig = Annotated[
+    Union[Annotated[DiTConfig, Tag("dit")], Annotated[MMDiTConfig, Tag("mmdit")]],
+    Discriminator(_kind),
+]
+"""By `kind`, which is dit when absent."""

@@ -89,6 +89,10 @@ class DataConfig(Section):
 class ConditioningConfig(Section):
     label_dropout: Share = 0.1
     """Share of samples trained with the null class, for classifier-free guidance (arXiv 2207.12598)."""
+    text: tuple[Union[str, tuple[str, ...]], ...] = ()
+    """Text encoders of the data folder (mmdit): behind each other, or side by side in a group: [[clip_l, clip_g], t5]."""
+    text_dropout: Share = 0.1
+    """Share of samples trained with the empty caption's embeddings."""
 
 
 class TimestepConfig(Section):

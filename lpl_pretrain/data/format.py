@@ -84,6 +84,11 @@ class Sample:
         return dict(sorted(members.items()))
 
 
+def null_text_name(name: str) -> str:
+    """File of a folder with the embedding of the empty caption: `tokens` (T, D) float32, and `pooled` (P,) where there is one."""
+    return f"text_{name}.null.safetensors"
+
+
 def text_members(name: str) -> tuple[str, str, str]:
     """Extensions of one encoder's tokens, scale and pooled vector."""
     return f"text_{name}.npy", f"text_{name}_scale.npy", f"text_{name}_pooled.npy"

@@ -40,5 +40,6 @@ def guided(
 
 
 def concatenate(first: Any, second: Any) -> Any:
-    """Two conditions, each a dataclass of tensors whose first dimension is the batch, as one of the summed batch size."""
-    return type(first)(**{f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(first)})
+    """Two conditions, each a dataclass of tensors (or None) whose first dimension is the batch, as one of the summed batch size."""
+    pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(first)}
+    return type(first)(**{name: None if pair[0] is None else torch.cat(pair) for name, pair in pairs.items()})

@@ -27,7 +27,7 @@ from lpl_pretrain.config.dataset import (
     read_index,
 )
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.data.format import NO_CLASS
+from lpl_pretrain.data.format import NO_CLASS, null_text_name
 from lpl_pretrain.data.offsets import Offsets
 from lpl_pretrain.encoding.classes import ClassTable
 from lpl_pretrain.encoding.networks import Networks
@@ -104,11 +104,6 @@ def make_index(config: EncodeConfig, plan: Plan, networks: Networks, records: li
 
 def fingerprint_of(shards: Iterable[ShardEntry]) -> str:
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
-
-
-def null_text_name(name: str) -> str:
-    """File with the embedding of the empty caption: `tokens` (T, D) float32, and `pooled` (P,) where there is one."""
-    return f"text_{name}.null.safetensors"
 
 
 def _null_text(networks: Networks, name: str) -> dict[str, np.ndarray]:

@@ -16,12 +16,14 @@ from lpl_pretrain.config.schema import Prediction, SamplerConfig
 from lpl_pretrain.diffusion.samplers import sample
 from lpl_pretrain.diffusion.schedule import Schedule
 from lpl_pretrain.errors import NonFiniteError
+from lpl_pretrain.evaluation.captions import Captions
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.runtime import rng
 
 RULES = {
     "noise": "standard normal float32, keyed by (seed, 'sample_noise', i)",
     "classes": "training class frequencies, drawn by a uniform keyed by (seed, 'sample_class', i)",
+    "captions": "of training sample number floor(samples * u), u a uniform keyed by (seed, 'sample_caption', i)",
     "uint8": "round(clamp((x + 1) * 127.5, 0, 255)), half to even",
 }
 """What a score depends on besides its protocol; recorded with every score."""
@@ -42,6 +44,8 @@ class Generator:
     device: torch.device
     guide: nn.Module | None = None
     """A weaker denoiser that took the same conditions."""
+    captions: Captions | None = None
+    """Of a text-conditioned denoiser."""
 
     @torch.no_grad()
     def images(
@@ -49,8 +53,7 @@ class Generator:
     ) -> Tensor:
         """Pictures `indices` as float images.  `precision` is the denoiser's; the decoder stays in float32."""
         noise = rng.normal(seed, "sample_noise", indices, self.latent_shape).to(self.device)
-        labels = draw_classes(seed, indices, self.class_counts).to(self.device)
-        uncond = Conditioning(torch.full_like(labels, len(self.class_counts)))  # the null class comes after the last one
+        cond, uncond = self._conditions(seed, indices)
 
         def at_precision(denoiser: nn.Module) -> Callable[..., Tensor]:
             def answer(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -66,12 +69,22 @@ class Generator:
                 self.schedule,
                 sampler,
                 noise,
-                Conditioning(labels),
+                cond,
                 uncond=uncond,
                 guidance_scale=guidance_scale,
                 guide=None if self.guide is None else at_precision(self.guide),
             )
         )
+
+    def _conditions(self, seed: int, indices: Sequence[int]) -> tuple[Conditioning, Conditioning]:
+        """Of these pictures, and the null condition as many times."""
+        labels = draw_classes(seed, indices, self.class_counts).to(self.device)
+        null = torch.full_like(labels, len(self.class_counts))  # the null class comes after the last one
+        if self.captions is None:
+            return Conditioning(labels), Conditioning(null)
+        _, text, pooled = self.captions.draw(seed, indices)
+        nothing = self.captions.conditioner.nothing(len(indices), self.device)
+        return Conditioning(labels, text.to(self.device), pooled.to(self.device)), Conditioning(null, *nothing)
 
     def pixels(
         self, count: int, batch_size: int, *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"

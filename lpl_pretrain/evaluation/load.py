@@ -14,8 +14,10 @@ from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import GuideConfig, TrainConfig
+from lpl_pretrain.config.text import text_shape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
+from lpl_pretrain.evaluation.captions import Captions
 from lpl_pretrain.evaluation.generate import Generator
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
@@ -43,11 +45,19 @@ def load_weights(denoiser: nn.Module, run_dir: RunDir, step: int, weights: str) 
         ) from None
 
 
+def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
+    """With weights still to be loaded, frozen."""
+    text = text_shape(config.conditioning.text, index.text) if config.conditioning.text else None
+    return build_denoiser(config.model, index.latent, len(index.classes), text=text).eval().requires_grad_(False)
+
+
 def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, device: torch.device) -> nn.Module:
     """The weaker denoiser, with its weights.  Raises ConfigError when it was trained for something else than `config`."""
     run_dir = RunDir(Path(guide.run))
     theirs = load_run_config(run_dir)
     asked, found = (some.diffusion.model_dump(mode="json") for some in (config, theirs))
+    if theirs.conditioning.text != config.conditioning.text:
+        raise ConfigError(f"guide.run={guide.run}: reads {theirs.conditioning.text}, this run {config.conditioning.text}")
     for key in ("prediction", "schedule", "zero_terminal_snr"):
         mine, other = asked[key], found[key]
         if mine != other:
@@ -56,7 +66,7 @@ def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, dev
         raise ConfigError(
             f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on {config.data.folder}: use one like it"
         )
-    denoiser = build_denoiser(theirs.model, index.latent, len(index.classes)).to(device).eval().requires_grad_(False)
+    denoiser = new_denoiser(theirs, index).to(device)
     load_weights(denoiser, run_dir, run_dir.complete_step(guide.step), guide.weights)
     return denoiser
 
@@ -76,11 +86,13 @@ def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = 
     def decode(z0: Tensor) -> Tensor:
         return autoencoder.decode(scaling.denormalize(z0))
 
-    denoiser = build_denoiser(config.model, index.latent, len(index.classes)).to(device).eval().requires_grad_(False)
+    denoiser = new_denoiser(config, index).to(device)
     shape = (index.latent.channels, index.latent.height, index.latent.width)
     schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
     weak = None if guide is None else open_guide(guide, config, index, device)
-    generator = Generator(denoiser, decode, config.diffusion.prediction, schedule, shape, index.class_counts, device, weak)
+    captions = Captions(config) if config.conditioning.text else None
+    prediction, counts = config.diffusion.prediction, index.class_counts
+    generator = Generator(denoiser, decode, prediction, schedule, shape, counts, device, weak, captions)
     return TrainedRun(run_dir, config, index, generator)
 
 

@@ -1,16 +1,25 @@
-"""From a model's section of the configuration and the latents it will see to the network."""
+"""From a model's section of the configuration and what it will see to the network."""
 
 from __future__ import annotations
 
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.model import DiTConfig
+from lpl_pretrain.config.model import DiTConfig, MMDiTConfig
+from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.dit import DiT
+from lpl_pretrain.models.mmdit import MMDiT
+
+Denoiser = DiT | MMDiT
 
 
-def build_denoiser(config: DiTConfig, latent: LatentEntry, num_classes: int, seed: int = 0) -> DiT:
+def build_denoiser(
+    config: DiTConfig | MMDiTConfig, latent: LatentEntry, num_classes: int, seed: int = 0, *, text: TextShape | None = None
+) -> Denoiser:
     """Initial weights depend on `seed` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if isinstance(config, MMDiTConfig):
+            assert text is not None, "config/check.py asks for text"
+            return MMDiT(config, latent.channels, latent.height, latent.width, text)
         return DiT(config, latent.channels, latent.height, latent.width, num_classes)

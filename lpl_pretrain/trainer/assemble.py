@@ -11,14 +11,18 @@ from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.check import grad_accum_steps, run_identity
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.mix import DataFolders
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import OptimizerConfig, TrainConfig
-from lpl_pretrain.data.stream import LatentStream
+from lpl_pretrain.config.text import Layout, encoders
+from lpl_pretrain.data.empty import read_empty_captions
+from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.models.autoencoder import LatentScaling, chained, latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.models.conditioning import TextConditioner
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
@@ -81,7 +85,10 @@ class Run:
 
 def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
     """Collective: strategies shard as they are built."""
-    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size)
+    names = encoders(config.conditioning.text)
+    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, Wants(text=names))
+    text = text_conditioner(config.conditioning.text, stream.folders)
+    shape = None if text is None else text.shape
     if config.data.verify == "full":
         verify(stream, world)
     schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
@@ -90,10 +97,8 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     slots = accumulation * world.world_size
     perceptual, choice = build_perceptual(config, schedule, stream.index, scaling, slots, device)
     dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice)
-    model = build_denoiser(
-        config.model, stream.index.latent, len(stream.index.classes), seed=rng.key(config.seed, "initial_weights") >> 1
-    )
-    num_classes = model.num_classes
+    num_classes, seed = len(stream.index.classes), rng.key(config.seed, "initial_weights") >> 1
+    model = build_denoiser(config.model, stream.index.latent, num_classes, seed, text=shape)
     strategy = make_strategy(config.parallel, world, device)
     denoiser = strategy.setup(model, model.sharded_blocks(), lambda parameters: make_optimizer(config.optimizer, parameters))
     return Run(
@@ -105,17 +110,25 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
         dealer,
         strategy,
         updater=Updater(
-            config, denoiser, num_classes, strategy, schedule, scaling, perceptual, Health(config.optimizer, world), device
+            config, denoiser, num_classes, text, strategy, schedule, scaling, perceptual, Health(config.optimizer, world), device
         ),
         ema=EMATracker(strategy.local_params(), config.ema),
         checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config)),
         grad_accum_steps=accumulation,
         effort=Effort(
-            denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index),
+            denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index, shape),
             lpl=accumulation * perceptual.prefix * perceptual.flops if perceptual is not None else 0.0,
             peak=peak_flops(name_of(device), config.parallel.precision),
         ),
     )
+
+
+def text_conditioner(layout: Layout, folders: DataFolders) -> TextConditioner | None:
+    """None for models that read no text.  The empty caption is that of the first folder: all were encoded by the same encoder."""
+    names = encoders(layout)
+    if not names:
+        return None
+    return TextConditioner(layout, folders.merged.text, read_empty_captions(folders.paths[0], names))
 
 
 def verify(stream: LatentStream, world: World) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.perceptual.features import DecoderFeatures
@@ -43,14 +44,16 @@ class Effort:
         return {"tflops_per_s": achieved / 1e12, **({} if self.peak is None else {"mfu": achieved / self.peak})}
 
 
-def denoiser_flops(config: TrainConfig, index: DatasetIndex) -> float:
+def denoiser_flops(config: TrainConfig, index: DatasetIndex, text: TextShape | None = None) -> float:
     """Of forward and backward of a sample, on average over the buckets' samples."""
     with torch.device("meta"):
-        model = build_denoiser(config.model, index.latent, len(index.classes))
-    t, labels = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+        model = build_denoiser(config.model, index.latent, len(index.classes), text=text)
+        t, cond = torch.empty(1), Conditioning(torch.empty(1, dtype=torch.int64))
+        if text is not None:
+            cond = Conditioning(cond.labels, torch.empty(1, text.tokens, text.width), torch.empty(1, text.pooled_width))
 
     def sample(height: int, width: int) -> None:
-        model(torch.empty(1, index.latent.channels, height, width, device="meta"), t, Conditioning(labels)).sum().backward()
+        model(torch.empty(1, index.latent.channels, height, width, device="meta"), t, cond).sum().backward()
 
     return _mean(index, sample)
 

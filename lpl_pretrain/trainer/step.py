@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lpl_pretrain.diffusion.objective import Denoising, denoise
 from lpl_pretrain.diffusion.schedule import DiscreteSchedule, Schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
 from lpl_pretrain.models.autoencoder import LatentScaling, sample_posterior
-from lpl_pretrain.models.conditioning import class_conditioning
+from lpl_pretrain.models.conditioning import TextConditioner, class_conditioning
 from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.perceptual.gate import gate_weights
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss, PerceptualTerm
@@ -65,6 +65,7 @@ class Updater:
     config: TrainConfig
     denoiser: torch.nn.Module  # as the strategy returned it
     num_classes: int
+    text: TextConditioner | None
     strategy: Strategy
     schedule: Schedule
     scaling: LatentScaling
@@ -113,6 +114,10 @@ class Updater:
         eps = rng.normal(config.seed, "noise", ids, latent_shape).to(self.device, wide)
         dropped = rng.uniform(config.seed, "label_dropout", ids).to(self.device) < config.conditioning.label_dropout
         cond = class_conditioning(batch.labels, self.num_classes, dropped)
+        if self.text is not None:
+            bare = rng.uniform(config.seed, "text_dropout", ids).to(self.device) < config.conditioning.text_dropout
+            text, pooled = self.text(batch.text, bare)
+            cond = replace(cond, text=text, pooled=pooled)
         t = hand.t.to(self.device)
         seen = denoise(self.denoiser, config.diffusion.prediction, z0, eps, t, *self.schedule.coefficients(t), cond)
         diffusion = (loss_weight(config.diffusion.weighting, config.diffusion.prediction, seen.noise_level) * seen.loss).mean()

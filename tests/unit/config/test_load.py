@@ -50,7 +50,9 @@ def test_dump_loads_back(tmp_path, base):
     "override, words",
     [
         ("batch.global_batchsize=3", ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
-        ("model.widht=3", ["model.widht", "did you mean 'width'"]),
+        ("model.widht=3", ["model.widht: unknown key", "did you mean 'width'"]),
+        ("model={kind: mmdit, widht: 3, depth: 1, heads: 1}", ["model.widht: unknown key", "model.width: missing"]),
+        ("model.kind=unet", ["model.kind='unet': wanted one of 'dit', 'mmdit'"]),
         ("nonsense=3", ["nonsense: unknown key", "known keys"]),
         ("steps=many", ["steps='many'", "integer"]),
         ("steps=0", ["steps=0", "greater than 0"]),

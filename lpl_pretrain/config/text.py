@@ -1,0 +1,59 @@
+"""How the embeddings of several text encoders become one sequence and one vector: sizes, from the names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+from lpl_pretrain.config.dataset import TextEntry
+
+Layout = tuple[Union[str, tuple[str, ...]], ...]
+"""Encoders behind each other along the sequence; those in a group side by side along the channels, as SD3 does with its CLIPs."""
+
+
+@dataclass(frozen=True)
+class TextShape:
+    tokens: int
+    width: int
+    """Of the widest group; the others are padded with zeros."""
+    pooled_width: int
+    """Of the pooled vectors of all encoders that have one, behind each other."""
+
+
+def groups(layout: Layout) -> list[tuple[str, ...]]:
+    return [(part,) if isinstance(part, str) else tuple(part) for part in layout]
+
+
+def encoders(layout: Layout) -> tuple[str, ...]:
+    return tuple(name for group in groups(layout) for name in group)
+
+
+def text_shape(layout: Layout, entries: dict[str, TextEntry]) -> TextShape:
+    """`entries` has all names of `layout`."""
+    parts = [[entries[name] for name in group] for group in groups(layout)]
+    return TextShape(
+        tokens=sum(max(entry.max_tokens for entry in group) for group in parts),
+        width=max(sum(entry.width for entry in group) for group in parts),
+        pooled_width=sum(entry.pooled_width or 0 for group in parts for entry in group),
+    )
+
+
+def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object, *, needed: bool) -> Sequence[str]:
+    """What a text-conditioned model misses; `needed`: by one that cannot do without."""
+    names = encoders(layout)
+    if not names:
+        return (
+            [f"conditioning.text=[]: model.kind=mmdit reads text; name encoders of {folder}: {sorted(entries)}"] if needed else []
+        )
+    if not needed:
+        return [f"conditioning.text={list(names)}: this model.kind reads no text; use mmdit, or leave it out"]
+    known = [name for name in names if name in entries]
+    if len(set(names)) < len(names):
+        return [f"conditioning.text={list(names)}: an encoder is named twice"]
+    if known == list(names) and not any(entries[name].pooled_width for name in names):
+        return [
+            f"conditioning.text={list(names)}: none of them has a pooled vector, which mmdit is conditioned on: "
+            "encode with pooled: true for one of them"
+        ]
+    return []

@@ -1,0 +1,134 @@
+"""The multimodal diffusion transformer of SD3 (arXiv 2403.03206): streams of their own for image and text, one attention over both.
+
+Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1], cond.text (B, T, J), cond.pooled (B, P); the answer
+has the shape of z_t and is exactly zero at initialisation.  Padding tokens are attended to, as in SD3: the conditioner makes T the
+same for every batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lpl_pretrain.config.model import MMDiTConfig
+from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.models.conditioning import Conditioning
+from lpl_pretrain.models.layers import (
+    PatchEmbed,
+    TimestepEmbedder,
+    mlp,
+    modulate,
+    norm,
+    sincos_position_embedding,
+    unpatchify,
+)
+
+
+class MMDiT(nn.Module):
+    pos_embed: Tensor  # (1, tokens, width)
+
+    def __init__(self, config: MMDiTConfig, channels: int, height: int, width: int, text: TextShape) -> None:
+        super().__init__()
+        self.config, self.patch = config, config.patch_size
+        self.rows, self.columns = height // config.patch_size, width // config.patch_size
+        self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.text_embedder = nn.Linear(text.width, config.width)
+        self.pooled_embedder = nn.Sequential(
+            nn.Linear(text.pooled_width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
+        self.register_buffer("pos_embed", sincos_position_embedding(config.width, self.rows, self.columns), persistent=False)
+        self.blocks = nn.ModuleList(JointBlock(config, last=i == config.depth - 1) for i in range(config.depth))
+        self.final_norm = norm(config.width, rms=False)
+        self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.final_linear = nn.Linear(config.width, config.patch_size**2 * channels)
+        self._initialise()
+
+    def sharded_blocks(self) -> list[str]:
+        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
+        return [f"blocks.{i}" for i in range(len(self.blocks))]
+
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        assert cond.text is not None and cond.pooled is not None
+        dtype = self.x_embedder.proj.weight.dtype
+        rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
+        image = self.x_embedder(z_t.to(dtype)) + self._positions(rows, columns)
+        text = self.text_embedder(cond.text.to(dtype))
+        condition = self.t_embedder(t) + self.pooled_embedder(cond.pooled.to(dtype))
+        for block in self.blocks:
+            image, text = block(image, text, condition)
+        shift, scale = self.final_modulation(condition).chunk(2, dim=1)
+        return unpatchify(self.final_linear(modulate(self.final_norm(image), shift, scale)), self.patch, rows, columns)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
+        if (rows, columns) == (self.rows, self.columns):
+            return self.pos_embed
+        return sincos_position_embedding(self.pos_embed.shape[-1], rows, columns).to(self.pos_embed)
+
+    def _initialise(self) -> None:
+        """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        parameters = dict(self.named_parameters())
+        nn.init.xavier_uniform_(parameters["x_embedder.proj.weight"].data.flatten(1))
+        nn.init.zeros_(parameters["x_embedder.proj.bias"])
+        for name, parameter in parameters.items():
+            if name.startswith(("t_embedder.mlp", "pooled_embedder")) and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if "modulation" in name or name.startswith("final_linear"):
+                nn.init.zeros_(parameter)
+
+
+class JointBlock(nn.Module):
+    """In the last one nothing is read from the text any more, so its stream ends with the attention."""
+
+    def __init__(self, config: MMDiTConfig, *, last: bool) -> None:
+        super().__init__()
+        self.image, self.text = Stream(config), Stream(config, ends=last)
+
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        seen, read = self.image.modulation(condition), self.text.modulation(condition)
+        parts = zip(self.image.look(image, *seen[:2]), self.text.look(text, *read[:2]), strict=True)
+        query, key, value = (torch.cat(pair, dim=2) for pair in parts)
+        attended = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = image.shape[1]
+        image = self.image.answer(image, attended[:, :tokens], *seen[2:])
+        if not self.text.ends:
+            text = self.text.answer(text, attended[:, tokens:], *read[2:])
+        return image, text
+
+
+class Stream(nn.Module):
+    """What a block holds for one kind of tokens; `ends`: it is attended to, and not changed any more."""
+
+    def __init__(self, config: MMDiTConfig, *, ends: bool = False) -> None:
+        super().__init__()
+        width, head_width = config.width, config.width // config.heads
+        self.heads, self.ends = config.heads, ends
+        self.norm1 = norm(width, rms=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if ends else 6) * width))
+        if not ends:
+            self.proj = nn.Linear(width, width)
+            self.norm2 = norm(width, rms=False)
+            self.mlp = mlp(width, config.mlp_ratio, swiglu=False)
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """(B, width) each: shift and scale before attention; then its gate, shift, scale and gate of the MLP, unless it ends."""
+        return self.adaLN_modulation(condition).chunk(2 if self.ends else 6, dim=1)
+
+    def look(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value (B, heads, N, width / heads)."""
+        mixed = self.qkv(modulate(self.norm1(tokens), shift, scale)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = mixed.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
+
+    def answer(self, tokens: Tensor, attended: Tensor, gate_a: Tensor, shift: Tensor, scale: Tensor, gate_m: Tensor) -> Tensor:
+        tokens = tokens + gate_a[:, None] * self.proj(attended)
+        return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift, scale))
