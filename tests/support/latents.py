@@ -8,6 +8,8 @@ from PIL import Image
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
 from tests.support.autoencoders import tiny_folder
+from tests.support.material import encode_config, sample, write_tar
+from tests.support.text_encoders import WORDS, text_encoder_folder
 
 
 def draw_pictures(folder: Path, count: int = 32, side: int = 32, sizes: list[tuple[int, int]] | None = None) -> Path:
@@ -44,4 +46,17 @@ def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:
     autoencoder = tiny_folder(folder / "autoencoder", **options)
     draw_pictures(folder / "pictures", count)
     encode(EncodeConfig(source=str(folder / "pictures"), output=str(folder / "latents"), autoencoder=autoencoder, resolution_px=32))
+    return str(folder / "latents"), autoencoder
+
+
+def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
+    """(latents, autoencoder): pictures with captions of different lengths, read by a tiny CLIP (`clip`) and a tiny T5 (`t5`)."""
+    autoencoder = tiny_folder(folder / "autoencoder")
+    captions = [f"a {' and '.join(WORDS[3 : 4 + n % 4])} cat".encode() if n % 5 else None for n in range(count)]
+    tar = write_tar(folder / "pictures.tar", [member for n, text in enumerate(captions) for member in sample(n, txt=text)])
+    text = {
+        "clip": {"folder": text_encoder_folder(folder / "clip", "clip"), "pooled": True, "max_tokens": 9},
+        "t5": {"folder": text_encoder_folder(folder / "t5", "t5"), "max_tokens": 8, "storage": "fp16"},
+    }
+    encode(encode_config(tar, folder / "latents", autoencoder=autoencoder, resolution_px=32, text=text, shard_samples=7))
     return str(folder / "latents"), autoencoder
