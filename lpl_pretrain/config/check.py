@@ -14,6 +14,7 @@ from pathlib import Path
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.initial import initial_problems
 from lpl_pretrain.config.load import differences, flatten, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
@@ -84,6 +85,7 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
     problems = [
         *data_problems(config.data, index, encoders(config.conditioning.text)),
         *text_problems(config.conditioning.text, index.text, config.data.folder, needed=config.model.kind == "mmdit"),
+        *initial_problems(config.init_from),
         *_diffusion(config),
         *_lpl(config, index, dp_world_size),
         *_model(config, index),

@@ -35,6 +35,8 @@ class DiTConfig(Section):
     """RMSNorm (arXiv 1910.07467) for LayerNorm."""
     learned_sigma: bool = False
     """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the published checkpoints do."""
+    position_side: Optional[PositiveInt] = None
+    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
     timestep_rates: Literal["dit", "diffusers"] = "dit"
     """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for export wants its."""
 
@@ -65,6 +67,8 @@ class MMDiTConfig(Section):
     mlp_ratio: PositiveFloat = 4.0
     qk_norm: bool = False
     """RMSNorm of queries and keys in both streams (section 5.3.2)."""
+    position_side: Optional[PositiveInt] = None
+    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import ModelConfig
 from lpl_pretrain.config.section import OnError, Section, Share, WeightingConfig
@@ -255,6 +256,8 @@ class TrainConfig(Section):
     """Folder of a diffusers autoencoder (families: config/autoencoder.py), or `asset:NAME` for one that ships with the package."""
     data: DataConfig
     model: ModelConfig
+    init_from: Optional[InitConfig] = None
+    """Weights to begin with; absent: fresh ones."""
     conditioning: ConditioningConfig = ConditioningConfig()
     diffusion: DiffusionConfig
     lpl: Optional[LPLConfig] = None

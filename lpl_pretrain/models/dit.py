@@ -34,7 +34,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.width, last_rate_is_slowest=config.timestep_rates == "diffusers")
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         # a buffer, not a parameter: sharding would pad it to the world size
-        self.register_buffer("pos_embed", sincos_position_embedding(config.width, self.rows, self.columns), persistent=False)
+        self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, config.patch_size**2 * channels * (1 + config.learned_sigma))
         self._initialise()
@@ -56,7 +56,11 @@ class DiT(nn.Module):
         """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
         if (rows, columns) == (self.rows, self.columns):
             return self.pos_embed
-        return sincos_position_embedding(self.pos_embed.shape[-1], rows, columns).to(self.pos_embed)
+        return self._positions_of(rows, columns).to(self.pos_embed)
+
+    def _positions_of(self, rows: int, columns: int) -> Tensor:
+        distance = (self.config.position_side or self.rows) / self.rows
+        return sincos_position_embedding(self.config.width, rows, columns, distance)
 
     def _rotations(self, rows: int, columns: int, tokens: Tensor) -> Tensor | None:
         if not self.config.rope:

@@ -67,11 +67,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def sincos_position_embedding(width: int, rows: int, columns: int) -> Tensor:
-    """(1, rows * columns, width) float32: half of the width encodes the column, half the row, as in the published DiT."""
+def sincos_position_embedding(width: int, rows: int, columns: int, distance: float = 1.0) -> Tensor:
+    """(1, rows * columns, width) float32: half of the width encodes the column, half the row, as in the published DiT.
+
+    `distance` between neighbours; below 1, more of them lie in the range that a model has learnt.
+    """
     quarter = width // 4
     rates = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = torch.meshgrid(torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij")
+    along = [distance * torch.arange(count, dtype=torch.float64) for count in (rows, columns)]
+    row, column = torch.meshgrid(*along, indexing="ij")
     parts = [f(axis.reshape(-1, 1) * rates) for axis in (column, row) for f in (torch.sin, torch.cos)]
     return torch.cat(parts, dim=1).float()[None]
 

@@ -38,7 +38,7 @@ class MMDiT(nn.Module):
         self.pooled_embedder = nn.Sequential(
             nn.Linear(text.pooled_width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
-        self.register_buffer("pos_embed", sincos_position_embedding(config.width, self.rows, self.columns), persistent=False)
+        self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
         self.blocks = nn.ModuleList(JointBlock(config, last=i == config.depth - 1) for i in range(config.depth))
         self.final_norm = norm(config.width, rms=False)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
@@ -65,7 +65,11 @@ class MMDiT(nn.Module):
         """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
         if (rows, columns) == (self.rows, self.columns):
             return self.pos_embed
-        return sincos_position_embedding(self.pos_embed.shape[-1], rows, columns).to(self.pos_embed)
+        return self._positions_of(rows, columns).to(self.pos_embed)
+
+    def _positions_of(self, rows: int, columns: int) -> Tensor:
+        distance = (self.config.position_side or self.rows) / self.rows
+        return sincos_position_embedding(self.config.width, rows, columns, distance)
 
     def _initialise(self) -> None:
         """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""

@@ -10,6 +10,7 @@ import torch
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.check import grad_accum_steps, run_identity
 from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.mix import DataFolders
 from lpl_pretrain.config.rundir import RunDir
@@ -19,9 +20,9 @@ from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
-from lpl_pretrain.errors import DataError
+from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.models.autoencoder import LatentScaling, chained, latent_scaling, load_autoencoder
-from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.models.build import Denoiser, build_denoiser
 from lpl_pretrain.models.conditioning import TextConditioner
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.build import make_strategy
@@ -38,6 +39,7 @@ from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.deal import Choice, Dealer, Hand
 from lpl_pretrain.trainer.effort import Effort, denoiser_flops, lpl_flops
 from lpl_pretrain.trainer.health import Health
+from lpl_pretrain.trainer.initial import load_initial
 from lpl_pretrain.trainer.step import LastSeen, Perceptual, Updater
 
 
@@ -99,6 +101,8 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice)
     num_classes, seed = len(stream.index.classes), rng.key(config.seed, "initial_weights") >> 1
     model = build_denoiser(config.model, stream.index.latent, num_classes, seed, text=shape)
+    if config.init_from is not None and not broadcast_json(run_dir.complete_checkpoints()):
+        begin_with(config.init_from, model, world)
     strategy = make_strategy(config.parallel, world, device)
     denoiser = strategy.setup(model, model.sharded_blocks(), lambda parameters: make_optimizer(config.optimizer, parameters))
     return Run(
@@ -121,6 +125,19 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
             peak=peak_flops(name_of(device), config.parallel.precision),
         ),
     )
+
+
+def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
+    """Communicates: rank 0 loads, because a strategy starts from its weights; its error is raised on all ranks."""
+    trouble = None
+    if world.rank == 0:
+        try:
+            load_initial(init, model)
+        except (CheckpointError, ConfigError) as error:
+            trouble = str(error)
+    trouble = first_over_ranks(trouble)
+    if trouble is not None:
+        raise CheckpointError(trouble)
 
 
 def text_conditioner(layout: Layout, folders: DataFolders) -> TextConditioner | None:

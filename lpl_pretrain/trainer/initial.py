@@ -1,0 +1,100 @@
+"""Fresh weights replaced by those that `init_from` names; what was loaded, left and missing is told, and a mismatch is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lpl_pretrain.checkpoint.store import read_full
+from lpl_pretrain.config.initial import InitConfig, diffusers_files
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import CheckpointError, ConfigError
+from lpl_pretrain.models import convert_dit, convert_mmdit
+from lpl_pretrain.models.build import Denoiser
+from lpl_pretrain.runtime.log import log
+
+State = dict[str, Tensor]
+LISTED = 10
+CONVERTERS: dict[str, Callable[[dict[str, Any], State], tuple[Any, State]]] = {
+    "DiTTransformer2DModel": convert_dit.from_diffusers,
+    "SD3Transformer2DModel": convert_mmdit.from_diffusers,
+}
+CAUSES = {
+    "x_embedder": "another number of latent channels, or another patch_size",
+    "y_embedder": "another number of classes",
+    "final_layer.linear": "another number of latent channels, or learned_sigma",
+    "text_embedder": "other text encoders",
+    "pooled_embedder": "other pooled vectors",
+    "blocks": "another width or depth",
+}
+"""Beginning of a name -> why its shape may differ."""
+
+
+def load_initial(init: InitConfig, model: Denoiser) -> None:
+    """Not collective. Overwrites the parameters of `model` in place.  Raises ConfigError or CheckpointError."""
+    state, source = read_initial(init, model)
+    own = dict(model.named_parameters())
+    missing = [name for name in own if name not in state]
+    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
+    unknown = [name for name in state if name not in own]
+    differing = [name for name in (*missing, *reshaped, *unknown) if not name.startswith(init.may_differ or ("\0",))]
+    if differing:
+        told = {**dict.fromkeys(missing, "missing"), **dict.fromkeys(unknown, "not in this model")}
+        told |= {name: f"{tuple(state[name].shape)}, wanted {tuple(own[name].shape)}" for name in reshaped}
+        lines = [f"  {name}: {told[name]}" for name in differing[:LISTED]]
+        more = f"\n  and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
+        raise CheckpointError(
+            f"{source} does not fit this model in {len(differing)} parameters ({likely_cause(differing, state)}):\n"
+            + "\n".join(lines)
+            + more
+            + "\nchange the model section, or allow it by name: init_from.may_differ=[...]"
+        )
+    for name in own.keys() - {*missing, *reshaped}:
+        own[name].data.copy_(state[name])
+    kept = sorted({*missing, *reshaped})
+    log.info("initial weights: %d of %d parameters from %s", len(own) - len(kept), len(own), source)
+    if kept or unknown:
+        log.info("kept fresh: %s; not used: %s", ", ".join(kept) or "none", ", ".join(unknown) or "none")
+
+
+def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
+    """Weights in our names, and what they come from."""
+    if init.run is not None:
+        run_dir = RunDir(Path(init.run))
+        step = run_dir.complete_step(init.step)
+        kind = "param" if init.weights == "raw" else init.weights
+        return read_full(run_dir.checkpoint(step), kind), f"{init.run} step {step} {init.weights}"
+    if init.file is not None:
+        return convert_dit.from_published(load_file(init.file)), init.file
+    folder = Path(init.diffusers or "")
+    settings = json.loads((folder / "config.json").read_text())
+    name = settings.get("_class_name")
+    if name not in CONVERTERS:
+        raise ConfigError(f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join(CONVERTERS)}")
+    theirs: State = {}
+    for path in diffusers_files(folder):
+        theirs |= load_file(path)
+    section, state = CONVERTERS[name](settings, theirs)
+    here = {"size", "mlp_ratio", "position_side"}
+    mine = model.config.model_dump(exclude=here)
+    for key, value in section.model_dump(exclude=here).items():
+        if mine.get(key) != value:
+            raise ConfigError(f"init_from.diffusers={folder}: has {key}={value}, model.{key} is {mine.get(key)}: set it so")
+    return state, str(folder)
+
+
+def likely_cause(differing: list[str], state: State) -> str:
+    if any(name.startswith("transformer_blocks.") for name in state):
+        return "these are diffusers' names: use init_from.diffusers with the folder"
+    prefixes = {name.split(".")[0] for name in state}
+    if len(prefixes) == 1:
+        return f"all names begin with {prefixes.pop()!r}: take the dictionary inside it"
+    for beginning, cause in CAUSES.items():
+        if any(name.startswith(beginning) for name in differing):
+            return f"likely {cause}"
+    return "likely another kind of model"
