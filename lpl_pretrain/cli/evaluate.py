@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.load import load_config
+from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import EvaluateConfig
 
 
 def run(run: str, protocol: str, overrides: list[str], step: int | None) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lpl_pretrain.config.evaluation import SAMPLERS, check_sampler
 from lpl_pretrain.config.load import load_run_config, validate
+from lpl_pretrain.config.protocol import GuideConfig, SamplerConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import GuideConfig, SamplerConfig
 from lpl_pretrain.errors import ConfigError
 
 BATCH_SIZE = 64

@@ -84,7 +84,7 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
         read_zero_config(config.parallel.zero_config)
     problems = [
         *data_problems(config.data, index, encoders(config.conditioning.text)),
-        *text_problems(config.conditioning.text, index.text, config.data.folder, needed=config.model.kind == "mmdit"),
+        *text_problems(config.conditioning.text, index.text, config.data.folder, model=config.model),
         *initial_problems(config.init_from),
         *_diffusion(config),
         *_lpl(config, index, dp_world_size),
@@ -225,11 +225,12 @@ def _lpl_stages(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
 
 
 def _model(config: TrainConfig, index: DatasetIndex) -> list[str]:
-    patch = config.model.patch_size
+    multiple, kind = config.model.smallest_multiple, config.model.kind
+    what = f"model.kind=unet halves latents to 1/{multiple}, which" if kind == "unet" else f"model.patch_size={multiple}"
     return [
-        f"model.patch_size={patch} does not divide the latent {side}={size} of {config.data.folder}: use a divisor of {size}"
+        f"{what} does not divide the latent {side}={size} of {config.data.folder}: wanted a divisor of {size}"
         for side, size in sorted({(side, getattr(bucket, side)) for bucket in index.buckets for side in ("height", "width")})
-        if size % patch
+        if size % multiple
     ]
 
 

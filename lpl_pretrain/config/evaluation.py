@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lpl_pretrain.config.schema import EvaluateConfig, Prediction, SamplerConfig
+from lpl_pretrain.config.protocol import EvaluateConfig, SamplerConfig
+from lpl_pretrain.config.schema import Prediction
 from lpl_pretrain.errors import ConfigError
 
 DISCRETE, FLOW = ("ddim", "dpmpp_2m"), ("euler", "heun")

@@ -40,6 +40,15 @@ class DiTConfig(Section):
     timestep_rates: Literal["dit", "diffusers"] = "dit"
     """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for export wants its."""
 
+    @property
+    def reads_text(self) -> bool:
+        return False
+
+    @property
+    def smallest_multiple(self) -> int:
+        """That the sides of a latent must be a multiple of."""
+        return self.patch_size
+
     @model_validator(mode="before")
     @classmethod
     def _spell_out_the_size(cls, raw: Any) -> Any:
@@ -70,6 +79,15 @@ class MMDiTConfig(Section):
     position_side: Optional[PositiveInt] = None
     """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
 
+    @property
+    def reads_text(self) -> bool:
+        return True
+
+    @property
+    def smallest_multiple(self) -> int:
+        """That the sides of a latent must be a multiple of."""
+        return self.patch_size
+
     @model_validator(mode="before")
     @classmethod
     def _spell_out_the_size(cls, raw: Any) -> Any:
@@ -79,6 +97,65 @@ class MMDiTConfig(Section):
     def _heads_divide_width(self) -> MMDiTConfig:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+        return self
+
+
+UNETS: dict[str, dict[str, Any]] = {
+    "ldm": {  # LDM-4, class-conditional (arXiv 2112.10752, table 12)
+        "block_out_channels": (192, 384, 576, 960),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 1,
+        "cross_attention_dim": 512,
+    },
+    "sd": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 8,
+    },
+    "sdxl": {  # arXiv 2307.01952, table 1
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+    },
+}
+"""Arguments of diffusers' UNet2DConditionModel; `attention_head_dim` is the number of heads there."""
+
+
+class UNetConfig(Section):
+    """diffusers' UNet2DConditionModel: ldm is conditioned on classes, sd on text states, sdxl on pooled text and sizes too."""
+
+    kind: Literal["unet"] = "unet"
+    preset: Literal["ldm", "sd", "sdxl"]
+    settings: dict[str, Any] = {}
+    """Arguments of UNet2DConditionModel that replace the preset's; widths of latents and text follow from the data."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**UNETS[self.preset], **self.settings}
+
+    @property
+    def reads_text(self) -> bool:
+        return self.preset != "ldm"
+
+    @property
+    def smallest_multiple(self) -> int:
+        """That the sides of a latent must be a multiple of."""
+        return 2 ** (len(self.arguments["block_out_channels"]) - 1)
+
+    @model_validator(mode="after")
+    def _settings_that_follow(self) -> UNetConfig:
+        own = {"in_channels", "out_channels", "sample_size", "projection_class_embeddings_input_dim"}
+        if self.reads_text:
+            own |= {"cross_attention_dim"}
+        if taken := sorted(own & self.settings.keys()):
+            raise ValueError(f"settings.{taken[0]}: follows from the data; leave it out")
         return self
 
 
@@ -98,7 +175,7 @@ def _kind(raw: Any) -> Any:
 
 
 ModelConfig = Annotated[
-    Union[Annotated[DiTConfig, Tag("dit")], Annotated[MMDiTConfig, Tag("mmdit")]],
+    Union[Annotated[DiTConfig, Tag("dit")], Annotated[MMDiTConfig, Tag("mmdit")], Annotated[UNetConfig, Tag("unet")]],
     Discriminator(_kind),
 ]
 """By `kind`, which is dit when absent."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 from lpl_pretrain.config.dataset import TextEntry
 
@@ -39,21 +38,20 @@ def text_shape(layout: Layout, entries: dict[str, TextEntry]) -> TextShape:
     )
 
 
-def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object, *, needed: bool) -> Sequence[str]:
-    """What a text-conditioned model misses; `needed`: by one that cannot do without."""
-    names = encoders(layout)
+def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object, *, model: Any) -> list[str]:
+    """What a model that reads text misses, and what one that reads none is told in vain; `model`: its section."""
+    names, kind = encoders(layout), model.kind
     if not names:
-        return (
-            [f"conditioning.text=[]: model.kind=mmdit reads text; name encoders of {folder}: {sorted(entries)}"] if needed else []
-        )
-    if not needed:
-        return [f"conditioning.text={list(names)}: this model.kind reads no text; use mmdit, or leave it out"]
-    known = [name for name in names if name in entries]
+        missing = f"conditioning.text=[]: model.kind={kind} reads text; name encoders of {folder}: {sorted(entries)}"
+        return [missing] if model.reads_text else []
+    if not model.reads_text:
+        return [f"conditioning.text={list(names)}: this model reads no text; use mmdit, or leave it out"]
     if len(set(names)) < len(names):
         return [f"conditioning.text={list(names)}: an encoder is named twice"]
-    if known == list(names) and not any(entries[name].pooled_width for name in names):
+    pooled = kind == "mmdit" or getattr(model, "preset", None) == "sdxl"
+    if pooled and all(name in entries for name in names) and not any(entries[name].pooled_width for name in names):
         return [
-            f"conditioning.text={list(names)}: none of them has a pooled vector, which mmdit is conditioned on: "
+            f"conditioning.text={list(names)}: none of them has a pooled vector, which this model is conditioned on: "
             "encode with pooled: true for one of them"
         ]
     return []

@@ -21,7 +21,8 @@ from diffusers import (
 from torch import Tensor
 
 from lpl_pretrain.config.evaluation import check_sampler
-from lpl_pretrain.config.schema import Prediction, SamplerConfig
+from lpl_pretrain.config.protocol import SamplerConfig
+from lpl_pretrain.config.schema import Prediction
 from lpl_pretrain.diffusion.guidance import guided
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, DiscreteSchedule, Schedule
 from lpl_pretrain.diffusion.timesteps import shifted

@@ -24,6 +24,11 @@ class Captions:
         empty = read_empty_captions(folders.paths[0], names)
         self.conditioner = TextConditioner(config.conditioning.text, folders.merged.text, empty)
 
+        index = self._stream.index
+        side = [count * index.autoencoder.downscale for count in (index.latent.height, index.latent.width)]
+        self.sizes = torch.tensor([[*side, 0, 0, *side]])
+        """(1, 6): pictures drawn are whole and of the size that they ask for."""
+
     def draw(self, seed: int, indices: Sequence[int]) -> tuple[list[str], Tensor, Tensor]:
         """Captions, and their (N, T, J) and (N, P) embeddings."""
         samples = self._stream.index.samples

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lpl_pretrain.config.evaluation import FID_WEIGHTS_HELP, FID_WEIGHTS_SHA256_START, check_protocol
-from lpl_pretrain.config.schema import EvaluateConfig
+from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation import inception
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lpl_pretrain.config.schema import Prediction, SamplerConfig
+from lpl_pretrain.config.protocol import SamplerConfig
+from lpl_pretrain.config.schema import Prediction
 from lpl_pretrain.diffusion.samplers import sample
 from lpl_pretrain.diffusion.schedule import Schedule
 from lpl_pretrain.errors import NonFiniteError
@@ -84,7 +85,8 @@ class Generator:
             return Conditioning(labels), Conditioning(null)
         _, text, pooled = self.captions.draw(seed, indices)
         nothing = self.captions.conditioner.nothing(len(indices), self.device)
-        return Conditioning(labels, text.to(self.device), pooled.to(self.device)), Conditioning(null, *nothing)
+        sizes = self.captions.sizes.to(self.device).expand(len(indices), -1)
+        return Conditioning(labels, text.to(self.device), pooled.to(self.device), sizes), Conditioning(null, *nothing, sizes)
 
     def pixels(
         self, count: int, batch_size: int, *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import differences, load_run_config, validate
+from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
-from lpl_pretrain.config.schema import EvaluateConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.features import Extractor, load_extractor
 from lpl_pretrain.evaluation.fid import frechet_distance

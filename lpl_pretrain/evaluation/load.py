@@ -12,8 +12,9 @@ from lpl_pretrain.checkpoint.store import read_full
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.protocol import GuideConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import GuideConfig, TrainConfig
+from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.text import text_shape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError

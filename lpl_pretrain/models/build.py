@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.model import DiTConfig, MMDiTConfig
+from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
 from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.dit import DiT
 from lpl_pretrain.models.mmdit import MMDiT
+from lpl_pretrain.models.unet import UNet
 
-Denoiser = DiT | MMDiT
+Denoiser = DiT | MMDiT | UNet
+Section = DiTConfig | MMDiTConfig | UNetConfig
 
 
 def build_denoiser(
-    config: DiTConfig | MMDiTConfig, latent: LatentEntry, num_classes: int, seed: int = 0, *, text: TextShape | None = None
+    config: Section, latent: LatentEntry, num_classes: int, seed: int = 0, *, text: TextShape | None = None
 ) -> Denoiser:
     """Initial weights depend on `seed` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -22,4 +24,6 @@ def build_denoiser(
         if isinstance(config, MMDiTConfig):
             assert text is not None, "config/check.py asks for text"
             return MMDiT(config, latent.channels, latent.height, latent.width, text)
+        if isinstance(config, UNetConfig):
+            return UNet(config, latent.channels, latent.height, num_classes, text)
         return DiT(config, latent.channels, latent.height, latent.width, num_classes)

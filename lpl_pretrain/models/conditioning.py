@@ -19,6 +19,7 @@ class Conditioning:
     labels: Tensor  # (B,) int64 class ids; `num_classes` is the null class
     text: Tensor | None = None  # (B, T, J) states of all text encoders
     pooled: Tensor | None = None  # (B, P)
+    sizes: Tensor | None = None  # (B, 6) int64, as data.batch has them: of the source, of the crop's corner, of the picture
 
 
 def class_conditioning(labels: Tensor, num_classes: int, dropped: Tensor | None = None) -> Conditioning:
@@ -57,7 +58,9 @@ class TextConditioner:
             longest = max(states[name].shape[1] for name in group)
             side_by_side = torch.cat([pad(states[name], (0, 0, 0, longest - states[name].shape[1])) for name in group], dim=2)
             parts.append(pad(side_by_side, (0, self.shape.width - side_by_side.shape[2])))
-        return torch.cat(parts, dim=1), torch.cat([pooled[name] for name in encoders(self.layout) if name in pooled], dim=1)
+        joined = torch.cat(parts, dim=1)
+        vectors = [pooled[name] for name in encoders(self.layout) if name in pooled]
+        return joined, torch.cat(vectors, dim=1) if vectors else joined.new_zeros(len(joined), 0)
 
     def _padded(self, states: Tensor, name: str) -> Tensor:
         """(B, t, D) -> (B, max_tokens, D) float32."""
@@ -67,3 +70,9 @@ class TextConditioner:
 def _where(dropped: Tensor, empty: Tensor | None, given: Tensor) -> Tensor:
     assert empty is not None
     return torch.where(dropped.view(-1, *[1] * (given.ndim - 1)), empty.to(given.device), given)
+
+
+def known_sizes(sizes: Tensor) -> Tensor:
+    """(B, 6) with the picture's own size and corner (0, 0) where nothing was recorded (-1)."""
+    own = torch.cat([sizes[:, 4:], torch.zeros_like(sizes[:, 2:4]), sizes[:, 4:]], dim=1)
+    return torch.where(sizes < 0, own, sizes)

@@ -50,7 +50,8 @@ def denoiser_flops(config: TrainConfig, index: DatasetIndex, text: TextShape | N
         model = build_denoiser(config.model, index.latent, len(index.classes), text=text)
         t, cond = torch.empty(1), Conditioning(torch.empty(1, dtype=torch.int64))
         if text is not None:
-            cond = Conditioning(cond.labels, torch.empty(1, text.tokens, text.width), torch.empty(1, text.pooled_width))
+            states, pooled = torch.empty(1, text.tokens, text.width), torch.empty(1, text.pooled_width)
+            cond = Conditioning(cond.labels, states, pooled, torch.empty(1, 6, dtype=torch.int64))
 
     def sample(height: int, width: int) -> None:
         model(torch.empty(1, index.latent.channels, height, width, device="meta"), t, cond).sum().backward()

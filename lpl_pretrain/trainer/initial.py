@@ -20,6 +20,7 @@ from lpl_pretrain.runtime.log import log
 
 State = dict[str, Tensor]
 LISTED = 10
+UNET = "UNet2DConditionModel"
 CONVERTERS: dict[str, Callable[[dict[str, Any], State], tuple[Any, State]]] = {
     "DiTTransformer2DModel": convert_dit.from_diffusers,
     "SD3Transformer2DModel": convert_mmdit.from_diffusers,
@@ -74,11 +75,13 @@ def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
     folder = Path(init.diffusers or "")
     settings = json.loads((folder / "config.json").read_text())
     name = settings.get("_class_name")
-    if name not in CONVERTERS:
-        raise ConfigError(f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join(CONVERTERS)}")
+    if name not in (*CONVERTERS, UNET):
+        raise ConfigError(f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join((*CONVERTERS, UNET))}")
     theirs: State = {}
     for path in diffusers_files(folder):
         theirs |= load_file(path)
+    if name == UNET:
+        return {f"network.{key}": tensor for key, tensor in theirs.items()}, str(folder)
     section, state = CONVERTERS[name](settings, theirs)
     here = {"size", "mlp_ratio", "position_side"}
     mine = model.config.model_dump(exclude=here)

@@ -14,7 +14,7 @@ from lpl_pretrain.diffusion.objective import Denoising, denoise
 from lpl_pretrain.diffusion.schedule import DiscreteSchedule, Schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
 from lpl_pretrain.models.autoencoder import LatentScaling, sample_posterior
-from lpl_pretrain.models.conditioning import TextConditioner, class_conditioning
+from lpl_pretrain.models.conditioning import TextConditioner, class_conditioning, known_sizes
 from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.perceptual.gate import gate_weights
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss, PerceptualTerm
@@ -117,7 +117,7 @@ class Updater:
         if self.text is not None:
             bare = rng.uniform(config.seed, "text_dropout", ids).to(self.device) < config.conditioning.text_dropout
             text, pooled = self.text(batch.text, bare)
-            cond = replace(cond, text=text, pooled=pooled)
+            cond = replace(cond, text=text, pooled=pooled, sizes=known_sizes(batch.sizes))
         t = hand.t.to(self.device)
         seen = denoise(self.denoiser, config.diffusion.prediction, z0, eps, t, *self.schedule.coefficients(t), cond)
         diffusion = (loss_weight(config.diffusion.weighting, config.diffusion.prediction, seen.noise_level) * seen.loss).mean()

@@ -42,7 +42,7 @@ ALLOWED = {
 }
 HEAVY = {
     "deepspeed": {"parallel/deepspeed_zero.py"},
-    "diffusers": {"models/autoencoder.py", "diffusion/samplers.py"},
+    "diffusers": {"models/autoencoder.py", "models/unet.py", "diffusion/samplers.py"},
     "timm": {"models/layers.py", "evaluation/features.py"},
     "transformers": {"models/text.py", "evaluation/features.py"},
     "torchao": {"parallel/float8.py"},

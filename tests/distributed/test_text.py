@@ -1,4 +1,4 @@
-"""A text-conditioned MMDiT with LPL trains the same under every strategy, and draws pictures from captions."""
+"""A text-conditioned MMDiT and a tiny SDXL with LPL train the same under every strategy, and draw pictures from captions."""
 
 from __future__ import annotations
 
@@ -31,14 +31,33 @@ def data(tmp_path_factory):
     return captioned_dataset(tmp_path_factory.mktemp("captioned"))
 
 
-def config_of(data, strategy="local", precision="fp64", micro_batch_size=8, **changes):
+MODELS = {
+    "mmdit": {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True},
+    "sdxl": {
+        "kind": "unet",
+        "preset": "sdxl",
+        "settings": {
+            "block_out_channels": [16, 32],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": 1,
+            "attention_head_dim": [2, 4],
+            "addition_time_embed_dim": 8,
+        },
+    },
+}
+
+
+def config_of(data, strategy="local", precision="fp64", micro_batch_size=8, model="mmdit", **changes):
     parallel = {"precision": precision, "strategy": strategy}
     if strategy in JSON_OF:
         parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
     settings = {
         "data__folder": data[0],
         "autoencoder": data[1],
-        "model": {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True},
+        "model": MODELS[model],
         "conditioning": {"text": LAYOUT, "text_dropout": 0.3},
         "optimizer": {"kind": "sgd", "lr": 0.05, "max_grad_norm": 1e9},
         "parallel": parallel,
@@ -54,10 +73,10 @@ def awake(model):
         torch.nn.init.normal_(parameter, std=0.1)
 
 
-def train(world, device, data, strategy, precision, micro_batch_size, forgets_captions=False):
+def train(world, device, data, model, strategy, precision, micro_batch_size, forgets_captions=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MMDiT, "_initialise", awake)
-        run = assemble(config_of(data, strategy, precision, micro_batch_size), RunDir(Path("never")), world, device)
+        run = assemble(config_of(data, strategy, precision, micro_batch_size, model), RunDir(Path("never")), world, device)
     meter, norms = Meter(device), []
     for step in range(STEPS):
         hands = run.hands(step)
@@ -70,8 +89,8 @@ def train(world, device, data, strategy, precision, micro_batch_size, forgets_ca
     return {"pieces": pieces, "norms": norms, "loss": meter.flush()["loss/total"]}
 
 
-def reference(data, precision="fp64"):
-    return train(World(), torch.device("cpu"), data, "local", precision, 8)
+def reference(data, model, precision="fp64"):
+    return train(World(), torch.device("cpu"), data, model, "local", precision, 8)
 
 
 def assert_same(results, wanted, **tolerance):
@@ -81,25 +100,29 @@ def assert_same(results, wanted, **tolerance):
             torch.testing.assert_close(got[kind][name].double(), tensor.double(), **tolerance)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_equals_one_process(data, strategy):
+def test_equals_one_process(data, strategy, model):
     """Captions of different lengths on different ranks, some of them dropped."""
     precision = "fp32" if strategy.startswith("zero") else "fp64"
     tolerance = {"rtol": 2e-5, "atol": 2e-6} if precision == "fp32" else {"rtol": 1e-11, "atol": 1e-13}
-    results = run_ranks(2, train, data, strategy, precision, 2)
-    assert_same(results, reference(data, precision), **tolerance)
+    results = run_ranks(2, train, data, model, strategy, precision, 2)
+    assert_same(results, reference(data, model, precision), **tolerance)
 
 
-def test_has_teeth_captions_matter(data):
-    results = run_ranks(2, train, data, "ddp", "fp64", 2, True)
+@pytest.mark.parametrize("model", MODELS)
+def test_has_teeth_captions_matter(data, model):
+    results = run_ranks(2, train, data, model, "ddp", "fp64", 2, True)
     with pytest.raises(AssertionError):
-        assert_same(results, reference(data), rtol=1e-3, atol=1e-4)
+        assert_same(results, reference(data, model), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
-def test_bf16_is_near(data, strategy):
-    results = run_ranks(2, train, data, strategy, "bf16", 2)
-    torch.testing.assert_close(whole(results)["norms"]["norms"], whole([reference(data)])["norms"]["norms"], rtol=5e-2, atol=0)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_bf16_is_near(data, strategy, model):
+    results = run_ranks(2, train, data, model, strategy, "bf16", 2)
+    wanted = whole([reference(data, model)])["norms"]["norms"]
+    torch.testing.assert_close(whole(results)["norms"]["norms"], wanted, rtol=5e-2, atol=0)
 
 
 def test_captions_of_pictures_are_a_function_of_seed_and_number(data):

@@ -6,7 +6,8 @@ import pytest
 
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import differences, dump, load_config, resolve_path, validate
-from lpl_pretrain.config.schema import EvaluateConfig, TrainConfig
+from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -52,7 +53,7 @@ def test_dump_loads_back(tmp_path, base):
         ("batch.global_batchsize=3", ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
         ("model.widht=3", ["model.widht: unknown key", "did you mean 'width'"]),
         ("model={kind: mmdit, widht: 3, depth: 1, heads: 1}", ["model.widht: unknown key", "model.width: missing"]),
-        ("model.kind=unet", ["model.kind='unet': wanted one of 'dit', 'mmdit'"]),
+        ("model.kind=vit", ["model.kind='vit': wanted one of 'dit', 'mmdit', 'unet'"]),
         ("nonsense=3", ["nonsense: unknown key", "known keys"]),
         ("steps=many", ["steps='many'", "integer"]),
         ("steps=0", ["steps=0", "greater than 0"]),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import Prediction, SamplerConfig, ScheduleKind
+from lpl_pretrain.config.protocol import SamplerConfig
+from lpl_pretrain.config.schema import Prediction, ScheduleKind
 from lpl_pretrain.diffusion.guidance import guided
 from lpl_pretrain.diffusion.samplers import plan_walk, sample
 from lpl_pretrain.diffusion.schedule import make_schedule

@@ -15,8 +15,8 @@ from lpl_pretrain.checkpoint.store import merge_parts, write_rank
 from lpl_pretrain.config.dataset import INDEX_NAME
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import dump
+from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
-from lpl_pretrain.config.schema import EvaluateConfig
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.parallel.strategy import Piece
 from tests.support.autoencoders import tiny_folder

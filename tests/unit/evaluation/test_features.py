@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from lpl_pretrain.config.schema import EvaluateConfig
+from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation import inception
 from lpl_pretrain.evaluation.features import _lite0_file, efficientnet_lite0, load_extractor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpl_pretrain.config.schema import SamplerConfig
+from lpl_pretrain.config.protocol import SamplerConfig
 from lpl_pretrain.errors import NonFiniteError
 from lpl_pretrain.evaluation.generate import draw_classes, to_uint8
 from lpl_pretrain.evaluation.load import open_run

@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from lpl_pretrain.config.dataset import LatentEntry, TextEntry
-from lpl_pretrain.config.model import MMDiTConfig
+from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
 from lpl_pretrain.config.text import TextShape, text_problems, text_shape
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.build import build_denoiser
@@ -19,6 +19,7 @@ from lpl_pretrain.models.convert_mmdit import from_diffusers, to_diffusers
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
 TEXT = TextShape(tokens=7, width=20, pooled_width=12)
 CONFIG = MMDiTConfig(width=48, depth=3, heads=3, qk_norm=True)
+DIT, SD = DiTConfig(size="S"), UNetConfig(preset="sd")
 
 
 def random_model(config=CONFIG, std=0.1):
@@ -156,18 +157,19 @@ def test_the_shape_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize(
-    "layout, needed, words",
+    "layout, model, words",
     [
-        ((), True, "model.kind=mmdit reads text; name encoders of data: \\['g', 'l', 't5'\\]"),
-        (("l",), False, "this model.kind reads no text"),
-        (("l", ("g", "l")), True, "an encoder is named twice"),
-        (("t5",), True, "none of them has a pooled vector"),
-        (("l",), True, None),
-        ((), False, None),
+        ((), CONFIG, "model.kind=mmdit reads text; name encoders of data: \\['g', 'l', 't5'\\]"),
+        (("l",), DIT, "this model reads no text"),
+        (("l", ("g", "l")), CONFIG, "an encoder is named twice"),
+        (("t5",), CONFIG, "none of them has a pooled vector"),
+        (("l",), CONFIG, None),
+        ((), DIT, None),
+        (("t5",), SD, None),
     ],
 )
-def test_what_does_not_fit(layout, needed, words):
-    problems = text_problems(layout, ENTRIES, "data", needed=needed)
+def test_what_does_not_fit(layout, model, words):
+    problems = text_problems(layout, ENTRIES, "data", model=model)
     assert not problems if words is None else len(problems) == 1
     if words is not None:
         with pytest.raises(ConfigError, match=words):

@@ -142,6 +142,21 @@ def test_learned_sigma_adds_its_bound(data, tmp_path):
     assert run.updater.perceptual.seen.z0_hat.shape[1] == 4
 
 
+def test_a_class_conditional_unet_trains(data, tmp_path):
+    small = {
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 16,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+    run = new_run(data, tmp_path, model={"kind": "unet", "preset": "ldm", "settings": small})
+    before = [p.detach().clone() for p in run.updater.denoiser.parameters()]
+    after, values = one_update(run)
+    assert values["loss/lpl"] > 0 and all(not torch.equal(a, b) for a, b in zip(before, after))
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for the device: single values, and sizes that depend on values."""
 
