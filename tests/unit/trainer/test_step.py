@@ -152,9 +152,12 @@ def test_a_class_conditional_unet_trains(data, tmp_path):
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     }
     run = new_run(data, tmp_path, model={"kind": "unet", "preset": "ldm", "settings": small})
+    names = [name for name, _ in run.updater.denoiser.named_parameters()]
     before = [p.detach().clone() for p in run.updater.denoiser.parameters()]
     after, values = one_update(run)
-    assert values["loss/lpl"] > 0 and all(not torch.equal(a, b) for a, b in zip(before, after))
+    still = [name for name, a, b in zip(names, before, after) if torch.equal(a, b)]
+    # one token to look at is looked at, whatever queries and keys say
+    assert values["loss/lpl"] > 0 and all("attn2.to_q" in name or "attn2.to_k" in name for name in still), still
 
 
 class HostReads(TorchDispatchMode):
