@@ -1,12 +1,13 @@
 """From a YAML file, its `base:` chain and `key=value` overrides to a frozen, fully resolved configuration.
 
-A file may name another one as its `base:` (path relative to itself) and say only what differs: mappings merge, anything
-else replaces.  A section set to null is switched off.  Overrides come last: `optimizer.lr=3e-4 lpl=null`.
+A file may name another one as its `base:` (path relative to itself) and say only what differs: mappings merge, unless their
+`kind` differs; anything else replaces.  A section set to null is switched off.  Overrides come last: `optimizer.lr=3e-4 lpl=null`.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -24,7 +25,13 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 def resolve_path(text: str) -> Path:
-    """`asset:NAME` is a file or folder that ships with the package; anything else is a path as it stands."""
+    """`asset:NAME` ships with this package, `package:NAME/PATH` with another one that is installed; the rest are paths."""
+    if text.startswith("package:"):
+        package, _, inner = text.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(package)  # nothing of it is run
+        if found is None or found.origin is None or not (Path(found.origin).parent / inner).exists():
+            raise ConfigError(f"{text}: no such package, or nothing of that name in it; install it, or name a path")
+        return Path(found.origin).parent / inner
     if not text.startswith("asset:"):
         return Path(text).expanduser()
     path = ASSETS / text.removeprefix("asset:")
@@ -90,8 +97,10 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in delta.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            value = _merge(old, value)
+        merged[key] = value
     return merged
 
 

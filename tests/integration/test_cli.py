@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support.autoencoders import tiny_folder
+from tests.support.commands import ROOT, lines, lpl
 from tests.support.latents import draw_pictures
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
 name: tiny
 steps: 8
@@ -40,29 +39,6 @@ guidance_scales: [1.0, 2.0]
 reference: {pictures}
 grid_images: 4
 """
-
-
-def lpl(*arguments, check=True, ranks=1, **options):
-    launcher = (
-        [sys.executable, "-m"]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    )
-    done = subprocess.run(
-        [*launcher, "lpl_pretrain", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def lines(run, key="step"):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run):

@@ -128,3 +128,20 @@ def test_every_evaluate_config_loads(path):
 def test_missing_keys_are_named():
     with pytest.raises(ConfigError, match="data.folder: missing"):
         validate(TrainConfig, {"data": {}}, where="x")
+
+
+def test_a_section_of_another_kind_replaces(tmp_path):
+    """Widths of a DiT are no settings of a U-Net."""
+    (tmp_path / "base.yaml").write_text(BASE.replace("model: {width", "model: {kind: dit, width"))
+    (tmp_path / "unet.yaml").write_text("base: base.yaml\nmodel: {kind: unet, preset: ldm}\n")
+    (tmp_path / "deep.yaml").write_text("base: base.yaml\nmodel: {kind: dit, depth: 3}\n")
+    assert load_config(TrainConfig, tmp_path / "unet.yaml").model.preset == "ldm"
+    deep = load_config(TrainConfig, tmp_path / "deep.yaml").model
+    assert (deep.depth, deep.width) == (3, 32)
+
+
+def test_a_file_inside_an_installed_package():
+    assert resolve_path("package:pydantic/main.py").is_file()
+    for text in ("package:no_such_package/x", "package:pydantic/no_such_file"):
+        with pytest.raises(ConfigError, match=f"{text}: no such package, or nothing of that name in it"):
+            resolve_path(text)

@@ -1,0 +1,34 @@
+"""Runs `lpl-pretrain` as a user does, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lpl(*arguments, check=True, ranks=1, **options):
+    launcher = (
+        [sys.executable, "-m"]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    )
+    done = subprocess.run(
+        [*launcher, "lpl_pretrain", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def lines(run, key="step"):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
