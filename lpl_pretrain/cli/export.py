@@ -1,32 +1,69 @@
-"""`lpl-pretrain export RUN`: whole weights as one safetensors file, on one process and without the engine that trained them."""
+"""`lpl-pretrain export RUN`: whole weights as one safetensors file, or a folder for diffusers; one process, no engine."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import power_kind
+from lpl_pretrain.config.schema import TrainConfig, power_kind
 from lpl_pretrain.errors import CheckpointError, ConfigError
 
 
-def run(run: str, *, weights: str, step: int | None, sigma_rel: float | None, output: str) -> None:
-    from safetensors.torch import save_file
-
-    from lpl_pretrain.runtime.files import published
-
+def run(run: str, *, weights: str, step: int | None, sigma_rel: float | None, format: str, output: str) -> None:
     run_dir = RunDir(Path(run))
     config = load_run_config(run_dir)
     if sigma_rel is None:
         tensors, facts = stored(run_dir, weights, step)
     else:
         tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step)
-    with published(Path(output)) as temporary:
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    if format == "diffusers":
+        write_folder(Path(output), run_dir, config, tensors, facts)
+    else:
+        write_file(Path(output), config, tensors, facts)
+    print(f"{output}: {parameters:,} parameters; {facts}")
+
+
+def write_file(output: Path, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    from lpl_pretrain.runtime.files import published
+
+    with published(output) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"run": config.name, **facts}
         )
-    print(f"{output}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters; {facts}")
+
+
+def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:
+    """Whole or not at all."""
+    from lpl_pretrain.config.mix import read_data
+    from lpl_pretrain.models.pipeline_folder import write_pipeline
+
+    if output.exists():
+        raise ConfigError(f"--output={output}: is there already; remove it, or name another folder")
+    temporary = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_pipeline(temporary, config, read_data(config.data.folder).merged, tensors, {**facts, **scores(run_dir)})
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def scores(run_dir: RunDir) -> dict[str, str]:
+    """Of the newest scored step, by protocol, for the card."""
+    found = {}
+    for path in sorted(run_dir.path.glob("evaluations/step_*/*.json")):
+        record = json.loads(path.read_text())
+        values = ", ".join(f"{r['metric']} {r['value']:.2f} (w = {r['guidance_scale']:g})" for r in record["results"])
+        found[f"score by {path.stem}"] = f"{values}, step {record['step']}"
+    return found
 
 
 def stored(run_dir: RunDir, weights: str, step: int | None) -> tuple[dict[str, Any], dict[str, str]]:

@@ -115,12 +115,13 @@ def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | No
 @click.option("--weights", default="ema", show_default=True, help="ema, raw, or an average that the run tracks: ema_power_0.050.")
 @click.option("--sigma-rel", type=float, help="Make the power-function average of this length from the run's snapshots instead.")
 @click.option("--step", type=int, help="Checkpoint, or last snapshot; the newest when absent.")
-@click.option("--output", required=True, help="Safetensors file to write.")
-def export(run: str, weights: str, sigma_rel: float | None, step: int | None, output: str) -> None:
-    """Write the weights of RUN as one safetensors file."""
+@click.option("--format", type=click.Choice(["file", "diffusers"]), default="file", show_default=True)
+@click.option("--output", required=True, help="Safetensors file, or folder, to write.")
+def export(run: str, **options: Any) -> None:
+    """Write the weights of RUN as one safetensors file in our names, or as a pipeline folder that diffusers loads."""
     from lpl_pretrain.cli import export as command
 
-    command.run(run, weights=weights, step=step, sigma_rel=sigma_rel, output=output)
+    command.run(run, **options)
 
 
 @commands.command()
