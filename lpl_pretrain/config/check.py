@@ -86,9 +86,9 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
         *data_problems(config.data, index, encoders(config.conditioning.text)),
         *text_problems(config.conditioning.text, index.text, config.data.folder, model=config.model),
         *initial_problems(config.init_from),
-        *_diffusion(config),
+        *objective_problems(config),
         *_lpl(config, index, dp_world_size),
-        *_model(config, index),
+        *model_problems(config, index),
         *_strategy(config, dp_world_size),
     ]
     if problems:
@@ -139,7 +139,7 @@ def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = (
     return problems
 
 
-def _diffusion(config: TrainConfig) -> list[str]:
+def objective_problems(config: TrainConfig) -> list[str]:
     diffusion = config.diffusion
     prediction, schedule, shift = diffusion.prediction, diffusion.schedule, diffusion.timesteps.shift
     problems = []
@@ -224,7 +224,7 @@ def _lpl_stages(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
     return problems
 
 
-def _model(config: TrainConfig, index: DatasetIndex) -> list[str]:
+def model_problems(config: TrainConfig, index: DatasetIndex) -> list[str]:
     multiple, kind = config.model.smallest_multiple, config.model.kind
     what = f"model.kind=unet halves latents to 1/{multiple}, which" if kind == "unet" else f"model.patch_size={multiple}"
     return [

@@ -5,14 +5,28 @@ from pathlib import Path
 import pytest
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
-from lpl_pretrain.config.check import FIRST_BETA, check_run, check_same_run, grad_accum_steps, micro_batch_size, run_identity
-from lpl_pretrain.config.dataset import BucketEntry
+from lpl_pretrain.config.check import (
+    FIRST_BETA,
+    check_run,
+    check_same_run,
+    data_problems,
+    grad_accum_steps,
+    micro_batch_size,
+    model_problems,
+    objective_problems,
+    run_identity,
+)
+from lpl_pretrain.config.dataset import BucketEntry, TextEntry
 from lpl_pretrain.config.identity import autoencoder_identity
-from lpl_pretrain.config.load import resolve_path
-from lpl_pretrain.config.schema import ScheduleKind
+from lpl_pretrain.config.load import load_config, resolve_path
+from lpl_pretrain.config.schema import ScheduleKind, TrainConfig
+from lpl_pretrain.config.text import encoders, text_problems
+from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.configs import dataset_index, train_config
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +176,21 @@ def test_objectives_that_do_not_go_together(identity, diffusion, words):
     config = train_config(diffusion=diffusion, lpl=None)
     with pytest.raises(ConfigError, match=words):
         check_run(config, dataset_index(identity=identity), 1)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("train/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_fits_itself(path):
+    """On a data folder as it wants one, on 8 processes: all relations but those to files that are not here."""
+    config = load_config(TrainConfig, path)
+    entries = {
+        name: TextEntry(identity="0" * 64, width=768, max_tokens=77, pooled_width=768, storage="fp16")
+        for name in encoders(config.conditioning.text)
+    }
+    index = dataset_index(side=64).model_copy(update={"text": entries, "flipped": True})
+    assert grad_accum_steps(config, 8) >= 1
+    assert not data_problems(config.data, index, encoders(config.conditioning.text))
+    assert not text_problems(config.conditioning.text, entries, "data", model=config.model)
+    assert not objective_problems(config) and not model_problems(config, index)
+    if config.parallel.zero_config is not None:
+        assert read_zero_config(config.parallel.zero_config)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    assert config.lpl is None or path.stem.endswith("_lpl")
