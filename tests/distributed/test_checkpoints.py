@@ -146,6 +146,9 @@ def test_goes_on_from_the_checkpoint_of_every_layout(saved_by_all, strategy, wor
         assert_identical(restored, saved)
         if source == (strategy, world_size):
             assert_identical(resumed, went_on)
+        losses = went_on["losses"]["losses"][SAVED:]
+        assert len(losses) == MORE
+        torch.testing.assert_close(resumed["losses"]["losses"], losses, rtol=1e-6, atol=0)
         for kind in ("param", "ema", "ema_power_0.050"):
             for name, tensor in went_on[kind].items():
                 torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)

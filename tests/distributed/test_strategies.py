@@ -17,7 +17,7 @@ from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.tiny import BLOCKS, Tiny
-from tests.support.training import NO_CLIPPING, Case, Training, assert_identical, one_process, train, whole
+from tests.support.training import HISTORIES, NO_CLIPPING, Case, Training, assert_identical, one_process, train, whole
 
 STRATEGIES = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 OFFLOADED = ["zero2_offload", "zero3_offload"]
@@ -221,7 +221,7 @@ def test_has_teeth_fp16_without_a_scale(strategy):
 
 def assert_near_and_wide(got, wanted):
     """Masters start from the float32 weights, not from their bf16 rounding; pieces, moments and EMA are float32."""
-    for kind in wanted.keys() - {"norms"}:
+    for kind in wanted.keys() - HISTORIES:
         assert all(tensor.dtype == torch.float32 for tensor in got[kind].values())
     for name, tensor in wanted["param"].items():
         torch.testing.assert_close(got["param"][name].double(), tensor, rtol=0, atol=3 * 2 * 1e-3)  # Adam moves lr a step at most

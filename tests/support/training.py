@@ -14,6 +14,7 @@ from lpl_pretrain.config.schema import EMAConfig, ParallelConfig
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Piece, StepReport, Strategy
+from lpl_pretrain.runtime.dist import mean_over_ranks
 from lpl_pretrain.runtime.world import World
 from tests.support.tiny import BLOCKS, GLOBAL_BATCH, batch, tiny
 
@@ -29,6 +30,8 @@ JSON_OF = {
     "zero3_offload_shipped": "configs/zero/zero3_offload.json",
 }
 NO_CLIPPING = 1e9
+HISTORIES = {"norms", "losses"}
+"""By step; of the whole global batch."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=1.0),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1.0, weight_decay=0.1),
@@ -63,6 +66,7 @@ class Training:
         self.module = self.strategy.setup(tiny(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer])
         self.ema = EMATracker(self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1)))
         self.norms: list[float] = []
+        self.losses: list[float] = []
 
     def train(self, steps: int) -> Training:
         for _ in range(steps):
@@ -73,9 +77,12 @@ class Training:
 
     def update(self, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> StepReport:
         """One update of the strategy, on the data of the next step."""
+        total = torch.zeros((), dtype=torch.float64)
         for microbatch in range(self.case.grad_accum_steps):
             loss = damage(self._loss(microbatch), microbatch)
             self.strategy.backward(loss, microbatch=microbatch, of=self.case.grad_accum_steps)
+            total += loss.detach().double() / self.case.grad_accum_steps
+        self.losses.append(mean_over_ranks(total).item())
         return self.strategy.step(lr=self.case.lr, max_grad_norm=self.case.max_grad_norm)
 
     def result(self) -> dict[str, Any]:
@@ -86,7 +93,7 @@ class Training:
         for name, piece in self.strategy.local_optimizer_state():
             pieces.setdefault(f"optimizer.{name}", []).append(piece)
         sent = {kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some] for kind, some in pieces.items()}
-        return {"pieces": sent, "norms": self.norms, "optimizer_steps": self.strategy.optimizer_steps}
+        return {"pieces": sent, "norms": self.norms, "losses": self.losses, "optimizer_steps": self.strategy.optimizer_steps}
 
     def _loss(self, microbatch: int) -> Tensor:
         per_rank = GLOBAL_BATCH // self.world.world_size // self.case.grad_accum_steps
@@ -106,7 +113,7 @@ def one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
 
 
 def whole(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter; their norms must agree."""
+    """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter; their histories must agree."""
     results = list(results)
     assert all(result["norms"] == results[0]["norms"] for result in results), "ranks disagree about the gradient norm"
     found: dict[str, dict[str, list[Piece]]] = {}
@@ -115,13 +122,14 @@ def whole(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
             for name, shape, start, tensor in pieces:
                 found.setdefault(kind, {}).setdefault(name, []).append(Piece(name, tuple(shape), start, tensor))
     joined = {kind: {name: _join(pieces) for name, pieces in named.items()} for kind, named in found.items()}
-    return {**joined, "norms": {"norms": torch.tensor(results[0]["norms"], dtype=torch.float64)}}
+    histories = {kind: results[0][kind] for kind in HISTORIES if kind in results[0]}
+    return {**joined, **{kind: {kind: torch.tensor(values, dtype=torch.float64)} for kind, values in histories.items()}}
 
 
 def assert_identical(got: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> None:
-    """Bit for bit, except for "norms", which tell the history and not the state."""
+    """Bit for bit, but for what tells the history and not the state."""
     assert got.keys() == wanted.keys()
-    for kind in wanted.keys() - {"norms"}:
+    for kind in wanted.keys() - HISTORIES:
         assert got[kind].keys() == wanted[kind].keys()
         different = [name for name, tensor in wanted[kind].items() if not torch.equal(got[kind][name], tensor)]
         assert not different, f"{kind}: {different} differ"
