@@ -33,6 +33,8 @@ class DiTConfig(Section):
     """Gated MLP (arXiv 2002.05202) of two thirds of the hidden width: as many parameters."""
     rms_norm: bool = False
     """RMSNorm (arXiv 1910.07467) for LayerNorm."""
+    text: Optional[Literal["in_context", "cross_attention"]] = None
+    """Read the encoders of `conditioning.text`: as tokens before those of the picture, or by an attention of every block."""
     learned_sigma: bool = False
     """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the published checkpoints do."""
     position_side: Optional[PositiveInt] = None
@@ -42,7 +44,7 @@ class DiTConfig(Section):
 
     @property
     def reads_text(self) -> bool:
-        return False
+        return self.text is not None
 
     @property
     def smallest_multiple(self) -> int:

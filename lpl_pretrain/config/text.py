@@ -45,7 +45,9 @@ def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object,
         missing = f"conditioning.text=[]: model.kind={kind} reads text; name encoders of {folder}: {sorted(entries)}"
         return [missing] if model.reads_text else []
     if not model.reads_text:
-        return [f"conditioning.text={list(names)}: this model reads no text; use mmdit, or leave it out"]
+        return [
+            f"conditioning.text={list(names)}: this model reads no text; use mmdit, model.text=cross_attention, or leave it out"
+        ]
     if len(set(names)) < len(names):
         return [f"conditioning.text={list(names)}: an encoder is named twice"]
     pooled = kind == "mmdit" or getattr(model, "preset", None) == "sdxl"

@@ -26,4 +26,4 @@ def build_denoiser(
             return MMDiT(config, latent.channels, latent.height, latent.width, text)
         if isinstance(config, UNetConfig):
             return UNet(config, latent.channels, latent.height, num_classes, text)
-        return DiT(config, latent.channels, latent.height, latent.width, num_classes)
+        return DiT(config, latent.channels, latent.height, latent.width, num_classes, text)

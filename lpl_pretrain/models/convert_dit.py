@@ -33,7 +33,7 @@ def from_published(state: State) -> State:
 
 def to_diffusers(state: State, config: DiTConfig, *, channels: int, side: int, num_classes: int) -> tuple[dict[str, Any], State]:
     """(config, state) of a DiTTransformer2DModel for square latents with the same answers.  Raises ConfigError."""
-    own = [name for name in ("qk_norm", "rope", "swiglu", "rms_norm", "position_side") if getattr(config, name)]
+    own = [name for name in ("qk_norm", "rope", "swiglu", "rms_norm", "position_side", "text") if getattr(config, name)]
     if own:
         raise ConfigError(f"model.{own[0]}: diffusers' DiT has no such thing; export without --format diffusers")
     if config.timestep_rates != "diffusers":

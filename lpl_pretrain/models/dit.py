@@ -1,4 +1,4 @@
-"""The diffusion transformer with adaLN-Zero (arXiv 2212.09748), class-conditional, with the published parameter names.
+"""The diffusion transformer with adaLN-Zero (arXiv 2212.09748), with the published names; conditioned on classes, and on text.
 
 Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the shape of z_t, with `learned_sigma`
 twice its channels (the second half: diffusion/learned_sigma.py).  At initialisation the answer is exactly zero.
@@ -6,11 +6,14 @@ twice its channels (the second half: diffusion/learned_sigma.py).  At initialisa
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.config.model import DiTConfig
+from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
+    CrossAttention,
     PatchEmbed,
     TimestepEmbedder,
     attention,
@@ -26,7 +29,9 @@ from lpl_pretrain.models.layers import (
 class DiT(nn.Module):
     pos_embed: Tensor  # (1, tokens, width)
 
-    def __init__(self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int) -> None:
+    def __init__(
+        self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int, text: TextShape | None = None
+    ) -> None:
         super().__init__()
         self.config, self.num_classes, self.patch = config, num_classes, config.patch_size
         self.rows, self.columns = height // config.patch_size, width // config.patch_size
@@ -35,7 +40,14 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         # a buffer, not a parameter: sharding would pad it to the world size
         self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.text_embedder = self.pooled_embedder = None
+        if config.text is not None:
+            assert text is not None
+            self.text_embedder = nn.Linear(text.width, config.width)
+            if text.pooled_width:
+                self.pooled_embedder = nn.Linear(text.pooled_width, config.width)
+        before = text.tokens if text is not None and config.text == "in_context" else 0
+        self.blocks = nn.ModuleList(Block(config, tokens_before=before) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, config.patch_size**2 * channels * (1 + config.learned_sigma))
         self._initialise()
 
@@ -47,10 +59,18 @@ class DiT(nn.Module):
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
         tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self._positions(rows, columns)
         condition = self.t_embedder(t) + self.y_embedder(cond.labels)
-        rope = self._rotations(rows, columns, tokens)
+        rope, text = self._rotations(rows, columns, tokens), None
+        if self.text_embedder is not None:
+            assert cond.text is not None and cond.pooled is not None
+            text = self.text_embedder(cond.text.to(self.text_embedder.weight.dtype))
+            if self.pooled_embedder is not None:
+                condition = condition + self.pooled_embedder(cond.pooled.to(self.pooled_embedder.weight.dtype))
+            if self.config.text == "in_context":
+                tokens, text = torch.cat([text.to(tokens.dtype), tokens], dim=1), None
         for block in self.blocks:
-            tokens = block(tokens, condition, rope)
-        return unpatchify(self.final_layer(tokens, condition), self.patch, rows, columns)
+            tokens = block(tokens, condition, rope, text)
+        picture = tokens[:, tokens.shape[1] - rows * columns :]
+        return unpatchify(self.final_layer(picture, condition), self.patch, rows, columns)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
@@ -80,23 +100,29 @@ class DiT(nn.Module):
         for name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
             nn.init.normal_(parameters[name], std=0.02)
         for name, parameter in parameters.items():
-            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            if "adaLN_modulation" in name or "cross_attn.proj" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
 
 class Block(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, *, tokens_before: int = 0) -> None:
+        """`tokens_before` those of the picture, which do not rotate."""
         super().__init__()
         width = config.width
         self.norm1 = norm(width, rms=config.rms_norm)
-        self.attn = attention(width, config.heads, qk_norm=config.qk_norm, rms=config.rms_norm)
+        self.attn = attention(width, config.heads, qk_norm=config.qk_norm, rms=config.rms_norm, tokens_before=tokens_before)
+        self.norm_cross = self.cross_attn = None
+        if config.text == "cross_attention":
+            self.norm_cross, self.cross_attn = norm(width, rms=config.rms_norm), CrossAttention(width, config.heads)
         self.norm2 = norm(width, rms=config.rms_norm)
         self.mlp = mlp(width, config.mlp_ratio, swiglu=config.swiglu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, condition: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Tensor, rope: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         tokens = tokens + gate_a[:, None] * self.attn(modulate(self.norm1(tokens), shift_a, scale_a), rope=rope)
+        if self.norm_cross is not None and self.cross_attn is not None and text is not None:
+            tokens = tokens + self.cross_attn(self.norm_cross(tokens), text)
         return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift_m, scale_m))
 
 

@@ -13,8 +13,10 @@ import torch
 from timm.layers import GELUTanh, Mlp, PatchEmbed, SwiGLU, build_rotary_pos_embed
 from timm.layers.attention import AttentionRope
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 __all__ = [
+    "CrossAttention",
     "PatchEmbed",
     "TimestepEmbedder",
     "attention",
@@ -51,10 +53,24 @@ def norm(width: int, *, rms: bool) -> nn.Module:
     return (nn.RMSNorm if rms else nn.LayerNorm)(width, elementwise_affine=False, eps=1e-6)
 
 
-def attention(width: int, heads: int, *, qk_norm: bool, rms: bool) -> AttentionRope:
-    """All tokens rotate when `rope` is given to its forward."""
+def attention(width: int, heads: int, *, qk_norm: bool, rms: bool, tokens_before: int = 0) -> AttentionRope:
+    """When `rope` is given to its forward, all tokens but the first `tokens_before` rotate."""
     per_head: Any = partial(nn.RMSNorm if rms else nn.LayerNorm, eps=1e-6)
-    return AttentionRope(width, heads, num_prefix_tokens=0, qk_norm=qk_norm, norm_layer=per_head)
+    return AttentionRope(width, heads, num_prefix_tokens=tokens_before, qk_norm=qk_norm, norm_layer=per_head)
+
+
+class CrossAttention(nn.Module):
+    """Of the picture's tokens to the text's, all of one width (as in PixArt, arXiv 2310.00426, section 2.3)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
+        query = self.q(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.kv(text.to(tokens.dtype)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 def mlp(width: int, ratio: float, *, swiglu: bool) -> nn.Module:

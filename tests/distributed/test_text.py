@@ -13,6 +13,7 @@ from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.captions import Captions
+from lpl_pretrain.models.dit import DiT
 from lpl_pretrain.models.mmdit import MMDiT
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
@@ -32,6 +33,8 @@ def data(tmp_path_factory):
 
 
 MODELS = {
+    "dit in context": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "rope": True, "text": "in_context"},
+    "dit across": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "text": "cross_attention"},
     "mmdit": {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True},
     "sdxl": {
         "kind": "unet",
@@ -75,7 +78,8 @@ def awake(model):
 
 def train(world, device, data, model, strategy, precision, micro_batch_size, forgets_captions=False):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiT, "_initialise", awake)
+        for kind in (DiT, MMDiT):
+            patch.setattr(kind, "_initialise", awake)
         run = assemble(config_of(data, strategy, precision, micro_batch_size, model), RunDir(Path("never")), world, device)
     meter, norms = Meter(device), []
     for step in range(STEPS):
