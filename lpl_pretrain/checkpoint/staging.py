@@ -49,7 +49,7 @@ class Task:
             self.action()
         except CheckpointError as error:
             self.trouble, self.cause = str(error), error
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # on a thread nobody else would hear of it
             self.trouble, self.cause = f"{self.what}: {type(error).__name__}: {error}", error
 
     def start(self) -> None:

@@ -23,7 +23,8 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
     world = World.from_environment()
     index = read_data(config.data.folder).merged
-    check_run(config, index, world.world_size)
+    begun = bool(run_dir.complete_checkpoints())  # then nothing is asked of where its first weights came from
+    check_run(config.model_copy(update={"init_from": None}) if begun else config, index, world.world_size)
     if run_dir.config.is_file():
         check_same_run(load_run_config(run_dir), config, run_dir.path)
 
@@ -51,4 +52,6 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
 
 
 def uses_bf16(config: TrainConfig) -> bool:
-    return config.parallel.precision is Precision.BF16 or (config.lpl is not None and config.lpl.decoder_precision == "bf16")
+    return config.parallel.precision in (Precision.BF16, Precision.FP8) or (
+        config.lpl is not None and config.lpl.decoder_precision == "bf16"
+    )

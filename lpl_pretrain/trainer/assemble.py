@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.check import grad_accum_steps, run_identity
@@ -135,6 +136,8 @@ def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
             load_initial(init, model)
         except (CheckpointError, ConfigError) as error:
             trouble = str(error)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            trouble = f"init_from: {init.model_dump(exclude_defaults=True)} cannot be read: {type(error).__name__}: {error}"
     trouble = first_over_ranks(trouble)
     if trouble is not None:
         raise CheckpointError(trouble)

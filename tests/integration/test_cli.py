@@ -221,3 +221,15 @@ def test_bad_input_is_refused_before_training(world, arguments, words):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def test_post_training_from_a_run_that_is_gone_later(world, tmp_path):
+    """It begins with that run's average; when it goes on, nothing is asked of where it began."""
+    shutil.copytree(world / "whole", tmp_path / "before")
+    first = [world / "train.yaml", f"run_dir={tmp_path / 'after'}", f"init_from={{run: {tmp_path / 'before'}}}"]
+    lpl("train", *first, "steps=2")
+    shutil.rmtree(tmp_path / "before")
+    lpl("train", *first, "steps=3")
+    assert list(losses(tmp_path / "after")) == [1, 2, 3]
+    refused = lpl("train", *first, f"run_dir={tmp_path / 'new'}", check=False)
+    assert refused.returncode == 2 and "init_from.run=" in refused.stderr and "no complete checkpoint" in refused.stderr

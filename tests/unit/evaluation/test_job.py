@@ -172,6 +172,15 @@ def test_pictures_say_where_they_come_from(run, tmp_path):
         assert single.tobytes() == sample["png"].tobytes()
 
 
+def test_a_protocol_may_name_a_guide(run):
+    """Guided by its own weights a run scores as it does alone; the guide is part of the record."""
+    me = {"run": str(run.run_dir.path), "step": 6}
+    (alone,) = evaluate(run.run_dir, run.protocol(guidance_scales=[1.0]), [6])
+    (itself,) = evaluate(run.run_dir, run.protocol(name="guided", guidance_scales=[3.0], guide=me), [6])
+    assert itself["results"][0]["value"] == pytest.approx(alone["results"][0]["value"], rel=1e-6)
+    assert itself["protocol"]["guide"] == {**me, "weights": "ema"}
+
+
 def test_a_guide_moves_the_samples_and_must_fit(run, tmp_path):
     """Guided by itself at any scale a model draws what it draws alone; by an earlier step, something else."""
     me = str(run.run_dir.path)

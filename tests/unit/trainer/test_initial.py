@@ -172,6 +172,20 @@ def test_what_can_be_refused_without_torch(tmp_path, trained):
         InitConfig(file="y", weights="raw")
 
 
+def begins_badly(world, device, data, folder, file):
+    config = config_of(data, init_from={"file": file}, parallel={"strategy": "ddp"})
+    with pytest.raises(CheckpointError) as caught:
+        assemble(config, RunDir(folder), world, device)
+    return str(caught.value)
+
+
+def test_a_file_that_is_no_safetensors_is_told_by_all_ranks(data, tmp_path):
+    """Rank 0 alone has read it."""
+    (tmp_path / "x.safetensors").write_bytes(b"PK not at all")
+    messages = run_ranks(2, begins_badly, data, tmp_path, str(tmp_path / "x.safetensors"))
+    assert messages[0] == messages[1] and "x.safetensors'} cannot be read: SafetensorError" in messages[0]
+
+
 def test_positions_fitted_into_the_range_that_was_learnt():
     """Of every second position of a picture twice the side, the embedding is the small picture's."""
     small, large = model_of(side=8), model_of(side=16, position_side=4)
