@@ -127,10 +127,10 @@ def read_config(words: Sequence[str], denoiser: str | None) -> TrainConfig:
     """`words`: a file, where the first has no `=` in it, then overrides; they win over `denoiser`."""
     own = bool(words) and "=" not in words[0]
     path, overrides = (words[0], words[1:]) if own else (CONFIG, words)
-    size: dict[str, float] = {}
+    size: dict[str, float | str] = {}
     if denoiser is not None:
         width, depth, heads = DENOISERS[denoiser]
-        size = {"width": width, "depth": depth, "heads": heads, "patch_size": 2, "mlp_ratio": 4.0}
+        size = {"size": "null", "width": width, "depth": depth, "heads": heads, "patch_size": 2, "mlp_ratio": 4.0}
     return load_config(TrainConfig, path, [*(f"model.{key}={value}" for key, value in size.items()), *overrides])
 
 

@@ -168,7 +168,8 @@ def verify(stream: LatentStream, world: World) -> None:
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if config.kind == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    decay = config.weight_decay
+    return torch.optim.AdamW(parameters, config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
 
 
 def build_perceptual(

@@ -34,7 +34,7 @@ HISTORIES = {"norms", "losses"}
 """By step; of the whole global batch."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=1.0),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=1.0, weight_decay=0.1),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1.0, weight_decay=0.1, fused=True),
 }
 
 
