@@ -38,7 +38,6 @@ def run(
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.files import publish_grid, publish_pictures, publish_tar
-    from lpl_pretrain.evaluation.generate import draw_classes
     from lpl_pretrain.evaluation.load import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
@@ -53,15 +52,10 @@ def run(
     pixels = torch.cat(found)
     default = run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
     path = Path(output) if output else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
-    labels = draw_classes(seed, range(images), trained.index.class_counts).tolist()
-    names = [*trained.index.classes, ""]
-    shared = {"run": str(run_dir.path), "step": step, "seed": seed, "guidance_scale": guidance_scale, "sampler": chosen.kind}
-    facts = [{**shared, "index": i, "class": names[label]} for i, label in enumerate(labels)]
-    if trained.generator.captions is not None:
-        captions, _, _ = trained.generator.captions.draw(seed, range(images))
-        facts = [{**fact, "caption": caption} for fact, caption in zip(facts, captions, strict=True)]
     if format == "grid":
         publish_grid(path, pixels)
     else:
+        shared = {"run": str(run_dir.path), "step": step, "seed": seed, "guidance_scale": guidance_scale, "sampler": chosen.kind}
+        facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
         (publish_pictures if format == "png" else publish_tar)(path, pixels, facts)
     print(path)

@@ -17,6 +17,7 @@ from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.initial import initial_problems
 from lpl_pretrain.config.load import differences, flatten, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
 from lpl_pretrain.config.text import encoders, text_problems
 from lpl_pretrain.config.zero import read_zero_config
@@ -156,7 +157,7 @@ def objective_problems(config: TrainConfig) -> list[str]:
         )
     if diffusion.zero_terminal_snr and schedule is ScheduleKind.RECTIFIED_FLOW:
         problems.append("diffusion.zero_terminal_snr=true with schedule=rectified_flow: it ends in pure noise anyway; remove it")
-    if getattr(config.model, "learned_sigma", False) and schedule is ScheduleKind.RECTIFIED_FLOW:
+    if isinstance(config.model, DiTConfig) and config.model.learned_sigma and schedule is ScheduleKind.RECTIFIED_FLOW:
         problems.append("model.learned_sigma=true with diffusion.schedule=rectified_flow: its steps have no variance; set false")
     if shift != 1.0 and schedule is not ScheduleKind.RECTIFIED_FLOW:
         problems.append(f"diffusion.timesteps.shift={shift} with schedule={schedule.value}: it is for rectified_flow; set it to 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Discriminator, PositiveFloat, PositiveInt, Tag, model_validator
 
@@ -14,12 +14,11 @@ MMDIT_SIZES = {**DIT_SIZES, "2B": (1536, 24, 24), "8B": (2432, 38, 38)}
 """The last two: depth d, d heads of 64 channels (arXiv 2403.03206, section 4)."""
 
 
-class DiTConfig(Section):
-    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); without further options the published one."""
+class TransformerConfig(Section):
+    """What the transformers have in common."""
 
-    kind: Literal["dit"] = "dit"
-    size: Optional[Literal["S", "B", "L", "XL"]] = None
-    """Stands for width, depth and heads."""
+    SIZES: ClassVar[dict[str, tuple[int, int, int]]] = {}
+
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
@@ -27,6 +26,34 @@ class DiTConfig(Section):
     mlp_ratio: PositiveFloat = 4.0
     qk_norm: bool = False
     """Normalise queries and keys of each head (arXiv 2302.05442): large models stay stable in bf16."""
+    position_side: Optional[PositiveInt] = None
+    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
+
+    @property
+    def smallest_multiple(self) -> int:
+        """That the sides of a latent must be a multiple of."""
+        return self.patch_size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_the_size(cls, raw: Any) -> Any:
+        return spell_out(raw, cls.SIZES)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TransformerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+        return self
+
+
+class DiTConfig(TransformerConfig):
+    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); without further options the published one."""
+
+    SIZES = DIT_SIZES
+
+    kind: Literal["dit"] = "dit"
+    size: Optional[Literal["S", "B", "L", "XL"]] = None
+    """Stands for width, depth and heads."""
     rope: bool = False
     """Rotate queries and keys by row and column (arXiv 2104.09864), beside the absolute embedding."""
     swiglu: bool = False
@@ -37,8 +64,6 @@ class DiTConfig(Section):
     """Read the encoders of `conditioning.text`: as tokens before those of the picture, or by an attention of every block."""
     learned_sigma: bool = False
     """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the published checkpoints do."""
-    position_side: Optional[PositiveInt] = None
-    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
     timestep_rates: Literal["dit", "diffusers"] = "dit"
     """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for export wants its."""
 
@@ -47,59 +72,32 @@ class DiTConfig(Section):
         return self.text is not None
 
     @property
-    def smallest_multiple(self) -> int:
-        """That the sides of a latent must be a multiple of."""
-        return self.patch_size
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out_the_size(cls, raw: Any) -> Any:
-        return spell_out(raw, DIT_SIZES)
+    def needs_pooled(self) -> bool:
+        return False
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> DiTConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+    def _heads_can_rotate(self) -> DiTConfig:
         if self.rope and self.width // self.heads % 4:
             raise ValueError(f"rope=true with heads of {self.width // self.heads} channels: rows and columns want a multiple of 4")
         return self
 
 
-class MMDiTConfig(Section):
+class MMDiTConfig(TransformerConfig):
     """Multimodal diffusion transformer (SD3, arXiv 2403.03206): conditioned on the text encoders of `conditioning.text`."""
+
+    SIZES = MMDIT_SIZES
 
     kind: Literal["mmdit"] = "mmdit"
     size: Optional[Literal["S", "B", "L", "XL", "2B", "8B"]] = None
     """Stands for width, depth and heads."""
-    width: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
-    patch_size: PositiveInt = 2
-    mlp_ratio: PositiveFloat = 4.0
-    qk_norm: bool = False
-    """RMSNorm of queries and keys in both streams (section 5.3.2)."""
-    position_side: Optional[PositiveInt] = None
-    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
 
     @property
     def reads_text(self) -> bool:
         return True
 
     @property
-    def smallest_multiple(self) -> int:
-        """That the sides of a latent must be a multiple of."""
-        return self.patch_size
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out_the_size(cls, raw: Any) -> Any:
-        return spell_out(raw, MMDIT_SIZES)
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> MMDiTConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
-        return self
+    def needs_pooled(self) -> bool:
+        return True
 
 
 UNETS: dict[str, dict[str, Any]] = {
@@ -145,6 +143,10 @@ class UNetConfig(Section):
     @property
     def reads_text(self) -> bool:
         return self.preset != "ldm"
+
+    @property
+    def needs_pooled(self) -> bool:
+        return self.preset == "sdxl"
 
     @property
     def smallest_multiple(self) -> int:

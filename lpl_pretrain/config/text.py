@@ -50,8 +50,7 @@ def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object,
         ]
     if len(set(names)) < len(names):
         return [f"conditioning.text={list(names)}: an encoder is named twice"]
-    pooled = kind == "mmdit" or getattr(model, "preset", None) == "sdxl"
-    if pooled and all(name in entries for name in names) and not any(entries[name].pooled_width for name in names):
+    if model.needs_pooled and all(name in entries for name in names) and not any(entries[name].pooled_width for name in names):
         return [
             f"conditioning.text={list(names)}: none of them has a pooled vector, which this model is conditioned on: "
             "encode with pooled: true for one of them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lpl_pretrain.config.text import text_shape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.captions import Captions
-from lpl_pretrain.evaluation.generate import Generator
+from lpl_pretrain.evaluation.generate import Generator, draw_classes
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
 
@@ -34,6 +35,16 @@ class TrainedRun:
     def load(self, step: int, weights: str) -> None:
         """Puts weights of a complete checkpoint (`ema`, `raw`, `ema_power_...`) into the denoiser.  Raises CheckpointError."""
         load_weights(self.generator.denoiser, self.run_dir, step, weights)
+
+    def told(self, seed: int, indices: Sequence[int]) -> list[dict[str, object]]:
+        """What the model was asked for in each of these pictures: index, class and, where it reads text, caption."""
+        names = [*self.index.classes, ""]
+        labels = draw_classes(seed, indices, self.index.class_counts).tolist()
+        facts: list[dict[str, object]] = [{"index": i, "class": names[label]} for i, label in zip(indices, labels, strict=True)]
+        if self.generator.captions is not None:
+            for fact, caption in zip(facts, self.generator.captions.draw(seed, indices)[0], strict=True):
+                fact["caption"] = caption
+        return facts
 
 
 def load_weights(denoiser: nn.Module, run_dir: RunDir, step: int, weights: str) -> None:

@@ -15,31 +15,28 @@ from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
     CrossAttention,
     PatchEmbed,
+    PatchTransformer,
     TimestepEmbedder,
     attention,
     mlp,
     modulate,
     norm,
     rotary_embedding,
-    sincos_position_embedding,
     unpatchify,
 )
 
 
-class DiT(nn.Module):
-    pos_embed: Tensor  # (1, tokens, width)
+class DiT(PatchTransformer):
+    config: DiTConfig
 
     def __init__(
         self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int, text: TextShape | None = None
     ) -> None:
         super().__init__()
-        self.config, self.num_classes, self.patch = config, num_classes, config.patch_size
-        self.rows, self.columns = height // config.patch_size, width // config.patch_size
+        self.place(config, height, width)
         self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
         self.t_embedder = TimestepEmbedder(config.width, last_rate_is_slowest=config.timestep_rates == "diffusers")
         self.y_embedder = LabelEmbedder(num_classes, config.width)
-        # a buffer, not a parameter: sharding would pad it to the world size
-        self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
         self.text_embedder = self.pooled_embedder = None
         if config.text is not None:
             assert text is not None
@@ -51,13 +48,9 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config, config.patch_size**2 * channels * (1 + config.learned_sigma))
         self._initialise()
 
-    def sharded_blocks(self) -> list[str]:
-        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
-        return [f"blocks.{i}" for i in range(len(self.blocks))]
-
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
-        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self._positions(rows, columns)
+        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self.positions(rows, columns)
         condition = self.t_embedder(t) + self.y_embedder(cond.labels)
         rope, text = self._rotations(rows, columns, tokens), None
         if self.text_embedder is not None:
@@ -71,16 +64,6 @@ class DiT(nn.Module):
             tokens = block(tokens, condition, rope, text)
         picture = tokens[:, tokens.shape[1] - rows * columns :]
         return unpatchify(self.final_layer(picture, condition), self.patch, rows, columns)
-
-    def _positions(self, rows: int, columns: int) -> Tensor:
-        """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
-        if (rows, columns) == (self.rows, self.columns):
-            return self.pos_embed
-        return self._positions_of(rows, columns).to(self.pos_embed)
-
-    def _positions_of(self, rows: int, columns: int) -> Tensor:
-        distance = (self.config.position_side or self.rows) / self.rows
-        return sincos_position_embedding(self.config.width, rows, columns, distance)
 
     def _rotations(self, rows: int, columns: int, tokens: Tensor) -> Tensor | None:
         if not self.config.rope:

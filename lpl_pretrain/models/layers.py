@@ -15,9 +15,12 @@ from timm.layers.attention import AttentionRope
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lpl_pretrain.config.model import TransformerConfig
+
 __all__ = [
     "CrossAttention",
     "PatchEmbed",
+    "PatchTransformer",
     "TimestepEmbedder",
     "attention",
     "mlp",
@@ -46,6 +49,35 @@ class TimestepEmbedder(nn.Module):
         angles = 1000 * t.float()[:, None] * self.rates.float()
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+
+
+class PatchTransformer(nn.Module):
+    """Where the patches of a picture are, and which blocks there are: what DiT and MMDiT have in common."""
+
+    config: TransformerConfig
+    blocks: nn.ModuleList
+    pos_embed: Tensor  # (1, tokens, width)
+
+    def place(self, config: TransformerConfig, height: int, width: int) -> None:
+        """Sides of the latents that are most common; buckets may have others."""
+        self.config, self.patch = config, config.patch_size
+        self.rows, self.columns = height // config.patch_size, width // config.patch_size
+        # a buffer, not a parameter: sharding would pad it to the world size
+        self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
+
+    def sharded_blocks(self) -> list[str]:
+        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
+        return [f"blocks.{i}" for i in range(len(self.blocks))]
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
+        if (rows, columns) == (self.rows, self.columns):
+            return self.pos_embed
+        return self._positions_of(rows, columns).to(self.pos_embed)
+
+    def _positions_of(self, rows: int, columns: int) -> Tensor:
+        distance = (self.config.position_side or self.rows) / self.rows
+        return sincos_position_embedding(self.config.width, rows, columns, distance)
 
 
 def norm(width: int, *, rms: bool) -> nn.Module:

@@ -16,60 +16,44 @@ from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
     PatchEmbed,
+    PatchTransformer,
     TimestepEmbedder,
     mlp,
     modulate,
     norm,
-    sincos_position_embedding,
     unpatchify,
 )
 
 
-class MMDiT(nn.Module):
-    pos_embed: Tensor  # (1, tokens, width)
+class MMDiT(PatchTransformer):
+    config: MMDiTConfig
 
     def __init__(self, config: MMDiTConfig, channels: int, height: int, width: int, text: TextShape) -> None:
         super().__init__()
-        self.config, self.patch = config, config.patch_size
-        self.rows, self.columns = height // config.patch_size, width // config.patch_size
+        self.place(config, height, width)
         self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
         self.t_embedder = TimestepEmbedder(config.width)
         self.text_embedder = nn.Linear(text.width, config.width)
         self.pooled_embedder = nn.Sequential(
             nn.Linear(text.pooled_width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
-        self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
         self.blocks = nn.ModuleList(JointBlock(config, last=i == config.depth - 1) for i in range(config.depth))
         self.final_norm = norm(config.width, rms=False)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
         self.final_linear = nn.Linear(config.width, config.patch_size**2 * channels)
         self._initialise()
 
-    def sharded_blocks(self) -> list[str]:
-        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
-        return [f"blocks.{i}" for i in range(len(self.blocks))]
-
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         assert cond.text is not None and cond.pooled is not None
         dtype = self.x_embedder.proj.weight.dtype
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
-        image = self.x_embedder(z_t.to(dtype)) + self._positions(rows, columns)
+        image = self.x_embedder(z_t.to(dtype)) + self.positions(rows, columns)
         text = self.text_embedder(cond.text.to(dtype))
         condition = self.t_embedder(t) + self.pooled_embedder(cond.pooled.to(dtype))
         for block in self.blocks:
             image, text = block(image, text, condition)
         shift, scale = self.final_modulation(condition).chunk(2, dim=1)
         return unpatchify(self.final_linear(modulate(self.final_norm(image), shift, scale)), self.patch, rows, columns)
-
-    def _positions(self, rows: int, columns: int) -> Tensor:
-        """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
-        if (rows, columns) == (self.rows, self.columns):
-            return self.pos_embed
-        return self._positions_of(rows, columns).to(self.pos_embed)
-
-    def _positions_of(self, rows: int, columns: int) -> Tensor:
-        distance = (self.config.position_side or self.rows) / self.rows
-        return sincos_position_embedding(self.config.width, rows, columns, distance)
 
     def _initialise(self) -> None:
         """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""

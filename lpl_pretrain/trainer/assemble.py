@@ -90,7 +90,7 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     """Collective: strategies shard as they are built."""
     names = encoders(config.conditioning.text)
     stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, Wants(text=names))
-    text = text_conditioner(config.conditioning.text, stream.folders)
+    text = text_conditioner(config.conditioning.text, stream.folders, device)
     shape = None if text is None else text.shape
     if config.data.verify == "full":
         verify(stream, world)
@@ -143,12 +143,14 @@ def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
         raise CheckpointError(trouble)
 
 
-def text_conditioner(layout: Layout, folders: DataFolders) -> TextConditioner | None:
+def text_conditioner(layout: Layout, folders: DataFolders, device: torch.device) -> TextConditioner | None:
     """None for models that read no text.  The empty caption is that of the first folder: all were encoded by the same encoder."""
     names = encoders(layout)
     if not names:
         return None
-    return TextConditioner(layout, folders.merged.text, read_empty_captions(folders.paths[0], names))
+    empty = read_empty_captions(folders.paths[0], names)
+    there = {name: {key: tensor.to(device) for key, tensor in found.items()} for name, found in empty.items()}
+    return TextConditioner(layout, folders.merged.text, there)
 
 
 def verify(stream: LatentStream, world: World) -> None:

@@ -85,7 +85,7 @@ def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
     section, state = CONVERTERS[name](settings, theirs)
     here = {"size", "mlp_ratio", "position_side"}
     mine = model.config.model_dump(exclude=here)
-    for key, value in section.model_dump(exclude=here).items():
+    for key, value in {"kind": section.kind, **section.model_dump(exclude=here)}.items():  # the kind explains the rest
         if mine.get(key) != value:
             raise ConfigError(f"init_from.diffusers={folder}: has {key}={value}, model.{key} is {mine.get(key)}: set it so")
     return state, str(folder)

@@ -19,7 +19,7 @@ from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
 from lpl_pretrain.trainer.metrics import Meter
-from tests.support.configs import train_config
+from tests.support.configs import TINY_MMDIT, TINY_SDXL, train_config
 from tests.support.latents import captioned_dataset
 from tests.support.ranks import run_ranks
 from tests.support.training import JSON_OF, ROOT, whole
@@ -35,21 +35,8 @@ def data(tmp_path_factory):
 MODELS = {
     "dit in context": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "rope": True, "text": "in_context"},
     "dit across": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "text": "cross_attention"},
-    "mmdit": {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True},
-    "sdxl": {
-        "kind": "unet",
-        "preset": "sdxl",
-        "settings": {
-            "block_out_channels": [16, 32],
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": 1,
-            "attention_head_dim": [2, 4],
-            "addition_time_embed_dim": 8,
-        },
-    },
+    "mmdit": TINY_MMDIT,
+    "sdxl": TINY_SDXL,
 }
 
 

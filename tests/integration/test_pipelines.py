@@ -20,27 +20,14 @@ from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.pipeline_folder import MISSING, SD3, SDXL
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
-from tests.support.configs import train_config
+from tests.support.configs import TINY_MMDIT, TINY_SDXL, train_config
 from tests.support.latents import captioned_dataset, tiny_dataset
 
 CPU = torch.device("cpu")
 MODELS = {
     "dit": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "learned_sigma": True, "timestep_rates": "diffusers"},
-    "mmdit": {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True},
-    "sdxl": {
-        "kind": "unet",
-        "preset": "sdxl",
-        "settings": {
-            "block_out_channels": [16, 32],
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": 1,
-            "attention_head_dim": [2, 4],
-            "addition_time_embed_dim": 8,
-        },
-    },
+    "mmdit": TINY_MMDIT,
+    "sdxl": TINY_SDXL,
 }
 DIFFUSIONS = {
     "dit": {"prediction": "eps", "schedule": "linear"},

@@ -3,6 +3,22 @@
 from lpl_pretrain.config.dataset import FORMAT_VERSION, AutoencoderEntry, BucketEntry, DatasetIndex, LatentEntry
 from lpl_pretrain.config.schema import TrainConfig
 
+TINY_MMDIT = {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True}
+TINY_SDXL = {
+    "kind": "unet",
+    "preset": "sdxl",
+    "settings": {
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": [2, 4],
+        "addition_time_embed_dim": 8,
+    },
+}
+
 
 def train_config(**changes) -> TrainConfig:
     """A tiny flow DiT; `changes` are dotted keys with `__` for the dot."""
