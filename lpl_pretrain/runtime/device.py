@@ -21,6 +21,11 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """`peak_gib`: the most that tensors have taken of a GPU since the process began; nothing on a CPU."""
+    return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
 def keep_freed_memory() -> None:
     """For training on a CPU: keep what a step has freed for the next one, instead of giving it back and faulting it in again.
 

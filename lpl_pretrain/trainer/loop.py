@@ -13,6 +13,7 @@ import torch
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.runtime.device import peak_memory
 from lpl_pretrain.runtime.dist import any_over_ranks
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
@@ -137,6 +138,7 @@ def speed(run: Run, before: int, done: int, seconds: dict[str, float]) -> dict[s
     updates, perceptual = done - before, run.updater.perceptual
     with_lpl = 0 if perceptual is None else sum(perceptual.weight.active(step) for step in range(before, done))
     return {
+        **peak_memory(run.device),
         "samples_per_s": updates * run.config.batch.global_batch_size / seconds["all"],
         **run.effort.rates(seconds["all"], updates=updates, with_lpl=with_lpl),
         **{f"seconds/{name}": total / updates for name, total in seconds.items()},

@@ -53,9 +53,9 @@ def tiny(seed: int = 0) -> Tiny:
     return Tiny()
 
 
-def batch(step: int, samples: range) -> tuple[Tensor, Tensor, Cond, Tensor]:
+def batch(step: int, samples: range, device: torch.device) -> tuple[Tensor, Tensor, Cond, Tensor]:
     """z_t, t, cond, target of these samples of a global batch; a row depends on (step, sample) alone."""
     rows = [torch.randn(2 * CHANNELS, generator=torch.Generator().manual_seed(1000 * step + i)) for i in samples]
-    values = torch.stack(rows)
-    t = torch.tensor([(7 * i + step) % 11 / 11 for i in samples])
-    return values[:, :CHANNELS], t, Cond(torch.tensor([(i + step) % CLASSES for i in samples])), values[:, CHANNELS:]
+    values = torch.stack(rows).to(device)
+    t = torch.tensor([(7 * i + step) % 11 / 11 for i in samples], device=device)
+    return values[:, :CHANNELS], t, Cond(torch.tensor([(i + step) % CLASSES for i in samples], device=device)), values[:, CHANNELS:]

@@ -77,7 +77,7 @@ class Training:
 
     def update(self, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> StepReport:
         """One update of the strategy, on the data of the next step."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.strategy.device)
         for microbatch in range(self.case.grad_accum_steps):
             loss = damage(self._loss(microbatch), microbatch)
             self.strategy.backward(loss, microbatch=microbatch, of=self.case.grad_accum_steps)
@@ -98,7 +98,7 @@ class Training:
     def _loss(self, microbatch: int) -> Tensor:
         per_rank = GLOBAL_BATCH // self.world.world_size // self.case.grad_accum_steps
         first = (microbatch * self.world.world_size + self.world.rank) * per_rank
-        z_t, t, cond, target = batch(self.step, range(first, first + per_rank))
+        z_t, t, cond, target = batch(self.step, range(first, first + per_rank), self.strategy.device)
         wide = self.strategy.recipe.master
         return (self.module(z_t, t, cond).to(wide) - target.to(wide)).square().mean()
 

@@ -1,0 +1,120 @@
+"""`encode`, `train`, `sample` and `evaluate` on a GPU: the same run as on the CPU, stopped or not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from lpl_pretrain.config.load import ASSETS
+from tests.support.commands import ROOT, lines, lpl
+from tests.support.latents import draw_pictures
+
+TRAIN = """
+name: gpu
+steps: 6
+autoencoder: asset:autoencoder_emoji
+data: {{folder: {folder}/latents}}
+model: {{width: 64, depth: 2, heads: 2}}
+diffusion: {{prediction: flow, schedule: rectified_flow, timesteps: {{distribution: logit_normal}}}}
+lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 1, calibration_steps: 2}}
+optimizer: {{lr: 1.0e-3}}
+batch: {{global_batch_size: 8}}
+checkpoint: {{every_steps: 2}}
+log: {{every_steps: 1}}
+ema: {{power: [0.05, 0.1]}}
+"""
+ZERO2, ZERO3 = (f"parallel.zero_config={ROOT}/configs/zero/zero{stage}.json" for stage in (2, 3))
+WAYS = {
+    "local": [],
+    "ddp": ["parallel.strategy=ddp"],
+    "fsdp2": ["parallel.strategy=fsdp2"],
+    "fsdp2_blocks": ["parallel.strategy=fsdp2", "parallel.activation_checkpointing=blocks"],
+    "zero2": ["parallel.strategy=zero", ZERO2],
+    "zero3": ["parallel.strategy=zero", ZERO3],
+}
+FAST = ["parallel.precision=bf16", "parallel.compile=true", "lpl.compile=true", "lpl.decoder_precision=bf16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    draw_pictures(folder / "pictures", side=64)
+    for device, visible in (("latents", None), ("latents_cpu", "")):
+        config = folder / f"{device}.yaml"
+        config.write_text(
+            f"source: {folder}/pictures\noutput: {folder}/{device}\nautoencoder: {ASSETS}/autoencoder_emoji\nresolution_px: 64\n"
+        )
+        on(visible, "encode", config)
+    (folder / "train.yaml").write_text(TRAIN.format(folder=folder))
+    return folder
+
+
+def on(visible, *arguments, **options):
+    """`visible` "" hides the GPU."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        return lpl(*arguments, **options)
+    finally:
+        if visible is not None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            if before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def logged(run, key="loss/total"):
+    return {line["step"]: line[key] for line in lines(run) if "event" not in line}
+
+
+@pytest.fixture(scope="module")
+def cpu_run(folder):
+    on("", "train", folder / "train.yaml", f"run_dir={folder}/cpu")
+    return folder / "cpu"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trains_as_the_cpu_does(folder, cpu_run, way):
+    run = folder / way
+    lpl("train", folder / "train.yaml", f"run_dir={run}", *WAYS[way])
+    for key in ("loss/total", "loss/lpl", "grad_norm"):
+        got, wanted = (
+            logged(run, key) if key != "loss/lpl" else later(run),
+            logged(cpu_run, key) if key != "loss/lpl" else later(cpu_run),
+        )
+        assert got.keys() == wanted.keys()
+        assert got == pytest.approx(wanted, rel=2e-3), key
+    line = lines(run)[-1]
+    assert line["mfu"] > 0 and line["peak_gib"] > 0
+
+
+def later(run):
+    return {line["step"]: line["loss/lpl"] for line in lines(run) if "loss/lpl" in line}
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero2"])
+def test_compiled_in_bf16_is_near_and_goes_on(folder, cpu_run, way):
+    whole, parts = folder / f"{way}_fast", folder / f"{way}_parts"
+    lpl("train", folder / "train.yaml", f"run_dir={whole}", *WAYS[way], *FAST)
+    assert logged(whole) == pytest.approx(logged(cpu_run), rel=5e-2)
+    lpl("train", folder / "train.yaml", f"run_dir={parts}", *WAYS[way], *FAST, "steps=4")
+    lpl("train", folder / "train.yaml", f"run_dir={parts}", *WAYS[way], *FAST)
+    assert [line["step"] for line in lines(parts) if line.get("event") == "resumed"] == [4]
+    assert logged(parts) == pytest.approx(logged(whole), rel=1e-3)
+
+
+def test_float8_trains(folder, cpu_run):
+    run = folder / "float8"
+    lpl("train", folder / "train.yaml", f"run_dir={run}", *WAYS["fsdp2"], "parallel.precision=fp8", "parallel.compile=true")
+    assert logged(run) == pytest.approx(logged(cpu_run), rel=0.1)
+
+
+def test_draws_and_scores(folder, cpu_run):
+    (folder / "quick.yaml").write_text(
+        "name: quick\nimages: 16\nbatch_size: 8\nsampler: {kind: euler, steps: 3}\nguidance_scales: [1.0, 2.0]\n"
+        f"reference: {folder}/pictures\ngrid_images: 4\n"
+    )
+    lpl("sample", cpu_run, "--images", "4", "--sampler-steps", "2", "--output", folder / "sheet.png")
+    assert (folder / "sheet.png").stat().st_size > 1000
+    lpl("evaluate", cpu_run, folder / "quick.yaml")

@@ -1,0 +1,126 @@
+"""The parts that treat a GPU otherwise: strategies and precisions, batches on a stream of their own, pinned copies, the decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lpl_pretrain.checkpoint.staging import HostCopies
+from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.data.batch import LatentBatch, on_device
+from lpl_pretrain.models.autoencoder import LatentScaling, load_autoencoder
+from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.parallel.float8 import swap_layers
+from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
+from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
+from lpl_pretrain.runtime.device import bf16_is_native
+from lpl_pretrain.runtime.timer import Clock
+from lpl_pretrain.runtime.world import World
+from tests.support.training import Case, one_process, train, whole
+
+NATIVE = ["local", "ddp", "fsdp2"]
+ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
+def differences(got, wanted):
+    """By kind: the largest, relative to the largest value of that tensor."""
+    assert got.keys() == wanted.keys()
+    found = {}
+    for kind in wanted:
+        pairs = [(got[kind][name].double().cpu(), wanted[kind][name].double()) for name in wanted[kind]]
+        found[kind] = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs)
+    return found
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+@pytest.mark.parametrize("strategy", [*NATIVE, *ZERO])
+def test_a_strategy_equals_one_cpu_process(gpu, strategy, grad_accum_steps):
+    native = strategy in NATIVE
+    case = Case(strategy, "fp64" if native else "fp32", grad_accum_steps=grad_accum_steps)
+    found = differences(whole([train(World(), gpu, case)]), one_process(Case(grad_accum_steps=grad_accum_steps)))
+    assert max(found.values()) < (1e-10 if native else 2e-5), found
+
+
+def test_offloaded_parameters_of_fsdp2(gpu):
+    case = Case("fsdp2", "fp64", more=(("cpu_offload", True),))
+    assert max(differences(whole([train(World(), gpu, case)]), one_process(Case())).values()) < 1e-10
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("strategy", ["local", "ddp", "fsdp2", "zero2", "zero3"])
+def test_half_precision_stays_near(gpu, strategy, precision):
+    assert bf16_is_native(gpu)
+    case = Case(strategy, precision, optimizer="adamw", lr=1e-2, max_grad_norm=0.5)
+    found = differences(whole([train(World(), gpu, case)]), one_process(Case(optimizer="adamw", lr=1e-2, max_grad_norm=0.5)))
+    assert found["losses"] < 1e-2, found
+    assert 1e-7 < found["norms"] < 5e-2, f"{precision} cannot be exact: {found}"
+
+
+def test_float8_products_are_near(gpu):
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"block": nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))}).to(gpu, torch.bfloat16)
+    x = torch.randn(32, 64, device=gpu, dtype=torch.bfloat16)
+    exact = block["block"](x)
+    assert swap_layers(block, ["block"], emulate=False) == 2
+    error = (block["block"](x) - exact).float().norm() / exact.float().norm()
+    assert 1e-4 < error < 0.1
+
+
+def test_batches_arrive_whole_while_the_device_is_busy(gpu):
+    shape = (64, 8, 64, 64)
+    batches = [
+        LatentBatch(torch.full(shape, i, dtype=torch.float16), *torch.full((3, 64), i), None).pin_memory() for i in range(12)
+    ]
+    sums, work = [], torch.randn(4096, 4096, device=gpu)
+    for batch in on_device((batch for batch in batches), gpu):
+        for _ in range(10):
+            work = torch.tanh(work @ work)
+        sums.append(batch.moments.mean() + 0 * work.sum())
+        del batch  # its memory may be given away while the sum is still to come
+    torch.testing.assert_close(torch.stack(sums).cpu(), torch.arange(12.0))
+
+
+def test_pinned_copies_hold_the_moment(gpu):
+    copies, value = HostCopies(), torch.zeros(1 << 22, device=gpu)
+    for moment in range(4):
+        value += 1
+        ((_, piece),) = copies.of([("param", Piece("w", (1 << 22,), 0, value))], gpu)
+        value += 100  # right behind
+        assert piece.tensor.is_pinned() and bool((piece.tensor == 101 * moment + 1).all())
+
+
+def test_a_clock_counts_what_the_device_does(gpu):
+    clock, work = Clock(gpu), torch.randn(8192, 8192, device=gpu)
+    work @ work
+    torch.cuda.synchronize()
+    with clock.phase("host"), clock.part("product"):
+        for _ in range(50):
+            work @ work
+    seconds = clock.flush()
+    assert seconds["product"] > 3 * seconds["host"], "the host only asks"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"decoder_precision": "bf16"}, {"compile": True}, {"compile": True, "decoder_precision": "bf16"}]
+)
+def test_lpl_equals_the_cpu(gpu, options):
+    torch.manual_seed(0)
+    z0 = torch.randn(4, 4, 16, 16)
+    z0_hat, weights = z0 + 0.3 * torch.randn_like(z0), torch.tensor([1.0, 0.0, 0.5, 2.0])
+
+    def term(device, **options):
+        config, compiled = LPLConfig(weight=1.0, **options), options.get("compile")
+        scaling = LatentScaling(torch.zeros(4), torch.ones(4))
+        stages = decoder_stages(load_autoencoder("asset:autoencoder_emoji").network)
+        features = DecoderFeatures(stages, scaling, config.stages, dtype=DTYPES[config.decoder_precision])
+        if compiled:
+            features.compile_pieces()
+        return LatentPerceptualLoss(config, features.to(device))(z0.to(device), z0_hat.to(device), weights.to(device))
+
+    got, wanted = term(gpu, **options), term("cpu")
+    tolerance = 3e-2 if options.get("decoder_precision") else 2e-5
+    for name in ("loss", "gradient"):
+        a, b = getattr(got, name).double().cpu(), getattr(wanted, name).double()
+        assert (a - b).norm() / b.norm() < tolerance, name
