@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,7 +64,11 @@ class ZeroStrategy(Strategy):
         self._parameters = dict(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._optimizer = make_optimizer(list(self._parameters.values()))
+        plain = nn.functional.linear
         engine = _make_engine(self._path, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
+        self._linear = _LentLinear(plain)
+        door.register_forward_pre_hook(lambda *_: self._linear.__enter__())
+        door.register_forward_hook(lambda *_: self._linear.__exit__(), always_call=True)
         self._engine, self._zero = engine, engine.optimizer
         self._with_partitions(materialize_state)
         self._start_from(initial)
@@ -83,7 +87,8 @@ class ZeroStrategy(Strategy):
         if self.loss_scale.dynamic:
             self._zero.loss_scale = self.loss_scale.value
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with self._linear:  # what activation checkpointing runs again
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def _update(self, lr: float, max_grad_norm: float) -> float | None:
         """The engine computes the norm before its update, on all ranks alike, and skips the update when it is not finite."""
@@ -150,7 +155,7 @@ class ZeroStrategy(Strategy):
     def _start_from(self, initial: dict[str, Tensor]) -> None:
         """Give the masters their float32 start, which the engine has rounded to bf16; and prove that pieces lie where we think."""
         for piece in self.local_params():
-            wanted = initial[piece.name].view(-1)[piece.start : piece.stop]
+            wanted = initial[piece.name].view(-1)[piece.start : piece.stop].to(piece.tensor.device)  # the host's, if offloaded
             rounded = wanted.to(self.recipe.working or wanted.dtype).to(wanted.dtype)
             if not torch.equal(piece.tensor, rounded):
                 raise ConfigError(
@@ -169,6 +174,24 @@ class ZeroStrategy(Strategy):
         for sub_group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         self._zero._post_step(set())
+
+
+class _LentLinear:
+    """Stage 3 replaces `torch.nn.functional.linear` in the whole process, by one that does not hold on to gathered weights.
+
+    Here that lasts while the model runs: other networks, such as LPL's decoder, keep torch's.
+    """
+
+    def __init__(self, plain: Callable[..., Tensor]) -> None:
+        """Takes what the engine has put in the place of `plain`, and puts `plain` back."""
+        self._plain, self._theirs = plain, nn.functional.linear
+        nn.functional.linear = plain
+
+    def __enter__(self) -> None:
+        nn.functional.linear = self._theirs
+
+    def __exit__(self, *error: object) -> None:
+        nn.functional.linear = self._plain
 
 
 def zero_stage(config: ParallelConfig) -> int:

@@ -1,7 +1,8 @@
 """Linear layers of the blocks with float8 products (torchao): 8 bits into the tensor cores, everything else as under bf16.
 
 Scales are taken anew from every tensor (arXiv 2209.05433, section 3): inputs and weights e4m3, gradients e5m2.  Weights stay what
-they were, under their names; the layers before and after the blocks are not touched.
+they were, under their names.  Not touched are the layers before and after the blocks, and in them those that turn the condition
+into a modulation: they see one row a sample, too few to gain anything.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lpl_pretrain.runtime.device import name_of
 
 CAPABILITY = (8, 9)  # of CUDA devices: Ada; Hopper is 9.0
 MULTIPLE = 16  # a float8 product wants both sides of a weight to be a multiple of it
+PER_SAMPLE = ("modulation", "time_emb_proj")  # in the names of the layers that see the condition
 
 
 def use_float8(model: nn.Module, blocks: list[str], device: torch.device) -> None:
@@ -37,11 +39,15 @@ def swap_layers(model: nn.Module, blocks: list[str], *, emulate: bool) -> int:
     def fits(layer: nn.Module, name: str) -> bool:
         nonlocal swapped
         fitting = isinstance(layer, nn.Linear) and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+        fitting = fitting and not any(part in name for part in PER_SAMPLE)
         swapped += fitting
         return fitting
 
+    # padded: the gradient of a weight sums over the tokens, whose number need not be such a multiple
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+
     for block in blocks:
-        convert_to_float8_training(model.get_submodule(block), module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
+        convert_to_float8_training(model.get_submodule(block), module_filter_fn=fits, config=config)
     if not swapped:
         raise ConfigError(
             f"parallel.precision='fp8': no linear layer of the blocks has both sides a multiple of {MULTIPLE}: "

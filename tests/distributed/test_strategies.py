@@ -292,3 +292,18 @@ def test_a_misspelt_key_inside_zero_optimization(tmp_path):
             strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p, lr=1.0))
 
     run_ranks(1, setup)
+
+
+def linears(world, device):
+    """Is `torch.nn.functional.linear` torch's own: before, inside and behind the model, and after an update."""
+    own, seen = torch.nn.functional.linear, []
+    run = Training(world, device, Case("zero3", "fp32"))
+    inner = next(module for module in run.module.modules() if isinstance(module, Tiny))
+    inner.register_forward_hook(lambda *_: seen.append(torch.nn.functional.linear is own))
+    before = torch.nn.functional.linear is own
+    run.train(1)
+    return [before, *seen, torch.nn.functional.linear is own]
+
+
+def test_stage_3_changes_linear_layers_of_its_own_model_only():
+    assert run_ranks(1, linears) == [[True, False, True]]

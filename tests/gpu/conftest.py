@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-
-from lpl_pretrain.runtime.dist import start
-from lpl_pretrain.runtime.world import World
 
 HERE = Path(__file__).parent
 
@@ -20,13 +16,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(skip)
-
-
-@pytest.fixture(scope="session")
-def gpu():
-    """The device, with a group of one NCCL rank."""
-    torch.set_float32_matmul_precision("highest")
-    device = start(World(), group=True)
-    assert dist.get_backend() == "nccl"
-    yield device
-    dist.destroy_process_group()

@@ -93,7 +93,7 @@ def later(run):
     return {line["step"]: line["loss/lpl"] for line in lines(run) if "loss/lpl" in line}
 
 
-@pytest.mark.parametrize("way", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("way", ["fsdp2", "zero2", "zero3"])
 def test_compiled_in_bf16_is_near_and_goes_on(folder, cpu_run, way):
     whole, parts = folder / f"{way}_fast", folder / f"{way}_parts"
     lpl("train", folder / "train.yaml", f"run_dir={whole}", *WAYS[way], *FAST)
