@@ -66,7 +66,7 @@ class ZeroStrategy(Strategy):
         self._optimizer = make_optimizer(list(self._parameters.values()))
         plain = nn.functional.linear
         engine = _make_engine(self._path, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
-        self._linear = _LentLinear(plain)
+        self._linear = _LentLinear(plain, to_model=not self.config.compile)
         door.register_forward_pre_hook(lambda *_: self._linear.__enter__())
         door.register_forward_hook(lambda *_: self._linear.__exit__(), always_call=True)
         self._engine, self._zero = engine, engine.optimizer
@@ -179,12 +179,13 @@ class ZeroStrategy(Strategy):
 class _LentLinear:
     """Stage 3 replaces `torch.nn.functional.linear` in the whole process, by one that does not hold on to gathered weights.
 
-    Here that lasts while the model runs: other networks, such as LPL's decoder, keep torch's.
+    Here that lasts while the model runs: other networks, such as LPL's decoder, keep torch's, and so do compiled blocks.  Compiled
+    for a GPU by torch 2.11, DeepSpeed's gave input gradients that were a third off (docs/log.md).
     """
 
-    def __init__(self, plain: Callable[..., Tensor]) -> None:
+    def __init__(self, plain: Callable[..., Tensor], *, to_model: bool) -> None:
         """Takes what the engine has put in the place of `plain`, and puts `plain` back."""
-        self._plain, self._theirs = plain, nn.functional.linear
+        self._plain, self._theirs = plain, nn.functional.linear if to_model else plain
         nn.functional.linear = plain
 
     def __enter__(self) -> None:
