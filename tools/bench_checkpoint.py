@@ -31,7 +31,7 @@ from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.parallel.build import make_strategy, needs_group
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.assemble import make_optimizer
+from lpl_pretrain.trainer.optimizer import make_optimizer
 
 LATENT = LatentEntry(channels=4, height=32, width=32, mean=[0.0] * 4, std=[1.0] * 4)
 MODEL = DiTConfig(width=384, depth=12, heads=6, patch_size=2)

@@ -35,7 +35,7 @@ from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.parallel.build import make_strategy, needs_group
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.assemble import make_optimizer
+from lpl_pretrain.trainer.optimizer import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTHS = (4, 12)

@@ -26,8 +26,9 @@ from lpl_pretrain.models.conditioning import class_conditioning
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.assemble import Run, assemble, make_optimizer
+from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.metrics import Meter
+from lpl_pretrain.trainer.optimizer import make_optimizer
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def bare_loop(run: Run) -> Callable[[int], None]:
     config = run.config
     batch = run.stream.read(range(config.batch.global_batch_size)).to(run.device)
     model = build_denoiser(config.model, run.stream.index.latent, run.updater.num_classes).to(run.device)
-    optimizer = make_optimizer(config.optimizer, list(model.parameters()))
+    optimizer = make_optimizer(config.optimizer, dict(model.named_parameters()), model.sharded_blocks())
     average = [p.detach().clone() for p in model.parameters()]
     cond = class_conditioning(batch.labels, run.updater.num_classes)
 

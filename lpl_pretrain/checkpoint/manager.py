@@ -112,8 +112,11 @@ class CheckpointManager:
                 )
             reader = Reader(folder)
             entries = list(_entries(strategy, ema))
-            for kind in sorted({kind for kind, _ in entries}):
-                reader.check(kind, strategy.shapes)
+            wanted: dict[str, set[str]] = {}
+            for kind, piece in entries:
+                wanted.setdefault(kind, set()).add(piece.name)
+            for kind, names in wanted.items():
+                reader.check(kind, strategy.shapes, names)
             for kind, piece in entries:
                 reader.fill(kind, piece)
 

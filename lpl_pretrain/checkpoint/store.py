@@ -80,8 +80,8 @@ class Reader:
         self.index: dict[str, dict[str, Any]] = json.loads((folder / INDEX).read_text())
         self._files: dict[int, Any] = {}
 
-    def check(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        """CheckpointError unless `kind` covers exactly these parameters with these shapes."""
+    def check(self, kind: str, shapes: dict[str, tuple[int, ...]], wanted: set[str]) -> None:
+        """CheckpointError unless `kind` covers the `wanted` parameters, and none that are not of these shapes."""
         if kind not in self.index:
             raise CheckpointError(
                 f"{self.folder}: has no {kind!r}, only {sorted(self.index)}: it was saved with another "
@@ -90,7 +90,7 @@ class Reader:
         saved = {name: tuple(entry["shape"]) for name, entry in self.index[kind].items()}
         reshaped = [name for name in shapes if saved.get(name, shapes[name]) != shapes[name]]
         complaints = [
-            _list("missing from the checkpoint", [name for name in shapes if name not in saved]),
+            _list("missing from the checkpoint", [name for name in shapes if name in wanted and name not in saved]),
             _list("unknown to the model", [name for name in saved if name not in shapes]),
             _list("of another shape", [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped]),
         ]

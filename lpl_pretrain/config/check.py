@@ -88,6 +88,7 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
         *text_problems(config.conditioning.text, index.text, config.data.folder, model=config.model),
         *initial_problems(config.init_from),
         *objective_problems(config),
+        *optimizer_problems(config),
         *_lpl(config, index, dp_world_size),
         *model_problems(config, index),
         *_strategy(config, dp_world_size),
@@ -162,6 +163,22 @@ def objective_problems(config: TrainConfig) -> list[str]:
     if shift != 1.0 and schedule is not ScheduleKind.RECTIFIED_FLOW:
         problems.append(f"diffusion.timesteps.shift={shift} with schedule={schedule.value}: it is for rectified_flow; set it to 1")
     return problems
+
+
+def optimizer_problems(config: TrainConfig) -> list[str]:
+    parallel = config.parallel
+    if config.optimizer.kind != "muon":
+        return []
+    if parallel.strategy is StrategyKind.ZERO:
+        return [
+            "optimizer.kind='muon' with parallel.strategy='zero': DeepSpeed hands an optimizer flat partitions, "
+            "Muon wants matrices: use fsdp2, or adamw"
+        ]
+    if parallel.cpu_offload:
+        return [
+            "optimizer.kind='muon' with parallel.cpu_offload=true: its matrix products belong on the device: set one of them back"
+        ]
+    return []
 
 
 def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[str]:

@@ -119,10 +119,13 @@ class DiffusionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adamw", "sgd"] = "adamw"
+    kind: Literal["adamw", "muon", "sgd"] = "adamw"
+    """muon: for the matrices of the blocks, AdamW for everything else (trainer/optimizer.py)."""
     lr: PositiveFloat = 1e-4
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
+    momentum: Share = 0.95
+    """Of muon."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm; use a large number for none."""

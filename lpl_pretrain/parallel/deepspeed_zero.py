@@ -63,7 +63,7 @@ class ZeroStrategy(Strategy):
     def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
         self._parameters = dict(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._optimizer = make_optimizer(list(self._parameters.values()))
+        self._optimizer = make_optimizer(self._parameters)
         plain = nn.functional.linear
         engine = _make_engine(self._path, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
         self._linear = _LentLinear(plain, to_model=not self.config.compile)

@@ -23,7 +23,7 @@ class NativeStrategy(Strategy):
     def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
         wrapped = self._wrap(door, model, blocks)
         self._parameters = dict(model.named_parameters())
-        self._optimizer = make_optimizer(list(self._parameters.values()))
+        self._optimizer = make_optimizer(self._parameters)
         materialize_state(self._optimizer)
         return wrapped
 

@@ -25,7 +25,7 @@ from lpl_pretrain.parallel.loss_scale import LossScale
 from lpl_pretrain.parallel.precision import Door, Recipe, recipe
 from lpl_pretrain.runtime.world import World
 
-MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeOptimizer = Callable[[dict[str, nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Strategy(ABC):
         """Shard at the sub-modules named in `blocks`, which the model names; returns what to call in forward.
 
         Training starts from rank 0's weights.  Only trainable parameters may be inside: frozen networks stay outside a strategy.
-        `make_optimizer` gets the parameters in the order of `shapes`.
+        `make_optimizer` gets the parameters by name, in the order of `shapes`.
         """
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         if frozen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.mix import DataFolders
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import OptimizerConfig, TrainConfig
+from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.text import Layout, encoders
 from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.stream import LatentStream, Wants
@@ -41,6 +41,7 @@ from lpl_pretrain.trainer.deal import Choice, Dealer, Hand
 from lpl_pretrain.trainer.effort import Effort, denoiser_flops, lpl_flops
 from lpl_pretrain.trainer.health import Health
 from lpl_pretrain.trainer.initial import load_initial
+from lpl_pretrain.trainer.optimizer import make_optimizer
 from lpl_pretrain.trainer.step import LastSeen, Perceptual, Updater
 
 
@@ -105,7 +106,8 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
     if config.init_from is not None and not broadcast_json(run_dir.complete_checkpoints()):
         begin_with(config.init_from, model, world)
     strategy = make_strategy(config.parallel, world, device)
-    denoiser = strategy.setup(model, model.sharded_blocks(), lambda parameters: make_optimizer(config.optimizer, parameters))
+    blocks = model.sharded_blocks()
+    denoiser = strategy.setup(model, blocks, lambda parameters: make_optimizer(config.optimizer, parameters, blocks))
     return Run(
         config,
         run_dir,
@@ -165,13 +167,6 @@ def verify(stream: LatentStream, world: World) -> None:
         raise DataError(trouble)
     for rank in range(world.world_size):
         stream.damage.mark(broadcast_json(damaged, source=rank))
-
-
-def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if config.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    decay = config.weight_decay
-    return torch.optim.AdamW(parameters, config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
 
 
 def build_perceptual(

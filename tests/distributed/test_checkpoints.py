@@ -76,6 +76,17 @@ def test_float64_and_plain_sgd_resume_bit_for_bit(tmp_path):
     assert_identical(resumed, went_on)
 
 
+def test_muon_resumes_bit_for_bit_and_moves(tmp_path):
+    """Two kinds of moments: each parameter has one of them."""
+    case = replace(CASE, strategy="fsdp2", optimizer="muon")
+    saved, went_on, restored, resumed = columns(run_ranks(2, both, case, tmp_path))
+    assert saved["optimizer.momentum_buffer"].keys().isdisjoint(saved["optimizer.exp_avg"])
+    assert_identical(restored, saved)
+    assert_identical(resumed, went_on)
+    moved, _ = columns(run_ranks(3, resume, replace(case, strategy="ddp", grad_accum_steps=1), tmp_path))
+    assert_identical(moved, saved)
+
+
 MOVES = [
     ("fsdp2", 2, "fsdp2", 1),
     ("fsdp2", 1, "fsdp2", 2),

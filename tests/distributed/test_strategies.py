@@ -15,6 +15,8 @@ from lpl_pretrain.config.schema import ParallelConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
+from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer import optimizer
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.tiny import BLOCKS, Tiny
 from tests.support.training import HISTORIES, NO_CLIPPING, Case, Training, assert_identical, one_process, train, whole
@@ -99,6 +101,37 @@ def test_adamw_with_clipping_equals_one_process(strategy):
     assert reference["norms"]["norms"].min() > 0.3 and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < reference.keys()
     got = whole(run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, **options)))
     assert_same(got, reference, strategy)
+
+
+MUON = Case(optimizer="muon", lr=0.01)
+MUON_LAYOUTS = {"ddp": (2, "ddp", ()), "fsdp2": (2, "fsdp2", ()), "hsdp": (4, "fsdp2", (("shard_size", 2),))}
+
+
+def furthest(got, wanted):
+    """Largest difference of a parameter, beside the largest that training has made."""
+    begun = whole([train(World(), torch.device("cpu"), MUON, 0)])["param"]
+    error = max((got["param"][name] - tensor).abs().max() for name, tensor in wanted["param"].items())
+    return float(error), float(max((tensor - begun[name]).abs().max() for name, tensor in wanted["param"].items()))
+
+
+@pytest.mark.parametrize("layout", MUON_LAYOUTS)
+def test_muon_makes_whole_matrices_orthogonal(layout):
+    """Newton-Schulz runs in bf16 whatever the precision: a gradient that differs in its last bit may be rounded to another bf16."""
+    world_size, strategy, more = MUON_LAYOUTS[layout]
+    got = whole(run_ranks(world_size, train, replace(MUON, strategy=strategy, more=more)))
+    assert got.keys() == one_process(MUON).keys() >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
+    error, moved = furthest(got, one_process(MUON))
+    assert error < 1e-3 * moved
+
+
+def test_has_teeth_muon_on_shards():
+    """The mistake: every rank makes its own rows orthogonal."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole_matrix = optimizer.orthogonal
+        patch.setattr(optimizer, "orthogonal", lambda matrix: torch.cat([whole_matrix(rows) for rows in matrix.chunk(2)]))
+        broken = one_process(MUON)
+    error, moved = furthest(broken, one_process(MUON))
+    assert error > 0.1 * moved
 
 
 def breaks(world, device, strategy):
@@ -289,7 +322,7 @@ def test_a_misspelt_key_inside_zero_optimization(tmp_path):
     def setup(world, device):
         strategy = make_strategy(ParallelConfig(strategy="zero", zero_config=str(json)), world, device)
         with pytest.raises(ConfigError, match="zero.json: DeepSpeed refuses it.*\n?.*reduce_bucket_sise"):
-            strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p, lr=1.0))
+            strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p.values(), lr=1.0))
 
     run_ranks(1, setup)
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import EMAConfig, ParallelConfig
+from lpl_pretrain.config.schema import EMAConfig, OptimizerConfig, ParallelConfig
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Piece, StepReport, Strategy
 from lpl_pretrain.runtime.dist import mean_over_ranks
 from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.optimizer import make_optimizer
 from tests.support.tiny import BLOCKS, GLOBAL_BATCH, batch, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +34,9 @@ NO_CLIPPING = 1e9
 HISTORIES = {"norms", "losses"}
 """By step; of the whole global batch."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=1.0),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=1.0, weight_decay=0.1, fused=True),
+    "sgd": lambda params: torch.optim.SGD(params.values(), lr=1.0),
+    "adamw": lambda params: torch.optim.AdamW(params.values(), lr=1.0, weight_decay=0.1, fused=True),
+    "muon": lambda params: make_optimizer(OptimizerConfig(kind="muon", lr=1.0, weight_decay=0.1), params, BLOCKS),
 }
 
 

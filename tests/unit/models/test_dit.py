@@ -175,7 +175,7 @@ def one_step(world, device, strategy):
         parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
     model = tiny(**dict.fromkeys(OPTIONS, True))
     door = make_strategy(ParallelConfig.model_validate(parallel), world, device)
-    denoiser = door.setup(model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p, lr=1.0))
+    denoiser = door.setup(model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0))
     for _ in range(2):
         out = denoiser(torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3])))
         door.backward((out.float() - 1).square().mean(), microbatch=0, of=1)

@@ -36,7 +36,7 @@ def gradients(world: World, device: torch.device, strategy: str, precision: str)
         patch.setattr(strategy_module, "use_float8", lambda model, blocks, device: swap_layers(model, blocks, emulate=True) or None)
         door = make_strategy(ParallelConfig(strategy=strategy, precision=precision), world, device)
         model = model_of()
-        denoiser = door.setup(model, model.sharded_blocks(), lambda p: torch.optim.SGD(p, lr=1.0))
+        denoiser = door.setup(model, model.sharded_blocks(), lambda p: torch.optim.SGD(p.values(), lr=1.0))
         before = {piece.name: piece.tensor.clone() for piece in door.local_params()}
         generator = torch.Generator().manual_seed(0)
         z_t, t = torch.randn(8, 4, 8, 8, generator=generator), torch.rand(8, generator=generator)
@@ -79,4 +79,4 @@ def test_sizes_that_do_not_fit() -> None:
 def test_a_device_without_float8() -> None:
     door = make_strategy(ParallelConfig(precision="fp8"), World(), CPU)
     with pytest.raises(ConfigError, match="fp8.*compute capability 8.9.*this is cpu: use bf16"):
-        door.setup(model_of(), ["blocks.0"], lambda p: torch.optim.SGD(p, lr=1.0))
+        door.setup(model_of(), ["blocks.0"], lambda p: torch.optim.SGD(p.values(), lr=1.0))

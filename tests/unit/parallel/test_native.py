@@ -53,4 +53,4 @@ def test_frozen_parameters_are_refused_by_name():
     model.embed.weight.requires_grad_(False)
     strategy = make_strategy(ParallelConfig(), World(), CPU)
     with pytest.raises(ConfigError, match="1 parameters do not require gradients.*embed.weight.*register fixed tensors as buffers"):
-        strategy.setup(model, [], lambda p: torch.optim.SGD(p, lr=1.0))
+        strategy.setup(model, [], lambda p: torch.optim.SGD(p.values(), lr=1.0))
