@@ -86,6 +86,10 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH", help="Noise levels between which to guide.")
 @click.option("--guide", metavar="RUN", help="A weaker run to be guided away from, instead of from the null class.")
 @click.option("--guide-step", type=int, help="Its checkpoint; the newest when absent.")
+@click.option("--prompt", "prompts", multiple=True, help="Instead of captions of the data; several for several pictures.")
+@click.option(
+    "--text-encoder", "text_encoders", multiple=True, metavar="NAME=FOLDER", help="For --prompt where embeddings were stored."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--format", type=click.Choice(["grid", "png", "tar"]), default="grid", show_default=True)
 @click.option("--output", help="File or folder to write; in the run's samples/ when absent.")

@@ -23,6 +23,8 @@ def run(
     sampler: dict[str, object],
     guide: str | None,
     guide_step: int | None,
+    prompts: tuple[str, ...],
+    text_encoders: tuple[str, ...],
     seed: int,
     format: str,
     output: str | None,
@@ -35,14 +37,17 @@ def run(
     chosen = validate(SamplerConfig, {"kind": SAMPLERS[prediction][0], **sampler}, where="sample")
     check_sampler(prediction, chosen)
     weak = None if guide is None else GuideConfig(run=guide, step=guide_step)
+    folders = dict(_name_and_folder(given) for given in text_encoders)
     import torch  # not for --help
 
+    from lpl_pretrain.evaluation.captions import Prompts
     from lpl_pretrain.evaluation.files import publish_grid, publish_pictures, publish_tar
     from lpl_pretrain.evaluation.load import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
     step = run_dir.complete_step(step)
-    trained = open_run(run_dir, pick_device(), weak)
+    asked = Prompts(prompts, folders) if prompts else None
+    trained = open_run(run_dir, pick_device(), weak, asked)
     trained.load(step, "ema")
     found = []
     with progress(images, "img", f"step {step}") as bar:
@@ -59,3 +64,10 @@ def run(
         facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
         (publish_pictures if format == "png" else publish_tar)(path, pixels, facts)
     print(path)
+
+
+def _name_and_folder(given: str) -> tuple[str, str]:
+    name, equals, folder = given.partition("=")
+    if not (name and equals and folder):
+        raise ConfigError(f"--text-encoder {given}: wanted NAME=FOLDER, as in clip_l=/data/models/clip-l")
+    return name, folder

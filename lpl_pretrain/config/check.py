@@ -18,8 +18,9 @@ from lpl_pretrain.config.initial import initial_problems
 from lpl_pretrain.config.load import differences, flatten, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import DiTConfig
+from lpl_pretrain.config.online import online_problems, stored_encoders, text_entries
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
-from lpl_pretrain.config.text import encoders, text_problems
+from lpl_pretrain.config.text import text_problems
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.errors import ConfigError, DataError
 
@@ -84,8 +85,11 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
     if config.parallel.zero_config is not None:
         read_zero_config(config.parallel.zero_config)
     problems = [
-        *data_problems(config.data, index, encoders(config.conditioning.text)),
-        *text_problems(config.conditioning.text, index.text, config.data.folder, model=config.model),
+        *data_problems(config.data, index, stored_encoders(config.conditioning)),
+        *online_problems(config.conditioning, config.data.folder, index.captions),
+        *text_problems(
+            config.conditioning.text, text_entries(config.conditioning, index.text), config.data.folder, model=config.model
+        ),
         *initial_problems(config.init_from),
         *objective_problems(config),
         *optimizer_problems(config),

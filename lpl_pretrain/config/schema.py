@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import ModelConfig
@@ -92,6 +93,8 @@ class ConditioningConfig(Section):
     """Share of samples trained with the null class, for classifier-free guidance (arXiv 2207.12598)."""
     text: tuple[Union[str, tuple[str, ...]], ...] = ()
     """Text encoders of the data folder (mmdit): behind each other, or side by side in a group: [[clip_l, clip_g], t5]."""
+    encoders: dict[str, TextEncoderConfig] = {}
+    """Those of `text` that run while training, on the data's captions, by name; the others' embeddings are read from the folder."""
     text_dropout: Share = 0.1
     """Share of samples trained with the empty caption's embeddings."""
 

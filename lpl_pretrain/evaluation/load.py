@@ -13,13 +13,14 @@ from lpl_pretrain.checkpoint.store import read_full
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.online import text_entries
 from lpl_pretrain.config.protocol import GuideConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.text import text_shape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.evaluation.captions import Captions
+from lpl_pretrain.evaluation.captions import Captions, Prompts
 from lpl_pretrain.evaluation.generate import Generator, draw_classes
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
@@ -59,7 +60,8 @@ def load_weights(denoiser: nn.Module, run_dir: RunDir, step: int, weights: str) 
 
 def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
     """With weights still to be loaded, frozen."""
-    text = text_shape(config.conditioning.text, index.text) if config.conditioning.text else None
+    conditioning = config.conditioning
+    text = text_shape(conditioning.text, text_entries(conditioning, index.text)) if conditioning.text else None
     return build_denoiser(config.model, index.latent, len(index.classes), text=text).eval().requires_grad_(False)
 
 
@@ -83,7 +85,7 @@ def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, dev
     return denoiser
 
 
-def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = None) -> TrainedRun:
+def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = None, prompts: Prompts | None = None) -> TrainedRun:
     """Raises ConfigError or DataError; `load` a step before generating."""
     config = load_run_config(run_dir)
     index = read_data(config.data.folder).merged
@@ -102,7 +104,9 @@ def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = 
     shape = (index.latent.channels, index.latent.height, index.latent.width)
     schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
     weak = None if guide is None else open_guide(guide, config, index, device)
-    captions = Captions(config) if config.conditioning.text else None
+    if prompts is not None and not config.conditioning.text:
+        raise ConfigError(f"--prompt: {run_dir.path} was trained without text")
+    captions = Captions(config, device, prompts) if config.conditioning.text else None
     prediction, counts = config.diffusion.prediction, index.class_counts
     generator = Generator(denoiser, decode, prediction, schedule, shape, counts, device, weak, captions)
     return TrainedRun(run_dir, config, index, generator)

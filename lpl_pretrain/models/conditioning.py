@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,34 @@ def class_conditioning(labels: Tensor, num_classes: int, dropped: Tensor | None 
 class TextConditioner:
     """Embeddings by encoder, as stored, to what a model reads: the same shape for every batch, the empty caption where dropped."""
 
-    def __init__(self, layout: Layout, entries: dict[str, TextEntry], empty: dict[str, dict[str, Tensor]]) -> None:
-        """`empty`: of the caption "", by encoder: `tokens` (T, D) and, where there is one, `pooled` (P,)."""
-        self.layout, self.entries, self.shape = layout, entries, text_shape(layout, entries)
+    def __init__(
+        self,
+        layout: Layout,
+        entries: dict[str, TextEntry],
+        empty: dict[str, dict[str, Tensor]],
+        online: Callable[[list[str]], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`empty`: of the caption "", by encoder: `tokens` (T, D) and, where there is one, `pooled` (P,).
+
+        `online`: encoders that run here, and know their own.
+        """
+        self.layout, self.entries, self.shape, self.online = layout, entries, text_shape(layout, entries), online
+        if online is not None:
+            found = online([""]).items()
+            own = {
+                name: {"tokens": text.states[0], "pooled": None if text.pooled is None else text.pooled[0]} for name, text in found
+            }
+            empty = {**empty, **own}
         self.empty = {name: (self._padded(found["tokens"][None], name)[0], found.get("pooled")) for name, found in empty.items()}
 
-    def __call__(self, text: Mapping[str, Any], dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, J) and (B, P) float32; `text`: by encoder, `states` (B, t, D) and `pooled` (B, P), as data.batch has them."""
+    def __call__(self, text: Mapping[str, Any], dropped: Tensor, captions: list[str] | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, J) and (B, P) float32; `text`: by encoder, `states` (B, t, D) and `pooled` (B, P), as data.batch has them.
+
+        `captions` are for encoders that run here.
+        """
+        if self.online is not None:
+            assert captions is not None
+            text = {**text, **self.online(captions)}
         states = {name: self._padded(text[name].states, name) for name in encoders(self.layout)}
         pooled = {name: text[name].pooled for name in states if text[name].pooled is not None}
         return self._joined(

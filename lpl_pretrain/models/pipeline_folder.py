@@ -20,6 +20,7 @@ from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.config.model import DiTConfig, MMDiTConfig
+from lpl_pretrain.config.online import text_entries
 from lpl_pretrain.config.schema import Prediction, ScheduleKind, TrainConfig
 from lpl_pretrain.config.text import text_shape
 from lpl_pretrain.errors import ConfigError
@@ -104,7 +105,7 @@ def network_of(
         )
         labels: dict[str, Any] = {"id2label": {str(i): name for i, name in enumerate(index.classes)}}
         return "transformer", "DiTTransformer2DModel", settings, theirs, "DiTPipeline", labels
-    text = text_shape(config.conditioning.text, index.text)
+    text = text_shape(config.conditioning.text, text_entries(config.conditioning, index.text))
     if isinstance(model, MMDiTConfig):
         settings, theirs = convert_mmdit.to_diffusers(state, model, channels=channels, side=side, text=text)
         grid = side // model.patch_size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.identity import text_encoder_identity
@@ -45,6 +47,36 @@ class TextEncoder(nn.Module):
         pooled = out.get("text_embeds", out.get("pooler_output")) if self.config.pooled else None
         lengths = mask.sum(dim=1).tolist()
         return [(states[i, :length], None if pooled is None else pooled[i]) for i, length in enumerate(lengths)]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """One encoder's view of some captions, as `encode` stores it in fp16."""
+
+    states: Tensor  # (B, T, D) float16, zero behind each caption's end
+    pooled: Tensor | None  # (B, P) float16
+
+
+class OnlineText:
+    """Text encoders that run beside the model, on captions as they come."""
+
+    def __init__(self, encoders: dict[str, TextEncoder]) -> None:
+        self.encoders = encoders
+
+    @classmethod
+    def load(cls, settings: dict[str, TextEncoderConfig], device: torch.device) -> OnlineText:
+        """Raises ConfigError."""
+        found = {name: load_text_encoder(config, f"conditioning.encoders.{name}") for name, config in settings.items()}
+        return cls({name: encoder.to(device) for name, encoder in found.items()})
+
+    def __call__(self, captions: list[str]) -> dict[str, Embedded]:
+        return {name: _batched(encoder.encode(captions)) for name, encoder in self.encoders.items()}
+
+
+def _batched(found: list[tuple[Tensor, Tensor | None]]) -> Embedded:
+    states = pad_sequence([tokens.half() for tokens, _ in found], batch_first=True)
+    pooled = [vector.half() for _, vector in found if vector is not None]
+    return Embedded(states, torch.stack(pooled) if pooled else None)
 
 
 def load_text_encoder(config: TextEncoderConfig, where: str) -> TextEncoder:

