@@ -8,6 +8,7 @@ which never communicates: ranks agree on the main thread, in `advance`, that all
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
+from lpl_pretrain.runtime.lease import is_stale
 
 log = logging.getLogger(__name__)
 WRITING, REMOVING = ".writing_", ".removing_"
@@ -40,9 +42,14 @@ class CheckpointManager:
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
+        self._newest = 0
+        self.published = 0
+        """Not collective: step of the newest checkpoint that this process knows to be published; the same on all ranks."""
 
     def save(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any], *, samples_seen: int) -> Path:
         """Communicates: the folder that the checkpoint will be; it is there after `finish`, or when `saving` has become False."""
+        self.finish()  # of a snapshot, which is not to be announced
+        self._newest = step
         return self._save(self.run_dir.checkpoint(step), strategy, _entries(strategy, ema), state, step, samples_seen)
 
     def save_snapshot(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any], *, samples_seen: int) -> Path:
@@ -73,6 +80,8 @@ class CheckpointManager:
             raise CheckpointError(trouble) from done.cause
         if self._phases:
             self._phases[0].start()
+        else:
+            self.published = self._newest
 
     def finish(self) -> None:
         """Communicates while `saving`: returns when the checkpoint is published."""
@@ -172,9 +181,15 @@ class CheckpointManager:
 
     def _retain(self) -> None:
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
+        kept = self._wanted()
         for step in steps[: -self.config.keep_last]:
-            if every is None or step % every:
+            if step not in kept and (every is None or step % every):
                 self._remove(self.run_dir.checkpoint(step))
+
+    def _wanted(self) -> set[int]:
+        """Steps that evaluation needs: the best ones, and those that are being scored now."""
+        best = [json.loads(path.read_text())["step"] for path in self.run_dir.best_files()]
+        return {*best, *(step for step, lease in self.run_dir.evaluation_leases() if not is_stale(lease))}
 
     def _remove(self, folder: Path) -> None:
         """By rename first, so that a checkpoint is never seen half removed."""

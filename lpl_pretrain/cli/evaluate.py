@@ -1,36 +1,93 @@
-"""`lpl-pretrain evaluate RUN PROTOCOL`: scores what is not scored yet, and a small table."""
+"""`lpl-pretrain evaluate RUN PROTOCOL`: scores what is not scored yet, now or as checkpoints arrive, and a small table."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
-from lpl_pretrain.config.load import load_config
+from lpl_pretrain.config.evaluation import check_protocol
+from lpl_pretrain.config.load import load_config, load_run_config
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.runtime.mirror import Mirror
+from lpl_pretrain.runtime.world import World
 
 
-def run(run: str, protocol: str, overrides: list[str], step: int | None) -> None:
-    settings = load_config(EvaluateConfig, protocol, overrides)
+def run(run: str, protocol: str, overrides: list[str], step: int | None, watch: bool = False, poll_s: float = 30.0) -> None:
+    """On several processes (torchrun) they share the pictures of each score."""
+    settings, run_dir, world = load_config(EvaluateConfig, protocol, overrides), RunDir(Path(run)), World.from_environment()
+    check_protocol(settings)
+    if watch and step is not None:
+        raise ConfigError(f"--watch with --step={step}: one step is scored at once; leave one of them out")
     from lpl_pretrain.evaluation.job import evaluate  # torch: not for --help
+    from lpl_pretrain.runtime import dist
+    from lpl_pretrain.runtime.log import log, set_up_logging
 
-    records = evaluate(RunDir(Path(run)), settings, None if step is None else [step])
-    if not records:
-        print(f"{run}: every complete checkpoint has its score by protocol {settings.name}; --step N scores one again")
-        return
-    print("\n".join(table(records)))
+    device = dist.start(world)
+    set_up_logging(world.rank)
+    records: list[dict[str, Any]] = []
+    mirror = open_mirror(run_dir) if world.rank == 0 else None
+    while True:
+        waiting = watch and not run_dir.pending_evaluations(settings.name)
+        if not dist.broadcast_json(waiting):
+            for record in evaluate(run_dir, settings, device, None if step is None else [step], world):
+                records.append(record)
+                if mirror is not None:
+                    mirror.scores(record)
+                if watch and world.rank == 0:
+                    log.info("%s", one_line(record))
+        if dist.broadcast_json(not watch or over(run_dir, settings.name)):
+            break
+        time.sleep(poll_s)
+    if mirror is not None:
+        mirror.close()
+    if world.rank == 0:
+        unscored = (
+            f"{run}: every complete checkpoint has its score by protocol {settings.name}, or is being scored; --step N scores again"
+        )
+        print("\n".join(table(records)) if records else unscored)
+    if world.world_size > 1:
+        dist.leave()
+
+
+def open_mirror(run_dir: RunDir) -> Mirror | None:
+    """To the same wandb run as its training's, if that has one."""
+    config = load_run_config(run_dir)
+    if config.log.wandb.mode == "disabled":
+        return None
+    return Mirror(run_dir.path, config.name, **config.log.wandb.model_dump())
+
+
+def over(run_dir: RunDir, protocol: str) -> bool:
+    """Training has ended, and everything that it left is scored."""
+    if not run_dir.config.is_file():
+        return False
+    complete = run_dir.complete_checkpoints()
+    return bool(complete) and complete[-1] >= load_run_config(run_dir).steps and not run_dir.pending_evaluations(protocol)
+
+
+def one_line(record: dict[str, Any]) -> str:
+    found = (f"{r['metric']} {r['value']:.4g} (w={r['guidance_scale']:g}, {r['weights']})" for r in record["results"])
+    return f"step {record['step']:,}: {', '.join(found)}"
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:
-    """One line a step, one column a guidance scale."""
-    first, metric = records[0], records[0]["results"][0]["metric"]
-    scales = [result["guidance_scale"] for result in first["results"]]
-    lines = [
-        f"{metric} (lower is better), {first['results'][0]['images']} pictures, {first['weights']} weights",
-        f"{'step':>10}" + "".join(f"{f'w={scale:g}':>12}" for scale in scales),
-    ]
-    lines += [f"{record['step']:>10,}" + "".join(f"{result['value']:>12.2f}" for result in record["results"]) for record in records]
-    dimension, images = first["extractor"]["dimension"], first["results"][0]["images"]
-    if images <= dimension:
-        lines.append(f"{images} pictures for {dimension} features: biased upwards; compare only scores of the same protocol")
+    """For each metric a line for each step and a column for each kind of weights and guidance scale, with standard errors."""
+    lines: list[str] = []
+    for metric in dict.fromkeys(entry["metric"] for record in records for entry in record["results"]):
+        first = [entry for entry in records[0]["results"] if entry["metric"] == metric]
+        lines += [f"{metric}, {first[0]['images']} pictures", f"{'step':>10}" + "".join(f"{column(entry):>20}" for entry in first)]
+        for record in records:
+            cells = [cell(entry) for entry in record["results"] if entry["metric"] == metric]
+            lines.append(f"{record['step']:>10,}" + "".join(f"{text:>20}" for text in cells))
     return lines
+
+
+def column(entry: dict[str, Any]) -> str:
+    return f"{entry['weights']} w={entry['guidance_scale']:g}"
+
+
+def cell(entry: dict[str, Any]) -> str:
+    return f"{entry['value']:.4g}" + (f" ± {entry['std']:.2g}" if "std" in entry else "")

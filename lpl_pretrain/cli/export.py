@@ -9,13 +9,21 @@ from typing import Any
 
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import TrainConfig, power_kind
-from lpl_pretrain.errors import CheckpointError, ConfigError
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.errors import ConfigError
 
 
-def run(run: str, *, weights: str, step: int | None, sigma_rel: float | None, format: str, output: str) -> None:
+def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel: float | None, format: str, output: str) -> None:
     run_dir = RunDir(Path(run))
     config = load_run_config(run_dir)
+    if best is not None:
+        if step is not None or sigma_rel is not None:
+            raise ConfigError(f"--best={best} with --step or --sigma-rel: it names both; leave the others out")
+        step, weights = best_of(run_dir, best)
+    from lpl_pretrain.checkpoint.weights import POSTHOC, reconstructed, stored  # torch: not for --help
+
+    if weights.startswith(POSTHOC):
+        sigma_rel = float(weights.removeprefix(POSTHOC))
     if sigma_rel is None:
         tensors, facts = stored(run_dir, weights, step)
     else:
@@ -26,6 +34,15 @@ def run(run: str, *, weights: str, step: int | None, sigma_rel: float | None, fo
     else:
         write_file(Path(output), config, tensors, facts)
     print(f"{output}: {parameters:,} parameters; {facts}")
+
+
+def best_of(run_dir: RunDir, protocol: str) -> tuple[int, str]:
+    """Step and weights.  Raises ConfigError."""
+    path = run_dir.best(protocol)
+    if not path.is_file():
+        raise ConfigError(f"--best={protocol}: {path} is not there: evaluate with a protocol of this name that sets `best`")
+    found = json.loads(path.read_text())
+    return found["step"], found["weights"]
 
 
 def write_file(output: Path, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:
@@ -61,53 +78,6 @@ def scores(run_dir: RunDir) -> dict[str, str]:
     found = {}
     for path in sorted(run_dir.path.glob("evaluations/step_*/*.json")):
         record = json.loads(path.read_text())
-        values = ", ".join(f"{r['metric']} {r['value']:.2f} (w = {r['guidance_scale']:g})" for r in record["results"])
+        values = ", ".join(f"{r['metric']} {r['value']:.4g} (w = {r['guidance_scale']:g})" for r in record["results"])
         found[f"score by {path.stem}"] = f"{values}, step {record['step']}"
     return found
-
-
-def stored(run_dir: RunDir, weights: str, step: int | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """As they lie in a checkpoint."""
-    from lpl_pretrain.checkpoint.store import read_full
-
-    step = run_dir.complete_step(step)
-    _check_sound(run_dir.checkpoint(step))
-    return read_full(run_dir.checkpoint(step), "param" if weights == "raw" else weights), {"weights": weights, "step": str(step)}
-
-
-def reconstructed(
-    run_dir: RunDir, lengths: tuple[float, ...], sigma_rel: float, step: int | None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """A power-function average of any length, from all snapshots up to `step` (arXiv 2312.02696, section 3.2)."""
-    import torch
-
-    from lpl_pretrain.checkpoint.store import Reader
-    from lpl_pretrain.ema.profiles import reconstruction
-
-    if not 0.01 < sigma_rel < 0.28:
-        raise ConfigError(f"--sigma-rel={sigma_rel}: wanted 0.01 to 0.28")
-    steps = [found for found in run_dir.complete_snapshots() if step is None or found <= step]
-    if not steps or (step is not None and steps[-1] != step):
-        have = ", ".join(map(str, run_dir.complete_snapshots())) or "none"
-        raise CheckpointError(
-            f"{run_dir.path}: no snapshot of step {step or 'any'}, there are: {have}; set ema.power and ema.snapshot_every_steps"
-        )
-    kept = [(found, length) for found in steps for length in lengths]
-    coefficients = reconstruction(kept, (steps[-1], sigma_rel))
-    for found in steps:
-        _check_sound(run_dir.snapshot(found))
-    readers = {found: Reader(run_dir.snapshot(found)) for found in steps}
-    tensors = {}
-    for name in readers[steps[-1]].index[power_kind(lengths[0])]:
-        total: Any = 0.0
-        for (found, length), coefficient in zip(kept, coefficients.tolist(), strict=True):
-            total = total + coefficient * readers[found].whole(power_kind(length), name).double()
-        tensors[name] = total.to(torch.float32)
-    return tensors, {"weights": power_kind(sigma_rel), "step": str(steps[-1]), "snapshots": str(len(steps))}
-
-
-def _check_sound(folder: Path) -> None:
-    from lpl_pretrain.checkpoint.manifest import damage
-
-    if trouble := damage(folder):
-        raise CheckpointError(f"{trouble}: bring it back, or name another --step")

@@ -106,12 +106,25 @@ def sample(run: str, **options: Any) -> None:
 @click.argument("run")
 @click.argument("protocol")
 @OVERRIDES
-@click.option("--step", type=int, help="Checkpoint to score; all that are not scored yet when absent.")
-def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None) -> None:
-    """Score the checkpoints of RUN as PROTOCOL (configs/evaluate/*.yaml) says."""
+@click.option("--step", type=int, help="Checkpoint to score, again if it has a score; all that have none when absent.")
+@click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
+def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None, watch: bool) -> None:
+    """Score the checkpoints of RUN that PROTOCOL (configs/evaluate/*.yaml) has not scored yet."""
     from lpl_pretrain.cli import evaluate as command
 
-    command.run(run, protocol, overrides=list(overrides), step=step)
+    command.run(run, protocol, overrides=list(overrides), step=step, watch=watch)
+
+
+@commands.command()
+@click.argument("protocol")
+@click.argument("output")
+@OVERRIDES
+@click.option("--resolution-px", type=int, required=True, help="Of the pictures, as of the run that will be compared with them.")
+def reference(protocol: str, output: str, overrides: tuple[str, ...], resolution_px: int) -> None:
+    """Write statistics of the real pictures of PROTOCOL to OUTPUT (.safetensors), for its `reference`."""
+    from lpl_pretrain.cli import reference as command
+
+    command.run(protocol, output, overrides=list(overrides), resolution_px=resolution_px)
 
 
 @commands.command()
@@ -119,6 +132,7 @@ def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | No
 @click.option("--weights", default="ema", show_default=True, help="ema, raw, or an average that the run tracks: ema_power_0.050.")
 @click.option("--sigma-rel", type=float, help="Make the power-function average of this length from the run's snapshots instead.")
 @click.option("--step", type=int, help="Checkpoint, or last snapshot; the newest when absent.")
+@click.option("--best", metavar="PROTOCOL", help="The checkpoint and the weights that this protocol found best.")
 @click.option("--format", type=click.Choice(["file", "diffusers"]), default="file", show_default=True)
 @click.option("--output", required=True, help="Safetensors file, or folder, to write.")
 def export(run: str, **options: Any) -> None:

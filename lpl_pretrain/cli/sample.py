@@ -51,8 +51,9 @@ def run(
     trained.load(step, "ema")
     found = []
     with progress(images, "img", f"step {step}") as bar:
-        for batch in trained.generator.pixels(images, BATCH_SIZE, seed=seed, sampler=chosen, guidance_scale=guidance_scale):
-            found.append(batch.cpu())
+        for first in range(0, images, BATCH_SIZE):
+            batch = range(first, min(first + BATCH_SIZE, images))
+            found.append(trained.generator.pixels(batch, seed=seed, sampler=chosen, guidance_scale=guidance_scale).cpu())
             bar.update(len(batch))
     pixels = torch.cat(found)
     default = run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
@@ -62,7 +63,7 @@ def run(
     else:
         shared = {"run": str(run_dir.path), "step": step, "seed": seed, "guidance_scale": guidance_scale, "sampler": chosen.kind}
         facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
-        (publish_pictures if format == "png" else publish_tar)(path, pixels, facts)
+        (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
     print(path)
 
 

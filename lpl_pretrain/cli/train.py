@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from lpl_pretrain.config.check import check_run, check_same_run
+from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import dump, load_config, load_run_config
 from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.runtime.files import published
@@ -27,6 +30,7 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     check_run(config.model_copy(update={"init_from": None}) if begun else config, index, world.world_size)
     if run_dir.config.is_file():
         check_same_run(load_run_config(run_dir), config, run_dir.path)
+    protocol = inline_protocol(config)
 
     from lpl_pretrain.parallel.build import needs_group
     from lpl_pretrain.runtime import dist
@@ -46,9 +50,24 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
             "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
             device.type,
         )
-    complete = train(config, run_dir, world, device, stop)
+    score = None
+    if protocol is not None:
+        from lpl_pretrain.evaluation.job import evaluate
+
+        score = partial(evaluate, run_dir, protocol, device, None, world)
+    complete = train(config, run_dir, world, device, stop, score)
     log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
     dist.leave()
+
+
+def inline_protocol(config: TrainConfig) -> EvaluateConfig | None:
+    """Raises ConfigError for one that could not run at the first checkpoint."""
+    if config.inline_evaluation is None:
+        return None
+    protocol = load_config(EvaluateConfig, config.inline_evaluation, [])
+    check_protocol(protocol)
+    check_sampler(config.diffusion.prediction, protocol.sampler)
+    return protocol
 
 
 def uses_bf16(config: TrainConfig) -> bool:

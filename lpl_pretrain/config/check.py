@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "ema.snapshot_every_steps",
     "optimizer.on_nonfinite",
     "optimizer.max_skipped_updates",
+    "inline_evaluation",
     "log",
     "parallel",
     "batch.micro_batch_size",

@@ -34,6 +34,34 @@ class GuideConfig(Section):
     weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
 
 
+Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3}|posthoc_0\.\d{3})$")]
+"""The average, the parameters themselves, a power-function average that the run tracks, or one rebuilt from its snapshots."""
+Metric = Literal[
+    "fd", "spatial_fd", "fd_infinity", "kid", "precision_recall", "density_coverage", "inception_score", "cmmd", "clip_score"
+]
+OF_FEATURES = frozenset({"kid", "precision_recall", "density_coverage", "cmmd"})
+"""Metrics that compare pictures one by one, and not by mean and covariance alone."""
+
+
+class ExtractorConfig(Section):
+    """A network whose features are compared."""
+
+    kind: Literal["efficientnet_lite0", "inception", "timm", "clip"]
+    """efficientnet_lite0 ships with the package; inception is FID's; timm any network of timm; clip a CLIPModel of transformers."""
+    name: Optional[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]] = None
+    """In the names of its scores: fd_<name>; absent: its kind, or timm's name of the network."""
+    weights: Optional[str] = None
+    """A file (inception: .pth; timm: .safetensors), or CLIP's folder as transformers' save_pretrained writes it."""
+    network: Optional[str] = None
+    """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675)."""
+    side_px: PositiveInt = 224
+    """timm: pictures are resized to this (bicubic, antialiased)."""
+
+    @property
+    def label(self) -> str:
+        return self.name or (self.network if self.kind == "timm" and self.network else self.kind)
+
+
 class EvaluateConfig(Section):
     """One evaluation protocol: everything that the score depends on."""
 
@@ -41,17 +69,34 @@ class EvaluateConfig(Section):
     images: PositiveInt
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
-    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
-    """The average, the parameters themselves, or a power-function average that the run tracks (`ema_power_0.050`)."""
+    weights: list[Weights] = ["ema"]
+    """Each is scored; `ema_power_0.050` is one that the run tracks, `posthoc_0.080` one rebuilt from its snapshots."""
     sampler: SamplerConfig
     guide: Optional[GuideConfig] = None
     guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
     """1.0 is no guidance; the scales share their noise and classes."""
-    extractor: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"
-    inception_weights: Optional[str] = None
-    """Path of the standard FID Inception weights (extractor inception)."""
+    extractors: list[ExtractorConfig] = [ExtractorConfig(kind="efficientnet_lite0")]
+    """One pass through the pictures serves them all."""
+    metrics: list[Metric] = ["fd"]
+    """fd, fd_infinity, kid, precision_recall and density_coverage of every extractor but clip; spatial_fd and inception_score of
+    inception; cmmd and clip_score of clip."""
+    best: Optional[str] = None
+    """The score that the best checkpoint is chosen by, as the record calls it, such as fid; that checkpoint is not removed."""
+    patience: PositiveInt = 3
+    """Warn when `best` has been worse than its best for so many evaluations."""
     reference: Union[str, list[str]]
-    """Real pictures: an image folder or WebDataset tars, as in encode."""
+    """Real pictures: an image folder or WebDataset tars, as in encode; or statistics: a .safetensors of `lpl-pretrain reference`,
+    or the usual .npz with mu and sigma (fd of inception only)."""
+    reference_features: PositiveInt = 50_000
+    """At most so many real pictures, evenly spaced, are compared one by one (kid, precision_recall, density_coverage, cmmd)."""
+    bootstrap: NonNegativeInt = 0
+    """Resamplings for the standard error of fd; 0: none."""
+    kid_subsets: PositiveInt = 100
+    kid_subset_size: PositiveInt = 1000
+    few_images: Literal["warn", "refuse"] = "warn"
+    """What is done about fewer pictures than features, which bias a Frechet distance upwards."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    keep_images: Literal["none", "png", "npz", "tar"] = "none"
+    """Also write the pictures, beside the record."""
     grid_images: NonNegativeInt = 64
     """Samples drawn into samples/step_*.png, at the largest guidance scale."""

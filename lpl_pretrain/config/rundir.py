@@ -4,7 +4,7 @@ runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
               checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
               snapshots/step_00010000/ (power-function averages, as a checkpoint)
               evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
-              lpl/step_00010000.png
+              evaluations/best_<protocol>.json   lpl/step_00010000.png
 """
 
 from __future__ import annotations
@@ -59,6 +59,22 @@ class RunDir:
 
     def evaluation(self, step: int, protocol: str) -> Path:
         return self.path / "evaluations" / step_name(step) / f"{protocol}.json"
+
+    def evaluation_lease(self, step: int, protocol: str) -> Path:
+        """Of the evaluator that works on it; its checkpoint is not removed meanwhile."""
+        return self.path / "evaluations" / step_name(step) / f"{protocol}.lease"
+
+    def best(self, protocol: str) -> Path:
+        """Which checkpoint has the best score; it is not removed."""
+        return self.path / "evaluations" / f"best_{protocol}.json"
+
+    def best_files(self) -> list[Path]:
+        return sorted((self.path / "evaluations").glob("best_*.json"))
+
+    def evaluation_leases(self) -> list[tuple[int, Path]]:
+        """(step, file) of all, stale ones included."""
+        found = ((STEP_NAME.match(path.parent.name), path) for path in (self.path / "evaluations").glob("step_*/*.lease"))
+        return [(int(name[1]), path) for name, path in found if name]
 
     def samples(self, step: int, protocol: str) -> Path:
         return self.path / "samples" / f"{step_name(step)}_{protocol}.png"

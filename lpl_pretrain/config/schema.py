@@ -272,4 +272,7 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    inline_evaluation: Optional[str] = None
+    """A protocol (configs/evaluate/*.yaml) that scores every checkpoint while training waits; for single machines.  Elsewhere
+    `lpl-pretrain evaluate --watch` does so in processes of its own."""
     log: LogConfig = LogConfig()

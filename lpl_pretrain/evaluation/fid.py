@@ -2,9 +2,9 @@
 
     |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2))
 
-With C = R R^T, the eigenvalues of C_a C_b are those of the symmetric product R_a^T C_b R_a = (R_b^T R_a)^T (R_b^T R_a), so the last
-trace is the sum of the singular values of R_b^T R_a.  Singular values, and not square roots of eigenvalues, because a square root
-turns a rounding error of 1e-16 into 1e-8, times every missing rank: fewer pictures than dimensions is the common case.
+With C_b = R R^T, the eigenvalues of C_a C_b are those of the symmetric R^T C_a R, of which at most N_a - 1 are not zero.  A square
+root turns a rounding error of 1e-16 into 1e-8, times every missing rank, so the roots of eigenvalues count only while the rounding
+that they can carry is small.  Else the trace is the sum of the singular values of R_b^T R_a, five times slower.
 """
 
 from __future__ import annotations
@@ -14,14 +14,30 @@ from torch import Tensor
 
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 
+DOUBT = 1e-7
+"""How much of tr(C_a) + tr(C_b) the rounding of the eigenvalues may come to."""
+
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     if len(a.mean) != len(b.mean):
         raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features: they come from unlike extractors")
-    covariance_a, covariance_b = a.covariance, b.covariance
-    cross = torch.linalg.svdvals(root(covariance_b).T @ root(covariance_a)).sum()
-    distance = (a.mean - b.mean).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
+    few, many = sorted((a, b), key=lambda statistics: statistics.count)
+    distance = (a.mean - b.mean).square().sum() + few.covariance.trace() + many.covariance.trace() - 2 * cross_term(few, many)
     return max(distance.item(), 0.0)  # equal statistics differ by rounding, to either side of zero
+
+
+def cross_term(few: FeatureStatistics, many: FeatureStatistics) -> Tensor:
+    """tr((C_few C_many)^(1/2)), a scalar; `few` has at most as many pictures as `many`, whose covariance is the one factored."""
+    a, b = few.covariance, many.covariance
+    factor, failed = torch.linalg.cholesky_ex(b)
+    if failed:
+        factor = root(b)
+    rank = min(few.count - 1, factor.shape[1])
+    roots = torch.linalg.eigvalsh(factor.T @ a @ factor)[factor.shape[1] - rank :].sqrt()
+    rounding = torch.finfo(a.dtype).eps * a.norm() * b.norm()
+    if (rounding / (2 * roots)).sum() <= DOUBT * (a.trace() + b.trace()):  # not so for the NaN that a negative eigenvalue gives
+        return roots.sum()
+    return torch.linalg.svdvals(root(b).T @ root(a)).sum()
 
 
 def root(covariance: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: z0 (B, C, H, W) float32; images (B, 3, H_px, W_px) float32, about [-1, 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +89,11 @@ class Generator:
         return Conditioning(labels, text.to(self.device), pooled.to(self.device), sizes), Conditioning(null, *nothing, sizes)
 
     def pixels(
-        self, count: int, batch_size: int, *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"
-    ) -> Iterator[Tensor]:
-        """Pictures 0 ... count - 1 in order, uint8 batches on this device.  Raises NonFiniteError."""
-        for first in range(0, count, batch_size):
-            indices = range(first, min(first + batch_size, count))
-            images = self.images(indices, seed=seed, sampler=sampler, guidance_scale=guidance_scale, precision=precision)
-            yield to_uint8(images, first)
+        self, indices: range, *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"
+    ) -> Tensor:
+        """Pictures `indices` as uint8, on this device.  Raises NonFiniteError that names those that are not finite."""
+        images = self.images(indices, seed=seed, sampler=sampler, guidance_scale=guidance_scale, precision=precision)
+        return to_uint8(images, indices.start)
 
 
 def draw_classes(seed: int, indices: Sequence[int], class_counts: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from torchvision.models import inception
 CLASSES = 1008
 FEATURES = 2048
 SIDE_PX = 299
+SPATIAL_CHANNELS = 7
 
 
 def average_without_padding(x: Tensor) -> Tensor:
@@ -38,8 +39,29 @@ def with_pool(block: Any, pool: Callable[[Tensor], Tensor]) -> type[nn.Module]:
     return Pooled
 
 
+class FIDInception(nn.Module):
+    """uint8 (N, 3, H_px, W_px) -> `pooled` (N, 2048), `logits` (N, 1008) without their bias, as the Inception Score has them, and
+    `spatial` (N, 2023), the first 7 channels of mixed_6/conv at 17x17, as sFID has them (arXiv 2103.03841); float32.
+    """
+
+    def __init__(self, state_dict: dict[str, Tensor]) -> None:
+        """Frozen, in eval mode.  Raises RuntimeError when names or shapes do not fit."""
+        super().__init__()
+        self.trunk = fid_inception(state_dict)
+        self.classifier = nn.Buffer(state_dict["fc.weight"].float())
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        seen = []
+        hook = self.trunk.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[2]))
+        try:
+            pooled = self.trunk((resize_as_tensorflow1(pixels.float(), SIDE_PX) - 128) / 128)
+        finally:
+            hook.remove()
+        return {"pooled": pooled, "logits": pooled @ self.classifier.T, "spatial": seen[0][:, :SPATIAL_CHANNELS].flatten(1)}
+
+
 def fid_inception(state_dict: dict[str, Tensor]) -> inception.Inception3:
-    """In eval mode and frozen; call `pooled_features` on it.  Raises RuntimeError when names or shapes do not fit."""
+    """In eval mode and frozen.  Raises RuntimeError when names or shapes do not fit."""
     last = iter((average_without_padding, maximum))
     with torch.device("meta"):
         network = inception.Inception3(
@@ -59,11 +81,6 @@ def fid_inception(state_dict: dict[str, Tensor]) -> inception.Inception3:
     network.load_state_dict(dict(state_dict), assign=True)  # a plain dict: BatchNorm then forgives that old files lack its counters
     network.fc = nn.Identity()
     return network.float().eval().requires_grad_(False)
-
-
-def pooled_features(network: inception.Inception3, pixels: Tensor) -> Tensor:
-    """(N, 3, H_px, W_px) uint8 -> (N, 2048) float32."""
-    return network((resize_as_tensorflow1(pixels.float(), SIDE_PX) - 128) / 128)
 
 
 def resize_as_tensorflow1(x: Tensor, side: int) -> Tensor:

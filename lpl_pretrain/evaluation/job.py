@@ -1,15 +1,20 @@
 """One evaluation: which checkpoints a protocol has still to score, and what a score is made of.
 
-It meets the trainer in files only: complete checkpoints in, evaluations/step_*/<protocol>.json out, written last and whole.
+It meets the trainer in files only: complete checkpoints in, evaluations/step_*/<protocol>.json out, written last and whole.  Any
+number of evaluators may work on a run: a lease on every (step, protocol) keeps them apart, and the checkpoint from being removed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,114 +25,186 @@ from lpl_pretrain.config.load import differences, load_run_config, validate
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.evaluation.best import note_best
 from lpl_pretrain.evaluation.features import Extractor, load_extractor
-from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.files import publish_grid, publish_json
 from lpl_pretrain.evaluation.generate import RULES
-from lpl_pretrain.evaluation.load import TrainedRun, open_run, pick_device
-from lpl_pretrain.evaluation.reference import Reference, reference_statistics
-from lpl_pretrain.evaluation.stats import FeatureStatistics
-from lpl_pretrain.runtime.log import progress
+from lpl_pretrain.evaluation.keep import keep_images
+from lpl_pretrain.evaluation.load import TrainedRun, open_run
+from lpl_pretrain.evaluation.reference import Reference, open_reference
+from lpl_pretrain.evaluation.scores import scores
+from lpl_pretrain.evaluation.spool import Spool
+from lpl_pretrain.runtime.dist import barrier, broadcast_json
+from lpl_pretrain.runtime.lease import Lease
+from lpl_pretrain.runtime.log import log, progress
+from lpl_pretrain.runtime.world import World
 
-FORMAT_VERSION = 1
-PACKAGES = ("lpl-pretrain", "torch", "diffusers", "timm", "torchvision", "Pillow")
+FORMAT_VERSION = 2
+PACKAGES = ("lpl-pretrain", "torch", "diffusers", "timm", "torchvision", "transformers", "Pillow")
+PIXELS = "pixels"
+FREE_TO_CHANGE = {"best", "patience", "keep_images", "few_images"}
+"""Keys of a protocol that its scores do not depend on."""
 
 
-def evaluate(run_dir: RunDir, protocol: EvaluateConfig, steps: list[int] | None = None) -> list[dict[str, Any]]:
-    """Scores `steps`, again if they have scores; without them every complete checkpoint that this protocol has not scored.
+def evaluate(
+    run_dir: RunDir, protocol: EvaluateConfig, device: torch.device, steps: list[int] | None = None, world: World | None = None
+) -> Iterator[dict[str, Any]]:
+    """Collective. Scores `steps`, again if they have scores; without them every complete checkpoint that has none by this protocol.
 
-    Returns what was written, one record a step.  Raises ConfigError, CheckpointError or DataError before anything is generated.
+    Yields each record when it is written; a step that another evaluator works on is left to it.  Raises ConfigError,
+    CheckpointError or DataError before anything is generated.
     """
+    world = world or World()
     check_protocol(protocol)
     check_sampler(load_run_config(run_dir).diffusion.prediction, protocol.sampler)
     run_dir.complete_step(None)
     wanted = run_dir.pending_evaluations(protocol.name) if steps is None else [run_dir.complete_step(step) for step in steps]
+    wanted = broadcast_json(wanted)
     check_same_protocol(run_dir, protocol)
     if not wanted:
-        return []
-    device = pick_device()
-    run, extractor = open_run(run_dir, device, protocol.guide), load_extractor(protocol, device)
-    reference = reference_statistics(
-        run_dir,
-        protocol.reference,
-        run.index.resolution_px,
-        extractor,
-        batch_size=protocol.batch_size,
-        grid_images=protocol.grid_images,
-    )
-    return [score(run, protocol, extractor, reference, step) for step in wanted]
+        return
+    run, extractors = open_run(run_dir, device, protocol.guide), [load_extractor(entry, device) for entry in protocol.extractors]
+    check_enough(protocol, extractors)
+    reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
+    job = Job(run, protocol, extractors, reference, world)
+    for step in wanted:
+        record = job.score(step, again=steps is not None)
+        if record is not None:
+            yield record
 
 
-def score(run: TrainedRun, protocol: EvaluateConfig, extractor: Extractor, reference: Reference, step: int) -> dict[str, Any]:
-    """Generates, compares and writes the record of one step."""
-    run.load(step, protocol.weights)
-    manifest = (run.run_dir.checkpoint(step) / MANIFEST).read_bytes()
-    results: list[dict[str, Any]] = []
-    shown: dict[float, Tensor] = {}
-    for scale in protocol.guidance_scales:
-        started = time.monotonic()
-        statistics, shown[scale] = generated_statistics(run, protocol, extractor, scale, f"step {step}, guidance {scale:g}")
-        distance = frechet_distance(statistics, reference.statistics)
-        results.append(
-            {
-                "guidance_scale": scale,
-                "metric": extractor.metric,
-                "value": distance,
-                "images": statistics.count,
-                "seconds": round(time.monotonic() - started, 2),
+class Job:
+    """Everything that the scores of a run by a protocol have in common."""
+
+    def __init__(
+        self, run: TrainedRun, protocol: EvaluateConfig, extractors: list[Extractor], reference: Reference, world: World
+    ) -> None:
+        self.run, self.protocol, self.extractors, self.reference, self.world = run, protocol, extractors, reference, world
+
+    def score(self, step: int, *, again: bool) -> dict[str, Any] | None:
+        """Collective. The record of one step, once it is written; None when that is not ours to do."""
+        run_dir, protocol, rank0 = self.run.run_dir, self.protocol, self.world.rank == 0
+        lease = Lease(run_dir.evaluation_lease(step, protocol.name))
+        with lease if rank0 else nullcontext() as found:
+            there = step in run_dir.complete_checkpoints()
+            ours = broadcast_json(
+                rank0
+                and found is not None
+                and found.held
+                and there
+                and (again or step in run_dir.pending_evaluations(protocol.name))
+            )
+            if not ours:
+                return None
+            manifest = (run_dir.checkpoint(step) / MANIFEST).read_bytes()
+            results, samples = self._results(step, self._work(step, manifest))
+            if not rank0:
+                return broadcast_json(None)
+            record = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "samples_seen": step * self.run.config.batch.global_batch_size,
+                "results": results,
+                "samples": samples,
+                "protocol": protocol.model_dump(mode="json"),
+                "rules": RULES,
+                "checkpoint_manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+                "data_fingerprint": self.run.index.fingerprint,
+                "autoencoder_identity": self.run.index.autoencoder.identity,
+                "extractors": {extractor.config.label: extractor.identity() for extractor in self.extractors},
+                "reference": self.reference.facts,
+                "versions": {name: _version(name) for name in PACKAGES},
+                "device": self.run.generator.device.type,
+                "processes": self.world.world_size,
+                "threads": torch.get_num_threads(),
+                "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
-        )
-    samples = run.run_dir.samples(step, protocol.name)
-    if protocol.grid_images:
-        publish_grid(samples, shown[max(protocol.guidance_scales)])
-    record = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "samples_seen": step * run.config.batch.global_batch_size,
-        "results": results,
-        "samples": str(samples.relative_to(run.run_dir.path)) if protocol.grid_images else None,
-        "protocol": protocol.model_dump(mode="json"),
-        "rules": RULES,
-        "weights": protocol.weights,
-        "checkpoint_manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "data_fingerprint": run.index.fingerprint,
-        "autoencoder_identity": run.index.autoencoder.identity,
-        "extractor": extractor.identity(),
-        "reference": reference.facts,
-        "versions": {name: _version(name) for name in PACKAGES},
-        "device": run.generator.device.type,
-        "threads": torch.get_num_threads(),
-        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    publish_json(run.run_dir.evaluation(step, protocol.name), record)
-    return record
+            publish_json(run_dir.evaluation(step, protocol.name), record)
+            shutil.rmtree(self._work(step, manifest), ignore_errors=True)
+            for warning in note_best(run_dir, protocol):
+                log.warning("%s", warning)
+            return broadcast_json(record)
+
+    def _work(self, step: int, manifest: bytes) -> Path:
+        """Where features wait until the record is written; of another protocol or checkpoint they are not taken up again."""
+        facts = [self.protocol.model_dump(mode="json"), [e.identity() for e in self.extractors], self.run.index.fingerprint]
+        key = hashlib.sha256(json.dumps(facts).encode() + manifest).hexdigest()[:12]
+        return self.run.run_dir.evaluation(step, self.protocol.name).with_suffix(f".{key}.partial")
+
+    def _results(self, step: int, work: Path) -> tuple[list[dict[str, Any]], str | None]:
+        """Collective. Entries of the record (on rank 0), and the sheet of samples."""
+        protocol, results, samples = self.protocol, [], None
+        for weights in protocol.weights:
+            self.run.load(step, weights)
+            for scale in protocol.guidance_scales:
+                started, spool = time.monotonic(), Spool(work / f"{weights}_w{scale:g}", protocol.images, protocol.batch_size)
+                made = self._generate(spool, scale, f"step {step}, {weights}, guidance {scale:g}")
+                barrier()
+                if self.world.rank != 0:
+                    continue
+                shared = {"weights": weights, "guidance_scale": scale, "images": protocol.images}
+                entries = [entry for extractor in self.extractors for entry in scores(protocol, extractor, spool, self.reference)]
+                seconds = {"seconds": round(time.monotonic() - started, 2), "images_made_now": made}
+                results += [{**shared, **entry, **seconds} for entry in entries]
+                if protocol.keep_images != "none":
+                    keep_images(self.run, step, protocol, weights, scale, spool.rows(PIXELS))
+                if protocol.grid_images and samples is None and scale == max(protocol.guidance_scales):
+                    path = self.run.run_dir.samples(step, protocol.name)
+                    publish_grid(path, spool.first(PIXELS, protocol.grid_images))
+                    samples = str(path.relative_to(self.run.run_dir.path))
+        return results, samples
+
+    def _generate(self, spool: Spool, scale: float, desc: str) -> int:
+        """This rank's share of the pictures, and their features; how many there were left to make."""
+        protocol, made = self.protocol, 0
+        missing = spool.missing(self.world.rank, self.world.world_size)
+        with progress(sum(map(len, missing)), "img", desc) as bar:
+            for batch in missing:
+                pixels = self.run.generator.pixels(
+                    batch, seed=protocol.seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
+                )
+                tensors: dict[str, Tensor] = {}
+                for extractor in self.extractors:
+                    label = extractor.config.label
+                    tensors |= {f"{label}/{kind}": rows for kind, rows in extractor(pixels).items()}
+                    if extractor.embed_text is not None and "clip_score" in protocol.metrics:
+                        tensors[f"{label}/text"] = extractor.embed_text(self.run.captions(protocol.seed, batch))
+                shown = len(pixels) if protocol.keep_images != "none" else max(protocol.grid_images - batch.start, 0)
+                if shown:
+                    tensors[PIXELS] = pixels[:shown]
+                spool.put(batch, tensors)
+                made += len(batch)
+                bar.update(len(batch))
+        return made
 
 
-def generated_statistics(
-    run: TrainedRun, protocol: EvaluateConfig, extractor: Extractor, guidance_scale: float, desc: str
-) -> tuple[FeatureStatistics, Tensor]:
-    """Statistics of all pictures, and the first `grid_images` of them (N, 3, H_px, W_px) uint8."""
-    statistics, shown = FeatureStatistics(extractor.dimension), []
-    with progress(protocol.images, "img", desc) as bar:
-        for pixels in run.generator.pixels(
-            protocol.images,
-            protocol.batch_size,
-            seed=protocol.seed,
-            sampler=protocol.sampler,
-            guidance_scale=guidance_scale,
-            precision=protocol.precision,
-        ):
-            shown.append(pixels[: max(protocol.grid_images - statistics.count, 0)].cpu())
-            statistics.update(extractor(pixels))
-            bar.update(len(pixels))
-    return statistics, torch.cat(shown)
+def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
+    """Fewer pictures than features: a warning, or ConfigError if the protocol says so."""
+    if not {"fd", "spatial_fd", "fd_infinity"} & set(protocol.metrics):
+        return
+    for extractor in extractors:
+        if extractor.config.kind != "clip" and protocol.images <= extractor.dimension:
+            text = (
+                f"images={protocol.images} for the {extractor.dimension} features of {extractor.config.label}: a Frechet distance "
+                "is biased upwards; compare only scores of the same protocol, or use kid, which is not"
+            )
+            if protocol.few_images == "refuse":
+                raise ConfigError(f"{text} (few_images=refuse)")
+            log.warning("%s", text)
 
 
 def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:
     """Raises ConfigError when scores of this name were made by other settings: one curve must not mix two protocols."""
     for path in sorted(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
-        stored = validate(EvaluateConfig, json.loads(path.read_text())["protocol"], where=str(path))
-        if changed := differences(stored, protocol):
+        record = json.loads(path.read_text())
+        if record["format_version"] != FORMAT_VERSION:
+            raise ConfigError(
+                f"{path}: was written by an older version (format {record['format_version']}, this one {FORMAT_VERSION}): "
+                f"give the protocol another name, such as name={protocol.name}_2, or remove the old scores"
+            )
+        stored = validate(EvaluateConfig, record["protocol"], where=str(path))
+        changed = {key: values for key, values in differences(stored, protocol).items() if key not in FREE_TO_CHANGE}
+        if changed:
             lines = [f"  {key}: scored with {old!r}, you ask for {new!r}" for key, (old, new) in changed.items()]
             raise ConfigError(
                 f"{path} was scored by another protocol of the same name:\n"

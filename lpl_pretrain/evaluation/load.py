@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpl_pretrain.checkpoint.store import read_full
+from lpl_pretrain.checkpoint.weights import POSTHOC, reconstructed, stored
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
@@ -34,8 +34,15 @@ class TrainedRun:
     generator: Generator
 
     def load(self, step: int, weights: str) -> None:
-        """Puts weights of a complete checkpoint (`ema`, `raw`, `ema_power_...`) into the denoiser.  Raises CheckpointError."""
-        load_weights(self.generator.denoiser, self.run_dir, step, weights)
+        """Puts weights of a step (`ema`, `raw`, `ema_power_...`, `posthoc_...`) into the denoiser.  Raises CheckpointError."""
+        load_weights(self.generator.denoiser, self.run_dir, self.config, step, weights)
+
+    def captions(self, seed: int, indices: Sequence[int]) -> list[str]:
+        """What was written to the model; the names of classes where it reads no text."""
+        if self.generator.captions is not None:
+            return self.generator.captions.draw(seed, indices)[0]
+        names = [*self.index.classes, ""]
+        return [names[label] for label in draw_classes(seed, indices, self.index.class_counts).tolist()]
 
     def told(self, seed: int, indices: Sequence[int]) -> list[dict[str, object]]:
         """What the model was asked for in each of these pictures: index, class and, where it reads text, caption."""
@@ -48,13 +55,16 @@ class TrainedRun:
         return facts
 
 
-def load_weights(denoiser: nn.Module, run_dir: RunDir, step: int, weights: str) -> None:
-    folder = run_dir.checkpoint(step)
+def load_weights(denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step: int, weights: str) -> None:
+    if weights.startswith(POSTHOC):
+        tensors, _ = reconstructed(run_dir, config.ema.power, float(weights.removeprefix(POSTHOC)), step)
+    else:
+        tensors, _ = stored(run_dir, weights, step)
     try:
-        denoiser.load_state_dict(read_full(folder, "param" if weights == "raw" else weights))
+        denoiser.load_state_dict(tensors)
     except RuntimeError as problem:
         raise CheckpointError(
-            f"{folder}: its {weights} weights do not fit the model in {run_dir.config}: {str(problem)[:500]}"
+            f"{run_dir.checkpoint(step)}: its {weights} weights do not fit the model in {run_dir.config}: {str(problem)[:500]}"
         ) from None
 
 
@@ -81,7 +91,7 @@ def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, dev
             f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on {config.data.folder}: use one like it"
         )
     denoiser = new_denoiser(theirs, index).to(device)
-    load_weights(denoiser, run_dir, run_dir.complete_step(guide.step), guide.weights)
+    load_weights(denoiser, run_dir, theirs, run_dir.complete_step(guide.step), guide.weights)
     return denoiser
 
 

@@ -1,83 +1,188 @@
-"""Statistics of real pictures: computed once, kept beside the run's scores with everything that they depend on.
+"""What generated pictures are compared with: statistics and features of real ones, computed once, with where they come from.
 
-    <run>/evaluations/reference_<key>.safetensors   count, mean, scatter (stats.py)
-    <run>/evaluations/reference_<key>.json          where they come from; written last
-    <run>/evaluations/reference_<key>.png           some of the pictures, to look at beside samples
-
-<key> is a hash of the extractor, the resolution, and the source files' names, sizes and times, which costs no reading.
+One safetensors file: `<extractor>/<kind>/{count, mean, scatter}` (stats.py), `<extractor>/features` of at most so many pictures,
+and in its header the facts as JSON.  A run keeps its own as evaluations/reference_<key>.safetensors; <key> is a hash of the
+extractors, the resolution, and the source files' names, sizes and times, which costs no reading.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lpl_pretrain.config.protocol import OF_FEATURES, EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.encoding.images import to_square
 from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.sources import read_pictures
+from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.evaluation.features import Extractor
-from lpl_pretrain.evaluation.files import publish_grid, publish_json, published
+from lpl_pretrain.evaluation.files import publish_grid, published
+from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.stats import FeatureStatistics
+from lpl_pretrain.runtime.dist import barrier
 from lpl_pretrain.runtime.log import progress
+from lpl_pretrain.runtime.world import World
+
+UNKNOWN = 2**30
+"""Taken for the number of pictures less one where a file does not tell: many, so that no rank is thought to be missing."""
+STATISTICS = ("count", "mean", "scatter")
+COMPARED = ("pooled", "spatial")
+"""Kinds of features that have statistics."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    statistics: FeatureStatistics
+    statistics: dict[str, FeatureStatistics]
+    """By `<extractor>/<kind>`."""
+    features: dict[str, Tensor]
+    """By extractor, (N, D): pooled features of pictures that are compared one by one; empty when no metric does."""
     facts: dict[str, Any]
-    """`pictures`, `fingerprint`, `resolution_px`, `extractor`, and the names of its files relative to the run."""
+    """`pictures`, `fingerprint`, `resolution_px`, `extractors`, and the names of its files."""
 
 
-def reference_statistics(
-    run_dir: RunDir, source: str | list[str], resolution_px: int, extractor: Extractor, *, batch_size: int, grid_images: int
+def open_reference(
+    run_dir: RunDir, protocol: EvaluateConfig, resolution_px: int, extractors: list[Extractor], world: World
 ) -> Reference:
-    """Of every picture in `source`, brought to `resolution_px` as `encode` does.  Raises DataError for an unreadable picture."""
+    """Collective. As `protocol.reference` says: a file, or pictures.  Raises ConfigError, and DataError for what cannot be read."""
+    source = protocol.reference
+    if isinstance(source, str) and source.endswith(".npz"):
+        return read_npz(Path(source).expanduser(), protocol, extractors)
+    if isinstance(source, str) and source.endswith(".safetensors"):
+        found = read_reference(Path(source).expanduser())
+        check_provenance(source, found, protocol, resolution_px, extractors)
+        return found
     pictures = list(read_pictures(source))
-    stem = run_dir.path / "evaluations" / f"reference_{reference_key(pictures, resolution_px, extractor, grid_images)}"
-    tensors, sidecar, grid = (stem.with_suffix(suffix) for suffix in (".safetensors", ".json", ".png"))
-    if sidecar.is_file():
-        return Reference(FeatureStatistics.from_tensors(load_file(tensors)), json.loads(sidecar.read_text()))
-    statistics, fingerprint = FeatureStatistics(extractor.dimension), hashlib.sha256()
-    shown, kept = set(evenly_spaced(len(pictures), grid_images)), []
+    path = run_dir.path / "evaluations" / f"reference_{reference_key(pictures, protocol, resolution_px, extractors)}.safetensors"
+    if not path.is_file():
+        build_reference(path, pictures, protocol, resolution_px, extractors, world)
+    return read_reference(path)
+
+
+def build_reference(
+    path: Path, pictures: list[Picture], protocol: EvaluateConfig, resolution_px: int, extractors: list[Extractor], world: World
+) -> None:
+    """Collective. Of every picture, brought to `resolution_px` as `encode` does."""
+    spool = Spool(path.with_suffix(".partial"), len(pictures), protocol.batch_size)
     with progress(len(pictures), "img", "reference") as bar:
-        for batch in _batches(pictures, batch_size):
-            pixels = torch.stack([_pixels(picture, resolution_px) for picture in batch])
-            kept += [row for i, row in enumerate(pixels, start=statistics.count) if i in shown]
-            statistics.update(extractor(pixels))
-            for picture in batch:
-                fingerprint.update(f"{picture.key} {picture.sha256()}\n".encode())
+        for batch in spool.missing(world.rank, world.world_size):
+            pixels = torch.stack([_pixels(pictures[i], resolution_px) for i in batch])
+            spool.put(
+                batch,
+                {f"{e.config.label}/{kind}": rows for e in extractors for kind, rows in e(pixels).items() if kind in COMPARED},
+            )
             bar.update(len(batch))
-    with published(tensors) as temporary:
-        save_file(statistics.tensors(), temporary)
-    if kept:
-        publish_grid(grid, torch.stack(kept))
+    barrier()
+    if world.rank == 0:
+        publish_reference(path, spool, pictures, protocol, resolution_px, extractors)
+        spool.remove()
+    barrier()
+
+
+def publish_reference(
+    path: Path, spool: Spool, pictures: list[Picture], protocol: EvaluateConfig, resolution_px: int, extractors: list[Extractor]
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    alone = evenly_spaced(len(pictures), protocol.reference_features) if OF_FEATURES & set(protocol.metrics) else []
+    for extractor in extractors:
+        label = extractor.config.label
+        for kind in COMPARED:
+            if next(spool.rows(f"{label}/{kind}"), None) is not None:
+                found = spool.statistics(f"{label}/{kind}").tensors()
+                tensors |= {f"{label}/{kind}/{name}": tensor for name, tensor in found.items()}
+        if alone:
+            tensors[f"{label}/features"] = spool.whole(f"{label}/pooled")[alone].contiguous()
+    grid, shown = path.with_suffix(".png"), evenly_spaced(len(pictures), protocol.grid_images)
+    if shown:
+        publish_grid(grid, torch.stack([_pixels(pictures[i], resolution_px) for i in shown]))
+    fingerprint = hashlib.sha256()
+    for picture in pictures:
+        fingerprint.update(f"{picture.key} {picture.sha256()}\n".encode())
     facts = {
-        "pictures": statistics.count,
+        "pictures": len(pictures),
+        "compared_one_by_one": len(alone),
         "fingerprint": fingerprint.hexdigest(),
-        "source": source,
+        "source": protocol.reference,
         "resolution_px": resolution_px,
-        "extractor": extractor.identity(),
-        "statistics": str(tensors.relative_to(run_dir.path)),
-        "grid": str(grid.relative_to(run_dir.path)) if kept else None,
+        "extractors": {extractor.config.label: extractor.identity() for extractor in extractors},
+        "grid": grid.name if shown else None,
     }
-    publish_json(sidecar, facts)
-    return Reference(statistics, facts)
+    with published(path) as temporary:
+        save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
 
 
-def reference_key(pictures: list[Picture], resolution_px: int, extractor: Extractor, grid_images: int) -> str:
+def read_reference(path: Path) -> Reference:
+    """Raises DataError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise DataError(f"{path}: no statistics as `lpl-pretrain reference` writes them ({problem}): write them again") from None
+    kinds = {name.rpartition("/")[0] for name in tensors if name.endswith("/mean")}
+    statistics = {kind: FeatureStatistics.from_tensors({name: tensors[f"{kind}/{name}"] for name in STATISTICS}) for kind in kinds}
+    features = {name.partition("/")[0]: tensor for name, tensor in tensors.items() if name.endswith("/features")}
+    return Reference(statistics, features, {**facts, "file": str(path)})
+
+
+def check_provenance(
+    source: str, found: Reference, protocol: EvaluateConfig, resolution_px: int, extractors: list[Extractor]
+) -> None:
+    """Raises ConfigError when these statistics and this protocol do not compare like with like."""
+    problems = []
+    if found.facts["resolution_px"] != resolution_px:
+        problems.append(f"is of pictures of {found.facts['resolution_px']} px, the run makes {resolution_px} px")
+    for extractor in extractors:
+        label, mine = extractor.config.label, extractor.identity()
+        theirs = found.facts["extractors"].get(label)
+        if theirs is None:
+            problems.append(f"has no features by {label}, only by {sorted(found.facts['extractors'])}")
+        elif differ := [f"{key} {theirs[key]!r} there, {mine[key]!r} here" for key in mine if theirs[key] != mine[key]]:
+            problems.append(f"was made by another {label}: {'; '.join(differ)}")
+        elif OF_FEATURES & set(protocol.metrics) and label not in found.features:
+            problems.append(f"holds no single features, which {sorted(OF_FEATURES & set(protocol.metrics))} compare")
+    if problems:
+        raise ConfigError(f"reference={source}: " + "; ".join(problems) + ": make it anew with `lpl-pretrain reference`")
+
+
+def read_npz(path: Path, protocol: EvaluateConfig, extractors: list[Extractor]) -> Reference:
+    """mu and sigma of the usual tools, which do not say what made them: FID's Inception is assumed.  Raises ConfigError."""
+    kinds = [extractor.config.kind for extractor in extractors]
+    if kinds != ["inception"] or protocol.metrics != ["fd"]:
+        raise ConfigError(
+            f"reference={path}: a .npz holds mean and covariance of the FID Inception alone: "
+            f"use metrics=[fd] and one extractor of kind inception, not {protocol.metrics} with {kinds}"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
+    except (OSError, KeyError, ValueError) as problem:
+        raise ConfigError(f"reference={path}: wanted mu (D,) and sigma (D, D) ({problem})") from None
+    if mean.shape != (extractors[0].dimension,) or covariance.shape != 2 * mean.shape:
+        raise ConfigError(
+            f"reference={path}: mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}; wanted {extractors[0].dimension}"
+        )
+    statistics = FeatureStatistics(len(mean))
+    statistics.count, statistics.mean, statistics.scatter = UNKNOWN + 1, mean, UNKNOWN * covariance
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    label = extractors[0].config.label
+    return Reference({f"{label}/pooled": statistics}, {}, {"file": str(path), "sha256": digest, "pictures": None, "grid": None})
+
+
+def reference_key(pictures: list[Picture], protocol: EvaluateConfig, resolution_px: int, extractors: list[Extractor]) -> str:
     files = {Path(picture.path) for picture in pictures}
     stamps = sorted((path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files)
-    facts = [stamps, len(pictures), resolution_px, extractor.identity(), grid_images]
+    alone = protocol.reference_features if OF_FEATURES & set(protocol.metrics) else 0
+    facts = [stamps, len(pictures), resolution_px, [e.identity() for e in extractors], protocol.grid_images, alone]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -85,12 +190,6 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     """At most `count` of 0 ... total - 1, spread over all of them: neighbours in a source are often alike."""
     count = min(count, total)
     return [i * total // count for i in range(count)]
-
-
-def _batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
-    remaining = iter(pictures)
-    while batch := list(islice(remaining, size)):
-        yield batch
 
 
 def _pixels(picture: Picture, resolution_px: int) -> Tensor:

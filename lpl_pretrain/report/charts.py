@@ -123,6 +123,10 @@ def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, colour: st
             marker="o" if chart.markers or len(steps) < 3 else None,
             markersize=4,
         )
+        known = [(step, value, bar) for step, value, bar in zip(steps, raw, series.bars or (), strict=False) if bar is not None]
+        if known:
+            at, values, bars = zip(*known, strict=True)
+            axes.errorbar(at, values, yerr=list(zip(*bars, strict=True)), fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5)
         return
     axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(steps[::stride], smoothed(raw)[::stride], color=colour, label=name)

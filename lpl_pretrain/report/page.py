@@ -18,9 +18,10 @@ from markupsafe import Markup
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.report import scores
 from lpl_pretrain.report.charts import Chart, draw
 from lpl_pretrain.report.curves import training_charts
-from lpl_pretrain.report.record import RunRecord, Series, read_run
+from lpl_pretrain.report.record import RunRecord, read_run
 from lpl_pretrain.runtime.files import published
 
 TEMPLATE, STYLE_SHEET = "page.html", "page.css"
@@ -49,7 +50,7 @@ def render(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(when=when)
+    environment.filters.update(when=when, score="{:.4g}".format)
     name = record.settings.get("name") or record.run_dir.path.name
     return environment.get_template(TEMPLATE).render(
         style=Markup((HERE / STYLE_SHEET).read_text()),
@@ -89,9 +90,10 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     if duration := training_seconds(record):
         found.append(("training time", clock(duration), sessions(record)))
     for name, records in record.protocols().items():
-        scale, values = best_curve(records)
+        (_, scale), values = scores.best_column(records)
         ends = values if len(values) == 1 else [values[0], values[-1]]
-        found.append(("Frechet distance", " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
+        first = scores.title(records[-1]["results"][0]["metric"])
+        found.append((first, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
     if share := record.series("lpl/weighted_share").values:
         found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "lately"))
     return found
@@ -129,27 +131,31 @@ def lpl_pictures(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One evaluation protocol: chart and table of scores, sample grids over steps, real pictures beside the last one."""
+    """One evaluation protocol: a chart and a table of each metric, sample grids over steps, real pictures beside the last one."""
     last, folder = records[-1], record.run_dir.path
-    result, dimension = last["results"][0], last.get("extractor", {}).get("dimension", 0)
-    curves = {f"w = {scale:g}": curve(records, scale) for scale in scales(records)}
-    chart = Chart("Frechet distance", curves, markers=True, note="by guidance scale w; lower is better")
+    asked, events, end = scores.columns(records), interruptions(record), max(last_step(record), last["step"])
+    shown = []
+    for metric in scores.metrics(records):
+        chart = scores.chart(records, metric)
+        rows = scores.table(records, metric)
+        shown.append(
+            {"name": metric, "title": chart.title, "svg": Markup(draw(chart, events, end)), "note": chart.note, "rows": rows}
+        )
+    dimensions = [extractor["dimension"] for extractor in last.get("extractors", {}).values()]
+    images, reference = last["results"][0]["images"], last.get("reference", {})
     grids = [{"step": r["step"], "picture": picture(folder, r.get("samples"))} for r in spread(records, MOST_GRIDS)]
     return {
         "name": name,
-        "metric": result["metric"],
-        "images": result["images"],
-        "weights": last.get("weights", ""),
-        "svg": Markup(draw(chart, interruptions(record), max(last_step(record), last["step"]))),
-        "note": chart.note,
-        "scales": scales(records),
+        "images": images,
+        "weights": ", ".join(dict.fromkeys(weights for weights, _ in asked)),
+        "metrics": shown,
+        "headings": [scores.heading(column, asked) for column in asked],
         "sampler": last["protocol"].get("sampler"),
-        "shown_scale": max(scales([last])),
-        "rows": [{"step": r["step"], "values": [value_at(r, scale) for scale in scales(records)]} for r in records],
-        "biased": result["images"] <= dimension,
-        "dimension": dimension,
-        "reference": last.get("reference", {}),
-        "real": picture(folder, last.get("reference", {}).get("grid")),
+        "shown_scale": max(scale for _, scale in asked),
+        "biased": bool(dimensions) and images <= max(dimensions),
+        "dimension": max(dimensions, default=0),
+        "reference": reference,
+        "real": picture(folder, f"evaluations/{reference['grid']}") if reference.get("grid") else None,
         "grids": [grid for grid in grids if grid["picture"]],
     }
 
@@ -196,25 +202,6 @@ def sessions(record: RunRecord) -> str:
 def epochs(record: RunRecord, seen: float) -> str:
     samples = record.provenance.get("data_samples")
     return f"{seen / samples:,.1f} times the data" if samples else ""
-
-
-def scales(records: list[dict[str, Any]]) -> list[float]:
-    return sorted({result["guidance_scale"] for record in records for result in record["results"]})
-
-
-def value_at(record: dict[str, Any], scale: float) -> float | None:
-    return next((result["value"] for result in record["results"] if result["guidance_scale"] == scale), None)
-
-
-def curve(records: list[dict[str, Any]], scale: float) -> Series:
-    found = [(record["step"], value) for record in records if (value := value_at(record, scale)) is not None]
-    return Series([step for step, _ in found], [value for _, value in found])
-
-
-def best_curve(records: list[dict[str, Any]]) -> tuple[float, list[float]]:
-    """The guidance scale that is best at the last step, and its values over steps."""
-    scale = min(records[-1]["results"], key=lambda result: result["value"])["guidance_scale"]
-    return scale, curve(records, scale).values
 
 
 def spread(records: list[Any], count: int) -> list[Any]:

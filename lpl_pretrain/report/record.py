@@ -22,6 +22,8 @@ class Series:
 
     steps: list[int]
     values: list[float]
+    bars: list[tuple[float, float] | None] | None = None
+    """How far each may be below and above, where that is known."""
 
     def __bool__(self) -> bool:
         return bool(self.steps)

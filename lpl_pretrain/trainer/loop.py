@@ -6,7 +6,9 @@ after that many updates.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -26,14 +28,22 @@ from lpl_pretrain.trainer.pictures import picture_lpl
 from lpl_pretrain.trainer.sinks import Sinks
 from lpl_pretrain.trainer.step import Outcome
 
+Score = Callable[[], Iterable[dict[str, Any]]]
+"""Collective. Scores what is published and not scored; yields records."""
 
-def train(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, stop: StopRequest) -> bool:
-    """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run is complete."""
+
+def train(
+    config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, stop: StopRequest, score: Score | None = None
+) -> bool:
+    """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run is complete.
+
+    `score` is called after every published checkpoint, and training waits for it.
+    """
     run = assemble(config, run_dir, world, device)
     sinks = Sinks(run_dir, config, world.rank)
     try:
         first_step = restore(run, sinks)
-        return loop(run, sinks, first_step, stop)
+        return loop(run, sinks, first_step, stop, score)
     finally:
         sinks.close()
 
@@ -58,10 +68,11 @@ def restore(run: Run, sinks: Sinks) -> int:
     return state["step"]
 
 
-def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
+def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Score | None = None) -> bool:
     """Collective. The loop itself; True when all steps are done."""
     config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
     batches = run.stream.prefetch(run.requests(first_step), run.device)
+    scored = first_step
     bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
     for step in range(first_step, config.steps):
         done = step + 1
@@ -83,6 +94,10 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest) -> bool:
             if not writing:
                 run.checkpoints.advance()
             save(run, done, last=stopping or done == config.steps)
+        if score is not None and run.checkpoints.published > scored and not stopping:
+            with clock.phase("evaluation"):
+                sinks.scores(score())
+            scored = run.checkpoints.published
         if bar is not None:
             bar.update(1)
         if stopping and done < config.steps:

@@ -7,49 +7,46 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.runtime.mirror import Mirror
 
 
 class Sinks:
     """Writes on rank 0 and is silent elsewhere."""
 
     def __init__(self, run_dir: RunDir, config: TrainConfig, rank: int) -> None:
-        self.file = self.wandb = None
+        self.file = self.mirror = None
         if rank != 0:
             return
         self.file = run_dir.metrics.open("a", buffering=1)
         if config.log.wandb.mode != "disabled":
-            import wandb
-            import yaml
-
-            self.wandb = wandb.init(
-                project=config.log.wandb.project,
-                entity=config.log.wandb.entity,
-                name=config.name,
-                id=config.name,
-                resume="allow",
-                mode=config.log.wandb.mode,
-                dir=str(run_dir.path),
-                config=yaml.safe_load(dump(config)),
+            self.mirror = Mirror(
+                run_dir.path, config.name, **config.log.wandb.model_dump(), settings=config.model_dump(mode="json")
             )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, "time_s": time.time(), **values})
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        if self.mirror is not None:
+            self.mirror.training(step, values)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         self._write({"event": name, "step": step, "time_s": time.time(), **facts})
 
+    def scores(self, records: Iterable[dict[str, Any]]) -> None:
+        """Of evaluations, which have written their own files."""
+        for record in records:
+            if self.mirror is not None:
+                self.mirror.scores(record)
+
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.mirror is not None:
+            self.mirror.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:

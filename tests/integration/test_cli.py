@@ -98,6 +98,19 @@ def test_resuming_equals_not_stopping_bit_for_bit(world):
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
+def test_scores_while_training_waits(world):
+    """On two ranks, of every checkpoint, and the run is the same as without; one that cannot run is refused at once."""
+    run = world / "inline"
+    lpl("train", world / "train.yaml", f"run_dir={run}", "parallel.strategy=ddp", f"inline_evaluation={world}/quick.yaml", ranks=2)
+    assert sorted(path.parent.name for path in run.glob("evaluations/*/quick.json")) == ["step_00000004", "step_00000008"]
+    assert losses(run) == pytest.approx(losses(world / "whole"), rel=1e-4)
+    record = json.loads((run / "evaluations/step_00000008/quick.json").read_text())
+    assert record["processes"] == 2 and {entry["images"] for entry in record["results"]} == {12}
+    (world / "unfit.yaml").write_text((world / "quick.yaml").read_text().replace("euler", "ddim"))
+    refused = lpl("train", world / "train.yaml", f"run_dir={world}/no", f"inline_evaluation={world}/unfit.yaml", check=False)
+    assert refused.returncode == 2 and "sampler.kind=ddim" in refused.stderr and not (world / "no").exists()
+
+
 def test_has_teeth_another_seed_is_another_run(world):
     """And, in the same launch: wandb mirrors metrics.jsonl, offline."""
     lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=2", "seed=1", "log.wandb.mode=offline")

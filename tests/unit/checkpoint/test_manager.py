@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from lpl_pretrain.checkpoint.manifest import Manifest, damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.evaluation.files import publish_json
+from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
 from tests.support.training import Case, Training
 
@@ -41,6 +44,24 @@ def test_retention(tmp_path, run, options, kept):
         keeper.save(step, run.strategy, run.ema, {}, samples_seen=step * 16)
     assert keeper.run_dir.complete_checkpoints() == kept
     assert sorted(path.name for path in keeper.run_dir.checkpoints.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+def test_what_evaluation_needs_is_not_removed(tmp_path, run):
+    """The best step by a protocol, and those that are being scored now; a dead evaluator's lease keeps nothing."""
+    keeper = manager(tmp_path, keep_last=1)
+    folder = keeper.run_dir
+    publish_json(folder.best("quick"), {"step": 2})
+    with Lease(folder.evaluation_lease(3, "quick")) as lease:
+        assert lease.held
+        dead = folder.evaluation_lease(4, "other")
+        dead.parent.mkdir(parents=True)
+        dead.write_text("{}")
+        os.utime(dead, (0, 0))
+        for step in range(1, 7):
+            keeper.save(step, run.strategy, run.ema, {}, samples_seen=step * 16)
+        assert folder.complete_checkpoints() == [2, 3, 6]
+    keeper.save(7, run.strategy, run.ema, {}, samples_seen=7 * 16)
+    assert folder.complete_checkpoints() == [2, 7]
 
 
 def test_nothing_to_restore(tmp_path, run):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.evaluation import extractor_problems
+from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation import inception
 from lpl_pretrain.evaluation.features import _lite0_file, efficientnet_lite0, load_extractor
@@ -18,8 +19,7 @@ def pixels(count: int, height: int = 48, width: int = 48) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def protocol(**changes) -> EvaluateConfig:
-    return EvaluateConfig.model_validate({"name": "p", "images": 8, "sampler": {"kind": "euler"}, "reference": "x", **changes})
+LITE0 = ExtractorConfig(kind="efficientnet_lite0")
 
 
 def published_lite0(images: torch.Tensor) -> torch.Tensor:
@@ -31,17 +31,17 @@ def published_lite0(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_lite0_equals_its_publishers_network():
-    extractor, images = efficientnet_lite0(CPU), pixels(5)
+    extractor, images = efficientnet_lite0(LITE0, CPU), pixels(5)
     prepared = (interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True) / 255 - 0.498) / 0.502
-    features = extractor(images)
-    assert features.shape == (5, 1280) and features.dtype == torch.float32 and extractor.metric == "fd_efficientnet_lite0"
+    features = extractor(images)["pooled"]
+    assert features.shape == (5, 1280) and features.dtype == torch.float32 and extractor.named("fd") == "fd_efficientnet_lite0"
     torch.testing.assert_close(features, published_lite0(prepared), rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):  # pixels scaled another way are seen
         torch.testing.assert_close(features, published_lite0(prepared * 1.02), rtol=1e-4, atol=1e-4)
 
 
 def test_only_uint8_pixels_are_taken():
-    extractor = efficientnet_lite0(CPU)
+    extractor = efficientnet_lite0(LITE0, CPU)
     for wrong in (torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)):
         with pytest.raises(TypeError, match="uint8"):
             extractor(wrong)
@@ -49,9 +49,8 @@ def test_only_uint8_pixels_are_taken():
 
 @pytest.mark.parametrize("path", [None, "/nowhere/weights.pth"])
 def test_missing_inception_weights_say_what_to_do(path):
-    with pytest.raises(ConfigError, match="pt_inception-2015-12-05-6726825d.pth") as caught:
-        load_extractor(protocol(extractor="inception", inception_weights=path), CPU)
-    assert "inception_weights" in str(caught.value) and "https://" in str(caught.value)
+    (problem,) = extractor_problems(ExtractorConfig(kind="inception", weights=path))
+    assert "pt_inception-2015-12-05-6726825d.pth" in problem and "weights=" in problem and "https://" in problem
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +73,16 @@ def inception_layout() -> dict[str, torch.Tensor]:
 def test_inception_weights_load_by_path(tmp_path, inception_layout):
     path = tmp_path / "weights.pth"
     torch.save(inception_layout, path)
-    extractor = load_extractor(protocol(extractor="inception", inception_weights=str(path)), CPU)
-    assert extractor(pixels(2)).shape == (2, 2048)
-    assert extractor.metric == f"fd_inception_{extractor.weights_sha256[:8]}"  # not the published weights: not called fid
+    extractor = load_extractor(ExtractorConfig(kind="inception", weights=str(path)), CPU)
+    assert {name: tuple(rows.shape) for name, rows in extractor(pixels(2)).items()} == {
+        "pooled": (2, 2048),
+        "logits": (2, 1008),
+        "spatial": (2, 7 * 17 * 17),
+    }
+    assert extractor.named("fd") == f"fd_inception_{extractor.weights_sha256[:8]}"  # not the published weights: not called fid
     torch.save({**inception_layout, "fc.bias": torch.zeros(1000)}, path)
     with pytest.raises(ConfigError, match="not the FID Inception's weights"):
-        load_extractor(protocol(extractor="inception", inception_weights=str(path)), CPU)
+        load_extractor(ExtractorConfig(kind="inception", weights=str(path)), CPU)
 
 
 def test_inception_differs_from_torchvisions_in_its_pools_alone(inception_layout):

@@ -52,7 +52,7 @@ def test_bf16_is_close_and_not_equal(generator):
 
 
 def test_pixels_come_in_order(generator):
-    batches = list(generator.pixels(5, 2, **WAY))
+    batches = [generator.pixels(batch, **WAY) for batch in (range(2), range(2, 4), range(4, 5))]
     assert [len(batch) for batch in batches] == [2, 2, 1] and batches[0].dtype == torch.uint8
     whole = to_uint8(generator.images(range(5), **WAY)).int()
     assert (torch.cat(batches).int() - whole).abs().max() <= 1

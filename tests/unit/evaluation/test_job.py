@@ -9,7 +9,6 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from torch import nn
 
 from lpl_pretrain.cli import evaluate as evaluate_command
 from lpl_pretrain.cli import sample as sample_command
@@ -17,27 +16,20 @@ from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation import job
-from lpl_pretrain.evaluation.features import Extractor
-from lpl_pretrain.evaluation.job import evaluate
 from tests.support.configs import train_config
+from tests.support.runs import averages
+
+CPU = torch.device("cpu")
 
 
-class Averages(nn.Module):
-    """12 features: the mean of each colour in each quarter."""
-
-    def __init__(self):
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1))
-
-    def forward(self, pixels):
-        return nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1)
+def evaluate(run_dir, protocol, steps=None):
+    return list(job.evaluate(run_dir, protocol, CPU, steps))
 
 
 @pytest.fixture(autouse=True)
 def small_extractor(request, monkeypatch):
     if "real_extractor" not in request.fixturenames:
-        fake = Extractor("averages", "fd_averages", 12, "0" * 64, "none", Averages(), lambda network, pixels: network(pixels))
-        monkeypatch.setattr(job, "load_extractor", lambda protocol, device: fake)
+        monkeypatch.setattr(job, "load_extractor", averages)
 
 
 @pytest.fixture
@@ -61,11 +53,11 @@ def test_a_record_holds_what_repeating_it_needs(run):
     assert (plain["guidance_scale"], guided["guidance_scale"]) == (1.0, 3.0)
     assert (plain["metric"], plain["images"]) == ("fd_averages", 10)
     assert plain["value"] > 0 and plain["value"] != guided["value"]
-    assert record["protocol"] == run.protocol().model_dump(mode="json") and record["weights"] == "ema"
+    assert record["protocol"] == run.protocol().model_dump(mode="json") and plain["weights"] == "ema"
     assert record["reference"]["pictures"] == 12 and len(record["reference"]["fingerprint"]) == 64
-    assert len(record["checkpoint_manifest_sha256"]) == 64 and record["extractor"]["name"] == "averages"
+    assert len(record["checkpoint_manifest_sha256"]) == 64 and record["extractors"]["efficientnet_lite0"]["dimension"] == 12
     assert "uint8" in record["rules"]
-    for name in (record["samples"], record["reference"]["grid"]):
+    for name in (record["samples"], f"evaluations/{record['reference']['grid']}"):
         with Image.open(run.run_dir.path / name) as grid:
             assert grid.size[0] == 3 * 32 + 2 * 2 and grid.size[1] == 2 * 32 + 2  # five pictures: three columns
     assert not list(run.run_dir.path.rglob("*.tmp"))
@@ -73,7 +65,7 @@ def test_a_record_holds_what_repeating_it_needs(run):
 
 def test_repeats_to_the_digit_and_weights_matter(run):
     values = {}
-    for name, changes in {"a": {}, "b": {}, "raw": {"weights": "raw"}, "seed": {"seed": 1}, "batch": {"batch_size": 3}}.items():
+    for name, changes in {"a": {}, "b": {}, "raw": {"weights": ["raw"]}, "seed": {"seed": 1}, "batch": {"batch_size": 3}}.items():
         (record,) = evaluate(run.run_dir, run.protocol(name=name, **changes), [6])
         values[name] = record["results"][0]["value"]
     assert values["a"] == values["b"] and values["a"] not in (values["raw"], values["seed"])
@@ -103,7 +95,14 @@ def test_another_protocol_of_the_same_name_is_refused(run):
         ({"images": 1}, "images=1"),
         ({"guidance_scales": []}, "guidance_scales"),
         ({"name": "a/b"}, "file name"),
-        ({"extractor": "inception"}, "inception_weights"),
+        ({"extractors": [{"kind": "inception"}]}, "extractors.inception.weights=null.*pt_inception"),
+        ({"extractors": [{"kind": "timm"}]}, "kind=timm wants network"),
+        ({"extractors": [{"kind": "timm", "network": "resnet18", "weights": "/x.pth"}]}, "no such file"),
+        ({"extractors": [{"kind": "clip", "weights": "/nowhere"}], "metrics": ["cmmd"]}, "no such folder"),
+        ({"extractors": [{"kind": "efficientnet_lite0"}] * 2}, "two are called efficientnet_lite0"),
+        ({"metrics": ["fd", "inception_score"]}, "inception_score wants an extractor of kind inception"),
+        ({"metrics": ["fd", "fd"]}, "one is named twice"),
+        ({"few_images": "refuse"}, "images=10 for the 12 features.*few_images=refuse"),
     ],
 )
 def test_protocols_that_cannot_run(run, changes, message):
@@ -123,7 +122,7 @@ def test_a_corrupt_reference_picture_is_named(run):
     (run.reference / "05.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"05\.png"):
         evaluate(run.run_dir, run.protocol())
-    assert not list(run.run_dir.path.glob("evaluations/*"))
+    assert not list(run.run_dir.path.glob("evaluations/*.safetensors")) and not list(run.run_dir.path.glob("evaluations/step*"))
 
 
 @pytest.mark.parametrize("prediction, schedule", [("eps", "linear"), ("v", "cosine")])
@@ -138,8 +137,8 @@ def test_command_line(run, tmp_path, capsys, real_extractor):
     path.write_text(dump(run.protocol()))
     evaluate_command.run(str(run.run_dir.path), str(path), ["images=4"], 6)
     evaluate_command.run(str(run.run_dir.path), str(path), ["images=4"], 6)
-    out = capsys.readouterr().out
-    assert "fd_efficientnet_lite0" in out and "w=3" in out and "biased" in out
+    said = capsys.readouterr()
+    assert "fd_efficientnet_lite0, 4 pictures" in said.out and "ema w=3" in said.out and "biased upwards" in said.err
 
 
 def test_sample_writes_a_grid(run, capsys):
@@ -153,6 +152,7 @@ def test_sample_writes_a_grid(run, capsys):
 
 def draw(run, **options):
     defaults = {"step": None, "guidance_scale": 1.0, "images": 2, "sampler": {"steps": 2}, "guide": None, "guide_step": None}
+    defaults |= {"prompts": (), "text_encoders": ()}
     sample_command.run(str(run.run_dir.path), **{**defaults, "seed": 0, "format": "grid", "output": None, **options})
 
 

@@ -1,13 +1,15 @@
-"""Streaming statistics and the Frechet distance, against numpy, scipy and closed forms."""
+"""Streaming statistics and the Frechet distance, against numpy, scipy, mpmath and closed forms."""
 
 from __future__ import annotations
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.evaluation import fid
 from lpl_pretrain.evaluation.fid import frechet_distance, root
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 
@@ -82,6 +84,67 @@ def test_equals_scipy(count_a, count_b, rtol):
     a, b = of(features(count_a, 32, seed=1)), of(features(count_b, 32, seed=2, offset=0.3))
     assert frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=rtol)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+
+
+def rotated(count: int, seed: int, exponent: float, dimension: int = 16) -> torch.Tensor:
+    """Standard deviations from 1 to 10^exponent, in a basis that is the same for every seed."""
+    generator = torch.Generator().manual_seed(99)
+    basis = torch.linalg.qr(torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)).Q
+    rows = torch.randn(count, dimension, generator=generator.manual_seed(seed), dtype=torch.float64)
+    return rows * torch.logspace(0, exponent, dimension, dtype=torch.float64) @ basis
+
+
+HARD = {
+    "full rank": (rotated(40, 1, 0) + 0.1, rotated(40, 2, 0), "eigenvalues"),
+    "fewer pictures than features": (rotated(6, 1, 0), rotated(40, 2, 0), "eigenvalues"),
+    "fewer on both sides": (rotated(6, 1, 0), rotated(7, 2, 0), "eigenvalues"),
+    "one more than features": (rotated(17, 1, -2), rotated(17, 2, -2), "eigenvalues"),
+    "unlike directions": (rotated(40, 1, -6), rotated(40, 2, 6), "eigenvalues"),
+    "nearly singular": (rotated(40, 1, -6), rotated(40, 2, -6), "singular values"),
+    "beyond float64": (rotated(40, 1, -12), rotated(40, 2, -12), "singular values"),
+    "every picture twice": (rotated(6, 1, 0).repeat(2, 1), rotated(40, 2, 0), "singular values"),
+}
+
+
+def by_mpmath(rows_a: torch.Tensor, rows_b: torch.Tensor) -> tuple[float, float]:
+    """50 digits, from the features themselves: tr((C_a C_b)^(1/2)) is the sum of the singular values of A B^T; and the traces."""
+    with mpmath.workdps(50):
+        (a, mean_a), (b, mean_b) = (centred(mpmath.matrix(rows.tolist())) for rows in (rows_a, rows_b))
+        traces = sum(x * x for x in a) + sum(x * x for x in b)
+        cross = mpmath.fsum(mpmath.svd_r(a * b.T, compute_uv=False))
+        return float(sum((x - y) ** 2 for x, y in zip(mean_a, mean_b)) + traces - 2 * cross), float(traces)
+
+
+def centred(rows: mpmath.matrix) -> tuple[mpmath.matrix, list]:
+    """Less the mean, over (N - 1)^(1/2); and the mean."""
+    mean = [mpmath.fsum(rows[:, j]) / rows.rows for j in range(rows.cols)]
+    scale = mpmath.sqrt(rows.rows - 1)
+    return mpmath.matrix([[(rows[i, j] - mean[j]) / scale for j in range(rows.cols)] for i in range(rows.rows)]), mean
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_equals_mpmath(case, monkeypatch):
+    rows_a, rows_b, way = HARD[case]
+    singular_values, calls = torch.linalg.svdvals, []
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: calls.append(1) or singular_values(matrix))
+    wanted, traces = by_mpmath(rows_a, rows_b)
+    assert frechet_distance(of(rows_a), of(rows_b)) == pytest.approx(wanted, abs=1e-12 * traces)
+    assert frechet_distance(of(rows_b), of(rows_a)) == pytest.approx(wanted, abs=1e-12 * traces)
+    assert calls == ([] if way == "eigenvalues" else [1, 1])
+
+
+@pytest.mark.parametrize("broken", ["never_in_doubt", "rank_unknown", "rank_too_small"])
+def test_mpmath_has_teeth(broken, monkeypatch):
+    """Roots of noise taken: for want of doubt, or of the rank that the count gives; one rank lost."""
+    rows_a, rows_b, _ = HARD["every picture twice" if broken == "never_in_doubt" else "fewer pictures than features"]
+    wanted, traces = by_mpmath(rows_a, rows_b)
+    eigenvalues = torch.linalg.eigvalsh
+    monkeypatch.setattr(fid, "DOUBT", float("inf"))
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: eigenvalues(matrix).abs())
+    few = of(rows_a)
+    if broken != "never_in_doubt":
+        few.scatter, few.count = few.covariance * (24 if broken == "rank_unknown" else 4), 25 if broken == "rank_unknown" else 5
+    assert frechet_distance(few, of(rows_b)) != pytest.approx(wanted, abs=1e-9 * traces)
 
 
 def diagonal(variances: list[float], mean: float = 0.0) -> FeatureStatistics:

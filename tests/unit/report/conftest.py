@@ -69,15 +69,22 @@ def run(tmp_path) -> RunDir:
         samples = run_dir.samples(step, "quick")
         samples.parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(samples)
-        results = [{"guidance_scale": w, "metric": "fd_x", "value": 90.0 / w - step / 10, "images": 10} for w in (1.0, 2.5)]
+        shared = [{"weights": "ema", "guidance_scale": w, "images": 10} for w in (1.0, 2.5)]
+        results = [
+            entry
+            for each in shared
+            for entry in (
+                {**each, "metric": "fd_x", "value": 90.0 / each["guidance_scale"] - step / 10, "at_half": 95.0},
+                {**each, "metric": "kid_x", "value": 0.5 - step / 1000, "std": 0.03, "low": 0.4 - step / 1000, "high": 0.6},
+            )
+        ]
         record = {
             "step": step,
             "results": results,
             "protocol": PROTOCOL,
-            "weights": "ema",
-            "extractor": {"dimension": 1280},
+            "extractors": {"x": {"dimension": 1280}},
             "samples": str(samples.relative_to(run_dir.path)),
-            "reference": {"pictures": 5, "grid": "evaluations/reference_x.png"},
+            "reference": {"pictures": 5, "grid": "reference_x.png"},
         }
         path = run_dir.evaluation(step, "quick")
         path.parent.mkdir(parents=True)

@@ -82,6 +82,9 @@ def test_a_whole_run(run):
         "30 → 24",
         "fd_x",
         "biased upwards",
+        "kid_x by guidance scale w; lower is better; bars show its uncertainty",
+        "0.38 ± 0.03",
+        "At 5 pictures the last one is 95",
         "step 120, guidance 2.5, ema weights",
         "some of the 5 pictures",
         "SIGTERM",
@@ -89,7 +92,7 @@ def test_a_whole_run(run):
         "x.yaml",
     ):
         assert words in page.text, words
-    assert page.tags.count("svg") == 12 and page.tags.count("img") == 5
+    assert page.tags.count("svg") == 13 and page.tags.count("img") == 5
     assert not list(run.path.glob("*.tmp"))
 
 

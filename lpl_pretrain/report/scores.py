@@ -1,0 +1,74 @@
+"""What a report shows of the scores by one evaluation protocol: a chart and a table for each metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lpl_pretrain.config.evaluation import higher_is_better
+from lpl_pretrain.report.charts import Chart
+from lpl_pretrain.report.record import Series
+
+NAMES = {"fid": "Frechet inception distance", "sfid": "spatial FID", "kid": "Kernel inception distance"}
+Records = list[dict[str, Any]]
+
+
+def metrics(records: Records) -> list[str]:
+    return list(dict.fromkeys(entry["metric"] for record in records for entry in record["results"]))
+
+
+def columns(records: Records) -> list[tuple[str, float]]:
+    """(weights, guidance scale) of every curve."""
+    return sorted({(entry.get("weights", "ema"), entry["guidance_scale"]) for record in records for entry in record["results"]})
+
+
+def heading(column: tuple[str, float], among: list[tuple[str, float]]) -> str:
+    weights, scale = column
+    return f"w = {scale:g}" if len({name for name, _ in among}) == 1 else f"{weights}, w = {scale:g}"
+
+
+def entry_of(record: dict[str, Any], metric: str, column: tuple[str, float]) -> dict[str, Any] | None:
+    found = (e for e in record["results"] if e["metric"] == metric and (e.get("weights", "ema"), e["guidance_scale"]) == column)
+    return next(found, None)
+
+
+def chart(records: Records, metric: str) -> Chart:
+    """Scores over steps; bars are 95 % intervals where the record has them, one standard error otherwise."""
+    lines, asked = {}, columns(records)
+    for column in asked:
+        found = [(record["step"], entry) for record in records if (entry := entry_of(record, metric, column)) is not None]
+        steps, entries = [step for step, _ in found], [entry for _, entry in found]
+        lines[heading(column, asked)] = Series(steps, [entry["value"] for entry in entries], [bar(entry) for entry in entries])
+    better = "higher" if higher_is_better(metric) else "lower"
+    bars = "; bars show its uncertainty" if any(any(line.bars or ()) for line in lines.values()) else ""
+    return Chart(title(metric), lines, markers=True, note=f"{metric} by guidance scale w; {better} is better{bars}")
+
+
+def title(metric: str) -> str:
+    if metric.startswith("fd_"):
+        return "Frechet distance"
+    if metric.startswith("kid"):
+        return NAMES["kid"] if metric == "kid" else "Kernel distance"
+    return NAMES.get(metric, metric.replace("_", " ").capitalize())
+
+
+def bar(entry: dict[str, Any]) -> tuple[float, float] | None:
+    """How far below and above the value."""
+    if "low" in entry:
+        return entry["value"] - entry["low"], entry["high"] - entry["value"]
+    return (entry["std"], entry["std"]) if "std" in entry else None
+
+
+def table(records: Records, metric: str) -> list[dict[str, Any]]:
+    """A row for each step; a cell is None where that step has no such score."""
+    asked = columns(records)
+    return [{"step": record["step"], "entries": [entry_of(record, metric, column) for column in asked]} for record in records]
+
+
+def best_column(records: Records) -> tuple[tuple[str, float], list[float]]:
+    """Of the first metric: the column that is best at the last step, and its values over steps."""
+    metric = records[-1]["results"][0]["metric"]
+    sign = -1 if higher_is_better(metric) else 1
+    entries = [entry for entry in records[-1]["results"] if entry["metric"] == metric]
+    best = min(entries, key=lambda entry: sign * entry["value"])
+    column = (best.get("weights", "ema"), best["guidance_scale"])
+    return column, [entry["value"] for record in records if (entry := entry_of(record, metric, column)) is not None]

@@ -1,0 +1,106 @@
+"""One worker for one piece of work, on a file system that several nodes share, whatever kills the worker.
+
+A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches it now and then; one that was
+not touched for `STALE_S` belongs to nobody and is taken over, by a rename, and so by one worker only.  Times are compared on the
+file system's own clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+STALE_S = 120.0
+TOUCH_S = 15.0
+
+
+class Lease:
+    """`with Lease(path) as lease: if lease.held: ...`; nothing is waited for."""
+
+    def __init__(self, path: Path, *, stale_s: float = STALE_S, touch_s: float = TOUCH_S) -> None:
+        self.path, self.stale_s, self.touch_s = path, stale_s, touch_s
+        self.token = secrets.token_hex(8)
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def held(self) -> bool:
+        """By this worker, as far as the file tells."""
+        return self._thread is not None and read_lease(self.path).get("token") == self.token
+
+    def __enter__(self) -> Lease:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._take() or (self._clear_stale() and self._take()):
+            self._thread = threading.Thread(target=self._keep_touching, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            if self.held:
+                self.path.unlink()
+            self._thread = None
+
+    def _take(self) -> bool:
+        mine = self.path.with_name(f".{self.path.name}.{self.token}")
+        mine.write_text(json.dumps({"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        try:
+            os.link(mine, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink()
+        return True
+
+    def _clear_stale(self) -> bool:
+        """True when the lease was nobody's and is out of the way."""
+        if not is_stale(self.path, self.stale_s):
+            return not self.path.exists()
+        seen, aside = read_lease(self.path).get("token"), self.path.with_name(f".{self.path.name}.{self.token}.stale")
+        with suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            if read_lease(aside).get("token") != seen:  # another worker had taken it over in the meantime: back with it
+                with suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+        return not self.path.exists()
+
+    def _keep_touching(self) -> None:
+        while not self._over.wait(self.touch_s):
+            with suppress(FileNotFoundError):
+                os.utime(self.path)
+
+
+def is_stale(path: Path, stale_s: float = STALE_S) -> bool:
+    """False for a lease that is not there."""
+    try:
+        touched = path.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return _now(path.parent) - touched > stale_s
+
+
+def read_lease(path: Path) -> dict:
+    """Who holds it; {} when nobody does."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _now(folder: Path) -> float:
+    """By the clock of the file system, which is not this machine's."""
+    probe = folder / f".now.{secrets.token_hex(4)}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()

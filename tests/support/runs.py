@@ -1,0 +1,99 @@
+"""A run made by hand: tiny random networks, two complete checkpoints and an unfinished one, real pictures; and an extractor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from lpl_pretrain.checkpoint.manifest import Manifest
+from lpl_pretrain.checkpoint.store import merge_parts, write_rank
+from lpl_pretrain.config.dataset import INDEX_NAME
+from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.load import dump
+from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.evaluation.features import Extractor
+from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.parallel.strategy import Piece
+from tests.support.autoencoders import tiny_folder
+from tests.support.configs import dataset_index, train_config
+
+SIDE = 8  # latents; pictures are 4 times as wide
+
+
+@dataclass(frozen=True)
+class Made:
+    run_dir: RunDir
+    reference: Path
+
+    def protocol(self, **changes) -> EvaluateConfig:
+        facts = {
+            "name": "tiny",
+            "images": 10,
+            "batch_size": 4,
+            "sampler": {"kind": "euler", "steps": 2},
+            "reference": str(self.reference),
+            "guidance_scales": [1.0, 3.0],
+            "grid_images": 5,
+        }
+        return EvaluateConfig.model_validate({**facts, **changes})
+
+
+def make_run(folder: Path, prediction: str, schedule: str) -> Made:
+    autoencoder = tiny_folder(folder / "autoencoder")
+    index = dataset_index(identity=autoencoder_identity(Path(autoencoder)), side=SIDE)
+    (folder / "data").mkdir()
+    (folder / "data" / INDEX_NAME).write_text(index.model_dump_json())
+    config = train_config(
+        autoencoder=autoencoder, data__folder=str(folder / "data"), diffusion__prediction=prediction, diffusion__schedule=schedule
+    )
+    run_dir = RunDir(folder / "run")
+    run_dir.path.mkdir()
+    run_dir.config.write_text(dump(config))
+    for step in (3, 6):
+        save_checkpoint(run_dir, config, index, step)
+    run_dir.checkpoint(9).mkdir()  # no manifest: never finished
+    (folder / "real").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "real" / f"{i:02d}.png")
+    return Made(run_dir, folder / "real")
+
+
+def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
+    model = build_denoiser(config.model, index.latent, len(index.classes), seed=step)
+    with torch.no_grad():  # the output layer starts at zero: give every parameter something to say
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
+    folder = run_dir.checkpoint(step)
+    folder.mkdir(parents=True)
+    named = [(name, tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
+    write_rank(
+        folder,
+        0,
+        [
+            *(("param", Piece(name, shape, 0, p.flatten())) for name, shape, p in named),
+            *(("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named),
+        ],
+    )
+    Manifest(step, step * 8, step, "LocalStrategy", 1, "", merge_parts(folder, 1)).write(folder)
+
+
+class Averages(nn.Module):
+    """12 features: the mean of each colour in each quarter."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixels):
+        return nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1)
+
+
+def averages(config, device):
+    return Extractor(config, "_averages", 12, "0" * 64, "none", Averages(), lambda network, pixels: {"pooled": network(pixels)})
