@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lpl_pretrain.config.encode import EncodeConfig
+from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import differences, dump, load_config, resolve_path, validate
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.schema import TrainConfig
@@ -121,8 +122,15 @@ def test_every_encode_config_loads(path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("evaluate/*.yaml")), ids=lambda p: p.stem)
-def test_every_evaluate_config_loads(path):
-    load_config(EvaluateConfig, path)
+def test_every_evaluate_config_loads_and_fits_together(path):
+    """But for weights files, which are the user's."""
+    protocol = load_config(EvaluateConfig, path)
+    assert protocol.name == path.stem
+    with_files = protocol.model_copy(update={"extractors": [e.model_copy(update={"weights": None}) for e in protocol.extractors]})
+    try:
+        check_protocol(with_files)
+    except ConfigError as error:
+        assert all(".weights=null" in line for line in str(error).splitlines()), error
 
 
 def test_missing_keys_are_named():

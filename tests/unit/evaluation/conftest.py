@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.inception import inception_layout as random_inception
 from tests.support.runs import Made, make_run
 
 
@@ -16,3 +18,8 @@ def run(tmp_path: Path) -> Made:
 def run_of(tmp_path: Path):
     """A run with another (prediction, schedule)."""
     return lambda prediction, schedule: make_run(tmp_path, prediction, schedule)
+
+
+@pytest.fixture(scope="session")
+def inception_layout() -> dict[str, torch.Tensor]:
+    return random_inception()

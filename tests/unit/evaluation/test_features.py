@@ -53,23 +53,6 @@ def test_missing_inception_weights_say_what_to_do(path):
     assert "pt_inception-2015-12-05-6726825d.pth" in problem and "weights=" in problem and "https://" in problem
 
 
-@pytest.fixture(scope="module")
-def inception_layout() -> dict[str, torch.Tensor]:
-    """Random weights under the names and shapes of the published file (it has no BatchNorm counters)."""
-    generator, state = torch.Generator().manual_seed(0), {}
-    with torch.device("meta"):
-        network = inception.inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    for name, shape in shapes.items():
-        if name.endswith(("running_var", "bn.weight")):
-            state[name] = torch.rand(shape, generator=generator) + 0.5
-        elif name.endswith("conv.weight"):
-            state[name] = torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
-        elif not name.endswith("num_batches_tracked"):
-            state[name] = torch.randn(shape, generator=generator) * 0.1
-    return state
-
-
 def test_inception_weights_load_by_path(tmp_path, inception_layout):
     path = tmp_path / "weights.pth"
     torch.save(inception_layout, path)
