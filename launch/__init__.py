@@ -1,1 +1,1 @@
-"""Starts runs elsewhere.  Empty until the SLURM launcher lands; it will read lpl_pretrain.config and import no torch."""
+"""The same commands on a SLURM cluster: `python -m launch train CONFIG --cluster PROFILE --nodes N`.  No torch in this package."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +15,9 @@ from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
+from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.lease import STALE_S, Lease, read_lease
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.world import World
 
@@ -41,6 +44,7 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
 
     device = dist.start(world, group=needs_group(config.parallel))
     set_up_logging(world.rank, run_dir.log(world.rank))
+    lease = hold(run_dir, world)
     if world.rank == 0:
         with published(run_dir.config) as temporary:
             temporary.write_text(dump(config))
@@ -55,9 +59,30 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
         from lpl_pretrain.evaluation.job import evaluate
 
         score = partial(evaluate, run_dir, protocol, device, None, world)
-    complete = train(config, run_dir, world, device, stop, score)
+    with lease:
+        complete = train(config, run_dir, world, device, stop, score)
     log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
     dist.leave()
+
+
+def hold(run_dir: RunDir, world: World) -> AbstractContextManager:
+    """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.  Raises CheckpointError."""
+    from lpl_pretrain.runtime.dist import first_over_ranks
+
+    if world.rank:
+        lease, trouble = None, None
+    else:
+        lease = Lease(run_dir.live, job=world.scheduler_job())
+        holder = read_lease(run_dir.live)
+        trouble = None
+        if not lease.take():
+            trouble = (
+                f"{run_dir.path}: is being trained by process {holder.get('pid')} on {holder.get('host')}: wait for its end, "
+                f"or give this one another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
+            )
+    if (trouble := first_over_ranks(trouble)) is not None:
+        raise CheckpointError(trouble)
+    return nullcontext() if lease is None else lease
 
 
 def inline_protocol(config: TrainConfig) -> EvaluateConfig | None:

@@ -47,6 +47,11 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def live(self) -> Path:
+        """The lease of whoever trains it now."""
+        return self.path / "live.lease"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
 

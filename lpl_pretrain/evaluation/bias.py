@@ -58,11 +58,11 @@ def bootstrap(features: Tensor, reference: FeatureStatistics, *, repeats: int, s
     scores = []
     for repeat in range(repeats):
         rows = rng.numpy_generator(seed, "frechet_bootstrap", repeat).integers(len(features), size=len(features))
-        scores.append(distance(features[torch.from_numpy(rows)], reference))
+        scores.append(distance(features[torch.from_numpy(rows)], reference, distinct=len(np.unique(rows))))
     return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
-def distance(features: Tensor, reference: FeatureStatistics) -> float:
+def distance(features: Tensor, reference: FeatureStatistics, *, distinct: int | None = None) -> float:
     statistics = FeatureStatistics(features.shape[1])
     statistics.update(features)
-    return frechet_distance(statistics, reference)
+    return frechet_distance(statistics, reference, distinct=distinct)

@@ -18,21 +18,23 @@ DOUBT = 1e-7
 """How much of tr(C_a) + tr(C_b) the rounding of the eigenvalues may come to."""
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, *, distinct: int | None = None) -> float:
+    """`distinct`: how many of a's pictures there are where some were counted more than once."""
     if len(a.mean) != len(b.mean):
         raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features: they come from unlike extractors")
+    rank = min(a.count if distinct is None else distinct, b.count) - 1
     few, many = sorted((a, b), key=lambda statistics: statistics.count)
-    distance = (a.mean - b.mean).square().sum() + few.covariance.trace() + many.covariance.trace() - 2 * cross_term(few, many)
+    distance = (a.mean - b.mean).square().sum() + few.covariance.trace() + many.covariance.trace() - 2 * cross_term(few, many, rank)
     return max(distance.item(), 0.0)  # equal statistics differ by rounding, to either side of zero
 
 
-def cross_term(few: FeatureStatistics, many: FeatureStatistics) -> Tensor:
-    """tr((C_few C_many)^(1/2)), a scalar; `few` has at most as many pictures as `many`, whose covariance is the one factored."""
+def cross_term(few: FeatureStatistics, many: FeatureStatistics, rank: int) -> Tensor:
+    """tr((C_few C_many)^(1/2)), a scalar; the covariance of `many` pictures is factored; the product has at most this rank."""
     a, b = few.covariance, many.covariance
     factor, failed = torch.linalg.cholesky_ex(b)
     if failed:
         factor = root(b)
-    rank = min(few.count - 1, factor.shape[1])
+    rank = min(rank, factor.shape[1])
     roots = torch.linalg.eigvalsh(factor.T @ a @ factor)[factor.shape[1] - rank :].sqrt()
     rounding = torch.finfo(a.dtype).eps * a.norm() * b.norm()
     if (rounding / (2 * roots)).sum() <= DOUBT * (a.trace() + b.trace()):  # not so for the NaN that a negative eigenvalue gives

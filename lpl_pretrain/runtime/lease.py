@@ -1,8 +1,8 @@
 """One worker for one piece of work, on a file system that several nodes share, whatever kills the worker.
 
-A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches it now and then; one that was
-not touched for `STALE_S` belongs to nobody and is taken over, by a rename, and so by one worker only.  Times are compared on the
-file system's own clock.
+A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches it now and then.  One that was
+not touched for `STALE_S`, or whose process on this host is gone, or that this very job held before it was requeued, belongs to
+nobody and is taken over, by a rename, and so by one worker only.  Times are compared on the file system's own clock.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ TOUCH_S = 15.0
 class Lease:
     """`with Lease(path) as lease: if lease.held: ...`; nothing is waited for."""
 
-    def __init__(self, path: Path, *, stale_s: float = STALE_S, touch_s: float = TOUCH_S) -> None:
-        self.path, self.stale_s, self.touch_s = path, stale_s, touch_s
+    def __init__(self, path: Path, *, job: str = "", stale_s: float = STALE_S, touch_s: float = TOUCH_S) -> None:
+        """`job`: of a scheduler, which runs it once at a time."""
+        self.path, self.job, self.stale_s, self.touch_s = path, job, stale_s, touch_s
         self.token = secrets.token_hex(8)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -34,11 +35,16 @@ class Lease:
         """By this worker, as far as the file tells."""
         return self._thread is not None and read_lease(self.path).get("token") == self.token
 
-    def __enter__(self) -> Lease:
+    def take(self) -> bool:
+        """Now, or not at all; once taken it stays so until this context is left."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._take() or (self._clear_stale() and self._take()):
+        if self._thread is None and (self._take() or (self._clear_stale() and self._take())):
             self._thread = threading.Thread(target=self._keep_touching, daemon=True)
             self._thread.start()
+        return self._thread is not None
+
+    def __enter__(self) -> Lease:
+        self.take()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -51,7 +57,11 @@ class Lease:
 
     def _take(self) -> bool:
         mine = self.path.with_name(f".{self.path.name}.{self.token}")
-        mine.write_text(json.dumps({"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        mine.write_text(
+            json.dumps(
+                {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+            )
+        )
         try:
             os.link(mine, self.path)
         except FileExistsError:
@@ -62,9 +72,10 @@ class Lease:
 
     def _clear_stale(self) -> bool:
         """True when the lease was nobody's and is out of the way."""
-        if not is_stale(self.path, self.stale_s):
+        holder = read_lease(self.path)
+        if not (is_stale(self.path, self.stale_s) or self._is_dead(holder)):
             return not self.path.exists()
-        seen, aside = read_lease(self.path).get("token"), self.path.with_name(f".{self.path.name}.{self.token}.stale")
+        seen, aside = holder.get("token"), self.path.with_name(f".{self.path.name}.{self.token}.stale")
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
             if read_lease(aside).get("token") != seen:  # another worker had taken it over in the meantime: back with it
@@ -72,6 +83,15 @@ class Lease:
                     os.link(aside, self.path)
             aside.unlink()
         return not self.path.exists()
+
+    def _is_dead(self, holder: dict) -> bool:
+        if self.job and holder.get("job") == self.job:
+            return True
+        return (
+            holder.get("host") == socket.gethostname()
+            and not Path(f"/proc/{holder['pid']}").exists()
+            and Path("/proc/self").exists()
+        )
 
     def _keep_touching(self) -> None:
         while not self._over.wait(self.touch_s):

@@ -34,6 +34,11 @@ class World:
             raise ConfigError(f"environment: RANK={rank} is not below WORLD_SIZE={world_size}: start with torchrun")
         return cls(rank, local_rank, world_size)
 
+    @staticmethod
+    def scheduler_job() -> str:
+        """Of SLURM; "" outside of it."""
+        return os.environ.get("SLURM_JOB_ID", "")
+
     def to_environment(self) -> None:
         """For engines that look there themselves (DeepSpeed wants LOCAL_RANK even on one process)."""
         os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.local_rank), WORLD_SIZE=str(self.world_size))

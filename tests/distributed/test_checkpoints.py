@@ -13,7 +13,7 @@ import torch
 from lpl_pretrain.checkpoint import manager as manager_module
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.checkpoint.store import read_full, read_state
-from lpl_pretrain.cli.export import stored
+from lpl_pretrain.checkpoint.weights import stored
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError

@@ -112,8 +112,7 @@ def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
 
     os.waitpid(forked(doomed), 0)
     lease = run.run_dir.evaluation_lease(6, "tiny")
-    assert lease.exists() and alone(run, protocol, None) == [], "it may still live"
-    os.utime(lease, (0, 0))
+    assert lease.exists()
     (record,) = alone(run, protocol)
     assert {entry["images_made_now"] for entry in record["results"]} == {22 - 8}
     (wanted,) = alone(run, run.protocol(**SMALL, name="whole"), [6])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.runtime.lease import Lease
 from tests.support.autoencoders import tiny_folder
 from tests.support.commands import ROOT, lines, lpl
 from tests.support.latents import draw_pictures
@@ -96,6 +98,15 @@ def test_resuming_equals_not_stopping_bit_for_bit(world):
     for kind in ("param", "ema", "optimizer"):
         ours, theirs = weights(run, 8, kind), weights(world / "whole", 8, kind)
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_a_run_is_trained_by_one_at_a_time(world):
+    run = world / "held"
+    with Lease(RunDir(run).live) as lease:
+        assert lease.held
+        refused = lpl("train", world / "train.yaml", f"run_dir={run}", check=False)
+    assert refused.returncode == 2 and f"is being trained by process {os.getpid()}" in refused.stderr
+    assert not (run / "metrics.jsonl").exists()
 
 
 def test_scores_while_training_waits(world):

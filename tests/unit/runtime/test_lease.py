@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -46,14 +47,28 @@ def hold_and_die(path):
 
 
 def test_a_killed_holder_is_succeeded(tmp_path):
+    """On this host at once; a holder elsewhere, whom nobody can ask, is waited for."""
     path = tmp_path / "x.lease"
     hold_and_die(path)
+    elsewhere = {**read_lease(path), "host": "another"}
+    with Lease(path, stale_s=60) as heir:
+        assert heir.held
+    path.write_text(json.dumps(elsewhere))
     with Lease(path, stale_s=60) as early:
         assert not early.held
     time.sleep(0.4)
     with Lease(path, stale_s=0.3) as heir:
         assert heir.held
     assert not list(tmp_path.iterdir())
+
+
+def test_a_requeued_job_takes_up_its_own(tmp_path):
+    path = tmp_path / "x.lease"
+    path.write_text(json.dumps({"token": "x", "job": "17", "host": "another", "pid": 1}))
+    with Lease(path, job="18") as other:
+        assert not other.held
+    with Lease(path, job="17") as same:
+        assert same.held
 
 
 @pytest.mark.parametrize("dead", [False, True])

@@ -1,0 +1,169 @@
+"""`python -m launch`: submit, watch, follow, cancel and go on.  Parse, check what can be checked here, call one function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from launch.profile import ClusterProfile
+from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.errors import ConfigError, LPLError
+
+CLUSTER = click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml")
+NODES = click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the script and the resolved configuration, and submit nothing.")
+SET = click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the profile.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands() -> None:
+    """Start the commands of lpl-pretrain on a SLURM cluster.
+
+    \b
+    python -m launch train    configs/train/dit_xl2_in256.yaml --cluster configs/cluster/slurm.yaml --nodes 4
+    python -m launch status   runs/dit_xl2_in256
+    python -m launch logs     runs/dit_xl2_in256 -f
+    python -m launch evaluate runs/dit_xl2_in256 configs/evaluate/in256_50k.yaml --watch --cluster configs/cluster/slurm.yaml
+    """
+
+
+@commands.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@CLUSTER
+@NODES
+@SET
+@DRY_RUN
+def train(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, changes: tuple[str, ...], dry_run: bool) -> None:
+    """Train CONFIG; a run that was begun goes on."""
+    from lpl_pretrain.config.check import check_run
+    from lpl_pretrain.config.mix import read_data
+    from lpl_pretrain.config.schema import TrainConfig
+
+    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(TrainConfig, config, overrides)
+    run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+    check_run(settings, read_data(settings.data.folder).merged, nodes * profile.processes_per_node)
+    argv = ["train", str(Path(config).resolve()), *overrides, f"run_dir={run_dir}"]
+    place("train", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
+
+
+@commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@CLUSTER
+@NODES
+@SET
+@DRY_RUN
+def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, changes: tuple[str, ...], dry_run: bool) -> None:
+    """Encode CONFIG; what was finished is left alone."""
+    from lpl_pretrain.config.encode import EncodeConfig
+
+    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, config, overrides)
+    argv = ["encode", str(Path(config).resolve()), *overrides]
+    place("encode", argv, Path(settings.output).resolve(), nodes, profile, dump(settings) if dry_run else None)
+
+
+@commands.command()
+@click.argument("run")
+@click.argument("protocol")
+@click.argument("overrides", nargs=-1)
+@click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
+@CLUSTER
+@NODES
+@SET
+@DRY_RUN
+def evaluate(
+    run: str,
+    protocol: str,
+    overrides: tuple[str, ...],
+    watch: bool,
+    cluster: str,
+    nodes: int,
+    changes: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Score the checkpoints of RUN as PROTOCOL says."""
+    from lpl_pretrain.config.evaluation import check_protocol
+    from lpl_pretrain.config.protocol import EvaluateConfig
+
+    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EvaluateConfig, protocol, overrides)
+    check_protocol(settings)
+    run_dir = Path(run).resolve()
+    argv = ["evaluate", str(run_dir), str(Path(protocol).resolve()), *overrides, *(["--watch"] if watch else [])]
+    place("evaluate", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
+
+
+@commands.command()
+@click.argument("run")
+def status(run: str) -> None:
+    """What the job of RUN is doing, as far as its files and the scheduler tell."""
+    from launch.status import report
+
+    click.echo(report(Path(run).resolve()))
+
+
+@commands.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on as lines arrive, until the job is over.")
+def logs(run: str, follow: bool) -> None:
+    """The lines of all ranks, each with its rank, in the order in which they are found."""
+    from launch.logs import merged
+
+    for line in merged(Path(run).resolve(), follow=follow):
+        click.echo(line)
+
+
+@commands.command()
+@click.argument("run")
+def cancel(run: str) -> None:
+    """End the job of RUN after a checkpoint, for good; `resume` takes it up again."""
+    from launch.status import cancel_job
+
+    click.echo(cancel_job(Path(run).resolve()))
+
+
+@commands.command()
+@click.argument("run")
+def resume(run: str) -> None:
+    """Submit the newest job of RUN again, as it was."""
+    from launch.folder import JobFolder
+    from launch.status import state_of
+
+    folder = JobFolder(Path(run).resolve() / "launch")
+    if not folder.facts.is_file():
+        raise ConfigError(f"{folder.facts}: not there: nothing was launched for this run; use `launch train`")
+    facts = folder.read_facts()
+    if state := state_of(facts["job"]):
+        raise ConfigError(f"job {facts['job']} of {run} is {state}: nothing to resume")
+    place(
+        facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], ClusterProfile.model_validate(facts["profile"]), None
+    )
+
+
+def place(kind: str, argv: list[str], run_dir: Path, nodes: int, profile: ClusterProfile, shown: str | None) -> None:
+    """Submits, or shows what would be submitted."""
+    from launch.submit import Order, script, submit
+
+    order = Order(kind, argv, run_dir, nodes)
+    if shown is not None:
+        click.echo(
+            f"{script(order, profile)}\n\n# The command of every process\n# lpl-pretrain {argv}\n\n# Its configuration\n{shown}"
+        )
+        return
+    job = submit(order, profile)
+    click.echo(f"job {job}: {nodes} nodes x {profile.processes_per_node} processes; python -m launch status {run_dir}")
+
+
+def main() -> None:
+    """Errors that are the input's fault are printed without a traceback; exit status 2."""
+    try:
+        commands()
+    except LPLError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The last line of a job's script: what an attempt came to, and whether the job goes on.
+
+    python -m launch.after RUN/launch STATUS
+
+The scheduler requeues what it preempts by force and what its nodes lose; a job that ended by itself before that, because it was
+told in time, or because a rank died, is requeued here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.folder import JobFolder
+from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.rundir import RunDir
+
+BAD_INPUT = 2
+"""Exit status of `lpl-pretrain` for what is the input's fault: trying again would not help."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Facts about an attempt that has ended."""
+
+    status: int
+    """Of the rank that ended badly first; 0 when all ended well."""
+    over: bool
+    """There is nothing left to do."""
+    cancelled: bool
+    timed_out: bool
+    steps: tuple[int, int]
+    """Newest complete checkpoint before and after."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    requeue: bool
+    reason: str
+
+
+def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int) -> Decision:
+    """`earlier`: attempts of the same job, the oldest first."""
+    if ending.over:
+        return Decision(False, "done")
+    if ending.cancelled:
+        return Decision(False, "cancelled")
+    if ending.status == BAD_INPUT:
+        return Decision(False, "refused its input: see the log")
+    if ending.status == 0:
+        if not ending.timed_out:
+            return Decision(True, "stopped in time")
+        times = 1 + sum(attempt["reason"].startswith("time limit") for attempt in earlier)
+        return Decision(times <= max_timeouts, f"time limit, {times} of {max_timeouts}")
+    failures = 1
+    for attempt in reversed(earlier):
+        if attempt["status"] == 0 or attempt["steps"][1] > attempt["steps"][0]:
+            break
+        failures += 1
+    failures = 1 if ending.steps[1] > ending.steps[0] else failures
+    return Decision(failures <= max_failures, f"failed with status {ending.status}, {failures} of {max_failures} in a row")
+
+
+def main(folder: JobFolder, status: int) -> Decision:
+    facts, job = folder.read_facts(), os.environ["SLURM_JOB_ID"]
+    attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
+    earlier = [found for found in folder.read_attempts() if found["job"] == job]
+    shown = show_job(job)
+    bad = [found for found in folder.exits(job, attempt) if found["status"]]
+    complete = run_dir.complete_checkpoints()
+    before = earlier[-1]["steps"][1] if earlier else facts["step"]
+    ending = Ending(
+        status=bad[0]["status"] if bad else status,
+        over=facts["kind"] != "train" and status == 0 or training_is_over(run_dir),
+        cancelled=folder.cancelled.exists() or "JobState=CANCELLED" in shown,
+        timed_out=time_is_up(shown, facts["profile"]["signal_s"]),
+        steps=(before, complete[-1] if complete else 0),
+    )
+    limits = {key: facts["profile"][key] for key in ("max_timeouts", "max_failures")}
+    decision = decide(ending, earlier, **limits)
+    first = {"rank": bad[0]["rank"], "host": bad[0]["host"]} if bad else {}
+    folder.note_attempt(
+        {
+            "job": job,
+            "attempt": attempt,
+            "status": ending.status,
+            "reason": decision.reason,
+            "requeued": decision.requeue,
+            "steps": list(ending.steps),
+            "time_s": time.time(),
+            **first,
+        }
+    )
+    print(f"launch: attempt {attempt} ended: {decision.reason}; {'goes on' if decision.requeue else 'ends here'}", flush=True)
+    if decision.requeue:
+        subprocess.run(["scontrol", "requeue", job], check=False)
+    return decision
+
+
+def training_is_over(run_dir: RunDir) -> bool:
+    complete = run_dir.complete_checkpoints()
+    return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
+
+
+def show_job(job: str) -> str:
+    """What the scheduler says of it; "" where it says nothing."""
+    found = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
+    return found.stdout
+
+
+def time_is_up(shown: str, signal_s: int) -> bool:
+    """The attempt ended so close to its limit that the limit was the reason."""
+    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    try:
+        used, limit = (seconds(fields[name]) for name in ("RunTime", "TimeLimit"))
+    except (KeyError, ValueError):
+        return False
+    return used >= limit - signal_s - 10  # it acts some seconds after the signal, which itself may come early
+
+
+def seconds(text: str) -> int:
+    """Of [days-]hours:minutes:seconds.  Raises ValueError for UNLIMITED and its kin."""
+    days, _, clock = text.rpartition("-")
+    hours, minutes, rest = (int(part) for part in clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+if __name__ == "__main__":
+    main(JobFolder(Path(sys.argv[1])), int(sys.argv[2]))

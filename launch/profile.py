@@ -1,0 +1,56 @@
+"""A cluster as this package sees it: where jobs go, what a node has, what its processes need around them.  No hyper-parameters."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Optional
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from lpl_pretrain.config.section import Section
+
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,@%&|*\[\]()=+-]+$")]
+"""What a scheduler's option can be: no spaces, quotes or line ends."""
+
+
+class ClusterProfile(Section):
+    partition: Optional[Word] = None
+    account: Optional[Word] = None
+    qos: Optional[Word] = None
+    constraint: Optional[Word] = None
+    exclude: tuple[Word, ...] = ()
+    """Nodes that are not to be used."""
+    processes_per_node: PositiveInt = 1
+    """One for each accelerator."""
+    gpus_per_node: NonNegativeInt = 0
+    cpus_per_process: PositiveInt = 4
+    memory_gib_per_node: Optional[PositiveFloat] = None
+    """Absent: the scheduler's own default."""
+    time_limit_min: PositiveInt = 1440
+    signal_s: PositiveInt = 120
+    """How long before the time limit, and before a preempted job is killed, its processes are told: time for a checkpoint."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the job, such as `module load cuda`."""
+    container: tuple[str, ...] = ()
+    """What a command is run by: [apptainer, exec, --nv, /images/lpl.sif]."""
+    python: Optional[str] = None
+    """Interpreter on the nodes; absent: the one that submits."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and belong into no file."""
+    max_timeouts: PositiveInt = 100
+    """A job that meets its time limit goes on that often."""
+    max_failures: NonNegativeInt = 3
+    """A job that fails begins again so many times in a row without having made a new checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_process_for_each_accelerator(self) -> ClusterProfile:
+        if self.gpus_per_node and self.processes_per_node != self.gpus_per_node:
+            raise ValueError(
+                f"processes_per_node={self.processes_per_node} with gpus_per_node={self.gpus_per_node}: one process for each GPU"
+            )
+        if secret := [name for name in self.environment if SECRET.search(name)]:
+            raise ValueError(f"environment.{secret[0]}: looks like a secret, which scripts would show: export it where you submit")
+        if self.signal_s >= 60 * self.time_limit_min:
+            raise ValueError(f"signal_s={self.signal_s} with time_limit_min={self.time_limit_min}: the signal comes before the job")
+        return self

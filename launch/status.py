@@ -1,0 +1,82 @@
+"""What a job is doing.  The run's files come first: a scheduler's word may be late, wrong, or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.folder import JobFolder
+from lpl_pretrain.config.rundir import MANIFEST, RunDir
+from lpl_pretrain.errors import ConfigError
+
+
+def report(run: Path) -> str:
+    """A few lines of text.  Raises ConfigError where nothing was launched."""
+    folder, run_dir = open_folder(run), RunDir(run)
+    facts, attempts = folder.read_facts(), folder.read_attempts()
+    mine = [attempt for attempt in attempts if attempt["job"] == facts["job"]]
+    state = state_of(facts["job"]) or "not with the scheduler"
+    lines = [f"job         {facts['job']}: {state}; {facts['nodes']} nodes", f"command     lpl-pretrain {' '.join(facts['argv'])}"]
+    if last := last_line(run_dir.metrics):
+        rate = f", {last['samples_per_s']:.1f} samples/s" if "samples_per_s" in last else ""
+        lines.append(f"step        {last['step']:,}{rate}, {age(last['time_s'])} ago")
+    if complete := run_dir.complete_checkpoints():
+        written = (run_dir.checkpoint(complete[-1]) / MANIFEST).stat().st_mtime
+        lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
+    lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
+    lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
+    scored = len(list(run.glob("evaluations/step_*/*.json")))
+    lines.append(f"scores      {scored}")
+    return "\n".join(lines)
+
+
+def where(attempt: dict[str, Any]) -> str:
+    return f" (rank {attempt['rank']} on {attempt['host']})" if "rank" in attempt else ""
+
+
+def state_of(job: str | None) -> str:
+    """As squeue has it; "" when it does not know the job, or there is no squeue."""
+    if job is None or shutil.which("squeue") is None:
+        return ""
+    found = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def cancel_job(run: Path) -> str:
+    folder = open_folder(run)
+    job = folder.read_facts()["job"]
+    folder.cancelled.touch()
+    done = subprocess.run(["scancel", "--signal=USR2", str(job)], capture_output=True, text=True, check=False)
+    if done.returncode or state_of(job) == "PENDING":
+        subprocess.run(["scancel", str(job)], capture_output=True, check=False)
+    return f"job {job}: told to end after a checkpoint; `python -m launch resume {run}` goes on from there"
+
+
+def open_folder(run: Path) -> JobFolder:
+    folder = JobFolder(run / "launch")
+    if not folder.facts.is_file():
+        raise ConfigError(f"{folder.facts}: not there: nothing was launched for this run")
+    return folder
+
+
+def last_line(metrics: Path) -> dict[str, Any] | None:
+    """Of what was logged; events are no such line."""
+    if not metrics.is_file():
+        return None
+    for line in reversed(metrics.read_text().splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        if "event" not in found:
+            return found
+    return None
+
+
+def age(then_s: float) -> str:
+    gone = max(0, int(time.time() - then_s))
+    return f"{gone} s" if gone < 120 else f"{gone // 60} min" if gone < 7200 else f"{gone // 3600} h"

@@ -1,0 +1,105 @@
+"""What every process of a job runs: `lpl-pretrain ...` as a child that knows its rank and is told of the scheduler's signals.
+
+A child, because a scheduler's signals come whenever they like: before there is a handler, inside a collective, while compiling.
+This process has nothing else to do than to pass them on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.folder import JobFolder, publish_json
+
+WAIT_S, POLL_S = 300.0, 0.2
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Of this process, as srun's environment has it."""
+
+    job: str
+    attempt: int
+    """0, and one more after every requeue."""
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Allocation:
+        numbers = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
+        return cls(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
+
+
+@dataclass
+class Task:
+    argv: list[str]
+    """Behind `lpl-pretrain`."""
+    folder: str
+    """RUN/launch, which all nodes see."""
+    prefix: list[str] = field(default_factory=list)
+    """What the command is run by."""
+
+    def __call__(self) -> int:
+        """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
+        stop = Stop()
+        here, folder = Allocation.from_environment(), JobFolder(Path(self.folder))
+        environment = {**os.environ, **rendezvous(here, folder, stop)}
+        status = 0
+        if not stop.asked:
+            child = subprocess.Popen([*self.prefix, sys.executable, "-m", "lpl_pretrain", *self.argv], env=environment)
+            stop.pass_on_to(child)
+            status = child.wait()
+        if stop.asked and status == -stop.asked:
+            status = 0
+        folder.note_exit(here.job, here.attempt, here.rank, status, socket.gethostname())
+        if status:
+            sys.exit(status if status > 0 else 128 - status)
+        return status
+
+
+class Stop:
+    """Notes the scheduler's signals from now on, and passes them on once there is a child."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        if self.asked:
+            child.send_signal(self.asked)
+
+    def _note(self, number: int, frame: object) -> None:
+        first, self.asked = not self.asked, self.asked or number
+        if first and self._child is not None:
+            self._child.send_signal(number)
+
+
+def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str]:
+    """Variables by which the ranks find each other: rank 0 publishes a port that was free a moment ago."""
+    path, host = folder.rendezvous(here.job, here.attempt), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if here.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            publish_json(path, {"address": host, "port": probe.getsockname()[1]})
+    deadline = time.monotonic() + WAIT_S
+    while not path.is_file() and not stop.asked:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path}: rank 0 has not said where it is in {WAIT_S:.0f} s; does every node see this folder?")
+        time.sleep(POLL_S)
+    where: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"address": "", "port": 0}
+    values: dict[str, Any] = {"RANK": here.rank, "LOCAL_RANK": here.local_rank, "WORLD_SIZE": here.world_size}
+    values |= {"MASTER_ADDR": where["address"], "MASTER_PORT": where["port"]}
+    return {name: str(value) for name, value in values.items()}

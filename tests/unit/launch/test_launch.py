@@ -1,0 +1,194 @@
+"""What is submitted, what is refused before it is, and what becomes of an attempt; the real scheduler is in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.after import Decision, Ending, decide, seconds, time_is_up
+from launch.folder import JobFolder
+from launch.logs import news
+from launch.profile import ClusterProfile
+from launch.submit import Order, job_name, script, words_of
+from lpl_pretrain.config.load import load_config, validate
+from lpl_pretrain.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+HOSTILE = "a b;$(touch hacked)`touch hacked`\n#SBATCH --nodes=99\n'\""
+
+
+def launch(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def order(run_dir, *argv):
+    return Order("train", ["train", "x.yaml", *argv], Path(run_dir), 4)
+
+
+def test_a_script_asks_for_what_the_profile_says(tmp_path):
+    profile = ClusterProfile(
+        partition="gpu", processes_per_node=8, gpus_per_node=8, memory_gib_per_node=0.5, exclude=("n1", "n2"), signal_s=60
+    )
+    lines = script(order(tmp_path), profile).splitlines()
+    for wanted in (
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "mem=512M",
+        "exclude=n1,n2",
+        "signal=USR2@60",
+        "partition=gpu",
+        "requeue",
+    ):
+        assert f"#SBATCH --{wanted}" in lines, wanted
+    (srun,) = (line for line in lines if line.startswith("srun "))
+    assert "--kill-on-bad-exit=1" in srun
+    assert lines[-1].endswith("$?") and "-m launch.after" in lines[-1], "the last line learns how srun ended"
+
+
+@pytest.mark.parametrize("where", ["run_dir", "environment"])
+def test_nothing_hostile_reaches_a_shell_or_the_scheduler(tmp_path, where):
+    """The script is run by a real shell, with programs that do nothing in the place of srun and python."""
+    run_dir = tmp_path / (HOSTILE.replace("\n", "") if where == "run_dir" else "run")
+    profile = ClusterProfile(environment={"X": HOSTILE if where == "environment" else "x"}, python="/bin/true")
+    text = script(order(run_dir, HOSTILE), profile)
+    assert not [line for line in text.splitlines() if line.startswith("#SBATCH --nodes=99")] or where == "environment"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").symlink_to("/bin/true")
+    (tmp_path / "script.sh").write_text(text + '\nprintf %s "$X" > x.txt\n')
+    done = subprocess.run(
+        ["bash", "script.sh"], cwd=tmp_path, env={"PATH": f"{tmp_path}/bin:/bin:/usr/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("hacked")) and (tmp_path / "x.txt").read_text() == profile.environment["X"]
+
+
+def test_directives_end_where_the_shell_begins(tmp_path):
+    """sbatch reads `#SBATCH` up to the first command: a later one, in a quoted value, is none."""
+    text = script(order(tmp_path), ClusterProfile(environment={"X": HOSTILE}))
+    first_command = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
+    assert all("nodes=99" not in line for line in text.splitlines()[:first_command])
+
+
+def test_names_of_jobs_are_plain():
+    assert job_name(order("/runs/" + HOSTILE.replace("/", ""))) == "a_b_touch_hacked_touch_hacked_SBATCH_--nodes_99_-train"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"environment": {"WANDB_API_KEY": "x"}}, "environment.WANDB_API_KEY: looks like a secret"),
+        ({"gpus_per_node": 8}, "processes_per_node=1 with gpus_per_node=8: one process for each GPU"),
+        ({"partition": "a b"}, "partition"),
+        ({"time_limit_min": 1, "signal_s": 60}, "the signal comes before the job"),
+    ],
+)
+def test_profiles_that_make_no_sense(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        validate(ClusterProfile, changes, where="profile.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_loads(path):
+    load_config(ClusterProfile, path)
+
+
+def ending(**changes):
+    return Ending(**{"status": 0, "over": False, "cancelled": False, "timed_out": False, "steps": (10, 20), **changes})
+
+
+def attempt(status=0, steps=(0, 0), reason="stopped in time"):
+    return {"status": status, "steps": list(steps), "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("found", "earlier", "decision"),
+    [
+        (ending(over=True), [], Decision(False, "done")),
+        (ending(cancelled=True), [], Decision(False, "cancelled")),
+        (ending(status=2, steps=(0, 0)), [], Decision(False, "refused its input: see the log")),
+        (ending(), [attempt()] * 500, Decision(True, "stopped in time")),
+        (ending(timed_out=True), [], Decision(True, "time limit, 1 of 2")),
+        (ending(timed_out=True), [attempt(reason="time limit, 1 of 2"), attempt()], Decision(True, "time limit, 2 of 2")),
+        (ending(timed_out=True), [attempt(reason="time limit")] * 2, Decision(False, "time limit, 3 of 2")),
+        (ending(status=137), [attempt(1, (0, 0))] * 9, Decision(True, "failed with status 137, 1 of 2 in a row")),
+        (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5))], Decision(True, "failed with status 1, 2 of 2 in a row")),
+        (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5))] * 2, Decision(False, "failed with status 1, 3 of 2 in a row")),
+        (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5)), attempt(0)], Decision(True, "failed with status 1, 1 of 2 in a row")),
+    ],
+)
+def test_whether_a_job_goes_on(found, earlier, decision):
+    """Preemptions are not counted, time-outs are, failures only while no checkpoint was made."""
+    assert decide(found, earlier, max_timeouts=2, max_failures=2) == decision
+
+
+@pytest.mark.parametrize(("run_time", "up"), [("00:00:20", False), ("00:00:49", True), ("1-00:00:00", True)])
+def test_a_time_limit_is_told_from_a_preemption(run_time, up):
+    assert time_is_up(f"JobId=7 RunTime={run_time} TimeLimit=00:01:00 X=y", 10) is up
+    assert not time_is_up("", 10) and not time_is_up(f"RunTime={run_time} TimeLimit=UNLIMITED", 10)
+    assert seconds("2-03:04:05") == 2 * 86400 + 3 * 3600 + 4 * 60 + 5
+
+
+def test_the_schedulers_words_are_passed_on():
+    error = (
+        "Command returned 1\nsbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed\nTraceback"
+    )
+    assert words_of(error) == "error: invalid partition specified: x error: Batch job submission failed"
+
+
+def test_logs_of_all_ranks_are_one(tmp_path):
+    (tmp_path / "7_0_log.out").write_text("one\ntw")
+    (tmp_path / "7_1_log.err").write_text("eins\n")
+    (tmp_path / "8_0_log.out").write_text("another job\n")
+    read = {}
+    assert list(news(tmp_path, "7", read)) == ["[0] one", "[1] eins"]
+    with (tmp_path / "7_0_log.out").open("a") as file:
+        file.write("o\n")
+    assert list(news(tmp_path, "7", read)) == ["[0] two"]
+
+
+def test_exits_are_told_in_the_order_in_which_they_came(tmp_path):
+    folder = JobFolder(tmp_path)
+    for rank, status in ((3, 9), (0, 137)):
+        folder.note_exit("7", 1, rank, status, "node1")
+    folder.note_exit("7", 0, 1, 1, "node2")
+    assert [found["rank"] for found in folder.exits("7", 1)] == [3, 0]
+
+
+def test_without_a_scheduler(tmp_path):
+    """Everything else is checked first; then the remedy is said."""
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text(yaml.safe_dump({"environment": {"X": "1"}}))
+    config = ROOT / "configs/encode/emoji.yaml"
+    path = {**os.environ, "PATH": "/nowhere"}
+    arguments = ("encode", config, f"output={tmp_path}/latents", "--cluster", profile)
+    assert "sbatch: not on the PATH: submit from a login node" in (refused := launch(*arguments, env=path)).stderr
+    assert refused.returncode == 2
+    shown = launch(*arguments, "--dry-run", env={**path, "WANDB_API_KEY": "very-secret"})
+    assert shown.returncode == 0 and "export X=1" in shown.stdout and "resolution_px: 64" in shown.stdout
+    assert "very-secret" not in shown.stdout and not (tmp_path / "latents").exists()
+    assert "nothing was launched" in launch("status", tmp_path).stderr
+    unknown = launch("encode", config, "--cluster", profile, "--set", "colour=red")
+    assert unknown.returncode == 2 and "colour" in unknown.stderr
+
+
+def test_submitting_costs_no_torch():
+    modules = "launch.__main__, launch.submit, launch.status, launch.logs, launch.after, launch.task"
+    code = f"import sys, {modules}; print([name for name in ('torch', 'diffusers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_facts_of_a_job_are_plain_json(tmp_path):
+    folder = JobFolder(tmp_path)
+    folder.write_facts({"job": "7", "profile": ClusterProfile().model_dump(mode="json")})
+    assert json.loads(folder.facts.read_text())["job"] == "7" and folder.read_attempts() == []
