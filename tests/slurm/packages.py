@@ -1,0 +1,52 @@
+"""The Debian packages behind the test cluster, and why there can be no cluster where they or the rights to use them are missing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+
+PACKAGE_OF = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+SBIN = "/usr/sbin:/sbin"
+
+
+def absent() -> list[str]:
+    """The packages whose programs are not on this machine."""
+    path = f"{os.environ.get('PATH', '')}:{SBIN}"
+    return [package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=path)]
+
+
+def install() -> None:
+    """Install what is absent; a `CalledProcessError` or `TimeoutExpired` says that it did not work."""
+    packages = absent()
+    if not packages:
+        return
+    # --no-install-recommends: nothing of mail, accounting or the desktop comes along
+    options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # one unreachable package source fails the update but need not fail the installation
+    subprocess.run(["apt-get", "update", "-qq"], env=environment, check=False, capture_output=True, timeout=240)
+    subprocess.run(
+        ["apt-get", "install", *options, *packages], env=environment, check=True, capture_output=True, text=True, timeout=300
+    )
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no cluster can run here after an attempt to install what it needs; None when one can."""
+    if os.geteuid():
+        return "a SLURM test cluster needs root: its nodes are kernel namespaces"
+    if absent() and not shutil.which("apt-get"):
+        return f"no apt-get to install {', '.join(absent())}"
+    try:
+        install()
+    except subprocess.TimeoutExpired as error:
+        return f"the installation of {', '.join(absent())} took longer than {error.timeout:.0f} s"
+    except subprocess.CalledProcessError as error:
+        return f"{', '.join(absent())} cannot be installed: {error.stderr.strip()[-300:]}"
+    # root inside a plain container may lack the right
+    probe = subprocess.run(
+        ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True
+    )
+    return f"root may not make namespaces here: {probe.stderr.strip()}" if probe.returncode else None

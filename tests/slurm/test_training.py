@@ -1,0 +1,219 @@
+"""Training on the real scheduler, 2 nodes of 2 processes: whatever happens to it, it ends with the weights of a run left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+
+import pytest
+import yaml
+
+from launch.folder import JobFolder
+from tests.support.commands import ROOT, lines, lpl
+from tests.support.latents import tiny_dataset
+
+STEPS, EVERY = 300, 20
+TRAIN = """
+name: slurm
+steps: {steps}
+autoencoder: {autoencoder}
+data: {{folder: {latents}, verify: sizes}}
+model: {{width: 32, depth: 2, heads: 2}}
+diffusion: {{prediction: flow, schedule: rectified_flow}}
+lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 100}}
+optimizer: {{lr: 1.0e-3}}
+batch: {{global_batch_size: 8}}
+checkpoint: {{every_steps: {every}}}
+log: {{every_steps: 1}}
+"""
+STRATEGIES = {
+    "fsdp2": ["parallel.strategy=fsdp2"],
+    "zero2": ["parallel.strategy=zero", f"parallel.zero_config={ROOT}/configs/zero/zero2.json"],
+}
+PROFILE = {
+    "partition": "main",
+    "processes_per_node": 2,
+    "gpus_per_node": 2,
+    "cpus_per_process": 1,
+    "signal_s": 30,
+    "time_limit_min": 30,
+    "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Latents, a configuration, and a profile."""
+    folder = tmp_path_factory.mktemp("slurm training")  # a name with a space, as users have them
+    latents, autoencoder = tiny_dataset(folder)
+    config = TRAIN.format(steps=STEPS, every=EVERY, autoencoder=json.dumps(autoencoder), latents=json.dumps(latents))
+    (folder / "train.yaml").write_text(config)
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(PROFILE))
+    return folder
+
+
+class Job:
+    """A training on the cluster, from where its user sits."""
+
+    def __init__(self, cluster, folder, name, *overrides, changes=()):
+        self.cluster, self.run = cluster, folder / name
+        options = [option for change in changes for option in ("--set", change)]
+        launched = self.launch(
+            "train",
+            folder / "train.yaml",
+            f"run_dir={self.run}",
+            *overrides,
+            "--cluster",
+            folder / "cluster.yaml",
+            "--nodes",
+            2,
+            *options,
+        )
+        assert launched.returncode == 0, launched.stdout + launched.stderr
+        self.folder = JobFolder(self.run / "launch")
+        self.id = self.folder.read_facts()["job"]
+
+    def launch(self, *arguments):
+        return self.cluster.run(sys.executable, "-m", "launch", *map(str, arguments), check=False, cwd=ROOT)
+
+    def steps(self):
+        """That were logged, with repetitions."""
+        file = self.run / "metrics.jsonl"
+        return [line["step"] for line in lines(self.run) if "event" not in line] if file.exists() else []
+
+    def resumes(self):
+        file = self.run / "metrics.jsonl"
+        return [line for line in lines(self.run) if line.get("event") == "resumed"] if file.exists() else []
+
+    def wait_steps(self, more):
+        """Until so many were made from now on."""
+        before = len(self.steps())
+        self.wait(lambda: len(self.steps()) >= before + more, f"{more} more steps after {before}")
+
+    def wait(self, predicate, what, timeout_s=150):
+        try:
+            self.cluster.wait(predicate, timeout_s, what)
+        except Exception as error:
+            logs = self.launch("logs", self.run).stdout[-6000:]
+            raise AssertionError(f"{what}\n{self.folder.read_attempts()}\n{logs}") from error
+
+    def ranks(self, node):
+        """(pid, command) of the children that train on a node."""
+        return [(pid, command) for pid, command in self.cluster.pids_on(node) if "lpl_pretrain train" in command.replace("\0", " ")]
+
+    def goes_on_after(self, trouble):
+        """`trouble` happens once; seconds until the run has resumed, and steps that were made before and are made again."""
+        resumed, started = len(self.resumes()), time.time()
+        trouble()
+        self.wait(lambda: len(self.resumes()) > resumed, "resumed")
+        told = lines(self.run)
+        at = max(i for i, line in enumerate(told) if line.get("event") == "resumed")
+        made = max(line["step"] for line in told[:at] if "event" not in line)
+        return round(told[at]["time_s"] - started, 1), made - told[at]["step"]
+
+
+def weights(run):
+    """Bytes of the last checkpoint's pieces, by file."""
+    newest = run / "checkpoints" / f"step_{STEPS:08d}"
+    return {file.name: file.read_bytes() for file in sorted(newest.glob("*")) if file.name != "manifest.json"}
+
+
+def preempt(job):
+    """A job of a higher partition takes all nodes for two seconds."""
+    sent = job.cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
+    )
+    return lambda: job.cluster.wait_state(sent.stdout.strip(), "COMPLETED", 60)
+
+
+def kill_a_rank(job):
+    pid, _ = next(found for node in job.cluster.names for found in job.ranks(node))
+    os.kill(pid, signal.SIGKILL)
+
+
+def crash_rank_0(job):
+    """With the batch script and the rendezvous on it."""
+    node = job.cluster.run("squeue", "-h", "-j", job.id, "-o", "%B").stdout.strip()
+    job.cluster.crash(node, tell=True)
+    job.cluster.boot(node)
+
+
+TROUBLES = {
+    "preempted": preempt,
+    "requeued": lambda job: job.cluster.run("scontrol", "requeue", job.id),
+    "rank killed": kill_a_rank,
+    "node crashed": crash_rank_0,
+}
+
+
+MET_BY = {"fsdp2": list(TROUBLES), "zero2": ["preempted", "rank killed"]}
+
+
+@pytest.mark.parametrize("way", STRATEGIES)
+def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way):
+    lpl("train", folder / "train.yaml", f"run_dir={folder}/{way}_alone", *STRATEGIES[way], ranks=4)
+    job, seen = Job(cluster, folder, f"{way}_troubled", *STRATEGIES[way]), {}
+    for name in MET_BY[way]:
+        job.wait_steps(30)
+        seen[name] = job.goes_on_after(partial(TROUBLES[name], job))
+    job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
+    print(f"\n{way}: seconds until it went on, and steps lost: {seen}")
+    assert weights(job.run) == weights(folder / f"{way}_alone")
+    lost = {name: steps for name, (_, steps) in seen.items()}
+    assert lost["preempted"] == 0 and all(0 <= steps <= EVERY + 5 for steps in lost.values()), "one checkpoint, and its writing"
+    assert sorted(set(job.steps())) == list(range(1, STEPS + 1))
+    attempts = job.folder.read_attempts()
+    assert attempts[-1]["reason"] == "done" and any(found["status"] == 137 or found["status"] == -9 for found in attempts)
+    assert not [found for node in cluster.names for found in job.ranks(node)], "no process is left"
+
+
+def test_a_time_limit_is_no_end(cluster, folder):
+    """One minute, of which the signal leaves half; then the job goes on from where it was."""
+    job = Job(cluster, folder, "limited", *STRATEGIES["fsdp2"], "steps=100000", changes=["time_limit_min=1"])
+    job.wait(lambda: job.resumes(), "resumed after the time limit", timeout_s=200)
+    first, *_ = job.folder.read_attempts()
+    assert first["reason"] == "time limit, 1 of 100" and first["status"] == 0 and first["steps"][1] == job.resumes()[0]["step"]
+    told = job.launch("status", job.run).stdout
+    assert f"job         {job.id}: RUNNING" in told and "restarts    1" in told and "time limit, 1 of 100" in told
+    assert "resumed at step" in job.launch("logs", job.run).stdout
+    job.launch("cancel", job.run)
+    job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", "CANCELLED", ""), "the end")
+    assert job.folder.read_attempts()[-1]["reason"] == "cancelled"
+
+
+def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
+    arguments = (
+        "train",
+        folder / "train.yaml",
+        f"run_dir={folder}/refused",
+        *STRATEGIES["fsdp2"],
+        "--cluster",
+        folder / "cluster.yaml",
+    )
+
+    def launch(*more):
+        return cluster.run(sys.executable, "-m", "launch", *map(str, (*arguments, *more)), check=False, cwd=ROOT)
+
+    nowhere = launch("--set", "partition=nowhere")
+    assert nowhere.returncode == 2 and "sbatch refused this job" in nowhere.stderr and "invalid partition" in nowhere.stderr
+    greedy = launch("--nodes", 2, "--set", "gpus_per_node=4", "--set", "processes_per_node=4")
+    assert greedy.returncode == 2 and "node configuration is not available" in greedy.stderr
+    assert "global_batch_size=8 is not a multiple of dp_world_size=6" in launch("--nodes", 3).stderr, "found without the scheduler"
+
+
+def test_input_that_is_refused_is_not_tried_again(cluster, folder):
+    """What the login node could not see: the latents are gone when the job begins."""
+    shutil.copytree(folder / "latents", folder / "short lived")
+    setup = [f"rm -r {shlex.quote(str(folder / 'short lived'))}"]
+    own = [f"data.folder={folder / 'short lived'}", *STRATEGIES["fsdp2"]]
+    job = Job(cluster, folder, "bad", *own, changes=[f"setup={json.dumps(setup)}"])
+    job.wait(lambda: job.folder.read_attempts(), "the end of an attempt")
+    (attempt,) = job.folder.read_attempts()
+    assert attempt["status"] == 2 and attempt["reason"] == "refused its input: see the log" and not attempt["requeued"]
+    assert "short lived" in job.launch("logs", job.run).stdout
