@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,15 +24,13 @@ from torch import Tensor
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.evaluation.features import load_extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
+from lpl_pretrain.evaluation.inception import random_weights
 from lpl_pretrain.evaluation.inception_score import inception_score
 from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.world import World
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.support.inception import inception_layout  # noqa: E402
 
 Result = tuple[float, float]  # FID, Inception Score
 
@@ -52,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = args.weights or Path(name) / "weights.pth"
         if args.weights is None:
-            torch.save(inception_layout(), path)
+            torch.save(random_weights(), path)
         images = torch.randint(0, 256, (args.pictures, 3, args.side, args.side), dtype=torch.uint8)
         real = FeatureStatistics(2048)
         real.update(torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0)))
@@ -89,7 +86,7 @@ def torch_fidelity(images: Tensor, real: FeatureStatistics, path: Path, batch: i
 
     names = ["2048", "logits_unbiased"]
     network = FeatureExtractorInceptionV3("x", names, feature_extractor_weights_path=str(path)).eval().to(device)
-    reference = {"mu": real.mean.numpy(), "sigma": real.covariance.numpy()}
+    reference = {"mu": real.mean.float().numpy(), "sigma": real.covariance.numpy()}
 
     @torch.no_grad()
     def run() -> Result:

@@ -26,7 +26,7 @@ from lpl_pretrain.evaluation import inception
 
 LITE0 = "tf_efficientnet_lite0"  # not timm's `efficientnet_lite0`: other padding and BatchNorm eps, logits off by 3
 LITE0_SIDE_PX = 224
-LITE0_CPU_CHUNK = 4  # more at once falls out of the cache: 35 pictures/s at 4, 23 at 32, on one core
+CPU_CHUNK = 4  # more at once falls out of the cache: Lite0 35 pictures/s at 4, 23 at 32, on one core
 Features = dict[str, Tensor]
 
 
@@ -50,7 +50,10 @@ class Extractor:
         """uint8 (N, 3, H_px, W_px) on any device -> float32 features by name, on the network's."""
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3:
             raise TypeError(f"wanted uint8 pixels (N, 3, H, W), found {pixels.dtype} {tuple(pixels.shape)}")
-        return self.answer(self.network, pixels.to(next(self.network.parameters()).device))
+        there = pixels.to(next(self.network.parameters()).device)
+        chunks = there.split(CPU_CHUNK) if there.device.type == "cpu" else [there]
+        found = [self.answer(self.network, chunk) for chunk in chunks]
+        return {name: torch.cat([features[name] for features in found]) for name in found[0]}
 
     def named(self, metric: str) -> str:
         """How a score is called: fid, sfid and kid of the published Inception, `metric` and the extractor's label otherwise."""
@@ -137,7 +140,7 @@ def fid_inception(config: ExtractorConfig, path: Path, device: torch.device) -> 
     sha256 = sha256_of(path)
     published = sha256.startswith(FID_WEIGHTS_SHA256_START)
     try:
-        network = inception.FIDInception(torch.load(path, map_location="cpu", weights_only=True))
+        network: Any = inception.FIDInception(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, TypeError, ValueError, OSError, EOFError) as problem:
         reason = str(problem)[:300]
         raise ConfigError(
@@ -149,7 +152,7 @@ def fid_inception(config: ExtractorConfig, path: Path, device: torch.device) -> 
         dimension=inception.FEATURES,
         weights_sha256=sha256,
         preprocessing=f"TensorFlow 1 bilinear to {inception.SIDE_PX} px; (x - 128) / 128",
-        network=network.to(device),
+        network=network.to(device, memory_format=torch.channels_last),  # 1.5 times as fast on a CPU
         answer=lambda network, pixels: network(pixels),
     )
 
@@ -169,8 +172,7 @@ def sha256_of(path: str | Path) -> str:
 
 def _lite0_features(network: nn.Module, pixels: Tensor) -> Features:
     images = ((resized(pixels, LITE0_SIDE_PX) / 255 - 0.498) / 0.502).contiguous(memory_format=torch.channels_last)
-    chunks = images.split(LITE0_CPU_CHUNK) if images.device.type == "cpu" else [images]
-    return {"pooled": torch.cat([network(chunk) for chunk in chunks])}
+    return {"pooled": network(images)}
 
 
 def _lite0_file() -> str:

@@ -83,6 +83,22 @@ def fid_inception(state_dict: dict[str, Tensor]) -> inception.Inception3:
     return network.float().eval().requires_grad_(False)
 
 
+def random_weights() -> dict[str, Tensor]:
+    """Under the names and shapes of the published file (it has no BatchNorm counters), for comparing tools without it."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    with torch.device("meta"):
+        network = inception.Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    for name, shape in shapes.items():
+        if name.endswith(("running_var", "bn.weight")):
+            state[name] = torch.rand(shape, generator=generator) + 0.5
+        elif name.endswith("conv.weight"):
+            state[name] = torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
+        elif not name.endswith("num_batches_tracked"):
+            state[name] = torch.randn(shape, generator=generator) * 0.1
+    return state
+
+
 def resize_as_tensorflow1(x: Tensor, side: int) -> Tensor:
     """Bilinear (N, C, H, W) -> (N, C, side, side): output pixel i reads input position i * H / side; no antialiasing."""
     return _interpolate(_interpolate(x, 3, side), 2, side)

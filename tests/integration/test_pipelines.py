@@ -62,7 +62,9 @@ def exported(folder: Path, data, kind, **changes):
     scored = run_dir.evaluation(3, "quick")
     scored.parent.mkdir(parents=True)
     scored.write_text(json.dumps({"step": 3, "results": [{"metric": "fd_x", "value": 12.345, "guidance_scale": 1.0}]}))
-    export.run(str(run_dir.path), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder / "out"))
+    export.run(
+        str(run_dir.path), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder / "out")
+    )
     trained = open_run(run_dir, CPU)
     trained.load(3, "ema")
     return trained, folder / "out"
@@ -133,7 +135,9 @@ def test_the_card_and_what_is_refused(labelled, tmp_path):
         assert words in card, words
     assert not [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".safetensors", ".md")]
     with pytest.raises(ConfigError, match="is there already"):
-        export.run(str(tmp_path / "run"), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder))
+        export.run(
+            str(tmp_path / "run"), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder)
+        )
     flow = {"diffusion": {"prediction": "flow", "schedule": "rectified_flow"}, "data__scaling": "per_channel"}
     model = {**MODELS["dit"], "learned_sigma": False}
     with pytest.raises(ConfigError, match="(?s)data.scaling=per_channel.*prediction=flow with model.kind=dit"):

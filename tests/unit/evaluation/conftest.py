@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.inception import inception_layout as random_inception
+from lpl_pretrain.evaluation.inception import random_weights
 from tests.support.runs import Made, make_run
 
 
@@ -22,4 +22,4 @@ def run_of(tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def inception_layout() -> dict[str, torch.Tensor]:
-    return random_inception()
+    return random_weights()
