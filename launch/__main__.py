@@ -36,7 +36,18 @@ def commands() -> None:
 @NODES
 @SET
 @DRY_RUN
-def train(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, changes: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit a job that scores checkpoints until training has ended.")
+@click.option("--evaluate-cluster", metavar="PROFILE", help="Where that one runs, on one node; as --cluster when absent.")
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    cluster: str,
+    nodes: int,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    evaluate_with: str | None,
+    evaluate_cluster: str | None,
+) -> None:
     """Train CONFIG; a run that was begun goes on."""
     from lpl_pretrain.config.check import check_run
     from lpl_pretrain.config.mix import read_data
@@ -46,7 +57,19 @@ def train(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, cha
     run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
     check_run(settings, read_data(settings.data.folder).merged, nodes * profile.processes_per_node)
     argv = ["train", str(Path(config).resolve()), *overrides, f"run_dir={run_dir}"]
+    scorer = None
+    if evaluate_with is not None:
+        from lpl_pretrain.config.evaluation import check_protocol, check_sampler
+        from lpl_pretrain.config.protocol import EvaluateConfig
+
+        protocol = load_config(EvaluateConfig, evaluate_with, [])
+        check_protocol(protocol)
+        check_sampler(settings.diffusion.prediction, protocol.sampler)
+        scorer = load_config(ClusterProfile, evaluate_cluster or cluster, () if evaluate_cluster else changes)
     place("train", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
+    if scorer is not None:
+        watch = ["evaluate", str(run_dir), str(Path(str(evaluate_with)).resolve()), "--watch"]
+        place("evaluate", watch, run_dir, 1, scorer, dump(protocol) if dry_run else None)
 
 
 @commands.command()

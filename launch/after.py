@@ -71,12 +71,15 @@ def main(folder: JobFolder, status: int) -> Decision:
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
-    bad = [found for found in folder.exits(job, attempt) if found["status"]]
+    exits = folder.exits(job, attempt)
+    bad = [found for found in exits if found["status"]]
     complete = run_dir.complete_checkpoints()
     before = earlier[-1]["steps"][1] if earlier else facts["step"]
     ending = Ending(
         status=bad[0]["status"] if bad else status,
-        over=facts["kind"] != "train" and status == 0 or training_is_over(run_dir),
+        over=training_is_over(run_dir)
+        if facts["kind"] == "train"
+        else status == 0 and not any(found["stopped"] for found in exits),
         cancelled=folder.cancelled.exists() or "JobState=CANCELLED" in shown,
         timed_out=time_is_up(shown, facts["profile"]["signal_s"]),
         steps=(before, complete[-1] if complete else 0),

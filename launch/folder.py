@@ -46,8 +46,9 @@ class JobFolder:
         with self.attempts.open("a") as file:
             file.write(json.dumps(attempt) + "\n")
 
-    def note_exit(self, job: str, attempt: int, rank: int, status: int, host: str) -> None:
-        found = {"rank": rank, "status": status, "host": host, "time_s": time.time()}
+    def note_exit(self, job: str, attempt: int, rank: int, status: int, host: str, *, stopped: bool) -> None:
+        """`stopped`: the scheduler had asked for it."""
+        found = {"rank": rank, "status": status, "host": host, "stopped": stopped, "time_s": time.time()}
         publish_json(self.path / EXIT.format(job=job, attempt=attempt, rank=rank), found)
 
     def exits(self, job: str, attempt: int) -> list[dict[str, Any]]:

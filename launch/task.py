@@ -61,7 +61,7 @@ class Task:
             status = child.wait()
         if stop.asked and status == -stop.asked:
             status = 0
-        folder.note_exit(here.job, here.attempt, here.rank, status, socket.gethostname())
+        folder.note_exit(here.job, here.attempt, here.rank, status, socket.gethostname(), stopped=bool(stop.asked))
         if status:
             sys.exit(status if status > 0 else 128 - status)
         return status

@@ -21,6 +21,8 @@ def run(run: str, protocol: str, overrides: list[str], step: int | None, watch: 
     check_protocol(settings)
     if watch and step is not None:
         raise ConfigError(f"--watch with --step={step}: one step is scored at once; leave one of them out")
+    while watch and not run_dir.config.is_file():  # training has not begun
+        time.sleep(poll_s)
     from lpl_pretrain.evaluation.job import evaluate  # torch: not for --help
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import log, set_up_logging

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 class Job:
     """A training on the cluster, from where its user sits."""
 
-    def __init__(self, cluster, folder, name, *overrides, changes=()):
+    def __init__(self, cluster, folder, name, *overrides, changes=(), more=()):
         self.cluster, self.run = cluster, folder / name
         options = [option for change in changes for option in ("--set", change)]
         launched = self.launch(
@@ -74,6 +74,7 @@ class Job:
             "--nodes",
             2,
             *options,
+            *more,
         )
         assert launched.returncode == 0, launched.stdout + launched.stderr
         self.folder = JobFolder(self.run / "launch")
@@ -185,6 +186,23 @@ def test_a_time_limit_is_no_end(cluster, folder):
     job.launch("cancel", job.run)
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", "CANCELLED", ""), "the end")
     assert job.folder.read_attempts()[-1]["reason"] == "cancelled"
+
+
+def test_scores_arrive_though_all_are_preempted(cluster, folder):
+    """A second job watches: every checkpoint is scored once, and it ends when training has ended and all is scored."""
+    protocol = {"name": "quick", "images": 8, "batch_size": 4, "sampler": {"kind": "euler", "steps": 2}}
+    protocol |= {"reference": str(folder / "pictures"), "grid_images": 0}
+    (folder / "quick.yaml").write_text(yaml.safe_dump(protocol))
+    way = [*STRATEGIES["fsdp2"], "steps=120", "checkpoint.every_steps=40", "lpl=null"]
+    job = Job(cluster, folder, "scored", *way, more=["--evaluate-with", folder / "quick.yaml"])
+    scorer = JobFolder(job.run / "launch" / "evaluate")
+    job.wait_steps(30)
+    preempt(job)
+    job.wait(lambda: job.resumes(), "training goes on")
+    job.wait(lambda: scorer.read_attempts() and scorer.read_attempts()[-1]["reason"] == "done", "all is scored", timeout_s=240)
+    scored = sorted(int(path.parent.name.removeprefix("step_")) for path in job.run.glob("evaluations/step_*/quick.json"))
+    assert set(scored) >= {40, 80, 120} and scored == sorted(set(scored))
+    assert [found["reason"] for found in scorer.read_attempts()] == ["stopped in time", "done"]
 
 
 def test_what_the_scheduler_or_the_run_refuses(cluster, folder):

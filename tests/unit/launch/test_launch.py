@@ -159,8 +159,8 @@ def test_logs_of_all_ranks_are_one(tmp_path):
 def test_exits_are_told_in_the_order_in_which_they_came(tmp_path):
     folder = JobFolder(tmp_path)
     for rank, status in ((3, 9), (0, 137)):
-        folder.note_exit("7", 1, rank, status, "node1")
-    folder.note_exit("7", 0, 1, 1, "node2")
+        folder.note_exit("7", 1, rank, status, "node1", stopped=False)
+    folder.note_exit("7", 0, 1, 1, "node2", stopped=True)
     assert [found["rank"] for found in folder.exits("7", 1)] == [3, 0]
 
 
