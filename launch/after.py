@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.folder import JobFolder
+from launch.code import fingerprint
+from launch.folder import BAD_INPUT, JobFolder
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
-
-BAD_INPUT = 2
-"""Exit status of `lpl-pretrain` for what is the input's fault: trying again would not help."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,7 @@ def main(folder: JobFolder, status: int) -> Decision:
             "reason": decision.reason,
             "requeued": decision.requeue,
             "steps": list(ending.steps),
+            "code": fingerprint(),
             "time_s": time.time(),
             **first,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -38,6 +38,8 @@ class ClusterProfile(Section):
     """Interpreter on the nodes; absent: the one that submits."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and belong into no file."""
+    on_changed_code: Literal["warn", "refuse"] = "warn"
+    """What a requeued job does when this package is not what it was at submission."""
     max_timeouts: PositiveInt = 100
     """A job that meets its time limit goes on that often."""
     max_failures: NonNegativeInt = 3

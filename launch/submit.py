@@ -17,14 +17,13 @@ from typing import Any
 
 import submitit
 
+from launch.code import ROOT, fingerprint
 from launch.folder import JobFolder
 from launch.profile import ClusterProfile
 from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def script(order: Order, profile: ClusterProfile) -> str:
 
 
 def task_of(order: Order, profile: ClusterProfile) -> Task:
-    return Task(order.argv, str(order.folder.path), list(profile.container))
+    return Task(order.argv, str(order.folder.path), list(profile.container), fingerprint(), profile.on_changed_code)
 
 
 def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.folder import JobFolder, publish_json
+from launch.code import fingerprint
+from launch.folder import BAD_INPUT, JobFolder, publish_json
 
 WAIT_S, POLL_S = 300.0, 0.2
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -48,11 +49,19 @@ class Task:
     """RUN/launch, which all nodes see."""
     prefix: list[str] = field(default_factory=list)
     """What the command is run by."""
+    code: str = ""
+    """Fingerprint of this package at submission."""
+    on_changed_code: str = "warn"
 
     def __call__(self) -> int:
         """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
         stop = Stop()
         here, folder = Allocation.from_environment(), JobFolder(Path(self.folder))
+        if (now := fingerprint()) != self.code:
+            print(f"launch: the code has changed since this job was submitted ({self.code[:12]} then, {now[:12]} now)", flush=True)
+            if self.on_changed_code == "refuse":
+                folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, socket.gethostname(), stopped=False)
+                sys.exit(BAD_INPUT)
         environment = {**os.environ, **rendezvous(here, folder, stop)}
         status = 0
         if not stop.asked:

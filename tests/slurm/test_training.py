@@ -145,15 +145,24 @@ def crash_rank_0(job):
     job.cluster.boot(node)
 
 
+def kill_while_saving(job):
+    """The moment that a checkpoint begins to be written."""
+    deadline = time.monotonic() + 60
+    while not list((job.run / "checkpoints").glob(".writing_*")):  # it lasts for milliseconds
+        assert time.monotonic() < deadline, "no checkpoint was written"
+    kill_a_rank(job)
+
+
 TROUBLES = {
     "preempted": preempt,
     "requeued": lambda job: job.cluster.run("scontrol", "requeue", job.id),
     "rank killed": kill_a_rank,
+    "killed while saving": kill_while_saving,
     "node crashed": crash_rank_0,
 }
 
 
-MET_BY = {"fsdp2": list(TROUBLES), "zero2": ["preempted", "rank killed"]}
+MET_BY = {"fsdp2": ["preempted", "requeued", "rank killed", "node crashed"], "zero2": ["preempted", "killed while saving"]}
 
 
 @pytest.mark.parametrize("way", STRATEGIES)

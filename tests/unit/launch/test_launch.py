@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import yaml
 
 from launch.after import Decision, Ending, decide, seconds, time_is_up
+from launch.code import fingerprint
 from launch.folder import JobFolder
 from launch.logs import news
 from launch.profile import ClusterProfile
 from launch.submit import Order, job_name, script, words_of
+from launch.task import SIGNALS, Stop, Task
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.errors import ConfigError
 
@@ -192,3 +195,43 @@ def test_facts_of_a_job_are_plain_json(tmp_path):
     folder = JobFolder(tmp_path)
     folder.write_facts({"job": "7", "profile": ClusterProfile().model_dump(mode="json")})
     assert json.loads(folder.facts.read_text())["job"] == "7" and folder.read_attempts() == []
+
+
+@pytest.mark.parametrize("policy", ["warn", "refuse"])
+def test_code_that_has_changed_is_told_and_refused_if_asked(tmp_path, policy, monkeypatch, capsys):
+    """As after a requeue: the task was pickled when the code was another."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    task = Task(["--version"], str(tmp_path), [], "0" * 64, policy)
+    try:
+        if policy == "refuse":
+            with pytest.raises(SystemExit) as ended:
+                task()
+            assert ended.value.code == 2
+        else:
+            assert task() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "the code has changed since this job was submitted (000000000000 then, " in capsys.readouterr().out
+    (found,) = JobFolder(tmp_path).exits("7", 0)
+    assert found["status"] == (2 if policy == "refuse" else 0) and not found["stopped"]
+
+
+def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, monkeypatch):
+    """Between the start of the process and that of its child; and one that dies of it has ended well."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    task = Task([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
+    monkeypatch.setattr(
+        Stop, "pass_on_to", lambda self, child, real=Stop.pass_on_to: (os.kill(os.getpid(), signal.SIGUSR2), real(self, child))
+    )
+    try:
+        assert task() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    (found,) = JobFolder(tmp_path).exits("7", 0)
+    assert found["status"] == 0 and found["stopped"]
