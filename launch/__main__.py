@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from launch.profile import ClusterProfile
+from lpl_pretrain.cli.main import run
 from lpl_pretrain.config.load import dump, load_config
-from lpl_pretrain.errors import ConfigError, LPLError
+from lpl_pretrain.errors import ConfigError
 
-CLUSTER = click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml")
-NODES = click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the script and the resolved configuration, and submit nothing.")
-SET = click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the profile.")
+
+def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that submits a job."""
+    options = [
+        click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml"),
+        click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True),
+        click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the profile."),
+        click.option("--dry-run", is_flag=True, help="Print the script and the resolved configuration, and submit nothing."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,10 +41,7 @@ def commands() -> None:
 @commands.command(context_settings={"ignore_unknown_options": True})
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
-@CLUSTER
-@NODES
-@SET
-@DRY_RUN
+@on_cluster
 @click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit a job that scores checkpoints until training has ended.")
 @click.option("--evaluate-cluster", metavar="PROFILE", help="Where that one runs, on one node; as --cluster when absent.")
 def train(
@@ -75,10 +81,7 @@ def train(
 @commands.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
-@CLUSTER
-@NODES
-@SET
-@DRY_RUN
+@on_cluster
 def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, changes: tuple[str, ...], dry_run: bool) -> None:
     """Encode CONFIG; what was finished is left alone."""
     from lpl_pretrain.config.encode import EncodeConfig
@@ -93,10 +96,7 @@ def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, ch
 @click.argument("protocol")
 @click.argument("overrides", nargs=-1)
 @click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
-@CLUSTER
-@NODES
-@SET
-@DRY_RUN
+@on_cluster
 def evaluate(
     run: str,
     protocol: str,
@@ -179,14 +179,5 @@ def place(kind: str, argv: list[str], run_dir: Path, nodes: int, profile: Cluste
     click.echo(f"job {job}: {nodes} nodes x {profile.processes_per_node} processes; python -m launch status {run_dir}")
 
 
-def main() -> None:
-    """Errors that are the input's fault are printed without a traceback; exit status 2."""
-    try:
-        commands()
-    except LPLError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.mirror import Mirror
 from lpl_pretrain.runtime.world import World
+
+PATIENCE = timedelta(hours=12)
+"""The other ranks wait while the first one computes scores from all features."""
 
 
 def run(run: str, protocol: str, overrides: list[str], step: int | None, watch: bool = False, poll_s: float = 30.0) -> None:
@@ -27,7 +31,7 @@ def run(run: str, protocol: str, overrides: list[str], step: int | None, watch: 
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import log, set_up_logging
 
-    device = dist.start(world)
+    device = dist.start(world, patience=PATIENCE)
     set_up_logging(world.rank)
     records: list[dict[str, Any]] = []
     mirror = open_mirror(run_dir) if world.rank == 0 else None

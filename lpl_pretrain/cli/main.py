@@ -160,9 +160,13 @@ def doctor() -> None:
 
 
 def main() -> None:
+    run(commands)
+
+
+def run(group: click.Group) -> None:
     """Errors that are the input's fault are printed without a traceback; exit status 2."""
     try:
-        commands()
+        group()
     except LPLError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)

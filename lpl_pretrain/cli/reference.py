@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lpl_pretrain.cli.evaluate import PATIENCE
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.protocol import EvaluateConfig
@@ -24,7 +25,7 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import set_up_logging
 
-    device = dist.start(world)
+    device = dist.start(world, patience=PATIENCE)
     set_up_logging(world.rank)
     extractors = [load_extractor(entry, device) for entry in settings.extractors]
     build_reference(path, list(read_pictures(settings.reference)), settings, resolution_px, extractors, world)

@@ -50,10 +50,14 @@ class Extractor:
         """uint8 (N, 3, H_px, W_px) on any device -> float32 features by name, on the network's."""
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3:
             raise TypeError(f"wanted uint8 pixels (N, 3, H, W), found {pixels.dtype} {tuple(pixels.shape)}")
-        there = pixels.to(next(self.network.parameters()).device)
+        there = pixels.to(self.device)
         chunks = there.split(CPU_CHUNK) if there.device.type == "cpu" else [there]
         found = [self.answer(self.network, chunk) for chunk in chunks]
         return {name: torch.cat([features[name] for features in found]) for name in found[0]}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
     def named(self, metric: str) -> str:
         """How a score is called: fid, sfid and kid of the published Inception, `metric` and the extractor's label otherwise."""

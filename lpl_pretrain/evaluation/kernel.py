@@ -98,14 +98,14 @@ def pair_sum(kernel: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor
 
 
 def paired(a: Tensor, b: Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:
-    """Both in float64 on CPU, after checking that they can be compared."""
+    """Both in float64, where they lie, after checking that they can be compared."""
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]} and {b.shape[1]} features a picture: take both sets from one extractor")
     return checked(a, at_least=at_least), checked(b, at_least=at_least)
 
 
 def checked(features: Tensor, *, at_least: int) -> Tensor:
-    rows = features.detach().to("cpu", torch.float64)
+    rows = features.detach().double()
     if len(rows) < at_least:
         raise DataError(f"features of {len(rows)} pictures; this score needs at least {at_least}: add pictures")
     bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()

@@ -37,7 +37,7 @@ def density_coverage(generated: Tensor, real: Tensor, k: int = 5) -> tuple[float
 
 def share_inside(centres: Tensor, points: Tensor, k: int) -> float:
     """As in the authors' code, a picture on the surface is inside."""
-    inside = torch.zeros(len(points), dtype=torch.bool)
+    inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     for distances, radii in balls(centres, points, k):
         inside |= (distances <= radii).any(dim=0)
     return inside.double().mean().item()

@@ -36,7 +36,10 @@ class Case:
         return self.extractor.config.label
 
     def made_rows(self, kind: str) -> Tensor:
-        return self.made.whole(f"{self.label}/{kind}")
+        return self.made.whole(f"{self.label}/{kind}").to(self.extractor.device)
+
+    def real_rows(self) -> Tensor:
+        return self.real.features[self.label].to(self.extractor.device)
 
     def entry(self, metric: str, value: float, **more: float) -> Entry:
         return {"metric": self.extractor.named(metric), "value": value, **more}
@@ -76,7 +79,7 @@ def _kid(case: Case) -> Iterator[Entry]:
     protocol = case.protocol
     found = kernel_inception_distance(
         case.made_rows("pooled"),
-        case.real.features[case.label],
+        case.real_rows(),
         subsets=protocol.kid_subsets,
         subset_size=protocol.kid_subset_size,
         seed=protocol.seed,
@@ -85,13 +88,13 @@ def _kid(case: Case) -> Iterator[Entry]:
 
 
 def _precision_recall(case: Case) -> Iterator[Entry]:
-    precision, recall = precision_recall(case.made_rows("pooled"), case.real.features[case.label])
+    precision, recall = precision_recall(case.made_rows("pooled"), case.real_rows())
     yield case.entry("precision", precision)
     yield case.entry("recall", recall)
 
 
 def _density_coverage(case: Case) -> Iterator[Entry]:
-    density, coverage = density_coverage(case.made_rows("pooled"), case.real.features[case.label])
+    density, coverage = density_coverage(case.made_rows("pooled"), case.real_rows())
     yield case.entry("density", density)
     yield case.entry("coverage", coverage)
 
@@ -102,7 +105,7 @@ def _inception_score(case: Case) -> Iterator[Entry]:
 
 
 def _cmmd(case: Case) -> Iterator[Entry]:
-    yield case.entry("cmmd", cmmd(case.made_rows("pooled"), case.real.features[case.label]))
+    yield case.entry("cmmd", cmmd(case.made_rows("pooled"), case.real_rows()))
 
 
 def _clip_score(case: Case) -> Iterator[Entry]:

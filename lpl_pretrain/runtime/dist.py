@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -20,10 +21,11 @@ from lpl_pretrain.runtime.device import keep_freed_memory
 from lpl_pretrain.runtime.world import World
 
 
-def start(world: World, *, group: bool = False, store: dist.Store | None = None) -> torch.device:
+def start(world: World, *, group: bool = False, store: dist.Store | None = None, patience: timedelta | None = None) -> torch.device:
     """Communicates when there is more than one rank: picks this rank's device and joins the process group.
 
     `group` asks for a group on one process too: DDP, FSDP2 and ZeRO need one.  Ranks meet at `store`, or where torchrun says.
+    `patience`: how long a rank may wait for another before the run counts as hung; absent: the backend's 10 or 30 minutes.
     """
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -34,7 +36,7 @@ def start(world: World, *, group: bool = False, store: dist.Store | None = None)
         if store is None and world.world_size == 1:
             store = dist.HashStore()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, store=store)
+        dist.init_process_group(backend, timeout=patience, rank=world.rank, world_size=world.world_size, store=store)
     return device
 
 
