@@ -119,6 +119,45 @@ def evaluate(
 
 
 @commands.command()
+@click.option("--encode", "encoding", required=True, metavar="CONFIG", help="configs/encode/*.yaml")
+@click.option("--train", "training", required=True, metavar="CONFIG", help="configs/train/*.yaml; its data are what was encoded.")
+@click.option("--evaluate", "protocol", metavar="PROTOCOL", help="configs/evaluate/*.yaml")
+@click.argument("overrides", nargs=-1)
+@on_cluster
+def pipeline(
+    encoding: str,
+    training: str,
+    protocol: str | None,
+    overrides: tuple[str, ...],
+    cluster: str,
+    nodes: int,
+    changes: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Encode, verify, train and score, each after the one before has ended well; OVERRIDES are of the training."""
+    from lpl_pretrain.config.encode import EncodeConfig
+    from lpl_pretrain.config.evaluation import check_protocol
+    from lpl_pretrain.config.protocol import EvaluateConfig
+    from lpl_pretrain.config.schema import TrainConfig
+
+    profile, source = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, encoding, ())
+    latents = Path(source.output).resolve()
+    given = [*overrides, f"data.folder={latents}"]
+    settings = load_config(TrainConfig, training, given)
+    run_dir, alone = Path(settings.run_dir or f"runs/{settings.name}").resolve(), profile.model_copy(update=ONE_PROCESS)
+    shown = dump(settings) if dry_run else None
+    first = place("encode", ["encode", str(Path(encoding).resolve()), f"output={latents}"], latents, nodes, profile, shown)
+    check = ["encode", str(Path(encoding).resolve()), f"output={latents}", "--verify"]
+    checked = place("encode", check, latents, 1, alone, shown, after=f"afterok:{first}", part="verify")
+    train = ["train", str(Path(training).resolve()), *given, f"run_dir={run_dir}"]
+    place("train", train, run_dir, nodes, profile, shown, after=f"afterok:{checked}")
+    if protocol is not None:
+        check_protocol(load_config(EvaluateConfig, protocol, ()))
+        watch = ["evaluate", str(run_dir), str(Path(protocol).resolve()), "--watch"]
+        place("evaluate", watch, run_dir, 1, profile, shown, after=f"afterok:{checked}")
+
+
+@commands.command()
 @click.argument("run")
 def status(run: str) -> None:
     """What the job of RUN is doing, as far as its files and the scheduler tell."""
@@ -165,18 +204,34 @@ def resume(run: str) -> None:
     )
 
 
-def place(kind: str, argv: list[str], run_dir: Path, nodes: int, profile: ClusterProfile, shown: str | None) -> None:
-    """Submits, or shows what would be submitted."""
+ONE_PROCESS = {"processes_per_node": 1, "gpus_per_node": 0}
+
+
+def place(
+    kind: str,
+    argv: list[str],
+    run_dir: Path,
+    nodes: int,
+    profile: ClusterProfile,
+    shown: str | None,
+    *,
+    after: str | None = None,
+    part: str = "",
+) -> str:
+    """Submits and gives the job's id, or shows what would be submitted."""
     from launch.submit import Order, script, submit
 
-    order = Order(kind, argv, run_dir, nodes)
+    order = Order(kind, argv, run_dir, nodes, after, part)
     if shown is not None:
         click.echo(
             f"{script(order, profile)}\n\n# The command of every process\n# lpl-pretrain {argv}\n\n# Its configuration\n{shown}"
         )
-        return
+        return "ID"
     job = submit(order, profile)
-    click.echo(f"job {job}: {nodes} nodes x {profile.processes_per_node} processes; python -m launch status {run_dir}")
+    click.echo(
+        f"job {job}, {part or kind}: {nodes} nodes x {profile.processes_per_node} processes; python -m launch status {run_dir}"
+    )
+    return job
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from launch.folder import BAD_INPUT, JobFolder
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 
+DONE = "done"
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -45,7 +47,7 @@ class Decision:
 def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int) -> Decision:
     """`earlier`: attempts of the same job, the oldest first."""
     if ending.over:
-        return Decision(False, "done")
+        return Decision(False, DONE)
     if ending.cancelled:
         return Decision(False, "cancelled")
     if ending.status == BAD_INPUT:
@@ -133,4 +135,5 @@ def seconds(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main(JobFolder(Path(sys.argv[1])), int(sys.argv[2]))
+    ended = main(JobFolder(Path(sys.argv[1])), int(sys.argv[2]))
+    sys.exit(0 if ended.reason == DONE else int(sys.argv[2]) or 1)  # what other jobs depend on

@@ -36,12 +36,16 @@ class Order:
     """Behind `lpl-pretrain`."""
     run_dir: Path
     nodes: int
+    after: str | None = None
+    """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
+    part: str = ""
+    """Tells work of one kind on one run from another's."""
 
     @property
     def folder(self) -> JobFolder:
         """Of training it is RUN/launch; other work on a run has folders beside each other."""
         parent = self.run_dir / "launch"
-        return JobFolder(parent if self.kind == "train" else parent / self.kind)
+        return JobFolder(parent if self.kind == "train" else parent / (self.part or self.kind))
 
 
 class Executor(submitit.SlurmExecutor):
@@ -97,6 +101,8 @@ def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items() if name != "PYTHONPATH"]
     exports.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     more: dict[str, Any] = {"requeue": True}
+    if order.after is not None:
+        more |= {"dependency": order.after, "kill-on-invalid-dep": "yes"}
     if profile.memory_gib_per_node is not None:
         more["mem"] = f"{int(1024 * profile.memory_gib_per_node)}M"
     asked = {"partition": profile.partition, "account": profile.account, "qos": profile.qos, "constraint": profile.constraint}
@@ -124,7 +130,7 @@ def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor
 
 def job_name(order: Order) -> str:
     """Of a run's folder; what a scheduler's listing could stumble over is left out."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{order.run_dir.name}-{order.kind}")[:100]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{order.run_dir.name}-{order.part or order.kind}")[:100]
 
 
 def words_of(error: str) -> str:

@@ -214,6 +214,35 @@ def test_scores_arrive_though_all_are_preempted(cluster, folder):
     assert [found["reason"] for found in scorer.read_attempts()] == ["stopped in time", "done"]
 
 
+def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
+    """And when its first part fails the others are cancelled by the scheduler."""
+    encode = {"source": str(folder / "pictures"), "output": str(folder / "piped"), "resolution_px": 32}
+    encode["autoencoder"] = str(folder / "autoencoder")
+    (folder / "encode.yaml").write_text(yaml.safe_dump(encode))
+    protocol = {"name": "quick", "images": 8, "sampler": {"kind": "euler", "steps": 2}, "grid_images": 0}
+    (folder / "end.yaml").write_text(yaml.safe_dump({**protocol, "reference": str(folder / "pictures")}))
+    parts = ["--encode", folder / "encode.yaml", "--train", folder / "train.yaml", "--evaluate", folder / "end.yaml"]
+    way = [*STRATEGIES["fsdp2"], "steps=20", "lpl=null", "checkpoint.every_steps=20"]
+
+    def pipeline(run):
+        shape = ["--cluster", folder / "cluster.yaml", "--nodes", 1]
+        arguments = ["pipeline", *parts, *way, f"run_dir={run}", *shape]
+        return cluster.run(sys.executable, "-m", "launch", *map(str, arguments), check=False, cwd=ROOT)
+
+    done = pipeline(folder / "piped run")
+    assert done.returncode == 0 and [line.split(",")[1].split(":")[0] for line in done.stdout.splitlines()] == [
+        f" {part}" for part in ("encode", "verify", "train", "evaluate")
+    ]
+    score = folder / "piped run" / "evaluations" / "step_00000020" / "quick.json"
+    cluster.wait(score.exists, 200, "the score at the end of the pipeline")
+    (folder / "encode.yaml").write_text(
+        yaml.safe_dump({**encode, "source": str(folder / "nothing"), "output": str(folder / "none")})
+    )
+    jobs = [line.split(",")[0].removeprefix("job ") for line in pipeline(folder / "never").stdout.splitlines()]
+    cluster.wait_state(jobs[0], "FAILED", 100)
+    cluster.wait(lambda: all(cluster.job_state(job) in ("CANCELLED", "") for job in jobs[1:]), 60, "the rest is cancelled")
+
+
 def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
     arguments = (
         "train",
@@ -241,6 +270,7 @@ def test_input_that_is_refused_is_not_tried_again(cluster, folder):
     own = [f"data.folder={folder / 'short lived'}", *STRATEGIES["fsdp2"]]
     job = Job(cluster, folder, "bad", *own, changes=[f"setup={json.dumps(setup)}"])
     job.wait(lambda: job.folder.read_attempts(), "the end of an attempt")
+    cluster.wait_state(job.id, "FAILED", 20)
     (attempt,) = job.folder.read_attempts()
     assert attempt["status"] == 2 and attempt["reason"] == "refused its input: see the log" and not attempt["requeued"]
     assert "short lived" in job.launch("logs", job.run).stdout
