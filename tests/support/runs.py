@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from lpl_pretrain.checkpoint.manifest import Manifest
-from lpl_pretrain.checkpoint.store import merge_parts, write_rank
+from lpl_pretrain.checkpoint.store import merge_parts, read_full, write_rank
 from lpl_pretrain.config.dataset import INDEX_NAME
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import dump
@@ -44,14 +44,13 @@ class Made:
         return EvaluateConfig.model_validate({**facts, **changes})
 
 
-def make_run(folder: Path, prediction: str, schedule: str) -> Made:
+def make_run(folder: Path, prediction: str, schedule: str, **changes) -> Made:
     autoencoder = tiny_folder(folder / "autoencoder")
     index = dataset_index(identity=autoencoder_identity(Path(autoencoder)), side=SIDE)
     (folder / "data").mkdir()
     (folder / "data" / INDEX_NAME).write_text(index.model_dump_json())
-    config = train_config(
-        autoencoder=autoencoder, data__folder=str(folder / "data"), diffusion__prediction=prediction, diffusion__schedule=schedule
-    )
+    changes |= {"autoencoder": autoencoder, "data__folder": str(folder / "data")}
+    config = train_config(**changes, diffusion__prediction=prediction, diffusion__schedule=schedule)
     run_dir = RunDir(folder / "run")
     run_dir.path.mkdir()
     run_dir.config.write_text(dump(config))
@@ -81,6 +80,17 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
             *(("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named),
         ],
     )
+    Manifest(step, step * 8, step, "LocalStrategy", 1, "", merge_parts(folder, 1)).write(folder)
+
+
+def save_snapshot(run_dir: RunDir, step: int) -> None:
+    """Power-function averages of two lengths, which differ from the checkpoint's weights and from each other."""
+    folder, pieces = run_dir.snapshot(step), []
+    folder.mkdir(parents=True)
+    for name, tensor in read_full(run_dir.checkpoint(step), "param").items():
+        for kind, factor in (("ema_power_0.050", 0.8), ("ema_power_0.100", 0.6)):
+            pieces.append((kind, Piece(name, tuple(tensor.shape), 0, factor * tensor.flatten())))
+    write_rank(folder, 0, pieces)
     Manifest(step, step * 8, step, "LocalStrategy", 1, "", merge_parts(folder, 1)).write(folder)
 
 

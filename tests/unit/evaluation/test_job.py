@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 from PIL import Image
 
+from lpl_pretrain.checkpoint.weights import reconstructed
 from lpl_pretrain.cli import evaluate as evaluate_command
 from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation import job
+from lpl_pretrain.evaluation.load import load_weights, open_run
 from tests.support.configs import train_config
-from tests.support.runs import averages
+from tests.support.runs import averages, make_run, save_snapshot
 
 CPU = torch.device("cpu")
 
@@ -70,6 +73,43 @@ def test_repeats_to_the_digit_and_weights_matter(run):
         values[name] = record["results"][0]["value"]
     assert values["a"] == values["b"] and values["a"] not in (values["raw"], values["seed"])
     assert values["batch"] == pytest.approx(values["a"], rel=1e-2)  # a pixel may round to its neighbour
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", "tar"])
+def test_pictures_are_kept_where_asked(run, kind):
+    """The very pixels that were scored, beside the sheet, in order."""
+    evaluate(run.run_dir, run.protocol(keep_images=kind, guidance_scales=[3.0], grid_images=0), [6])
+    generator = open_run(run.run_dir, CPU)
+    generator.load(6, "ema")
+    way = {"sampler": run.protocol().sampler, "guidance_scale": 3.0, "seed": 0}
+    batches = [generator.generator.pixels(batch, **way) for batch in (range(4), range(4, 8), range(8, 10))]
+    wanted = torch.cat(batches).permute(0, 2, 3, 1).numpy()
+    stem = run.run_dir.path / "samples" / "step_00000006_tiny_ema_w3"
+    if kind == "npz":
+        with np.load(stem.with_suffix(".npz")) as file:
+            found = file["arr_0"]
+    elif kind == "png":
+        found = np.stack([np.asarray(Image.open(path)) for path in sorted(stem.iterdir())])
+    else:
+        samples = webdataset.WebDataset(str(stem.with_suffix(".tar")), shardshuffle=False).decode("rgb8")
+        found = np.stack([sample["png"] for sample in samples])
+    assert np.array_equal(found, wanted)
+
+
+def test_an_average_of_any_length_is_rebuilt_and_scored(tmp_path):
+    run = make_run(tmp_path, "flow", "rectified_flow", ema__power=(0.05, 0.1))
+    for step in (3, 6):
+        save_snapshot(run.run_dir, step)
+    trained = open_run(run.run_dir, CPU)
+    trained.load(6, "posthoc_0.080")
+    tensors, _ = reconstructed(run.run_dir, (0.05, 0.1), 0.08, 6)
+    state = trained.generator.denoiser.state_dict()
+    assert tensors and all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    (record,) = evaluate(run.run_dir, run.protocol(weights=["ema", "posthoc_0.080"], guidance_scales=[1.0]), [6])
+    ema, rebuilt = record["results"]
+    assert (ema["weights"], rebuilt["weights"]) == ("ema", "posthoc_0.080") and ema["value"] != rebuilt["value"]
+    with pytest.raises(CheckpointError, match="no snapshot of step 5"):
+        load_weights(trained.generator.denoiser, run.run_dir, trained.config, 5, "posthoc_0.080")
 
 
 def test_reference_is_read_once_and_again_when_it_changes(run, monkeypatch):
