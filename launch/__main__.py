@@ -38,7 +38,7 @@ def commands() -> None:
     """
 
 
-@commands.command(context_settings={"ignore_unknown_options": True})
+@commands.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
 @on_cluster
