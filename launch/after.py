@@ -22,6 +22,8 @@ from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 
 DONE = "done"
+EARLY_S = 60
+"""By how much SLURM may announce the end of the time too early."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def time_is_up(shown: str, signal_s: int) -> bool:
         used, limit = (seconds(fields[name]) for name in ("RunTime", "TimeLimit"))
     except (KeyError, ValueError):
         return False
-    return used >= limit - signal_s - 10  # it acts some seconds after the signal, which itself may come early
+    return used >= limit - signal_s - EARLY_S
 
 
 def seconds(text: str) -> int:
