@@ -191,14 +191,11 @@ def cancel(run: str) -> None:
 def resume(run: str) -> None:
     """Submit the newest job of RUN again, as it was."""
     from launch.folder import JobFolder
-    from launch.status import state_of
 
     folder = JobFolder(Path(run).resolve() / "launch")
     if not folder.facts.is_file():
         raise ConfigError(f"{folder.facts}: not there: nothing was launched for this run; use `launch train`")
     facts = folder.read_facts()
-    if state := state_of(facts["job"]):
-        raise ConfigError(f"job {facts['job']} of {run} is {state}: nothing to resume")
     place(
         facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], ClusterProfile.model_validate(facts["profile"]), None
     )

@@ -20,6 +20,7 @@ import submitit
 from launch.code import ROOT, fingerprint
 from launch.folder import JobFolder
 from launch.profile import ClusterProfile
+from launch.status import state_of
 from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
@@ -31,7 +32,7 @@ class Order:
     """A job to be."""
 
     kind: str
-    """train, encode, evaluate or sample."""
+    """train, encode or evaluate."""
     argv: list[str]
     """Behind `lpl-pretrain`."""
     run_dir: Path
@@ -61,6 +62,8 @@ def submit(order: Order, profile: ClusterProfile) -> str:
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch: not on the PATH: submit from a login node of the cluster, or start here with torchrun")
     folder = order.folder
+    if folder.facts.is_file() and (state := state_of(job := folder.read_facts()["job"])):
+        raise ConfigError(f"{order.run_dir}: its job {job} is {state}: wait for its end, or `python -m launch cancel` it")
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
     folder.cancelled.unlink(missing_ok=True)
     complete = RunDir(order.run_dir).complete_checkpoints()
@@ -97,8 +100,7 @@ def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor
     """Nothing user-given reaches the script unquoted."""
     python, folder = shlex.quote(profile.python or sys.executable), order.folder.path
     executor = Executor(folder=folder, python=python)
-    variables = {**profile.environment, "PYTHONPATH": f"{ROOT}:$PYTHONPATH"}
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items() if name != "PYTHONPATH"]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     exports.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     more: dict[str, Any] = {"requeue": True}
     if order.after is not None:

@@ -61,7 +61,7 @@ class Extractor:
 
     def named(self, metric: str) -> str:
         """How a score is called: fid, sfid and kid of the published Inception, `metric` and the extractor's label otherwise."""
-        published = {"fd": "fid", "fd_at_half": "fid_at_half", "fd_infinity": "fid_infinity", "spatial_fd": "sfid"}
+        published = {"fd": "fid", "fd_infinity": "fid_infinity", "spatial_fd": "sfid"}
         return f"{metric}{self.suffix}" if self.suffix else published.get(metric, metric)
 
     def identity(self) -> dict[str, str | int]:

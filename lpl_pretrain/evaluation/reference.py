@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.files import publish_grid, published
 from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.stats import FeatureStatistics
-from lpl_pretrain.runtime.dist import barrier
+from lpl_pretrain.runtime.dist import barrier, broadcast_json
+from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import progress
 from lpl_pretrain.runtime.world import World
 
+POLL_S, SHA256 = 1.0, "sha256"
 UNKNOWN = 2**30
 """Taken for the number of pictures less one where a file does not tell: many, so that no rank is thought to be missing."""
 STATISTICS = ("count", "mean", "scatter")
@@ -63,8 +67,13 @@ def open_reference(
         return found
     pictures = list(read_pictures(source))
     path = run_dir.path / "evaluations" / f"reference_{reference_key(pictures, protocol, resolution_px, extractors)}.safetensors"
-    if not path.is_file():
-        build_reference(path, pictures, protocol, resolution_px, extractors, world)
+    while not broadcast_json(path.is_file()):
+        lease = Lease(path.with_suffix(".lease"))
+        with lease if world.rank == 0 else nullcontext():
+            if broadcast_json(lease.held):
+                build_reference(path, pictures, protocol, resolution_px, extractors, world)
+                break
+        time.sleep(POLL_S)  # another evaluator is at it
     return read_reference(path)
 
 
@@ -76,10 +85,9 @@ def build_reference(
     with progress(len(pictures), "img", "reference") as bar:
         for batch in spool.missing(world.rank, world.world_size):
             pixels = torch.stack([_pixels(pictures[i], resolution_px) for i in batch])
-            spool.put(
-                batch,
-                {f"{e.config.label}/{kind}": rows for e in extractors for kind, rows in e(pixels).items() if kind in COMPARED},
-            )
+            found = {f"{e.config.label}/{kind}": rows for e in extractors for kind, rows in e(pixels).items() if kind in COMPARED}
+            digests = [list(bytes.fromhex(pictures[i].sha256())) for i in batch]
+            spool.put(batch, {**found, SHA256: torch.tensor(digests, dtype=torch.uint8)})
             bar.update(len(batch))
     barrier()
     if world.rank == 0:
@@ -105,8 +113,8 @@ def publish_reference(
     if shown:
         publish_grid(grid, torch.stack([_pixels(pictures[i], resolution_px) for i in shown]))
     fingerprint = hashlib.sha256()
-    for picture in pictures:
-        fingerprint.update(f"{picture.key} {picture.sha256()}\n".encode())
+    for picture, digest in zip(pictures, (row for rows in spool.rows(SHA256) for row in rows), strict=True):
+        fingerprint.update(f"{picture.key} {bytes(digest.tolist()).hex()}\n".encode())
     facts = {
         "pictures": len(pictures),
         "compared_one_by_one": len(alone),

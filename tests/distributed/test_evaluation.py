@@ -121,9 +121,8 @@ def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
 
 
 def test_rivals_score_every_checkpoint_once(run, tmp_path):
-    """Three evaluators at once; what each has done it writes down."""
+    """Three evaluators at once, which all find the real pictures unread; what each has done it writes down."""
     protocol = run.protocol(**SMALL)
-    alone(run, run.protocol(**{**SMALL, "name": "warm"}), [3])  # so that the real pictures are read once
 
     def evaluator(number):
         done = [record["step"] for record in job.evaluate(run.run_dir, protocol, CPU)]

@@ -189,6 +189,8 @@ def test_a_time_limit_is_no_end(cluster, folder):
     job.wait(lambda: job.resumes(), "resumed after the time limit", timeout_s=300)
     first, *_ = job.folder.read_attempts()
     assert first["reason"] == "time limit, 1 of 100" and first["status"] == 0 and first["steps"][1] == job.resumes()[0]["step"]
+    again = job.launch("resume", job.run)
+    assert again.returncode == 2 and f"its job {job.id} is RUNNING" in again.stderr
     told = job.launch("status", job.run).stdout
     assert f"job         {job.id}: RUNNING" in told and "restarts    1" in told and "time limit, 1 of 100" in told
     assert "resumed at step" in job.launch("logs", job.run).stdout
