@@ -31,4 +31,6 @@ def lpl(*arguments, check=True, ranks=1, **options):
 
 
 def lines(run, key="step"):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Whole ones: a run that goes on may be writing another."""
+    text = (run / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
