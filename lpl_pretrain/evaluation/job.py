@@ -32,7 +32,7 @@ from lpl_pretrain.evaluation.generate import RULES
 from lpl_pretrain.evaluation.keep import keep_images
 from lpl_pretrain.evaluation.load import TrainedRun, open_run
 from lpl_pretrain.evaluation.reference import Reference, open_reference
-from lpl_pretrain.evaluation.scores import scores
+from lpl_pretrain.evaluation.scores import over_seeds, scores
 from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.runtime.dist import barrier, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
@@ -137,39 +137,49 @@ class Job:
         for weights in protocol.weights:
             self.run.load(step, weights)
             for scale in protocol.guidance_scales:
-                started, spool = time.monotonic(), Spool(work / f"{weights}_w{scale:g}", protocol.images, protocol.batch_size)
-                made = self._generate(spool, scale, f"step {step}, {weights}, guidance {scale:g}")
+                started, made = time.monotonic(), 0
+                spools = [
+                    Spool(work / f"{weights}_w{scale:g}_seed{protocol.seed + i}", protocol.images, protocol.batch_size)
+                    for i in range(protocol.repeats)
+                ]
+                for seed, spool in enumerate(spools, start=protocol.seed):
+                    made += self._generate(spool, seed, scale, f"step {step}, {weights}, guidance {scale:g}")
                 barrier()
                 if self.world.rank != 0:
                     continue
                 shared = {"weights": weights, "guidance_scale": scale, "images": protocol.images}
-                entries = [entry for extractor in self.extractors for entry in scores(protocol, extractor, spool, self.reference)]
+                entries = over_seeds([self._scores(spool) for spool in spools])
                 seconds = {"seconds": round(time.monotonic() - started, 2), "images_made_now": made}
                 results += [{**shared, **entry, **seconds} for entry in entries]
+                shown = spools[0]
                 if protocol.keep_images != "none":
-                    keep_images(self.run, step, protocol, weights, scale, spool.rows(PIXELS))
+                    keep_images(self.run, step, protocol, weights, scale, shown.rows(PIXELS))
                 if protocol.grid_images and samples is None and scale == max(protocol.guidance_scales):
                     path = self.run.run_dir.samples(step, protocol.name)
-                    publish_grid(path, spool.first(PIXELS, protocol.grid_images))
+                    publish_grid(path, shown.first(PIXELS, protocol.grid_images))
                     samples = str(path.relative_to(self.run.run_dir.path))
         return results, samples
 
-    def _generate(self, spool: Spool, scale: float, desc: str) -> int:
+    def _scores(self, spool: Spool) -> list[dict[str, Any]]:
+        return [entry for extractor in self.extractors for entry in scores(self.protocol, extractor, spool, self.reference)]
+
+    def _generate(self, spool: Spool, seed: int, scale: float, desc: str) -> int:
         """This rank's share of the pictures, and their features; how many there were left to make."""
         protocol, made = self.protocol, 0
         missing = spool.missing(self.world.rank, self.world.world_size)
         with progress(sum(map(len, missing)), "img", desc) as bar:
             for batch in missing:
                 pixels = self.run.generator.pixels(
-                    batch, seed=protocol.seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
+                    batch, seed=seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
                 )
                 tensors: dict[str, Tensor] = {}
                 for extractor in self.extractors:
                     label = extractor.config.label
                     tensors |= {f"{label}/{kind}": rows for kind, rows in extractor(pixels).items()}
                     if extractor.embed_text is not None and "clip_score" in protocol.metrics:
-                        tensors[f"{label}/text"] = extractor.embed_text(self.run.captions(protocol.seed, batch))
+                        tensors[f"{label}/text"] = extractor.embed_text(self.run.captions(seed, batch))
                 shown = len(pixels) if protocol.keep_images != "none" else max(protocol.grid_images - batch.start, 0)
+                shown *= seed == protocol.seed
                 if shown:
                     tensors[PIXELS] = pixels[:shown]
                 spool.put(batch, tensors)
