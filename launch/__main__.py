@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from launch.folder import JobFolder
+from launch.place import Scorer, place
 from launch.profile import ClusterProfile
 from lpl_pretrain.cli.main import run
 from lpl_pretrain.config.load import dump, load_config
@@ -26,6 +28,9 @@ def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+AT_MOST = click.option("--at-most", type=click.IntRange(min=1), default=1, show_default=True, help="Evaluation jobs at a time.")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def commands() -> None:
     """Start the commands of lpl-pretrain on a SLURM cluster.
@@ -42,8 +47,9 @@ def commands() -> None:
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
 @on_cluster
-@click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit a job that scores checkpoints until training has ended.")
-@click.option("--evaluate-cluster", metavar="PROFILE", help="Where that one runs, on one node; as --cluster when absent.")
+@click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit an evaluation job for every checkpoint, as it comes.")
+@click.option("--evaluate-cluster", metavar="PROFILE", help="Where those run, each on one node; as --cluster when absent.")
+@AT_MOST
 def train(
     config: str,
     overrides: tuple[str, ...],
@@ -53,6 +59,7 @@ def train(
     dry_run: bool,
     evaluate_with: str | None,
     evaluate_cluster: str | None,
+    at_most: int,
 ) -> None:
     """Train CONFIG; a run that was begun goes on."""
     from lpl_pretrain.config.check import check_run
@@ -62,20 +69,16 @@ def train(
     profile, settings = load_config(ClusterProfile, cluster, changes), load_config(TrainConfig, config, overrides)
     run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
     check_run(settings, read_data(settings.data.folder).merged, nodes * profile.processes_per_node)
-    argv = ["train", str(Path(config).resolve()), *overrides, f"run_dir={run_dir}"]
-    scorer = None
+    argv, scorer = ["train", str(Path(config).resolve()), *overrides, f"run_dir={run_dir}"], None
     if evaluate_with is not None:
-        from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-        from lpl_pretrain.config.protocol import EvaluateConfig
+        from lpl_pretrain.config.evaluation import check_sampler
 
-        protocol = load_config(EvaluateConfig, evaluate_with, [])
-        check_protocol(protocol)
-        check_sampler(settings.diffusion.prediction, protocol.sampler)
-        scorer = load_config(ClusterProfile, evaluate_cluster or cluster, () if evaluate_cluster else changes)
+        cluster, changes = evaluate_cluster or cluster, () if evaluate_cluster else changes
+        scorer = Scorer(evaluate_with, (), cluster, changes, at_most)
+        check_sampler(settings.diffusion.prediction, scorer.settings.sampler)
     place("train", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
     if scorer is not None:
-        watch = ["evaluate", str(run_dir), str(Path(str(evaluate_with)).resolve()), "--watch"]
-        place("evaluate", watch, run_dir, 1, scorer, dump(protocol) if dry_run else None)
+        scorer.place(run_dir, dry_run=dry_run)
 
 
 @commands.command()
@@ -95,27 +98,47 @@ def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, ch
 @click.argument("run")
 @click.argument("protocol")
 @click.argument("overrides", nargs=-1)
-@click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
+@click.option("--watch", "watching", is_flag=True, help="A job for every checkpoint, as it comes, until training has ended.")
+@AT_MOST
 @on_cluster
 def evaluate(
     run: str,
     protocol: str,
     overrides: tuple[str, ...],
-    watch: bool,
+    watching: bool,
+    at_most: int,
     cluster: str,
     nodes: int,
     changes: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Score the checkpoints of RUN as PROTOCOL says."""
-    from lpl_pretrain.config.evaluation import check_protocol
-    from lpl_pretrain.config.protocol import EvaluateConfig
+    """Score the checkpoints of RUN as PROTOCOL says: those that have no score yet, in one job, or each in its own as they come."""
+    scorer, run_dir = Scorer(protocol, overrides, cluster, changes, at_most, nodes), Path(run).resolve()
+    if watching:
+        scorer.place(run_dir, dry_run=dry_run)
+        return
+    argv = ["evaluate", str(run_dir), *scorer.argv]
+    place("evaluate", argv, run_dir, nodes, scorer.profile, dump(scorer.settings) if dry_run else None)
 
-    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EvaluateConfig, protocol, overrides)
-    check_protocol(settings)
-    run_dir = Path(run).resolve()
-    argv = ["evaluate", str(run_dir), str(Path(protocol).resolve()), *overrides, *(["--watch"] if watch else [])]
-    place("evaluate", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
+
+@commands.command()
+@click.argument("run")
+@click.argument("protocol")
+@click.argument("overrides", nargs=-1)
+@AT_MOST
+@on_cluster
+def watch(
+    run: str,
+    protocol: str,
+    overrides: tuple[str, ...],
+    at_most: int,
+    cluster: str,
+    nodes: int,
+    changes: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """What `evaluate --watch` submits: submit evaluation jobs from this terminal, where jobs may not submit others."""
+    Scorer(protocol, overrides, cluster, changes, at_most, nodes).watch(Path(run).resolve())
 
 
 @commands.command()
@@ -136,25 +159,22 @@ def pipeline(
 ) -> None:
     """Encode, verify, train and score, each after the one before has ended well; OVERRIDES are of the training."""
     from lpl_pretrain.config.encode import EncodeConfig
-    from lpl_pretrain.config.evaluation import check_protocol
-    from lpl_pretrain.config.protocol import EvaluateConfig
     from lpl_pretrain.config.schema import TrainConfig
 
     profile, source = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, encoding, ())
     latents = Path(source.output).resolve()
     given = [*overrides, f"data.folder={latents}"]
     settings = load_config(TrainConfig, training, given)
-    run_dir, alone = Path(settings.run_dir or f"runs/{settings.name}").resolve(), profile.model_copy(update=ONE_PROCESS)
+    run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+    scorer = None if protocol is None else Scorer(protocol, (), cluster, changes)
     shown = dump(settings) if dry_run else None
     first = place("encode", ["encode", str(Path(encoding).resolve()), f"output={latents}"], latents, nodes, profile, shown)
     check = ["encode", str(Path(encoding).resolve()), f"output={latents}", "--verify"]
-    checked = place("encode", check, latents, 1, alone, shown, after=f"afterok:{first}", part="verify")
+    checked = place("encode", check, latents, 1, profile.of_one_process(), shown, after=f"afterok:{first}", part="verify")
     train = ["train", str(Path(training).resolve()), *given, f"run_dir={run_dir}"]
     place("train", train, run_dir, nodes, profile, shown, after=f"afterok:{checked}")
-    if protocol is not None:
-        check_protocol(load_config(EvaluateConfig, protocol, ()))
-        watch = ["evaluate", str(run_dir), str(Path(protocol).resolve()), "--watch"]
-        place("evaluate", watch, run_dir, 1, profile, shown, after=f"afterok:{checked}")
+    if scorer is not None:
+        scorer.place(run_dir, after=f"afterok:{checked}", dry_run=dry_run)
 
 
 @commands.command()
@@ -189,46 +209,21 @@ def cancel(run: str) -> None:
 @commands.command()
 @click.argument("run")
 def resume(run: str) -> None:
-    """Submit the newest job of RUN again, as it was."""
-    from launch.folder import JobFolder
+    """Submit the newest job of RUN again, as it was, and what watches for its checkpoints."""
+    from launch.status import state_of
 
     folder = JobFolder(Path(run).resolve() / "launch")
     if not folder.facts.is_file():
         raise ConfigError(f"{folder.facts}: not there: nothing was launched for this run; use `launch train`")
+    for found in (folder, *(JobFolder(path.parent) for path in sorted(folder.path.glob("watch/*/job.json")))):
+        if found is folder or not state_of(found.read_facts()["job"]):
+            again(found)
+
+
+def again(folder: JobFolder) -> None:
     facts = folder.read_facts()
-    place(
-        facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], ClusterProfile.model_validate(facts["profile"]), None
-    )
-
-
-ONE_PROCESS = {"processes_per_node": 1, "gpus_per_node": 0}
-
-
-def place(
-    kind: str,
-    argv: list[str],
-    run_dir: Path,
-    nodes: int,
-    profile: ClusterProfile,
-    shown: str | None,
-    *,
-    after: str | None = None,
-    part: str = "",
-) -> str:
-    """Submits and gives the job's id, or shows what would be submitted."""
-    from launch.submit import Order, script, submit
-
-    order = Order(kind, argv, run_dir, nodes, after, part)
-    if shown is not None:
-        click.echo(
-            f"{script(order, profile)}\n\n# The command of every process\n# lpl-pretrain {argv}\n\n# Its configuration\n{shown}"
-        )
-        return "ID"
-    job = submit(order, profile)
-    click.echo(
-        f"job {job}, {part or kind}: {nodes} nodes x {profile.processes_per_node} processes; python -m launch status {run_dir}"
-    )
-    return job
+    part, profile = facts.get("part", ""), ClusterProfile.model_validate(facts["profile"])
+    place(facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], profile, None, part=part)
 
 
 if __name__ == "__main__":

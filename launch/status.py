@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import JobFolder
-from lpl_pretrain.config.rundir import MANIFEST, RunDir
+from lpl_pretrain.config.rundir import MANIFEST, RunDir, step_name
 from lpl_pretrain.errors import ConfigError
 
 
@@ -29,9 +29,24 @@ def report(run: Path) -> str:
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
     lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
-    scored = len(list(run.glob("evaluations/step_*/*.json")))
-    lines.append(f"scores      {scored}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *scores(run_dir)])
+
+
+def scores(run_dir: RunDir) -> list[str]:
+    """How far each protocol is that a job watches for, and what it scores next."""
+    watched = sorted(path.parent.name for path in run_dir.path.glob("launch/watch/*/job.json"))
+    if not watched:
+        return [f"scores      {len(list(run_dir.path.glob('evaluations/step_*/*.json')))}"]
+    lines = []
+    for protocol in watched:
+        complete, pending = run_dir.complete_checkpoints(), run_dir.pending_evaluations(protocol)
+        line = f"scores      {protocol}: {len(complete) - len(pending)} of {len(complete)} checkpoints"
+        if pending:
+            folder = JobFolder(run_dir.path / "launch" / "evaluate" / protocol / step_name(pending[0]))
+            job = folder.read_facts()["job"] if folder.facts.is_file() else None
+            line += f"; next step {pending[0]:,}: {f'job {job} {state_of(job)}'.strip() if job else 'waits'}"
+        lines.append(line)
+    return lines
 
 
 def where(attempt: dict[str, Any]) -> str:
@@ -40,10 +55,15 @@ def where(attempt: dict[str, Any]) -> str:
 
 def state_of(job: str | None) -> str:
     """As squeue has it; "" when it does not know the job, or there is no squeue."""
-    if job is None or shutil.which("squeue") is None:
-        return ""
+    return ask(job) or "" if job is not None and shutil.which("squeue") is not None else ""
+
+
+def ask(job: str) -> str | None:
+    """The same, but None where the scheduler does not answer: that says nothing about the job."""
     found = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else ""
+    if found.returncode and "Invalid job id" not in found.stderr:
+        return None
+    return found.stdout.strip()
 
 
 def cancel_job(run: Path) -> str:

@@ -32,15 +32,19 @@ class Order:
     """A job to be."""
 
     kind: str
-    """train, encode or evaluate."""
+    """train, encode, evaluate or watch."""
     argv: list[str]
-    """Behind `lpl-pretrain`."""
+    """Behind `lpl-pretrain`, or behind `python -m launch` for watch."""
     run_dir: Path
     nodes: int
     after: str | None = None
     """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
     part: str = ""
     """Tells work of one kind on one run from another's."""
+
+    @property
+    def module(self) -> str:
+        return "launch" if self.kind == "watch" else "lpl_pretrain"
 
     @property
     def folder(self) -> JobFolder:
@@ -69,6 +73,7 @@ def submit(order: Order, profile: ClusterProfile) -> str:
     complete = RunDir(order.run_dir).complete_checkpoints()
     facts: dict[str, Any] = {
         "kind": order.kind,
+        "part": order.part,
         "argv": order.argv,
         "run_dir": str(order.run_dir),
         "nodes": order.nodes,
@@ -93,7 +98,7 @@ def script(order: Order, profile: ClusterProfile) -> str:
 
 
 def task_of(order: Order, profile: ClusterProfile) -> Task:
-    return Task(order.argv, str(order.folder.path), list(profile.container), fingerprint(), profile.on_changed_code)
+    return Task(order.argv, str(order.folder.path), list(profile.container), fingerprint(), profile.on_changed_code, order.module)
 
 
 def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor:

@@ -107,12 +107,13 @@ def sample(run: str, **options: Any) -> None:
 @click.argument("protocol")
 @OVERRIDES
 @click.option("--step", type=int, help="Checkpoint to score, again if it has a score; all that have none when absent.")
+@click.option("--pending", is_flag=True, help="With --step: not again.")
 @click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
-def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None, watch: bool) -> None:
+def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None, pending: bool, watch: bool) -> None:
     """Score the checkpoints of RUN that PROTOCOL (configs/evaluate/*.yaml) has not scored yet."""
     from lpl_pretrain.cli import evaluate as command
 
-    command.run(run, protocol, overrides=list(overrides), step=step, watch=watch)
+    command.run(run, protocol, overrides=list(overrides), step=step, pending=pending, watch=watch)
 
 
 @commands.command()

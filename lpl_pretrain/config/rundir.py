@@ -69,6 +69,10 @@ class RunDir:
         """Of the evaluator that works on it; its checkpoint is not removed meanwhile."""
         return self.path / "evaluations" / step_name(step) / f"{protocol}.lease"
 
+    def queue_lease(self, step: int, protocol: str) -> Path:
+        """Of whoever has it in a queue for an evaluator; as good as the evaluator's own."""
+        return self.path / "evaluations" / step_name(step) / f"{protocol}.queued.lease"
+
     def best(self, protocol: str) -> Path:
         """Which checkpoint has the best score; it is not removed."""
         return self.path / "evaluations" / f"best_{protocol}.json"

@@ -47,9 +47,15 @@ FREE_TO_CHANGE = {"best", "patience", "keep_images", "few_images"}
 
 
 def evaluate(
-    run_dir: RunDir, protocol: EvaluateConfig, device: torch.device, steps: list[int] | None = None, world: World | None = None
+    run_dir: RunDir,
+    protocol: EvaluateConfig,
+    device: torch.device,
+    steps: list[int] | None = None,
+    world: World | None = None,
+    *,
+    again: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Collective. Scores `steps`, again if they have scores; without them every complete checkpoint that has none by this protocol.
+    """Collective. Scores every complete checkpoint that has no score by this protocol, or `steps`, `again` if they have one.
 
     Yields each record when it is written; a step that another evaluator works on is left to it.  Raises ConfigError,
     CheckpointError or DataError before anything is generated.
@@ -58,7 +64,8 @@ def evaluate(
     check_protocol(protocol)
     check_sampler(load_run_config(run_dir).diffusion.prediction, protocol.sampler)
     run_dir.complete_step(None)
-    wanted = run_dir.pending_evaluations(protocol.name) if steps is None else [run_dir.complete_step(step) for step in steps]
+    pending = run_dir.pending_evaluations(protocol.name)
+    wanted = pending if steps is None else [run_dir.complete_step(step) for step in steps if again or step in pending]
     wanted = broadcast_json(wanted)
     check_same_protocol(run_dir, protocol)
     if not wanted:
@@ -68,7 +75,7 @@ def evaluate(
     reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
     job = Job(run, protocol, extractors, reference, world)
     for step in wanted:
-        record = job.score(step, again=steps is not None)
+        record = job.score(step, again=again and steps is not None)
         if record is not None:
             yield record
 

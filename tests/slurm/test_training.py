@@ -200,20 +200,25 @@ def test_a_time_limit_is_no_end(cluster, folder):
 
 
 def test_scores_arrive_though_all_are_preempted(cluster, folder):
-    """A second job watches: every checkpoint is scored once, and it ends when training has ended and all is scored."""
+    """A job watches and submits one for each checkpoint: all are scored, once each, and it ends when no more can come."""
     protocol = {"name": "quick", "images": 8, "batch_size": 4, "sampler": {"kind": "euler", "steps": 2}}
     protocol |= {"reference": str(folder / "pictures"), "grid_images": 0}
     (folder / "quick.yaml").write_text(yaml.safe_dump(protocol))
     way = [*STRATEGIES["fsdp2"], "steps=120", "checkpoint.every_steps=40", "lpl=null"]
     job = Job(cluster, folder, "scored", *way, more=["--evaluate-with", folder / "quick.yaml"])
-    scorer = JobFolder(job.run / "launch" / "evaluate")
+    watcher = JobFolder(job.run / "launch" / "watch" / "quick")
     job.wait_steps(30)
     preempt(job)
     job.wait(lambda: job.resumes(), "training goes on")
-    job.wait(lambda: scorer.read_attempts() and scorer.read_attempts()[-1]["reason"] == "done", "all is scored", timeout_s=240)
-    scored = sorted(int(path.parent.name.removeprefix("step_")) for path in job.run.glob("evaluations/step_*/quick.json"))
-    assert set(scored) >= {40, 80, 120} and scored == sorted(set(scored))
-    assert [found["reason"] for found in scorer.read_attempts()] == ["stopped in time", "done"]
+    job.wait(lambda: watcher.read_attempts() and watcher.read_attempts()[-1]["reason"] == "done", "all is scored", timeout_s=240)
+    assert [found["reason"] for found in watcher.read_attempts()] == ["stopped in time", "done"]
+    scored = {path.parent.name for path in job.run.glob("evaluations/step_*/quick.json")}
+    assert scored >= {f"step_{step:08d}" for step in (40, 80, 120)}
+    scorers = {path.name: JobFolder(path) for path in (job.run / "launch" / "evaluate" / "quick").iterdir()}
+    assert set(scorers) == scored, "one folder for each, and so one job at a time"
+    for scorer in scorers.values():
+        assert [found["reason"] for found in scorer.read_attempts() if not found["requeued"]] == ["done"]
+    assert "quick: " in (told := job.launch("status", job.run).stdout) and "next step" not in told
 
 
 def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
@@ -233,7 +238,7 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
 
     done = pipeline(folder / "piped run")
     assert done.returncode == 0 and [line.split(",")[1].split(":")[0] for line in done.stdout.splitlines()] == [
-        f" {part}" for part in ("encode", "verify", "train", "evaluate")
+        f" {part}" for part in ("encode", "verify", "train", "watch/quick")
     ]
     score = folder / "piped run" / "evaluations" / "step_00000020" / "quick.json"
     cluster.wait(score.exists, 200, "the score at the end of the pipeline")
