@@ -153,6 +153,15 @@ def report(run: str) -> None:
 
 
 @commands.command()
+@click.argument("run")
+def audit(run: str) -> None:
+    """Check that every update of RUN, trained with log.samples=true, was made of its samples: none missed, none seen twice."""
+    from lpl_pretrain.cli import audit as command
+
+    command.run(run)
+
+
+@commands.command()
 def doctor() -> None:
     """Say what this machine can do, and what is missing."""
     from lpl_pretrain.cli import doctor as command

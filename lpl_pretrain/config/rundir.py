@@ -100,6 +100,10 @@ class RunDir:
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank:05d}.log"
 
+    def ledger(self, rank: int) -> Path:
+        """Which samples this rank's updates were made of, where that is asked for."""
+        return self.path / "logs" / f"samples_rank_{rank:05d}.jsonl"
+
     def complete_checkpoints(self) -> list[int]:
         """Steps whose checkpoint has its manifest (written last), ascending."""
         return _complete(self.checkpoints)

@@ -30,7 +30,7 @@ lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 100}}
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: {every}}}
-log: {{every_steps: 1}}
+log: {{every_steps: 1, samples: true}}
 """
 STRATEGIES = {
     "fsdp2": ["parallel.strategy=fsdp2"],
@@ -178,6 +178,8 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way):
     lost = {name: steps for name, (_, steps) in seen.items()}
     assert lost["preempted"] == 0 and all(0 <= steps <= EVERY + 5 for steps in lost.values()), "one checkpoint, and its writing"
     assert sorted(set(job.steps())) == list(range(1, STEPS + 1))
+    told = lpl("audit", job.run).stdout
+    assert f"{STEPS} updates of 8 samples, {1 + len(job.resumes())} starts" in told and "none was seen twice" in told
     attempts = job.folder.read_attempts()
     assert attempts[-1]["reason"] == "done" and any(found["status"] == 137 or found["status"] == -9 for found in attempts)
     assert not [found for node in cluster.names for found in job.ranks(node)], "no process is left"
