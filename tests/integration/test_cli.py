@@ -172,6 +172,24 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
     assert [losses(run)[s] for s in range(1, 7)] == pytest.approx([whole[s] for s in range(1, 7)], rel=2e-4)
 
 
+@pytest.mark.parametrize("moment", ["at the start", "while compiling"])
+def test_a_signal_before_the_first_step_is_kept_for_its_end(world, moment):
+    """One update is made, saved, and gone on from."""
+    run = world / moment
+    command = [sys.executable, "-m", "lpl_pretrain", "train", str(world / "train.yaml"), f"run_dir={run}", "lpl=null"]
+    command += ["parallel.compile=true"] * (moment == "while compiling")
+    trainer = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / ("live.lease" if moment == "at the start" else "logs/samples_rank_00000.jsonl")).exists():
+        assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
+        time.sleep(0.02)
+    assert not (run / "metrics.jsonl").exists() or not losses(run)
+    trainer.send_signal(signal.SIGUSR2)
+    said = trainer.communicate(timeout=120)[1]
+    assert trainer.returncode == 0 and "SIGUSR2: stopped after step 1 of 8" in said, said
+    assert RunDir(run).complete_checkpoints() == [1]
+
+
 def test_a_sample_that_was_missed_is_found(world):
     shutil.copytree(world / "whole", world / "missed")
     ledger = RunDir(world / "missed").ledger(0)
