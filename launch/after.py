@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.code import fingerprint
 from launch.folder import BAD_INPUT, JobFolder
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.runtime.code import fingerprint
 
 DONE = "done"
 EARLY_S = 60

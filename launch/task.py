@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.code import fingerprint
 from launch.folder import BAD_INPUT, JobFolder, publish_json
+from lpl_pretrain.runtime.code import fingerprint
 
 WAIT_S, POLL_S = 300.0, 0.2
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from lpl_pretrain.config.check import check_run, check_same_run
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-from lpl_pretrain.config.load import dump, load_config, load_run_config
+from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
+from lpl_pretrain.config.start import check_start
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.lease import STALE_S, Lease, read_lease
@@ -29,10 +29,7 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
     world = World.from_environment()
     index = read_data(config.data.folder).merged
-    begun = bool(run_dir.complete_checkpoints())  # then nothing is asked of where its first weights came from
-    check_run(config.model_copy(update={"init_from": None}) if begun else config, index, world.world_size)
-    if run_dir.config.is_file():
-        check_same_run(load_run_config(run_dir), config, run_dir.path)
+    check_start(config, run_dir, index, world.world_size)
     protocol = inline_protocol(config)
 
     from lpl_pretrain.parallel.build import needs_group
