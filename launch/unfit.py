@@ -16,7 +16,7 @@ from lpl_pretrain.errors import UNFIT
 def unfit_nodes(exits: Iterable[dict[str, Any]], run_dir: RunDir) -> dict[str, str]:
     """Why, by the scheduler's name of the node: ranks say that they are unfit, the preflight's report says why."""
     nodes = {found["rank"]: found["host"] for found in exits if found["status"] == UNFIT}
-    report = json.loads(run_dir.preflight.read_text()) if run_dir.preflight.is_file() else {"findings": []}
+    report = json.loads(run_dir.preflight.read_text()) if nodes and run_dir.preflight.is_file() else {"findings": []}
     reasons = dict.fromkeys(nodes.values(), "see the log")
     for finding in report["findings"]:
         if finding["fault"] == "node" and finding["ranks"][0] in nodes:

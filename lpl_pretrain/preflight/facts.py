@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import shutil
 import socket
@@ -26,6 +27,7 @@ SIDE = 512
 """Of the matrices that are multiplied."""
 PROBE_BYTES = 512
 """The first header of a tar."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 0}
 
 
@@ -46,7 +48,8 @@ class Facts:
     shard: str | None = None
     """Which one was read: the same by processes of the same number on all nodes."""
     shard_trouble: str | None = None
-    device: str = "cpu"
+    device: str | None = None
+    """Its name; None on a CPU, and where it does not answer."""
     no_device: str | None = None
     device_trouble: str | None = None
     memory_gib: float | None = None
@@ -94,7 +97,7 @@ def probe_folder(run_dir: RunDir) -> tuple[float | None, str | None]:
         with tempfile.TemporaryFile(dir=run_dir.path) as file:
             file.write(b"x")
     except OSError as problem:
-        return None, _words(problem)
+        return (0.0, None) if problem.errno in FULL else (None, _words(problem))
     return free_gib, None
 
 
@@ -113,7 +116,7 @@ def probe_shard(data: DataFolders, local_rank: int) -> tuple[str, str | None]:
 def probe_device(local_rank: int) -> dict[str, Any]:
     """A small product of whole numbers is exact in every format, or the device is broken."""
     if not torch.cuda.is_available():
-        return {"device": "cpu", "device_trouble": wrong_product(torch.device("cpu"))}
+        return {"device_trouble": wrong_product(torch.device("cpu"))}
     if local_rank >= (count := torch.cuda.device_count()):
         return {"device": torch.cuda.get_device_name(0), "no_device": f"{count} for process {local_rank}, counted from 0"}
     device = torch.device("cuda", local_rank)
@@ -124,7 +127,7 @@ def probe_device(local_rank: int) -> dict[str, Any]:
             "memory_gib": torch.cuda.mem_get_info(device)[0] / 2**30,
         }
     except RuntimeError as problem:
-        return {"device": f"cuda:{local_rank}", "device_trouble": _words(problem)}
+        return {"device_trouble": _words(problem)}
 
 
 def wrong_product(device: torch.device) -> str | None:

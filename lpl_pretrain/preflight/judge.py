@@ -1,7 +1,7 @@
 """Which nodes cannot train, decided from what their ranks have found: no clock, no file, no process group.
 
 A node is at fault where it differs from most others, or cannot do what another one can.  What no node can do, and what as many
-nodes have one way as another, is no node's fault but the run's.
+nodes have one way as another, is no node's fault but the run's; data that nobody can read are left to `data.on_error`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median_high
-from typing import Any, Literal
+from typing import Literal
 
 from lpl_pretrain.config.preflight import PreflightConfig
 from lpl_pretrain.preflight.facts import Facts
 
 MEMORY_SHARE = 0.9
 """Of the free memory that most nodes have on their devices."""
+
+Fault = Literal["node", "run", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Finding:
     found: str
     wanted: str
     remedy: str
-    fault: Literal["node", "run", "none"]
+    fault: Fault
     """`node`: it is unfit; `run`: training cannot begin anywhere; `none`: it is reported."""
 
     def __str__(self) -> str:
@@ -57,15 +59,19 @@ def judge(facts: Sequence[Facts], config: PreflightConfig) -> list[Finding]:
     def versions(found: Facts) -> str:
         return ", ".join(f"{name} {version}" for name, version in found.versions.items())
 
+    def no_device(found: Facts) -> str | None:
+        absent = found.device is None and found.device_trouble is None and any(other.device for other in facts)
+        return found.no_device or ("none" if absent else None)
+
     return [
         *_lacking("input", facts, lambda f: f.refusal, "what other nodes accept", "see what this node has mounted"),
         *_odd("code", facts, lambda f: f.code[:12], "let all nodes see one copy of this package"),
         *_odd("versions", facts, versions, "install the same on all nodes"),
         *_lacking("run folder", facts, lambda f: f.run_dir_trouble, "to write in it", "mount it there, or set run_dir"),
         *_lacking("disk", facts, room, "that much", "make room, keep fewer checkpoints, or set preflight.min_free_gib"),
-        *_lacking("data", facts, lambda f: f.shard_trouble, "to read it", "mount or copy it there", alike=lambda f: f.shard),
-        *_lacking("devices", facts, lambda f: f.no_device, "one for each process", "start fewer processes on a node"),
-        *_lacking("arithmetic", facts, lambda f: f.device_trouble, "the right product", "have the node repaired", never_all=True),
+        *_lacking("data", facts, lambda f: f.shard_trouble, "to read it", "mount it there", alike=lambda f: f.shard, of_all="none"),
+        *_lacking("devices", facts, no_device, "one for each process", "start fewer processes on a node"),
+        *_lacking("arithmetic", facts, lambda f: f.device_trouble, "the right product", "have the node repaired", of_all="node"),
         *_odd("device", facts, lambda f: f.device, "use nodes of one kind"),
         *_memory(facts),
         *_clocks(facts, config),
@@ -79,7 +85,7 @@ def judge_links(links: Sequence[Link], config: PreflightConfig) -> list[Finding]
     usual = median_high(link.mib_per_s for link in links)
     wanted = max(usual / config.slow_node_factor, config.min_bandwidth_mib_per_s or 0.0)
     slow = [link for link in links if link.mib_per_s < wanted]
-    fault: Literal["node", "none"] = "node" if config.strict and len(slow) < len(links) else "none"
+    fault: Fault = "node" if config.strict and len(slow) < len(links) else "none"
     found = [(link, f"{link.mib_per_s:.0f} MiB/s to its neighbours") for link in slow]
     remedy = "look at its network, or at NCCL_SOCKET_IFNAME"
     return [Finding("network", link.host, link.ranks, text, f"{wanted:.0f}", remedy, fault) for link, text in found]
@@ -100,31 +106,30 @@ def _lacking(
     remedy: str,
     *,
     alike: Callable[[Facts], Hashable] = lambda found: None,
-    never_all: bool = False,
+    of_all: Fault = "run",
 ) -> list[Finding]:
-    """Ranks in `trouble`; where all that tried the same (`alike`) are, it is the run's, unless that cannot be (`never_all`)."""
+    """Ranks in `trouble`: their nodes are at fault where one that tried the same (`alike`) is in none, else it is `of_all`."""
     well = {alike(found) for found in facts if trouble(found) is None}
     findings = []
     for host, ranks in by_host(facts).items():
         troubles = [(found, text) for found in ranks if (text := trouble(found)) is not None]
         if troubles:
-            fault: Any = "node" if never_all or any(alike(found) in well for found, _ in troubles) else "run"
+            fault: Fault = "node" if any(alike(found) in well for found, _ in troubles) else of_all
             findings.append(Finding(check, host, [found.rank for found, _ in troubles], troubles[0][1], wanted, remedy, fault))
     return findings
 
 
-def _odd(check: str, facts: Sequence[Facts], value: Callable[[Facts], str], remedy: str) -> list[Finding]:
-    """Nodes whose `value` is not the commonest; all nodes, where none is."""
+def _odd(check: str, facts: Sequence[Facts], value: Callable[[Facts], str | None], remedy: str) -> list[Finding]:
+    """Nodes whose `value`, where they have one, is not the commonest; all of them, where none is."""
     hosts = by_host(facts)
-    values = {host: " and ".join(sorted({value(found) for found in ranks})) for host, ranks in hosts.items()}
-    (usual, most), *others = Counter(values.values()).most_common()
-    undecided = bool(others) and others[0][1] == most
-    wanted, fault = ("the same on all nodes", "run") if undecided else (f"{usual}, as on {most} nodes", "node")
-    odd = {host: found for host, found in values.items() if undecided or found != usual}
-    return [
-        Finding(check, host, [f.rank for f in hosts[host]], found, wanted, remedy, fault)  # type: ignore[arg-type]
-        for host, found in odd.items()
-    ]
+    seen = {host: {text for found in ranks if (text := value(found))} for host, ranks in hosts.items()}
+    values = {host: " and ".join(sorted(texts)) for host, texts in seen.items() if texts}
+    most = max(Counter(values.values()).values(), default=0)
+    usual = [found for found, nodes in Counter(values.values()).items() if nodes == most]
+    fault: Fault = "node" if len(usual) == 1 else "run"
+    wanted = f"{usual[0]}, as on {most} nodes" if len(usual) == 1 else "the same on all nodes"
+    odd = {host: found for host, found in values.items() if [found] != usual}
+    return [Finding(check, host, [f.rank for f in hosts[host]], found, wanted, remedy, fault) for host, found in odd.items()]
 
 
 def _memory(facts: Sequence[Facts]) -> list[Finding]:

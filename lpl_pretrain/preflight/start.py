@@ -125,7 +125,7 @@ def summary(facts: Sequence[Facts]) -> str:
     first, clocks = facts[0], [found.clock_s for found in facts]
     free = min(found.free_gib for found in facts if found.free_gib is not None)
     return (
-        f"{len(facts)} ranks on {len(by_host(facts))} nodes, {first.device}, code {first.code[:12]}, "
+        f"{len(facts)} ranks on {len(by_host(facts))} nodes, {first.device or 'cpu'}, code {first.code[:12]}, "
         f"torch {first.versions['torch']}, {free:.1f} GiB free ({first.wanted_gib:.2f} wanted), "
         f"clocks within {max(clocks) - min(clocks):.3f} s (± {first.clock_accuracy_s:.3f})"
     )

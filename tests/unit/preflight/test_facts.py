@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -48,6 +49,16 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     free, trouble = probe_folder(RunDir(tmp_path / "file"))
     assert free is None and "FileExistsError" in trouble
+
+
+def test_a_full_disk_is_no_trouble_of_the_folder(tmp_path, monkeypatch):
+    """It is room that is wanting, which may come back."""
+
+    def full(**options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(facts.tempfile, "TemporaryFile", full)
+    assert probe_folder(RunDir(tmp_path)) == (0.0, None)
 
 
 def test_a_device_that_multiplies_wrongly(monkeypatch):

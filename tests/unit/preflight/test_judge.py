@@ -34,7 +34,7 @@ TROUBLES = {
     "data": {"shard_trouble": "FileNotFoundError: s0"},
     "devices": {"no_device": "1 for process 1"},
     "arithmetic": {"device_trouble": "3 wrong numbers"},
-    "device": {"device": "cpu", "memory_gib": None},
+    "device": {"device": "A100"},
     "memory": {"memory_gib": 20.0},
     "clock": {"clock_s": 9.0, "clock_accuracy_s": 0.1},
 }
@@ -58,9 +58,17 @@ def test_a_node_at_fault_is_named(check):
     assert found_in(changed({2, 3}, **TROUBLES[check])) == [(check, "b", fault)]
 
 
-@pytest.mark.parametrize("check", ["input", "run folder", "disk", "data", "devices"])
+@pytest.mark.parametrize("check", ["input", "run folder", "disk", "devices"])
 def test_what_no_node_can_do_is_the_runs_fault(check):
     assert found_in(changed(range(6), **TROUBLES[check])) == [(check, host, "run") for host in "abc"]
+
+
+def test_two_nodes_are_enough_where_one_has_no_accelerators():
+    """Or one that does not answer: nothing is said about its name then."""
+    for check, trouble in (("devices", {}), ("arithmetic", {"device_trouble": "RuntimeError"})):
+        two = [found for found in changed({2, 3}, device=None, memory_gib=None, **trouble) if found.host != "c"]
+        assert found_in(two) == [(check, "b", "node")]
+    assert found_in(changed(range(6), device=None, memory_gib=None)) == [], "on CPUs there are none"
 
 
 @pytest.mark.parametrize("check", ["code", "versions", "device", "memory", "clock"])
@@ -86,7 +94,7 @@ def test_one_rank_makes_its_node_unfit():
 
 def test_a_shard_that_nobody_can_read_is_no_nodes_fault():
     """The second process of every node reads `s1`; where one of them can, the others' nodes are at fault."""
-    assert found_in(changed({1, 3, 5}, shard_trouble="gone")) == [("data", host, "run") for host in "abc"]
+    assert found_in(changed({1, 3, 5}, shard_trouble="gone")) == [("data", host, "none") for host in "abc"]
     assert found_in(changed({1, 5}, shard_trouble="gone")) == [("data", "a", "node"), ("data", "c", "node")]
 
 
