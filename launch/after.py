@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import JobFolder
+from launch.profile import ClusterProfile
 from launch.unfit import exclude, requeue, unfit_nodes
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
@@ -89,6 +90,7 @@ def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
 
 def main(folder: JobFolder, status: int) -> Decision:
     facts, job = folder.read_facts(), os.environ["SLURM_JOB_ID"]
+    profile = ClusterProfile.model_validate(facts["profile"])
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
@@ -102,11 +104,11 @@ def main(folder: JobFolder, status: int) -> Decision:
         if facts["kind"] == "train"
         else status == 0 and not any(found["stopped"] for found in exits),
         cancelled=folder.cancelled.exists() or "JobState=CANCELLED" in shown,
-        timed_out=time_is_up(shown, facts["profile"]["signal_s"]),
+        timed_out=time_is_up(shown, profile.signal_s),
         steps=(before, complete[-1] if complete else 0),
         unfit=unfit_nodes(exits, run_dir),
     )
-    limits = {key: facts["profile"][key] for key in ("max_timeouts", "max_failures", "on_unfit_node")}
+    limits = {key: getattr(profile, key) for key in ("max_timeouts", "max_failures", "on_unfit_node")}
     decision = decide(ending, earlier, **limits)
     excluding = decision.requeue and bool(ending.unfit)
     if excluding and (words := exclude(folder, job, ending.unfit, fields(shown).get("ExcNodeList", "").replace("(null)", ""))):

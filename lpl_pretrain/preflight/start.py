@@ -94,6 +94,8 @@ def settle(
     """Communicates: what rank 0 has decided, is written and done; returns where nothing is in the way of training."""
     name, unfit = "network" if links is not None else "nodes", {finding.host for finding in findings if finding.fault == "node"}
     able = sorted((found.host in unfit, found.rank) for found in facts if found.run_dir_trouble is None)
+    if any(finding.fault == "run" for finding in findings):
+        able = []  # the error says it, and the disk may be full
     report = {"time_s": time.time(), "findings": findings, "links": links or [], "ranks": facts}
     circle.tell(f"{name} report", json.loads(json.dumps(report, default=asdict)))
     circle.tell(name, {"findings": list(map(asdict, findings)), "writer": able[0][1] if able else None})

@@ -92,6 +92,7 @@ def found(tmp_path_factory):
 def test_all_ranks_come_to_one_end(found, name, wanted):
     """Those of an unfit node with a status of its own; the last case is what happens without a preflight."""
     assert found[1][name] == wanted
+    assert RunDir(found[0] / name).preflight.exists() == (name == "none" or 75 in wanted), "no word on a disk that is full"
 
 
 def test_the_report_says_who_and_how_fast(found):
