@@ -62,13 +62,14 @@ def train(
     at_most: int,
 ) -> None:
     """Train CONFIG; a run that was begun goes on."""
-    from lpl_pretrain.config.check import check_run
     from lpl_pretrain.config.mix import read_data
+    from lpl_pretrain.config.rundir import RunDir
     from lpl_pretrain.config.schema import TrainConfig
+    from lpl_pretrain.config.start import check_start
 
     profile, settings = load_config(ClusterProfile, cluster, changes), load_config(TrainConfig, config, overrides)
     run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
-    check_run(settings, read_data(settings.data.folder).merged, nodes * profile.processes_per_node)
+    check_start(settings, RunDir(run_dir), read_data(settings.data.folder).merged, nodes * profile.processes_per_node)
     argv, scorer = ["train", str(Path(config).resolve()), *overrides, f"run_dir={run_dir}"], None
     if evaluate_with is not None:
         from lpl_pretrain.config.evaluation import check_sampler

@@ -17,7 +17,6 @@ from typing import Any
 
 import submitit
 
-from launch.code import ROOT, fingerprint
 from launch.folder import JobFolder
 from launch.profile import ClusterProfile
 from launch.status import state_of
@@ -25,6 +24,7 @@ from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.runtime.code import ROOT, fingerprint
 
 
 @dataclass(frozen=True)
