@@ -22,6 +22,7 @@ from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.timer import Clock
+from lpl_pretrain.runtime.watchdog import Watchdog
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
@@ -43,10 +44,12 @@ def train(
     """
     run = assemble(config, run_dir, world, device)
     sinks = Sinks(run_dir, config, world.rank)
+    watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         first_step = restore(run, sinks)
-        return loop(run, sinks, first_step, stop, score)
+        return loop(run, sinks, watchdog, first_step, stop, score)
     finally:
+        watchdog.close()
         sinks.close()
 
 
@@ -70,7 +73,7 @@ def restore(run: Run, sinks: Sinks) -> int:
     return state["step"]
 
 
-def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Score | None = None) -> bool:
+def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: StopRequest, score: Score | None) -> bool:
     """Collective. The loop itself; True when all steps are done."""
     config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
     batches = run.stream.prefetch(run.requests(first_step), run.device)
@@ -100,9 +103,10 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Scor
                 run.checkpoints.advance()
             save(run, done, last=stopping or done == config.steps)
         if score is not None and run.checkpoints.published > scored and not stopping:
-            with clock.phase("evaluation"):
+            with clock.phase("evaluation"), watchdog.paused():
                 sinks.scores(score())
             scored = run.checkpoints.published
+        watchdog.step_done()
         if bar is not None:
             bar.update(1)
         if stopping and done < config.steps:
