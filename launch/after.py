@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.code import fingerprint
-from launch.folder import BAD_INPUT, JobFolder
+from launch.folder import BAD_INPUT, HUNG, JobFolder
+from launch.profile import ClusterProfile
+from launch.status import last_line, where
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 
@@ -38,6 +40,8 @@ class Ending:
     timed_out: bool
     steps: tuple[int, int]
     """Newest complete checkpoint before and after."""
+    logged: int = 0
+    """Newest step that was logged."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Decision:
     reason: str
 
 
-def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int) -> Decision:
+def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int, on_hang: str) -> Decision:
     """`earlier`: attempts of the same job, the oldest first."""
     if ending.over:
         return Decision(False, DONE)
@@ -59,18 +63,22 @@ def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, 
             return Decision(True, "stopped in time")
         times = 1 + sum(attempt["reason"].startswith("time limit") for attempt in earlier)
         return Decision(times <= max_timeouts, f"time limit, {times} of {max_timeouts}")
+    what = f"hung after step {ending.logged:,}" if ending.status == HUNG else f"failed with status {ending.status}"
+    if ending.status == HUNG and on_hang == "stop":
+        return Decision(False, what)
     failures = 1
     for attempt in reversed(earlier):
         if attempt["status"] == 0 or attempt["steps"][1] > attempt["steps"][0]:
             break
         failures += 1
     failures = 1 if ending.steps[1] > ending.steps[0] else failures
-    return Decision(failures <= max_failures, f"failed with status {ending.status}, {failures} of {max_failures} in a row")
+    return Decision(failures <= max_failures, f"{what}, {failures} of {max_failures} in a row")
 
 
 def main(folder: JobFolder, status: int) -> Decision:
     facts, job = folder.read_facts(), os.environ["SLURM_JOB_ID"]
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
+    profile = ClusterProfile.model_validate(facts["profile"])
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
     exits = folder.exits(job, attempt)
@@ -83,29 +91,40 @@ def main(folder: JobFolder, status: int) -> Decision:
         if facts["kind"] == "train"
         else status == 0 and not any(found["stopped"] for found in exits),
         cancelled=folder.cancelled.exists() or "JobState=CANCELLED" in shown,
-        timed_out=time_is_up(shown, facts["profile"]["signal_s"]),
+        timed_out=time_is_up(shown, profile.signal_s),
         steps=(before, complete[-1] if complete else 0),
+        logged=(last_line(run_dir.metrics) or {"step": 0})["step"],
     )
-    limits = {key: facts["profile"][key] for key in ("max_timeouts", "max_failures")}
+    limits = profile.model_dump(include={"max_timeouts", "max_failures", "on_hang"})
     decision = decide(ending, earlier, **limits)
-    first = {"rank": bad[0]["rank"], "host": bad[0]["host"]} if bad else {}
-    folder.note_attempt(
-        {
-            "job": job,
-            "attempt": attempt,
-            "status": ending.status,
-            "reason": decision.reason,
-            "requeued": decision.requeue,
-            "steps": list(ending.steps),
-            "code": fingerprint(),
-            "time_s": time.time(),
-            **first,
-        }
-    )
-    print(f"launch: attempt {attempt} ended: {decision.reason}; {'goes on' if decision.requeue else 'ends here'}", flush=True)
+    found = {
+        "job": job,
+        "attempt": attempt,
+        "status": ending.status,
+        "reason": decision.reason,
+        "requeued": decision.requeue,
+        "steps": list(ending.steps),
+        "code": fingerprint(),
+        "time_s": time.time(),
+        **(culprits(bad) if bad else {}),
+    }
+    folder.note_attempt(found)
+    folder.drop_empty_stacks(job)
+    then = "goes on" if decision.requeue else "ends here"
+    print(f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True)
     if decision.requeue:
         subprocess.run(["scontrol", "requeue", job], check=False)
     return decision
+
+
+def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
+    """Who ended badly first; of a hang, which all ranks see, who wrote no stacks: it was stopped, or its machine was.
+
+    Most are silent for the rank that looked before others were being ended, which wakes those that were stopped.
+    """
+    if bad[0]["status"] == HUNG:
+        return {"silent_ranks": max((found.get("silent_ranks", []) for found in bad), key=len)}
+    return {"rank": bad[0]["rank"], "host": bad[0]["host"]}
 
 
 def training_is_over(run_dir: RunDir) -> bool:

@@ -50,6 +50,10 @@ def scores(run_dir: RunDir) -> list[str]:
 
 
 def where(attempt: dict[str, Any]) -> str:
+    """The rank that ended badly first; of a hang, the ranks that left no stacks, and where those of the others are."""
+    if "silent_ranks" in attempt:
+        silent = ", ".join(f"rank {found['rank']} on {found['host']}" for found in attempt["silent_ranks"])
+        return f" (silent: {silent or 'none'}; stacks: launch/stacks_{attempt['job']}_{attempt['attempt']}_*.txt)"
     return f" (rank {attempt['rank']} on {attempt['host']})" if "rank" in attempt else ""
 
 
