@@ -30,6 +30,7 @@ from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.pictures import picture_lpl
 from lpl_pretrain.trainer.sinks import Sinks
 from lpl_pretrain.trainer.step import Outcome
+from lpl_pretrain.trainer.stragglers import Stragglers
 
 Score = Callable[[], Iterable[dict[str, Any]]]
 """Collective. Scores what is published and not scored; yields records."""
@@ -76,6 +77,7 @@ def restore(run: Run, sinks: Sinks) -> int:
 def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: StopRequest, score: Score | None) -> bool:
     """Collective. The loop itself; True when all steps are done."""
     config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
+    stragglers = Stragglers(run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks)
     batches = run.stream.prefetch(run.requests(first_step), run.device)
     ledger = open_ledger(run, first_step) if config.log.samples else None
     scored = first_step
@@ -92,8 +94,9 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: Stop
             ledger.note(done, microbatches)
         tell(run, sinks, done, outcome)
         if done % config.log.every_steps == 0 or done == config.steps:
-            means = meter.flush()
-            sinks.metrics(done, {**means, **settings(run, step, means, outcome), **speed(run, logged, done, clock.flush())})
+            means, seconds = meter.flush(), clock.flush()
+            ranks = stragglers.look(done, seconds, done - logged)
+            sinks.metrics(done, {**means, **settings(run, step, means, outcome), **speed(run, logged, done, seconds), **ranks})
             logged = done
             if bar is not None and means:
                 bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from launch.code import fingerprint
 from launch.folder import BAD_INPUT, HUNG, JobFolder
 from launch.logs import news
 from launch.profile import ClusterProfile
-from launch.status import where
+from launch.status import report, where
 from launch.submit import Order, job_name, script, task_of, words_of
 from launch.task import SIGNALS, Stop, Task
 from lpl_pretrain.config.load import load_config, validate
@@ -300,3 +301,16 @@ def test_who_is_to_blame_is_told():
 )
 def test_training_alone_is_watched(tmp_path, kind, policy, patient):
     assert task_of(Order(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).patient is patient
+
+
+@pytest.mark.parametrize(("age_s", "told"), [(180, True), (3600, False)])
+def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
+    folder = JobFolder(tmp_path / "launch")
+    folder.path.mkdir()
+    folder.write_facts({"job": None, "nodes": 1, "argv": ["train"]})
+    slow = [{"event": "straggler", "rank": rank, "host": "n1", "measure": "data", "times": 2.5} for rank in (1, 3)]
+    lines = [{"step": 4, "time_s": time.time() - age_s, **line} for line in (*slow, {"event": "resumed"}, {})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "tim')
+    shown = report(tmp_path)
+    assert ("straggler   rank 3 on n1: 2.5 times the median in `data`, 3 min ago" in shown) is told
+    assert "rank 1" not in shown and "step        4" in shown
