@@ -30,8 +30,9 @@ from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.sinks import Sinks
 
 MEASURES = {"data": "waiting for data", "core": "waiting for a core", "device": "the same arithmetic"}
-WINDOW, AT_FIRST = 5, 3
-"""Log steps that are looked at together, and those before anybody is called slow: one bad moment makes no straggler."""
+WINDOW, AT_FIRST, LOOK_S = 5, 3, 10.0
+"""Looks of which the median counts, those before anybody is called slow, and the least that lies between two: one bad moment makes
+no straggler, and processes that share cores are late in turn."""
 SLOW = 1.5
 """Times the median from which on a rank is called slow."""
 SMALL = 0.05
@@ -53,15 +54,19 @@ class Stragglers:
             self.hosts = [bytes(row).decode(errors="replace").strip() for row in names.tolist()]
             self.probe, self._delay = Probe(device, dtype), run_delay()
             self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+            self._data_s, self._updates, self._looked = 0.0, 0, time.monotonic()
             self._told: dict[int, float] = {}
 
     def look(self, step: int, seconds: dict[str, float], updates: int) -> dict[str, float]:
         """Collective, and the device is idle.  What to log, on rank 0; `seconds`: a clock's, over the last `updates`."""
         if self.world.world_size == 1:
             return {}
-        before, self._delay = self._delay, run_delay()
-        self._waits.append((seconds.get("data", 0.0) / updates, (self._delay - before) / updates))
-        row = [*map(median, zip(*self._waits, strict=True)), self.probe.seconds()]
+        self._data_s, self._updates = self._data_s + seconds.get("data", 0.0), self._updates + updates
+        if (now := time.monotonic()) - self._looked >= LOOK_S:
+            delay = run_delay()
+            self._waits.append((self._data_s / self._updates, (delay - self._delay) / self._updates))
+            self._data_s, self._updates, self._delay, self._looked = 0.0, 0, delay, now
+        row = [*map(median, zip(*(self._waits or [(0.0, 0.0)]), strict=True)), self.probe.seconds()]
         rows = rows_over_ranks(torch.tensor(row, dtype=torch.float64))
         if self.world.rank:
             return {}

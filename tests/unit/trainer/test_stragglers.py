@@ -30,6 +30,7 @@ def rank_0(monkeypatch):
         return torch.stack([row, *[row if row.dtype == torch.uint8 else torch.tensor([0.0, 0.0, 1.0])] * (RANKS - 1)])
 
     monkeypatch.setattr(stragglers, "rows_over_ranks", rows)
+    monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
     monkeypatch.setattr(stragglers, "run_delay", lambda: 0.0)
     monkeypatch.setattr(Probe, "seconds", lambda self: 1.0)
     monkeypatch.setattr("socket.gethostname", lambda: "node1.site")
@@ -70,6 +71,15 @@ def test_a_rank_that_stays_slow_is_called_and_not_at_every_look(rank_0, monkeypa
 def test_one_bad_moment_makes_no_straggler(rank_0):
     assert waits(rank_0, 0, 0, 9.0, 0, 9.0, 0, 0, 0, 9.0) == []
     assert waits(rank_0, 9.0, 9.0) == [2], "three of the last five"
+
+
+@pytest.mark.parametrize(("look_s", "called"), [(0.2, []), (0.0, [3])])
+def test_what_lies_close_together_is_one_moment(rank_0, monkeypatch, look_s, called):
+    monkeypatch.setattr(stragglers, "LOOK_S", look_s)
+    assert waits(rank_0, 9.0, 9.0, 9.0) == called
+    monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
+    waits(rank_0, 1.0)
+    assert rank_0._waits[0][0] == (9.0 if called else 7.0), "nothing is forgotten"
 
 
 def test_one_rank_has_nobody_to_compare_with():
