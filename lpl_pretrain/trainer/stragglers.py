@@ -61,7 +61,8 @@ class Stragglers:
         """Collective, and the device is idle.  What to log, on rank 0; `seconds`: a clock's, over the last `updates`."""
         if self.world.world_size == 1:
             return {}
-        self._data_s, self._updates = self._data_s + seconds.get("data", 0.0), self._updates + updates
+        self._data_s += seconds.get("data", 0.0)
+        self._updates += updates
         if (now := time.monotonic()) - self._looked >= LOOK_S:
             delay = run_delay()
             self._waits.append((self._data_s / self._updates, (delay - self._delay) / self._updates))
