@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.code import fingerprint
-from launch.folder import BAD_INPUT, JobFolder
+from launch.folder import BAD_INPUT, JobFolder, this_job
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 
@@ -69,7 +69,7 @@ def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, 
 
 
 def main(folder: JobFolder, status: int) -> Decision:
-    facts, job = folder.read_facts(), os.environ["SLURM_JOB_ID"]
+    facts, job = folder.read_facts(), this_job()
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)

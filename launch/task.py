@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.code import fingerprint
-from launch.folder import BAD_INPUT, JobFolder, publish_json
+from launch.folder import BAD_INPUT, JobFolder, publish_json, this_job
 
 WAIT_S, POLL_S = 300.0, 0.2
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -38,7 +38,7 @@ class Allocation:
     @classmethod
     def from_environment(cls) -> Allocation:
         numbers = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
-        return cls(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
+        return cls(this_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
 
 
 @dataclass

@@ -97,9 +97,15 @@ def sample(run: str, **options: Any) -> None:
     """Draw pictures from the EMA weights of RUN: one sheet, a folder of PNGs that say where they come from, or a WebDataset tar."""
     from lpl_pretrain.cli import sample as command
 
+    sampler = sampler_of(options)
+    command.run(run, sampler=sampler, **options)
+
+
+def sampler_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the keys of SamplerConfig that were given out of the options of `sample`."""
     asked = {"kind": "sampler", "steps": "sampler_steps", "shift": "shift", "guidance_interval": "guidance_interval"}
     found = {key: options.pop(name) for key, name in asked.items()}
-    command.run(run, sampler={key: value for key, value in found.items() if value is not None}, **options)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 @commands.command()

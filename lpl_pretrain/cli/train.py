@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lpl_pretrain.config.check import check_run, check_same_run
+from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import dump, load_config, load_run_config
 from lpl_pretrain.config.mix import read_data
@@ -28,12 +29,7 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     config = load_config(TrainConfig, config_path, overrides)
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
     world = World.from_environment()
-    index = read_data(config.data.folder).merged
-    begun = bool(run_dir.complete_checkpoints())  # then nothing is asked of where its first weights came from
-    check_run(config.model_copy(update={"init_from": None}) if begun else config, index, world.world_size)
-    if run_dir.config.is_file():
-        check_same_run(load_run_config(run_dir), config, run_dir.path)
-    protocol = inline_protocol(config)
+    index, protocol = check(config, run_dir, world.world_size)
 
     from lpl_pretrain.parallel.build import needs_group
     from lpl_pretrain.runtime import dist
@@ -63,6 +59,16 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
         complete = train(config, run_dir, world, device, stop, score)
     log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
     dist.leave()
+
+
+def check(config: TrainConfig, run_dir: RunDir, world_size: int) -> tuple[DatasetIndex, EvaluateConfig | None]:
+    """(data, protocol of inline scores).  Raises ConfigError or DataError for what does not fit together, or is of another run."""
+    index = read_data(config.data.folder).merged
+    begun = bool(run_dir.complete_checkpoints())  # then nothing is asked of where its first weights came from
+    check_run(config.model_copy(update={"init_from": None}) if begun else config, index, world_size)
+    if run_dir.config.is_file():
+        check_same_run(load_run_config(run_dir), config, run_dir.path)
+    return index, inline_protocol(config)
 
 
 def hold(run_dir: RunDir, world: World) -> AbstractContextManager:
