@@ -149,12 +149,16 @@ def export(run: str, **options: Any) -> None:
 
 
 @commands.command()
-@click.argument("run")
-def report(run: str) -> None:
-    """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance."""
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", help="HTML file to write; in the run, or in the folder that holds all the runs, when absent.")
+def report(runs: tuple[str, ...], output: str | None) -> None:
+    """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance.
+
+    Of several runs, or of a folder that holds them: comparison.html, one page on which they stand side by side.
+    """
     from lpl_pretrain.cli import report as command
 
-    command.run(run)
+    command.run(runs, output)
 
 
 @commands.command()
