@@ -6,8 +6,8 @@ import sys
 
 from launch.folder import JobFolder
 from lpl_pretrain.config.rundir import RunDir
-from tests.slurm.test_training import PROFILE, folder  # noqa: F401
-from tests.support.commands import ROOT, lines
+from tests.slurm.test_training import folder  # noqa: F401
+from tests.support.commands import ROOT, lines, lpl
 
 STEPS = 120
 RATES = ("1e-3", "2e-3", "4e-3")
@@ -36,6 +36,7 @@ def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):  # noq
     def steps(run):
         return [line["step"] for line in lines(run) if "event" not in line] if RunDir(run).metrics.exists() else []
 
+    assert f"JobId={array} " in cluster.run("scontrol", "show", "job", jobs[2], "--oneliner").stdout
     cluster.wait(lambda: len(steps(runs[2])) >= STEPS // 3, 60, "a third of the last run")
     cluster.run("scontrol", "requeue", jobs[2])
     told = launch("status", sweep).stdout.splitlines()
@@ -43,5 +44,10 @@ def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):  # noq
     cluster.wait(lambda: all(map(done, runs)), 100, "the end of all")
     for run in runs:
         assert RunDir(run).complete_checkpoints()[-1] == STEPS and sorted(set(steps(run))) == list(range(1, STEPS + 1))
+        assert f"{run}: complete" in launch("logs", run).stdout
     attempts = [JobFolder(run / "launch").read_attempts() for run in runs]
     assert [len(found) for found in attempts] == [1, 1, 2] and attempts[2][0]["reason"] == "stopped in time"
+    assert "are complete" in launch("resume", sweep).stderr
+    lpl("report", sweep)
+    page = (sweep / "comparison.html").read_text()
+    assert "comparison of 3 runs" in page and all(f"lr {float(rate):g}</span>" in page for rate in RATES)
