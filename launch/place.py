@@ -55,9 +55,8 @@ def place(
 
     order = Order(kind, argv, run_dir, nodes, after, part)
     if shown is not None:
-        click.echo(
-            f"{script(order, profile)}\n\n# The command of every process\n# lpl-pretrain {shlex.join(argv)}\n\n# Its configuration\n{shown}"
-        )
+        click.echo(f"{script(order, profile)}\n\n# The command of every process\n# lpl-pretrain {shlex.join(argv)}\n")
+        click.echo(f"# Its configuration\n{shown}")
         return "ID"
     job = submit(order, profile)
     look = f"python -m launch status {run_dir}" if kind == "train" else f"logs in {order.folder.path}"
