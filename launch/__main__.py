@@ -8,14 +8,17 @@ from typing import Any
 
 import click
 
+from launch.folder import JobFolder
 from launch.order import Order
-from launch.place import given, on_cluster, place, place_again, place_array, place_array_again
+from launch.place import Scorer, as_given, on_cluster, place, place_again, place_array, place_array_again
 from launch.profile import ClusterProfile
 from lpl_pretrain.cli.main import run, sampler_of
 from lpl_pretrain.cli.main import sample as SAMPLE
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
+
+AT_MOST = click.option("--at-most", type=click.IntRange(min=1), default=1, show_default=True, help="Evaluation jobs at a time.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,8 +40,9 @@ def commands() -> None:
 @on_cluster
 @click.option("--sweep", "sweeps", multiple=True, metavar="KEY=VALUE,VALUE", help="A run for each value, or combination of values.")
 @click.option("--sweep-at-most", type=click.IntRange(min=1), metavar="N", help="So many of them at the same time.")
-@click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit a job that scores checkpoints until training has ended.")
-@click.option("--evaluate-cluster", metavar="PROFILE", help="Where that one runs, on one node; as --cluster when absent.")
+@click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit an evaluation job for every checkpoint, as it comes.")
+@click.option("--evaluate-cluster", metavar="PROFILE", help="Where those run, each on one node; as --cluster when absent.")
+@AT_MOST
 def train(
     config: str,
     overrides: tuple[str, ...],
@@ -50,31 +54,28 @@ def train(
     sweep_at_most: int | None,
     evaluate_with: str | None,
     evaluate_cluster: str | None,
+    at_most: int,
 ) -> None:
     """Train CONFIG; a run that was begun goes on."""
     from launch.sweep import trainings
-    from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-    from lpl_pretrain.config.protocol import EvaluateConfig
+    from lpl_pretrain.config.evaluation import check_sampler
 
-    profile = load_config(ClusterProfile, cluster, changes)
+    profile, scorer = load_config(ClusterProfile, cluster, changes), None
     runs = trainings(config, overrides, sweeps, nodes * profile.processes_per_node)
-    protocol, scorer = None, profile
     if evaluate_with is not None:
-        protocol = load_config(EvaluateConfig, evaluate_with, [])
-        check_protocol(protocol)
+        cluster, changes = evaluate_cluster or cluster, () if evaluate_cluster else changes
+        scorer = Scorer(evaluate_with, (), cluster, changes, at_most)
         for run in runs:
-            check_sampler(run.settings.diffusion.prediction, protocol.sampler)
-        scorer = load_config(ClusterProfile, evaluate_cluster, ()) if evaluate_cluster else profile
+            check_sampler(run.settings.diffusion.prediction, scorer.settings.sampler)
     begun: list[str | None] = [None]
     if sweeps:
         orders = [Order("train", run.argv, run.run_dir, nodes) for run in runs]
         begun = [f"after:{job}" for job in place_array(orders, profile, sweep_at_most, shown=dry_run)]
     else:
         place("train", runs[0].argv, runs[0].run_dir, nodes, profile, dump(runs[0].settings) if dry_run else None)
-    if protocol is not None:
-        for run, after in zip(runs, begun, strict=True):
-            watch = ["evaluate", str(run.run_dir), str(Path(str(evaluate_with)).resolve()), "--watch"]
-            place("evaluate", watch, run.run_dir, 1, scorer, dump(protocol) if dry_run else None, after=after)
+    for run, after in zip(runs, begun, strict=True):
+        if scorer is not None:
+            scorer.place(run.run_dir, after=after, dry_run=dry_run)
 
 
 @commands.command()
@@ -94,27 +95,47 @@ def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, ch
 @click.argument("run")
 @click.argument("protocol")
 @click.argument("overrides", nargs=-1)
-@click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
+@click.option("--watch", "watching", is_flag=True, help="A job for every checkpoint, as it comes, until training has ended.")
+@AT_MOST
 @on_cluster
 def evaluate(
     run: str,
     protocol: str,
     overrides: tuple[str, ...],
-    watch: bool,
+    watching: bool,
+    at_most: int,
     cluster: str,
     nodes: int,
     changes: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Score the checkpoints of RUN as PROTOCOL says."""
-    from lpl_pretrain.config.evaluation import check_protocol
-    from lpl_pretrain.config.protocol import EvaluateConfig
+    """Score the checkpoints of RUN as PROTOCOL says: those that have no score yet, in one job, or each in its own as they come."""
+    scorer, run_dir = Scorer(protocol, overrides, cluster, changes, at_most, nodes), Path(run).resolve()
+    if watching:
+        scorer.place(run_dir, dry_run=dry_run)
+        return
+    argv = ["evaluate", str(run_dir), *scorer.argv]
+    place("evaluate", argv, run_dir, nodes, scorer.profile, dump(scorer.settings) if dry_run else None)
 
-    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EvaluateConfig, protocol, overrides)
-    check_protocol(settings)
-    run_dir = Path(run).resolve()
-    argv = ["evaluate", str(run_dir), str(Path(protocol).resolve()), *overrides, *(["--watch"] if watch else [])]
-    place("evaluate", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
+
+@commands.command()
+@click.argument("run")
+@click.argument("protocol")
+@click.argument("overrides", nargs=-1)
+@AT_MOST
+@on_cluster
+def watch(
+    run: str,
+    protocol: str,
+    overrides: tuple[str, ...],
+    at_most: int,
+    cluster: str,
+    nodes: int,
+    changes: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """What `evaluate --watch` submits: submit evaluation jobs from this terminal, where jobs may not submit others."""
+    Scorer(protocol, overrides, cluster, changes, at_most, nodes).watch(Path(run).resolve())
 
 
 @commands.command()
@@ -135,25 +156,22 @@ def pipeline(
 ) -> None:
     """Encode, verify, train and score, each after the one before has ended well; OVERRIDES are of the training."""
     from lpl_pretrain.config.encode import EncodeConfig
-    from lpl_pretrain.config.evaluation import check_protocol
-    from lpl_pretrain.config.protocol import EvaluateConfig
     from lpl_pretrain.config.schema import TrainConfig
 
     profile, source = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, encoding, ())
     latents = Path(source.output).resolve()
     given = [*overrides, f"data.folder={latents}"]
     settings = load_config(TrainConfig, training, given)
-    run_dir, alone = Path(settings.run_dir or f"runs/{settings.name}").resolve(), profile.model_copy(update=ONE_PROCESS)
+    run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+    scorer = None if protocol is None else Scorer(protocol, (), cluster, changes)
     shown = dump(settings) if dry_run else None
     first = place("encode", ["encode", str(Path(encoding).resolve()), f"output={latents}"], latents, nodes, profile, shown)
     check = ["encode", str(Path(encoding).resolve()), f"output={latents}", "--verify"]
-    checked = place("encode", check, latents, 1, alone, shown, after=f"afterok:{first}", part="verify")
+    checked = place("encode", check, latents, 1, profile.of_one_process(), shown, after=f"afterok:{first}", part="verify")
     train = ["train", str(Path(training).resolve()), *given, f"run_dir={run_dir}"]
     place("train", train, run_dir, nodes, profile, shown, after=f"afterok:{checked}")
-    if protocol is not None:
-        check_protocol(load_config(EvaluateConfig, protocol, ()))
-        watch = ["evaluate", str(run_dir), str(Path(protocol).resolve()), "--watch"]
-        place("evaluate", watch, run_dir, 1, profile, shown, after=f"afterok:{checked}")
+    if scorer is not None:
+        scorer.place(run_dir, after=f"afterok:{checked}", dry_run=dry_run)
 
 
 @commands.command(params=list(SAMPLE.params))
@@ -166,7 +184,7 @@ def sample(context: click.Context, run: str, cluster: str, changes: tuple[str, .
     profile, run_dir = load_config(ClusterProfile, cluster, changes), Path(run).resolve()
     asked = {name: options[name] for name in ("step", "images", "guide", "guide_step", "text_encoders")}
     _, sampler, *_ = check(RunDir(run_dir), sampler=sampler_of(options), **asked)
-    argv = ["sample", str(run_dir), *given(context, SAMPLE)]
+    argv = ["sample", str(run_dir), *as_given(context, SAMPLE)]
     alone = profile.model_copy(update={"processes_per_node": 1, "gpus_per_node": min(1, profile.gpus_per_node)})
     place("sample", argv, run_dir, 1, alone, dump(sampler) if dry_run else None)
 
@@ -203,20 +221,21 @@ def cancel(run: str) -> None:
 @commands.command()
 @click.argument("run")
 def resume(run: str) -> None:
-    """Submit the newest job of RUN again, as it was.  Of a sweep, those of all runs that ended before their time."""
+    """Submit the newest job of RUN again, as it was, and what watches for its checkpoints.  Of a sweep, of all that ended early."""
     from launch.folder import launched
-    from launch.status import unfinished
+    from launch.status import states, unfinished
 
     folder = Path(run).resolve()
     if (runs := launched(folder)) == [folder]:
-        place_again(folder)
-    elif left := unfinished(runs):
-        place_array_again(left)
+        place_again(JobFolder(folder / "launch"))
+    elif runs := unfinished(runs):
+        place_array_again(runs)
     else:
-        raise ConfigError(f"{folder}: all its {len(runs)} runs are complete, or with the scheduler")
-
-
-ONE_PROCESS = {"processes_per_node": 1, "gpus_per_node": 0}
+        raise ConfigError(f"{folder}: all its runs are complete, or with the scheduler")
+    watching = [JobFolder(path.parent) for each in runs for path in sorted(each.glob("launch/watch/*/job.json"))]
+    for watch, state in zip(watching, states(watching), strict=True):
+        if not state:
+            place_again(watch)
 
 
 if __name__ == "__main__":

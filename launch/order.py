@@ -13,15 +13,19 @@ class Order:
     """A job to be."""
 
     kind: str
-    """train, encode, evaluate or sample."""
+    """train, encode, evaluate, sample or watch."""
     argv: list[str]
-    """Behind `lpl-pretrain`."""
+    """Behind `lpl-pretrain`, or behind `python -m launch` for watch."""
     run_dir: Path
     nodes: int
     after: str | None = None
     """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
     part: str = ""
     """Tells work of one kind on one run from another's."""
+
+    @property
+    def module(self) -> str:
+        return "launch" if self.kind == "watch" else "lpl_pretrain"
 
     @property
     def folder(self) -> JobFolder:

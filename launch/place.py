@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -13,6 +16,11 @@ from click.core import ParameterSource
 from launch.folder import JobFolder
 from launch.order import Order
 from launch.profile import ClusterProfile
+from lpl_pretrain.config.evaluation import check_protocol
+from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import ConfigError
 
 
 def on_cluster(command: Callable[..., None], *, nodes: bool = True) -> Callable[..., None]:
@@ -28,7 +36,7 @@ def on_cluster(command: Callable[..., None], *, nodes: bool = True) -> Callable[
     return command
 
 
-def given(context: click.Context, command: click.Command) -> list[str]:
+def as_given(context: click.Context, command: click.Command) -> list[str]:
     """The options of `command` that the user gave, as words of a command line."""
     words: list[str] = []
     for option in command.params:
@@ -55,11 +63,12 @@ def place(
 
     order = Order(kind, argv, run_dir, nodes, after, part)
     if shown is not None:
-        click.echo(f"{script(order, profile)}\n\n# The command of every process\n# lpl-pretrain {shlex.join(argv)}\n")
+        command = f"python -m {order.module} {shlex.join(argv)}"
+        click.echo(f"{script(order, profile)}\n\n# The command of every process\n# {command}\n")
         click.echo(f"# Its configuration\n{shown}")
         return "ID"
     job = submit(order, profile)
-    look = f"python -m launch status {run_dir}" if kind == "train" else f"logs in {order.folder.path}"
+    look = f"python -m launch status {run_dir}" if kind in ("train", "watch") else f"logs in {order.folder.path}"
     click.echo(f"job {job}, {part or kind}: {nodes} nodes x {profile.processes_per_node} processes; {look}")
     return job
 
@@ -81,10 +90,11 @@ def place_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int |
     return jobs
 
 
-def place_again(run: Path) -> None:
-    """The newest job of a run, as it was."""
-    facts = JobFolder(run / "launch").read_facts()
-    place(facts["kind"], facts["argv"], run, facts["nodes"], ClusterProfile.model_validate(facts["profile"]), None)
+def place_again(folder: JobFolder) -> None:
+    """The newest job of a folder, as it was."""
+    facts = folder.read_facts()
+    part, profile = facts.get("part", ""), ClusterProfile.model_validate(facts["profile"])
+    place(facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], profile, None, part=part)
 
 
 def place_array_again(runs: Sequence[Path]) -> None:
@@ -97,3 +107,51 @@ def place_array_again(runs: Sequence[Path]) -> None:
     for shape, orders in alike.items():
         profile, _, at_most = json.loads(shape)
         place_array(orders, ClusterProfile.model_validate(profile), at_most)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Evaluations of a run's checkpoints, in jobs."""
+
+    protocol: str
+    overrides: tuple[str, ...]
+    cluster: str
+    changes: tuple[str, ...]
+    at_most: int = 1
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what could not run."""
+        check_protocol(self.settings)
+        _ = self.profile
+
+    @cached_property
+    def settings(self) -> EvaluateConfig:
+        return load_config(EvaluateConfig, self.protocol, self.overrides)
+
+    @cached_property
+    def profile(self) -> ClusterProfile:
+        return load_config(ClusterProfile, self.cluster, self.changes)
+
+    @property
+    def argv(self) -> list[str]:
+        """Behind `lpl-pretrain evaluate RUN`."""
+        return [str(Path(self.protocol).resolve()), *self.overrides]
+
+    def place(self, run_dir: Path, *, after: str | None = None, dry_run: bool = False) -> None:
+        """Submits the job of one process that submits the others."""
+        cluster = Path(self.cluster).resolve()
+        options = [f"--cluster={cluster}", f"--at-most={self.at_most}", f"--nodes={self.nodes}"]
+        argv = ["watch", str(run_dir), *self.argv, *options, *(f"--set={change}" for change in self.changes)]
+        shown, part = dump(self.settings) if dry_run else None, f"watch/{self.settings.name}"
+        alone = self.profile.of_one_process().model_copy(update={"container": ()})  # where sbatch is
+        place("watch", argv, run_dir, 1, alone, shown, after=after, part=part)
+
+    def watch(self, run_dir: Path) -> None:
+        from launch.watch import Watch
+
+        if shutil.which("squeue") is None:
+            raise ConfigError("squeue: not on the PATH: watch from a node of the cluster, or use `lpl-pretrain evaluate --watch`")
+        watch = Watch(RunDir(run_dir), self.argv, self.settings.name, self.profile, self.nodes, self.at_most)
+        left = watch.run()
+        click.echo(f"training has ended; without a score: {left}" if left else "training has ended and everything is scored")

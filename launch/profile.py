@@ -16,6 +16,8 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,@%&|*\[\]()=+-]+$")]
 
 class ClusterProfile(Section):
     partition: Optional[Word] = None
+    cpu_partition: Optional[Word] = None
+    """For jobs of one process without accelerators; absent: the same partition."""
     account: Optional[Word] = None
     qos: Optional[Word] = None
     constraint: Optional[Word] = None
@@ -44,6 +46,18 @@ class ClusterProfile(Section):
     """A job that meets its time limit goes on that often."""
     max_failures: NonNegativeInt = 3
     """A job that fails begins again so many times in a row without having made a new checkpoint."""
+
+    def of_one_process(self) -> ClusterProfile:
+        """For work that needs no accelerator: watching, verification."""
+        return self.model_copy(
+            update={
+                "partition": self.cpu_partition or self.partition,
+                "processes_per_node": 1,
+                "gpus_per_node": 0,
+                "cpus_per_process": 1,
+                "memory_gib_per_node": None,
+            }
+        )
 
     @model_validator(mode="after")
     def _one_process_for_each_accelerator(self) -> ClusterProfile:

@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.after import training_is_over
 from launch.folder import JobFolder, launched
-from lpl_pretrain.config.rundir import MANIFEST, RunDir
+from lpl_pretrain.config.rundir import MANIFEST, RunDir, step_name
 from lpl_pretrain.errors import ConfigError
 
 
@@ -49,9 +49,24 @@ def one(run: Path) -> str:
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
     lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
-    scored = len(list(run.glob("evaluations/step_*/*.json")))
-    lines.append(f"scores      {scored}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *scores(run_dir)])
+
+
+def scores(run_dir: RunDir) -> list[str]:
+    """How far each protocol is that a job watches for, and what it scores next."""
+    watched = sorted(path.parent.name for path in run_dir.path.glob("launch/watch/*/job.json"))
+    if not watched:
+        return [f"scores      {len(list(run_dir.path.glob('evaluations/step_*/*.json')))}"]
+    lines = []
+    for protocol in watched:
+        complete, pending = run_dir.complete_checkpoints(), run_dir.pending_evaluations(protocol)
+        line = f"scores      {protocol}: {len(complete) - len(pending)} of {len(complete)} checkpoints"
+        if pending:
+            folder = JobFolder(run_dir.path / "launch" / "evaluate" / protocol / step_name(pending[0]))
+            job, (state,) = folder.job, states([folder])
+            line += f"; next step {pending[0]:,}: {f'job {job} {state}'.strip() if job else 'waits'}"
+        lines.append(line)
+    return lines
 
 
 def where(attempt: dict[str, Any]) -> str:
@@ -60,13 +75,23 @@ def where(attempt: dict[str, Any]) -> str:
 
 def states(folders: Sequence[JobFolder]) -> list[str]:
     """Of the newest job of each, as squeue has it; "" when it does not know the job, or there is no squeue."""
-    jobs = [folder.job for folder in folders]
-    asked = ",".join(job for job in jobs if job)
-    if not asked or shutil.which("squeue") is None:
-        return [""] * len(jobs)
-    found = subprocess.run(["squeue", "-h", "-r", "-j", asked, "-o", "%i %T"], capture_output=True, text=True, check=False)
-    known = dict(line.split() for line in found.stdout.splitlines()) if found.returncode == 0 else {}
-    return [known.get(str(job), "") for job in jobs]
+    jobs = [folder.job or "" for folder in folders]
+    known = listed([job for job in jobs if job]) if any(jobs) and shutil.which("squeue") is not None else None
+    return [(known or {}).get(job, "") for job in jobs]
+
+
+def ask(job: str) -> str | None:
+    """The state of a job, "" when squeue does not know it, None where it does not answer: that says nothing about the job."""
+    known = listed([job])
+    return None if known is None else known.get(job, "")
+
+
+def listed(jobs: Sequence[str]) -> dict[str, str] | None:
+    """States of those jobs that squeue knows, by name; None where it does not answer."""
+    found = subprocess.run(["squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i %T"], capture_output=True, text=True, check=False)
+    if found.returncode and "Invalid job id" not in found.stderr:
+        return None
+    return dict(line.split() for line in found.stdout.splitlines())
 
 
 def unfinished(runs: Sequence[Path]) -> list[Path]:

@@ -64,6 +64,7 @@ def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list
         complete = RunDir(order.run_dir).complete_checkpoints()
         facts: dict[str, Any] = {
             "kind": order.kind,
+            "part": order.part,
             "argv": order.argv,
             "run_dir": str(order.run_dir),
             "nodes": order.nodes,
@@ -85,7 +86,7 @@ def script(order: Order, profile: ClusterProfile) -> str:
 
 
 def task_of(order: Order, profile: ClusterProfile) -> Task:
-    return Task(order.argv, str(order.folder.path), list(profile.container), fingerprint(), profile.on_changed_code)
+    return Task(order.argv, str(order.folder.path), list(profile.container), fingerprint(), profile.on_changed_code, order.module)
 
 
 def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None) -> submitit.SlurmExecutor:

@@ -52,6 +52,8 @@ class Task:
     code: str = ""
     """Fingerprint of this package at submission."""
     on_changed_code: str = "warn"
+    module: str = "lpl_pretrain"
+    """What Python is told to run."""
 
     def __call__(self) -> int:
         """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
@@ -65,7 +67,7 @@ class Task:
         environment = {**os.environ, **rendezvous(here, folder, stop)}
         status = 0
         if not stop.asked:
-            child = subprocess.Popen([*self.prefix, sys.executable, "-m", "lpl_pretrain", *self.argv], env=environment)
+            child = subprocess.Popen([*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment)
             stop.pass_on_to(child)
             status = child.wait()
         if stop.asked and status == -stop.asked:

@@ -19,7 +19,15 @@ PATIENCE = timedelta(hours=12)
 """The other ranks wait while the first one computes scores from all features."""
 
 
-def run(run: str, protocol: str, overrides: list[str], step: int | None, watch: bool = False, poll_s: float = 30.0) -> None:
+def run(
+    run: str,
+    protocol: str,
+    overrides: list[str],
+    step: int | None,
+    pending: bool = False,
+    watch: bool = False,
+    poll_s: float = 30.0,
+) -> None:
     """On several processes (torchrun) they share the pictures of each score."""
     settings, run_dir, world = load_config(EvaluateConfig, protocol, overrides), RunDir(Path(run)), World.from_environment()
     check_protocol(settings)
@@ -38,7 +46,7 @@ def run(run: str, protocol: str, overrides: list[str], step: int | None, watch: 
     while True:
         waiting = watch and not run_dir.pending_evaluations(settings.name)
         if not dist.broadcast_json(waiting):
-            for record in evaluate(run_dir, settings, device, None if step is None else [step], world):
+            for record in evaluate(run_dir, settings, device, None if step is None else [step], world, again=not pending):
                 records.append(record)
                 if mirror is not None:
                     mirror.scores(record)

@@ -113,12 +113,13 @@ def sampler_of(options: dict[str, Any]) -> dict[str, Any]:
 @click.argument("protocol")
 @OVERRIDES
 @click.option("--step", type=int, help="Checkpoint to score, again if it has a score; all that have none when absent.")
+@click.option("--pending", is_flag=True, help="With --step: not again.")
 @click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
-def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None, watch: bool) -> None:
+def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None, pending: bool, watch: bool) -> None:
     """Score the checkpoints of RUN that PROTOCOL (configs/evaluate/*.yaml) has not scored yet."""
     from lpl_pretrain.cli import evaluate as command
 
-    command.run(run, protocol, overrides=list(overrides), step=step, watch=watch)
+    command.run(run, protocol, overrides=list(overrides), step=step, pending=pending, watch=watch)
 
 
 @commands.command()
@@ -159,6 +160,15 @@ def report(runs: tuple[str, ...], output: str | None) -> None:
     from lpl_pretrain.cli import report as command
 
     command.run(runs, output)
+
+
+@commands.command()
+@click.argument("run")
+def audit(run: str) -> None:
+    """Check that every update of RUN, trained with log.samples=true, was made of its samples: none missed, none seen twice."""
+    from lpl_pretrain.cli import audit as command
+
+    command.run(run)
 
 
 @commands.command()

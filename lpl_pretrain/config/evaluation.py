@@ -91,6 +91,10 @@ def _numbers(protocol: EvaluateConfig) -> list[str]:
     problems = []
     if protocol.images < 2:
         problems.append(f"images={protocol.images}: a covariance needs at least 2, and a score that means something thousands")
+    if protocol.bootstrap and protocol.repeats > 1:
+        problems.append(
+            f"bootstrap={protocol.bootstrap} with repeats={protocol.repeats}: two error bars for one score; leave one out"
+        )
     for key in ("guidance_scales", "weights", "extractors", "metrics"):
         values = getattr(protocol, key)
         if not values:

@@ -69,6 +69,8 @@ class EvaluateConfig(Section):
     images: PositiveInt
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
+    repeats: PositiveInt = 1
+    """So many sets of pictures, with seeds from `seed` on: a score is their mean, and its error bar their standard deviation."""
     weights: list[Weights] = ["ema"]
     """Each is scored; `ema_power_0.050` is one that the run tracks, `posthoc_0.080` one rebuilt from its snapshots."""
     sampler: SamplerConfig
@@ -90,7 +92,7 @@ class EvaluateConfig(Section):
     reference_features: PositiveInt = 50_000
     """At most so many real pictures, evenly spaced, are compared one by one (kid, precision_recall, density_coverage, cmmd)."""
     bootstrap: NonNegativeInt = 0
-    """Resamplings for the standard error of fd; 0: none."""
+    """Resamplings for the standard error of fd; 0: none.  With `repeats` the error bars come from those."""
     kid_subsets: PositiveInt = 100
     kid_subset_size: PositiveInt = 1000
     few_images: Literal["warn", "refuse"] = "warn"

@@ -69,6 +69,10 @@ class RunDir:
         """Of the evaluator that works on it; its checkpoint is not removed meanwhile."""
         return self.path / "evaluations" / step_name(step) / f"{protocol}.lease"
 
+    def queue_lease(self, step: int, protocol: str) -> Path:
+        """Of whoever has it in a queue for an evaluator; as good as the evaluator's own."""
+        return self.path / "evaluations" / step_name(step) / f"{protocol}.queued.lease"
+
     def best(self, protocol: str) -> Path:
         """Which checkpoint has the best score; it is not removed."""
         return self.path / "evaluations" / f"best_{protocol}.json"
@@ -95,6 +99,10 @@ class RunDir:
 
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank:05d}.log"
+
+    def ledger(self, rank: int) -> Path:
+        """Which samples this rank's updates were made of, where that is asked for."""
+        return self.path / "logs" / f"samples_rank_{rank:05d}.jsonl"
 
     def complete_checkpoints(self) -> list[int]:
         """Steps whose checkpoint has its manifest (written last), ascending."""

@@ -248,6 +248,8 @@ class WandbConfig(Section):
 
 class LogConfig(Section):
     every_steps: PositiveInt = 50
+    samples: bool = False
+    """Also write down which samples each update was made of; `lpl-pretrain audit` compares that with what it should have been."""
     wandb: WandbConfig = WandbConfig()
 
 

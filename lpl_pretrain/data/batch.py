@@ -42,6 +42,8 @@ class LatentBatch:
     """Only when asked for; "" for a picture without one."""
     text: dict[str, TextBatch] = field(default_factory=dict)
     """By encoder; only those that were asked for."""
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    """(folder, shard, row) that each sample was read from."""
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """Does not wait for the copy when the batch is pinned; moments become float32 on the other side."""
@@ -59,6 +61,7 @@ class LatentBatch:
             function(self.sizes),
             self.captions,
             {name: text.map(function) for name, text in self.text.items()},
+            self.places,
         )
 
 

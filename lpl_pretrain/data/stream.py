@@ -55,6 +55,7 @@ class Row:
     micro: np.ndarray  # (6,) as in data/offsets.py
     caption: str | None
     text: dict[str, EncodedText]
+    place: tuple[int, int, int]
 
 
 class LatentStream:
@@ -163,7 +164,7 @@ class LatentStream:
             raise DataError(f"{opened.where(row)}: NaN or infinity in its latent, wanted finite values: encode the folder again")
         caption = opened.read_caption(row) if self.wants.captions else None
         text = {name: opened.read_text(row, name, self.index.text[name]) for name in self.wants.text}
-        return Row(int(opened.offsets.label[row]), opened.offsets.micro[row], caption, text)
+        return Row(int(opened.offsets.label[row]), opened.offsets.micro[row], caption, text, (folder, shard, row))
 
     def _not_finite(self, raw: np.ndarray) -> np.ndarray:
         """(B, bytes) of latents as stored -> (B,) bool"""
@@ -184,6 +185,7 @@ class LatentStream:
             self._sizes(rows, flips, stored.shape[2:]),
             [row.caption or "" for row in rows] if self.wants.captions else None,
             {name: _text_batch([row.text[name] for row in rows], self.index.text[name].width) for name in self.wants.text},
+            [row.place for row in rows],
         )
 
     def _sizes(self, rows: list[Row], flips: np.ndarray, latent: tuple[int, ...]) -> torch.Tensor:

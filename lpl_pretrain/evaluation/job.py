@@ -32,7 +32,7 @@ from lpl_pretrain.evaluation.generate import RULES
 from lpl_pretrain.evaluation.keep import keep_images
 from lpl_pretrain.evaluation.load import TrainedRun, open_run
 from lpl_pretrain.evaluation.reference import Reference, open_reference
-from lpl_pretrain.evaluation.scores import scores
+from lpl_pretrain.evaluation.scores import over_seeds, scores
 from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.runtime.dist import barrier, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
@@ -47,9 +47,15 @@ FREE_TO_CHANGE = {"best", "patience", "keep_images", "few_images"}
 
 
 def evaluate(
-    run_dir: RunDir, protocol: EvaluateConfig, device: torch.device, steps: list[int] | None = None, world: World | None = None
+    run_dir: RunDir,
+    protocol: EvaluateConfig,
+    device: torch.device,
+    steps: list[int] | None = None,
+    world: World | None = None,
+    *,
+    again: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Collective. Scores `steps`, again if they have scores; without them every complete checkpoint that has none by this protocol.
+    """Collective. Scores every complete checkpoint that has no score by this protocol, or `steps`, `again` if they have one.
 
     Yields each record when it is written; a step that another evaluator works on is left to it.  Raises ConfigError,
     CheckpointError or DataError before anything is generated.
@@ -58,7 +64,8 @@ def evaluate(
     check_protocol(protocol)
     check_sampler(load_run_config(run_dir).diffusion.prediction, protocol.sampler)
     run_dir.complete_step(None)
-    wanted = run_dir.pending_evaluations(protocol.name) if steps is None else [run_dir.complete_step(step) for step in steps]
+    pending = run_dir.pending_evaluations(protocol.name)
+    wanted = pending if steps is None else [run_dir.complete_step(step) for step in steps if again or step in pending]
     wanted = broadcast_json(wanted)
     check_same_protocol(run_dir, protocol)
     if not wanted:
@@ -68,7 +75,7 @@ def evaluate(
     reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
     job = Job(run, protocol, extractors, reference, world)
     for step in wanted:
-        record = job.score(step, again=steps is not None)
+        record = job.score(step, again=again and steps is not None)
         if record is not None:
             yield record
 
@@ -137,39 +144,49 @@ class Job:
         for weights in protocol.weights:
             self.run.load(step, weights)
             for scale in protocol.guidance_scales:
-                started, spool = time.monotonic(), Spool(work / f"{weights}_w{scale:g}", protocol.images, protocol.batch_size)
-                made = self._generate(spool, scale, f"step {step}, {weights}, guidance {scale:g}")
+                started, made = time.monotonic(), 0
+                spools = [
+                    Spool(work / f"{weights}_w{scale:g}_seed{protocol.seed + i}", protocol.images, protocol.batch_size)
+                    for i in range(protocol.repeats)
+                ]
+                for seed, spool in enumerate(spools, start=protocol.seed):
+                    made += self._generate(spool, seed, scale, f"step {step}, {weights}, guidance {scale:g}")
                 barrier()
                 if self.world.rank != 0:
                     continue
                 shared = {"weights": weights, "guidance_scale": scale, "images": protocol.images}
-                entries = [entry for extractor in self.extractors for entry in scores(protocol, extractor, spool, self.reference)]
+                entries = over_seeds([self._scores(spool) for spool in spools])
                 seconds = {"seconds": round(time.monotonic() - started, 2), "images_made_now": made}
                 results += [{**shared, **entry, **seconds} for entry in entries]
+                shown = spools[0]
                 if protocol.keep_images != "none":
-                    keep_images(self.run, step, protocol, weights, scale, spool.rows(PIXELS))
+                    keep_images(self.run, step, protocol, weights, scale, shown.rows(PIXELS))
                 if protocol.grid_images and samples is None and scale == max(protocol.guidance_scales):
                     path = self.run.run_dir.samples(step, protocol.name)
-                    publish_grid(path, spool.first(PIXELS, protocol.grid_images))
+                    publish_grid(path, shown.first(PIXELS, protocol.grid_images))
                     samples = str(path.relative_to(self.run.run_dir.path))
         return results, samples
 
-    def _generate(self, spool: Spool, scale: float, desc: str) -> int:
+    def _scores(self, spool: Spool) -> list[dict[str, Any]]:
+        return [entry for extractor in self.extractors for entry in scores(self.protocol, extractor, spool, self.reference)]
+
+    def _generate(self, spool: Spool, seed: int, scale: float, desc: str) -> int:
         """This rank's share of the pictures, and their features; how many there were left to make."""
         protocol, made = self.protocol, 0
         missing = spool.missing(self.world.rank, self.world.world_size)
         with progress(sum(map(len, missing)), "img", desc) as bar:
             for batch in missing:
                 pixels = self.run.generator.pixels(
-                    batch, seed=protocol.seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
+                    batch, seed=seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
                 )
                 tensors: dict[str, Tensor] = {}
                 for extractor in self.extractors:
                     label = extractor.config.label
                     tensors |= {f"{label}/{kind}": rows for kind, rows in extractor(pixels).items()}
                     if extractor.embed_text is not None and "clip_score" in protocol.metrics:
-                        tensors[f"{label}/text"] = extractor.embed_text(self.run.captions(protocol.seed, batch))
+                        tensors[f"{label}/text"] = extractor.embed_text(self.run.captions(seed, batch))
                 shown = len(pixels) if protocol.keep_images != "none" else max(protocol.grid_images - batch.start, 0)
+                shown *= seed == protocol.seed
                 if shown:
                     tensors[PIXELS] = pixels[:shown]
                 spool.put(batch, tensors)

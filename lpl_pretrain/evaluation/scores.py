@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ from lpl_pretrain.evaluation.reference import Reference
 from lpl_pretrain.evaluation.spool import Spool
 
 Entry = dict[str, Any]
-"""`metric`, `value`, its `std`, `low` and `high` where known, and `at_half`, the Frechet distance of half of the pictures."""
+"""`metric`, `value`, its `std`, `low` and `high` where known, and `at_half`, the Frechet distance of half of the pictures.
+
+With `repeats` also `values`, one for each seed."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ def scores(protocol: EvaluateConfig, extractor: Extractor, made: Spool, real: Re
     case = Case(protocol, extractor, made, real)
     for metric in metrics_of(extractor.config, protocol.metrics):
         yield from METRICS[metric](case)
+
+
+def over_seeds(repeats: list[list[Entry]]) -> list[Entry]:
+    """One entry for each score of several sets of pictures: the mean, and what one set more would differ from it by."""
+    if len(repeats) == 1:
+        return repeats[0]
+    found = []
+    for same in zip(*repeats, strict=True):
+        values = [entry["value"] for entry in same]
+        entry = {"metric": same[0]["metric"], "value": statistics.fmean(values), "std": statistics.stdev(values), "values": values}
+        if "at_half" in same[0]:
+            entry["at_half"] = statistics.fmean(entry["at_half"] for entry in same)
+        found.append(entry)
+    return found
 
 
 def _frechet(case: Case, metric: str, kind: str) -> Entry:

@@ -9,7 +9,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +55,8 @@ def load_autoencoder(folder: str) -> Autoencoder:
     """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError, for NaN in it too."""
     path = resolve_path(folder)
     facts, identity = read_autoencoder(folder, path), autoencoder_identity(path)
+    import diffusers  # seconds, for nothing in a run without LPL
+
     try:
         network = getattr(diffusers, facts.family).from_pretrained(
             path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
@@ -9,9 +11,11 @@ from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
 from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.dit import DiT
 from lpl_pretrain.models.mmdit import MMDiT
-from lpl_pretrain.models.unet import UNet
 
-Denoiser = DiT | MMDiT | UNet
+if TYPE_CHECKING:
+    from lpl_pretrain.models.unet import UNet
+
+Denoiser: TypeAlias = "DiT | MMDiT | UNet"
 Section = DiTConfig | MMDiTConfig | UNetConfig
 
 
@@ -25,5 +29,7 @@ def build_denoiser(
             assert text is not None, "config/check.py asks for text"
             return MMDiT(config, latent.channels, latent.height, latent.width, text)
         if isinstance(config, UNetConfig):
+            from lpl_pretrain.models.unet import UNet  # diffusers' costs seconds at start-up
+
             return UNet(config, latent.channels, latent.height, num_classes, text)
         return DiT(config, latent.channels, latent.height, latent.width, num_classes, text)

@@ -48,6 +48,9 @@ class Lease:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
         if self._thread is not None:
             self._over.set()
             self._thread.join()

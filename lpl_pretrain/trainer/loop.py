@@ -6,6 +6,7 @@ after that many updates.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.data.ledger import Ledger
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.device import peak_memory
-from lpl_pretrain.runtime.dist import any_over_ranks
+from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.timer import Clock
@@ -72,6 +74,7 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Scor
     """Collective. The loop itself; True when all steps are done."""
     config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
     batches = run.stream.prefetch(run.requests(first_step), run.device)
+    ledger = open_ledger(run, first_step) if config.log.samples else None
     scored = first_step
     bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
     for step in range(first_step, config.steps):
@@ -82,6 +85,8 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Scor
             outcome = run.updater.update(step, run.hands(step), microbatches, meter, clock)
             with clock.part("ema"):
                 run.ema.update(done)
+        if ledger is not None:
+            ledger.note(done, microbatches)
         tell(run, sinks, done, outcome)
         if done % config.log.every_steps == 0 or done == config.steps:
             means = meter.flush()
@@ -108,6 +113,11 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Scor
     if bar is not None:
         bar.close()
     return True
+
+
+def open_ledger(run: Run, first_step: int) -> Ledger:
+    """Communicates: a start has one name on all ranks."""
+    return Ledger(run.run_dir.ledger(run.world.rank), broadcast_json(secrets.token_hex(4)), first_step)
 
 
 def save(run: Run, done: int, *, last: bool) -> None:

@@ -29,7 +29,7 @@ lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 1, calibra
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: 4}}
-log: {{every_steps: 1}}
+log: {{every_steps: 1, samples: true}}
 ema: {{power: [0.05, 0.1], snapshot_every_steps: 2}}
 """
 PROTOCOL = """
@@ -166,8 +166,39 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
     lpl("train", world / "train.yaml", f"run_dir={run}", f"steps={step + 2}", *arguments, ranks=2)
     assert [line["step"] for line in lines(run) if line.get("event") == "resumed"] == [step]
     assert max(losses(run)) == step + 2
+    audited = lpl("audit", run).stdout
+    assert f"{step + 2} updates of 8 samples, 2 starts, 0 updates made again" in audited and "none was seen twice" in audited
     whole = losses(world / "whole")
     assert [losses(run)[s] for s in range(1, 7)] == pytest.approx([whole[s] for s in range(1, 7)], rel=2e-4)
+
+
+@pytest.mark.parametrize("moment", ["at the start", "while compiling"])
+def test_a_signal_before_the_first_step_is_kept_for_its_end(world, moment):
+    """One update is made, saved, and gone on from."""
+    run = world / moment
+    command = [sys.executable, "-m", "lpl_pretrain", "train", str(world / "train.yaml"), f"run_dir={run}", "lpl=null"]
+    command += ["parallel.compile=true"] * (moment == "while compiling")
+    trainer = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / ("live.lease" if moment == "at the start" else "logs/samples_rank_00000.jsonl")).exists():
+        assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
+        time.sleep(0.02)
+    assert not (run / "metrics.jsonl").exists() or not losses(run)
+    trainer.send_signal(signal.SIGUSR2)
+    said = trainer.communicate(timeout=120)[1]
+    assert trainer.returncode == 0 and "SIGUSR2: stopped after step 1 of 8" in said, said
+    assert RunDir(run).complete_checkpoints() == [1]
+
+
+def test_a_sample_that_was_missed_is_found(world):
+    shutil.copytree(world / "whole", world / "missed")
+    ledger = RunDir(world / "missed").ledger(0)
+    start, first, *rest = ledger.read_text().splitlines()
+    first = json.dumps({**json.loads(first), "samples": json.loads(first)["samples"][1:]})
+    ledger.write_text("\n".join([start, first, *rest, ""]))
+    found = lpl("audit", world / "missed", check=False)
+    assert found.returncode == 2 and "update 1: 1 samples missed" in found.stderr
+    assert "seen 2 to 2 times" in lpl("audit", world / "whole").stdout, "64 of 32"
 
 
 def test_a_damaged_shard_is_named_before_training(world):

@@ -30,7 +30,7 @@ lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 100}}
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: {every}}}
-log: {{every_steps: 1}}
+log: {{every_steps: 1, samples: true}}
 """
 STRATEGIES = {
     "fsdp2": ["parallel.strategy=fsdp2"],
@@ -162,22 +162,23 @@ TROUBLES = {
 }
 
 
-MET_BY = {"fsdp2": ["preempted", "requeued", "rank killed", "node crashed"], "zero2": ["preempted", "killed while saving"]}
-
-
 @pytest.mark.parametrize("way", STRATEGIES)
 def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way):
     lpl("train", folder / "train.yaml", f"run_dir={folder}/{way}_alone", *STRATEGIES[way], ranks=4)
     job, seen = Job(cluster, folder, f"{way}_troubled", *STRATEGIES[way]), {}
-    for name in MET_BY[way]:
+    for name, trouble in TROUBLES.items():
         job.wait_steps(30)
-        seen[name] = job.goes_on_after(partial(TROUBLES[name], job))
+        seen[name] = job.goes_on_after(partial(trouble, job))
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
     print(f"\n{way}: seconds until it went on, and steps lost: {seen}")
     assert weights(job.run) == weights(folder / f"{way}_alone")
     lost = {name: steps for name, (_, steps) in seen.items()}
-    assert lost["preempted"] == 0 and all(0 <= steps <= EVERY + 5 for steps in lost.values()), "one checkpoint, and its writing"
+    assert lost["preempted"] == lost["requeued"] == 0 and all(0 <= steps <= EVERY + 5 for steps in lost.values()), (
+        "one checkpoint, and its writing"
+    )
     assert sorted(set(job.steps())) == list(range(1, STEPS + 1))
+    told = lpl("audit", job.run).stdout
+    assert f"{STEPS} updates of 8 samples, {1 + len(job.resumes())} starts" in told and "none was seen twice" in told
     attempts = job.folder.read_attempts()
     assert attempts[-1]["reason"] == "done" and any(found["status"] == 137 or found["status"] == -9 for found in attempts)
     assert not [found for node in cluster.names for found in job.ranks(node)], "no process is left"
@@ -200,20 +201,25 @@ def test_a_time_limit_is_no_end(cluster, folder):
 
 
 def test_scores_arrive_though_all_are_preempted(cluster, folder):
-    """A second job watches: every checkpoint is scored once, and it ends when training has ended and all is scored."""
+    """A job watches and submits one for each checkpoint: all are scored, once each, and it ends when no more can come."""
     protocol = {"name": "quick", "images": 8, "batch_size": 4, "sampler": {"kind": "euler", "steps": 2}}
     protocol |= {"reference": str(folder / "pictures"), "grid_images": 0}
     (folder / "quick.yaml").write_text(yaml.safe_dump(protocol))
     way = [*STRATEGIES["fsdp2"], "steps=120", "checkpoint.every_steps=40", "lpl=null"]
     job = Job(cluster, folder, "scored", *way, more=["--evaluate-with", folder / "quick.yaml"])
-    scorer = JobFolder(job.run / "launch" / "evaluate")
+    watcher = JobFolder(job.run / "launch" / "watch" / "quick")
     job.wait_steps(30)
     preempt(job)
     job.wait(lambda: job.resumes(), "training goes on")
-    job.wait(lambda: scorer.read_attempts() and scorer.read_attempts()[-1]["reason"] == "done", "all is scored", timeout_s=240)
-    scored = sorted(int(path.parent.name.removeprefix("step_")) for path in job.run.glob("evaluations/step_*/quick.json"))
-    assert set(scored) >= {40, 80, 120} and scored == sorted(set(scored))
-    assert [found["reason"] for found in scorer.read_attempts()] == ["stopped in time", "done"]
+    job.wait(lambda: watcher.read_attempts() and watcher.read_attempts()[-1]["reason"] == "done", "all is scored", timeout_s=240)
+    assert [found["reason"] for found in watcher.read_attempts()] == ["stopped in time", "done"]
+    scored = {path.parent.name for path in job.run.glob("evaluations/step_*/quick.json")}
+    assert scored >= {f"step_{step:08d}" for step in (40, 80, 120)}
+    scorers = {path.name: JobFolder(path) for path in (job.run / "launch" / "evaluate" / "quick").iterdir()}
+    assert set(scorers) == scored, "one folder for each, and so one job at a time"
+    for scorer in scorers.values():
+        assert [found["reason"] for found in scorer.read_attempts() if not found["requeued"]] == ["done"]
+    assert "quick: " in (told := job.launch("status", job.run).stdout) and "next step" not in told
 
 
 def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
@@ -233,7 +239,7 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
 
     done = pipeline(folder / "piped run")
     assert done.returncode == 0 and [line.split(",")[1].split(":")[0] for line in done.stdout.splitlines()] == [
-        f" {part}" for part in ("encode", "verify", "train", "evaluate")
+        f" {part}" for part in ("encode", "verify", "train", "watch/quick")
     ]
     score = folder / "piped run" / "evaluations" / "step_00000020" / "quick.json"
     cluster.wait(score.exists, 200, "the score at the end of the pipeline")

@@ -75,6 +75,28 @@ def test_repeats_to_the_digit_and_weights_matter(run):
     assert values["batch"] == pytest.approx(values["a"], rel=1e-2)  # a pixel may round to its neighbour
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_error_bars_by_repeated_seeds(run, broken, monkeypatch):
+    """Each set of pictures is that of its own seed, the pictures shown are the first; teeth: one seed for all."""
+    wanted = [
+        [entry["value"] for entry in evaluate(run.run_dir, run.protocol(name=f"s{i}", seed=i), [6])[0]["results"]]
+        for i in (4, 5, 6)
+    ]
+    if broken:
+        generate = job.Job._generate
+        monkeypatch.setattr(job.Job, "_generate", lambda self, spool, seed, *rest: generate(self, spool, 4, *rest))
+    (record,) = evaluate(run.run_dir, run.protocol(name="all", seed=4, repeats=3), [6])
+    assert (
+        [entry["values"] for entry in record["results"]] == [list(of_one) for of_one in zip(*wanted, strict=True)]
+    ) is not broken
+    for entry in record["results"]:
+        assert entry["value"] == pytest.approx(np.mean(entry["values"])) and entry["images"] == 10
+        assert entry["std"] == pytest.approx(np.std(entry["values"], ddof=1)) and (entry["std"] > 0) is not broken
+        assert entry["images_made_now"] == 30
+    shown, first = (run.run_dir.samples(6, name).read_bytes() for name in ("all", "s4"))
+    assert shown == first
+
+
 @pytest.mark.parametrize("kind", ["png", "npz", "tar"])
 def test_pictures_are_kept_where_asked(run, kind):
     """The very pixels that were scored, beside the sheet, in order."""
@@ -142,6 +164,7 @@ def test_another_protocol_of_the_same_name_is_refused(run):
         ({"extractors": [{"kind": "efficientnet_lite0"}] * 2}, "two are called efficientnet_lite0"),
         ({"metrics": ["fd", "inception_score"]}, "inception_score wants an extractor of kind inception"),
         ({"metrics": ["fd", "fd"]}, "one is named twice"),
+        ({"bootstrap": 5, "repeats": 3}, "two error bars for one score"),
         ({"few_images": "refuse"}, "images=10 for the 12 features.*few_images=refuse"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -184,8 +185,26 @@ def test_without_a_scheduler(tmp_path):
     assert unknown.returncode == 2 and "colour" in unknown.stderr
 
 
+def test_what_watches_asks_for_one_processor_and_says_what_it_will_submit(tmp_path):
+    profile = tmp_path / "my cluster.yaml"
+    keys = {"partition": "gpu", "cpu_partition": "small", "processes_per_node": 8, "gpus_per_node": 8, "container": ["run", "it"]}
+    profile.write_text(yaml.safe_dump({**keys, "memory_gib_per_node": 900}))
+    shown = launch(
+        *("evaluate", tmp_path / "a run", ROOT / "configs/evaluate/emoji.yaml", "images=2048", "--watch", "--at-most", 3),
+        *("--nodes", 2, "--set", "qos=low", "--cluster", profile, "--dry-run"),
+    )
+    assert shown.returncode == 0, shown.stderr
+    for wanted in ("partition=small", "nodes=1", "ntasks-per-node=1", "cpus-per-task=1", "qos=low"):
+        assert f"#SBATCH --{wanted}\n" in shown.stdout, wanted
+    assert "gpus" not in shown.stdout and "#SBATCH --mem" not in shown.stdout
+    (command,) = (line for line in shown.stdout.splitlines() if line.startswith("# python -m launch watch"))
+    for wanted in ("images=2048", f"--cluster={profile}", "--at-most=3", "--nodes=2", "--set=qos=low"):
+        assert shlex.quote(wanted) in command, wanted
+    assert "images: 2048" in shown.stdout
+
+
 def test_submitting_costs_no_torch():
-    modules = "launch.__main__, launch.submit, launch.status, launch.logs, launch.after, launch.task"
+    modules = "launch.__main__, launch.submit, launch.status, launch.logs, launch.after, launch.task, launch.watch"
     code = f"import sys, {modules}; print([name for name in ('torch', 'diffusers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout

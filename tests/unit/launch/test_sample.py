@@ -34,7 +34,9 @@ def test_the_options_that_were_given_arrive(run):
     given = ["--guidance-interval", "0.5", "2.0", "--prompt", "it's a cat", "--prompt", "dogs", "--step", "3", "--format", "png"]
     done = launch(run, *given)
     assert done.returncode == 0, done.stderr
-    (told,) = (line.partition("lpl-pretrain ")[2] for line in done.stdout.splitlines() if line.startswith("# lpl-pretrain"))
+    (told,) = (
+        line.partition("lpl_pretrain ")[2] for line in done.stdout.splitlines() if line.startswith("# python -m lpl_pretrain")
+    )
     arrived = shlex.split(told)
     assert arrived[:2] == ["sample", str(run)]
     chunks = {("--guidance-interval", "0.5", "2.0"), ("--prompt", "it's a cat", "--prompt", "dogs"), ("--step", "3")}
