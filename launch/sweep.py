@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.folder import JobFolder
 from lpl_pretrain.cli.train import check
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.rundir import RunDir
@@ -35,7 +36,9 @@ def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], rank
     for changes in combinations(sweeps):
         try:
             settings = load_config(TrainConfig, config, [*overrides, *changes])
-            run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve() / name_of(changes)
+            folder = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+            run_dir = folder / name_of(changes)
+            keep_apart(folder, bool(sweeps))
             check(settings, RunDir(run_dir), ranks)
         except LPLError as problem:
             if not sweeps:
@@ -47,6 +50,14 @@ def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], rank
     if problems:
         raise ConfigError("\n".join(problems))
     return found
+
+
+def keep_apart(folder: Path, sweep: bool) -> None:
+    """Raises ConfigError where a folder would be a run and hold a sweep's runs: commands on it could mean either."""
+    if sweep and (RunDir(folder).config.is_file() or JobFolder(folder / "launch").facts.is_file()):
+        raise ConfigError(f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=...")
+    if not sweep and any(folder.glob("*/launch/job.json")):
+        raise ConfigError(f"{folder}: holds the runs of a sweep: give this one a folder among them, run_dir={folder}/NAME")
 
 
 def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:

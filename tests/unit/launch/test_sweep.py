@@ -123,6 +123,18 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_submitted(confi
     trainings(str(config), [], ["optimizer.lr=2e-3,3e-3"], 2)
 
 
+def test_a_folder_is_a_run_or_holds_a_sweep(config, tmp_path):
+    JobFolder(tmp_path / "swept" / "x" / "launch").path.mkdir(parents=True)
+    trainings(str(config), [], [], 2)
+    JobFolder(tmp_path / "swept" / "x" / "launch").write_facts({"job": "1"})
+    with pytest.raises(ConfigError, match="swept: holds the runs of a sweep"):
+        trainings(str(config), [], [], 2)
+    trainings(str(config), [], ["optimizer.lr=1e-3"], 2)
+    (tmp_path / "swept" / "config.yaml").write_text(config.read_text())
+    with pytest.raises(ConfigError, match="swept: is a run itself"):
+        trainings(str(config), [], ["optimizer.lr=1e-3"], 2)
+
+
 def orders(folder, count=2):
     return [Order("train", ["train", "x.yaml", f"n={n}"], folder / f"n={n}", 4) for n in range(count)]
 
