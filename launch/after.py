@@ -12,14 +12,17 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.code import fingerprint
-from launch.folder import BAD_INPUT, JobFolder, this_job
+from launch.folder import JobFolder, this_job
+from launch.profile import ClusterProfile
+from launch.unfit import exclude, requeue, unfit_nodes
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import BAD_INPUT, UNFIT
+from lpl_pretrain.runtime.code import fingerprint
 
 DONE = "done"
 EARLY_S = 60
@@ -38,6 +41,8 @@ class Ending:
     timed_out: bool
     steps: tuple[int, int]
     """Newest complete checkpoint before and after."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """Nodes that cannot train, and why."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,20 @@ class Decision:
     reason: str
 
 
-def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int) -> Decision:
+def decide(
+    ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int, on_unfit_node: str = "exclude"
+) -> Decision:
     """`earlier`: attempts of the same job, the oldest first."""
     if ending.over:
         return Decision(False, DONE)
     if ending.cancelled:
         return Decision(False, "cancelled")
+    unfit = "; ".join(f"{node} is unfit: {why}" for node, why in ending.unfit.items())
+    if unfit and on_unfit_node == "stop":
+        return Decision(False, unfit)
+    if unfit:
+        failures = in_a_row(ending, earlier)
+        return Decision(failures <= max_failures, f"{unfit}, {failures} of {max_failures} in a row")
     if ending.status == BAD_INPUT:
         return Decision(False, "refused its input: see the log")
     if ending.status == 0:
@@ -59,22 +72,30 @@ def decide(ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, 
             return Decision(True, "stopped in time")
         times = 1 + sum(attempt["reason"].startswith("time limit") for attempt in earlier)
         return Decision(times <= max_timeouts, f"time limit, {times} of {max_timeouts}")
+    failures = in_a_row(ending, earlier)
+    return Decision(failures <= max_failures, f"failed with status {ending.status}, {failures} of {max_failures} in a row")
+
+
+def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
+    """Failures, this one included, since something ended well or a checkpoint was made."""
+    if ending.steps[1] > ending.steps[0]:
+        return 1
     failures = 1
     for attempt in reversed(earlier):
         if attempt["status"] == 0 or attempt["steps"][1] > attempt["steps"][0]:
             break
         failures += 1
-    failures = 1 if ending.steps[1] > ending.steps[0] else failures
-    return Decision(failures <= max_failures, f"failed with status {ending.status}, {failures} of {max_failures} in a row")
+    return failures
 
 
 def main(folder: JobFolder, status: int) -> Decision:
     facts, job = folder.read_facts(), this_job()
+    profile = ClusterProfile.model_validate(facts["profile"])
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
     exits = folder.exits(job, attempt)
-    bad = [found for found in exits if found["status"]]
+    bad = sorted((found for found in exits if found["status"]), key=lambda found: found["status"] != UNFIT)
     complete = run_dir.complete_checkpoints()
     before = earlier[-1]["steps"][1] if earlier else facts["step"]
     ending = Ending(
@@ -83,11 +104,15 @@ def main(folder: JobFolder, status: int) -> Decision:
         if facts["kind"] == "train"
         else status == 0 and not any(found["stopped"] for found in exits),
         cancelled=folder.cancelled.exists() or "JobState=CANCELLED" in shown,
-        timed_out=time_is_up(shown, facts["profile"]["signal_s"]),
+        timed_out=time_is_up(shown, profile.signal_s),
         steps=(before, complete[-1] if complete else 0),
+        unfit=unfit_nodes(exits, run_dir),
     )
-    limits = {key: facts["profile"][key] for key in ("max_timeouts", "max_failures")}
+    limits = {key: getattr(profile, key) for key in ("max_timeouts", "max_failures", "on_unfit_node")}
     decision = decide(ending, earlier, **limits)
+    excluding = decision.requeue and bool(ending.unfit)
+    if excluding and (words := exclude(folder, job, ending.unfit, fields(shown).get("ExcNodeList", "").replace("(null)", ""))):
+        decision = Decision(False, f"{decision.reason}; without it the scheduler says: {words}")
     first = {"rank": bad[0]["rank"], "host": bad[0]["host"]} if bad else {}
     folder.note_attempt(
         {
@@ -104,7 +129,7 @@ def main(folder: JobFolder, status: int) -> Decision:
     )
     print(f"launch: attempt {attempt} ended: {decision.reason}; {'goes on' if decision.requeue else 'ends here'}", flush=True)
     if decision.requeue:
-        subprocess.run(["scontrol", "requeue", job], check=False)
+        requeue(job, folder.read_facts()["profile"]["exclude"] if excluding else [])
     return decision
 
 
@@ -119,11 +144,15 @@ def show_job(job: str) -> str:
     return found.stdout
 
 
+def fields(shown: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
 def time_is_up(shown: str, signal_s: int) -> bool:
     """The attempt ended so close to its limit that the limit was the reason."""
-    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    found = fields(shown)
     try:
-        used, limit = (seconds(fields[name]) for name in ("RunTime", "TimeLimit"))
+        used, limit = (seconds(found[name]) for name in ("RunTime", "TimeLimit"))
     except (KeyError, ValueError):
         return False
     return used >= limit - signal_s - EARLY_S

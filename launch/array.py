@@ -35,6 +35,7 @@ def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int 
     for order, task, known in zip(orders, tasks, facts, strict=True):
         with published(order.folder.path / f"{task}_submitted.pkl") as temporary:  # the task waits for it
             DelayedSubmission(task_of(order, profile)).dump(temporary)
+        (order.folder.path / f"{task}_submission.sh").symlink_to(file)  # by the name of a single job's
         order.folder.write_facts({**known, "job": task})
     return tasks
 

@@ -12,8 +12,6 @@ from typing import Any
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.files import published
 
-BAD_INPUT = 2
-"""Exit status of `lpl-pretrain` for what is the input's fault: trying again would not help."""
 EXIT = "exit_{job}_{attempt}_rank_{rank:05d}.json"
 
 

@@ -42,6 +42,8 @@ class ClusterProfile(Section):
     """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and belong into no file."""
     on_changed_code: Literal["warn", "refuse"] = "warn"
     """What a requeued job does when this package is not what it was at submission."""
+    on_unfit_node: Literal["exclude", "stop"] = "exclude"
+    """When the preflight of a training finds a node unfit: go on without it, or stop."""
     max_timeouts: PositiveInt = 100
     """A job that meets its time limit goes on that often."""
     max_failures: NonNegativeInt = 3

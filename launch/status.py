@@ -49,6 +49,8 @@ def one(run: Path) -> str:
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
     lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
+    if excluded := facts["profile"]["exclude"]:
+        lines.append(f"excluded    {', '.join(excluded)}")
     return "\n".join([*lines, *scores(run_dir)])
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import submitit
 
-from launch.code import ROOT, fingerprint
 from launch.order import Order
 from launch.profile import ClusterProfile
 from launch.status import states
@@ -26,6 +25,7 @@ from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.runtime.code import ROOT, fingerprint
 
 
 class Executor(submitit.SlurmExecutor):

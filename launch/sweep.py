@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.folder import JobFolder
-from lpl_pretrain.cli.train import check
+from lpl_pretrain.cli.train import accepted
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, LPLError
+from lpl_pretrain.runtime.world import World
 
 NAMED_BY_US = ("name", "run_dir")
 LONGEST_NAME = 180
@@ -39,7 +40,7 @@ def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], rank
             folder = Path(settings.run_dir or f"runs/{settings.name}").resolve()
             run_dir = folder / name_of(changes)
             keep_apart(folder, bool(sweeps))
-            check(settings, RunDir(run_dir), ranks)
+            accepted(settings, RunDir(run_dir), World(world_size=ranks))
         except LPLError as problem:
             if not sweeps:
                 raise

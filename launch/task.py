@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.code import fingerprint
-from launch.folder import BAD_INPUT, JobFolder, publish_json, this_job
+from launch.folder import JobFolder, publish_json, this_job
+from lpl_pretrain.errors import BAD_INPUT
+from lpl_pretrain.runtime.code import fingerprint
 
 WAIT_S, POLL_S = 300.0, 0.2
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -62,7 +63,7 @@ class Task:
         if (now := fingerprint()) != self.code:
             print(f"launch: the code has changed since this job was submitted ({self.code[:12]} then, {now[:12]} now)", flush=True)
             if self.on_changed_code == "refuse":
-                folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, socket.gethostname(), stopped=False)
+                folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, node_name(), stopped=False)
                 sys.exit(BAD_INPUT)
         environment = {**os.environ, **rendezvous(here, folder, stop)}
         status = 0
@@ -72,7 +73,7 @@ class Task:
             status = child.wait()
         if stop.asked and status == -stop.asked:
             status = 0
-        folder.note_exit(here.job, here.attempt, here.rank, status, socket.gethostname(), stopped=bool(stop.asked))
+        folder.note_exit(here.job, here.attempt, here.rank, status, node_name(), stopped=bool(stop.asked))
         if status:
             sys.exit(status if status > 0 else 128 - status)
         return status
@@ -98,13 +99,18 @@ class Stop:
             self._child.send_signal(number)
 
 
+def node_name() -> str:
+    """As the scheduler calls this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str]:
     """Variables by which the ranks find each other: rank 0 publishes a port that was free a moment ago."""
-    path, host = folder.rendezvous(here.job, here.attempt), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    path = folder.rendezvous(here.job, here.attempt)
     if here.rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            publish_json(path, {"address": host, "port": probe.getsockname()[1]})
+            publish_json(path, {"address": node_name(), "port": probe.getsockname()[1]})
     deadline = time.monotonic() + WAIT_S
     while not path.is_file() and not stop.asked:
         if time.monotonic() > deadline:

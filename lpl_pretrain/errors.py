@@ -3,9 +3,16 @@
 They live at the root of the package because `config`, the lowest room, raises them too.  `assert` is for our own bugs.
 """
 
+BAD_INPUT = 2
+"""Exit status for what is the input's fault: trying again would not help."""
+UNFIT = 75
+"""Exit status of a process whose node cannot train: trying again would help on another one."""
+
 
 class LPLError(Exception):
     """Base of every error that is the input's fault; the command line prints it without a traceback."""
+
+    status = BAD_INPUT
 
 
 class ConfigError(LPLError):
@@ -22,3 +29,12 @@ class CheckpointError(LPLError):
 
 class NonFiniteError(LPLError):
     """A loss or gradient that is NaN or infinite, found before it reached a parameter."""
+
+
+class PreflightError(LPLError):
+    """What no node has that training needs, found before it begins."""
+
+    def __init__(self, message: str, status: int = BAD_INPUT) -> None:
+        """`status` 1: it may be there when the job is tried again."""
+        super().__init__(message)
+        self.status = status

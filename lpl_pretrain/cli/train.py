@@ -8,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from lpl_pretrain.config.check import check_run, check_same_run
-from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-from lpl_pretrain.config.load import dump, load_config, load_run_config
-from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.mix import DataFolders, read_data
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
-from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.config.start import check_start
+from lpl_pretrain.errors import CheckpointError, LPLError
 from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.lease import STALE_S, Lease, read_lease
 from lpl_pretrain.runtime.preempt import StopRequest
@@ -29,22 +28,30 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     config = load_config(TrainConfig, config_path, overrides)
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
     world = World.from_environment()
-    index, protocol = check(config, run_dir, world.world_size)
+    try:
+        data, protocol = accepted(config, run_dir, world)
+    except LPLError as refusal:
+        if world.world_size > 1 and config.preflight is not None:  # another node may accept it
+            from lpl_pretrain.preflight.start import refuse
+
+            refuse(config, run_dir, world, refusal)
+        raise
 
     from lpl_pretrain.parallel.build import needs_group
+    from lpl_pretrain.preflight.start import start
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.device import bf16_is_native
     from lpl_pretrain.runtime.log import log, set_up_logging
     from lpl_pretrain.trainer import provenance
     from lpl_pretrain.trainer.loop import train
 
-    device = dist.start(world, group=needs_group(config.parallel))
+    device = start(config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel)))
     set_up_logging(world.rank, run_dir.log(world.rank))
     lease = hold(run_dir, world)
     if world.rank == 0:
         with published(run_dir.config) as temporary:
             temporary.write_text(dump(config))
-        provenance.write_once(run_dir.provenance, provenance.describe(index, world.world_size, str(device)))
+        provenance.write_once(run_dir.provenance, provenance.describe(data.merged, world.world_size, str(device)))
     if uses_bf16(config) and not bf16_is_native(device):
         log.warning(
             "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
@@ -61,14 +68,11 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     dist.leave()
 
 
-def check(config: TrainConfig, run_dir: RunDir, world_size: int) -> tuple[DatasetIndex, EvaluateConfig | None]:
-    """(data, protocol of inline scores).  Raises ConfigError or DataError for what does not fit together, or is of another run."""
-    index = read_data(config.data.folder).merged
-    begun = bool(run_dir.complete_checkpoints())  # then nothing is asked of where its first weights came from
-    check_run(config.model_copy(update={"init_from": None}) if begun else config, index, world_size)
-    if run_dir.config.is_file():
-        check_same_run(load_run_config(run_dir), config, run_dir.path)
-    return index, inline_protocol(config)
+def accepted(config: TrainConfig, run_dir: RunDir, world: World) -> tuple[DataFolders, EvaluateConfig | None]:
+    """What a run needs, as far as this rank sees it without torch: its data, and the protocol that scores it inline."""
+    data = read_data(config.data.folder)
+    check_start(config, run_dir, data.merged, world.world_size)
+    return data, inline_protocol(config)
 
 
 def hold(run_dir: RunDir, world: World) -> AbstractContextManager:

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "optimizer.max_skipped_updates",
     "inline_evaluation",
     "log",
+    "preflight",
     "parallel",
     "batch.micro_batch_size",
     "autoencoder",

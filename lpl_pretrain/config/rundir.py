@@ -1,6 +1,6 @@
 """The name of every file in a run, which checkpoints are complete, and which evaluations are pending.
 
-runs/<name>/  config.yaml  provenance.json  metrics.jsonl  report.html
+runs/<name>/  config.yaml  provenance.json  preflight.json  metrics.jsonl  report.html
               checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
               snapshots/step_00010000/ (power-function averages, as a checkpoint)
               evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
@@ -34,6 +34,11 @@ class RunDir:
     @property
     def provenance(self) -> Path:
         return self.path / "provenance.json"
+
+    @property
+    def preflight(self) -> Path:
+        """What the newest start has found out about its nodes."""
+        return self.path / "preflight.json"
 
     @property
     def metrics(self) -> Path:

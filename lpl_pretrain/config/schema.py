@@ -16,6 +16,7 @@ from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import ModelConfig
+from lpl_pretrain.config.preflight import PreflightConfig
 from lpl_pretrain.config.section import OnError, Section, Share, WeightingConfig
 
 
@@ -278,3 +279,5 @@ class TrainConfig(Section):
     """A protocol (configs/evaluate/*.yaml) that scores every checkpoint while training waits; for single machines.  Elsewhere
     `lpl-pretrain evaluate --watch` does so in processes of its own."""
     log: LogConfig = LogConfig()
+    preflight: Optional[PreflightConfig] = PreflightConfig()
+    """Absent: training begins without a look at its nodes."""

@@ -16,9 +16,15 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lpl_pretrain.runtime.device import keep_freed_memory
 from lpl_pretrain.runtime.world import World
+
+
+def meet(world: World) -> dist.Store:
+    """Communicates when there is more than one rank: where ranks leave word for each other before there is a group."""
+    return dist.HashStore() if world.world_size == 1 else next(rendezvous("env://", world.rank, world.world_size))[0]
 
 
 def start(world: World, *, group: bool = False, store: dist.Store | None = None, patience: timedelta | None = None) -> torch.device:

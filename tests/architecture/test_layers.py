@@ -23,6 +23,7 @@ ALLOWED = {
     "trainer": {"config", "runtime", "diffusion", "models", "perceptual", "data", "ema", "parallel", "checkpoint", "planning"},
     "evaluation": {"config", "runtime", "diffusion", "models", "data", "encoding", "checkpoint"},
     "planning": {"config"},
+    "preflight": {"config", "runtime", "models"},
     "report": {"config", "data", "runtime"},
     "cli": {
         "config",
@@ -35,6 +36,7 @@ ALLOWED = {
         "trainer",
         "evaluation",
         "planning",
+        "preflight",
         "report",
         "checkpoint",
         "ema",

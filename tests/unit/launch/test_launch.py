@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from launch.after import Decision, Ending, decide, seconds, time_is_up
-from launch.code import fingerprint
 from launch.folder import JobFolder
 from launch.logs import news
 from launch.profile import ClusterProfile
@@ -22,6 +21,7 @@ from launch.submit import Order, job_name, script, words_of
 from launch.task import SIGNALS, Stop, Task
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.runtime.code import fingerprint
 
 ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = "a b;$(touch hacked)`touch hacked`\n#SBATCH --nodes=99\n'\""

@@ -177,6 +177,7 @@ def test_each_task_finds_its_own_folder(scheduler, number):
     of_task = Path(words[words.index("submitit.core._submit") + 1].replace("%a", str(number)))
     assert of_task.resolve() == sweep / f"n={number}" / "launch", "where submitit looks for the task, and logs are written"
     assert (of_task / f"4711_{number}_submitted.pkl").is_file()
+    assert (of_task / f"4711_{number}_submission.sh").read_text() == (scheduler / "submitted.sh").read_text(), "asked about again"
     (after,) = [line for line in words if "launch.after" in line]
     told = Path(after.partition("launch.after ")[2].removesuffix(" 0"))
     assert JobFolder(told).read_facts()["argv"] == ["train", "x.yaml", f"n={number}"]

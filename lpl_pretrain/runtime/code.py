@@ -1,11 +1,11 @@
-"""Which code a job runs: a requeued job finds whatever lies on the disk by then."""
+"""Which code this is: a requeued job finds whatever lies on the disk by then, and nodes may not see the same."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lpl_pretrain", "launch")
 
 

@@ -1,0 +1,110 @@
+"""Four ranks on two made-up nodes begin together or not at all: what one of them finds is known to all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed
+
+from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import ConfigError, PreflightError
+from lpl_pretrain.preflight import start as preflight
+from lpl_pretrain.preflight.facts import observe
+from tests.support.configs import train_config
+from tests.support.latents import tiny_dataset
+from tests.support.ranks import run_ranks
+
+TROUBLE = {
+    "none": (set(), {}),
+    "data": ({2, 3}, {"shard_trouble": "gone"}),
+    "device": ({0}, {"device_trouble": "1 wrong number"}),
+    "rank 0 cannot write": ({0, 1}, {"run_dir_trouble": "read-only"}),
+    "code": ({2, 3}, {"code": "f" * 64}),
+    "disk": ({0, 1, 2, 3}, {"free_gib": 0.0}),
+    "refusal": ({2, 3}, {}),
+    "all refuse": ({0, 1, 2, 3}, {}),
+    "off": ({2, 3}, {"shard_trouble": "gone"}),
+}
+
+
+class Left(BaseException):
+    """In the place of the end of the process."""
+
+
+def leave(status):
+    raise Left(status)
+
+
+def began(world, device, folder, latents, name):
+    """`began`, the exit status, or the error's name and status."""
+    ranks, changes = TROUBLE[name]
+    config, run_dir = train_config(**({"preflight": None} if name == "off" else {})), RunDir(folder / name)
+    store = torch.distributed.FileStore(str(folder / f"{name} store"), world.world_size)
+    preflight.dist = SimpleNamespace(meet=lambda world: store, leave=leave)
+
+    def changed(*arguments):
+        found = replace(observe(*arguments), host="ab"[world.rank // 2])
+        return replace(found, **changes) if world.rank in ranks else found
+
+    preflight.observe = changed
+    try:
+        if "refus" in name and world.rank in ranks:
+            preflight.refuse(config, run_dir, world, ConfigError("no"))
+            return "refused by all"
+        preflight.start(config, run_dir, world, read_data(latents), lambda store=None: device)
+        return "began"
+    except Left as left:
+        return left.args[0]
+    except PreflightError as error:
+        return f"{error.status}: {str(error).split(':')[1].strip()}"
+
+
+def all_of_them(world, device, folder, latents):
+    return {name: began(world, device, folder, latents, name) for name in TROUBLE}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preflight")
+    latents, _ = tiny_dataset(folder, 8)
+    results = run_ranks(4, all_of_them, folder, latents)
+    return folder, {name: [result[name] for result in results] for name in TROUBLE}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("none", ["began"] * 4),
+        ("data", [0, 0, 75, 75]),
+        ("device", [75, 75, 0, 0]),
+        ("rank 0 cannot write", [75, 75, 0, 0]),
+        ("code", ["2: code"] * 4),
+        ("disk", ["1: disk"] * 4),
+        ("refusal", [0, 0, 75, 75]),
+        ("all refuse", ["refused by all"] * 4),
+        ("off", ["began"] * 4),
+    ],
+)
+def test_all_ranks_come_to_one_end(found, name, wanted):
+    """Those of an unfit node with a status of its own; the last case is what happens without a preflight."""
+    assert found[1][name] == wanted
+    assert RunDir(found[0] / name).preflight.exists() == (name == "none" or 75 in wanted), "no word on a disk that is full"
+
+
+def test_the_report_says_who_and_how_fast(found):
+    folder, _ = found
+    report = json.loads(RunDir(folder / "none").preflight.read_text())
+    assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
+    assert [(link["host"], link["ranks"]) for link in report["links"]] == [("a", [0, 1]), ("b", [2, 3])]
+    assert all(link["mib_per_s"] > 0 for link in report["links"]) and report["findings"] == []
+    assert all(abs(rank["clock_s"]) <= rank["clock_accuracy_s"] for rank in report["ranks"]), "one machine, one clock"
+
+
+@pytest.mark.parametrize(("name", "host", "check"), [("data", "b", "data"), ("rank 0 cannot write", "a", "run folder")])
+def test_a_node_is_named_though_it_cannot_write(found, name, host, check):
+    (finding,) = json.loads(RunDir(found[0] / name).preflight.read_text())["findings"]
+    assert (finding["host"], finding["check"], finding["fault"]) == (host, check, "node")

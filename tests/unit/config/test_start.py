@@ -1,0 +1,61 @@
+"""Whether a run can begin or go on: the same answer on the login node and on every rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lpl_pretrain.config.dataset import INDEX_NAME
+from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.load import dump, resolve_path
+from lpl_pretrain.config.rundir import MANIFEST, RunDir
+from lpl_pretrain.config.start import check_start
+from lpl_pretrain.errors import ConfigError
+from tests.support.configs import dataset_index, train_config
+
+ROOT = Path(__file__).resolve().parents[3]
+INDEX = dataset_index(identity=autoencoder_identity(resolve_path("asset:autoencoder_emoji")))
+
+
+def begin(run_dir: RunDir, config) -> None:
+    run_dir.checkpoint(3).mkdir(parents=True)
+    (run_dir.checkpoint(3) / MANIFEST).touch()
+    run_dir.config.write_text(dump(config))
+
+
+def test_where_first_weights_came_from_is_asked_once(tmp_path):
+    """A run that has begun needs them no more; one that has not does."""
+    config, run_dir = train_config(init_from={"run": str(tmp_path / "gone")}), RunDir(tmp_path / "run")
+    with pytest.raises(ConfigError, match="init_from.run=.*gone: .*no complete checkpoint"):
+        check_start(config, run_dir, INDEX, 1)
+    begin(run_dir, config)
+    check_start(config, run_dir, INDEX, 1)
+
+
+def test_another_run_is_refused(tmp_path):
+    run_dir = RunDir(tmp_path)
+    begin(run_dir, train_config())
+    with pytest.raises(ConfigError, match="seed: the run has 0, you ask for 1"):
+        check_start(train_config(seed=1), run_dir, INDEX, 1)
+
+
+def test_the_login_node_asks_the_same(tmp_path):
+    """`launch train`, with and without the checkpoint that makes a run one that was begun."""
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / INDEX_NAME).write_text(INDEX.model_dump_json())
+    (tmp_path / "cluster.yaml").write_text("{}")
+    changes = {"init_from": {"run": str(tmp_path / "gone")}, "data__folder": str(tmp_path / "latents")}
+    config, run_dir = train_config(**changes), RunDir(tmp_path / "run")
+    (tmp_path / "train.yaml").write_text(dump(config))
+    options = ["--cluster", tmp_path / "cluster.yaml", "--dry-run"]
+    command = [sys.executable, "-m", "launch", "train", tmp_path / "train.yaml", f"run_dir={run_dir.path}", *options]
+
+    def launch():
+        return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+    assert (refused := launch()).returncode == 2 and "no complete checkpoint" in refused.stderr
+    begin(run_dir, config)
+    assert (shown := launch()).returncode == 0 and "#SBATCH" in shown.stdout, shown.stderr
