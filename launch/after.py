@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.folder import JobFolder, this_job
+from launch.folder import HUNG, JobFolder, this_job
 from launch.profile import ClusterProfile
+from launch.status import last_line, training_is_over, where
 from launch.unfit import exclude, requeue, unfit_nodes
-from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import BAD_INPUT, UNFIT
 from lpl_pretrain.runtime.code import fingerprint
@@ -43,6 +43,8 @@ class Ending:
     """Newest complete checkpoint before and after."""
     unfit: dict[str, str] = field(default_factory=dict)
     """Nodes that cannot train, and why."""
+    logged: int = 0
+    """Newest step that was logged."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,13 @@ class Decision:
 
 
 def decide(
-    ending: Ending, earlier: list[dict[str, Any]], *, max_timeouts: int, max_failures: int, on_unfit_node: str = "exclude"
+    ending: Ending,
+    earlier: list[dict[str, Any]],
+    *,
+    max_timeouts: int,
+    max_failures: int,
+    on_unfit_node: str = "exclude",
+    on_hang: str = "requeue",
 ) -> Decision:
     """`earlier`: attempts of the same job, the oldest first."""
     if ending.over:
@@ -72,8 +80,11 @@ def decide(
             return Decision(True, "stopped in time")
         times = 1 + sum(attempt["reason"].startswith("time limit") for attempt in earlier)
         return Decision(times <= max_timeouts, f"time limit, {times} of {max_timeouts}")
+    what = f"hung after step {ending.logged:,}" if ending.status == HUNG else f"failed with status {ending.status}"
+    if ending.status == HUNG and on_hang == "stop":
+        return Decision(False, what)
     failures = in_a_row(ending, earlier)
-    return Decision(failures <= max_failures, f"failed with status {ending.status}, {failures} of {max_failures} in a row")
+    return Decision(failures <= max_failures, f"{what}, {failures} of {max_failures} in a row")
 
 
 def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
@@ -107,35 +118,41 @@ def main(folder: JobFolder, status: int) -> Decision:
         timed_out=time_is_up(shown, profile.signal_s),
         steps=(before, complete[-1] if complete else 0),
         unfit=unfit_nodes(exits, run_dir),
+        logged=(last_line(run_dir.metrics) or {"step": 0})["step"],
     )
-    limits = {key: getattr(profile, key) for key in ("max_timeouts", "max_failures", "on_unfit_node")}
+    limits = profile.model_dump(include={"max_timeouts", "max_failures", "on_unfit_node", "on_hang"})
     decision = decide(ending, earlier, **limits)
     excluding = decision.requeue and bool(ending.unfit)
     if excluding and (words := exclude(folder, job, ending.unfit, fields(shown).get("ExcNodeList", "").replace("(null)", ""))):
         decision = Decision(False, f"{decision.reason}; without it the scheduler says: {words}")
-    first = {"rank": bad[0]["rank"], "host": bad[0]["host"]} if bad else {}
-    folder.note_attempt(
-        {
-            "job": job,
-            "attempt": attempt,
-            "status": ending.status,
-            "reason": decision.reason,
-            "requeued": decision.requeue,
-            "steps": list(ending.steps),
-            "code": fingerprint(),
-            "time_s": time.time(),
-            **first,
-        }
-    )
-    print(f"launch: attempt {attempt} ended: {decision.reason}; {'goes on' if decision.requeue else 'ends here'}", flush=True)
+    found = {
+        "job": job,
+        "attempt": attempt,
+        "status": ending.status,
+        "reason": decision.reason,
+        "requeued": decision.requeue,
+        "steps": list(ending.steps),
+        "code": fingerprint(),
+        "time_s": time.time(),
+        **(culprits(bad) if bad else {}),
+    }
+    folder.note_attempt(found)
+    folder.drop_empty_stacks(job)
+    then = "goes on" if decision.requeue else "ends here"
+    print(f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True)
     if decision.requeue:
         requeue(job, folder.read_facts()["profile"]["exclude"] if excluding else [])
     return decision
 
 
-def training_is_over(run_dir: RunDir) -> bool:
-    complete = run_dir.complete_checkpoints()
-    return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
+def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
+    """Who ended badly first; of a hang, which all ranks see, who wrote no stacks: it was stopped, or its machine was.
+
+    Most are silent for the rank that looked before others were being ended, which wakes those that were stopped.
+    """
+    if bad[0]["status"] == HUNG:
+        return {"silent_ranks": max((found.get("silent_ranks", []) for found in bad), key=len)}
+    return {"rank": bad[0]["rank"], "host": bad[0]["host"]}
 
 
 def show_job(job: str) -> str:

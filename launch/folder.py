@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.files import published
 
+HUNG = 76
+"""Exit status of a task whose child made no step for long and was killed."""
 EXIT = "exit_{job}_{attempt}_rank_{rank:05d}.json"
+STACKS = re.compile(r"_rank_(\d+)_(.+)\.txt$")
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,31 @@ class JobFolder:
             file.write(json.dumps(attempt) + "\n")
 
     def note_exit(self, job: str, attempt: int, rank: int, status: int, host: str, *, stopped: bool) -> None:
-        """`stopped`: the scheduler had asked for it."""
+        """`stopped`: the scheduler had asked for it.  Of a hang also the ranks that are silent now."""
         found = {"rank": rank, "status": status, "host": host, "stopped": stopped, "time_s": time.time()}
+        if status == HUNG:
+            found["silent_ranks"] = self.silent_ranks(job, attempt)
         publish_json(self.path / EXIT.format(job=job, attempt=attempt, rank=rank), found)
 
     def exits(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """Of the ranks that came to one, the first one first."""
         pattern = EXIT.format(job=job, attempt=attempt, rank=0).replace("00000", "*")
         return sorted((json.loads(path.read_text()) for path in self.path.glob(pattern)), key=lambda found: found["time_s"])
+
+    def stacks(self, job: str, attempt: int, rank: int, host: str) -> Path:
+        """Where a rank in training writes what its threads do when it hangs; until then the file is there and empty."""
+        return self.path / f"stacks_{job}_{attempt}_rank_{rank:05d}_{host}.txt"
+
+    def silent_ranks(self, job: str, attempt: int) -> list[dict[str, Any]]:
+        """Rank and host of those in training that have written no stacks."""
+        found = [(STACKS.search(path.name), path) for path in sorted(self.path.glob(f"stacks_{job}_{attempt}_rank_*.txt"))]
+        return [{"rank": int(name[1]), "host": name[2]} for name, path in found if name and not path.stat().st_size]
+
+    def drop_empty_stacks(self, job: str) -> None:
+        """Of ranks that were killed without having hung, in any attempt."""
+        for path in self.path.glob(f"stacks_{job}_*.txt"):
+            if not path.stat().st_size:
+                path.unlink()
 
     def rendezvous(self, job: str, attempt: int) -> Path:
         """Where rank 0 of an attempt says how it is reached."""

@@ -44,6 +44,8 @@ class ClusterProfile(Section):
     """What a requeued job does when this package is not what it was at submission."""
     on_unfit_node: Literal["exclude", "stop"] = "exclude"
     """When the preflight of a training finds a node unfit: go on without it, or stop."""
+    on_hang: Literal["requeue", "stop", "wait"] = "requeue"
+    """Training in which no step ends for long (`hang` of its configuration): kill it and begin again, kill it, or let it be."""
     max_timeouts: PositiveInt = 100
     """A job that meets its time limit goes on that often."""
     max_failures: NonNegativeInt = 3

@@ -6,14 +6,19 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from launch.after import training_is_over
 from launch.folder import JobFolder, launched
+from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import MANIFEST, RunDir, step_name
 from lpl_pretrain.errors import ConfigError
+
+RECENT_S = 1800.0
+"""A rank that stays slow is called so every 10 minutes."""
 
 
 def report(folder: Path) -> str:
@@ -47,6 +52,9 @@ def one(run: Path) -> str:
     if complete := run_dir.complete_checkpoints():
         written = (run_dir.checkpoint(complete[-1]) / MANIFEST).stat().st_mtime
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
+    if slow := last_straggler(run_dir.metrics):
+        what = f"{slow['times']} times the median in `{slow['measure']}`"
+        lines.append(f"straggler   rank {slow['rank']} on {slow['host']}: {what}, {age(slow['time_s'])} ago")
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
     lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
     if excluded := facts["profile"]["exclude"]:
@@ -72,6 +80,10 @@ def scores(run_dir: RunDir) -> list[str]:
 
 
 def where(attempt: dict[str, Any]) -> str:
+    """The rank that ended badly first; of a hang, the ranks that left no stacks, and where those of the others are."""
+    if "silent_ranks" in attempt:
+        silent = ", ".join(f"rank {found['rank']} on {found['host']}" for found in attempt["silent_ranks"])
+        return f" (silent: {silent or 'none'}; stacks: launch/stacks_{attempt['job']}_{attempt['attempt']}_*.txt)"
     return f" (rank {attempt['rank']} on {attempt['host']})" if "rank" in attempt else ""
 
 
@@ -94,6 +106,11 @@ def listed(jobs: Sequence[str]) -> dict[str, str] | None:
     if found.returncode and "Invalid job id" not in found.stderr:
         return None
     return dict(line.split() for line in found.stdout.splitlines())
+
+
+def training_is_over(run_dir: RunDir) -> bool:
+    complete = run_dir.complete_checkpoints()
+    return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
 
 
 def unfinished(runs: Sequence[Path]) -> list[Path]:
@@ -130,16 +147,19 @@ def open_folder(run: Path) -> JobFolder:
 
 def last_line(metrics: Path) -> dict[str, Any] | None:
     """Of what was logged; events are no such line."""
-    if not metrics.is_file():
-        return None
-    for line in reversed(metrics.read_text().splitlines()):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
-        if "event" not in found:
-            return found
-    return None
+    return next((line for line in newest_first(metrics) if "event" not in line), None)
+
+
+def last_straggler(metrics: Path) -> dict[str, Any] | None:
+    """The newest that was called slow in the last RECENT_S."""
+    recent = takewhile(lambda line: line["time_s"] > time.time() - RECENT_S, newest_first(metrics))
+    return next((line for line in recent if line.get("event") == "straggler"), None)
+
+
+def newest_first(metrics: Path) -> Iterator[dict[str, Any]]:
+    for line in reversed(metrics.read_text().splitlines() if metrics.is_file() else []):
+        with suppress(ValueError):  # torn by a kill
+            yield json.loads(line)
 
 
 def age(then_s: float) -> str:

@@ -86,7 +86,15 @@ def script(order: Order, profile: ClusterProfile) -> str:
 
 
 def task_of(order: Order, profile: ClusterProfile) -> Task:
-    return Task(order.argv, str(order.folder.path), list(profile.container), fingerprint(), profile.on_changed_code, order.module)
+    return Task(
+        order.argv,
+        str(order.folder.path),
+        list(profile.container),
+        fingerprint(),
+        profile.on_changed_code,
+        order.module,
+        patient=profile.on_hang == "wait" or order.kind != "train",
+    )
 
 
 def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None) -> submitit.SlurmExecutor:

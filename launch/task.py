@@ -13,15 +13,18 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.folder import JobFolder, publish_json, this_job
+from launch.folder import HUNG, JobFolder, publish_json, this_job
 from lpl_pretrain.errors import BAD_INPUT
 from lpl_pretrain.runtime.code import fingerprint
 
 WAIT_S, POLL_S = 300.0, 0.2
+STACKS_POLL_S, GRACE_S = 1.0, 5.0
+"""Between looks for the stacks of a rank that hangs; and from there to its end, so that all ranks have written theirs."""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
@@ -55,28 +58,42 @@ class Task:
     on_changed_code: str = "warn"
     module: str = "lpl_pretrain"
     """What Python is told to run."""
+    patient: bool = True
+    """A child that hangs is let be."""
 
     def __call__(self) -> int:
         """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
         stop = Stop()
-        here, folder = Allocation.from_environment(), JobFolder(Path(self.folder))
+        here, folder, host = Allocation.from_environment(), JobFolder(Path(self.folder)), node_name()
         if (now := fingerprint()) != self.code:
             print(f"launch: the code has changed since this job was submitted ({self.code[:12]} then, {now[:12]} now)", flush=True)
             if self.on_changed_code == "refuse":
-                folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, node_name(), stopped=False)
+                folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
                 sys.exit(BAD_INPUT)
-        environment = {**os.environ, **rendezvous(here, folder, stop)}
+        stacks = folder.stacks(here.job, here.attempt, here.rank, host)
+        environment = {**os.environ, **rendezvous(here, folder, stop), "LPL_STACKS_FILE": str(stacks)}
         status = 0
         if not stop.asked:
             child = subprocess.Popen([*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment)
             stop.pass_on_to(child)
-            status = child.wait()
+            status = child.wait() if self.patient else wait_or_kill(child, stacks)
         if stop.asked and status == -stop.asked:
             status = 0
-        folder.note_exit(here.job, here.attempt, here.rank, status, node_name(), stopped=bool(stop.asked))
+        folder.note_exit(here.job, here.attempt, here.rank, status, host, stopped=bool(stop.asked))
         if status:
             sys.exit(status if status > 0 else 128 - status)
         return status
+
+
+def wait_or_kill(child: subprocess.Popen[bytes], stacks: Path) -> int:
+    """The child's exit status; or HUNG, when it has written its stacks and did not end well a moment later."""
+    while not (stacks.is_file() and stacks.stat().st_size):
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(STACKS_POLL_S)
+    print(f"launch: no step for long: killed in {GRACE_S:.0f} s; what its threads were doing: {stacks}", flush=True)
+    time.sleep(GRACE_S)
+    child.kill()
+    return HUNG if child.wait() else 0
 
 
 class Stop:

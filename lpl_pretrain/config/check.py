@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     "inline_evaluation",
     "log",
     "preflight",
+    "hang",
     "parallel",
     "batch.micro_batch_size",
     "autoencoder",

@@ -4,6 +4,7 @@ runs/<name>/  config.yaml  provenance.json  preflight.json  metrics.jsonl  repor
               checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
               snapshots/step_00010000/ (power-function averages, as a checkpoint)
               evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
+              logs/stacks_rank_00000.txt (of a hang)
               evaluations/best_<protocol>.json   lpl/step_00010000.png
 """
 
@@ -108,6 +109,10 @@ class RunDir:
     def ledger(self, rank: int) -> Path:
         """Which samples this rank's updates were made of, where that is asked for."""
         return self.path / "logs" / f"samples_rank_{rank:05d}.jsonl"
+
+    def stacks(self, rank: int) -> Path:
+        """What the threads of a rank were doing when the run hung, one hang behind the other."""
+        return self.path / "logs" / f"stacks_rank_{rank:05d}.txt"
 
     def complete_checkpoints(self) -> list[int]:
         """Steps whose checkpoint has its manifest (written last), ascending."""

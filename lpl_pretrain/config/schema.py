@@ -254,6 +254,17 @@ class LogConfig(Section):
     wandb: WandbConfig = WandbConfig()
 
 
+class HangConfig(Section):
+    """When no step has ended for `factor` times the median of the last ones, and for at least `at_least_s`, the run hangs.
+
+    Every rank then writes the stacks of its threads (runtime/watchdog.py), and a job of `launch` does what its profile says.
+    """
+
+    factor: Annotated[float, Field(gt=1.0)] = 20.0
+    at_least_s: PositiveFloat = 480.0
+    """Less than the 10 minutes after which NCCL would abort and say less; more than the longest step, such as one that saves."""
+
+
 class TrainConfig(Section):
     name: str
     run_dir: Optional[str] = None
@@ -280,4 +291,6 @@ class TrainConfig(Section):
     `lpl-pretrain evaluate --watch` does so in processes of its own."""
     log: LogConfig = LogConfig()
     preflight: Optional[PreflightConfig] = PreflightConfig()
-    """Absent: training begins without a look at its nodes."""
+    """null: training begins without a look at its nodes."""
+    hang: Optional[HangConfig] = HangConfig()
+    """null: nobody watches."""

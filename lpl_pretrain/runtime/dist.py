@@ -86,6 +86,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
+def rows_over_ranks(row: Tensor) -> Tensor:
+    """Communicates: (ranks, n) on the CPU, the `row` (n,) of every rank; all have one length and type."""
+    if not dist.is_initialized():
+        return row[None].cpu()
+    rows = torch.zeros(dist.get_world_size(), len(row), dtype=row.dtype, device=_device())
+    rows[dist.get_rank()] = row
+    return sum_over_ranks(rows).cpu()
+
+
 def any_over_ranks(*values: bool) -> list[bool]:
     """Communicates: each True on all ranks when it is on one."""
     if not dist.is_initialized():

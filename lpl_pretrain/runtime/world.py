@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from lpl_pretrain.errors import ConfigError
 
@@ -38,6 +39,11 @@ class World:
     def scheduler_job() -> str:
         """Of SLURM; "" outside of it."""
         return os.environ.get("SLURM_JOB_ID", "")
+
+    @staticmethod
+    def stacks_file() -> Path | None:
+        """Where whoever started this process looks for its stacks (see launch/task.py)."""
+        return Path(os.environ["LPL_STACKS_FILE"]) if "LPL_STACKS_FILE" in os.environ else None
 
     def to_environment(self) -> None:
         """For engines that look there themselves (DeepSpeed wants LOCAL_RANK even on one process)."""

@@ -22,6 +22,7 @@ from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.timer import Clock
+from lpl_pretrain.runtime.watchdog import Watchdog
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
@@ -29,6 +30,7 @@ from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.pictures import picture_lpl
 from lpl_pretrain.trainer.sinks import Sinks
 from lpl_pretrain.trainer.step import Outcome
+from lpl_pretrain.trainer.stragglers import Stragglers
 
 Score = Callable[[], Iterable[dict[str, Any]]]
 """Collective. Scores what is published and not scored; yields records."""
@@ -43,10 +45,12 @@ def train(
     """
     run = assemble(config, run_dir, world, device)
     sinks = Sinks(run_dir, config, world.rank)
+    watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         first_step = restore(run, sinks)
-        return loop(run, sinks, first_step, stop, score)
+        return loop(run, sinks, watchdog, first_step, stop, score)
     finally:
+        watchdog.close()
         sinks.close()
 
 
@@ -70,9 +74,10 @@ def restore(run: Run, sinks: Sinks) -> int:
     return state["step"]
 
 
-def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Score | None = None) -> bool:
+def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: StopRequest, score: Score | None) -> bool:
     """Collective. The loop itself; True when all steps are done."""
     config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
+    stragglers = Stragglers(run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks)
     batches = run.stream.prefetch(run.requests(first_step), run.device)
     ledger = open_ledger(run, first_step) if config.log.samples else None
     scored = first_step
@@ -89,8 +94,9 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Scor
             ledger.note(done, microbatches)
         tell(run, sinks, done, outcome)
         if done % config.log.every_steps == 0 or done == config.steps:
-            means = meter.flush()
-            sinks.metrics(done, {**means, **settings(run, step, means, outcome), **speed(run, logged, done, clock.flush())})
+            means, seconds = meter.flush(), clock.flush()
+            ranks = stragglers.look(done, seconds, done - logged)
+            sinks.metrics(done, {**means, **settings(run, step, means, outcome), **speed(run, logged, done, seconds), **ranks})
             logged = done
             if bar is not None and means:
                 bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
@@ -100,9 +106,10 @@ def loop(run: Run, sinks: Sinks, first_step: int, stop: StopRequest, score: Scor
                 run.checkpoints.advance()
             save(run, done, last=stopping or done == config.steps)
         if score is not None and run.checkpoints.published > scored and not stopping:
-            with clock.phase("evaluation"):
+            with clock.phase("evaluation"), watchdog.paused():
                 sinks.scores(score())
             scored = run.checkpoints.published
+        watchdog.step_done()
         if bar is not None:
             bar.update(1)
         if stopping and done < config.steps:

@@ -8,19 +8,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.after import Decision, Ending, decide, seconds, time_is_up
-from launch.folder import JobFolder
+from launch.folder import HUNG, JobFolder
 from launch.logs import news
 from launch.profile import ClusterProfile
-from launch.submit import Order, job_name, script, words_of
+from launch.status import report, where
+from launch.submit import Order, job_name, script, task_of, words_of
 from launch.task import SIGNALS, Stop, Task
 from lpl_pretrain.config.load import load_config, validate
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.errors import BAD_INPUT, ConfigError
 from lpl_pretrain.runtime.code import fingerprint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -124,6 +126,8 @@ def attempt(status=0, steps=(0, 0), reason="stopped in time"):
         (ending(timed_out=True), [], Decision(True, "time limit, 1 of 2")),
         (ending(timed_out=True), [attempt(reason="time limit, 1 of 2"), attempt()], Decision(True, "time limit, 2 of 2")),
         (ending(timed_out=True), [attempt(reason="time limit")] * 2, Decision(False, "time limit, 3 of 2")),
+        (ending(status=HUNG, logged=1234), [], Decision(True, "hung after step 1,234, 1 of 2 in a row")),
+        (ending(status=HUNG, steps=(5, 5)), [attempt(HUNG, (5, 5))] * 2, Decision(False, "hung after step 0, 3 of 2 in a row")),
         (ending(status=137), [attempt(1, (0, 0))] * 9, Decision(True, "failed with status 137, 1 of 2 in a row")),
         (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5))], Decision(True, "failed with status 1, 2 of 2 in a row")),
         (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5))] * 2, Decision(False, "failed with status 1, 3 of 2 in a row")),
@@ -132,7 +136,9 @@ def attempt(status=0, steps=(0, 0), reason="stopped in time"):
 )
 def test_whether_a_job_goes_on(found, earlier, decision):
     """Preemptions are not counted, time-outs are, failures only while no checkpoint was made."""
-    assert decide(found, earlier, max_timeouts=2, max_failures=2) == decision
+    assert decide(found, earlier, max_timeouts=2, max_failures=2, on_hang="requeue") == decision
+    stopped = decide(found, earlier, max_timeouts=2, max_failures=2, on_hang="stop")
+    assert stopped == decision if found.status != HUNG else not stopped.requeue and "in a row" not in stopped.reason
 
 
 @pytest.mark.parametrize(("run_time", "up"), [("00:08:20", False), ("00:08:50", True), ("1-00:00:00", True)])
@@ -216,41 +222,96 @@ def test_facts_of_a_job_are_plain_json(tmp_path):
     assert json.loads(folder.facts.read_text())["job"] == "7" and folder.read_attempts() == []
 
 
-@pytest.mark.parametrize("policy", ["warn", "refuse"])
-def test_code_that_has_changed_is_told_and_refused_if_asked(tmp_path, policy, monkeypatch, capsys):
-    """As after a requeue: the task was pickled when the code was another."""
+@pytest.fixture
+def allocated(monkeypatch):
+    """This process is the only task of job 7; a task's handlers of signals do not outlive the test."""
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}.items():
         monkeypatch.setenv(name, value)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("policy", ["warn", "refuse"])
+def test_code_that_has_changed_is_told_and_refused_if_asked(tmp_path, policy, allocated, capsys):
+    """As after a requeue: the task was pickled when the code was another."""
     task = Task(["--version"], str(tmp_path), [], "0" * 64, policy)
-    try:
-        if policy == "refuse":
-            with pytest.raises(SystemExit) as ended:
-                task()
-            assert ended.value.code == 2
-        else:
-            assert task() == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    if policy == "refuse":
+        with pytest.raises(SystemExit) as ended:
+            task()
+        assert ended.value.code == BAD_INPUT
+    else:
+        assert task() == 0
     assert "the code has changed since this job was submitted (000000000000 then, " in capsys.readouterr().out
     (found,) = JobFolder(tmp_path).exits("7", 0)
-    assert found["status"] == (2 if policy == "refuse" else 0) and not found["stopped"]
+    assert found["status"] == (BAD_INPUT if policy == "refuse" else 0) and not found["stopped"]
 
 
-def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, monkeypatch):
+def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, monkeypatch):
     """Between the start of the process and that of its child; and one that dies of it has ended well."""
-    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     task = Task([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
     monkeypatch.setattr(
         Stop, "pass_on_to", lambda self, child, real=Stop.pass_on_to: (os.kill(os.getpid(), signal.SIGUSR2), real(self, child))
     )
-    try:
-        assert task() == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert task() == 0
     (found,) = JobFolder(tmp_path).exits("7", 0)
     assert found["status"] == 0 and found["stopped"]
+
+
+@pytest.mark.parametrize(
+    ("child", "patient", "status"),
+    [
+        ("echo stacks > $LPL_STACKS_FILE; exec sleep 30", False, HUNG),
+        ("echo stacks > $LPL_STACKS_FILE; sleep 2", True, 0),
+        ("echo stacks > $LPL_STACKS_FILE; sleep 0.5", False, 0),
+        (": > $LPL_STACKS_FILE; sleep 2; exit 3", False, 3),
+    ],
+    ids=["hangs", "hangs and is let be", "went on and ended well", "fails"],
+)
+def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, patient, status):
+    """Rank 3 was in training too and has written nothing: it is the suspect."""
+    monkeypatch.setattr("launch.task.STACKS_POLL_S", 0.1)
+    monkeypatch.setattr("launch.task.GRACE_S", 1.0)
+    folder = JobFolder(tmp_path)
+    folder.stacks("7", 0, 3, "node-2.site").touch()
+    task = Task([], str(tmp_path), ["sh", "-c", child], fingerprint(), patient=patient)
+    if status:
+        with pytest.raises(SystemExit) as ended:
+            task()
+        assert ended.value.code == status
+    else:
+        assert task() == 0
+    (found,) = folder.exits("7", 0)
+    assert found["status"] == status
+    assert found.get("silent_ranks") == ([{"rank": 3, "host": "node-2.site"}] if status == HUNG else None)
+    folder.drop_empty_stacks("7")
+    assert len(list(tmp_path.glob("stacks_7_0_rank_00000_*.txt"))) == (status != 3) and not folder.silent_ranks("7", 0)
+
+
+def test_who_is_to_blame_is_told():
+    known = {"job": "7", "attempt": 2}
+    assert where({**known, "rank": 1, "host": "n1"}) == " (rank 1 on n1)" and where(known) == ""
+    told = " (silent: rank 3 on n2; stacks: launch/stacks_7_2_*.txt)"
+    assert where({**known, "silent_ranks": [{"rank": 3, "host": "n2"}]}) == told
+    assert "silent: none" in where({**known, "silent_ranks": []})
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "patient"), [("train", "stop", False), ("train", "wait", True), ("encode", "stop", True)]
+)
+def test_training_alone_is_watched(tmp_path, kind, policy, patient):
+    assert task_of(Order(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).patient is patient
+
+
+@pytest.mark.parametrize(("age_s", "told"), [(180, True), (3600, False)])
+def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
+    folder = JobFolder(tmp_path / "launch")
+    folder.path.mkdir()
+    folder.write_facts({"job": None, "nodes": 1, "argv": ["train"]})
+    slow = [{"event": "straggler", "rank": rank, "host": "n1", "measure": "data", "times": 2.5} for rank in (1, 3)]
+    lines = [{"step": 4, "time_s": time.time() - age_s, **line} for line in (*slow, {"event": "resumed"}, {})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "tim')
+    shown = report(tmp_path)
+    assert ("straggler   rank 3 on n1: 2.5 times the median in `data`, 3 min ago" in shown) is told
+    assert "rank 1" not in shown and "step        4" in shown
