@@ -18,10 +18,12 @@ from lpl_pretrain.parallel.float8 import swap_layers
 from lpl_pretrain.parallel.strategy import Piece
 from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
+from lpl_pretrain.preflight.facts import probe_device
 from lpl_pretrain.runtime.device import bf16_is_native
 from lpl_pretrain.runtime.dist import start
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.stragglers import Probe
 from tests.support.training import Case, one_process, train, whole
 
 NATIVE = ["local", "ddp", "fsdp2"]
@@ -125,6 +127,21 @@ def test_a_clock_counts_what_the_device_does(gpu):
             work @ work
     seconds = clock.flush()
     assert seconds["product"] > 3 * seconds["host"], "the host only asks"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_probe_of_stragglers_is_short_and_repeats(gpu, dtype):
+    """Short enough to ask for at a log step, long enough for a slower clock to be seen in it."""
+    probe = Probe(gpu, dtype)
+    seconds = [probe.seconds() for _ in range(6)]
+    print(f"{dtype}: {1000 * seconds[-1]:.2f} ms")
+    assert 1e-4 < seconds[-1] < 0.05 and max(seconds) < 1.2 * min(seconds)
+
+
+def test_the_preflight_knows_the_device(gpu):
+    found = probe_device(0)
+    assert found["device"] == torch.cuda.get_device_name(0) and found["device_trouble"] is None and found["memory_gib"] > 1
+    assert "1 for process 1" in probe_device(1)["no_device"]
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_training_alone_is_watched(tmp_path, kind, policy, patient):
 def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
     folder = JobFolder(tmp_path / "launch")
     folder.path.mkdir()
-    folder.write_facts({"job": None, "nodes": 1, "argv": ["train"]})
+    folder.write_facts({"job": None, "nodes": 1, "argv": ["train"], "profile": {"exclude": []}})
     slow = [{"event": "straggler", "rank": rank, "host": "n1", "measure": "data", "times": 2.5} for rank in (1, 3)]
     lines = [{"step": 4, "time_s": time.time() - age_s, **line} for line in (*slow, {"event": "resumed"}, {})]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "tim')
