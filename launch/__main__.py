@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from launch.folder import JobFolder
-from launch.place import Scorer, place
+from launch.order import Order
+from launch.place import Scorer, as_given, on_cluster, place, place_again, place_array, place_array_again
 from launch.profile import ClusterProfile
-from lpl_pretrain.cli.main import run
+from lpl_pretrain.cli.main import run, sampler_of
+from lpl_pretrain.cli.main import sample as SAMPLE
 from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-
-
-def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that submits a job."""
-    options = [
-        click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml"),
-        click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True),
-        click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the profile."),
-        click.option("--dry-run", is_flag=True, help="Print the script and the resolved configuration, and submit nothing."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
 
 AT_MOST = click.option("--at-most", type=click.IntRange(min=1), default=1, show_default=True, help="Evaluation jobs at a time.")
 
@@ -38,6 +28,7 @@ def commands() -> None:
     \b
     python -m launch train    configs/train/dit_xl2_in256.yaml --cluster configs/cluster/slurm.yaml --nodes 4
     python -m launch status   runs/dit_xl2_in256
+    python -m launch sample   runs/dit_xl2_in256 --guidance-scale 4 --cluster configs/cluster/slurm.yaml
     python -m launch logs     runs/dit_xl2_in256 -f
     python -m launch evaluate runs/dit_xl2_in256 configs/evaluate/in256_50k.yaml --watch --cluster configs/cluster/slurm.yaml
     """
@@ -47,6 +38,8 @@ def commands() -> None:
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
 @on_cluster
+@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=VALUE,VALUE", help="A run for each value, or combination of values.")
+@click.option("--sweep-at-most", type=click.IntRange(min=1), metavar="N", help="So many of them at the same time.")
 @click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit an evaluation job for every checkpoint, as it comes.")
 @click.option("--evaluate-cluster", metavar="PROFILE", help="Where those run, each on one node; as --cluster when absent.")
 @AT_MOST
@@ -57,29 +50,32 @@ def train(
     nodes: int,
     changes: tuple[str, ...],
     dry_run: bool,
+    sweeps: tuple[str, ...],
+    sweep_at_most: int | None,
     evaluate_with: str | None,
     evaluate_cluster: str | None,
     at_most: int,
 ) -> None:
     """Train CONFIG; a run that was begun goes on."""
-    from lpl_pretrain.config.mix import read_data
-    from lpl_pretrain.config.rundir import RunDir
-    from lpl_pretrain.config.schema import TrainConfig
-    from lpl_pretrain.config.start import check_start
+    from launch.sweep import trainings
+    from lpl_pretrain.config.evaluation import check_sampler
 
-    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(TrainConfig, config, overrides)
-    run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
-    check_start(settings, RunDir(run_dir), read_data(settings.data.folder).merged, nodes * profile.processes_per_node)
-    argv, scorer = ["train", str(Path(config).resolve()), *overrides, f"run_dir={run_dir}"], None
+    profile, scorer = load_config(ClusterProfile, cluster, changes), None
+    runs = trainings(config, overrides, sweeps, nodes * profile.processes_per_node)
     if evaluate_with is not None:
-        from lpl_pretrain.config.evaluation import check_sampler
-
         cluster, changes = evaluate_cluster or cluster, () if evaluate_cluster else changes
         scorer = Scorer(evaluate_with, (), cluster, changes, at_most)
-        check_sampler(settings.diffusion.prediction, scorer.settings.sampler)
-    place("train", argv, run_dir, nodes, profile, dump(settings) if dry_run else None)
-    if scorer is not None:
-        scorer.place(run_dir, dry_run=dry_run)
+        for run in runs:
+            check_sampler(run.settings.diffusion.prediction, scorer.settings.sampler)
+    begun: list[str | None] = [None]
+    if sweeps:
+        orders = [Order("train", run.argv, run.run_dir, nodes) for run in runs]
+        begun = [f"after:{job}" for job in place_array(orders, profile, sweep_at_most, shown=dry_run)]
+    else:
+        place("train", runs[0].argv, runs[0].run_dir, nodes, profile, dump(runs[0].settings) if dry_run else None)
+    for run, after in zip(runs, begun, strict=True):
+        if scorer is not None:
+            scorer.place(run.run_dir, after=after, dry_run=dry_run)
 
 
 @commands.command()
@@ -178,6 +174,21 @@ def pipeline(
         scorer.place(run_dir, after=f"afterok:{checked}", dry_run=dry_run)
 
 
+@commands.command(params=list(SAMPLE.params))
+@partial(on_cluster, nodes=False)
+@click.pass_context
+def sample(context: click.Context, run: str, cluster: str, changes: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+    """Draw pictures from the EMA weights of RUN, as one process: the options of `lpl-pretrain sample`."""
+    from lpl_pretrain.cli.sample import check
+
+    profile, run_dir = load_config(ClusterProfile, cluster, changes), Path(run).resolve()
+    asked = {name: options[name] for name in ("step", "images", "guide", "guide_step", "text_encoders")}
+    _, sampler, *_ = check(RunDir(run_dir), sampler=sampler_of(options), **asked)
+    argv = ["sample", str(run_dir), *as_given(context, SAMPLE)]
+    alone = profile.model_copy(update={"processes_per_node": 1, "gpus_per_node": min(1, profile.gpus_per_node)})
+    place("sample", argv, run_dir, 1, alone, dump(sampler) if dry_run else None)
+
+
 @commands.command()
 @click.argument("run")
 def status(run: str) -> None:
@@ -201,30 +212,30 @@ def logs(run: str, follow: bool) -> None:
 @commands.command()
 @click.argument("run")
 def cancel(run: str) -> None:
-    """End the job of RUN after a checkpoint, for good; `resume` takes it up again."""
-    from launch.status import cancel_job
+    """End the job of RUN after a checkpoint, for good; `resume` takes it up again.  Of a sweep, the jobs of all its runs."""
+    from launch.status import cancel as cancel_jobs
 
-    click.echo(cancel_job(Path(run).resolve()))
+    click.echo(cancel_jobs(Path(run).resolve()))
 
 
 @commands.command()
 @click.argument("run")
 def resume(run: str) -> None:
-    """Submit the newest job of RUN again, as it was, and what watches for its checkpoints."""
-    from launch.status import state_of
+    """Submit the newest job of RUN again, as it was, and what watches for its checkpoints.  Of a sweep, of all that ended early."""
+    from launch.folder import launched
+    from launch.status import states, unfinished
 
-    folder = JobFolder(Path(run).resolve() / "launch")
-    if not folder.facts.is_file():
-        raise ConfigError(f"{folder.facts}: not there: nothing was launched for this run; use `launch train`")
-    for found in (folder, *(JobFolder(path.parent) for path in sorted(folder.path.glob("watch/*/job.json")))):
-        if found is folder or not state_of(found.read_facts()["job"]):
-            again(found)
-
-
-def again(folder: JobFolder) -> None:
-    facts = folder.read_facts()
-    part, profile = facts.get("part", ""), ClusterProfile.model_validate(facts["profile"])
-    place(facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], profile, None, part=part)
+    folder = Path(run).resolve()
+    if (runs := launched(folder)) == [folder]:
+        place_again(JobFolder(folder / "launch"))
+    elif runs := unfinished(runs):
+        place_array_again(runs)
+    else:
+        raise ConfigError(f"{folder}: all its runs are complete, or with the scheduler")
+    watching = [JobFolder(path.parent) for each in runs for path in sorted(each.glob("launch/watch/*/job.json"))]
+    for watch, state in zip(watching, states(watching), strict=True):
+        if not state:
+            place_again(watch)
 
 
 if __name__ == "__main__":

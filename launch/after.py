@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.folder import HUNG, JobFolder
+from launch.folder import HUNG, JobFolder, this_job
 from launch.profile import ClusterProfile
-from launch.status import last_line, where
+from launch.status import last_line, training_is_over, where
 from launch.unfit import exclude, requeue, unfit_nodes
-from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import BAD_INPUT, UNFIT
 from lpl_pretrain.runtime.code import fingerprint
@@ -101,7 +100,7 @@ def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
 
 
 def main(folder: JobFolder, status: int) -> Decision:
-    facts, job = folder.read_facts(), os.environ["SLURM_JOB_ID"]
+    facts, job = folder.read_facts(), this_job()
     profile = ClusterProfile.model_validate(facts["profile"])
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
@@ -154,11 +153,6 @@ def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
     if bad[0]["status"] == HUNG:
         return {"silent_ranks": max((found.get("silent_ranks", []) for found in bad), key=len)}
     return {"rank": bad[0]["rank"], "host": bad[0]["host"]}
-
-
-def training_is_over(run_dir: RunDir) -> bool:
-    complete = run_dir.complete_checkpoints()
-    return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
 
 
 def show_job(job: str) -> str:

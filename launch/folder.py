@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.files import published
 
 HUNG = 76
@@ -34,6 +36,11 @@ class JobFolder:
     def cancelled(self) -> Path:
         """Is there once `launch cancel` was asked for: then nothing goes on by itself."""
         return self.path / "cancelled"
+
+    @property
+    def job(self) -> str | None:
+        """The newest; None where there is none, or the scheduler has not taken it."""
+        return self.read_facts()["job"] if self.facts.is_file() else None
 
     def read_facts(self) -> dict[str, Any]:
         return json.loads(self.facts.read_text())
@@ -80,6 +87,21 @@ class JobFolder:
     def rendezvous(self, job: str, attempt: int) -> Path:
         """Where rank 0 of an attempt says how it is reached."""
         return self.path / f"rendezvous_{job}_{attempt}.json"
+
+
+def this_job() -> str:
+    """Its name, as squeue, scancel and scontrol take it; that of one task where it belongs to an array (array.py says why)."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+
+
+def launched(folder: Path) -> list[Path]:
+    """The run that lies in `folder`, or the runs of the sweep that does.  Raises ConfigError where nothing was launched."""
+    own = JobFolder(folder / "launch").facts
+    found = [own] if own.is_file() else sorted(folder.glob("*/launch/job.json"))
+    if not found:
+        raise ConfigError(f"{own}: not there: nothing was launched for this run")
+    return [facts.parent.parent for facts in found]
 
 
 def publish_json(path: Path, value: dict[str, Any]) -> None:

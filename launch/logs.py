@@ -7,20 +7,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.status import open_folder, state_of
+from launch.status import open_folder, states
 
-NAME = re.compile(r"^(\d+)_(\d+)_log\.(out|err)$")
+NAME = re.compile(r"_(\d+)_log\.(out|err)$")
 POLL_S, SETTLE_S = 0.5, 2.0
 
 
 def merged(run: Path, *, follow: bool) -> Iterator[str]:
     """`[rank] line`; with `follow` until the job is with the scheduler no more."""
     folder, read = open_folder(run), dict[Path, int]()
-    job = str(folder.read_facts()["job"])
+    job = str(folder.job)
     while True:
         found = list(news(folder.path, job, read))
         yield from found
-        if not follow or (not found and not state_of(job)):
+        if not follow or (not found and not any(states([folder]))):
             return
         time.sleep(SETTLE_S if not found else POLL_S)
 
@@ -28,7 +28,7 @@ def merged(run: Path, *, follow: bool) -> Iterator[str]:
 def news(folder: Path, job: str, read: dict[Path, int]) -> Iterator[str]:
     """Whole lines that were not read before; `read`: bytes of each file that were."""
     for path in sorted(folder.glob(f"{job}_*_log.*")):
-        name = NAME.match(path.name)
+        name = NAME.search(path.name)
         if name is None:
             continue
         with path.open("rb") as file:
@@ -36,4 +36,4 @@ def news(folder: Path, job: str, read: dict[Path, int]) -> Iterator[str]:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         read[path] = read.get(path, 0) + len(whole)
-        yield from (f"[{name[2]}] {line}" for line in whole.decode(errors="replace").splitlines())
+        yield from (f"[{name[1]}] {line}" for line in whole.decode(errors="replace").splitlines())

@@ -1,20 +1,50 @@
-"""What the commands do once their input is checked: submit it, or show what would be submitted."""
+"""What every command that submits shares: its options, and the end of it: to hand the job over, or to show what would be."""
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from launch.folder import JobFolder
+from launch.order import Order
 from launch.profile import ClusterProfile
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
+
+
+def on_cluster(command: Callable[..., None], *, nodes: bool = True) -> Callable[..., None]:
+    """The options of every command that submits a job; `nodes`: on how many is for the user to say."""
+    options = [
+        click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml"),
+        *([click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)] if nodes else []),
+        click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the profile."),
+        click.option("--dry-run", is_flag=True, help="Print the script and the resolved configuration, and submit nothing."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def as_given(context: click.Context, command: click.Command) -> list[str]:
+    """The options of `command` that the user gave, as words of a command line."""
+    words: list[str] = []
+    for option in command.params:
+        if isinstance(option, click.Option) and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            value = context.params[str(option.name)]
+            for one in value if option.multiple else [value]:
+                words += [option.opts[0], *map(str, one if option.nargs > 1 else [one])]
+    return words
 
 
 def place(
@@ -28,19 +58,55 @@ def place(
     after: str | None = None,
     part: str = "",
 ) -> str:
-    """Gives the job's id; with `shown`, a configuration, nothing is submitted."""
-    from launch.submit import Order, script, submit
+    """Submits and gives the job's id, or shows what would be submitted."""
+    from launch.submit import script, submit
 
     order = Order(kind, argv, run_dir, nodes, after, part)
     if shown is not None:
-        command = f"python -m {order.module} {argv}"
-        click.echo(f"{script(order, profile)}\n\n# The command of every process\n# {command}\n\n# Its configuration\n{shown}")
+        command = f"python -m {order.module} {shlex.join(argv)}"
+        click.echo(f"{script(order, profile)}\n\n# The command of every process\n# {command}\n")
+        click.echo(f"# Its configuration\n{shown}")
         return "ID"
     job = submit(order, profile)
-    click.echo(
-        f"job {job}, {part or kind}: {nodes} nodes x {profile.processes_per_node} processes; python -m launch status {run_dir}"
-    )
+    look = f"python -m launch status {run_dir}" if kind in ("train", "watch") else f"logs in {order.folder.path}"
+    click.echo(f"job {job}, {part or kind}: {nodes} nodes x {profile.processes_per_node} processes; {look}")
     return job
+
+
+def place_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, *, shown: bool = False) -> list[str]:
+    """As `place`, of the runs of a sweep, which need the same nodes; gives the tasks' names."""
+    from launch.array import array_script, submit_array
+
+    folder, nodes = orders[0].run_dir.parent, orders[0].nodes
+    if shown:
+        listed = [f"# {number}: lpl-pretrain {shlex.join(order.argv)}" for number, order in enumerate(orders)]
+        click.echo("\n".join([array_script(orders, profile, at_most, folder / "launch" / "array"), "\n# The runs", *listed]))
+        return [f"ID_{number}" for number in range(len(orders))]
+    jobs = submit_array(orders, profile, at_most)
+    for job, order in zip(jobs, orders, strict=True):
+        click.echo(f"job {job}, {order.run_dir.name}")
+    each = f"{nodes} nodes x {profile.processes_per_node} processes"
+    click.echo(f"{len(orders)} runs, each {each}; python -m launch status {folder}")
+    return jobs
+
+
+def place_again(folder: JobFolder) -> None:
+    """The newest job of a folder, as it was."""
+    facts = folder.read_facts()
+    part, profile = facts.get("part", ""), ClusterProfile.model_validate(facts["profile"])
+    place(facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], profile, None, part=part)
+
+
+def place_array_again(runs: Sequence[Path]) -> None:
+    """The newest jobs of runs of a sweep: an array of those that had asked for the same."""
+    alike: dict[str, list[Order]] = {}
+    for run in runs:
+        facts = JobFolder(run / "launch").read_facts()
+        shape = json.dumps([facts["profile"], facts["nodes"], facts.get("at_most")])
+        alike.setdefault(shape, []).append(Order(facts["kind"], facts["argv"], run, facts["nodes"]))
+    for shape, orders in alike.items():
+        profile, _, at_most = json.loads(shape)
+        place_array(orders, ClusterProfile.model_validate(profile), at_most)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from launch.folder import JobFolder
+from launch.folder import JobFolder, launched
+from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import MANIFEST, RunDir, step_name
 from lpl_pretrain.errors import ConfigError
 
@@ -20,12 +21,30 @@ RECENT_S = 1800.0
 """A rank that stays slow is called so every 10 minutes."""
 
 
-def report(run: Path) -> str:
-    """A few lines of text.  Raises ConfigError where nothing was launched."""
+def report(folder: Path) -> str:
+    """A few lines of text; of a sweep, one for each run.  Raises ConfigError where nothing was launched."""
+    runs = launched(folder)
+    return one(folder) if runs == [folder] else table(runs)
+
+
+def table(runs: Sequence[Path]) -> str:
+    folders = [JobFolder(run / "launch") for run in runs]
+    rows = [("run", "job", "state", "step", "samples/s", "restarts", "last attempt")]
+    for run, folder, state in zip(runs, folders, states(folders), strict=True):
+        job, last = folder.job, last_line(RunDir(run).metrics) or {}
+        mine = [attempt for attempt in folder.read_attempts() if attempt["job"] == job]
+        step, rate = (f"{last[key]:{form}}" if key in last else "-" for key, form in (("step", ","), ("samples_per_s", ".1f")))
+        restarts, reason = sum(attempt["requeued"] for attempt in mine), mine[-1]["reason"] if mine else "-"
+        rows.append((run.name, job or "-", state or "-", step, rate, str(restarts), reason))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def one(run: Path) -> str:
     folder, run_dir = open_folder(run), RunDir(run)
     facts, attempts = folder.read_facts(), folder.read_attempts()
     mine = [attempt for attempt in attempts if attempt["job"] == facts["job"]]
-    state = state_of(facts["job"]) or "not with the scheduler"
+    state = states([folder])[0] or "not with the scheduler"
     lines = [f"job         {facts['job']}: {state}; {facts['nodes']} nodes", f"command     lpl-pretrain {' '.join(facts['argv'])}"]
     if last := last_line(run_dir.metrics):
         rate = f", {last['samples_per_s']:.1f} samples/s" if "samples_per_s" in last else ""
@@ -54,8 +73,8 @@ def scores(run_dir: RunDir) -> list[str]:
         line = f"scores      {protocol}: {len(complete) - len(pending)} of {len(complete)} checkpoints"
         if pending:
             folder = JobFolder(run_dir.path / "launch" / "evaluate" / protocol / step_name(pending[0]))
-            job = folder.read_facts()["job"] if folder.facts.is_file() else None
-            line += f"; next step {pending[0]:,}: {f'job {job} {state_of(job)}'.strip() if job else 'waits'}"
+            job, (state,) = folder.job, states([folder])
+            line += f"; next step {pending[0]:,}: {f'job {job} {state}'.strip() if job else 'waits'}"
         lines.append(line)
     return lines
 
@@ -68,34 +87,62 @@ def where(attempt: dict[str, Any]) -> str:
     return f" (rank {attempt['rank']} on {attempt['host']})" if "rank" in attempt else ""
 
 
-def state_of(job: str | None) -> str:
-    """As squeue has it; "" when it does not know the job, or there is no squeue."""
-    return ask(job) or "" if job is not None and shutil.which("squeue") is not None else ""
+def states(folders: Sequence[JobFolder]) -> list[str]:
+    """Of the newest job of each, as squeue has it; "" when it does not know the job, or there is no squeue."""
+    jobs = [folder.job or "" for folder in folders]
+    known = listed([job for job in jobs if job]) if any(jobs) and shutil.which("squeue") is not None else None
+    return [(known or {}).get(job, "") for job in jobs]
 
 
 def ask(job: str) -> str | None:
-    """The same, but None where the scheduler does not answer: that says nothing about the job."""
-    found = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+    """The state of a job, "" when squeue does not know it, None where it does not answer: that says nothing about the job."""
+    known = listed([job])
+    return None if known is None else known.get(job, "")
+
+
+def listed(jobs: Sequence[str]) -> dict[str, str] | None:
+    """States of those jobs that squeue knows, by name; None where it does not answer."""
+    found = subprocess.run(["squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i %T"], capture_output=True, text=True, check=False)
     if found.returncode and "Invalid job id" not in found.stderr:
         return None
-    return found.stdout.strip()
+    return dict(line.split() for line in found.stdout.splitlines())
+
+
+def training_is_over(run_dir: RunDir) -> bool:
+    complete = run_dir.complete_checkpoints()
+    return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
+
+
+def unfinished(runs: Sequence[Path]) -> list[Path]:
+    """Those that no job works on and that are not at their end."""
+    live = states([JobFolder(run / "launch") for run in runs])
+    return [run for run, state in zip(runs, live, strict=True) if not state and not training_is_over(RunDir(run))]
+
+
+def cancel(folder: Path) -> str:
+    """The job of a run, or those of all runs of a sweep that have one."""
+    runs = launched(folder)
+    if runs == [folder]:
+        return cancel_job(folder)
+    live = [run for run, state in zip(runs, states([JobFolder(run / "launch") for run in runs]), strict=True) if state]
+    return "\n".join(map(cancel_job, live)) or f"{folder}: none of its {len(runs)} runs is with the scheduler"
 
 
 def cancel_job(run: Path) -> str:
     folder = open_folder(run)
-    job = folder.read_facts()["job"]
+    job = folder.job
     folder.cancelled.touch()
     done = subprocess.run(["scancel", "--signal=USR2", str(job)], capture_output=True, text=True, check=False)
-    if done.returncode or state_of(job) == "PENDING":
+    if done.returncode or states([folder]) == ["PENDING"]:
         subprocess.run(["scancel", str(job)], capture_output=True, check=False)
     return f"job {job}: told to end after a checkpoint; `python -m launch resume {run}` goes on from there"
 
 
 def open_folder(run: Path) -> JobFolder:
-    folder = JobFolder(run / "launch")
-    if not folder.facts.is_file():
-        raise ConfigError(f"{folder.facts}: not there: nothing was launched for this run")
-    return folder
+    """Raises ConfigError where nothing was launched, or a sweep of runs."""
+    if (runs := launched(run)) != [run]:
+        raise ConfigError(f"{run}: holds {len(runs)} runs: name one of them, such as {runs[0]}")
+    return JobFolder(run / "launch")
 
 
 def last_line(metrics: Path) -> dict[str, Any] | None:

@@ -11,46 +11,21 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from launch.folder import JobFolder
+from launch.order import Order
 from launch.profile import ClusterProfile
-from launch.status import state_of
+from launch.status import states
 from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.code import ROOT, fingerprint
-
-
-@dataclass(frozen=True)
-class Order:
-    """A job to be."""
-
-    kind: str
-    """train, encode, evaluate or watch."""
-    argv: list[str]
-    """Behind `lpl-pretrain`, or behind `python -m launch` for watch."""
-    run_dir: Path
-    nodes: int
-    after: str | None = None
-    """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
-    part: str = ""
-    """Tells work of one kind on one run from another's."""
-
-    @property
-    def module(self) -> str:
-        return "launch" if self.kind == "watch" else "lpl_pretrain"
-
-    @property
-    def folder(self) -> JobFolder:
-        """Of training it is RUN/launch; other work on a run has folders beside each other."""
-        parent = self.run_dir / "launch"
-        return JobFolder(parent if self.kind == "train" else parent / (self.part or self.kind))
 
 
 class Executor(submitit.SlurmExecutor):
@@ -63,32 +38,45 @@ class Executor(submitit.SlurmExecutor):
 
 def submit(order: Order, profile: ClusterProfile) -> str:
     """The job's id.  Raises ConfigError with the scheduler's own words when it refuses."""
-    if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch: not on the PATH: submit from a login node of the cluster, or start here with torchrun")
-    folder = order.folder
-    if folder.facts.is_file() and (state := state_of(job := folder.read_facts()["job"])):
-        raise ConfigError(f"{order.run_dir}: its job {job} is {state}: wait for its end, or `python -m launch cancel` it")
-    folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
-    folder.cancelled.unlink(missing_ok=True)
-    complete = RunDir(order.run_dir).complete_checkpoints()
-    facts: dict[str, Any] = {
-        "kind": order.kind,
-        "part": order.part,
-        "argv": order.argv,
-        "run_dir": str(order.run_dir),
-        "nodes": order.nodes,
-        "profile": profile.model_dump(mode="json"),
-        "version": __version__,
-        "step": complete[-1] if complete else 0,
-        "submitted_at_s": time.time(),
-    }
-    folder.write_facts({**facts, "job": None})
+    (facts,) = begin([order], profile)
     try:
         job = executor_of(order, profile).submit(task_of(order, profile))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as refusal:
-        raise ConfigError(f"sbatch refused this job: {words_of(str(refusal))}: see `sinfo`, and the profile's keys") from None
-    folder.write_facts({**facts, "job": job.job_id})
+        raise refused(str(refusal)) from None
+    order.folder.write_facts({**facts, "job": job.job_id})
     return job.job_id
+
+
+def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list[dict[str, Any]]:
+    """The facts of each but its job, as its folder has them from now on.  Raises ConfigError when one is being worked on."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch: not on the PATH: submit from a login node of the cluster, or start here with torchrun")
+    for order, state in zip(orders, states([order.folder for order in orders]), strict=True):
+        if state:
+            raise ConfigError(
+                f"{order.run_dir}: its job {order.folder.job} is {state}: wait for its end, or `python -m launch cancel` it"
+            )
+    found = []
+    for order in orders:
+        folder = order.folder
+        folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        folder.cancelled.unlink(missing_ok=True)
+        complete = RunDir(order.run_dir).complete_checkpoints()
+        facts: dict[str, Any] = {
+            "kind": order.kind,
+            "part": order.part,
+            "argv": order.argv,
+            "run_dir": str(order.run_dir),
+            "nodes": order.nodes,
+            "profile": profile.model_dump(mode="json"),
+            "version": __version__,
+            "step": complete[-1] if complete else 0,
+            "submitted_at_s": time.time(),
+            **more,
+        }
+        folder.write_facts({**facts, "job": None})
+        found.append(facts)
+    return found
 
 
 def script(order: Order, profile: ClusterProfile) -> str:
@@ -109,10 +97,11 @@ def task_of(order: Order, profile: ClusterProfile) -> Task:
     )
 
 
-def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor:
-    """Nothing user-given reaches the script unquoted."""
+def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None) -> submitit.SlurmExecutor:
+    """Nothing user-given reaches the script unquoted.  `links`: of an array, lead to the folders of its tasks."""
     python, folder = shlex.quote(profile.python or sys.executable), order.folder.path
-    executor = Executor(folder=folder, python=python)
+    executor = Executor(folder=folder if links is None else links / "%a", python=python)
+    here = shlex.quote(str(folder)) if links is None else f'{shlex.quote(str(links))}/"$SLURM_ARRAY_TASK_ID"'
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     exports.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     more: dict[str, Any] = {"requeue": True}
@@ -126,7 +115,7 @@ def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor
     if profile.exclude:
         asked["exclude"] = ",".join(profile.exclude)
     executor.update_parameters(
-        job_name=job_name(order),
+        job_name=job_name(order if links is None else replace(order, run_dir=order.run_dir.parent)),
         nodes=order.nodes,
         ntasks_per_node=profile.processes_per_node,
         cpus_per_task=profile.cpus_per_process,
@@ -136,7 +125,7 @@ def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor
         # bash would die of the signal that tells of the end, and not come to the last line
         setup=[*profile.setup, *exports, "trap : TERM"],
         srun_args=["--kill-on-bad-exit=1", "--wait=30"],
-        teardown=[f"{python} -m launch.after {shlex.quote(str(folder))} $?"],
+        teardown=[f"{python} -m launch.after {here} $?"],
         additional_parameters=more,
         **{key: value for key, value in asked.items() if value is not None},
     )
@@ -146,6 +135,10 @@ def executor_of(order: Order, profile: ClusterProfile) -> submitit.SlurmExecutor
 def job_name(order: Order) -> str:
     """Of a run's folder; what a scheduler's listing could stumble over is left out."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{order.run_dir.name}-{order.part or order.kind}")[:100]
+
+
+def refused(error: str) -> ConfigError:
+    return ConfigError(f"sbatch refused this job: {words_of(error)}: see `sinfo`, and the profile's keys")
 
 
 def words_of(error: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.folder import HUNG, JobFolder, publish_json
+from launch.folder import HUNG, JobFolder, publish_json, this_job
 from lpl_pretrain.errors import BAD_INPUT
 from lpl_pretrain.runtime.code import fingerprint
 
@@ -42,7 +42,7 @@ class Allocation:
     @classmethod
     def from_environment(cls) -> Allocation:
         numbers = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
-        return cls(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
+        return cls(this_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
 
 
 @dataclass

@@ -97,9 +97,15 @@ def sample(run: str, **options: Any) -> None:
     """Draw pictures from the EMA weights of RUN: one sheet, a folder of PNGs that say where they come from, or a WebDataset tar."""
     from lpl_pretrain.cli import sample as command
 
+    sampler = sampler_of(options)
+    command.run(run, sampler=sampler, **options)
+
+
+def sampler_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the keys of SamplerConfig that were given out of the options of `sample`."""
     asked = {"kind": "sampler", "steps": "sampler_steps", "shift": "shift", "guidance_interval": "guidance_interval"}
     found = {key: options.pop(name) for key, name in asked.items()}
-    command.run(run, sampler={key: value for key, value in found.items() if value is not None}, **options)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 @commands.command()
@@ -144,12 +150,16 @@ def export(run: str, **options: Any) -> None:
 
 
 @commands.command()
-@click.argument("run")
-def report(run: str) -> None:
-    """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance."""
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", help="HTML file to write; in the run, or in the folder that holds all the runs, when absent.")
+def report(runs: tuple[str, ...], output: str | None) -> None:
+    """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance.
+
+    Of several runs, or of a folder that holds them: comparison.html, one page on which they stand side by side.
+    """
     from lpl_pretrain.cli import report as command
 
-    command.run(run)
+    command.run(runs, output)
 
 
 @commands.command()

@@ -30,14 +30,8 @@ def run(
     output: str | None,
 ) -> None:
     """`sampler`: keys of SamplerConfig; without `kind` the first that suits what the run predicts."""
-    if images < 1:
-        raise ConfigError(f"--images={images}: at least 1")
     run_dir = RunDir(Path(run))
-    prediction = load_run_config(run_dir).diffusion.prediction
-    chosen = validate(SamplerConfig, {"kind": SAMPLERS[prediction][0], **sampler}, where="sample")
-    check_sampler(prediction, chosen)
-    weak = None if guide is None else GuideConfig(run=guide, step=guide_step)
-    folders = dict(_name_and_folder(given) for given in text_encoders)
+    step, chosen, weak, folders = check(run_dir, step, images, sampler, guide, guide_step, text_encoders)
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.captions import Prompts
@@ -45,7 +39,6 @@ def run(
     from lpl_pretrain.evaluation.load import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
-    step = run_dir.complete_step(step)
     asked = Prompts(prompts, folders) if prompts else None
     trained = open_run(run_dir, pick_device(), weak, asked)
     trained.load(step, "ema")
@@ -65,6 +58,25 @@ def run(
         facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
         (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
     print(path)
+
+
+def check(
+    run_dir: RunDir,
+    step: int | None,
+    images: int,
+    sampler: dict[str, object],
+    guide: str | None,
+    guide_step: int | None,
+    text_encoders: tuple[str, ...],
+) -> tuple[int, SamplerConfig, GuideConfig | None, dict[str, str]]:
+    """What was asked for: (checkpoint, sampler, guide, folders of text encoders).  Raises ConfigError or CheckpointError."""
+    if images < 1:
+        raise ConfigError(f"--images={images}: at least 1")
+    prediction = load_run_config(run_dir).diffusion.prediction
+    chosen = validate(SamplerConfig, {"kind": SAMPLERS[prediction][0], **sampler}, where="sample")
+    check_sampler(prediction, chosen)
+    weak = None if guide is None else GuideConfig(run=guide, step=guide_step)
+    return run_dir.complete_step(step), chosen, weak, dict(_name_and_folder(given) for given in text_encoders)
 
 
 def _name_and_folder(given: str) -> tuple[str, str]:

@@ -22,6 +22,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from lpl_pretrain.report.record import Series
 
 INK, GRID, EVENT = "#010101", "#020202", "#030303"
+DASHES: list[tuple[float, ...]] = [(), (4, 1.6), (1.2, 1.4), (5, 1.4, 1.2, 1.4)]
+"""Units: line widths.  Once all colours are used they begin again with other dashes."""
+WIDTH = 1.6
 COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
 VARIABLES = {INK: "--muted", GRID: "--line", EVENT: "--event", **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)}}
 STYLE: dict[Any, Any] = {
@@ -46,7 +49,7 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
-    "lines.linewidth": 1.6,
+    "lines.linewidth": WIDTH,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -69,6 +72,9 @@ class Chart:
     smooth: bool = True
     from_zero: bool = False
     baseline: float | None = None
+    raw: bool = True
+    """Whether the values behind a running mean are drawn."""
+    legend: bool = True
 
 
 def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
@@ -80,10 +86,10 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
             axes.axvline(step, color=EVENT, linewidth=0.8, dashes=(2, 2), zorder=0.5)
         if chart.baseline is not None:
             axes.axhline(chart.baseline, color=INK, linewidth=0.9, zorder=0.6)
-        for (name, series), colour in zip(chart.lines.items(), COLOURS * len(chart.lines), strict=False):
-            _draw_series(axes, chart, name, series, colour)
+        for number, (name, series) in enumerate(chart.lines.items()):
+            _draw_series(axes, chart, name, series, number)
         _format_axes(axes, chart, last_step)
-        if len(chart.lines) > 1:
+        if chart.legend and len(chart.lines) > 1:
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0.0, 1.0),
@@ -95,6 +101,19 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
         markup = io.StringIO()
         FigureCanvasSVG(figure).print_svg(markup, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(markup.getvalue(), chart.title)
+
+
+def swatch(number: int) -> str:
+    """SVG markup: a piece of the line of the chart's series of that number."""
+    colour, dashes = _look(number)
+    pattern = " ".join(f"{WIDTH * length:g}" for length in dashes) or "none"
+    look = f'stroke="var({VARIABLES[colour]})" stroke-width="{WIDTH + 0.6:g}" stroke-dasharray="{pattern}"'
+    return f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="M0 4H26" {look}/></svg>'
+
+
+def _look(number: int) -> tuple[str, tuple[float, ...]]:
+    """Colour and dashes."""
+    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -111,15 +130,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, colour: str) -> None:
+def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, number: int) -> None:
     steps, raw = series.steps, series.values
+    colour, dashes = _look(number)
+    line: dict[str, Any] = {"color": colour, "label": name, "linestyle": (0, dashes) if dashes else "-"}
     stride = max(1, math.ceil(len(steps) / MOST_POINTS))
     if chart.markers or not chart.smooth or len(steps) < 12:
         axes.plot(
             steps[::stride],
             raw[::stride],
-            color=colour,
-            label=name,
+            **line,
             marker="o" if chart.markers or len(steps) < 3 else None,
             markersize=4,
         )
@@ -128,8 +148,9 @@ def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, colour: st
             at, values, bars = zip(*known, strict=True)
             axes.errorbar(at, values, yerr=list(zip(*bars, strict=True)), fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5)
         return
-    axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
-    axes.plot(steps[::stride], smoothed(raw)[::stride], color=colour, label=name)
+    if chart.raw:
+        axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
+    axes.plot(steps[::stride], smoothed(raw)[::stride], **line)
 
 
 def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:

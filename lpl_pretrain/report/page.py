@@ -30,19 +30,39 @@ MOST_DIFF_CHARACTERS = 40_000
 HERE = Path(__file__).resolve().parent
 
 
-def write_report(run_dir: RunDir) -> Path:
-    """Writes report.html; returns its path.  Raises ConfigError where there is no run."""
-    if not run_dir.config.is_file() and not run_dir.metrics.is_file():
+def is_run(run_dir: RunDir) -> bool:
+    return run_dir.config.is_file() or run_dir.metrics.is_file()
+
+
+def write_report(run_dir: RunDir, output: Path | None = None) -> Path:
+    """Writes report.html, or `output`; returns its path.  Raises ConfigError where there is no run."""
+    if not is_run(run_dir):
         raise ConfigError(
             f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with `lpl-pretrain train`"
         )
     page = render(read_run(run_dir))
-    with published(run_dir.report) as temporary:
+    path = output or run_dir.report
+    with published(path) as temporary:
         temporary.write_text(page)
-    return run_dir.report
+    return path
 
 
 def render(record: RunRecord) -> str:
+    name = record.settings.get("name") or record.run_dir.path.name
+    return template(TEMPLATE).render(
+        name=name,
+        status=status(record),
+        tiles=tiles(record),
+        sections=sections(record),
+        protocols=[protocol(record, *item) for item in record.protocols().items()],
+        record=record,
+        provenance=provenance(record),
+        source=record.run_dir.path,
+    )
+
+
+def template(name: str) -> jinja2.Template:
+    """With what every page has: style sheet, filters, time."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -51,18 +71,8 @@ def render(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(when=when, score="{:.4g}".format)
-    name = record.settings.get("name") or record.run_dir.path.name
-    return environment.get_template(TEMPLATE).render(
-        style=Markup((HERE / STYLE_SHEET).read_text()),
-        name=name,
-        status=status(record),
-        tiles=tiles(record),
-        sections=sections(record),
-        protocols=[protocol(record, *item) for item in record.protocols().items()],
-        record=record,
-        provenance=provenance(record),
-        written_at=datetime.now(timezone.utc),
-    )
+    environment.globals.update(style=Markup((HERE / STYLE_SHEET).read_text()), written_at=datetime.now(timezone.utc))
+    return environment.get_template(name)
 
 
 def status(record: RunRecord) -> tuple[str, str]:

@@ -33,14 +33,16 @@ def entry_of(record: dict[str, Any], metric: str, column: tuple[str, float]) -> 
 
 def chart(records: Records, metric: str) -> Chart:
     """Scores over steps; bars are 95 % intervals where the record has them, one standard error otherwise."""
-    lines, asked = {}, columns(records)
-    for column in asked:
-        found = [(record["step"], entry) for record in records if (entry := entry_of(record, metric, column)) is not None]
-        steps, entries = [step for step, _ in found], [entry for _, entry in found]
-        lines[heading(column, asked)] = Series(steps, [entry["value"] for entry in entries], [bar(entry) for entry in entries])
+    asked = columns(records)
+    lines = {heading(column, asked): series(records, metric, column) for column in asked}
     better = "higher" if higher_is_better(metric) else "lower"
     bars = "; bars show its uncertainty" if any(any(line.bars or ()) for line in lines.values()) else ""
     return Chart(title(metric), lines, markers=True, note=f"{metric} by guidance scale w; {better} is better{bars}")
+
+
+def series(records: Records, metric: str, column: tuple[str, float]) -> Series:
+    found = [(record["step"], entry) for record in records if (entry := entry_of(record, metric, column)) is not None]
+    return Series([step for step, _ in found], [entry["value"] for _, entry in found], [bar(entry) for _, entry in found])
 
 
 def title(metric: str) -> str:
@@ -62,6 +64,20 @@ def table(records: Records, metric: str) -> list[dict[str, Any]]:
     """A row for each step; a cell is None where that step has no such score."""
     asked = columns(records)
     return [{"step": record["step"], "entries": [entry_of(record, metric, column) for column in asked]} for record in records]
+
+
+def main_metric(records: Records) -> str:
+    """The one that the best checkpoint is chosen by, or the first."""
+    found = metrics(records)
+    best = records[-1]["protocol"].get("best")
+    return best if best in found else found[0]
+
+
+def best_entry(records: Records, metric: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(record, entry) of the best score at whatever step, weights and guidance scale."""
+    sign = -1 if higher_is_better(metric) else 1
+    found = [(record, entry) for record in records for entry in record["results"] if entry["metric"] == metric]
+    return min(found, key=lambda pair: sign * pair[1]["value"], default=None)
 
 
 def best_column(records: Records) -> tuple[tuple[str, float], list[float]]:

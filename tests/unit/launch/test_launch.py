@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -202,9 +203,9 @@ def test_what_watches_asks_for_one_processor_and_says_what_it_will_submit(tmp_pa
     for wanted in ("partition=small", "nodes=1", "ntasks-per-node=1", "cpus-per-task=1", "qos=low"):
         assert f"#SBATCH --{wanted}\n" in shown.stdout, wanted
     assert "gpus" not in shown.stdout and "#SBATCH --mem" not in shown.stdout
-    (command,) = (line for line in shown.stdout.splitlines() if line.startswith("# python -m launch ['watch'"))
+    (command,) = (line for line in shown.stdout.splitlines() if line.startswith("# python -m launch watch"))
     for wanted in ("images=2048", f"--cluster={profile}", "--at-most=3", "--nodes=2", "--set=qos=low"):
-        assert repr(wanted) in command, wanted
+        assert shlex.quote(wanted) in command, wanted
     assert "images: 2048" in shown.stdout
 
 

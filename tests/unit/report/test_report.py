@@ -191,7 +191,7 @@ def test_no_run_is_refused(tmp_path):
 
 
 def test_command(run, capsys):
-    command.run(str(run.path))
+    command.run([str(run.path)])
     assert "report.html" in capsys.readouterr().out and run.report.is_file()
 
 

@@ -1,0 +1,48 @@
+"""Several runs as one job array: one script, whose n-th task does the n-th run in that run's own folder, as a job of its own would.
+
+A task is called ARRAY_TASK (`5_0`) wherever a job is named.  SLURM gives each a plain number too, but one of them gets the array's
+own, and `scontrol requeue 5` would requeue them all.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from submitit.core.utils import DelayedSubmission
+
+from launch.order import Order
+from launch.profile import ClusterProfile
+from launch.submit import begin, executor_of, refused, task_of
+from lpl_pretrain.runtime.files import published
+
+
+def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None) -> list[str]:
+    """The tasks' names; `orders` differ in their runs only.  Raises ConfigError with the scheduler's own words when it refuses."""
+    facts, parent = begin(orders, profile, at_most=at_most), orders[0].run_dir.parent / "launch"
+    parent.mkdir(exist_ok=True, mode=0o750)
+    links = Path(tempfile.mkdtemp(prefix="array_", dir=parent))
+    for number, order in enumerate(orders):
+        (links / str(number)).symlink_to(order.folder.path)
+    file = links / "submission.sh"
+    file.write_text(array_script(orders, profile, at_most, links))
+    sent = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
+    if sent.returncode:
+        raise refused(sent.stderr)
+    tasks = [f"{sent.stdout.strip().partition(';')[0]}_{number}" for number in range(len(orders))]
+    for order, task, known in zip(orders, tasks, facts, strict=True):
+        with published(order.folder.path / f"{task}_submitted.pkl") as temporary:  # the task waits for it
+            DelayedSubmission(task_of(order, profile)).dump(temporary)
+        (order.folder.path / f"{task}_submission.sh").symlink_to(file)  # by the name of a single job's
+        order.folder.write_facts({**known, "job": task})
+    return tasks
+
+
+def array_script(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, links: Path) -> str:
+    """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to the folder of its run."""
+    executor = executor_of(orders[0], profile, links)
+    executor.update_parameters(array_parallelism=at_most or len(orders))
+    executor.parameters["map_count"] = len(orders)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")

@@ -1,0 +1,34 @@
+"""What is submitted, whatever it is submitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.folder import JobFolder
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job to be."""
+
+    kind: str
+    """train, encode, evaluate, sample or watch."""
+    argv: list[str]
+    """Behind `lpl-pretrain`, or behind `python -m launch` for watch."""
+    run_dir: Path
+    nodes: int
+    after: str | None = None
+    """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
+    part: str = ""
+    """Tells work of one kind on one run from another's."""
+
+    @property
+    def module(self) -> str:
+        return "launch" if self.kind == "watch" else "lpl_pretrain"
+
+    @property
+    def folder(self) -> JobFolder:
+        """Of training it is RUN/launch; other work on a run has folders beside each other."""
+        parent = self.run_dir / "launch"
+        return JobFolder(parent if self.kind == "train" else parent / (self.part or self.kind))

@@ -1,0 +1,115 @@
+"""`--sweep key=value,value`: every combination of the values is a run of its own, named after them, in the folder of the sweep."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.folder import JobFolder
+from lpl_pretrain.cli.train import accepted
+from lpl_pretrain.config.load import load_config
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.errors import ConfigError, LPLError
+from lpl_pretrain.runtime.world import World
+
+NAMED_BY_US = ("name", "run_dir")
+LONGEST_NAME = 180
+
+
+@dataclass(frozen=True)
+class Training:
+    """One that has been checked."""
+
+    run_dir: Path
+    argv: list[str]
+    """Behind `lpl-pretrain`."""
+    settings: TrainConfig
+
+
+def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], ranks: int) -> list[Training]:
+    """One, or one for each combination.  Raises ConfigError that says of every wrong one what is wrong with it."""
+    found, problems = [], []
+    for changes in combinations(sweeps):
+        try:
+            settings = load_config(TrainConfig, config, [*overrides, *changes])
+            folder = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+            run_dir = folder / name_of(changes)
+            keep_apart(folder, bool(sweeps))
+            accepted(settings, RunDir(run_dir), World(world_size=ranks))
+        except LPLError as problem:
+            if not sweeps:
+                raise
+            problems.append(f"{name_of(changes)}: {problem}")
+            continue
+        argv = ["train", str(Path(config).resolve()), *overrides, *changes, f"run_dir={run_dir}"]
+        found.append(Training(run_dir, argv, settings))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def keep_apart(folder: Path, sweep: bool) -> None:
+    """Raises ConfigError where a folder would be a run and hold a sweep's runs: commands on it could mean either."""
+    if sweep and (RunDir(folder).config.is_file() or JobFolder(folder / "launch").facts.is_file()):
+        raise ConfigError(f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=...")
+    if not sweep and any(folder.glob("*/launch/job.json")):
+        raise ConfigError(f"{folder}: holds the runs of a sweep: give this one a folder among them, run_dir={folder}/NAME")
+
+
+def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
+    """Overrides of each; the last key changes fastest.  Without a sweep it is one that changes nothing."""
+    axes = [axis(sweep) for sweep in sweeps]
+    keys = [sweep.partition("=")[0] for sweep in sweeps]
+    for key in keys:
+        if key in NAMED_BY_US:
+            raise ConfigError(f"--sweep {key}: not to be swept: each run is named after what is")
+        if keys.count(key) > 1:
+            raise ConfigError(f"--sweep {key}: given {keys.count(key)} times; give all its values at once: {key}=1,2")
+    found = list(itertools.product(*axes))
+    names = [name_of(changes) for changes in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--sweep: {names.count(twice)} combinations would be called {twice}: leave all but one out")
+    return found
+
+
+def axis(sweep: str) -> list[str]:
+    """`key=value` for each value."""
+    key, _, text = sweep.partition("=")
+    values = split(text)
+    if not key or not all(values):
+        raise ConfigError(f"--sweep {sweep}: wanted key=value,value, such as lpl.target_share=0.1,0.2")
+    return [f"{key}={value}" for value in values]
+
+
+def split(text: str) -> list[str]:
+    """At the commas that are outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += not quote and (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def name_of(changes: Sequence[str]) -> str:
+    """Of a folder: `lpl.target_share=0.1,optimizer.lr=1e-4`, and whatever could trouble a shell or a file system is `_`."""
+    words = (change.partition("=") for change in changes)
+    name = ",".join(f"{plain(key)}={plain(value)}" for key, _, value in words)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")

@@ -1,0 +1,286 @@
+"""Sweeps before a scheduler sees them: values, names, checks, the script of the array, and what is told of its runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import after, status
+from launch.array import array_script, submit_array
+from launch.folder import JobFolder, launched, this_job
+from launch.logs import news
+from launch.order import Order
+from launch.profile import ClusterProfile
+from launch.sweep import LONGEST_NAME, combinations, name_of, split, trainings
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import ConfigError
+from tests.support.commands import ROOT
+from tests.support.configs import dataset_index, train_config
+
+HOSTILE = "a b;$(touch hacked)'\""
+SBATCH = """#!/bin/sh
+if [ "$1" = --parsable ]; then cat "$2" > {folder}/submitted.sh; echo '4711;cluster'
+else cat "$1" >> {folder}/singles.sh; echo Submitted batch job 4712; fi
+"""
+SQUEUE = "#!/bin/sh\necho '4711_0 RUNNING\n4711_1 PENDING'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0,0.1,0.2", ["0", "0.1", "0.2"]),
+        ("[0.9,0.99],[0.9,0.95]", ["[0.9,0.99]", "[0.9,0.95]"]),
+        ("null,{kind: a, of: [1,2]}", ["null", "{kind: a, of: [1,2]}"]),
+        ("'a,b',\"c]\",d", ["'a,b'", '"c]"', "d"]),
+    ],
+)
+def test_values_are_split_at_the_outer_commas(text, values):
+    assert split(text) == values
+    assert text.split(",") == values or len(text.split(",")) > len(values), "the naive way differs where there are inner ones"
+
+
+def test_all_combinations_the_last_key_fastest():
+    found = combinations(["a=1,2", "b=x,[y,z]"])
+    assert found == [("a=1", "b=x"), ("a=1", "b=[y,z]"), ("a=2", "b=x"), ("a=2", "b=[y,z]")]
+    assert combinations([]) == [()], "without a sweep: one run that changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "words"),
+    [
+        (["lpl"], "wanted key=value,value"),
+        (["a=1,,2"], "wanted key=value,value"),
+        (["=1"], "wanted key=value,value"),
+        (["a=1", "a=2"], "--sweep a: given 2 times"),
+        (["run_dir=x,y"], "--sweep run_dir: not to be swept"),
+        (["name=x,y"], "--sweep name: not to be swept"),
+        (["a=1,1"], "2 combinations would be called a=1"),
+        (["a=x y,x_y"], "2 combinations would be called a=x_y"),
+    ],
+)
+def test_what_is_no_sweep(sweeps, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        combinations(sweeps)
+
+
+def test_names_say_what_was_changed_and_are_safe(tmp_path):
+    assert name_of(("lpl.target_share=0.1", "optimizer.lr=1e-4")) == "lpl.target_share=0.1,optimizer.lr=1e-4"
+    assert name_of(("optimizer.betas=[0.9,0.99]",)) == "optimizer.betas=0.9_0.99" and name_of(()) == ""
+    for value in (HOSTILE, "../../up", "a/b", "%j\n", "-rf"):
+        name = name_of((f"key={value}",))
+        assert re.fullmatch(r"key=[A-Za-z0-9._+-]*", name) and (tmp_path / name).parent == tmp_path
+    long, longer = (name_of((f"key={'x' * count}",)) for count in (500, 501))
+    assert len(long) == len(longer) == LONGEST_NAME and long != longer
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Of a run whose data are known by their index alone, and whose autoencoder is the one that ships."""
+    from lpl_pretrain.config.identity import autoencoder_identity
+    from lpl_pretrain.config.load import resolve_path
+
+    identity = autoencoder_identity(resolve_path("asset:autoencoder_emoji"))
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "index.json").write_text(dataset_index(identity=identity).model_dump_json())
+    settings = train_config(data__folder=str(tmp_path / "latents"), run_dir=str(tmp_path / "swept"), parallel__strategy="ddp")
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    return tmp_path / "train.yaml"
+
+
+def test_a_run_for_each_combination(config, tmp_path):
+    found = trainings(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
+    assert [run.run_dir for run in found] == [tmp_path / "swept" / f"optimizer.lr={rate}" for rate in ("1e-3", "2e-3")]
+    assert [run.settings.optimizer.lr for run in found] == [1e-3, 2e-3] and {run.settings.steps for run in found} == {7}
+    assert found[1].argv == ["train", str(config), "steps=7", "optimizer.lr=2e-3", f"run_dir={found[1].run_dir}"]
+    (alone,) = trainings(str(config), [], [], 2)
+    assert alone.run_dir == tmp_path / "swept"
+
+
+def test_every_wrong_combination_is_named(config):
+    with pytest.raises(ConfigError) as refusal:
+        trainings(str(config), [], ["batch.global_batch_size=8,9", "steps=2,0"], 2)
+    lines = str(refusal.value).splitlines()
+    names = [f"batch.global_batch_size={size},steps={steps}" for size, steps in ((8, 0), (9, 2), (9, 0))]
+    assert [line.partition(": ")[0] for line in lines] == names
+    assert "global_batch_size=9 is not a multiple of dp_world_size=2" in lines[1]
+    with pytest.raises(ConfigError, match="optimizer.rate=1: .*unknown key"):
+        trainings(str(config), [], ["optimizer.rate=1,2"], 2)
+
+
+def test_a_folder_with_another_run_is_refused_before_anything_is_submitted(config, tmp_path):
+    taken = RunDir(tmp_path / "swept" / "optimizer.lr=1e-3")
+    taken.path.mkdir(parents=True)
+    taken.config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(ConfigError, match=r"optimizer.lr=1e-3: .* belongs to another configuration:\n(.*\n)*  seed: the run has 1"):
+        trainings(str(config), [], ["optimizer.lr=1e-3,2e-3"], 2)
+    trainings(str(config), [], ["optimizer.lr=2e-3,3e-3"], 2)
+
+
+def test_a_folder_is_a_run_or_holds_a_sweep(config, tmp_path):
+    JobFolder(tmp_path / "swept" / "x" / "launch").path.mkdir(parents=True)
+    trainings(str(config), [], [], 2)
+    JobFolder(tmp_path / "swept" / "x" / "launch").write_facts({"job": "1"})
+    with pytest.raises(ConfigError, match="swept: holds the runs of a sweep"):
+        trainings(str(config), [], [], 2)
+    trainings(str(config), [], ["optimizer.lr=1e-3"], 2)
+    (tmp_path / "swept" / "config.yaml").write_text(config.read_text())
+    with pytest.raises(ConfigError, match="swept: is a run itself"):
+        trainings(str(config), [], ["optimizer.lr=1e-3"], 2)
+
+
+def orders(folder, count=2):
+    return [Order("train", ["train", "x.yaml", f"n={n}"], folder / f"n={n}", 4) for n in range(count)]
+
+
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """Programs that say what SLURM would."""
+    for name, text in {"sbatch": SBATCH.format(folder=tmp_path), "squeue": SQUEUE, "scancel": "#!/bin/sh\n"}.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("count", "at_most", "asked"), [(3, 2, "0-2%2"), (3, None, "0-2%3"), (1, None, "0-0%1"), (2, 9, "0-1%2")])
+def test_the_script_asks_for_an_array(tmp_path, count, at_most, asked):
+    lines = array_script(orders(tmp_path / "a sweep", count), ClusterProfile(), at_most, tmp_path / "links").splitlines()
+    assert [line for line in lines if "--array" in line] == [f"#SBATCH --array={asked}"]
+    assert "#SBATCH --job-name=a_sweep-train" in lines and "#SBATCH --requeue" in lines
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_each_task_finds_its_own_folder(scheduler, number):
+    """The script is run by a real shell, with programs in the place of srun and python that note what they are told."""
+    sweep = scheduler / "a sweep with 'marks' and $(touch hacked)"
+    tasks = submit_array(orders(sweep), ClusterProfile(python="echo"), None)
+    assert tasks == ["4711_0", "4711_1"] and [JobFolder(o.run_dir / "launch").job for o in orders(sweep)] == tasks
+    (scheduler / "bin" / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (scheduler / "bin" / "srun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", scheduler / "submitted.sh"],
+        env={"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": str(number)},
+        capture_output=True,
+        text=True,
+        cwd=scheduler,
+    )
+    assert done.returncode == 0 and not list(scheduler.rglob("hacked")), done.stderr
+    words = done.stdout.splitlines()
+    of_task = Path(words[words.index("submitit.core._submit") + 1].replace("%a", str(number)))
+    assert of_task.resolve() == sweep / f"n={number}" / "launch", "where submitit looks for the task, and logs are written"
+    assert (of_task / f"4711_{number}_submitted.pkl").is_file()
+    assert (of_task / f"4711_{number}_submission.sh").read_text() == (scheduler / "submitted.sh").read_text(), "asked about again"
+    (after,) = [line for line in words if "launch.after" in line]
+    told = Path(after.partition("launch.after ")[2].removesuffix(" 0"))
+    assert JobFolder(told).read_facts()["argv"] == ["train", "x.yaml", f"n={number}"]
+
+
+def test_a_task_is_named_by_its_place_in_the_array(monkeypatch):
+    """By its plain number, which may be the array's, `scontrol requeue` would take all of them."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    assert this_job() == "4711"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert this_job() == "4711_1"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_task_that_ends_early_requeues_itself_alone(scheduler, monkeypatch, broken):
+    """And counts its own attempts; by its plain number it would requeue the array, and find no attempt of its own."""
+    for name, value in {"JOB_ID": "4711", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "1", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (scheduler / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {scheduler}/asked.txt\n')
+    (scheduler / "bin" / "scontrol").chmod(0o755)
+    submit_array(orders(scheduler / "sweep"), ClusterProfile(max_failures=1), None)
+    folder = JobFolder(scheduler / "sweep" / "n=1" / "launch")
+    folder.note_exit("4711_1", 1, 0, 9, "node1", stopped=False)
+    if broken:
+        monkeypatch.setattr(after, "this_job", lambda: os.environ["SLURM_JOB_ID"])
+    decision = after.main(folder, 1)
+    asked = (scheduler / "asked.txt").read_text().splitlines()
+    assert ("requeue 4711_1" in asked) is not broken and ("requeue 4711" in asked) is broken
+    assert ("status 9" in decision.reason) is not broken
+
+
+def test_logs_of_a_task(tmp_path):
+    for name in ("4711_1_0_log.out", "4711_1_12_log.err", "4711_11_0_log.out", "4711_0_0_log.out"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert list(news(tmp_path, "4711_1", {})) == ["[0] 4711_1_0_log.out", "[12] 4711_1_12_log.err"]
+
+
+def test_nothing_is_submitted_while_one_run_is_worked_on(scheduler):
+    sweep = scheduler / "sweep"
+    submit_array(orders(sweep, 2), ClusterProfile(), None)
+    (scheduler / "submitted.sh").unlink()
+    with pytest.raises(ConfigError, match="n=0: its job 4711_0 is RUNNING"):
+        submit_array(orders(sweep, 3), ClusterProfile(), None)
+    assert not (scheduler / "submitted.sh").exists() and not (sweep / "n=2").exists()
+
+
+def test_a_line_for_each_run(scheduler):
+    sweep = scheduler / "sweep"
+    submit_array(orders(sweep, 3), ClusterProfile(), None)
+    assert launched(sweep) == [sweep / f"n={n}" for n in range(3)] and launched(sweep / "n=1") == [sweep / "n=1"]
+    RunDir(sweep / "n=0").metrics.write_text(json.dumps({"step": 1200, "samples_per_s": 51.24}) + "\n")
+    attempt = {"job": "4711_2", "attempt": 0, "requeued": False, "reason": "refused its input: see the log"}
+    JobFolder(sweep / "n=2" / "launch").note_attempt(attempt)
+    head, *told = (re.split(r"\s{2,}", line) for line in status.report(sweep).splitlines())
+    assert head == ["run", "job", "state", "step", "samples/s", "restarts", "last attempt"]
+    assert told == [
+        ["n=0", "4711_0", "RUNNING", "1,200", "51.2", "0", "-"],
+        ["n=1", "4711_1", "PENDING", "-", "-", "0", "-"],
+        ["n=2", "4711_2", "-", "-", "-", "0", "refused its input: see the log"],
+    ]
+    with pytest.raises(ConfigError, match="holds 3 runs: name one of them, such as .*n=0"):
+        status.open_folder(sweep)
+
+
+def test_cancel_is_for_those_that_live_and_resume_for_those_that_do_not(scheduler):
+    sweep = scheduler / "sweep"
+    submit_array(orders(sweep, 4), ClusterProfile(), None)
+    finished = RunDir(sweep / "n=3")
+    finished.config.write_text(yaml.safe_dump(train_config(steps=6).model_dump(mode="json")))
+    finished.checkpoint(6).mkdir(parents=True)
+    (finished.checkpoint(6) / "manifest.json").touch()
+    assert status.unfinished(launched(sweep)) == [sweep / "n=2"]
+    (finished.checkpoint(6) / "manifest.json").unlink()
+    assert status.unfinished(launched(sweep)) == [sweep / "n=2", sweep / "n=3"]
+    assert [line.partition(":")[0] for line in status.cancel(sweep).splitlines()] == ["job 4711_0", "job 4711_1"]
+    assert [JobFolder(sweep / f"n={n}" / "launch").cancelled.exists() for n in range(4)] == [True, True, False, False]
+
+
+def test_the_command(config, scheduler):
+    """All of it, to the scripts; each run has an evaluator that begins when it does."""
+    profile, protocol = scheduler / "cluster.yaml", scheduler / "protocol.yaml"
+    profile.write_text("partition: gpu\n")
+    scoring = {"name": "p", "images": 8, "sampler": {"kind": "euler"}, "reference": str(scheduler)}
+    protocol.write_text(yaml.safe_dump(scoring))
+
+    def launch(*arguments):
+        return subprocess.run([sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+    swept = ["train", config, "--sweep", "optimizer.lr=1e-3,2e-3", "--sweep-at-most", 1, "--cluster", profile]
+    shown = launch(*swept, "--dry-run")
+    assert shown.returncode == 0 and "#SBATCH --array=0-1%1" in shown.stdout and not (scheduler / "swept").exists()
+    assert [line.partition(": ")[0] for line in shown.stdout.splitlines() if "optimizer.lr=" in line] == ["# 0", "# 1"]
+    wrong = launch(*swept, "--sweep", "steps=0,5")
+    assert wrong.returncode == 2 and "optimizer.lr=1e-3,steps=0: " in wrong.stderr and not (scheduler / "swept").exists()
+    sent = launch(*swept, "--evaluate-with", protocol)
+    assert sent.returncode == 0, sent.stderr
+    waits = [line for line in (scheduler / "singles.sh").read_text().splitlines() if "--dependency" in line]
+    assert waits == [f"#SBATCH --dependency=after:4711_{n}" for n in range(2)]
+    assert "job 4711_1, optimizer.lr=2e-3" in sent.stdout
+    refused = launch("resume", scheduler / "swept")
+    assert refused.returncode == 2 and "all its runs are complete, or with the scheduler" in refused.stderr
+    (scheduler / "bin" / "squeue").write_text("#!/bin/sh\necho 4711_0 RUNNING\n")
+    assert "1 runs, each 1 nodes x 1 processes" in launch("resume", scheduler / "swept").stdout
+    assert "#SBATCH --array=0-0%1" in (scheduler / "submitted.sh").read_text()
