@@ -217,6 +217,7 @@ def test_scores_arrive_though_all_are_preempted(cluster, folder):
     assert scored >= {f"step_{step:08d}" for step in (40, 80, 120)}
     scorers = {path.name: JobFolder(path) for path in (job.run / "launch" / "evaluate" / "quick").iterdir()}
     assert set(scorers) == scored, "one folder for each, and so one job at a time"
+    job.wait(lambda: all(scorer.read_attempts() for scorer in scorers.values()), "the last evaluation job's own end")
     for scorer in scorers.values():
         assert [found["reason"] for found in scorer.read_attempts() if not found["requeued"]] == ["done"]
     assert "quick: " in (told := job.launch("status", job.run).stdout) and "next step" not in told
