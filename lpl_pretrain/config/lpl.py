@@ -104,7 +104,7 @@ class LPLConfig(Section):
     gate: GateConfig = GateConfig(min_snr=3.0)
     weight: Optional[PositiveFloat] = None
     """Explicit weight of LPL in the total loss; or `target_share`."""
-    target_share: Optional[Annotated[float, Field(gt=0.0, lt=1.0)]] = None
+    target_share: Optional[Annotated[float, Field(ge=0.0, lt=1.0)]] = None
     """Share of the total loss that LPL should have; its weight is measured over `calibration_steps`, then frozen."""
     calibration_steps: PositiveInt = 50
     start_step: NonNegativeInt = 0

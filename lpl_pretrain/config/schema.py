@@ -10,7 +10,7 @@ import math
 from enum import Enum
 from typing import Annotated, Literal, Optional, Union
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.initial import InitConfig
@@ -281,6 +281,7 @@ class TrainConfig(Section):
     conditioning: ConditioningConfig = ConditioningConfig()
     diffusion: DiffusionConfig
     lpl: Optional[LPLConfig] = None
+    """null, or a target_share of 0: without it."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -294,3 +295,9 @@ class TrainConfig(Section):
     """null: training begins without a look at its nodes."""
     hang: Optional[HangConfig] = HangConfig()
     """null: nobody watches."""
+
+    @field_validator("lpl")
+    @classmethod
+    def _no_share_is_no_lpl(cls, lpl: Optional[LPLConfig]) -> Optional[LPLConfig]:
+        """The baseline of a sweep over shares decodes nothing."""
+        return None if lpl is not None and lpl.target_share == 0 else lpl

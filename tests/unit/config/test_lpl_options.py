@@ -39,6 +39,14 @@ def test_refused_with_the_remedy(lpl, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_a_share_of_zero_is_a_run_without_it(share):
+    """As `lpl: null`, from its identity to its saved file: the baseline of a sweep."""
+    raw = train_config().model_dump(mode="json")
+    config, without = (validate(TrainConfig, {**raw, "lpl": lpl}, "x.yaml") for lpl in ({"target_share": share}, None))
+    assert (config == without) is (share == 0) and (config.lpl is None) is (share == 0)
+
+
 def test_the_public_implementation_as_a_preset():
     lpl = LPLConfig(weight=1.0, preset="diffusers_script")
     assert lpl.gate.max_timestep == 200 and lpl.normalize.over == "channels" and lpl.normalize.source == "target"
