@@ -3,7 +3,8 @@
     python -m launch.after RUN/launch STATUS
 
 The scheduler requeues what it preempts by force and what its nodes lose; a job that ended by itself before that, because it was
-told in time, or because a rank died, is requeued here.
+told in time, or because a rank died, is requeued here.  On a node that was cut off and is back it may be that the job has long gone
+on elsewhere: then nothing is done.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from launch.folder import BAD_INPUT, JobFolder
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 
-DONE = "done"
+DONE, REPLACED = "done", "the job has gone on without it"
 EARLY_S = 60
 """By how much SLURM may announce the end of the time too early."""
 
@@ -73,6 +74,9 @@ def main(folder: JobFolder, status: int) -> Decision:
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
+    if folder.has_later_attempt(job, attempt) or int(fields_of(shown).get("Restarts", attempt)) > attempt:
+        print(f"launch: attempt {attempt} ended: {REPLACED}", flush=True)
+        return Decision(False, REPLACED)
     exits = folder.exits(job, attempt)
     bad = [found for found in exits if found["status"]]
     complete = run_dir.complete_checkpoints()
@@ -119,11 +123,14 @@ def show_job(job: str) -> str:
     return found.stdout
 
 
+def fields_of(shown: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
 def time_is_up(shown: str, signal_s: int) -> bool:
     """The attempt ended so close to its limit that the limit was the reason."""
-    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     try:
-        used, limit = (seconds(fields[name]) for name in ("RunTime", "TimeLimit"))
+        used, limit = (seconds(fields_of(shown)[name]) for name in ("RunTime", "TimeLimit"))
     except (KeyError, ValueError):
         return False
     return used >= limit - signal_s - EARLY_S

@@ -62,6 +62,10 @@ class JobFolder:
         """Where rank 0 of an attempt says how it is reached."""
         return self.path / f"rendezvous_{job}_{attempt}.json"
 
+    def has_later_attempt(self, job: str, attempt: int) -> bool:
+        found = self.path.glob(f"rendezvous_{job}_*.json")
+        return any(int(path.stem.rpartition("_")[2]) > attempt for path in found)
+
 
 def publish_json(path: Path, value: dict[str, Any]) -> None:
     with published(path) as temporary:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,9 +38,14 @@ class HasPieces(Protocol):
 
 
 class CheckpointManager:
-    def __init__(self, run_dir: RunDir, config: CheckpointConfig, identity: str = "") -> None:
-        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused."""
-        self.run_dir, self.config, self.identity = run_dir, config, identity
+    def __init__(
+        self, run_dir: RunDir, config: CheckpointConfig, identity: str = "", fence: Callable[[], None] = lambda: None
+    ) -> None:
+        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused.
+
+        `fence` does not return, on rank 0, where the run is another process's by now.
+        """
+        self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
@@ -143,7 +150,8 @@ class CheckpointManager:
         samples_seen: int,
     ) -> Path:
         self.finish()
-        world, temporary, updates = strategy.world, final.with_name(WRITING + final.name), strategy.optimizer_steps
+        world, updates = strategy.world, strategy.optimizer_steps
+        temporary = final.with_name(f"{WRITING}{final.name}_{self._own_name}")
 
         def publish() -> None:
             files = merge_parts(temporary, world.world_size)
@@ -151,6 +159,7 @@ class CheckpointManager:
             kind = type(strategy).__name__
             Manifest(step, samples_seen, updates, kind, world.world_size, self.identity, files).write(temporary)
             sync_folder(temporary)
+            self.fence()
             self._remove(final)
             temporary.rename(final)
             sync_folder(final.parent)
@@ -168,16 +177,24 @@ class CheckpointManager:
             self.finish()
         return final
 
+    @cached_property
+    def _own_name(self) -> str:
+        """Communicates when first asked for: of this process group, so that ranks of an earlier one which live on, cut off on a
+        node that nobody can reach, write into a folder of their own, which the heirs' first sweep has removed."""
+        return broadcast_json(secrets.token_hex(4))
+
     def _start(self, temporary: Path) -> None:
+        self.fence()
         self._sweep()
         temporary.mkdir(parents=True)
 
     def _sweep(self) -> None:
         """Remove what interrupted saves and removals left behind."""
         for parent in (self.run_dir.checkpoints, self.run_dir.snapshot(0).parent):
-            for prefix in (WRITING, REMOVING):
-                for folder in parent.glob(f"{prefix}*"):
-                    shutil.rmtree(folder)
+            for folder in parent.glob(f"{WRITING}*"):
+                self._remove(folder)
+            for folder in parent.glob(f"{REMOVING}*"):
+                shutil.rmtree(folder)
 
     def _retain(self) -> None:
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
@@ -192,7 +209,7 @@ class CheckpointManager:
         return {*best, *(step for step, lease in self.run_dir.evaluation_leases() if not is_stale(lease))}
 
     def _remove(self, folder: Path) -> None:
-        """By rename first, so that a checkpoint is never seen half removed."""
+        """By rename first, so that a checkpoint is never seen half removed, and nobody begins a file in it meanwhile."""
         if folder.exists():
             doomed = folder.with_name(REMOVING + folder.name)
             folder.rename(doomed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lpl_pretrain.config.rundir import RunDir
@@ -18,7 +18,9 @@ from lpl_pretrain.runtime.mirror import Mirror
 class Sinks:
     """Writes on rank 0 and is silent elsewhere."""
 
-    def __init__(self, run_dir: RunDir, config: TrainConfig, rank: int) -> None:
+    def __init__(self, run_dir: RunDir, config: TrainConfig, rank: int, fence: Callable[[], None] = lambda: None) -> None:
+        """`fence` does not return where the run is another process's by now."""
+        self.fence = fence
         self.file = self.mirror = None
         if rank != 0:
             return
@@ -50,4 +52,5 @@ class Sinks:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
+            self.fence()
             self.file.write(json.dumps(line) + "\n")

@@ -39,7 +39,9 @@ DefMemPerCPU=100
 PropagateResourceLimits=NONE
 SlurmdTimeout={slurmd_timeout_s}
 KillWait={kill_wait_s}
-MessageTimeout=5
+# a host whose cable is pulled refuses nothing: how long everybody tries to reach it
+MessageTimeout=3
+TCPTimeout=1
 # finished jobs stay in the controller's table: the stand-in for sacct reads them there
 MinJobAge=86400
 # a node that comes back serves again, whatever it was down for

@@ -1,0 +1,76 @@
+"""The cable of a node is pulled while its ranks train: SLURM begins the job again elsewhere, and the old ranks live on, unseen.
+
+They see the run's folder all the time, as they would where storage has a network of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.slurm import test_training
+from tests.slurm.test_training import EVERY, STRATEGIES, Job
+from tests.support.commands import lines, lpl
+
+folder = test_training.folder
+STEPS = 140
+
+
+def test_goes_on_without_a_node_that_is_cut_off(cluster, folder):
+    """First the node without rank 0, then the one with it, when the first is back; all that time nobody else writes to the run."""
+    own = [*STRATEGIES["fsdp2"], f"steps={STEPS}"]
+    job = Job(cluster, folder, "cut", *own)
+    job.wait_steps(30)
+    _, other = nodes_of(job)
+    others = ranks_of(job, other)
+    with ThreadPoolExecutor() as pool:  # while SLURM misses the node nothing else computes
+        alone = pool.submit(lpl, "train", folder / "train.yaml", f"run_dir={folder}/alone", *own, ranks=4)
+        seen = {"without a node": job.goes_on_after(lambda: cluster.cut(other))}
+        assert len(others()) == 2, "ranks live on, else this test shows nothing"
+        alone.result()
+    job.wait_steps(20)
+    node, _ = nodes_of(job)
+    leaders = ranks_of(job, node)
+    assert len(leaders()) == 2
+    seen["without that of rank 0"] = job.goes_on_after(lambda: (cluster.cut(node), cluster.mend(other)))
+    assert not others(), "SLURM has ended them where it can reach them"
+    began = time.monotonic()
+    job.wait(lambda: len(leaders()) < 2, "rank 0 ends by itself when the run is another one's", timeout_s=30)
+    ended = time.monotonic() - began
+    job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
+    cluster.mend(node)
+    job.wait(lambda: not leaders(), "the end of the old ranks", timeout_s=30)
+    print(f"\nseconds until it went on, and steps lost: {seen}; the old rank 0 ended {ended:.1f} s later")
+    assert pieces(job.run) == pieces(folder / "alone")
+    assert all(0 <= steps <= EVERY + 5 for _, steps in seen.values())
+    assert_one_writer(job)
+    assert [found["reason"] for found in job.folder.read_attempts()] == ["done"], "what was cut off does not decide what goes on"
+
+
+def nodes_of(job):
+    """The one with the batch script and rank 0, and the other one."""
+    first, listed = job.cluster.run("squeue", "-h", "-j", job.id, "-o", "%B %N").stdout.split()
+    found = job.cluster.run("scontrol", "show", "hostnames", listed).stdout.split()
+    return sorted(found, key=lambda node: node != first)
+
+
+def ranks_of(job, node):
+    """Asks which of those that train there now still live."""
+    now = {pid for pid, _ in job.ranks(node)}
+    return lambda: now & {pid for pid, _ in job.ranks(node)}
+
+
+def pieces(run):
+    """Bytes of the last checkpoint."""
+    last = run / "checkpoints" / f"step_{STEPS:08d}"
+    return {file.name: file.read_bytes() for file in sorted(last.glob("*")) if file.name != "manifest.json"}
+
+
+def assert_one_writer(job):
+    """Steps follow each other from wherever the run was resumed: no line is anybody else's."""
+    step = 0
+    for line in lines(job.run):
+        if "event" not in line:
+            assert line["step"] == step + 1, f"step {line['step']} was logged after step {step}"
+        step = line["step"]
+    assert step == STEPS
