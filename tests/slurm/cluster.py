@@ -40,7 +40,7 @@ PropagateResourceLimits=NONE
 SlurmdTimeout={slurmd_timeout_s}
 KillWait={kill_wait_s}
 # a host whose cable is pulled refuses nothing: how long everybody tries to reach it
-MessageTimeout=3
+MessageTimeout=5
 TCPTimeout=1
 # finished jobs stay in the controller's table: the stand-in for sacct reads them there
 MinJobAge=86400
