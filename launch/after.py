@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,21 @@ def main(folder: JobFolder, status: int) -> Decision:
     limits = {key: facts["profile"][key] for key in ("max_timeouts", "max_failures")}
     decision = decide(ending, earlier, **limits)
     first = {"rank": bad[0]["rank"], "host": bad[0]["host"]} if bad else {}
-    folder.note_attempt(
-        {
-            "job": job,
-            "attempt": attempt,
-            "status": ending.status,
-            "reason": decision.reason,
-            "requeued": decision.requeue,
-            "steps": list(ending.steps),
-            "code": fingerprint(),
-            "time_s": time.time(),
-            **first,
-        }
-    )
-    print(f"launch: attempt {attempt} ended: {decision.reason}; {'goes on' if decision.requeue else 'ends here'}", flush=True)
+    with suppress(OSError):  # a full disk is no reason not to go on
+        folder.note_attempt(
+            {
+                "job": job,
+                "attempt": attempt,
+                "status": ending.status,
+                "reason": decision.reason,
+                "requeued": decision.requeue,
+                "steps": list(ending.steps),
+                "code": fingerprint(),
+                "time_s": time.time(),
+                **first,
+            }
+        )
+        print(f"launch: attempt {attempt} ended: {decision.reason}; {'goes on' if decision.requeue else 'ends here'}", flush=True)
     if decision.requeue:
         subprocess.run(["scontrol", "requeue", job], check=False)
     return decision

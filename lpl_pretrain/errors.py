@@ -7,6 +7,9 @@ They live at the root of the package because `config`, the lowest room, raises t
 class LPLError(Exception):
     """Base of every error that is the input's fault; the command line prints it without a traceback."""
 
+    status = 2
+    """Exit status: trying again would not help."""
+
 
 class ConfigError(LPLError):
     """A configuration that cannot run."""
@@ -18,6 +21,12 @@ class DataError(LPLError):
 
 class CheckpointError(LPLError):
     """A checkpoint that is incomplete, damaged, or belongs to another run."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written: the disk's fault, which may be gone when the run is begun again."""
+
+    status = 1
 
 
 class NonFiniteError(LPLError):

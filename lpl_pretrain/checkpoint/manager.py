@@ -22,7 +22,7 @@ from lpl_pretrain.checkpoint.staging import HostCopies, Task
 from lpl_pretrain.checkpoint.store import STATE, Reader, merge_parts, read_state, write_rank
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import is_stale
@@ -49,6 +49,8 @@ class CheckpointManager:
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
+        self._temporary: Path | None = None
+        """On rank 0: where it is written."""
         self._newest = 0
         self.published = 0
         """Not collective: step of the newest checkpoint that this process knows to be published; the same on all ranks."""
@@ -76,7 +78,7 @@ class CheckpointManager:
     def advance(self) -> None:
         """Communicates while `saving`: waits until all ranks are through with this phase, and starts the next one.
 
-        Raises on all ranks what went wrong on one.
+        Raises on all ranks what went wrong on one; what was written until then is removed, for a full disk is full for others too.
         """
         if not self._phases:
             return
@@ -84,7 +86,9 @@ class CheckpointManager:
         trouble = first_over_ranks(done.wait())
         if trouble is not None:
             self._phases = []
-            raise CheckpointError(trouble) from done.cause
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise SaveError(trouble) from done.cause
         if self._phases:
             self._phases[0].start()
         else:
@@ -166,7 +170,8 @@ class CheckpointManager:
             self._retain()
 
         rank0 = world.rank == 0
-        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0)
+        self._temporary = temporary if rank0 else None
+        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0, error=SaveError)
         copies = self._copies.of(live, strategy.device) if self.config.asynchronous else list(live)
         self._phases = [
             Task(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, copies)),
@@ -225,10 +230,10 @@ def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:
     yield from ema.pieces()
 
 
-def _together(what: str, action: Callable[[], None], *, act: bool = True) -> None:
+def _together(what: str, action: Callable[[], None], *, act: bool = True, error: type[CheckpointError] = CheckpointError) -> None:
     """Communicates: run `action` on the ranks that `act`; an error on any of them is raised on all."""
     task = Task(what, action if act else lambda: None)
     task.run()
     trouble = first_over_ranks(task.trouble)
     if trouble is not None:
-        raise CheckpointError(trouble) from task.cause
+        raise error(trouble) from task.cause

@@ -164,9 +164,9 @@ def main() -> None:
 
 
 def run(group: click.Group) -> None:
-    """Errors that are the input's fault are printed without a traceback; exit status 2."""
+    """Errors that a user can act on are printed without a traceback."""
     try:
         group()
     except LPLError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.status)

@@ -40,3 +40,15 @@ def test_only_the_newest_attempt_asks_for_another(tmp_path, monkeypatch, schedul
     assert decision.requeue != replaced and (decision.reason == REPLACED) == replaced
     assert asked() == (["show"] if replaced else ["show", "requeue"])
     assert bool(folder.read_attempts()) != replaced
+
+
+def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler):
+    """That an attempt has ended cannot be noted: the next one is asked for all the same."""
+    says, asked = scheduler
+    says("JobId=7 Restarts=0")
+    folder = JobFolder(tmp_path)
+    folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": ClusterProfile().model_dump(mode="json")})
+    folder.attempts.symlink_to("/dev/full")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(JobFolder, "read_attempts", lambda self: [])
+    assert main(folder, 1).requeue and asked() == ["show", "requeue"]
