@@ -11,7 +11,7 @@ import pytest
 
 from tests.slurm import test_training
 from tests.slurm.conftest import running
-from tests.slurm.test_network import ends_as
+from tests.slurm.test_network import ends_as, restarts
 from tests.slurm.test_training import STRATEGIES, Job
 from tests.support.commands import lpl
 
@@ -70,8 +70,3 @@ def test_goes_on_when_there_is_space_again(cluster, folder, disk):
     assert (first["status"], first["reason"], first["requeued"]) == (1, "failed with status 1, 1 of 3 in a row", True)
     assert last["reason"] == "done"
     assert "step_00000040" in (told := job.launch("logs", job.run).stdout) and "SaveError" in told and "No space left" in told
-
-
-def restarts(job):
-    """As the scheduler counts them."""
-    return int(job.cluster.run("squeue", "-h", "-j", job.id, "-O", "RestartCnt").stdout)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tests.slurm import test_training
 from tests.slurm.test_training import EVERY, STRATEGIES, Job
@@ -17,33 +18,46 @@ STEPS = 140
 
 
 def test_goes_on_without_a_node_that_is_cut_off(cluster, folder):
-    """First the node without rank 0, then the one with it, when the first is back; all that time nobody else writes to the run."""
+    """First the node without rank 0, then the one with it; all that time nobody else writes to the run."""
     own = [*STRATEGIES["fsdp2"], f"steps={STEPS}"]
     job = Job(cluster, folder, "cut", *own)
     job.wait_steps(30)
-    _, other = nodes_of(job)
-    others = ranks_of(job, other)
+    first, second = nodes_of(job)
+    led, followed = ranks_of(job, first), ranks_of(job, second)
+    assert len(led()) == len(followed()) == 2
     with ThreadPoolExecutor() as pool:  # while SLURM misses the node nothing else computes
         alone = pool.submit(lpl, "train", folder / "train.yaml", f"run_dir={folder}/alone", *own, ranks=4)
-        seen = {"without a node": job.goes_on_after(lambda: cluster.cut(other))}
-        assert len(others()) == 2, "ranks live on, else this test shows nothing"
+        seen = {"without a node": job.goes_on_after(partial(cut_until_it_runs_elsewhere, job, second, followed))}
         alone.result()
     job.wait_steps(20)
-    node, _ = nodes_of(job)
-    leaders = ranks_of(job, node)
-    assert len(leaders()) == 2
-    seen["without that of rank 0"] = job.goes_on_after(lambda: (cluster.cut(node), cluster.mend(other)))
-    assert not others(), "SLURM has ended them where it can reach them"
+    first, _ = nodes_of(job)
+    led = ranks_of(job, first)
+    assert len(led()) == 2
+    seen["without that of rank 0"] = job.goes_on_after(lambda: cluster.cut(first))
     began = time.monotonic()
-    job.wait(lambda: len(leaders()) < 2, "rank 0 ends by itself when the run is another one's", timeout_s=30)
-    ended = time.monotonic() - began
+    job.wait(lambda: len(led()) < 2, "rank 0 ends by itself when the run is another one's", timeout_s=30)
+    seen["the old rank 0 ended after"] = round(time.monotonic() - began, 1)
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
-    cluster.mend(node)
-    job.wait(lambda: not leaders(), "the end of the old ranks", timeout_s=30)
-    print(f"\nseconds until it went on, and steps lost: {seen}; the old rank 0 ended {ended:.1f} s later")
+    cluster.mend(first)
+    job.wait(lambda: not led(), "the end of the old ranks", timeout_s=30)
+    print(f"\nseconds until it went on, and steps lost: {seen}")
     ends_as(job, folder / "alone", STEPS)
-    assert all(0 <= steps <= EVERY + 5 for _, steps in seen.values())
+    assert all(0 <= seen[name][1] <= EVERY + 5 for name in ("without a node", "without that of rank 0"))
     assert [found["reason"] for found in job.folder.read_attempts()] == ["done"], "what was cut off does not decide what goes on"
+
+
+def cut_until_it_runs_elsewhere(job, node, alive):
+    """And not until it would begin there again: SLURM may end the new attempt as a leftover of the old one."""
+    job.cluster.cut(node)
+    job.wait(lambda: restarts(job) == 1 and job.cluster.job_state(job.id) == "RUNNING", "the job begins again")
+    assert len(alive()) == 2, "ranks live on, else this test shows nothing"
+    job.cluster.mend(node)
+    job.wait(lambda: not alive(), "the end of the old ranks", timeout_s=30)
+
+
+def restarts(job):
+    """As the scheduler counts them."""
+    return int(job.cluster.run("squeue", "-h", "-j", job.id, "-O", "RestartCnt").stdout)
 
 
 def nodes_of(job):
