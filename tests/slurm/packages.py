@@ -48,20 +48,6 @@ def missing() -> str | None:
     except subprocess.CalledProcessError as error:
         return f"{', '.join(absent())} cannot be installed: {error.stderr.strip()[-300:]}"
     # root inside a plain container may lack the right
-    probe = subprocess.run(
-        [
-            "unshare",
-            "--mount",
-            "--uts",
-            "--net",
-            "--pid",
-            "--fork",
-            "--mount-proc",
-            "sh",
-            "-c",
-            f"{SWITCH} && ip link add type veth",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    unshare = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", "sh", "-c"]
+    probe = subprocess.run([*unshare, f"{SWITCH} && ip link add type veth"], capture_output=True, text=True)
     return f"root may not make namespaces or wires here: {probe.stderr.strip()}" if probe.returncode else None

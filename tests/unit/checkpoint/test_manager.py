@@ -13,7 +13,7 @@ from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.checkpoint.manifest import Manifest, damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.evaluation.files import publish_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
@@ -105,7 +105,7 @@ def test_leftovers_are_swept(tmp_path, run):
 
 
 def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkeypatch):
-    """An error before the manifest, or before the rename, leaves no checkpoint behind, and takes no space."""
+    """An error before that leaves no checkpoint and takes no space; it is not the input's fault: trying again may help."""
     keeper = manager(tmp_path)
 
     def crash(*args):
@@ -118,11 +118,14 @@ def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkey
     monkeypatch.undo()
     there = []
     monkeypatch.setattr(Manifest, "write", lambda self, folder: crash(there.extend(path.name for path in folder.iterdir())))
-    with pytest.raises(CheckpointError, match="pulled the plug") as caught:
+    with pytest.raises(SaveError, match="pulled the plug") as caught:
         keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
     assert sorted(there) == ["index.json", "pieces_00000.safetensors", "state.json"]
     assert not list(keeper.run_dir.checkpoints.iterdir())
-    assert caught.value.status == 1, "not the input's fault: trying again may help"
+    monkeypatch.setattr(CheckpointManager, "_start", crash)
+    with pytest.raises(SaveError, match="step_00000001_.*: cannot be made: OSError: pulled the plug"):
+        keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
+    assert caught.value.status == 1
 
 
 class Ended(Exception):
