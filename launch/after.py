@@ -3,7 +3,8 @@
     python -m launch.after RUN/launch STATUS
 
 The scheduler requeues what it preempts by force and what its nodes lose; a job that ended by itself before that, because it was
-told in time, or because a rank died, is requeued here.
+told in time, or because a rank died, is requeued here.  On a node that was cut off and is back it may be that the job has long gone
+on elsewhere: then nothing is done.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import BAD_INPUT, UNFIT
 from lpl_pretrain.runtime.code import fingerprint
 
-DONE = "done"
+DONE, REPLACED = "done", "the job has gone on without it"
 EARLY_S = 60
 """By how much SLURM may announce the end of the time too early."""
 
@@ -105,6 +107,9 @@ def main(folder: JobFolder, status: int) -> Decision:
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
+    if folder.has_later_attempt(job, attempt) or int(fields(shown).get("Restarts", attempt)) > attempt:
+        print(f"launch: attempt {attempt} ended: {REPLACED}", flush=True)
+        return Decision(False, REPLACED)
     exits = folder.exits(job, attempt)
     bad = sorted((found for found in exits if found["status"]), key=lambda found: found["status"] != UNFIT)
     complete = run_dir.complete_checkpoints()
@@ -136,10 +141,11 @@ def main(folder: JobFolder, status: int) -> Decision:
         "time_s": time.time(),
         **(culprits(bad) if bad else {}),
     }
-    folder.note_attempt(found)
-    folder.drop_empty_stacks(job)
-    then = "goes on" if decision.requeue else "ends here"
-    print(f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True)
+    with suppress(OSError):  # a full disk is no reason not to go on
+        folder.note_attempt(found)
+        folder.drop_empty_stacks(job)
+        then = "goes on" if decision.requeue else "ends here"
+        print(f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True)
     if decision.requeue:
         requeue(job, folder.read_facts()["profile"]["exclude"] if excluding else [])
     return decision

@@ -88,6 +88,10 @@ class JobFolder:
         """Where rank 0 of an attempt says how it is reached."""
         return self.path / f"rendezvous_{job}_{attempt}.json"
 
+    def has_later_attempt(self, job: str, attempt: int) -> bool:
+        found = self.path.glob(f"rendezvous_{job}_*.json")
+        return any(int(path.stem.rpartition("_")[2]) > attempt for path in found)
+
 
 def this_job() -> str:
     """Its name, as squeue, scancel and scontrol take it; that of one task where it belongs to an array (array.py says why)."""

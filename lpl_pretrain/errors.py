@@ -27,6 +27,12 @@ class CheckpointError(LPLError):
     """A checkpoint that is incomplete, damaged, or belongs to another run."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written: the disk's fault, which may be gone when the run is begun again."""
+
+    status = 1
+
+
 class NonFiniteError(LPLError):
     """A loss or gradient that is NaN or infinite, found before it reached a parameter."""
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from lpl_pretrain.checkpoint.staging import HostCopies, Task
 from lpl_pretrain.checkpoint.store import STATE, Reader, merge_parts, read_state, write_rank
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import is_stale
@@ -36,12 +38,19 @@ class HasPieces(Protocol):
 
 
 class CheckpointManager:
-    def __init__(self, run_dir: RunDir, config: CheckpointConfig, identity: str = "") -> None:
-        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused."""
-        self.run_dir, self.config, self.identity = run_dir, config, identity
+    def __init__(
+        self, run_dir: RunDir, config: CheckpointConfig, identity: str = "", fence: Callable[[], None] = lambda: None
+    ) -> None:
+        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused.
+
+        `fence` does not return, on rank 0, where the run is another process's by now.
+        """
+        self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
+        self._temporary: Path | None = None
+        """On rank 0: where it is written."""
         self._newest = 0
         self.published = 0
         """Not collective: step of the newest checkpoint that this process knows to be published; the same on all ranks."""
@@ -69,7 +78,7 @@ class CheckpointManager:
     def advance(self) -> None:
         """Communicates while `saving`: waits until all ranks are through with this phase, and starts the next one.
 
-        Raises on all ranks what went wrong on one.
+        Raises on all ranks what went wrong on one; what was written until then is removed, for a full disk is full for others too.
         """
         if not self._phases:
             return
@@ -77,7 +86,9 @@ class CheckpointManager:
         trouble = first_over_ranks(done.wait())
         if trouble is not None:
             self._phases = []
-            raise CheckpointError(trouble) from done.cause
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise SaveError(trouble) from done.cause
         if self._phases:
             self._phases[0].start()
         else:
@@ -143,7 +154,8 @@ class CheckpointManager:
         samples_seen: int,
     ) -> Path:
         self.finish()
-        world, temporary, updates = strategy.world, final.with_name(WRITING + final.name), strategy.optimizer_steps
+        world, updates = strategy.world, strategy.optimizer_steps
+        temporary = final.with_name(f"{WRITING}{final.name}_{self._own_name}")
 
         def publish() -> None:
             files = merge_parts(temporary, world.world_size)
@@ -151,13 +163,15 @@ class CheckpointManager:
             kind = type(strategy).__name__
             Manifest(step, samples_seen, updates, kind, world.world_size, self.identity, files).write(temporary)
             sync_folder(temporary)
+            self.fence()
             self._remove(final)
             temporary.rename(final)
             sync_folder(final.parent)
             self._retain()
 
         rank0 = world.rank == 0
-        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0)
+        self._temporary = temporary if rank0 else None
+        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0, error=SaveError)
         copies = self._copies.of(live, strategy.device) if self.config.asynchronous else list(live)
         self._phases = [
             Task(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, copies)),
@@ -168,16 +182,24 @@ class CheckpointManager:
             self.finish()
         return final
 
+    @cached_property
+    def _own_name(self) -> str:
+        """Communicates when first asked for: of this process group, so that ranks of an earlier one which live on, cut off on a
+        node that nobody can reach, write into a folder of their own, which the heirs' first sweep has removed."""
+        return broadcast_json(secrets.token_hex(4))
+
     def _start(self, temporary: Path) -> None:
+        self.fence()
         self._sweep()
         temporary.mkdir(parents=True)
 
     def _sweep(self) -> None:
         """Remove what interrupted saves and removals left behind."""
         for parent in (self.run_dir.checkpoints, self.run_dir.snapshot(0).parent):
-            for prefix in (WRITING, REMOVING):
-                for folder in parent.glob(f"{prefix}*"):
-                    shutil.rmtree(folder)
+            for folder in parent.glob(f"{WRITING}*"):
+                self._remove(folder)
+            for folder in parent.glob(f"{REMOVING}*"):
+                shutil.rmtree(folder)
 
     def _retain(self) -> None:
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
@@ -192,7 +214,7 @@ class CheckpointManager:
         return {*best, *(step for step, lease in self.run_dir.evaluation_leases() if not is_stale(lease))}
 
     def _remove(self, folder: Path) -> None:
-        """By rename first, so that a checkpoint is never seen half removed."""
+        """By rename first, so that a checkpoint is never seen half removed, and nobody begins a file in it meanwhile."""
         if folder.exists():
             doomed = folder.with_name(REMOVING + folder.name)
             folder.rename(doomed)
@@ -208,10 +230,10 @@ def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:
     yield from ema.pieces()
 
 
-def _together(what: str, action: Callable[[], None], *, act: bool = True) -> None:
+def _together(what: str, action: Callable[[], None], *, act: bool = True, error: type[CheckpointError] = CheckpointError) -> None:
     """Communicates: run `action` on the ranks that `act`; an error on any of them is raised on all."""
     task = Task(what, action if act else lambda: None)
     task.run()
     trouble = first_over_ranks(task.trouble)
     if trouble is not None:
-        raise CheckpointError(trouble) from task.cause
+        raise error(trouble) from task.cause

@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def run(group: click.Group) -> None:
-    """Errors that are the input's fault are printed without a traceback."""
+    """Errors that a user can act on are printed without a traceback."""
     try:
         group()
     except LPLError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -62,8 +63,8 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
         from lpl_pretrain.evaluation.job import evaluate
 
         score = partial(evaluate, run_dir, protocol, device, None, world)
-    with lease:
-        complete = train(config, run_dir, world, device, stop, score)
+    with lease or nullcontext():
+        complete = train(config, run_dir, world, device, stop, score, lease.check if lease else lambda: None)
     log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
     dist.leave()
 
@@ -75,14 +76,17 @@ def accepted(config: TrainConfig, run_dir: RunDir, world: World) -> tuple[DataFo
     return data, inline_protocol(config)
 
 
-def hold(run_dir: RunDir, world: World) -> AbstractContextManager:
-    """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.  Raises CheckpointError."""
+def hold(run_dir: RunDir, world: World) -> Lease | None:
+    """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.  Raises CheckpointError.
+
+    A process that has lost it ends.
+    """
     from lpl_pretrain.runtime.dist import first_over_ranks
 
     if world.rank:
         lease, trouble = None, None
     else:
-        lease = Lease(run_dir.live, job=world.scheduler_job())
+        lease = Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir))
         holder = read_lease(run_dir.live)
         trouble = None
         if not lease.take():
@@ -92,7 +96,15 @@ def hold(run_dir: RunDir, world: World) -> AbstractContextManager:
             )
     if (trouble := first_over_ranks(trouble)) is not None:
         raise CheckpointError(trouble)
-    return nullcontext() if lease is None else lease
+    return lease
+
+
+def give_way(run_dir: RunDir) -> NoReturn:
+    """The run goes on elsewhere. At once: this process's other threads may wait for ranks that are no more."""
+    from lpl_pretrain.runtime.log import log
+
+    log.error("%s: is being trained by another process now: this one, which was cut off or suspended, ends", run_dir.path)
+    os._exit(1)
 
 
 def inline_protocol(config: TrainConfig) -> EvaluateConfig | None:

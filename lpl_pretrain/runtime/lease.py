@@ -3,6 +3,9 @@
 A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches it now and then.  One that was
 not touched for `STALE_S`, or whose process on this host is gone, or that this very job held before it was requeued, belongs to
 nobody and is taken over, by a rename, and so by one worker only.  Times are compared on the file system's own clock.
+
+Nobody can know that a worker is dead on a node that does not answer: one that was cut off, or suspended, and is succeeded, finds
+out when it touches the lease, or asks, and is told by `on_loss`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,9 +27,17 @@ TOUCH_S = 15.0
 class Lease:
     """`with Lease(path) as lease: if lease.held: ...`; nothing is waited for."""
 
-    def __init__(self, path: Path, *, job: str = "", stale_s: float = STALE_S, touch_s: float = TOUCH_S) -> None:
-        """`job`: of a scheduler, which runs it once at a time."""
-        self.path, self.job, self.stale_s, self.touch_s = path, job, stale_s, touch_s
+    def __init__(
+        self,
+        path: Path,
+        *,
+        job: str = "",
+        on_loss: Callable[[], None] = lambda: None,
+        stale_s: float = STALE_S,
+        touch_s: float = TOUCH_S,
+    ) -> None:
+        """`job`: of a scheduler, which runs it once at a time.  `on_loss` may be called by a thread."""
+        self.path, self.job, self.on_loss, self.stale_s, self.touch_s = path, job, on_loss, stale_s, touch_s
         self.token = secrets.token_hex(8)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -34,6 +46,11 @@ class Lease:
     def held(self) -> bool:
         """By this worker, as far as the file tells."""
         return self._thread is not None and read_lease(self.path).get("token") == self.token
+
+    def check(self) -> None:
+        """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's way."""
+        if not self.held:
+            self.on_loss()
 
     def take(self) -> bool:
         """Now, or not at all; once taken it stays so until this context is left."""
@@ -98,8 +115,10 @@ class Lease:
 
     def _keep_touching(self) -> None:
         while not self._over.wait(self.touch_s):
-            with suppress(FileNotFoundError):
-                os.utime(self.path)
+            with suppress(OSError):  # of a file system that may come back
+                self.check()
+                if self.held:
+                    os.utime(self.path)
 
 
 def is_stale(path: Path, stale_s: float = STALE_S) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +87,10 @@ class Run:
         }
 
 
-def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.device) -> Run:
-    """Collective: strategies shard as they are built."""
+def assemble(
+    config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, fence: Callable[[], None] = lambda: None
+) -> Run:
+    """Collective: strategies shard as they are built.  `fence`: as CheckpointManager has it."""
     wants = Wants(captions=bool(config.conditioning.encoders), text=stored_encoders(config.conditioning))
     stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, wants)
     text = text_conditioner(config.conditioning, stream.folders, device)
@@ -120,7 +122,7 @@ def assemble(config: TrainConfig, run_dir: RunDir, world: World, device: torch.d
             config, denoiser, num_classes, text, strategy, schedule, scaling, perceptual, Health(config.optimizer, world), device
         ),
         ema=EMATracker(strategy.local_params(), config.ema),
-        checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config)),
+        checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config), fence),
         grad_accum_steps=accumulation,
         effort=Effort(
             denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index, shape),

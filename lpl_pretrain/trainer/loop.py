@@ -37,14 +37,21 @@ Score = Callable[[], Iterable[dict[str, Any]]]
 
 
 def train(
-    config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, stop: StopRequest, score: Score | None = None
+    config: TrainConfig,
+    run_dir: RunDir,
+    world: World,
+    device: torch.device,
+    stop: StopRequest,
+    score: Score | None = None,
+    fence: Callable[[], None] = lambda: None,
 ) -> bool:
     """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run is complete.
 
-    `score` is called after every published checkpoint, and training waits for it.
+    `score` is called after every published checkpoint, and training waits for it.  `fence` does not return where the run is
+    another process's by now; it is called before writing to what the two would share.
     """
-    run = assemble(config, run_dir, world, device)
-    sinks = Sinks(run_dir, config, world.rank)
+    run = assemble(config, run_dir, world, device, fence)
+    sinks = Sinks(run_dir, config, world.rank, fence)
     watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         first_step = restore(run, sinks)

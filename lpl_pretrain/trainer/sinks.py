@@ -6,8 +6,10 @@ A resumed run appends: when a step appears twice, the last line counts.
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.rundir import RunDir
@@ -18,11 +20,15 @@ from lpl_pretrain.runtime.mirror import Mirror
 class Sinks:
     """Writes on rank 0 and is silent elsewhere."""
 
-    def __init__(self, run_dir: RunDir, config: TrainConfig, rank: int) -> None:
+    def __init__(self, run_dir: RunDir, config: TrainConfig, rank: int, fence: Callable[[], None] = lambda: None) -> None:
+        """`fence` does not return where the run is another process's by now."""
+        self.fence = fence
         self.file = self.mirror = None
         if rank != 0:
             return
         self.file = run_dir.metrics.open("a", buffering=1)
+        if not ends_with_newline(run_dir.metrics):
+            self.file.write("\n")
         if config.log.wandb.mode != "disabled":
             self.mirror = Mirror(
                 run_dir.path, config.name, **config.log.wandb.model_dump(), settings=config.model_dump(mode="json")
@@ -50,4 +56,12 @@ class Sinks:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
+            self.fence()
             self.file.write(json.dumps(line) + "\n")
+
+
+def ends_with_newline(path: Path) -> bool:
+    """Or is empty. A process that was killed, or found no space, leaves part of a line."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        return file.read() in (b"", b"\n")

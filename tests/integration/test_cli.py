@@ -109,6 +109,20 @@ def test_a_run_is_trained_by_one_at_a_time(world):
     assert not (run / "metrics.jsonl").exists()
 
 
+def test_a_training_ends_when_the_run_is_another_ones(world):
+    """It was suspended, say, and its job was begun again elsewhere."""
+    run = world / "lost"
+    command = [sys.executable, "-m", "lpl_pretrain", "train", str(world / "train.yaml"), f"run_dir={run}", "steps=100000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as ghost:
+        while not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        mine = run / "mine.lease"
+        mine.write_text(json.dumps({"token": "another"}))
+        os.rename(mine, RunDir(run).live)
+        told = ghost.communicate(timeout=60)[1]
+    assert ghost.returncode == 1 and "is being trained by another process now" in told
+
+
 def test_scores_while_training_waits(world):
     """On two ranks, of every checkpoint, and the run is the same as without; one that cannot run is refused at once."""
     run = world / "inline"

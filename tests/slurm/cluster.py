@@ -1,7 +1,7 @@
 """A throw-away multi-node SLURM cluster on one machine: the real daemons, made-up hardware, no trace left behind.
 
-Every machine of the cluster is a set of kernel namespaces (processes, host name, mounts), so a SIGKILL to its PID 1 is a power
-cut: whatever ran there is gone before the kernel lets anybody reap that PID 1. Needs root; all machines share the loopback network.
+Every machine of the cluster is a set of kernel namespaces (processes, host name, mounts, network), so a SIGKILL to its PID 1 is a
+power cut: whatever ran there is gone before the kernel lets anybody reap that PID 1. Needs root.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.slurm.network import ADDRESS, HEAD, PLUG_IN, SWITCH, in_network_of, set_cable
+
 CONF = """\
 ClusterName=test
 # job ids of two clusters must differ: submitit takes the results of an older job of the same id for those of the new one
 FirstJobId={first_job_id}
-SlurmctldHost=head(127.0.0.1)
-SlurmctldPort={port}
+SlurmctldHost=head({head})
 # cred_expire is also how long a requeued job has to wait: 120 s unless told otherwise, and below 5 s it is refused
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
 # no control groups and no systemd needed
@@ -39,7 +39,9 @@ DefMemPerCPU=100
 PropagateResourceLimits=NONE
 SlurmdTimeout={slurmd_timeout_s}
 KillWait={kill_wait_s}
+# a host whose cable is pulled refuses nothing: how long everybody tries to reach it
 MessageTimeout=5
+TCPTimeout=1
 # finished jobs stay in the controller's table: the stand-in for sacct reads them there
 MinJobAge=86400
 # a node that comes back serves again, whatever it was down for
@@ -67,8 +69,11 @@ echo "JobID|State|NodeList"
 exec squeue -a -h -r -t all ${ids:+-j "$ids"} -o "%i|%T|%N"
 """
 
-# own /etc/hosts and own host name, seen by nobody outside; $1 is the hosts file, $2 the name, the rest the command
-AS_HOST = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+SWITCHBOARD = "munge"
+"""The machine that has the switch: munged speaks to nobody over a network."""
+
+# own /etc/hosts and own host name, seen by nobody outside; $1 is the hosts file, $2 the name, $3 the address
+AS_HOST = 'mount --bind "$1" /etc/hosts && hostname "$2" && {{ {wire}; }} && shift 3 && exec "$@" < /dev/null'
 
 
 @dataclass
@@ -112,9 +117,9 @@ class Cluster:
         try:
             self._configure()
             files = [f"--{kind}={self.folder}/run/munge.{kind}" for kind in ("socket", "key-file", "pid-file", "seed-file")]
-            self._start("munge", "/usr/sbin/munged", "--foreground", "--force", *files)
+            self._start(SWITCHBOARD, "", "/usr/sbin/munged", "--foreground", "--force", *files)
             self.wait((self.folder / "run" / "munge.socket").exists, 10, "munged")
-            self._start("head", "/usr/sbin/slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+            self._start("head", HEAD, "/usr/sbin/slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
             for node in self.names:
                 self._start_node(node)
             self.wait(lambda: all(self.node_state(node) == "idle" for node in self.names), 30, "all nodes idle")
@@ -133,7 +138,8 @@ class Cluster:
         self, *argv: str | Path, check: bool = True, timeout: float = 60, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """A command as on the login host, where the nodes' names resolve; with `check` a failure raises its output."""
-        command = ["unshare", "--mount", "--uts", *self._as_host("head"), *map(str, argv)]
+        there = in_network_of(self.machines["head"].init)
+        command = [*there, "unshare", "--mount", "--uts", *self._as_host("head"), *map(str, argv)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env or self.env)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(map(str, argv))}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -200,6 +206,15 @@ class Cluster:
         os.kill(self.machines[node].init, signal.SIGUSR2)
         self._wait_ready(node)
 
+    def cut(self, node: str) -> None:
+        """Pull the node's cable: what runs there runs on, and SLURM notices when the node is silent for too long."""
+        set_cable(self.machines[SWITCHBOARD].init, node, plugged=False)
+
+    def mend(self, node: str) -> None:
+        """Plug the cable in again; returns when SLURM counts on the node again."""
+        set_cable(self.machines[SWITCHBOARD].init, node, plugged=True)
+        self._wait_ready(node)
+
     def logs(self) -> str:
         """The ends of all daemons' logs, for the report of a failed test."""
         # slurmd and slurmctld say everything twice, and with the time only in NAME.log: it replaces NAME.out where there are both
@@ -210,13 +225,11 @@ class Cluster:
     def _configure(self) -> None:
         for name in ("run", "state", "log", "dev", "bin", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(parents=True)
-        ports = free_ports(1 + self.nodes)
-        lines = [CONF.format(port=ports[0], first_job_id=random.randint(1000, 60000), **vars(self))]
-        hosts, gres = ["127.0.0.1 localhost head"], ["AutoDetect=off"]
-        for index, node in enumerate(self.names):
-            address = f"127.0.10.{1 + index}"
-            hosts.append(f"{address} {node}")
-            machine = f"NodeAddr={address} Port={ports[1 + index]} CPUs={self.cpus} RealMemory={self.mem_mib} Gres=gpu:{self.gpus}"
+        lines = [CONF.format(head=HEAD, first_job_id=random.randint(1000, 60000), **vars(self))]
+        hosts, gres = ["127.0.0.1 localhost", f"{HEAD} head"], ["AutoDetect=off"]
+        for node in self.names:
+            hosts.append(f"{self._address(node)} {node}")
+            machine = f"NodeAddr={self._address(node)} CPUs={self.cpus} RealMemory={self.mem_mib} Gres=gpu:{self.gpus}"
             lines.append(f"NodeName={node} NodeHostname={node} {machine} State=UNKNOWN")
             for gpu in range(self.gpus):
                 device = self.folder / "dev" / f"{node}-gpu{gpu}"
@@ -229,26 +242,30 @@ class Cluster:
             (self.folder / name).touch(mode)
             (self.folder / name).write_bytes(data)
 
-    def _as_host(self, name: str) -> list[str]:
-        return ["sh", "-c", AS_HOST, "sh", str(self.folder / "hosts"), name]
+    def _address(self, node: str) -> str:
+        return ADDRESS.format(number=10 + self.names.index(node))
 
-    def _start(self, name: str, *argv: str) -> None:
-        """Start a machine whose PID 1 is the command."""
+    def _as_host(self, name: str, address: str = "", wire: str = ":") -> list[str]:
+        return ["sh", "-c", AS_HOST.format(wire=wire), "sh", str(self.folder / "hosts"), name, address]
+
+    def _start(self, name: str, address: str, *argv: str) -> None:
+        """Start a machine whose PID 1 is the command; the one without an address has the switch."""
         # pdeathsig and kill-child: even where we are killed outright the machine ends with us. The kernel means the thread that
         # started it, not the process: bring a cluster up in the main thread
         keep = ["setpriv", "--pdeathsig", "SIGKILL", "unshare", "--kill-child=SIGKILL"]
-        command = [*keep, "--mount", "--uts", "--pid", "--fork", "--mount-proc", *self._as_host(name), *argv]
-        with open(self.folder / "log" / f"{name}.out", "ab") as log:
+        host = self._as_host(name, address, PLUG_IN if address else SWITCH)
+        command = [*keep, "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", *host, *argv]
+        switch = f"/proc/{self.machines[SWITCHBOARD].init}/ns/net" if address else os.devnull
+        with open(self.folder / "log" / f"{name}.out", "ab") as log, open(switch) as stdin:
             # its own session: Ctrl-C must not reach the daemons before the tests have taken them down
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=self.env
-            )
+            child = subprocess.Popen(command, stdin=stdin, stdout=log, stderr=log, start_new_session=True, env=self.env)
         children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
         init = int(self.wait(lambda: children.read_text().strip(), 10, f"the first process of {name}"))
         self.machines[name] = Machine(child, init, os.open(f"/proc/{init}/ns/pid", os.O_RDONLY))
 
     def _start_node(self, node: str) -> None:
-        self._start(node, sys.executable, "-IS", str(Path(__file__).resolve()), "_node", f"{self.folder}/slurm.conf", node)
+        init = Path(__file__).resolve().with_name("node.py")
+        self._start(node, self._address(node), sys.executable, "-IS", str(init), f"{self.folder}/slurm.conf", node)
 
     def _power_off(self, name: str) -> None:
         self.crash(name)
@@ -260,39 +277,3 @@ class Cluster:
     def _wait_ready(self, node: str) -> None:
         ready = ("idle", "mixed", "allocated", "completing")
         self.wait(lambda: self._has_slurmd(node) and self.node_state(node) in ready, 30, f"{node} ready")
-
-
-def free_ports(count: int) -> list[int]:
-    """Free now, and below both the ephemeral ports and the range from which submitit draws its MASTER_PORT (20000-60000)."""
-    found: set[int] = set()
-    while len(found) < count:
-        port = random.randint(10000, 19999)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            found.add(port)
-    return list(found)
-
-
-def node_init(conf: str, node: str) -> None:
-    """PID 1 of a node: keeps slurmd, reaps what jobs leave; SIGUSR1 kills slurmd and SIGUSR2 starts it again."""
-    # blocked and waited for, not handled: a PID 1 loses signals that come before it has a handler
-    signals = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    slurmd, wanted = 0, True
-    while True:
-        if wanted and not slurmd:
-            argv = ["/usr/sbin/slurmd", "-D", "-N", node, "-f", conf]
-            slurmd = os.posix_spawn(argv[0], argv, os.environ, setsigmask=[])
-            wanted = False
-        number = signal.sigwaitinfo(signals).si_signo
-        if number == signal.SIGUSR1 and slurmd:
-            os.kill(slurmd, signal.SIGKILL)
-        # remembered, as the old slurmd may still be dying
-        wanted = wanted or number == signal.SIGUSR2
-        with contextlib.suppress(ChildProcessError):  # no child is left
-            while pid := os.waitpid(-1, os.WNOHANG)[0]:
-                slurmd = 0 if pid == slurmd else slurmd
-
-
-if __name__ == "__main__" and sys.argv[1:2] == ["_node"]:
-    node_init(*sys.argv[2:])

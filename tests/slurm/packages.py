@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 
-PACKAGE_OF = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+from tests.slurm.network import SWITCH
+
+PACKAGE_OF = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge", "ip": "iproute2"}
 SBIN = "/usr/sbin:/sbin"
 
 
@@ -46,7 +48,6 @@ def missing() -> str | None:
     except subprocess.CalledProcessError as error:
         return f"{', '.join(absent())} cannot be installed: {error.stderr.strip()[-300:]}"
     # root inside a plain container may lack the right
-    probe = subprocess.run(
-        ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True
-    )
-    return f"root may not make namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+    unshare = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", "sh", "-c"]
+    probe = subprocess.run([*unshare, f"{SWITCH} && ip link add type veth"], capture_output=True, text=True)
+    return f"root may not make namespaces or wires here: {probe.stderr.strip()}" if probe.returncode else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 
 import pytest
 
@@ -128,3 +130,60 @@ def test_jobs_outlive_the_slurmd_of_their_node(cluster, talking):
     cluster.start_slurmd(node)
     assert cluster.job_state(job) == "RUNNING"
     assert len(read()) == 1
+
+
+def test_what_runs_on_a_node_that_is_cut_off_runs_on_while_its_job_begins_again_elsewhere(cluster, talking):
+    """Until the node is back: then SLURM ends it."""
+    job, read = talking()
+    node = read()[0].split()[-1]
+    old = [pid for pid, command in cluster.pids_on(node) if "slurm_script" in command]
+    cluster.cut(node)
+    try:
+        cluster.wait(lambda: cluster.node_state(node) == "down*", 30, "SLURM misses the node")
+        cluster.wait(lambda: restarted(read), 30, "the start on another node")
+        assert node not in read()[-1].split() and cluster.job_state(job) == "RUNNING"
+        assert old and all(os.path.exists(f"/proc/{pid}") for pid in old)
+    finally:
+        cluster.mend(node)
+    cluster.wait(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in old), 30, "the end of the old attempt")
+    assert cluster.job_state(job) == "RUNNING" and not restarted(read, 2)
+
+
+def test_nothing_passes_a_cut_cable_and_no_connection_hears_of_it(cluster, submit, tmp_path):
+    """A sender on one node and a receiver on another, which go on where they were when the cable is back."""
+    heard = tmp_path / "heard"
+    talk = f"""#!{sys.executable}
+import os, socket, time
+if os.environ["SLURM_PROCID"] == "0":
+    channel = socket.create_server(("node1", 7000)).accept()[0]
+    while data := channel.recv(99):
+        with open({str(heard)!r}, "ab") as file:
+            file.write(data)
+while True:
+    try:
+        channel = socket.create_connection(("node1", 7000))
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.1)
+for number in range(10**6):
+    channel.sendall(b"%d\\n" % number)
+    time.sleep(0.1)
+"""
+    (tmp_path / "talk.py").write_text(talk)
+    (tmp_path / "talk.py").chmod(0o755)
+    submit(f"#!/bin/sh\nsrun {tmp_path}/talk.py\n", "--nodelist=node1,node2", "--ntasks-per-node=1", "--no-requeue")
+
+    def numbers():
+        return heard.read_text().split() if heard.exists() else []
+
+    cluster.wait(lambda: len(numbers()) > 5, 20, "what is sent is heard")
+    cluster.cut("node2")
+    try:
+        time.sleep(0.5)
+        before = len(numbers())
+        time.sleep(1)
+        assert len(numbers()) == before
+    finally:
+        cluster.mend("node2")
+    cluster.wait(lambda: len(numbers()) > before + 5, 20, "the same connection goes on")
+    assert numbers() == [str(number) for number in range(len(numbers()))]

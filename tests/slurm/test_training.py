@@ -43,7 +43,7 @@ PROFILE = {
     "cpus_per_process": 1,
     "signal_s": 30,
     "time_limit_min": 30,
-    "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    "environment": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -31,6 +32,10 @@ def lpl(*arguments, check=True, ranks=1, **options):
 
 
 def lines(run, key="step"):
-    """Whole ones: a run that goes on may be writing another."""
+    """Whole ones: a run that goes on may be writing another, and a full disk cuts one short."""
     text = (run / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    found = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

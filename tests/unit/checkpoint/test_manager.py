@@ -13,7 +13,7 @@ from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.checkpoint.manifest import Manifest, damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.evaluation.files import publish_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
@@ -105,7 +105,7 @@ def test_leftovers_are_swept(tmp_path, run):
 
 
 def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkeypatch):
-    """A crash before the manifest, or before the rename, leaves no checkpoint behind."""
+    """An error before that leaves no checkpoint and takes no space; it is not the input's fault: trying again may help."""
     keeper = manager(tmp_path)
 
     def crash(*args):
@@ -114,14 +114,51 @@ def test_manifest_is_the_last_file_and_rename_the_last_act(tmp_path, run, monkey
     monkeypatch.setattr(module, "merge_parts", crash)
     with pytest.raises(CheckpointError, match="step_00000001: cannot be published: OSError: pulled the plug"):
         keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
-    half = keeper.run_dir.checkpoints / ".writing_step_00000001"
-    assert half.is_dir() and not (half / "manifest.json").exists()
+    assert not list(keeper.run_dir.checkpoints.iterdir())
     monkeypatch.undo()
-    monkeypatch.setattr(Manifest, "write", crash)
-    with pytest.raises(CheckpointError, match="pulled the plug"):
+    there = []
+    monkeypatch.setattr(Manifest, "write", lambda self, folder: crash(there.extend(path.name for path in folder.iterdir())))
+    with pytest.raises(SaveError, match="pulled the plug") as caught:
         keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
-    assert (half / "state.json").exists() and not (half / "manifest.json").exists()
-    assert keeper.run_dir.complete_checkpoints() == []
+    assert sorted(there) == ["index.json", "pieces_00000.safetensors", "state.json"]
+    assert not list(keeper.run_dir.checkpoints.iterdir())
+    monkeypatch.setattr(CheckpointManager, "_start", crash)
+    with pytest.raises(SaveError, match="step_00000001_.*: cannot be made: OSError: pulled the plug"):
+        keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
+    assert caught.value.status == 1
+
+
+class Ended(Exception):
+    """Stands for the end of a process."""
+
+
+def end():
+    raise Ended
+
+
+def test_a_process_whose_run_is_another_ones_sweeps_and_publishes_nothing(tmp_path, run, monkeypatch):
+    """It learns of it before a save, or at the very end of one."""
+    heir, ghost = manager(tmp_path), manager(tmp_path)
+    heir.save(1, run.strategy, run.ema, {"of": "the heir"}, samples_seen=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", lambda *args, real=Manifest.write: (real(*args), setattr(ghost, "fence", end)))
+        with pytest.raises(CheckpointError, match="step_00000001: cannot be published: Ended"):
+            ghost.save(1, run.strategy, run.ema, {"of": "a ghost"}, samples_seen=16)
+    under_way = heir.run_dir.checkpoints / ".writing_step_00000002_0123abcd"
+    under_way.mkdir()
+    with pytest.raises(CheckpointError, match="Ended"):
+        ghost.save(1, run.strategy, run.ema, {"of": "a ghost"}, samples_seen=16)
+    assert under_way.is_dir() and heir.restore_latest(run.strategy, run.ema) == {"of": "the heir"}
+
+
+def test_who_was_succeeded_does_not_write_where_its_heir_does(tmp_path, run):
+    """It was suspended in between; the heir has swept up after it, and writes a checkpoint of the same step."""
+    names = []
+    for keeper in (manager(tmp_path), manager(tmp_path)):
+        keeper.fence = lambda: names.append([path.name for path in tmp_path.glob("checkpoints/.writing_*")])
+        keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)
+    (first,), (second,) = (found for found in names if found)
+    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -99,3 +99,19 @@ def test_who_was_taken_over_does_not_remove_the_heirs(tmp_path):
             assert heir.held and not asleep.held
             asleep.__exit__()
             assert heir.held
+
+
+def test_who_was_taken_over_is_told(tmp_path):
+    """When it asks, and by itself after a while; and it touches the heir's lease no more, which goes stale when that one dies."""
+    path, told = tmp_path / "x.lease", []
+    with Lease(path, job="17", touch_s=0.05, on_loss=lambda: told.append("cut off")) as holder:
+        holder.check()
+        time.sleep(0.2)
+        assert not told
+        with Lease(path, job="17", touch_s=60):
+            holder.check()
+            assert told
+            told.clear()
+            os.utime(path, (0, 0))
+            time.sleep(0.2)
+            assert told and is_stale(path)
