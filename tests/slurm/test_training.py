@@ -18,7 +18,7 @@ from launch.folder import JobFolder
 from tests.support.commands import ROOT, lines, lpl
 from tests.support.latents import tiny_dataset
 
-STEPS, EVERY = 300, 20
+STEPS, EVERY = 200, 20
 TRAIN = """
 name: slurm
 steps: {steps}
@@ -26,7 +26,7 @@ autoencoder: {autoencoder}
 data: {{folder: {latents}, verify: sizes}}
 model: {{width: 32, depth: 2, heads: 2}}
 diffusion: {{prediction: flow, schedule: rectified_flow}}
-lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 100}}
+lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 60}}
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: {every}}}
@@ -167,7 +167,7 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way):
     lpl("train", folder / "train.yaml", f"run_dir={folder}/{way}_alone", *STRATEGIES[way], ranks=4)
     job, seen = Job(cluster, folder, f"{way}_troubled", *STRATEGIES[way]), {}
     for name, trouble in TROUBLES.items():
-        job.wait_steps(30)
+        job.wait_steps(20)
         seen[name] = job.goes_on_after(partial(trouble, job))
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
     print(f"\n{way}: seconds until it went on, and steps lost: {seen}")
@@ -198,6 +198,7 @@ def test_a_time_limit_is_no_end(cluster, folder):
     job.launch("cancel", job.run)
     job.wait(lambda: cluster.job_state(job.id) == "FAILED", "the end, which is no good one for jobs that depend on it")
     assert job.folder.read_attempts()[-1]["reason"] == "cancelled"
+    assert job.steps() == list(range(1, job.steps()[-1] + 1)) and "0 updates made again" in lpl("audit", job.run).stdout
 
 
 def test_scores_arrive_though_all_are_preempted(cluster, folder):
