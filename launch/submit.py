@@ -59,7 +59,12 @@ def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list
     found = []
     for order in orders:
         folder = order.folder
-        folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        except OSError as problem:
+            raise ConfigError(
+                f"{folder.path}: cannot be made from here: {problem}: submit where the folder of runs is mounted, or set run_dir"
+            ) from None
         folder.cancelled.unlink(missing_ok=True)
         complete = RunDir(order.run_dir).complete_checkpoints()
         facts: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -184,7 +185,8 @@ def main() -> None:
 
 
 def run(group: click.Group) -> None:
-    """Errors that a user can act on are printed without a traceback."""
+    """Errors that a user can act on are printed without a traceback.  What is written is not for all the world to change."""
+    os.umask(os.umask(0o077) | 0o002)
     try:
         group()
     except LPLError as error:

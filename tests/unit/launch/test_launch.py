@@ -187,6 +187,10 @@ def test_without_a_scheduler(tmp_path):
     assert shown.returncode == 0 and "export X=1" in shown.stdout and "resolution_px: 64" in shown.stdout
     assert "very-secret" not in shown.stdout and not (tmp_path / "latents").exists()
     assert "nothing was launched" in launch("status", tmp_path).stderr
+    (tmp_path / "sbatch").touch(0o755)
+    there = {**path, "PATH": str(tmp_path)}
+    blind = launch("encode", config, f"output={profile}/latents", "--cluster", profile, env=there)
+    assert blind.returncode == 2 and "cannot be made from here" in blind.stderr and "Traceback" not in blind.stderr
     unknown = launch("encode", config, "--cluster", profile, "--set", "colour=red")
     assert unknown.returncode == 2 and "colour" in unknown.stderr
 

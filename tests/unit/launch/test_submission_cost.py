@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +45,11 @@ def config(tmp_path):
 
 def test_a_job_of_64_nodes_is_submitted_without_anything_heavy(config, tmp_path):
     arguments = ["train", config, f"run_dir={tmp_path}/run", "--cluster", ROOT / "configs/cluster/slurm.yaml", "--nodes", 64]
-    found = imported("-m", "launch", *arguments, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    found = imported("-m", "launch", *arguments, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, umask=0)
     assert {"launch", "submitit", "pydantic"} <= found and (tmp_path / "run" / "launch" / "job.json").is_file()
     assert not found & HEAVY
+    written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert len(written) >= 5 and not [path for path in written if path.stat().st_mode & stat.S_IWOTH], "whatever the umask"
 
 
 def test_what_is_heavy_is_seen():
