@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from launch.after import DONE
 from launch.folder import JobFolder
+from launch.order import Order
 from launch.profile import ClusterProfile
-from launch.status import ask
-from launch.submit import Order, submit
-from lpl_pretrain.config.load import load_run_config
+from launch.status import ask, training_is_over
+from launch.submit import submit
 from lpl_pretrain.config.rundir import RunDir, step_name
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.lease import Lease, is_stale
@@ -88,7 +88,7 @@ class Watch:
         lease, folder = self.run_dir.evaluation_lease(step, self.protocol), self.order(step).folder
         if lease.is_file() and not is_stale(lease):
             return "alive"
-        job = folder.read_facts()["job"] if folder.facts.is_file() else None
+        job = folder.job
         if job is None:
             return "none"
         ended = ending(folder, job)
@@ -100,10 +100,10 @@ class Watch:
 
     def training_is_over(self) -> bool:
         """All steps are made, or its job went no further."""
-        complete, folder = self.run_dir.complete_checkpoints(), JobFolder(self.run_dir.path / "launch")
-        if complete and complete[-1] >= load_run_config(self.run_dir).steps:
+        if training_is_over(self.run_dir):
             return True
-        job = folder.read_facts()["job"] if folder.facts.is_file() else None
+        folder = JobFolder(self.run_dir.path / "launch")
+        job = folder.job
         return job is not None and (ending(folder, job) is not None or self.is_gone(job))
 
     def is_gone(self, job: str) -> bool:
