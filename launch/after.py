@@ -107,7 +107,7 @@ def main(folder: JobFolder, status: int) -> Decision:
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
-    if folder.has_later_attempt(job, attempt) or int(fields(shown).get("Restarts", attempt)) > attempt:
+    if folder.has_later_attempt(job, attempt):
         print(f"launch: attempt {attempt} ended: {REPLACED}", flush=True)
         return Decision(False, REPLACED)
     exits = folder.exits(job, attempt)
@@ -146,7 +146,8 @@ def main(folder: JobFolder, status: int) -> Decision:
         folder.drop_empty_stacks(job)
         then = "goes on" if decision.requeue else "ends here"
         print(f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True)
-    if decision.requeue:
+    asked_already = int(fields(shown).get("Restarts", attempt)) > attempt  # by a person, or a preemption
+    if decision.requeue and (excluding or not asked_already):
         requeue(job, folder.read_facts()["profile"]["exclude"] if excluding else [])
     return decision
 

@@ -180,13 +180,14 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way):
     told = lpl("audit", job.run).stdout
     assert f"{STEPS} updates of 8 samples, {1 + len(job.resumes())} starts" in told and "none was seen twice" in told
     attempts = job.folder.read_attempts()
+    assert "stopped in time" in [found["reason"] for found in attempts], "when preempted, and when requeued if there was time"
     assert attempts[-1]["reason"] == "done" and any(found["status"] == 137 or found["status"] == -9 for found in attempts)
     assert not [found for node in cluster.names for found in job.ranks(node)], "no process is left"
 
 
 def test_a_time_limit_is_no_end(cluster, folder):
     """Two minutes, whose end SLURM may announce a minute before the 30 seconds asked for; then the job goes on from there."""
-    job = Job(cluster, folder, "limited", *STRATEGIES["fsdp2"], "steps=100000", changes=["time_limit_min=2"])
+    job = Job(cluster, folder, "limited", *STRATEGIES["fsdp2"], "steps=100000", "lpl=null", changes=["time_limit_min=2"])
     job.wait(lambda: job.resumes(), "resumed after the time limit", timeout_s=300)
     first, *_ = job.folder.read_attempts()
     assert first["reason"] == "time limit, 1 of 100" and first["status"] == 0 and first["steps"][1] == job.resumes()[0]["step"]

@@ -24,22 +24,24 @@ def scheduler(tmp_path, monkeypatch):
     return says, lambda: asked.read_text().split()
 
 
-@pytest.mark.parametrize("words, later, replaced", [("Restarts=1", None, True), ("", 1, True), ("Restarts=0", 0, False)])
-def test_only_the_newest_attempt_asks_for_another(tmp_path, monkeypatch, scheduler, words, later, replaced):
-    """As the scheduler has it; and as the files of the job have it, where the scheduler cannot be reached."""
+@pytest.mark.parametrize(
+    ("words", "later", "noted", "asks"),
+    [("Restarts=0", 1, False, False), ("Restarts=1", 0, True, False), ("Restarts=0", 0, True, True)],
+)
+def test_only_the_newest_attempt_asks_for_another(tmp_path, monkeypatch, scheduler, words, later, noted, asks):
+    """And no more once a later one has begun, as the job's files have it, or when the scheduler was asked for one already."""
     says, asked = scheduler
     says(f"JobId=7 {words} RunTime=00:01:00 TimeLimit=01:00:00")
     folder = JobFolder(tmp_path)
     folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": ClusterProfile().model_dump(mode="json")})
-    if later is not None:
-        publish_json(folder.rendezvous("7", later), {})
-        publish_json(folder.rendezvous("77", 5), {})
+    publish_json(folder.rendezvous("7", later), {})
+    publish_json(folder.rendezvous("77", 5), {})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     decision = main(folder, 1)
-    assert decision.requeue != replaced and (decision.reason == REPLACED) == replaced
-    assert asked() == (["show"] if replaced else ["show", "requeue"])
-    assert bool(folder.read_attempts()) != replaced
+    assert decision.requeue == noted and (decision.reason == REPLACED) != noted
+    assert asked() == (["show", "requeue"] if asks else ["show"])
+    assert bool(folder.read_attempts()) == noted
 
 
 def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler):
