@@ -51,7 +51,7 @@ def filled(disk, room=0):
 
 def test_goes_on_when_there_is_space_again(cluster, folder, disk):
     """First too little for a checkpoint, then none for a line of a log, or for telling how an attempt has ended."""
-    own = [*STRATEGIES["zero2"], f"steps={STEPS}", "lpl=null"]
+    own = [*STRATEGIES["zero2"], f"steps={STEPS}"]
     job = Job(cluster, folder, disk.name, *own)
     job.wait(lambda: 22 in job.steps(), "step 22")
     with filled(disk, room=300_000):
