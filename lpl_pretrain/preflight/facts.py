@@ -139,7 +139,7 @@ def wrong_product(device: torch.device) -> str | None:
 
 def checkpoints_gib(config: TrainConfig, run_dir: RunDir, data: DataFolders) -> float:
     """What the checkpoints that are still to come, and that will be kept, take; one is written before another is removed."""
-    from lpl_pretrain.models.build import build_denoiser  # imports diffusers: seconds that a rank need not spend to be refused
+    from lpl_pretrain.models.build import build_denoiser  # imports timm: seconds that a rank need not spend to be refused
 
     index, complete = data.merged, run_dir.complete_checkpoints()
     text = text_shape(config.conditioning.text, text_entries(config.conditioning, index.text)) if config.conditioning.text else None
