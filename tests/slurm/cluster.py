@@ -97,12 +97,18 @@ class Cluster:
     grace_s: int = 20
     kill_wait_s: int = 5
     slurmd_timeout_s: int = 4
+    disk_mib: int = 32
     machines: dict[str, Machine] = field(default_factory=dict, init=False)
 
     @property
     def names(self) -> list[str]:
         """The nodes' names, which are their host names too."""
         return [f"node{index + 1}" for index in range(self.nodes)]
+
+    @property
+    def disk(self) -> Path:
+        """A small one that every machine sees, to be filled."""
+        return self.folder / "disk"
 
     @property
     def env(self) -> dict[str, str]:
@@ -116,10 +122,11 @@ class Cluster:
         atexit.register(self.down)
         try:
             self._configure()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.disk_mib}m", "small", str(self.disk)], check=True)
             files = [f"--{kind}={self.folder}/run/munge.{kind}" for kind in ("socket", "key-file", "pid-file", "seed-file")]
             self._start(SWITCHBOARD, "", "/usr/sbin/munged", "--foreground", "--force", *files)
             self.wait((self.folder / "run" / "munge.socket").exists, 10, "munged")
-            self._start("head", HEAD, "/usr/sbin/slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+            self._start_head()
             for node in self.names:
                 self._start_node(node)
             self.wait(lambda: all(self.node_state(node) == "idle" for node in self.names), 30, "all nodes idle")
@@ -132,14 +139,22 @@ class Cluster:
         """End every machine with all that runs on it; the folder stays. Harmless when repeated."""
         for name in reversed(list(self.machines)):
             self._power_off(name)
+        if self.disk.is_mount():
+            subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
         atexit.unregister(self.down)
 
     def run(
-        self, *argv: str | Path, check: bool = True, timeout: float = 60, cwd: Path | None = None, env: dict[str, str] | None = None
+        self,
+        *argv: str | Path,
+        check: bool = True,
+        timeout: float = 60,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        machine: str = "head",
     ) -> subprocess.CompletedProcess[str]:
         """A command as on the login host, where the nodes' names resolve; with `check` a failure raises its output."""
-        there = in_network_of(self.machines["head"].init)
-        command = [*there, "unshare", "--mount", "--uts", *self._as_host("head"), *map(str, argv)]
+        there = in_network_of(self.machines[machine].init)
+        command = [*there, "unshare", "--mount", "--uts", *self._as_host(machine), *map(str, argv)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env or self.env)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(map(str, argv))}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -223,7 +238,7 @@ class Cluster:
         return "\n".join("\n".join([f"--- {name}", *lines]) for name, lines in sorted(ends.items()))
 
     def _configure(self) -> None:
-        for name in ("run", "state", "log", "dev", "bin", *(f"spool/{node}" for node in self.names)):
+        for name in ("run", "state", "log", "dev", "bin", "disk", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(parents=True)
         lines = [CONF.format(head=HEAD, first_job_id=random.randint(1000, 60000), **vars(self))]
         hosts, gres = ["127.0.0.1 localhost", f"{HEAD} head"], ["AutoDetect=off"]
@@ -262,6 +277,9 @@ class Cluster:
         children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
         init = int(self.wait(lambda: children.read_text().strip(), 10, f"the first process of {name}"))
         self.machines[name] = Machine(child, init, os.open(f"/proc/{init}/ns/pid", os.O_RDONLY))
+
+    def _start_head(self) -> None:
+        self._start("head", HEAD, "/usr/sbin/slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
 
     def _start_node(self, node: str) -> None:
         init = Path(__file__).resolve().with_name("node.py")

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
+from tests.slurm.job import prepare
 from tests.slurm.packages import missing
 
 
 @contextlib.contextmanager
 def running(kind=Cluster):
-    """A cluster for as long as it is needed; what is mounted before is seen by its machines."""
+    """A cluster for as long as it is needed."""
     if reason := missing():
         pytest.skip(reason)
     # not pytest's folder: the name of munge's socket must fit into 107 characters
@@ -30,6 +31,14 @@ def cluster():
     """Three nodes with two GPUs each, as good as empty: a test cancels the jobs that it submits."""
     with running() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Latents, `train.yaml`, and the profile `cluster.yaml`."""
+    folder = tmp_path_factory.mktemp("slurm training")  # a name with a space, as users have them
+    prepare(folder)
+    return folder
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,7 +9,15 @@ import subprocess
 
 from tests.slurm.network import SWITCH
 
-PACKAGE_OF = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge", "ip": "iproute2"}
+PACKAGE_OF = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "ip": "iproute2",
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server",
+}
 SBIN = "/usr/sbin:/sbin"
 
 
@@ -26,7 +34,7 @@ def install() -> None:
         return
     # --no-install-recommends: nothing of mail, accounting or the desktop comes along
     options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # no service is started
     # one unreachable package source fails the update but need not fail the installation
     subprocess.run(["apt-get", "update", "-qq"], env=environment, check=False, capture_output=True, timeout=240)
     subprocess.run(

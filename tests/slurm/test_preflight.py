@@ -7,14 +7,14 @@ import subprocess
 
 import pytest
 
-from tests.slurm.test_training import STRATEGIES, Job, folder  # noqa: F401
+from tests.slurm.job import STRATEGIES, Job
 
 SMALL = [*STRATEGIES["fsdp2"], "steps=20", "lpl=null"]
 ONE_EACH = ["processes_per_node=1", "gpus_per_node=1"]
 
 
 @pytest.fixture
-def lost(cluster, folder):  # noqa: F811
+def lost(cluster, folder):
     """On node2 the latents' folder is empty, as when a file system was not mounted."""
     inside = ["nsenter", "--mount", "--target", str(cluster.machines["node2"].init)]
     subprocess.run([*inside, "mount", "-t", "tmpfs", "none", folder / "latents"], check=True)
@@ -22,14 +22,14 @@ def lost(cluster, folder):  # noqa: F811
     subprocess.run([*inside, "umount", folder / "latents"], check=True)
 
 
-def run(cluster, folder, name, *overrides):  # noqa: F811
+def run(cluster, folder, name, *overrides):
     """The job, which has ended."""
     job = Job(cluster, folder, name, *SMALL, *overrides, changes=ONE_EACH)
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", "FAILED"), "the end")
     return job
 
 
-def test_goes_on_without_a_node_that_is_unfit(cluster, folder, lost):  # noqa: F811
+def test_goes_on_without_a_node_that_is_unfit(cluster, folder, lost):
     job = run(cluster, folder, "fit")
     first, last = job.folder.read_attempts()
     assert first["reason"].startswith("node2 is unfit: input: found DataError: ") and "1 of 3 in a row" in first["reason"]
@@ -42,7 +42,7 @@ def test_goes_on_without_a_node_that_is_unfit(cluster, folder, lost):  # noqa: F
     assert "preflight: node2 (rank 1): input: found DataError" in told and "this node is unfit" in told
 
 
-def test_has_teeth(cluster, folder, lost):  # noqa: F811
+def test_has_teeth(cluster, folder, lost):
     """Without a preflight the same node ends the job: its trouble is taken for the input's."""
     job = run(cluster, folder, "unseen", "preflight=null")
     (only,) = job.folder.read_attempts()

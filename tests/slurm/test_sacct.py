@@ -1,4 +1,4 @@
-"""Jobs are launched, watched and cancelled where there is no sacct; that one which lies does no harm: test_disk.py."""
+"""Jobs are launched, watched and cancelled with accounts, and without sacct; that one which lies does no harm: test_recovery.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm import test_training
+from tests.slurm.accounting import AccountedCluster
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import running
-from tests.slurm.test_training import STRATEGIES, Job
+from tests.slurm.job import STRATEGIES, Job
+from tests.slurm.troubles import crash_rank_0
 
-folder = test_training.folder
+ENDLESS = [*STRATEGIES["fsdp2"], "steps=100000", "lpl=null"]
 
 
 class WithoutSacct(Cluster):
@@ -29,20 +30,45 @@ class WithoutSacct(Cluster):
 
 
 @pytest.fixture
-def cluster():
-    with running(WithoutSacct) as cluster:
+def cluster(request):
+    with running(request.param) as cluster:
         yield cluster
 
 
-def test_launch_without_sacct(cluster, folder):
-    assert (
-        cluster.run("sh", "-c", "command -v squeue").stdout and not cluster.run("sh", "-c", "command -v sacct", check=False).stdout
-    )
-    job = Job(cluster, folder, "no sacct", *STRATEGIES["fsdp2"], "steps=100000", "lpl=null")
-    job.wait_steps(10)
+def watch_and_cancel(job):
     assert f"job         {job.id}: RUNNING" in job.launch("status", job.run).stdout
     assert f"its job {job.id} is RUNNING" in job.launch("resume", job.run).stderr
     job.launch("cancel", job.run)
-    job.wait(lambda: cluster.job_state(job.id) == "FAILED", "the end of a cancelled job")
+    job.wait(lambda: job.cluster.job_state(job.id) == "FAILED", "the end of a cancelled job")
     assert job.folder.read_attempts()[-1]["reason"] == "cancelled" and "stopped after step" in job.launch("logs", job.run).stdout
     assert "cancelled" in job.launch("status", job.run).stdout
+
+
+@pytest.mark.parametrize("cluster", [WithoutSacct], indirect=True)
+def test_launch_without_sacct(cluster, folder):
+    assert cluster.run("sh", "-c", "command -v squeue").stdout
+    assert not cluster.run("sh", "-c", "command -v sacct", check=False).stdout
+    job = Job(cluster, folder, "no sacct", *ENDLESS)
+    job.wait_steps(10)
+    watch_and_cancel(job)
+
+
+@pytest.mark.parametrize("cluster", [AccountedCluster], indirect=True)
+def test_launch_with_accounts(cluster, folder):
+    """sacct keeps saying that the job was lost with its node while it runs on; who pays is asked for, and refused by the scheduler."""
+    refused = Job.ask(cluster, folder, "nobody's", *ENDLESS, changes=["account=nobody"])
+    assert refused.returncode == 2 and "Invalid account or account/partition combination" in refused.stderr
+    assert "Invalid qos" in Job.ask(cluster, folder, "in a hurry", *ENDLESS, changes=["account=lab", "qos=now"]).stderr
+    job = Job(cluster, folder, "accounted", *ENDLESS, changes=["account=lab", "qos=urgent"])
+    job.wait_steps(10)
+    job.goes_on_after(crash_rank_0)
+
+    def told():
+        columns = ["-X", "-n", "-P", "-o", "State,Account,QOS,AllocTRES"]
+        return cluster.run("sacct", "--duplicates", *columns, "-j", job.id).stdout.splitlines()
+
+    job.wait(lambda: len(told()) == 2 and told()[1].startswith("RUNNING"), "the second attempt in the accounts")
+    first, second = told()
+    assert first.startswith("NODE_FAIL|lab|urgent|") and "gres/gpu=4" in second
+    watch_and_cancel(job)
+    job.wait(lambda: told()[1].startswith("FAILED"), "the end in the accounts")

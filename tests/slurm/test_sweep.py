@@ -6,14 +6,13 @@ import sys
 
 from launch.folder import JobFolder
 from lpl_pretrain.config.rundir import RunDir
-from tests.slurm.test_training import folder  # noqa: F401
 from tests.support.commands import ROOT, lines, lpl
 
 STEPS = 800
 RATES = ("1e-3", "2e-3", "4e-3")
 
 
-def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):  # noqa: F811
+def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
     """The last one, which has the array's own number: `scontrol requeue` of that number would take all three."""
     sweep = folder / "sweep"
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 from launch.folder import HUNG
-from tests.slurm.test_training import STRATEGIES, Job, folder  # noqa: F401
+from tests.slurm.job import STRATEGIES, Job
 
 HANG = ["hang.at_least_s=4", "lpl=null", "steps=80"]
 
 
 def stop_a_rank(job, node, stopped):
     """As a broken device or file system does it: the process is there, and not even a signal reaches it."""
-    pid, _ = job.ranks(node)[0]
-    environment = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in entry)
-    stopped.append({"rank": int(environment["RANK"]), "host": node})
+    pid, command = job.ranks(node)[0]
+    stopped.append({"rank": int(command.partition(" ")[0].removeprefix("RANK=")), "host": node})
     os.kill(pid, signal.SIGSTOP)
 
 
-def test_a_run_that_hangs_is_killed_and_goes_on(cluster, folder):  # noqa: F811
+def test_a_run_that_hangs_is_killed_and_goes_on(cluster, folder):
     """The stacks of the others are kept, and the rank that had left none is named."""
     job, stopped = Job(cluster, folder, "hung", *STRATEGIES["fsdp2"], *HANG), []
     job.wait_steps(25)

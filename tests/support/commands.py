@@ -9,17 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def lpl(*arguments, check=True, ranks=1, **options):
-    launcher = (
-        [sys.executable, "-m"]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    )
+def lpl(*arguments, check=True, ranks=1, cold=False, **options):
+    """`cold`: with all imports of its own."""
+    command = [sys.executable, "-m", "lpl_pretrain", *map(str, arguments)]
+    prefix = [] if cold else warm.prefix()
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
+        command = [*torchrun, *prefix, *command]
     done = subprocess.run(
-        [*launcher, "lpl_pretrain", *map(str, arguments)],
+        [*prefix, *command],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,0 +1,132 @@
+"""A training on the test cluster, 2 nodes of 2 processes, from where its user sits."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import yaml
+
+from launch.folder import JobFolder
+from tests.support import warm
+from tests.support.commands import ROOT, lines
+from tests.support.latents import tiny_dataset
+
+EVERY = 20
+TRAIN = """
+name: slurm
+steps: 200
+autoencoder: {autoencoder}
+data: {{folder: {latents}, verify: sizes}}
+model: {{width: 32, depth: 2, heads: 2}}
+diffusion: {{prediction: flow, schedule: rectified_flow}}
+lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 60}}
+optimizer: {{lr: 1.0e-3}}
+batch: {{global_batch_size: 8}}
+checkpoint: {{every_steps: {every}}}
+log: {{every_steps: 1, samples: true}}
+"""
+STRATEGIES = {
+    "fsdp2": ["parallel.strategy=fsdp2"],
+    "zero2": ["parallel.strategy=zero", f"parallel.zero_config={ROOT}/configs/zero/zero2.json"],
+}
+PROFILE = {
+    "partition": "main",
+    "processes_per_node": 2,
+    "gpus_per_node": 2,
+    "cpus_per_process": 1,
+    "signal_s": 30,
+    "time_limit_min": 30,
+    "environment": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+}
+COLD = ["--set", "container=[]"]
+"""Every process with imports of its own."""
+
+
+def prepare(folder):
+    """Latents, a configuration, and a profile."""
+    latents, autoencoder = tiny_dataset(folder)
+    config = TRAIN.format(every=EVERY, autoencoder=json.dumps(autoencoder), latents=json.dumps(latents))
+    (folder / "train.yaml").write_text(config)
+    (folder / "cluster.yaml").write_text(yaml.safe_dump({**PROFILE, "container": warm.prefix()}))
+
+
+def launch(cluster, *arguments):
+    return cluster.run(sys.executable, "-m", "launch", *map(str, arguments), check=False, cwd=ROOT)
+
+
+class Job:
+    def __init__(self, cluster, folder, run, *overrides, changes=(), more=()):
+        """`run`: its folder, or the name of one in `folder`."""
+        self.cluster, self.run = cluster, folder / run
+        launched = self.ask(cluster, folder, run, *overrides, changes=changes, more=more)
+        assert launched.returncode == 0, launched.stdout + launched.stderr
+        self.folder = JobFolder(self.run / "launch")
+        self.id = self.folder.read_facts()["job"]
+
+    @staticmethod
+    def ask(cluster, folder, run, *overrides, changes=(), more=()):
+        """What the scheduler may refuse."""
+        options = [option for change in changes for option in ("--set", change)]
+        where = [f"run_dir={folder / run}", *overrides, "--cluster", folder / "cluster.yaml", "--nodes", 2]
+        return launch(cluster, "train", folder / "train.yaml", *where, *options, *more)
+
+    def launch(self, *arguments):
+        return launch(self.cluster, *arguments)
+
+    def log(self):
+        return lines(self.run) if (self.run / "metrics.jsonl").exists() else []
+
+    def steps(self):
+        """That were logged, with repetitions."""
+        return [line["step"] for line in self.log() if "event" not in line]
+
+    def resumes(self):
+        return [line for line in self.log() if line.get("event") == "resumed"]
+
+    def wait_steps(self, more):
+        """Until so many were made from now on."""
+        before = len(self.steps())
+        self.wait(lambda: len(self.steps()) >= before + more, f"{more} more steps after {before}")
+
+    def wait(self, predicate, what, timeout_s=150):
+        try:
+            self.cluster.wait(predicate, timeout_s, what)
+        except Exception as error:
+            logs = self.launch("logs", self.run).stdout[-6000:]
+            raise AssertionError(f"{what}\n{self.folder.read_attempts()}\n{logs}") from error
+
+    def wait_end(self):
+        self.wait(lambda: self.cluster.job_state(self.id) in ("COMPLETED", ""), "the end")
+
+    def ranks(self, node=None):
+        """(pid, command) of the processes that train, on one node or on any."""
+        found = [process for name in ([node] if node else self.cluster.names) for process in self.cluster.pids_on(name)]
+        return [(pid, command) for pid, command in found if "lpl_pretrain train" in command and warm.__file__ not in command]
+
+    def nodes(self):
+        """The one with the batch script and rank 0, and the other one."""
+        first, listed = self.cluster.run("squeue", "-h", "-j", self.id, "-o", "%B %N").stdout.split()
+        found = self.cluster.run("scontrol", "show", "hostnames", listed).stdout.split()
+        return sorted(found, key=lambda node: node != first)
+
+    def restarts(self):
+        """As the scheduler counts them."""
+        return int(self.cluster.run("squeue", "-h", "-j", self.id, "-O", "RestartCnt").stdout)
+
+    def goes_on_after(self, trouble):
+        """`trouble` happens once; seconds until the run has resumed, and steps that were made before and are made again."""
+        resumed, started = len(self.resumes()), time.time()
+        trouble(self)
+        self.wait(lambda: len(self.resumes()) > resumed, "resumed")
+        told = self.log()
+        at = [i for i, line in enumerate(told) if line.get("event") == "resumed"][resumed]
+        made = max(line["step"] for line in told[:at] if "event" not in line)
+        return round(told[at]["time_s"] - started, 1), made - told[at]["step"]
+
+
+def weights(run, step):
+    """Bytes of a checkpoint's pieces, by file."""
+    files = (run / "checkpoints" / f"step_{step:08d}").iterdir()
+    return {file.name: file.read_bytes() for file in files if file.name != "manifest.json"}
