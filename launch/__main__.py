@@ -10,7 +10,7 @@ import click
 
 from launch.folder import JobFolder
 from launch.order import Order
-from launch.place import Scorer, as_given, on_cluster, place, place_again, place_array, place_array_again
+from launch.place import Scorer, as_given, on_cluster, place, place_again, place_array, place_array_again, place_encoding
 from launch.profile import ClusterProfile
 from lpl_pretrain.cli.main import run, sampler_of
 from lpl_pretrain.cli.main import sample as SAMPLE
@@ -70,7 +70,7 @@ def train(
     begun: list[str | None] = [None]
     if sweeps:
         orders = [Order("train", run.argv, run.run_dir, nodes) for run in runs]
-        begun = [f"after:{job}" for job in place_array(orders, profile, sweep_at_most, shown=dry_run)]
+        begun = [f"after:{job}" for job in place_array(orders, profile, sweep_at_most, shown="" if dry_run else None)]
     else:
         place("train", runs[0].argv, runs[0].run_dir, nodes, profile, dump(runs[0].settings) if dry_run else None)
     for run, after in zip(runs, begun, strict=True):
@@ -83,12 +83,11 @@ def train(
 @click.argument("overrides", nargs=-1)
 @on_cluster
 def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, changes: tuple[str, ...], dry_run: bool) -> None:
-    """Encode CONFIG; what was finished is left alone."""
+    """Encode CONFIG, in one job for each node; what was finished is left alone."""
     from lpl_pretrain.config.encode import EncodeConfig
 
     profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, config, overrides)
-    argv = ["encode", str(Path(config).resolve()), *overrides]
-    place("encode", argv, Path(settings.output).resolve(), nodes, profile, dump(settings) if dry_run else None)
+    place_encoding(config, Path(settings.output).resolve(), nodes, profile, dump(settings) if dry_run else None, *overrides)
 
 
 @commands.command()
@@ -165,7 +164,7 @@ def pipeline(
     run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
     scorer = None if protocol is None else Scorer(protocol, (), cluster, changes)
     shown = dump(settings) if dry_run else None
-    first = place("encode", ["encode", str(Path(encoding).resolve()), f"output={latents}"], latents, nodes, profile, shown)
+    first = place_encoding(encoding, latents, nodes, profile, dump(source) if dry_run else None, f"output={latents}")
     check = ["encode", str(Path(encoding).resolve()), f"output={latents}", "--verify"]
     checked = place("encode", check, latents, 1, profile.of_one_process(), shown, after=f"afterok:{first}", part="verify")
     train = ["train", str(Path(training).resolve()), *given, f"run_dir={run_dir}"]

@@ -1,4 +1,4 @@
-"""Several runs as one job array: one script, whose n-th task does the n-th run in that run's own folder, as a job of its own would.
+"""Several jobs as one array: one script, whose n-th task does the n-th run, or share of the work, in that one's own folder.
 
 A task is called ARRAY_TASK (`5_0`) wherever a job is named.  SLURM gives each a plain number too, but one of them gets the array's
 own, and `scontrol requeue 5` would requeue them all.
@@ -20,9 +20,9 @@ from lpl_pretrain.runtime.files import published
 
 
 def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None) -> list[str]:
-    """The tasks' names; `orders` differ in their runs only.  Raises ConfigError with the scheduler's own words when it refuses."""
-    facts, parent = begin(orders, profile, at_most=at_most), orders[0].run_dir.parent / "launch"
-    parent.mkdir(exist_ok=True, mode=0o750)
+    """The tasks' names; `orders` differ in runs or shares only.  Raises ConfigError with the scheduler's words when it refuses."""
+    facts, parent = begin(orders, profile, at_most=at_most), orders[0].array_dir / "launch"
+    parent.mkdir(parents=True, exist_ok=True, mode=0o750)
     links = Path(tempfile.mkdtemp(prefix="array_", dir=parent))
     for number, order in enumerate(orders):
         (links / str(number)).symlink_to(order.folder.path)
@@ -41,7 +41,7 @@ def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int 
 
 
 def array_script(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, links: Path) -> str:
-    """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to the folder of its run."""
+    """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to the folder of its order."""
     executor = executor_of(orders[0], profile, links)
     executor.update_parameters(array_parallelism=at_most or len(orders))
     executor.parameters["map_count"] = len(orders)

@@ -22,10 +22,17 @@ class Order:
     """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
     part: str = ""
     """Tells work of one kind on one run from another's."""
+    share: tuple[int, int] = (0, 1)
+    """Which one it is of how many that do the work together, each as it comes."""
 
     @property
     def module(self) -> str:
         return "launch" if self.kind == "watch" else "lpl_pretrain"
+
+    @property
+    def array_dir(self) -> Path:
+        """What an array is about, of which this may be a task: the runs of a sweep, or one piece of work."""
+        return self.run_dir.parent if self.kind == "train" else self.run_dir
 
     @property
     def folder(self) -> JobFolder:

@@ -73,21 +73,31 @@ def place(
     return job
 
 
-def place_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, *, shown: bool = False) -> list[str]:
-    """As `place`, of the runs of a sweep, which need the same nodes; gives the tasks' names."""
+def place_array(
+    orders: Sequence[Order], profile: ClusterProfile, at_most: int | None = None, *, shown: str | None = None
+) -> list[str]:
+    """As `place`, of the runs of a sweep, or of shares of one piece of work: they need the same nodes; gives the tasks' names."""
     from launch.array import array_script, submit_array
 
-    folder, nodes = orders[0].run_dir.parent, orders[0].nodes
-    if shown:
+    folder, nodes = orders[0].array_dir, orders[0].nodes
+    if shown is not None:
         listed = [f"# {number}: lpl-pretrain {shlex.join(order.argv)}" for number, order in enumerate(orders)]
-        click.echo("\n".join([array_script(orders, profile, at_most, folder / "launch" / "array"), "\n# The runs", *listed]))
+        click.echo("\n".join([array_script(orders, profile, at_most, folder / "launch" / "array"), "\n# The tasks", *listed]))
+        click.echo(f"\n# Their configuration\n{shown}" if shown else "")
         return [f"ID_{number}" for number in range(len(orders))]
     jobs = submit_array(orders, profile, at_most)
     for job, order in zip(jobs, orders, strict=True):
-        click.echo(f"job {job}, {order.run_dir.name}")
-    each = f"{nodes} nodes x {profile.processes_per_node} processes"
-    click.echo(f"{len(orders)} runs, each {each}; python -m launch status {folder}")
+        click.echo(f"job {job}, {order.part or order.run_dir.name}")
+    look = f"python -m launch status {folder}" if orders[0].kind == "train" else f"logs in {orders[0].folder.path.parent}"
+    click.echo(f"{len(orders)} jobs, each {nodes} nodes x {profile.processes_per_node} processes; {look}")
     return jobs
+
+
+def place_encoding(config: str, output: Path, nodes: int, profile: ClusterProfile, shown: str | None, *overrides: str) -> str:
+    """A job for each node, for they need not begin at once, and one that is preempted stops no other; gives the array's id."""
+    argv = ["encode", str(Path(config).resolve()), *overrides]
+    orders = [Order("encode", argv, output, 1, part=f"encode/{n}", share=(n, nodes)) for n in range(nodes)]
+    return place_array(orders, profile, shown=shown)[0].partition("_")[0]
 
 
 def place_again(folder: JobFolder) -> None:

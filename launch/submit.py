@@ -99,6 +99,7 @@ def task_of(order: Order, profile: ClusterProfile) -> Task:
         profile.on_changed_code,
         order.module,
         patient=profile.on_hang == "wait" or order.kind != "train",
+        share=order.share,
     )
 
 
@@ -120,7 +121,7 @@ def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None
     if profile.exclude:
         asked["exclude"] = ",".join(profile.exclude)
     executor.update_parameters(
-        job_name=job_name(order if links is None else replace(order, run_dir=order.run_dir.parent)),
+        job_name=job_name(order if links is None else replace(order, run_dir=order.array_dir, part="")),
         nodes=order.nodes,
         ntasks_per_node=profile.processes_per_node,
         cpus_per_task=profile.cpus_per_process,

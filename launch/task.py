@@ -60,6 +60,8 @@ class Task:
     """What Python is told to run."""
     patient: bool = True
     """A child that hangs is let be."""
+    share: tuple[int, int] = (0, 1)
+    """Which job this is of how many whose children count as one world: they need not meet."""
 
     def __call__(self) -> int:
         """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
@@ -71,7 +73,7 @@ class Task:
                 folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
                 sys.exit(BAD_INPUT)
         stacks = folder.stacks(here.job, here.attempt, here.rank, host)
-        environment = {**os.environ, **rendezvous(here, folder, stop), "LPL_STACKS_FILE": str(stacks)}
+        environment = {**os.environ, **rendezvous(here, folder, stop), **self.place_of(here), "LPL_STACKS_FILE": str(stacks)}
         status = 0
         if not stop.asked:
             child = subprocess.Popen([*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment)
@@ -83,6 +85,11 @@ class Task:
         if status:
             sys.exit(status if status > 0 else 128 - status)
         return status
+
+    def place_of(self, here: Allocation) -> dict[str, str]:
+        number, of = self.share
+        rank, world_size = number * here.world_size + here.rank, of * here.world_size
+        return {"RANK": str(rank), "LOCAL_RANK": str(here.local_rank), "WORLD_SIZE": str(world_size)}
 
 
 def wait_or_kill(child: subprocess.Popen[bytes], stacks: Path) -> int:
@@ -134,6 +141,4 @@ def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str
             raise TimeoutError(f"{path}: rank 0 has not said where it is in {WAIT_S:.0f} s; does every node see this folder?")
         time.sleep(POLL_S)
     where: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"address": "", "port": 0}
-    values: dict[str, Any] = {"RANK": here.rank, "LOCAL_RANK": here.local_rank, "WORLD_SIZE": here.world_size}
-    values |= {"MASTER_ADDR": where["address"], "MASTER_PORT": where["port"]}
-    return {name: str(value) for name, value in values.items()}
+    return {"MASTER_ADDR": where["address"], "MASTER_PORT": str(where["port"])}

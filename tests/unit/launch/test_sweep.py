@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from submitit.core.utils import DelayedSubmission
 
 from launch import after, status
 from launch.array import array_script, submit_array
 from launch.folder import JobFolder, launched, this_job
 from launch.logs import news
 from launch.order import Order
+from launch.place import place_encoding
 from launch.profile import ClusterProfile
 from launch.sweep import LONGEST_NAME, combinations, name_of, split, trainings
+from launch.task import Allocation
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from tests.support.commands import ROOT
@@ -183,6 +186,28 @@ def test_each_task_finds_its_own_folder(scheduler, number):
     assert JobFolder(told).read_facts()["argv"] == ["train", "x.yaml", f"n={number}"]
 
 
+def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys, monkeypatch):
+    """Two jobs of two processes count as four, and each has a folder of its own."""
+    latents = scheduler / "some latents"
+    assert place_encoding("some.yaml", latents, 2, ClusterProfile(processes_per_node=2), None, "x=1") == "4711"
+    submitted = (scheduler / "submitted.sh").read_text()
+    assert "#SBATCH --array=0-1%2" in submitted and "#SBATCH --nodes=1\n" in submitted
+    assert "#SBATCH --job-name=some_latents-encode\n" in submitted
+    assert capsys.readouterr().out.splitlines()[1] == "job 4711_1, encode/1"
+    (links,) = (latents / "launch").glob("array_*")
+    for name, value in {"JOB_ID": "4712", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "1", "NTASKS": "2", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    seen = []
+    for number in range(2):
+        folder = JobFolder(latents / "launch" / "encode" / str(number))
+        assert (links / str(number)).resolve() == folder.path and folder.read_facts()["argv"][-1] == "x=1"
+        task = DelayedSubmission.load(folder.path / f"4711_{number}_submitted.pkl").function
+        for rank in range(2):
+            monkeypatch.setenv("SLURM_PROCID", str(rank))
+            seen.append(task.place_of(Allocation.from_environment()))
+    assert [place["RANK"] for place in seen] == ["0", "1", "2", "3"] and {place["WORLD_SIZE"] for place in seen} == {"4"}
+
+
 def test_a_task_is_named_by_its_place_in_the_array(monkeypatch):
     """By its plain number, which may be the array's, `scontrol requeue` would take all of them."""
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -282,5 +307,5 @@ def test_the_command(config, scheduler):
     refused = launch("resume", scheduler / "swept")
     assert refused.returncode == 2 and "all its runs are complete, or with the scheduler" in refused.stderr
     (scheduler / "bin" / "squeue").write_text("#!/bin/sh\necho 4711_0 RUNNING\n")
-    assert "1 runs, each 1 nodes x 1 processes" in launch("resume", scheduler / "swept").stdout
+    assert "1 jobs, each 1 nodes x 1 processes" in launch("resume", scheduler / "swept").stdout
     assert "#SBATCH --array=0-0%1" in (scheduler / "submitted.sh").read_text()
