@@ -13,7 +13,7 @@ from tests.support import warm
 from tests.support.commands import ROOT, lines
 from tests.support.latents import tiny_dataset
 
-EVERY = 20
+EVERY = 10
 TRAIN = """
 name: slurm
 steps: 200

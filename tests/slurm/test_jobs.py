@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
-import sys
 
 import yaml
 
 from launch.folder import JobFolder
-from tests.slurm.job import COLD, STRATEGIES, Job
-from tests.slurm.troubles import preempt
-from tests.support.commands import ROOT
+from tests.slurm.job import COLD, STRATEGIES, Job, launch
+from tests.slurm.troubles import crash, preempt
+
+ONE_EACH = ["--set", "processes_per_node=1", "--set", "gpus_per_node=1"]
 
 
-def test_scores_arrive_though_all_are_preempted(cluster, folder):
+def test_scores_arrive_though_all_are_preempted_and_a_node_is_lost(cluster, folder):
     """A job watches and submits one for each checkpoint: all are scored, once each, and it ends when no more can come."""
     protocol = {"name": "quick", "images": 8, "batch_size": 4, "sampler": {"kind": "euler", "steps": 2}}
     protocol |= {"reference": str(folder / "pictures"), "grid_images": 0}
@@ -26,6 +27,8 @@ def test_scores_arrive_though_all_are_preempted(cluster, folder):
     job.wait_steps(30)
     preempt(job)
     job.wait(lambda: job.resumes(), "training goes on")
+    job.wait(lambda: cluster.job_state(watcher.job) == "RUNNING", "watching goes on")
+    crash(job, cluster.run("squeue", "-h", "-j", watcher.job, "-o", "%B").stdout.strip())
     job.wait(lambda: watcher.read_attempts() and watcher.read_attempts()[-1]["reason"] == "done", "all is scored", timeout_s=240)
     assert [found["reason"] for found in watcher.read_attempts()] == ["stopped in time", "done"]
     scored = {path.parent.name for path in job.run.glob("evaluations/step_*/quick.json")}
@@ -39,7 +42,7 @@ def test_scores_arrive_though_all_are_preempted(cluster, folder):
 
 
 def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
-    """And when its first part fails the others are cancelled by the scheduler."""
+    """Every process as it starts for users; and when the first part fails the scheduler cancels the others."""
     encode = {"source": str(folder / "pictures"), "output": str(folder / "piped"), "resolution_px": 32}
     encode["autoencoder"] = str(folder / "autoencoder")
     (folder / "encode.yaml").write_text(yaml.safe_dump(encode))
@@ -49,22 +52,20 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
     way = [*STRATEGIES["fsdp2"], "steps=20", "lpl=null", "checkpoint.every_steps=20"]
 
     def pipeline(run):
-        shape = ["--cluster", folder / "cluster.yaml", "--nodes", 1]
-        arguments = ["pipeline", *parts, *way, f"run_dir={run}", *shape]
-        return cluster.run(sys.executable, "-m", "launch", *map(str, arguments), check=False, cwd=ROOT)
+        shape = ["--cluster", folder / "cluster.yaml", "--nodes", 2, *ONE_EACH, *COLD]
+        told = launch(cluster, "pipeline", *parts, *way, f"run_dir={run}", *shape).stdout
+        return re.findall(r"^job (\S+), ([^:\n]+)", told, re.MULTILINE)
 
-    done = pipeline(folder / "piped run")
-    assert done.returncode == 0 and [line.split(",")[1].split(":")[0] for line in done.stdout.splitlines()] == [
-        f" {part}" for part in ("encode", "verify", "train", "watch/quick")
-    ]
+    tasks = ("encode/0", "encode/1", "verify", "train", "watch/quick")
+    assert [part for _, part in pipeline(folder / "piped run")] == [*tasks]
     score = folder / "piped run" / "evaluations" / "step_00000020" / "quick.json"
     cluster.wait(score.exists, 200, "the score at the end of the pipeline")
     (folder / "encode.yaml").write_text(
         yaml.safe_dump({**encode, "source": str(folder / "nothing"), "output": str(folder / "none")})
     )
-    jobs = [line.split(",")[0].removeprefix("job ") for line in pipeline(folder / "never").stdout.splitlines()]
+    jobs = [job for job, _ in pipeline(folder / "never")]
     cluster.wait_state(jobs[0], "FAILED", 100)
-    cluster.wait(lambda: all(cluster.job_state(job) in ("CANCELLED", "") for job in jobs[1:]), 60, "the rest is cancelled")
+    cluster.wait(lambda: all(cluster.job_state(job) in ("CANCELLED", "") for job in jobs[2:]), 60, "the rest is cancelled")
 
 
 def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
@@ -77,14 +78,12 @@ def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
         folder / "cluster.yaml",
     )
 
-    def launch(*more):
-        return cluster.run(sys.executable, "-m", "launch", *map(str, (*arguments, *more)), check=False, cwd=ROOT)
-
-    nowhere = launch("--set", "partition=nowhere")
+    nowhere = launch(cluster, *arguments, "--set", "partition=nowhere")
     assert nowhere.returncode == 2 and "sbatch refused this job" in nowhere.stderr and "invalid partition" in nowhere.stderr
-    greedy = launch("--nodes", 2, "--set", "gpus_per_node=4", "--set", "processes_per_node=4")
+    greedy = launch(cluster, *arguments, "--nodes", 2, "--set", "gpus_per_node=4", "--set", "processes_per_node=4")
     assert greedy.returncode == 2 and "node configuration is not available" in greedy.stderr
-    assert "global_batch_size=8 is not a multiple of dp_world_size=6" in launch("--nodes", 3).stderr, "found without the scheduler"
+    uneven = launch(cluster, *arguments, "--nodes", 3).stderr
+    assert "global_batch_size=8 is not a multiple of dp_world_size=6" in uneven, "found without the scheduler"
 
 
 def test_input_that_is_refused_is_not_tried_again(cluster, folder):

@@ -55,12 +55,12 @@ def test_launch_without_sacct(cluster, folder):
 
 @pytest.mark.parametrize("cluster", [AccountedCluster], indirect=True)
 def test_launch_with_accounts(cluster, folder):
-    """sacct keeps saying that the job was lost with its node while it runs on; who pays is asked for, and refused by the scheduler."""
+    """sacct keeps saying that the job was lost with its node while it runs on; whom to bill is for the scheduler to refuse."""
     refused = Job.ask(cluster, folder, "nobody's", *ENDLESS, changes=["account=nobody"])
     assert refused.returncode == 2 and "Invalid account or account/partition combination" in refused.stderr
     assert "Invalid qos" in Job.ask(cluster, folder, "in a hurry", *ENDLESS, changes=["account=lab", "qos=now"]).stderr
     job = Job(cluster, folder, "accounted", *ENDLESS, changes=["account=lab", "qos=urgent"])
-    job.wait_steps(10)
+    job.wait_steps(25)  # a checkpoint
     job.goes_on_after(crash_rank_0)
 
     def told():

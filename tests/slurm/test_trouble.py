@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+from pathlib import Path
 
 from launch.folder import HUNG
 from tests.slurm.job import STRATEGIES, Job
@@ -14,7 +16,8 @@ HANG = ["hang.at_least_s=4", "lpl=null", "steps=80"]
 def stop_a_rank(job, node, stopped):
     """As a broken device or file system does it: the process is there, and not even a signal reaches it."""
     pid, command = job.ranks(node)[0]
-    stopped.append({"rank": int(command.partition(" ")[0].removeprefix("RANK=")), "host": node})
+    known = command if command.startswith("RANK=") else Path(f"/proc/{pid}/environ").read_text()  # started warm, or cold
+    stopped.append({"rank": int(re.search(r"\bRANK=(\d+)", known)[1]), "host": node})
     os.kill(pid, signal.SIGSTOP)
 
 

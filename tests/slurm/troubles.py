@@ -39,7 +39,10 @@ def kill_while_saving(job):
 
 def crash_rank_0(job):
     """With the batch script and the rendezvous on it."""
-    node, _ = job.nodes()
+    crash(job, job.nodes()[0])
+
+
+def crash(job, node):
     job.cluster.crash(node, tell=True)
     job.cluster.boot(node)
 
@@ -95,8 +98,10 @@ def filled(disk, room=0):
     """But for so many bytes."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
+        if room:  # at no moment less
+            free = os.statvfs(disk)
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - room)
+        while not room:
             file.write(bytes(4096))
-    os.truncate(ballast, ballast.stat().st_size - room)
     yield
     ballast.unlink()
