@@ -47,6 +47,8 @@ class Ending:
     """Nodes that cannot train, and why."""
     logged: int = 0
     """Newest step that was logged."""
+    unbegun: int = 0
+    """Attempts just before this one that could not even begin, nor tell of it: there was no room on the disk."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
     """Failures, this one included, since something ended well or a checkpoint was made."""
     if ending.steps[1] > ending.steps[0]:
         return 1
-    failures = 1
+    failures = 1 + ending.unbegun
     for attempt in reversed(earlier):
         if attempt["status"] == 0 or attempt["steps"][1] > attempt["steps"][0]:
             break
@@ -107,7 +109,7 @@ def main(folder: JobFolder, status: int) -> Decision:
     attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
-    if folder.has_later_attempt(job, attempt):
+    if folder.newest_attempt(job) > attempt:
         print(f"launch: attempt {attempt} ended: {REPLACED}", flush=True)
         return Decision(False, REPLACED)
     exits = folder.exits(job, attempt)
@@ -124,6 +126,7 @@ def main(folder: JobFolder, status: int) -> Decision:
         steps=(before, complete[-1] if complete else 0),
         unfit=unfit_nodes(exits, run_dir),
         logged=(last_line(run_dir.metrics) or {"step": 0})["step"],
+        unbegun=folder.unbegun(job, range(earlier[-1]["attempt"] + 1 if earlier else 0, attempt)),
     )
     limits = profile.model_dump(include={"max_timeouts", "max_failures", "on_unfit_node", "on_hang"})
     decision = decide(ending, earlier, **limits)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lpl_pretrain.runtime.files import published
 
 HUNG = 76
 """Exit status of a task whose child made no step for long and was killed."""
+LOST = "left no word: lost with its node, or no room on the disk"
 EXIT = "exit_{job}_{attempt}_rank_{rank:05d}.json"
 STACKS = re.compile(r"_rank_(\d+)_(.+)\.txt$")
 
@@ -88,9 +90,21 @@ class JobFolder:
         """Where rank 0 of an attempt says how it is reached."""
         return self.path / f"rendezvous_{job}_{attempt}.json"
 
-    def has_later_attempt(self, job: str, attempt: int) -> bool:
+    def newest_attempt(self, job: str) -> int:
+        """That began, which its rank 0 has said."""
         found = self.path.glob(f"rendezvous_{job}_*.json")
-        return any(int(path.stem.rpartition("_")[2]) > attempt for path in found)
+        return max((int(path.stem.rpartition("_")[2]) for path in found), default=0)
+
+    def unbegun(self, job: str, attempts: Iterable[int]) -> int:
+        """How many of them did not begin."""
+        return sum(not self.rendezvous(job, attempt).is_file() for attempt in attempts)
+
+    def history(self, job: str | None) -> list[dict[str, Any]]:
+        """All attempts that have ended, the oldest first: also those that left no word."""
+        noted = {attempt["attempt"]: attempt for attempt in self.read_attempts() if attempt["job"] == job}
+        for attempt in range(self.newest_attempt(job) if job else 0):
+            noted.setdefault(attempt, {"job": job, "attempt": attempt, "reason": LOST, "requeued": True})
+        return [noted[attempt] for attempt in sorted(noted)]
 
 
 def this_job() -> str:

@@ -32,7 +32,7 @@ def table(runs: Sequence[Path]) -> str:
     rows = [("run", "job", "state", "step", "samples/s", "restarts", "last attempt")]
     for run, folder, state in zip(runs, folders, states(folders), strict=True):
         job, last = folder.job, last_line(RunDir(run).metrics) or {}
-        mine = [attempt for attempt in folder.read_attempts() if attempt["job"] == job]
+        mine = folder.history(job)
         step, rate = (f"{last[key]:{form}}" if key in last else "-" for key, form in (("step", ","), ("samples_per_s", ".1f")))
         restarts, reason = sum(attempt["requeued"] for attempt in mine), mine[-1]["reason"] if mine else "-"
         rows.append((run.name, job or "-", state or "-", step, rate, str(restarts), reason))
@@ -42,8 +42,8 @@ def table(runs: Sequence[Path]) -> str:
 
 def one(run: Path) -> str:
     folder, run_dir = open_folder(run), RunDir(run)
-    facts, attempts = folder.read_facts(), folder.read_attempts()
-    mine = [attempt for attempt in attempts if attempt["job"] == facts["job"]]
+    facts = folder.read_facts()
+    mine = folder.history(facts["job"])
     state = states([folder])[0] or "not with the scheduler"
     lines = [f"job         {facts['job']}: {state}; {facts['nodes']} nodes", f"command     lpl-pretrain {' '.join(facts['argv'])}"]
     if last := last_line(run_dir.metrics):

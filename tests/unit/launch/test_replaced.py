@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.after import REPLACED, main
-from launch.folder import JobFolder, publish_json
+from launch.folder import LOST, JobFolder, publish_json
 from launch.profile import ClusterProfile
 
 
@@ -42,6 +42,35 @@ def test_only_the_newest_attempt_asks_for_another(tmp_path, monkeypatch, schedul
     assert decision.requeue == noted and (decision.reason == REPLACED) != noted
     assert asked() == (["show", "requeue"] if asks else ["show"])
     assert bool(folder.read_attempts()) == noted
+
+
+def test_attempts_that_left_no_word_are_told(tmp_path):
+    folder = JobFolder(tmp_path)
+    for attempt in (1, 3):
+        publish_json(folder.rendezvous("7", attempt), {})
+    for attempt, job in ((1, "7"), (2, "6")):
+        folder.note_attempt({"job": job, "attempt": attempt, "reason": "stopped in time", "requeued": True})
+    assert [attempt["reason"] for attempt in folder.history("7")] == [LOST, "stopped in time", LOST]
+    assert folder.history("8") == folder.history(None) == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "begun", "goes_on"), [(3, [0, 1, 2], True), (3, [0, 1], True), (3, [0], False), (9, [0, 8], False)]
+)
+def test_attempts_that_could_not_begin_are_failures(tmp_path, monkeypatch, scheduler, attempt, begun, goes_on):
+    """Those that began and left no word were lost with their nodes, or preempted by force: these may be many."""
+    says, _ = scheduler
+    says(f"JobId=7 Restarts={attempt}")
+    folder = JobFolder(tmp_path)
+    profile = ClusterProfile(max_failures=2).model_dump(mode="json")
+    folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": profile})
+    for number in begun:
+        publish_json(folder.rendezvous("7", number), {})
+    folder.note_attempt({"job": "7", "attempt": 0, "status": 0, "steps": [0, 0], "reason": "stopped in time", "requeued": True})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+    decision = main(folder, 1)
+    assert decision.requeue == goes_on and decision.reason.endswith(f"{attempt - len(begun) + 1} of 2 in a row")
 
 
 def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler):

@@ -225,7 +225,7 @@ def test_a_task_that_ends_early_requeues_itself_alone(scheduler, monkeypatch, br
         monkeypatch.setenv(f"SLURM_{name}", value)
     (scheduler / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {scheduler}/asked.txt\n')
     (scheduler / "bin" / "scontrol").chmod(0o755)
-    submit_array(orders(scheduler / "sweep"), ClusterProfile(max_failures=1), None)
+    submit_array(orders(scheduler / "sweep"), ClusterProfile(max_failures=2), None)
     folder = JobFolder(scheduler / "sweep" / "n=1" / "launch")
     folder.note_exit("4711_1", 1, 0, 9, "node1", stopped=False)
     if broken:
