@@ -66,11 +66,11 @@ def world(tmp_path_factory):
     encode.write_text(
         f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\nshard_samples: 9\n"
     )
-    said = lpl("encode", encode, ranks=2).stdout  # by two processes, which do not talk to each other
+    said = lpl("encode", encode, ranks=2, cold=True).stdout  # by two processes, which do not talk to each other
     assert "32 samples" in said and "4 shards" in said
     (folder / "train.yaml").write_text(TRAIN.format(autoencoder=autoencoder, latents=folder / "latents"))
     (folder / "quick.yaml").write_text(PROTOCOL.format(pictures=folder / "pictures"))
-    lpl("train", folder / "train.yaml", f"run_dir={folder}/whole")
+    lpl("train", folder / "train.yaml", f"run_dir={folder}/whole", cold=True)
     return folder
 
 
@@ -177,7 +177,7 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
     assert len(stopped) == 1 and stopped[0]["signal"] == "SIGTERM"
     step = stopped[0]["step"]
     assert (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
-    lpl("train", world / "train.yaml", f"run_dir={run}", f"steps={step + 2}", *arguments, ranks=2)
+    lpl("train", world / "train.yaml", f"run_dir={run}", f"steps={step + 2}", *arguments, ranks=2, cold=True)
     assert [line["step"] for line in lines(run) if line.get("event") == "resumed"] == [step]
     assert max(losses(run)) == step + 2
     audited = lpl("audit", run).stdout
@@ -269,7 +269,7 @@ def test_help_is_quick_and_imports_no_torch():
 
 
 def test_doctor_answers():
-    done = lpl("doctor", check=False)
+    done = lpl("doctor", check=False, cold=True)
     assert "torch" in done.stdout and "slurm" in done.stdout and done.returncode in (0, 1)
 
 
