@@ -41,6 +41,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(request):
+    """By a test that fails, for the next one to wait for."""
+    yield
+    if cluster := request.node.funcargs.get("cluster"):
+        cluster.run("scancel", "--user=root", check=False)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """A failed test reports the daemons' logs."""

