@@ -26,7 +26,7 @@ def test_a_run_that_hangs_is_killed_and_goes_on(cluster, folder):
     job, stopped = Job(cluster, folder, "hung", *STRATEGIES["fsdp2"], *HANG), []
     job.wait_steps(25)
     node = next(node for node in cluster.names[::-1] if job.ranks(node))  # not the one with rank 0 and the batch script
-    seconds, _ = job.goes_on_after(lambda: stop_a_rank(job, node, stopped))
+    seconds, _ = job.goes_on_after(lambda job: stop_a_rank(job, node, stopped))
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
     print(f"\nseconds until it went on: {seconds}")
     attempts = job.folder.read_attempts()  # a machine that is busy with other things makes a slow step a hang

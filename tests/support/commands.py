@@ -16,13 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def lpl(*arguments, check=True, ranks=1, cold=False, **options):
     """`cold`: with all imports of its own."""
-    command = [sys.executable, "-m", "lpl_pretrain", *map(str, arguments)]
-    prefix = [] if cold else warm.prefix()
-    if ranks > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
-        command = [*torchrun, *prefix, *command]
+    python = [*([] if cold else warm.prefix()), sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"] if ranks > 1 else []
     done = subprocess.run(
-        [*prefix, *command],
+        [*torchrun, *python, "lpl_pretrain", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
