@@ -18,7 +18,6 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.config.start import check_start
 from lpl_pretrain.errors import CheckpointError, LPLError
 from lpl_pretrain.runtime.files import published
-from lpl_pretrain.runtime.imports import without_collecting
 from lpl_pretrain.runtime.lease import STALE_S, Lease, read_lease
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.world import World
@@ -39,14 +38,13 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
             refuse(config, run_dir, world, refusal)
         raise
 
-    with without_collecting():
-        from lpl_pretrain.parallel.build import needs_group
-        from lpl_pretrain.preflight.start import start
-        from lpl_pretrain.runtime import dist
-        from lpl_pretrain.runtime.device import bf16_is_native
-        from lpl_pretrain.runtime.log import log, set_up_logging
-        from lpl_pretrain.trainer import provenance
-        from lpl_pretrain.trainer.loop import train
+    from lpl_pretrain.parallel.build import needs_group
+    from lpl_pretrain.preflight.start import start
+    from lpl_pretrain.runtime import dist
+    from lpl_pretrain.runtime.device import bf16_is_native
+    from lpl_pretrain.runtime.log import log, set_up_logging
+    from lpl_pretrain.trainer import provenance
+    from lpl_pretrain.trainer.loop import train
 
     device = start(config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel)))
     set_up_logging(world.rank, run_dir.log(world.rank))

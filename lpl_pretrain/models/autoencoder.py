@@ -17,7 +17,6 @@ from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.imports import without_collecting
 
 for name in (
     "torch.utils._pytree",
@@ -56,12 +55,12 @@ def load_autoencoder(folder: str) -> Autoencoder:
     """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError, for NaN in it too."""
     path = resolve_path(folder)
     facts, identity = read_autoencoder(folder, path), autoencoder_identity(path)
-    with without_collecting():
-        import diffusers  # seconds, for nothing in a run without LPL
+    import diffusers  # seconds, for nothing in a run without LPL
 
-        family = getattr(diffusers, facts.family)
     try:
-        network = family.from_pretrained(path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        network = getattr(diffusers, facts.family).from_pretrained(
+            path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError, RuntimeError, TypeError) as problem:
         raise ConfigError(f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {problem}") from None
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]

@@ -24,7 +24,6 @@ from lpl_pretrain.parallel.ddp import ReplicatedStrategy
 from lpl_pretrain.parallel.native import STEP, materialize_state, set_steps
 from lpl_pretrain.parallel.precision import Door, recipe
 from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy
-from lpl_pretrain.runtime.imports import without_collecting
 from lpl_pretrain.runtime.world import World
 
 VERSION, REMEDY = "0.19.", "pip install 'deepspeed>=0.19.8,<0.20'"
@@ -214,8 +213,7 @@ def _make_engine(path: str, door: Door, optimizer: torch.optim.Optimizer, world:
 def _import_deepspeed() -> Any:
     """Quietly, and without the shared-memory collective that it would compile for a minute on CPU, or die without a compiler."""
     try:
-        with without_collecting():
-            import deepspeed
+        import deepspeed
     except ImportError as error:
         raise ConfigError(f"parallel.strategy='zero': deepspeed is not installed: {REMEDY}") from error
     if not deepspeed.__version__.startswith(VERSION):

@@ -6,7 +6,6 @@ after that many updates.
 
 from __future__ import annotations
 
-import gc
 import secrets
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -56,8 +55,6 @@ def train(
     watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         first_step = restore(run, sinks)
-        gc.collect()
-        gc.freeze()  # what is there now stays: no collection looks through it again, for which all other ranks would wait
         return loop(run, sinks, watchdog, first_step, stop, score)
     finally:
         watchdog.close()
