@@ -27,7 +27,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 IMPORTED = (
@@ -59,18 +61,13 @@ def prefix() -> list[str]:
     path = os.path.join(folder.name, "socket")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, os.path.abspath(__file__), "serve", path, "-" * TITLE_BYTES]
-    server = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
+    with open(os.path.join(folder.name, "log"), "wb") as log:
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
     atexit.register(folder.cleanup)
     atexit.register(server.kill)
     while not os.path.exists(path):
         assert server.poll() is None, f"{' '.join(command[:4])} ended with {server.poll()}"
+        time.sleep(0.01)
     return [sys.executable, "-IS", os.path.abspath(__file__), path]
 
 
@@ -81,12 +78,14 @@ def ask(path: str, argv: list[str]) -> int:
         umask = os.umask(0)
         os.umask(umask)
         request = {"argv": argv, "cwd": os.getcwd(), "environment": dict(os.environ), "umask": umask}
+        socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
         for number in HANDED_ON:
             signal.signal(number, lambda number, _: connection.send(bytes([number])))
-        socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
-        status = int(connection.recv(16))
-    if status < 0:  # of a signal
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        if not (told := connection.recv(16)):
+            sys.exit(f"what processes are forked off has ended: {Path(path).with_name('log').read_text()[-2000:]}")
+    if (status := int(told)) < 0:  # of a signal
+        with contextlib.suppress(OSError):  # of those that nobody handles
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
