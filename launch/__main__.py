@@ -191,7 +191,7 @@ def sample(context: click.Context, run: str, cluster: str, changes: tuple[str, .
 @commands.command()
 @click.argument("run")
 def status(run: str) -> None:
-    """What the job of RUN is doing, as far as its files and the scheduler tell."""
+    """What the job of RUN is doing, as far as its files and the scheduler tell.  Of a sweep or an encoding, a line for each job."""
     from launch.status import report
 
     click.echo(report(Path(run).resolve()))
@@ -211,7 +211,7 @@ def logs(run: str, follow: bool) -> None:
 @commands.command()
 @click.argument("run")
 def cancel(run: str) -> None:
-    """End the job of RUN after a checkpoint, for good; `resume` takes it up again.  Of a sweep, the jobs of all its runs."""
+    """End the job of RUN after a checkpoint, for good; `resume` takes it up again.  Of a sweep or an encoding, all its jobs."""
     from launch.status import cancel as cancel_jobs
 
     click.echo(cancel_jobs(Path(run).resolve()))
@@ -224,14 +224,16 @@ def resume(run: str) -> None:
     from launch.folder import launched
     from launch.status import states, unfinished
 
-    folder = Path(run).resolve()
-    if (runs := launched(folder)) == [folder]:
-        place_again(JobFolder(folder / "launch"))
-    elif runs := unfinished(runs):
-        place_array_again(runs)
+    folder, found = Path(run).resolve(), launched(Path(run).resolve())
+    if found[0].read_facts()["kind"] == "encode":
+        raise ConfigError(f"{folder}: holds latents: launch their `encode` again; what was finished is left alone")
+    if len(found) == 1:
+        place_again(found[0])
+    elif found := unfinished(found):
+        place_array_again(found)
     else:
         raise ConfigError(f"{folder}: all its runs are complete, or with the scheduler")
-    watching = [JobFolder(path.parent) for each in runs for path in sorted(each.glob("launch/watch/*/job.json"))]
+    watching = [JobFolder(path.parent) for each in found for path in sorted(each.path.glob("watch/*/job.json"))]
     for watch, state in zip(watching, states(watching), strict=True):
         if not state:
             place_again(watch)

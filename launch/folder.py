@@ -26,6 +26,16 @@ class JobFolder:
     path: Path
 
     @property
+    def run_dir(self) -> Path:
+        """That it is in: of a run, or of latents."""
+        return next(path.parent for path in (self.path, *self.path.parents) if path.name == "launch")
+
+    @property
+    def name(self) -> str:
+        """Tells it from others that were launched with it."""
+        return self.run_dir.name if self.path.name == "launch" else str(self.path.relative_to(self.run_dir / "launch"))
+
+    @property
     def facts(self) -> Path:
         """Of the newest submission: job, command, profile."""
         return self.path / "job.json"
@@ -113,13 +123,20 @@ def this_job() -> str:
     return os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
 
 
-def launched(folder: Path) -> list[Path]:
-    """The run that lies in `folder`, or the runs of the sweep that does.  Raises ConfigError where nothing was launched."""
-    own = JobFolder(folder / "launch").facts
-    found = [own] if own.is_file() else sorted(folder.glob("*/launch/job.json"))
+def launched(folder: Path) -> list[JobFolder]:
+    """Of the run that lies in `folder`, of the runs of a sweep, of the jobs that encode latents; or a job's folder itself.
+
+    Raises ConfigError where nothing was launched.
+    """
+    own = JobFolder(folder / "launch")
+    for only in (own, JobFolder(folder)):
+        if only.facts.is_file():
+            return [only]
+    encoding = sorted(folder.glob("launch/encode/*/job.json"), key=lambda facts: int(facts.parent.name))
+    found = sorted(folder.glob("*/launch/job.json")) or encoding
     if not found:
-        raise ConfigError(f"{own}: not there: nothing was launched for this run")
-    return [facts.parent.parent for facts in found]
+        raise ConfigError(f"{own.facts}: not there: nothing was launched for this run")
+    return [JobFolder(facts.parent) for facts in found]
 
 
 def publish_json(path: Path, value: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ def place_array(
     jobs = submit_array(orders, profile, at_most)
     for job, order in zip(jobs, orders, strict=True):
         click.echo(f"job {job}, {order.part or order.run_dir.name}")
-    look = f"python -m launch status {folder}" if orders[0].kind == "train" else f"logs in {orders[0].folder.path.parent}"
-    click.echo(f"{len(orders)} jobs, each {nodes} nodes x {profile.processes_per_node} processes; {look}")
+    each = f"{nodes} nodes x {profile.processes_per_node} processes"
+    click.echo(f"{len(orders)} jobs, each {each}; python -m launch status {folder}")
     return jobs
 
 
@@ -107,13 +107,13 @@ def place_again(folder: JobFolder) -> None:
     place(facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], profile, None, part=part)
 
 
-def place_array_again(runs: Sequence[Path]) -> None:
+def place_array_again(folders: Sequence[JobFolder]) -> None:
     """The newest jobs of runs of a sweep: an array of those that had asked for the same."""
     alike: dict[str, list[Order]] = {}
-    for run in runs:
-        facts = JobFolder(run / "launch").read_facts()
+    for folder in folders:
+        facts = folder.read_facts()
         shape = json.dumps([facts["profile"], facts["nodes"], facts.get("at_most")])
-        alike.setdefault(shape, []).append(Order(facts["kind"], facts["argv"], run, facts["nodes"]))
+        alike.setdefault(shape, []).append(Order(facts["kind"], facts["argv"], folder.run_dir, facts["nodes"]))
     for shape, orders in alike.items():
         profile, _, at_most = json.loads(shape)
         place_array(orders, ClusterProfile.model_validate(profile), at_most)

@@ -23,25 +23,24 @@ RECENT_S = 1800.0
 
 def report(folder: Path) -> str:
     """A few lines of text; of a sweep, one for each run.  Raises ConfigError where nothing was launched."""
-    runs = launched(folder)
-    return one(folder) if runs == [folder] else table(runs)
+    found = launched(folder)
+    return one(found[0]) if found[0].path == folder / "launch" else table(found)
 
 
-def table(runs: Sequence[Path]) -> str:
-    folders = [JobFolder(run / "launch") for run in runs]
-    rows = [("run", "job", "state", "step", "samples/s", "restarts", "last attempt")]
-    for run, folder, state in zip(runs, folders, states(folders), strict=True):
-        job, last = folder.job, last_line(RunDir(run).metrics) or {}
+def table(folders: Sequence[JobFolder]) -> str:
+    rows = [("name", "job", "state", "step", "samples/s", "restarts", "last attempt")]
+    for folder, state in zip(folders, states(folders), strict=True):
+        job, last = folder.job, last_line(RunDir(folder.run_dir).metrics) or {}
         mine = folder.history(job)
         step, rate = (f"{last[key]:{form}}" if key in last else "-" for key, form in (("step", ","), ("samples_per_s", ".1f")))
         restarts, reason = sum(attempt["requeued"] for attempt in mine), mine[-1]["reason"] if mine else "-"
-        rows.append((run.name, job or "-", state or "-", step, rate, str(restarts), reason))
+        rows.append((folder.name, job or "-", state or "-", step, rate, str(restarts), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def one(run: Path) -> str:
-    folder, run_dir = open_folder(run), RunDir(run)
+def one(folder: JobFolder) -> str:
+    run_dir = RunDir(folder.run_dir)
     facts = folder.read_facts()
     mine = folder.history(facts["job"])
     state = states([folder])[0] or "not with the scheduler"
@@ -113,36 +112,39 @@ def training_is_over(run_dir: RunDir) -> bool:
     return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
 
 
-def unfinished(runs: Sequence[Path]) -> list[Path]:
-    """Those that no job works on and that are not at their end."""
-    live = states([JobFolder(run / "launch") for run in runs])
-    return [run for run, state in zip(runs, live, strict=True) if not state and not training_is_over(RunDir(run))]
+def unfinished(folders: Sequence[JobFolder]) -> list[JobFolder]:
+    """Those of runs that no job works on and that are not at their end."""
+    live = states(folders)
+    found = zip(folders, live, strict=True)
+    return [folder for folder, state in found if not state and not training_is_over(RunDir(folder.run_dir))]
 
 
 def cancel(folder: Path) -> str:
-    """The job of a run, or those of all runs of a sweep that have one."""
-    runs = launched(folder)
-    if runs == [folder]:
-        return cancel_job(folder)
-    live = [run for run, state in zip(runs, states([JobFolder(run / "launch") for run in runs]), strict=True) if state]
-    return "\n".join(map(cancel_job, live)) or f"{folder}: none of its {len(runs)} runs is with the scheduler"
+    """The job of a run, or those of all runs of a sweep, or of an encoding, that have one."""
+    found = launched(folder)
+    if len(found) == 1:
+        return cancel_job(found[0])
+    live = [each for each, state in zip(found, states(found), strict=True) if state]
+    return "\n".join(map(cancel_job, live)) or f"{folder}: none of its {len(found)} jobs is with the scheduler"
 
 
-def cancel_job(run: Path) -> str:
-    folder = open_folder(run)
+def cancel_job(folder: JobFolder) -> str:
     job = folder.job
     folder.cancelled.touch()
     done = subprocess.run(["scancel", "--signal=USR2", str(job)], capture_output=True, text=True, check=False)
     if done.returncode or states([folder]) == ["PENDING"]:
         subprocess.run(["scancel", str(job)], capture_output=True, check=False)
-    return f"job {job}: told to end after a checkpoint; `python -m launch resume {run}` goes on from there"
+    if folder.read_facts().get("kind") == "encode":
+        return f"job {job}: told to end; `python -m launch encode` goes on from there"
+    return f"job {job}: told to end after a checkpoint; `python -m launch resume {folder.run_dir}` goes on from there"
 
 
 def open_folder(run: Path) -> JobFolder:
-    """Raises ConfigError where nothing was launched, or a sweep of runs."""
-    if (runs := launched(run)) != [run]:
-        raise ConfigError(f"{run}: holds {len(runs)} runs: name one of them, such as {runs[0]}")
-    return JobFolder(run / "launch")
+    """Raises ConfigError where nothing was launched, or several jobs were."""
+    found = launched(run)
+    if len(found) > 1:
+        raise ConfigError(f"{run}: holds {len(found)} jobs: name one of them, such as {found[0].path}")
+    return found[0]
 
 
 def last_line(metrics: Path) -> dict[str, Any] | None:

@@ -60,6 +60,9 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
     assert [part for _, part in pipeline(folder / "piped run")] == [*tasks]
     score = folder / "piped run" / "evaluations" / "step_00000020" / "quick.json"
     cluster.wait(score.exists, 200, "the score at the end of the pipeline")
+    told = launch(cluster, "status", folder / "piped").stdout.splitlines()[1:]
+    assert [(line.split()[0], line.split()[-1]) for line in told] == [("encode/0", "done"), ("encode/1", "done")]
+    assert "[0] " in launch(cluster, "logs", folder / "piped" / "launch" / "encode" / "1").stdout
     (folder / "encode.yaml").write_text(
         yaml.safe_dump({**encode, "source": str(folder / "nothing"), "output": str(folder / "none")})
     )

@@ -205,6 +205,10 @@ def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys,
         for rank in range(2):
             monkeypatch.setenv("SLURM_PROCID", str(rank))
             seen.append(task.place_of(Allocation.from_environment()))
+    told = [line.split()[:3] for line in status.report(latents).splitlines()[1:]]
+    assert told == [["encode/0", "4711_0", "RUNNING"], ["encode/1", "4711_1", "PENDING"]]
+    assert status.report(latents / "launch" / "encode" / "1").splitlines()[1].split()[:2] == ["encode/1", "4711_1"]
+    assert status.cancel(latents).count("`python -m launch encode` goes on from there") == 2
     assert [place["RANK"] for place in seen] == ["0", "1", "2", "3"] and {place["WORLD_SIZE"] for place in seen} == {"4"}
 
 
@@ -254,18 +258,19 @@ def test_nothing_is_submitted_while_one_run_is_worked_on(scheduler):
 def test_a_line_for_each_run(scheduler):
     sweep = scheduler / "sweep"
     submit_array(orders(sweep, 3), ClusterProfile(), None)
-    assert launched(sweep) == [sweep / f"n={n}" for n in range(3)] and launched(sweep / "n=1") == [sweep / "n=1"]
+    assert [folder.run_dir for folder in launched(sweep)] == [sweep / f"n={n}" for n in range(3)]
+    assert [folder.run_dir for folder in launched(sweep / "n=1")] == [sweep / "n=1"]
     RunDir(sweep / "n=0").metrics.write_text(json.dumps({"step": 1200, "samples_per_s": 51.24}) + "\n")
     attempt = {"job": "4711_2", "attempt": 0, "requeued": False, "reason": "refused its input: see the log"}
     JobFolder(sweep / "n=2" / "launch").note_attempt(attempt)
     head, *told = (re.split(r"\s{2,}", line) for line in status.report(sweep).splitlines())
-    assert head == ["run", "job", "state", "step", "samples/s", "restarts", "last attempt"]
+    assert head == ["name", "job", "state", "step", "samples/s", "restarts", "last attempt"]
     assert told == [
         ["n=0", "4711_0", "RUNNING", "1,200", "51.2", "0", "-"],
         ["n=1", "4711_1", "PENDING", "-", "-", "0", "-"],
         ["n=2", "4711_2", "-", "-", "-", "0", "refused its input: see the log"],
     ]
-    with pytest.raises(ConfigError, match="holds 3 runs: name one of them, such as .*n=0"):
+    with pytest.raises(ConfigError, match="holds 3 jobs: name one of them, such as .*n=0"):
         status.open_folder(sweep)
 
 
@@ -276,9 +281,9 @@ def test_cancel_is_for_those_that_live_and_resume_for_those_that_do_not(schedule
     finished.config.write_text(yaml.safe_dump(train_config(steps=6).model_dump(mode="json")))
     finished.checkpoint(6).mkdir(parents=True)
     (finished.checkpoint(6) / "manifest.json").touch()
-    assert status.unfinished(launched(sweep)) == [sweep / "n=2"]
+    assert [folder.name for folder in status.unfinished(launched(sweep))] == ["n=2"]
     (finished.checkpoint(6) / "manifest.json").unlink()
-    assert status.unfinished(launched(sweep)) == [sweep / "n=2", sweep / "n=3"]
+    assert [folder.name for folder in status.unfinished(launched(sweep))] == ["n=2", "n=3"]
     assert [line.partition(":")[0] for line in status.cancel(sweep).splitlines()] == ["job 4711_0", "job 4711_1"]
     assert [JobFolder(sweep / f"n={n}" / "launch").cancelled.exists() for n in range(4)] == [True, True, False, False]
 
