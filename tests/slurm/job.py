@@ -60,6 +60,7 @@ class Job:
     def __init__(self, cluster, folder, run, *overrides, changes=(), more=()):
         """`run`: its folder, or the name of one in `folder`."""
         self.cluster, self.run = cluster, folder / run
+        self.afterwards = []  # what is left to be seen of its troubles
         launched = self.ask(cluster, folder, run, *overrides, changes=changes, more=more)
         assert launched.returncode == 0, launched.stdout + launched.stderr
         self.folder = JobFolder(self.run / "launch")

@@ -55,6 +55,8 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way, lying_s
         job.wait_steps(EVERY + 2)
         seen[name] = job.goes_on_after(trouble)
         print(f"\n{way}: {name}: {seen[name][0]} s until it went on, {seen[name][1]} steps made again", flush=True)
+    for look in job.afterwards:
+        look()
     told = job.launch("status", run).stdout
     assert f"job         {job.id}: RUNNING" in told and f"restarts    {job.restarts()}\n" in told
     assert f"its job {job.id} is RUNNING" in job.launch("resume", run).stderr

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 
 def preempt(job):
@@ -14,11 +15,20 @@ def preempt(job):
 
 
 def time_limit(job):
-    """Of one minute, whose end SLURM announces up to half a minute before the 30 seconds asked for."""
-    ended = len(job.folder.read_attempts())
+    """Of one minute, of whose end SLURM tells up to half a minute before the 30 seconds asked for: within a collective."""
+    ended, pid = len(job.folder.read_attempts()), one_of(job, which=1)
+    os.kill(pid, signal.SIGSTOP)  # the others wait for it
     job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=1")
-    job.wait(lambda: len(job.folder.read_attempts()) > ended, "the end of the time")
+    job.wait(lambda: waits_for(pid, signal.SIGUSR2), "the announcement", timeout_s=60)
+    os.kill(pid, signal.SIGCONT)
+    job.wait(lambda: len(job.folder.read_attempts()) > ended, "the end of an attempt")
     job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=30")
+
+
+def waits_for(pid, number):
+    """A signal has come to a process that is stopped."""
+    pending = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd:"))
+    return int(pending.split()[1], 16) >> (number - 1) & 1
 
 
 def requeue(job):
@@ -26,15 +36,20 @@ def requeue(job):
 
 
 def kill_a_rank(job):
-    os.kill(job.ranks()[0][0], signal.SIGKILL)
+    os.kill(one_of(job, which=1), signal.SIGKILL)
+
+
+def one_of(job, which):
+    """The ranks on its first node or its second; on a node that is cut off there may be others."""
+    return job.ranks(job.nodes()[which])[0][0]
 
 
 def kill_while_saving(job):
     """The moment that a checkpoint begins to be written."""
-    deadline = time.monotonic() + 60
+    pid, deadline = one_of(job, which=0), time.monotonic() + 60
     while not list((job.run / "checkpoints").glob(".writing_*")):  # it lasts for milliseconds
         assert time.monotonic() < deadline, "no checkpoint was written"
-    kill_a_rank(job)
+    os.kill(pid, signal.SIGKILL)
 
 
 def crash_rank_0(job):
@@ -48,11 +63,15 @@ def crash(job, node):
 
 
 def cut_rank_0(job):
-    """The cable of rank 0's node is pulled: the old ranks live on, unseen, until they see that the run is another one's."""
+    """The cable of rank 0's node is pulled: the old ranks live on, unseen, but rank 0 sees that the run is another one's."""
     node, old = cut(job, which=0)
-    job.wait(lambda: len(old()) < 2, "rank 0 ends by itself", timeout_s=40)
-    job.cluster.mend(node)
-    job.wait(lambda: not old(), "the end of the old ranks", timeout_s=30)
+
+    def afterwards():
+        job.wait(lambda: len(old()) < 2, "rank 0 ends by itself", timeout_s=40)
+        job.cluster.mend(node)
+        job.wait(lambda: not old(), "the end of the old ranks", timeout_s=30)
+
+    job.afterwards.append(afterwards)
 
 
 def cut_another(job):
