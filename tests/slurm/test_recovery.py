@@ -83,8 +83,6 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way, lying_s
     reasons = [found["reason"] for found in attempts]
     assert reasons[:2] == ["stopped in time", "time limit, 1 of 100"] and reasons[-1] == "cancelled"
     assert attempts[1]["status"] == 0 and attempts[1]["steps"][1] == job.resumes()[1]["step"], "the time limit's checkpoint"
-    full = {(found["reason"], found["requeued"]) for found in attempts if found["status"] == 1}
-    assert full <= {("failed with status 1, 1 of 3 in a row", True)}, "the full disk's, where there was room for it"
     assert {137, -9} & {found["status"] for found in attempts}, "the killed ranks'"
     assert len(attempts) < 2 + len(TROUBLES), "those of nodes that were lost or cut off do not decide what goes on"
     assert job.folder.read_attempts()[-1]["reason"] == "done"
