@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Optional
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.section import PathText, Section
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,@%&|*\[\]()=+-]+$")]
@@ -34,9 +34,9 @@ class ClusterProfile(Section):
     """How long before the time limit, and before a preempted job is killed, its processes are told: time for a checkpoint."""
     setup: tuple[str, ...] = ()
     """Lines of shell before the job, such as `module load cuda`."""
-    container: tuple[str, ...] = ()
+    container: tuple[PathText, ...] = ()
     """What a command is run by: [apptainer, exec, --nv, /images/lpl.sif]."""
-    python: Optional[str] = None
+    python: Optional[PathText] = None
     """Interpreter on the nodes; absent: the one that submits."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and belong into no file."""

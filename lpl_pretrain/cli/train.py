@@ -31,6 +31,9 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     world = World.from_environment()
     try:
         data, protocol = accepted(config, run_dir, world)
+        from lpl_pretrain.models.build import check_model_runs  # torch: only for what is accepted without
+
+        check_model_runs(config, data.merged)
     except LPLError as refusal:
         if world.world_size > 1 and config.preflight is not None:  # another node may accept it
             from lpl_pretrain.preflight.start import refuse

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from lpl_pretrain.config.section import OnError, Section, Share
+from lpl_pretrain.config.section import Name, OnError, PathText, Section, Share
 
 
 class BucketsConfig(Section):
@@ -19,7 +19,7 @@ class BucketsConfig(Section):
 
 
 class TextEncoderConfig(Section):
-    folder: str
+    folder: PathText
     """A text encoder with its tokenizer, as transformers' save_pretrained writes them (CLIP, T5, BERT ...)."""
     max_tokens: PositiveInt = 77
     """Longer captions are cut."""
@@ -34,10 +34,10 @@ class TextEncoderConfig(Section):
 class EncodeConfig(Section):
     """Pictures to latents."""
 
-    source: Union[str, list[str]]
+    source: Union[PathText, list[PathText]]
     """An image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json; `asset:` and fsspec URLs work too."""
-    output: str
-    autoencoder: str
+    output: PathText
+    autoencoder: PathText
     resolution_px: PositiveInt
     """Pictures are resized (Lanczos) to cover a square of this side, or their bucket, and cropped."""
     buckets: Optional[BucketsConfig] = None
@@ -46,7 +46,7 @@ class EncodeConfig(Section):
     """Where the part lies that is kept; recorded with each sample."""
     flips: bool = False
     """Encode the mirrored picture too, and store it beside the original."""
-    text: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], TextEncoderConfig] = {}
+    text: dict[Annotated[Name, Field(pattern=r"^[a-z0-9_]+$")], TextEncoderConfig] = {}
     """Embeddings of the captions: a name for each encoder; pictures without a caption get that of the empty one."""
     batch_size: PositiveInt = 32
     precision: Literal["fp32", "bf16"] = "fp32"

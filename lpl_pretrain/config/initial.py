@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 from pydantic import Field, PositiveInt, model_validator
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.section import Name, PathText, Section
 from lpl_pretrain.errors import CheckpointError
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -22,17 +22,17 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 class InitConfig(Section):
     """Exactly one of run, file and diffusers."""
 
-    run: Optional[str] = None
+    run: Optional[PathText] = None
     """Run directory; post-training with LPL starts here."""
     step: Optional[PositiveInt] = None
     """Of a complete checkpoint of `run`; absent: the newest."""
-    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
+    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3})$")] = "ema"
     """Of `run`."""
-    file: Optional[str] = None
+    file: Optional[PathText] = None
     """Safetensors in our names, for a DiT the published ones: by `lpl-pretrain export`, or a converted DiT-XL-2-256x256.pt."""
-    diffusers: Optional[str] = None
+    diffusers: Optional[PathText] = None
     """Folder of a transformer with its config.json, as diffusers saves it."""
-    may_differ: tuple[str, ...] = ()
+    may_differ: tuple[Name, ...] = ()
     """Beginnings of parameter names that may be missing, or of another shape: they keep their fresh values."""
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lpl_pretrain.config.section import Section, WeightingConfig
+from lpl_pretrain.config.section import Name, PathText, Section, WeightingConfig
 
 
 class GateConfig(Section):
@@ -112,7 +112,7 @@ class LPLConfig(Section):
     """The weight grows linearly from 0 over this many steps."""
     noise_weighting: WeightingConfig = WeightingConfig()
     """How much each noise level counts inside the gate; min_snr is the public implementation's `lpl_scale`."""
-    stages: Optional[list[str]] = None
+    stages: Optional[list[Name]] = None
     """Decoder stages to compare, of `mid`, `up0`, `up1` ...; all of them when absent."""
     distance: Literal["mse", "l1"] = "mse"
     normalize: Optional[NormalizeConfig] = NormalizeConfig()
@@ -124,7 +124,7 @@ class LPLConfig(Section):
     sample_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the gated samples that go through the decoder, drawn at random, weighted by its inverse: unbiased and cheaper."""
     crop: Optional[CropConfig] = None
-    decoder: Optional[str] = None
+    decoder: Optional[PathText] = None
     """Folder of another autoencoder for the same latents, whose (smaller) decoder gives the features; absent: `autoencoder`."""
     chunk_size: PositiveInt = 8
     """Samples that are inside the decoder at once; memory does not grow beyond it."""

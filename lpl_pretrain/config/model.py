@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
-from pydantic import Discriminator, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
+from lpl_pretrain.config.message import short
 from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.unet import FOLLOWS, argument_problems, settings_problems
 
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """width, depth, heads (arXiv 2212.09748, table 1)."""
@@ -19,11 +21,11 @@ class TransformerConfig(Section):
 
     SIZES: ClassVar[dict[str, tuple[int, int, int]]] = {}
 
-    width: PositiveInt
-    depth: PositiveInt
+    width: Annotated[int, Field(ge=1, le=65_536)]
+    depth: Annotated[int, Field(ge=1, le=1024)]
     heads: PositiveInt
-    patch_size: PositiveInt = 2
-    mlp_ratio: PositiveFloat = 4.0
+    patch_size: Annotated[int, Field(ge=1, le=256)] = 2
+    mlp_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = 4.0
     qk_norm: bool = False
     """Normalise queries and keys of each head (arXiv 2302.05442): large models stay stable in bf16."""
     position_side: Optional[PositiveInt] = None
@@ -43,7 +45,21 @@ class TransformerConfig(Section):
     def _heads_divide_width(self) -> TransformerConfig:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+        if self.width % 4:
+            raise ValueError(f"width={self.width}: rows and columns have a sine and a cosine each: wanted a multiple of 4")
         return self
+
+    @model_validator(mode="after")
+    def _mlp_has_channels(self) -> TransformerConfig:
+        if self.mlp_channels < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} with width={self.width}: leaves the MLP no channel; raise it")
+        return self
+
+    @property
+    def mlp_channels(self) -> int:
+        """Hidden channels of the MLP, before a gated one rounds them up."""
+        hidden = int(self.width * self.mlp_ratio)
+        return hidden * 2 // 3 if getattr(self, "swiglu", False) else hidden
 
 
 class DiTConfig(TransformerConfig):
@@ -138,7 +154,8 @@ class UNetConfig(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {**UNETS[self.preset], **self.settings}
+        given = {key: value for key, value in self.settings.items() if value is not None}
+        return {**UNETS[self.preset], **given}
 
     @property
     def reads_text(self) -> bool:
@@ -155,27 +172,28 @@ class UNetConfig(Section):
 
     @model_validator(mode="after")
     def _settings_that_follow(self) -> UNetConfig:
-        own = {"in_channels", "out_channels", "sample_size", "projection_class_embeddings_input_dim"}
-        if self.reads_text:
-            own |= {"cross_attention_dim"}
+        own = {*FOLLOWS, *(("cross_attention_dim",) if self.reads_text else ())}
         if taken := sorted(own & self.settings.keys()):
             raise ValueError(f"settings.{taken[0]}: follows from the data; leave it out")
+        if problems := settings_problems(self.settings) or argument_problems(self.arguments):
+            raise ValueError("; ".join(f"settings.{problem}" for problem in problems[:3]))
         return self
 
 
 def spell_out(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
     """`size` as width, depth and heads, which may be given too when they agree."""
-    if not isinstance(raw, dict) or raw.get("size") not in sizes:
+    if not isinstance(raw, dict) or not isinstance(raw.get("size"), str) or raw["size"] not in sizes:
         return raw
     meant = dict(zip(("width", "depth", "heads"), sizes[raw["size"]], strict=True))
     for key, value in meant.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"{key}={raw[key]} with size={raw['size']}, which has {value}: leave one of the two out")
+            raise ValueError(f"{key}={short(raw[key])} with size={raw['size']}, which has {value}: leave one of the two out")
     return {**raw, **meant}
 
 
 def _kind(raw: Any) -> Any:
-    return raw.get("kind", "dit") if isinstance(raw, dict) else getattr(raw, "kind", None)
+    kind = raw.get("kind", "dit") if isinstance(raw, dict) else getattr(raw, "kind", None)
+    return kind if kind is None or isinstance(kind, str) else short(kind)
 
 
 ModelConfig = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.section import Name, PathText, Section
 
 
 class SamplerConfig(Section):
@@ -27,14 +27,14 @@ class SamplerConfig(Section):
 class GuideConfig(Section):
     """A weaker model of the same data, away from which samples are guided, instead of from the null class (arXiv 2406.02507)."""
 
-    run: str
+    run: PathText
     """Run directory; an earlier step of the same run will do."""
     step: Optional[PositiveInt] = None
     """Of a complete checkpoint; absent: the newest."""
-    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3})$")] = "ema"
+    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3})$")] = "ema"
 
 
-Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.\d{3}|posthoc_0\.\d{3})$")]
+Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3}|posthoc_0\.[0-9]{3})$")]
 """The average, the parameters themselves, a power-function average that the run tracks, or one rebuilt from its snapshots."""
 Metric = Literal[
     "fd", "spatial_fd", "fd_infinity", "kid", "precision_recall", "density_coverage", "inception_score", "cmmd", "clip_score"
@@ -48,11 +48,11 @@ class ExtractorConfig(Section):
 
     kind: Literal["efficientnet_lite0", "inception", "timm", "clip"]
     """efficientnet_lite0 ships with the package; inception is FID's; timm any network of timm; clip a CLIPModel of transformers."""
-    name: Optional[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]] = None
+    name: Optional[Annotated[Name, Field(pattern=r"^[a-z0-9_]+$")]] = None
     """In the names of its scores: fd_<name>; absent: its kind, or timm's name of the network."""
-    weights: Optional[str] = None
+    weights: Optional[PathText] = None
     """A file (inception: .pth; timm: .safetensors), or CLIP's folder as transformers' save_pretrained writes it."""
-    network: Optional[str] = None
+    network: Optional[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.]+$")]] = None
     """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675)."""
     side_px: PositiveInt = 224
     """timm: pictures are resized to this (bicubic, antialiased)."""
@@ -65,7 +65,7 @@ class ExtractorConfig(Section):
 class EvaluateConfig(Section):
     """One evaluation protocol: everything that the score depends on."""
 
-    name: str
+    name: Name
     images: PositiveInt
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
@@ -82,11 +82,11 @@ class EvaluateConfig(Section):
     metrics: list[Metric] = ["fd"]
     """fd, fd_infinity, kid, precision_recall and density_coverage of every extractor but clip; spatial_fd and inception_score of
     inception; cmmd and clip_score of clip."""
-    best: Optional[str] = None
+    best: Optional[Name] = None
     """The score that the best checkpoint is chosen by, as the record calls it, such as fid; that checkpoint is not removed."""
     patience: PositiveInt = 3
     """Warn when `best` has been worse than its best for so many evaluations."""
-    reference: Union[str, list[str]]
+    reference: Union[PathText, list[PathText]]
     """Real pictures: an image folder or WebDataset tars, as in encode; or statistics: a .safetensors of `lpl-pretrain reference`,
     or the usual .npz with mu and sigma (fd of inception only)."""
     reference_features: PositiveInt = 50_000

@@ -17,7 +17,7 @@ from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import ModelConfig
 from lpl_pretrain.config.preflight import PreflightConfig
-from lpl_pretrain.config.section import OnError, Section, Share, WeightingConfig
+from lpl_pretrain.config.section import Name, OnError, PathText, Section, Share, WeightingConfig
 
 
 class Prediction(str, Enum):
@@ -59,7 +59,7 @@ class Precision(str, Enum):
 class CacheConfig(Section):
     """Where shards of a remote folder are kept."""
 
-    folder: str = "~/.cache/lpl_pretrain"
+    folder: PathText = "~/.cache/lpl_pretrain"
     max_gib: PositiveFloat = 100.0
     """The shards that were not used for the longest time make room for new ones."""
     retries: NonNegativeInt = 6
@@ -67,7 +67,7 @@ class CacheConfig(Section):
 
 
 class DataConfig(Section):
-    folder: Union[str, dict[str, PositiveFloat]]
+    folder: Union[PathText, dict[PathText, PositiveFloat]]
     """Encoded latents: a folder written by `lpl-pretrain encode` or an fsspec URL of one; several as `folder: weight`."""
     lanes: PositiveInt = 16
     """Stretches of the data that are read side by side (data/lanes.py): a batch mixes all of them."""
@@ -92,9 +92,9 @@ class DataConfig(Section):
 class ConditioningConfig(Section):
     label_dropout: Share = 0.1
     """Share of samples trained with the null class, for classifier-free guidance (arXiv 2207.12598)."""
-    text: tuple[Union[str, tuple[str, ...]], ...] = ()
+    text: tuple[Union[Name, tuple[Name, ...]], ...] = ()
     """Text encoders of the data folder (mmdit): behind each other, or side by side in a group: [[clip_l, clip_g], t5]."""
-    encoders: dict[str, TextEncoderConfig] = {}
+    encoders: dict[Name, TextEncoderConfig] = {}
     """Those of `text` that run while training, on the data's captions, by name; the others' embeddings are read from the folder."""
     text_dropout: Share = 0.1
     """Share of samples trained with the empty caption's embeddings."""
@@ -169,7 +169,7 @@ class ActivationCheckpointing(str, Enum):
 
 class ParallelConfig(Section):
     strategy: StrategyKind = StrategyKind.LOCAL
-    zero_config: Optional[str] = None
+    zero_config: Optional[PathText] = None
     """DeepSpeed JSON (configs/zero/*.json) when strategy is zero: engine tuning only, never batch, precision or clipping."""
     precision: Precision = Precision.FP32
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
@@ -243,8 +243,8 @@ class CheckpointConfig(Section):
 
 class WandbConfig(Section):
     mode: Literal["disabled", "online", "offline"] = "disabled"
-    project: str = "lpl-pretrain"
-    entity: Optional[str] = None
+    project: Name = "lpl-pretrain"
+    entity: Optional[Name] = None
 
 
 class LogConfig(Section):
@@ -266,13 +266,13 @@ class HangConfig(Section):
 
 
 class TrainConfig(Section):
-    name: str
-    run_dir: Optional[str] = None
+    name: Name
+    run_dir: Optional[PathText] = None
     """Where everything of the run goes; absent: runs/<name>."""
     seed: NonNegativeInt = 0
     steps: PositiveInt
     """Optimizer updates in all."""
-    autoencoder: str
+    autoencoder: PathText
     """Folder of a diffusers autoencoder (families: config/autoencoder.py), or `asset:NAME` for one that ships with the package."""
     data: DataConfig
     model: ModelConfig
@@ -287,7 +287,7 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    inline_evaluation: Optional[str] = None
+    inline_evaluation: Optional[PathText] = None
     """A protocol (configs/evaluate/*.yaml) that scores every checkpoint while training waits; for single machines.  Elsewhere
     `lpl-pretrain evaluate --watch` does so in processes of its own."""
     log: LogConfig = LogConfig()

@@ -1,17 +1,140 @@
-"""What every section of a configuration is, and the pieces that several of them share."""
+"""Base class of every section of a configuration, and the types that several of them share."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PositiveFloat
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
+from lpl_pretrain.config.paths import is_url
+
+MAX_NAME_BYTES = 200
+"""File names that are derived from a name, such as best_<name>.json, stay below the 255 bytes that file systems allow."""
+MAX_COMPONENT_BYTES = 255
+MAX_PATH_BYTES = 4000
+MAX_INT = 2**63
+SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""Numbers such as 3e-4, which YAML 1.1 reads as text."""
+REFUSED_TEXT = "unusable_text"
+"""Type of the errors of Name and PathText; their message needs no translation."""
+
+
+def unusable_characters(text: str) -> str | None:
+    """Says which character no name, path or line of a script may have: a control character, a line end, half a character."""
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+            return f"has the control character {character!r}"
+        if unicodedata.category(character) == "Cs":
+            return f"has {character!r}, which is no character (the text was not UTF-8)"
+    return None
+
+
+def name_problem(text: str) -> str | None:
+    """What keeps `text` from being the name of one file, if anything."""
+    if problem := unusable_characters(text):
+        return f"{problem}; wanted printable characters"
+    if not text or text in (".", ".."):
+        return "is no name; wanted letters, digits, - and _"
+    if "/" in text:
+        return "holds a /; wanted a name, not a path"
+    if text != text.strip():
+        return "begins or ends with white space; remove it"
+    if len(text.encode()) > MAX_NAME_BYTES:
+        return f"has {len(text.encode())} bytes; wanted a name of at most {MAX_NAME_BYTES}"
+    return None
+
+
+def path_problem(text: str) -> str | None:
+    """What keeps `text` from being a path or URL, if anything."""
+    if problem := unusable_characters(text):
+        return f"{problem}; wanted printable characters"
+    if not text:
+        return "is empty; wanted a path"
+    if len(text.encode()) > MAX_PATH_BYTES:
+        return f"has {len(text.encode())} bytes; wanted a path of at most {MAX_PATH_BYTES}"
+    if not is_url(text) and max(len(part.encode()) for part in text.split("/")) > MAX_COMPONENT_BYTES:
+        return f"has a part of more than {MAX_COMPONENT_BYTES} bytes between slashes; wanted a shorter one"
+    return None
+
+
+def _checked_name(text: str) -> str:
+    if problem := name_problem(text):
+        raise PydanticCustomError(REFUSED_TEXT, "{problem}", {"problem": problem})
+    return text
+
+
+def _checked_path(text: str) -> str:
+    if problem := path_problem(text):
+        raise PydanticCustomError(REFUSED_TEXT, "{problem}", {"problem": problem})
+    return text
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+"""A name that becomes a file or folder name: one component of a path, printable, at most MAX_NAME_BYTES in UTF-8."""
+PathText = Annotated[str, AfterValidator(_checked_path)]
+"""A path or URL as written: printable, not empty, no longer than file systems allow.  `config/paths.py` resolves it."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def _read_integer(value: Any) -> Any:
+    """As `_read_number`; pydantic then refuses a fraction."""
+    if isinstance(value, bool | str) and not _is_scientific(value):
+        raise PydanticKnownError("int_type")
+    return _read_number(value)
+
+
+def _read_number(value: Any) -> Any:
+    """Refuse true and false, text other than 3e-4, and integers that 64 bits cannot hold."""
+    if isinstance(value, bool | str):
+        if not _is_scientific(value):
+            raise PydanticKnownError("float_type")
+        value = float(value)
+    if isinstance(value, int) and not -MAX_INT <= value < MAX_INT:
+        raise PydanticKnownError("int_parsing_size")
+    return value
+
+
+def _is_scientific(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 40 and SCIENTIFIC.fullmatch(value) is not None
+
+
+READERS = {"int": _read_integer, "float": _read_number}
+
+
+def _exact(schema: Any) -> Any:
+    """The schema with numbers read by READERS and `bool` and `str` strict, wherever they are in it."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_exact(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    if kind in ("bool", "str"):
+        return {**schema, "strict": True}
+    if kind in READERS:
+        finite: Any = {**schema, **({"allow_inf_nan": False} if kind == "float" else {})}
+        return core_schema.no_info_before_validator_function(READERS[kind], finite)
+    if kind == "function-before" and schema["function"]["function"] in READERS.values():
+        return schema  # of a section inside this one, which has been through here
+    return {key: part if key in ("default", "metadata") else _exact(part) for key, part in schema.items()}
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    """Frozen; unknown keys are refused; numbers, text, true and false are never converted into one another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        own: Any = handler.resolve_ref_schema(schema)
+        exact = _exact(own)
+        own.clear()
+        own.update(exact)
+        return schema
 
 
 class OnError(str, Enum):

@@ -20,8 +20,7 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.text import TextShape
-from lpl_pretrain.models.build import build_denoiser
-from lpl_pretrain.models.conditioning import Conditioning
+from lpl_pretrain.models.build import build_on_meta
 from lpl_pretrain.perceptual.features import DecoderFeatures
 from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.planning.flops import count_flops
@@ -46,12 +45,8 @@ class Effort:
 
 def denoiser_flops(config: TrainConfig, index: DatasetIndex, text: TextShape | None = None) -> float:
     """Of forward and backward of a sample, on average over the buckets' samples."""
-    with torch.device("meta"):
-        model = build_denoiser(config.model, index.latent, len(index.classes), text=text)
-        t, cond = torch.empty(1), Conditioning(torch.empty(1, dtype=torch.int64))
-        if text is not None:
-            states, pooled = torch.empty(1, text.tokens, text.width), torch.empty(1, text.pooled_width)
-            cond = Conditioning(cond.labels, states, pooled, torch.empty(1, 6, dtype=torch.int64))
+    model, cond = build_on_meta(config.model, index, text)
+    t = torch.empty(1, device="meta")
 
     def sample(height: int, width: int) -> None:
         model(torch.empty(1, index.latent.channels, height, width, device="meta"), t, cond).sum().backward()
