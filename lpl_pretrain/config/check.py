@@ -21,7 +21,7 @@ from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.online import online_problems, stored_encoders, text_entries
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
 from lpl_pretrain.config.text import text_problems
-from lpl_pretrain.config.zero import read_zero_config
+from lpl_pretrain.config.zero import zero_settings
 from lpl_pretrain.errors import ConfigError, DataError
 
 FREE_TO_CHANGE = (
@@ -85,8 +85,8 @@ def micro_batch_size(config: TrainConfig, dp_world_size: int) -> int:
 def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> None:
     """Raises ConfigError or DataError that lists everything that does not fit together."""
     grad_accum_steps(config, dp_world_size)
-    if config.parallel.zero_config is not None:
-        read_zero_config(config.parallel.zero_config)
+    if config.parallel.strategy.is_zero:
+        zero_settings(config.parallel)
     problems = [
         *data_problems(config.data, index, stored_encoders(config.conditioning)),
         *online_problems(config.conditioning, config.data.folder, index.captions),
@@ -176,9 +176,9 @@ def optimizer_problems(config: TrainConfig) -> list[str]:
     parallel = config.parallel
     if config.optimizer.kind != "muon":
         return []
-    if parallel.strategy is StrategyKind.ZERO:
+    if parallel.strategy.is_zero:
         return [
-            "optimizer.kind='muon' with parallel.strategy='zero': DeepSpeed hands an optimizer flat partitions, "
+            f"optimizer.kind='muon' with parallel.strategy={parallel.strategy.value!r}: DeepSpeed hands an optimizer flat partitions, "
             "Muon wants matrices: use fsdp2, or adamw"
         ]
     if parallel.cpu_offload:
@@ -261,7 +261,7 @@ def model_problems(config: TrainConfig, index: DatasetIndex) -> list[str]:
 
 def _strategy(config: TrainConfig, dp_world_size: int) -> list[str]:
     if config.parallel.strategy is StrategyKind.LOCAL and dp_world_size > 1:
-        return [f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero, or start one process"]
+        return [f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero2, or start one process"]
     try:
         check_shard_size(config.parallel, dp_world_size)
     except ConfigError as problem:
