@@ -10,7 +10,16 @@ import math
 from enum import Enum
 from typing import Annotated, Literal, Optional, Union
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.initial import InitConfig
@@ -320,6 +329,8 @@ class TrainConfig(Section):
 
     @field_validator("lpl")
     @classmethod
-    def _no_share_is_no_lpl(cls, lpl: Optional[LPLConfig]) -> Optional[LPLConfig]:
-        """The baseline of a sweep over shares decodes nothing."""
-        return None if lpl is not None and lpl.target_share == 0 else lpl
+    def _no_share_is_no_lpl(cls, lpl: Optional[LPLConfig], fields: ValidationInfo) -> Optional[LPLConfig]:
+        """The baseline of a sweep over shares decodes nothing.  A start as a fraction of `steps` becomes a number of steps."""
+        if lpl is None or lpl.target_share == 0:
+            return None
+        return lpl.starting_within(fields.data["steps"]) if "steps" in fields.data else lpl

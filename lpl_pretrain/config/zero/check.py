@@ -59,7 +59,7 @@ def read_zero_config(path: str | Path) -> dict[str, Any]:
         found = type(content).__name__
         raise ConfigError(f"{path}: found a JSON {found}, wanted an object like configs/zero/zero2.json")
     refuse(str(path), [*problems, *find_problems(content, {problem.path for problem in problems})], "cannot be used")
-    return _normalised(content, TUNING)
+    return normalised(content, TUNING)
 
 
 def show_path(path: str | Path) -> str:
@@ -104,7 +104,7 @@ def _table_problems(
             stages = TABLE_STAGES.get(name)
             if stages is not None and stage is not None and stage not in stages and value not in OFF:
                 yield Problem(here, _other_stage(stage, stages))
-            inner = _stage_of(value) if here == ("zero_optimization",) else stage
+            inner = stage_of(value) if here == ("zero_optimization",) else stage
             yield from _table_problems(value, rule, here, inner)
 
 
@@ -114,7 +114,7 @@ def value_problem(value: Any, rule: Key, stage: int | None = None) -> str | None
         off = same(value, rule.default) or value is None or (value is False and not rule.default)
         return None if off else f"{rule.refused}; remove it"
     if value == AUTO:
-        return f"found 'auto', which only Hugging Face fills in: remove it (DeepSpeed's default is {rule.default!r})"
+        return f"found 'auto', which only Hugging Face fills in (DeepSpeed's default is {show(rule.default)}); remove it"
     if not rule.accepts(value):
         return f"found {show(value)}, wanted {rule.wanted}"
     if stage is not None and stage not in rule.stages and not same(value, rule.default):
@@ -135,12 +135,12 @@ def _contradictions(content: dict[str, Any], zero: dict[str, Any]) -> Iterator[P
         )
     prefetch = next((name for name in ("stage3_prefetch_bucket_size", "prefetch_bucket_size") if name in zero), None)
     if prefetch and True in (zero.get("stage3_allgather_sequential"), zero.get("allgather_sequential")):
-        yield Problem((*path, prefetch), "allgather_sequential switches prefetching off; remove one of the two")
+        yield Problem((*path, prefetch), "allgather_sequential switches prefetching off; remove it")
     profiler = content.get("flops_profiler")
-    if _stage_of(zero) == 3 and isinstance(profiler, dict) and profiler.get("enabled") is True:
+    if stage_of(zero) == 3 and isinstance(profiler, dict) and profiler.get("enabled") is True:
         yield Problem(
             ("flops_profiler", "enabled"),
-            "DeepSpeed's profiler fails under stage 3; remove it (tflops_per_s is in metrics.jsonl)",
+            "DeepSpeed's profiler fails under stage 3 (metrics.jsonl has tflops_per_s); remove it",
         )
 
 
@@ -167,7 +167,7 @@ def _other_stage(stage: int, stages: tuple[int, ...]) -> str:
     return f"stage {stage} has none, it is for stages {', '.join(map(str, stages))}; remove it"
 
 
-def _stage_of(zero: dict[str, Any]) -> int | None:
+def stage_of(zero: dict[str, Any]) -> int | None:
     stage = zero.get("stage")
     return int(stage) if _key(ZERO, "stage").accepts(stage) else None  # type: ignore[arg-type]
 
@@ -178,13 +178,13 @@ def _key(table: Keys, name: str) -> Key:
     return rule
 
 
-def _normalised(content: dict[str, Any], table: Keys) -> dict[str, Any]:
+def normalised(content: dict[str, Any], table: Keys) -> dict[str, Any]:
     """5e8 as 500000000; refused keys, which are at their default here, are left out: some of them DeepSpeed takes no more."""
     kept: dict[str, Any] = {}
     for name, value in content.items():
         rule = table[name]
         if not isinstance(rule, Key):
-            kept[name] = _normalised(value, rule) if isinstance(value, dict) else value
+            kept[name] = normalised(value, rule) if isinstance(value, dict) else value
         elif not rule.refused:
             kept[name] = int(value) if rule.integer and value is not None else value
     return kept
