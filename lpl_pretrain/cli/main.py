@@ -172,6 +172,19 @@ def audit(run: str) -> None:
     command.run(run)
 
 
+@commands.command("zero-config")
+@click.argument("file")
+@click.option("--output", metavar="FILE", help="JSON to write, which must not exist; stdout when absent.")
+def zero_config(file: str, output: str | None) -> None:
+    """Write what is accepted of FILE, a DeepSpeed JSON that was written elsewhere, for parallel.zero_config.
+
+    Each key that was taken out is printed with its value and with the key of our configuration that says it instead.
+    """
+    from lpl_pretrain.cli import zero_config as command
+
+    command.run(file, output)
+
+
 @commands.command()
 def doctor() -> None:
     """Say what this machine can do, and what is missing."""

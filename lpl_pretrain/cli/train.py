@@ -12,6 +12,7 @@ from typing import NoReturn
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.mix import DataFolders, read_data
+from lpl_pretrain.config.notes import start_notes
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
@@ -61,6 +62,8 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
             "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
             device.type,
         )
+    for note in start_notes(config, data.merged) if world.rank == 0 else []:
+        log.warning(note)
     score = None
     if protocol is not None:
         from lpl_pretrain.evaluation.job import evaluate

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.gate import gate_fraction
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.initial import initial_problems
 from lpl_pretrain.config.load import differences, flatten, resolve_path
@@ -20,8 +21,8 @@ from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.online import online_problems, stored_encoders, text_entries
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
-from lpl_pretrain.config.text import text_problems
-from lpl_pretrain.config.zero import read_zero_config
+from lpl_pretrain.config.text import caption_problems, text_problems
+from lpl_pretrain.config.zero import zero_settings
 from lpl_pretrain.errors import ConfigError, DataError
 
 FREE_TO_CHANGE = (
@@ -85,13 +86,16 @@ def micro_batch_size(config: TrainConfig, dp_world_size: int) -> int:
 def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> None:
     """Raises ConfigError or DataError that lists everything that does not fit together."""
     grad_accum_steps(config, dp_world_size)
-    if config.parallel.zero_config is not None:
-        read_zero_config(config.parallel.zero_config)
+    if config.parallel.strategy.is_zero:
+        zero_settings(config.parallel)
     problems = [
         *data_problems(config.data, index, stored_encoders(config.conditioning)),
         *online_problems(config.conditioning, config.data.folder, index.captions),
         *text_problems(
             config.conditioning.text, text_entries(config.conditioning, index.text), config.data.folder, model=config.model
+        ),
+        *caption_problems(
+            config.conditioning.text, config.data.folder, captions=index.captions, samples=index.samples
         ),
         *initial_problems(config.init_from),
         *objective_problems(config),
@@ -110,6 +114,11 @@ def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> Non
     changed = {key: values for key, values in differences(stored, wanted).items() if not _is_free(key, stored)}
     if changed:
         lines = [f"  {key}: the run has {old!r}, you ask for {new!r}" for key, (old, new) in changed.items()]
+        if "lpl.start_step" in changed and stored.steps != wanted.steps:
+            lines.append(
+                f"  (a start as a fraction moves with steps, {stored.steps} then and {wanted.steps} now: "
+                f"write lpl.start_step={changed['lpl.start_step'][0]})"
+            )
         raise ConfigError(
             f"{where} belongs to another configuration:\n"
             + "\n".join(lines)
@@ -176,9 +185,9 @@ def optimizer_problems(config: TrainConfig) -> list[str]:
     parallel = config.parallel
     if config.optimizer.kind != "muon":
         return []
-    if parallel.strategy is StrategyKind.ZERO:
+    if parallel.strategy.is_zero:
         return [
-            "optimizer.kind='muon' with parallel.strategy='zero': DeepSpeed hands an optimizer flat partitions, "
+            f"optimizer.kind='muon' with parallel.strategy={parallel.strategy.value!r}: DeepSpeed hands an optimizer flat partitions, "
             "Muon wants matrices: use fsdp2, or adamw"
         ]
     if parallel.cpu_offload:
@@ -192,7 +201,7 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
     lpl = config.lpl
     if lpl is None:
         return []
-    problems: list[str] = []
+    problems = never_runs(config, lpl)
     if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
         problems.append(
             f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer timesteps; "
@@ -201,6 +210,7 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
     limit = lpl.gate.max_noise_level or (lpl.gate.min_snr**-0.5 if lpl.gate.min_snr else math.inf)
     beta = FIRST_BETA.get(config.diffusion.schedule, 0.0)
     if limit < (least := (beta / (1 - beta)) ** 0.5):
+        problems = [problem for problem in problems if "lpl.gate" not in problem]  # said in more detail here
         problems.append(
             f"lpl.gate: no sample can pass a noise level of {limit:.4g}; the least noisy one of "
             f"{config.diffusion.schedule.value} has {least:.4g}: open the gate, or set lpl=null"
@@ -225,6 +235,32 @@ def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[s
             "depend on how the batch is split; raise batch.micro_batch_size, or use over=space"
         )
     return problems
+
+
+def never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
+    """Why LPL is configured and yet never a part of the loss."""
+    steps, start = config.steps, lpl.start_step
+    if start >= steps:
+        return [
+            f"lpl.start_step={start} with steps={steps}: LPL never runs; start below steps, such as "
+            f"lpl.start_step={steps * 7 // 8} or a fraction such as 0.875, or set lpl=null"
+        ]
+    if lpl.first_weighted_step >= steps:
+        return [
+            f"lpl.start_step={start} with lpl.calibration_steps={lpl.calibration_steps} and steps={steps}: the weight of "
+            f"lpl.target_share={lpl.target_share} is known after step {lpl.first_weighted_step}, so that LPL never is a part "
+            "of the loss; start earlier, calibrate over fewer steps, or set lpl.weight"
+        ]
+    if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
+        return []  # refused for that
+    fraction = gate_fraction(lpl.gate, config.diffusion)
+    expected = fraction * config.batch.global_batch_size * (steps - lpl.first_weighted_step)
+    if expected < 1:
+        return [
+            f"lpl.gate: {fraction:.2g} of the samples pass it under diffusion.timesteps, {expected:.2g} over all steps with LPL, "
+            "so that LPL never runs: open the gate, or set lpl=null"
+        ]
+    return []
 
 
 def _lpl_stages(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
@@ -261,7 +297,7 @@ def model_problems(config: TrainConfig, index: DatasetIndex) -> list[str]:
 
 def _strategy(config: TrainConfig, dp_world_size: int) -> list[str]:
     if config.parallel.strategy is StrategyKind.LOCAL and dp_world_size > 1:
-        return [f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero, or start one process"]
+        return [f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero2, or start one process"]
     try:
         check_shard_size(config.parallel, dp_world_size)
     except ConfigError as problem:

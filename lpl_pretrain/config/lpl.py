@@ -5,9 +5,11 @@ docs/lpl.md gives the source of every option.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from lpl_pretrain.config.section import Name, PathText, Section, WeightingConfig
 
@@ -107,7 +109,9 @@ class LPLConfig(Section):
     target_share: Optional[Annotated[float, Field(ge=0.0, lt=1.0)]] = None
     """Share of the total loss that LPL should have; its weight is measured over `calibration_steps`, then frozen."""
     calibration_steps: PositiveInt = 50
-    start_step: NonNegativeInt = 0
+    start_step: Union[NonNegativeInt, Annotated[float, Field(gt=0.0, lt=1.0)]] = 0
+    """First step (from 0) with LPL: a whole number of steps, or a fraction of `steps`, such as 0.875 (rounded down).  A run's
+    resolved configuration holds the number of steps."""
     ramp_steps: NonNegativeInt = 0
     """The weight grows linearly from 0 over this many steps."""
     noise_weighting: WeightingConfig = WeightingConfig()
@@ -133,6 +137,32 @@ class LPLConfig(Section):
     compile: bool = False
     """torch.compile for the decoder's pieces."""
     decoder_precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+
+    @property
+    def first_weighted_step(self) -> int:
+        """The first step whose total loss LPL is a part of."""
+        assert isinstance(self.start_step, int), "TrainConfig resolves a fraction of its steps"
+        return self.start_step + (self.calibration_steps if self.weight is None else 0)
+
+    def starting_within(self, steps: int) -> LPLConfig:
+        """With `start_step` in steps of a run of so many; a fraction of them is rounded down, in exact decimal arithmetic."""
+        if isinstance(self.start_step, int):
+            return self
+        return self.model_copy(update={"start_step": int(Fraction(repr(self.start_step)) * steps)})
+
+    @field_validator("start_step", mode="before")
+    @classmethod
+    def _steps_or_a_fraction(cls, start: Any) -> Any:
+        number = -1.0
+        if isinstance(start, (int, float, str)) and not isinstance(start, bool):
+            with suppress(ValueError, OverflowError):
+                number = float(start)
+        if not (0 < number < 1 or (number >= 0 and number.is_integer() and not isinstance(start, float))):
+            raise ValueError(
+                f"{start!r:.60}: wanted a whole number of steps such as 1050, or a fraction of `steps` "
+                "between 0 and 1 such as 0.875"
+            )
+        return start if not isinstance(start, str) else number if number % 1 else int(number)
 
     @model_validator(mode="before")
     @classmethod

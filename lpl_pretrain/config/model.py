@@ -88,6 +88,10 @@ class DiTConfig(TransformerConfig):
         return self.text is not None
 
     @property
+    def reads_classes(self) -> bool:
+        return True
+
+    @property
     def needs_pooled(self) -> bool:
         return False
 
@@ -110,6 +114,10 @@ class MMDiTConfig(TransformerConfig):
     @property
     def reads_text(self) -> bool:
         return True
+
+    @property
+    def reads_classes(self) -> bool:
+        return False
 
     @property
     def needs_pooled(self) -> bool:
@@ -160,6 +168,10 @@ class UNetConfig(Section):
     @property
     def reads_text(self) -> bool:
         return self.preset != "ldm"
+
+    @property
+    def reads_classes(self) -> bool:
+        return self.preset == "ldm"
 
     @property
     def needs_pooled(self) -> bool:

@@ -10,7 +10,16 @@ import math
 from enum import Enum
 from typing import Annotated, Literal, Optional, Union
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.initial import InitConfig
@@ -42,6 +51,21 @@ class StrategyKind(str, Enum):
     DDP = "ddp"
     FSDP2 = "fsdp2"
     ZERO = "zero"
+    """DeepSpeed, at the stage that `zero_config` names."""
+    ZERO1 = "zero1"
+    """DeepSpeed's ZeRO stage 1, 2 or 3; with built-in tuning unless `zero_config` names a file of that stage."""
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the strategy runs in DeepSpeed's engine."""
+        return self.value.startswith("zero")
+
+    @property
+    def zero_stage(self) -> Optional[int]:
+        """ZeRO stage that the name says; None: the DeepSpeed JSON says it, or the strategy is not ZeRO."""
+        return int(self.value[-1]) if self.is_zero and self is not StrategyKind.ZERO else None
 
 
 class Precision(str, Enum):
@@ -170,7 +194,8 @@ class ActivationCheckpointing(str, Enum):
 class ParallelConfig(Section):
     strategy: StrategyKind = StrategyKind.LOCAL
     zero_config: Optional[PathText] = None
-    """DeepSpeed JSON (configs/zero/*.json) when strategy is zero: engine tuning only, never batch, precision or clipping."""
+    """DeepSpeed JSON (configs/zero/*.json): engine tuning only, never batch, precision or clipping.  `zero` needs one; `zero1`,
+    `zero2` and `zero3` have built-in tuning without one.  `lpl-pretrain zero-config FILE` adapts a file that was written elsewhere."""
     precision: Precision = Precision.FP32
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
     """Of the denoiser: `blocks` keeps what enters a block, `selective` also the outputs of matrix products and attention."""
@@ -187,21 +212,27 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _zero_needs_json(self) -> ParallelConfig:
-        if (self.strategy is StrategyKind.ZERO) != (self.zero_config is not None):
+        strategy = self.strategy
+        if self.zero_config is not None and not strategy.is_zero:
             raise ValueError(
-                f"zero_config={self.zero_config!r} with strategy={self.strategy.value!r}: "
-                "name a DeepSpeed JSON, such as configs/zero/zero2.json, with strategy zero and only with it"
+                f"zero_config={self.zero_config!r} with strategy={strategy.value!r}: a DeepSpeed JSON is for the strategies "
+                "zero, zero1, zero2 and zero3: name one of them, or remove zero_config"
             )
-        if self.strategy is StrategyKind.ZERO and self.precision in (Precision.FP64, Precision.FP8):
+        if self.zero_config is None and strategy is StrategyKind.ZERO:
             raise ValueError(
-                f"precision={self.precision.value!r} with strategy='zero': DeepSpeed keeps float32 masters and knows no float8; "
-                "use bf16, fp16 or fp32, or another strategy"
+                "zero_config=None with strategy='zero': use strategy zero1, zero2 or zero3, or name a DeepSpeed JSON, "
+                "such as configs/zero/zero2.json"
+            )
+        if strategy.is_zero and self.precision in (Precision.FP64, Precision.FP8):
+            raise ValueError(
+                f"precision={self.precision.value!r} with strategy={strategy.value!r}: DeepSpeed keeps float32 masters and "
+                "knows no float8; use bf16, fp16 or fp32, or another strategy"
             )
         own = ("shard_size", "reshard_after_forward", "cpu_offload")
         asked = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
-        if asked and self.strategy is not StrategyKind.FSDP2:
+        if asked and strategy is not StrategyKind.FSDP2:
             raise ValueError(
-                f"{asked[0]}={getattr(self, asked[0])} with strategy={self.strategy.value!r}: it is for strategy fsdp2; "
+                f"{asked[0]}={getattr(self, asked[0])} with strategy={strategy.value!r}: it is for strategy fsdp2; "
                 "DeepSpeed's own tuning belongs into its JSON"
             )
         return self
@@ -298,6 +329,8 @@ class TrainConfig(Section):
 
     @field_validator("lpl")
     @classmethod
-    def _no_share_is_no_lpl(cls, lpl: Optional[LPLConfig]) -> Optional[LPLConfig]:
-        """The baseline of a sweep over shares decodes nothing."""
-        return None if lpl is not None and lpl.target_share == 0 else lpl
+    def _no_share_is_no_lpl(cls, lpl: Optional[LPLConfig], fields: ValidationInfo) -> Optional[LPLConfig]:
+        """The baseline of a sweep over shares decodes nothing.  A start as a fraction of `steps` becomes a number of steps."""
+        if lpl is None or lpl.target_share == 0:
+            return None
+        return lpl.starting_within(fields.data["steps"]) if "steps" in fields.data else lpl

@@ -56,3 +56,14 @@ def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object,
             "encode with pooled: true for one of them"
         ]
     return []
+
+
+def caption_problems(layout: Layout, folder: object, *, captions: int, samples: int) -> list[str]:
+    """What is wrong with the captions of a data folder for a model that reads the text encoders of `layout`."""
+    if not layout or captions:
+        return []
+    return [
+        f"conditioning.text={list(encoders(layout))}: {folder} holds no captions, 100 % of its {samples} samples have none, so "
+        "that every one would be trained with the null text: encode a source with captions (.txt, or in .json), or train a "
+        "model that reads no text"
+    ]

@@ -31,7 +31,7 @@ from lpl_pretrain.data.format import NO_CLASS, null_text_name
 from lpl_pretrain.data.offsets import Offsets
 from lpl_pretrain.encoding.classes import ClassTable
 from lpl_pretrain.encoding.networks import Networks
-from lpl_pretrain.encoding.plan import Plan, first_repeated, settings_of_bytes
+from lpl_pretrain.encoding.plan import Plan, check_captions, first_repeated, settings_of_bytes
 from lpl_pretrain.encoding.writer import RECORDS, LatentStatistics, PartRecord, offsets_path, publish, record_path
 from lpl_pretrain.errors import DataError
 
@@ -65,6 +65,8 @@ def make_index(config: EncodeConfig, plan: Plan, networks: Networks, records: li
         labels.update(record.labels)
     samples, skipped = labels.total(), sum(len(record.skipped) for record in records)
     _check_skipped(config, samples, [reason for record in records for reason in record.skipped])
+    captions = sum(record.captions for record in records)
+    check_captions(config, captions, samples)
     classes = _classes(plan, records)
     mean, std = LatentStatistics.total(record.statistics for record in records if record.samples).mean_and_std()
     per_bucket: Counter[tuple[int, int]] = Counter()
@@ -80,7 +82,7 @@ def make_index(config: EncodeConfig, plan: Plan, networks: Networks, records: li
         skipped=skipped,
         classes=classes,
         class_counts=[labels[label] for label in range(len(classes))],
-        captions=sum(record.captions for record in records),
+        captions=captions,
         text={name: _text_entry(config, networks, name) for name in networks.text},
         latent=LatentEntry(channels=autoencoder.latent_channels, height=height, width=width, mean=mean.tolist(), std=std.tolist()),
         buckets=[BucketEntry(height=h, width=w, samples=per_bucket[h, w]) for h, w in buckets],

@@ -63,6 +63,7 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
     """
     stamp, classes, hashes = hashlib.sha256(), ClassTable(), []
     parts: list[Part] = []
+    captions = 0
     stamp.update(f"{json.dumps(settings_of_bytes(config))} {sorted(encoders.items())}\n".encode())
     for number, unit in enumerate(list_units(config.source)):
         if unit.is_remote_tar:
@@ -82,6 +83,7 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
             classes.add(f"{item.origin}: sample {item.key!r}", item.label, item.class_name)
             keys.append(item.key)
             starts.append(item.start)
+            captions += item.caption is not None
         if not keys:
             raise no_pictures(unit.origin)
         hashes.append(key_hashes(keys))
@@ -89,7 +91,19 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
     classes.names()
     if hashes and (repeated := first_repeated(np.concatenate(hashes))) is not None:
         raise _repeated_key(config, repeated)
-    return Plan(stamp.hexdigest(), parts)
+    plan = Plan(stamp.hexdigest(), parts)
+    if plan.samples is not None:
+        check_captions(config, captions, plan.samples)
+    return plan
+
+
+def check_captions(config: EncodeConfig, captions: int, samples: int) -> None:
+    """Raises DataError when embeddings are asked for and no sample has a caption."""
+    if config.text and not captions:
+        raise DataError(
+            f"text: names {', '.join(config.text)}, but 100 % of the {samples} samples of source={config.source} have no "
+            "caption (.txt, or \"caption\" in .json): every embedding would be that of the empty text: add captions, or remove text"
+        )
 
 
 def settings_of_bytes(config: EncodeConfig) -> dict[str, Any]:

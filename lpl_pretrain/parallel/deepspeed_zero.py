@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.config.schema import ParallelConfig, StrategyKind
-from lpl_pretrain.config.zero import read_zero_config
+from lpl_pretrain.config.zero import zero_settings
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.ddp import ReplicatedStrategy
 from lpl_pretrain.parallel.native import STEP, materialize_state, set_steps
@@ -43,9 +43,8 @@ class ZeroStage0Strategy(ReplicatedStrategy):
         self.recipe = recipe(StrategyKind.DDP, config.precision)
 
     def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
-        assert self.config.zero_config is not None
         never_steps = torch.optim.SGD(model.parameters(), lr=0.0)  # an engine without an optimizer refuses to run backward
-        self._engine = _make_engine(self.config.zero_config, door, never_steps, self.world, ENGINE)
+        self._engine = _make_engine(self.config, door, never_steps, self.world, ENGINE)
         return self._engine
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
@@ -56,8 +55,6 @@ class ZeroStage0Strategy(ReplicatedStrategy):
 class ZeroStrategy(Strategy):
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
         super().__init__(config, world, device)
-        assert config.zero_config is not None
-        self._path = config.zero_config
         self._stage = zero_stage(config)
 
     def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
@@ -65,7 +62,7 @@ class ZeroStrategy(Strategy):
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._optimizer = make_optimizer(self._parameters)
         plain = nn.functional.linear
-        engine = _make_engine(self._path, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
+        engine = _make_engine(self.config, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
         self._linear = _LentLinear(plain, to_model=not self.config.compile)
         door.register_forward_pre_hook(lambda *_: self._linear.__enter__())
         door.register_forward_hook(lambda *_: self._linear.__exit__(), always_call=True)
@@ -159,7 +156,7 @@ class ZeroStrategy(Strategy):
             rounded = wanted.to(self.recipe.working or wanted.dtype).to(wanted.dtype)
             if not torch.equal(piece.tensor, rounded):
                 raise ConfigError(
-                    f"{self._path}: elements {piece.start}..{piece.stop} of {piece.name} are not where "
+                    f"{_source(self.config)}: elements {piece.start}..{piece.stop} of {piece.name} are not where "
                     f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use another strategy"
                 )
             piece.tensor.copy_(wanted)
@@ -196,29 +193,36 @@ class _LentLinear:
 
 
 def zero_stage(config: ParallelConfig) -> int:
-    """That the JSON asks for."""
-    assert config.zero_config is not None
-    return read_zero_config(config.zero_config)["zero_optimization"]["stage"]
+    """ZeRO stage of a `zero` strategy.  Raises ConfigError."""
+    return zero_settings(config)["zero_optimization"]["stage"]
 
 
-def _make_engine(path: str, door: Door, optimizer: torch.optim.Optimizer, world: World, ours: dict[str, Any]) -> Any:
-    deepspeed = _import_deepspeed()
+def _source(config: ParallelConfig) -> str:
+    """Where the engine's tuning comes from, for error messages."""
+    return config.zero_config or f"parallel.strategy={config.strategy.value}"
+
+
+def _make_engine(
+    config: ParallelConfig, door: Door, optimizer: torch.optim.Optimizer, world: World, ours: dict[str, Any]
+) -> Any:
+    settings = {**zero_settings(config), **ours}
+    deepspeed = _import_deepspeed(config)
     world.to_environment()
     try:
-        return deepspeed.initialize(model=door, optimizer=optimizer, config={**read_zero_config(path), **ours})[0]
-    except ValueError as error:  # a key that it does not know; fp16 on a device without
-        raise ConfigError(f"{path}: DeepSpeed refuses it: {error}") from error
+        return deepspeed.initialize(model=door, optimizer=optimizer, config=settings)[0]
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # such as fp16 on a device without
+        raise ConfigError(f"{_source(config)}: DeepSpeed refuses it: {error}") from error
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(config: ParallelConfig) -> Any:
     """Quietly, and without the shared-memory collective that it would compile for a minute on CPU, or die without a compiler."""
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(f"parallel.strategy='zero': deepspeed is not installed: {REMEDY}") from error
+        raise ConfigError(f"parallel.strategy={config.strategy.value}: deepspeed is not installed: {REMEDY}") from error
     if not deepspeed.__version__.startswith(VERSION):
         raise ConfigError(
-            f"parallel.strategy='zero': deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
+            f"parallel.strategy={config.strategy.value}: deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
             f"whose memory layout is known: {REMEDY}"
         )
     deepspeed.ops.__compatible_ops__ = {}  # left alone, its first reader asks a compiler about every operator

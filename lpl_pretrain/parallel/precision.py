@@ -41,7 +41,7 @@ def recipe(strategy: StrategyKind, precision: Precision) -> Recipe:
     if precision is Precision.FP32:
         return Recipe(torch.float32)
     narrow = torch.float16 if precision is Precision.FP16 else torch.bfloat16
-    return Recipe(torch.float32, narrow, narrow if strategy in (StrategyKind.FSDP2, StrategyKind.ZERO) else None)
+    return Recipe(torch.float32, narrow, narrow if strategy is StrategyKind.FSDP2 or strategy.is_zero else None)
 
 
 class Door(nn.Module):

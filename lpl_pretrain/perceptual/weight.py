@@ -24,6 +24,7 @@ class LPLWeight:
     """Of the diffusion loss and of LPL since `start_step`; on the device, and looked at when the weight is frozen or saved."""
 
     def __post_init__(self) -> None:
+        assert isinstance(self.config.start_step, int), "TrainConfig resolves a fraction of its steps"
         self.frozen = self.config.weight
 
     def active(self, step: int) -> bool:
@@ -36,7 +37,7 @@ class LPLWeight:
     def value(self, step: int) -> float:
         if self.frozen is None or not self.active(step):
             return 0.0
-        first = self.config.start_step + (self.config.calibration_steps if self.config.weight is None else 0)
+        first = self.config.first_weighted_step
         ramp = min(1.0, (step - first + 1) / self.config.ramp_steps) if self.config.ramp_steps else 1.0
         return self.frozen * ramp
 
@@ -46,7 +47,7 @@ class LPLWeight:
         True at the step that freezes the weight.
         """
         self.sums = self.sums.to(means.device) + means
-        if step + 1 < self.config.start_step + self.config.calibration_steps:
+        if step + 1 < self.config.first_weighted_step:
             return False
         diffusion, perceptual = self.sums.tolist()
         if not perceptual > 0.0:

@@ -92,7 +92,8 @@ def test_a_run_leaves_what_the_readme_promises(world):
 
 def test_resuming_equals_not_stopping_bit_for_bit(world):
     run = world / "parts"
-    lpl("train", world / "train.yaml", f"run_dir={run}", "steps=3")  # stops while LPL's weight is being calibrated
+    lpl("train", world / "train.yaml", f"run_dir={run}", "steps=5", "checkpoint.every_steps=3")
+    shutil.rmtree(run / "checkpoints" / "step_00000005")  # as if it had stopped while LPL's weight was being calibrated
     lpl("train", world / "train.yaml", f"run_dir={run}")
     assert losses(run) == losses(world / "whole")
     for kind in ("param", "ema", "optimizer"):
@@ -138,7 +139,7 @@ def test_scores_while_training_waits(world):
 
 def test_has_teeth_another_seed_is_another_run(world):
     """And, in the same launch: wandb mirrors metrics.jsonl, offline."""
-    lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=2", "seed=1", "log.wandb.mode=offline")
+    lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=5", "seed=1", "log.wandb.mode=offline")
     assert losses(world / "seed")[1] != losses(world / "whole")[1]
     assert list((world / "seed").glob("wandb/offline-run-*/*.wandb"))
 
@@ -283,6 +284,7 @@ def test_doctor_answers():
         (["data.folder=absent"], ["absent/index.json", "encode"]),
         (["optimizer.lr=0.5"], ["belongs to another configuration", "optimizer.lr: the run has 0.001, you ask for 0.5"]),
         (["parallel.strategy=zero", "parallel.zero_config=absent.json"], ["absent.json"]),
+        (["lpl.start_step=8"], ["lpl.start_step=8 with steps=8", "LPL never runs"]),
     ],
 )
 def test_bad_input_is_refused_before_training(world, arguments, words):
@@ -296,9 +298,9 @@ def test_post_training_from_a_run_that_is_gone_later(world, tmp_path):
     """It begins with that run's average; when it goes on, nothing is asked of where it began."""
     shutil.copytree(world / "whole", tmp_path / "before")
     first = [world / "train.yaml", f"run_dir={tmp_path / 'after'}", f"init_from={{run: {tmp_path / 'before'}}}"]
-    lpl("train", *first, "steps=2")
+    lpl("train", *first, "steps=5")
     shutil.rmtree(tmp_path / "before")
-    lpl("train", *first, "steps=3")
-    assert list(losses(tmp_path / "after")) == [1, 2, 3]
+    lpl("train", *first, "steps=6")
+    assert list(losses(tmp_path / "after")) == [1, 2, 3, 4, 5, 6]
     refused = lpl("train", *first, f"run_dir={tmp_path / 'new'}", check=False)
     assert refused.returncode == 2 and "init_from.run=" in refused.stderr and "no complete checkpoint" in refused.stderr

@@ -32,7 +32,7 @@ class Asks(nn.Module):
 @pytest.mark.parametrize("strategy", StrategyKind)
 def test_masters_are_wide_under_every_precision(strategy):
     assert recipe(strategy, Precision.FP32) == Recipe(torch.float32)
-    sharded = strategy in (StrategyKind.FSDP2, StrategyKind.ZERO)
+    sharded = strategy is StrategyKind.FSDP2 or strategy.is_zero
     narrow = {Precision.BF16: torch.bfloat16, Precision.FP8: torch.bfloat16, Precision.FP16: torch.float16}
     for precision, dtype in narrow.items():
         assert recipe(strategy, precision) == Recipe(torch.float32, dtype, dtype if sharded else None)

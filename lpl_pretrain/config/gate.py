@@ -1,0 +1,80 @@
+"""The fraction of training samples inside LPL's gate, without torch: perceptual/gate.py in plain floats, for checks before a run.
+
+A test compares it with `perceptual.gate.gate_share`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+from statistics import NormalDist
+
+from lpl_pretrain.config.lpl import GateConfig
+from lpl_pretrain.config.schema import DiffusionConfig, ScheduleKind, TimestepConfig
+
+TIMESTEPS = 1000
+BISECTIONS = 50
+
+
+def gate_fraction(gate: GateConfig, diffusion: DiffusionConfig) -> float:
+    """In [0, 1], by bisection: noise grows with t, and t with its uniform u."""
+    levels = _noise_levels(diffusion.schedule, diffusion.zero_terminal_snr)
+    limit = _max_noise_level(gate, levels)
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        passes = _noise_level(_quantile(diffusion.timesteps, middle), levels) <= limit
+        low, high = (middle, high) if passes else (low, middle)
+    return low
+
+
+def _max_noise_level(gate: GateConfig, levels: tuple[float, ...]) -> float:
+    if gate.max_noise_level is not None:
+        return gate.max_noise_level
+    if gate.min_snr is not None:
+        return gate.min_snr**-0.5
+    assert gate.max_timestep is not None
+    if not levels:
+        return 0.0
+    last_in, first_out = (min(step, TIMESTEPS - 1) for step in (gate.max_timestep - 1, gate.max_timestep))
+    return (levels[last_in] + levels[first_out]) / 2
+
+
+def _noise_level(t: float, levels: tuple[float, ...]) -> float:
+    """sigma_t / alpha_t at t in [0, 1]."""
+    if levels:
+        return levels[min(max(int(t * TIMESTEPS + 1e-4), 0), TIMESTEPS - 1)]
+    return t / (1 - t) if t < 1 else math.inf
+
+
+def _quantile(timesteps: TimestepConfig, u: float) -> float:
+    """As diffusion/timesteps.py."""
+    t = u
+    if timesteps.distribution == "logit_normal":
+        logit = timesteps.mean + timesteps.std * NormalDist().inv_cdf(u)
+        t = 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+    elif timesteps.distribution == "mode":
+        t = u - timesteps.mode_scale * (math.cos(math.pi / 2 * (1 - u)) ** 2 - u)
+    elif timesteps.distribution == "cosmap":
+        t = 1 - 1 / (math.tan(math.pi / 2 * u) + 1)
+    return timesteps.shift * t / (1 + (timesteps.shift - 1) * t)
+
+
+@lru_cache(maxsize=8)
+def _noise_levels(kind: ScheduleKind, zero_terminal_snr: bool) -> tuple[float, ...]:
+    """Of every timestep of a discrete schedule (diffusion/schedule.py); empty for a continuous one."""
+    if kind is ScheduleKind.RECTIFIED_FLOW:
+        return ()
+    steps = range(TIMESTEPS)
+    if kind is ScheduleKind.COSINE:
+        squared = [math.cos((step / TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(TIMESTEPS + 1)]
+        betas = [min(1 - squared[step + 1] / squared[step], 0.999) for step in steps]
+    else:
+        power, first, last = {ScheduleKind.LINEAR: (1, 1e-4, 0.02)}.get(kind, (2, 0.00085**0.5, 0.012**0.5))
+        betas = [(first + (last - first) * step / (TIMESTEPS - 1)) ** power for step in steps]
+    alphas = [product**0.5 for product in accumulate((1 - beta for beta in betas), lambda a, b: a * b)]
+    if zero_terminal_snr:
+        first, last = alphas[0], alphas[-1]
+        alphas = [(alpha - last) * first / (first - last) for alpha in alphas]
+    return tuple((1 - alpha**2) ** 0.5 / alpha if alpha > 0 else math.inf for alpha in alphas)
