@@ -25,19 +25,31 @@ import torch
 import webdataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lpl_pretrain.config.dataset import INDEX_NAME, AutoencoderEntry, BucketEntry, DatasetIndex, LatentEntry, ShardEntry, read_index
+from lpl_pretrain.config.dataset import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    AutoencoderEntry,
+    BucketEntry,
+    DatasetIndex,
+    LatentEntry,
+    ShardEntry,
+    index_bytes,
+    read_index,
+    sealed,
+)
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.format import Sample
 from lpl_pretrain.data.offsets import SUFFIX, Offsets
 from lpl_pretrain.data.stream import LatentStream
-from lpl_pretrain.encoding.writer import PartRecord, PartWriter, record_path
+from lpl_pretrain.encoding.writer import RECORDS, PartRecord, PartWriter, record_path
 
 CHANNELS, SIDE, BATCH, SHARD = 4, 32, 256, 4096
 
 
 def build(folder: Path, samples: int) -> None:
     """A finished folder, by the writer that `encode` uses."""
-    writer = PartWriter(folder, "00000-0000", CHANNELS, SHARD)
+    (folder / RECORDS).mkdir(parents=True)
+    writer = PartWriter(folder, "00000-0000", CHANNELS, SHARD, plan="")
     rng = np.random.default_rng(0)
     for n in range(samples):
         moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE), dtype=np.float32).astype(np.float16)
@@ -47,7 +59,7 @@ def build(folder: Path, samples: int) -> None:
     record = PartRecord.model_validate_json(record_path(folder, "00000-0000").read_bytes())
     shards: list[ShardEntry] = [entry for _, entry in record.shards]
     index = DatasetIndex(
-        format_version=2,
+        format_version=FORMAT_VERSION,
         samples=samples,
         classes=[str(c) for c in range(1000)],
         class_counts=[record.labels.get(c, 0) for c in range(1000)],
@@ -55,18 +67,18 @@ def build(folder: Path, samples: int) -> None:
         buckets=[BucketEntry(height=SIDE, width=SIDE, samples=samples)],
         autoencoder=AutoencoderEntry(identity="none", downscale=8, shift=0.0, scale=1.0),
         resolution_px=8 * SIDE,
-        source_fingerprint="",
-        fingerprint="bench",
+        source_fingerprint="0" * 64,
+        fingerprint="",
         shards=shards,
     )
-    (folder / INDEX_NAME).write_text(index.model_dump_json())
+    (folder / INDEX_NAME).write_bytes(index_bytes(sealed(index)))
 
 
 def floor(folder: Path, samples: int) -> int:
     index, seen = read_index(folder), 0
     for entry in index.shards:
         path = folder / entry.file
-        offsets = Offsets.read(path.with_suffix(SUFFIX), entry.offsets_sha256)
+        offsets = Offsets.read(path.with_suffix(SUFFIX), entry)
         with open(path, "rb", buffering=0) as file:
             raw = file.read()
         for start in offsets.moments.tolist():

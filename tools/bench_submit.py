@@ -26,6 +26,8 @@ from lpl_pretrain.config.dataset import (
     DatasetIndex,
     LatentEntry,
     ShardEntry,
+    index_bytes,
+    sealed,
 )
 from lpl_pretrain.config.identity import WEIGHTS, autoencoder_identity
 
@@ -59,8 +61,8 @@ def build(folder: Path) -> None:
         flipped=True,
         autoencoder=AutoencoderEntry(identity=autoencoder_identity(autoencoder), downscale=8, shift=0.0, scale=0.18215),
         resolution_px=256,
-        source_fingerprint="",
-        fingerprint="bench",
+        source_fingerprint="0" * 64,
+        fingerprint="",
         shards=[
             ShardEntry(
                 file=f"{n:06d}.tar", bucket=0, samples=size, bytes=size * 40_000, sha256=f"{n:064d}", offsets_sha256=f"{n:064d}"
@@ -68,7 +70,7 @@ def build(folder: Path) -> None:
             for n, size in enumerate(sizes)
         ],
     )
-    (latents / INDEX_NAME).write_text(index.model_dump_json(indent=1))
+    (latents / INDEX_NAME).write_bytes(index_bytes(sealed(index)))
     (folder / "sbatch").write_text('#!/bin/sh\n[ "$1" = --parsable ] && echo 4711 || echo Submitted batch job 4711\n')
     (folder / "sbatch").chmod(0o755)
 

@@ -66,6 +66,15 @@ def show(folder: str, autoencoder: str | None, output: str | None, pictures: int
     command.show(folder, autoencoder=autoencoder, output=output, pictures=pictures)
 
 
+@data.command()
+@click.argument("folder")
+def seal(folder: str) -> None:
+    """Compare FOLDER's index with its shards, and give an index of an earlier version its checksums."""
+    from lpl_pretrain.cli import data as command
+
+    command.seal(folder)
+
+
 @commands.command()
 @click.argument("config")
 @OVERRIDES

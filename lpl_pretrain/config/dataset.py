@@ -1,137 +1,172 @@
-"""What a data folder's `index.json` says: written last by `encode`, read before anything else by everyone."""
+"""Reads a data folder's `index.json`: written last by `encode`, read first by everything that uses the folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any
 
 from pydantic import ValidationError
 
-from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.dataset_checks import index_problems
+from lpl_pretrain.config.dataset_index import (
+    FORMAT_VERSION,
+    MAX_CLASSES,
+    READABLE_VERSIONS,
+    SINCE_VERSION_3,
+    AutoencoderEntry,
+    BucketEntry,
+    DatasetIndex,
+    FileEntry,
+    LatentEntry,
+    ShardEntry,
+    TextEntry,
+    changed_contents,
+    contents_of,
+    digest_of,
+    fingerprint_of,
+    shards_fingerprint_of,
+)
+from lpl_pretrain.config.paths import is_url
+from lpl_pretrain.config.strict_json import JSONError, parse_json
 from lpl_pretrain.errors import DataError
 
-FORMAT_VERSION = 2
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_NAME",
+    "MAX_CLASSES",
+    "MIX_CYCLE_SAMPLES",
+    "SINCE_VERSION_3",
+    "AutoencoderEntry",
+    "BucketEntry",
+    "DatasetIndex",
+    "FileEntry",
+    "LatentEntry",
+    "ShardEntry",
+    "TextEntry",
+    "changed_contents",
+    "contents_of",
+    "digest_of",
+    "fingerprint_of",
+    "index_bytes",
+    "parse_index",
+    "read_bytes",
+    "read_index",
+    "sealed",
+    "shards_fingerprint_of",
+    "with_digest",
+]
+
 INDEX_NAME = "index.json"
+MAX_INDEX_BYTES = 256 << 20
 MIX_CYCLE_SAMPLES = 4096
 """Folders that are mixed by weight have their exact shares in every so many samples (data/mixture.py)."""
-
-
-class ShardEntry(Section):
-    file: str
-    bucket: int
-    """Number in `buckets`: all samples of a shard have the same shape."""
-    samples: int
-    bytes: int
-    sha256: str
-    offsets_sha256: str
-    """Of the file beside it that says where in the tar everything lies (data/offsets.py)."""
-
-
-class AutoencoderEntry(Section):
-    name: str = ""
-    """As the configuration of `encode` named it."""
-    identity: str
-    """sha256 over the weights and config.json (models/autoencoder.py)."""
-    downscale: int
-    """Pixels per latent position along one side."""
-    shift: float
-    scale: float
-    """z0 = (raw latent - shift) * scale."""
-
-
-class LatentEntry(Section):
-    channels: int
-    height: int
-    """Of the square bucket, or of the one with the most samples, in latent positions: what a run generates."""
-    width: int
-    mean: list[float]
-    """Per channel, over all samples and positions of the posterior's mean."""
-    std: list[float]
-    """Per channel, of a draw from the posterior: square root of variance of means + mean of variances."""
-
-
-class BucketEntry(Section):
-    height: int
-    """In latent positions."""
-    width: int
-    samples: int
-
-
-class TextEntry(Section):
-    """Embeddings by one text encoder, stored beside every latent."""
-
-    identity: str
-    """sha256 over the encoder's folder (config/identity.py)."""
-    width: int
-    max_tokens: int
-    pooled_width: Optional[int]
-    """None: only the tokens' states are stored."""
-    storage: Literal["fp16", "int8"]
-
-
-class DatasetIndex(Section):
-    format_version: int
-    samples: int
-    skipped: int = 0
-    """Pictures that could not be read and were left out, because the configuration said `on_error: skip`."""
-    classes: list[str]
-    """Name of class i; empty when the pictures have no classes."""
-    class_counts: list[int]
-    captions: int = 0
-    """Samples that have one."""
-    text: dict[str, TextEntry] = {}
-    latent: LatentEntry
-    buckets: list[BucketEntry]
-    moments_dtype: Literal["fp16", "bf16"] = "fp16"
-    flipped: bool = False
-    """The mirrored picture's latent lies beside each one."""
-    autoencoder: AutoencoderEntry
-    resolution_px: int
-    plan: str = ""
-    """Hash of what was encoded and how, as far as the source's listing and last bytes tell (encoding/plan.py)."""
-    config: str = "{}"
-    """The configuration of `encode`, JSON; for people, and for messages."""
-    source_fingerprint: str
-    """Sum modulo 2^256 of the sha256 of each picture's (key, sha256 of its bytes, class id, class name, caption)."""
-    fingerprint: str
-    """sha256 over the shards' sha256, in order: the identity of this data set."""
-    shards: list[ShardEntry]
+DAMAGED = "copy the file again from where it is whole, or encode the folder again"
+PROBLEMS_SHOWN = 8
+_WANTED = {
+    "missing": "it is missing",
+    "extra_forbidden": "it is no key of an index",
+    "int": "wanted an integer",
+    "float": "wanted a number",
+    "string": "wanted a string",
+    "bool": "wanted true or false",
+    "list": "wanted a list",
+    "dict": "wanted a mapping",
+    "model": "wanted a mapping",
+}
+"""By the start of pydantic's name for a problem."""
 
 
 def read_index(folder: str | Path) -> DatasetIndex:
     """Of a local folder or an fsspec URL.  Raises DataError when it is no finished data set."""
     path = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
+    missing = f"{path}: not found; a folder without it is not a data set: run `lpl-pretrain encode` to its end"
+    return parse_index(read_bytes(path, MAX_INDEX_BYTES, missing), path)
+
+
+def parse_index(raw: bytes, path: str) -> DatasetIndex:
+    """`path` names the file in errors.  Raises DataError unless every field is there, is what was written, and makes sense."""
     try:
-        raw = json.loads(_read_text(path))
-    except json.JSONDecodeError as problem:
-        raise DataError(f"{path}: not valid JSON ({problem}): encode the folder again") from None
-    found = raw.get("format_version") if isinstance(raw, dict) else None
-    if found != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version is {found!r}, this version reads {FORMAT_VERSION}: encode the folder again")
+        fields = parse_json(raw, path)
+    except JSONError as problem:
+        raise DataError(f"{problem}: {DAMAGED}") from None
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise DataError(f"{path}: format_version is {_shown(version)}, this version reads {readable}: encode the folder again")
+    _check_digest(fields, version, path)
     try:
-        return DatasetIndex.model_validate(raw)
+        index = DatasetIndex.model_validate(fields, strict=True)
+        problems = index_problems(index)
     except ValidationError as problem:
-        raise DataError(f"{path}: does not describe a data set: {problem}") from None
+        problems = [_explain(error) for error in problem.errors(include_url=False)]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
+        raise DataError(f"{path}: does not describe a data set: encode the folder again{listed}")
+    return index
 
 
-def is_url(path: str | Path) -> bool:
-    """Something that fsspec opens (s3://, gs://, https://, memory:// ...), rather than a path of this machine."""
-    return "://" in str(path)
+def sealed(index: DatasetIndex) -> DatasetIndex:
+    """`index` with the fingerprints and the digest that its other fields give."""
+    shards = index.model_copy(update={"shards_fingerprint": shards_fingerprint_of(index.shards)})
+    return with_digest(shards.model_copy(update={"fingerprint": fingerprint_of(shards)}))
 
 
-def _read_text(path: str) -> str:
-    missing = DataError(f"{path}: not found; a folder without it is not a data set: run `lpl-pretrain encode` to its end")
-    if not is_url(path):
-        if not Path(path).is_file():
-            raise missing
-        return Path(path).read_text()
-    import fsspec  # 0.1 s that a local folder need not pay
+def with_digest(index: DatasetIndex) -> DatasetIndex:
+    return index.model_copy(update={"digest": digest_of(index.model_dump(mode="json"))})
 
+
+def index_bytes(index: DatasetIndex) -> bytes:
+    """What `index.json` holds, digest included."""
+    return json.dumps(with_digest(index).model_dump(mode="json"), indent=2).encode() + b"\n"
+
+
+def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
+    """A whole small file, here or behind a URL.  Raises DataError: `missing` when it is not there."""
     try:
-        with fsspec.open(path, "r") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise missing from None
-    except (OSError, ValueError, ImportError) as problem:
-        raise DataError(f"{path}: cannot be read ({problem}): check the address, the credentials and fsspec's driver") from None
+        if is_url(path):
+            import fsspec  # 0.1 s that a local folder need not pay
+
+            with fsspec.open(path, "rb") as file:
+                raw = file.read(most_bytes + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(most_bytes + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(missing) from None
+    except Exception as problem:  # drivers behind fsspec raise errors of their own
+        raise DataError(
+            f"{path}: cannot be read ({type(problem).__name__}: {problem}): check the path or address, the permissions or "
+            "credentials, and fsspec's driver"
+        ) from None
+    if len(raw) > most_bytes:
+        raise DataError(f"{path}: has more than {most_bytes} bytes, wanted at most that: {DAMAGED}")
+    return raw
+
+
+def _check_digest(fields: dict[str, Any], version: int, path: str) -> None:
+    if version < 3:
+        if found := [name for name in SINCE_VERSION_3 if name in fields]:
+            raise DataError(f"{path}: format_version is {version}, but {found[0]} belongs to a later one: {DAMAGED}")
+        return
+    if absent := [name for name in SINCE_VERSION_3 if name not in fields]:
+        raise DataError(f"{path}: {absent[0]} is missing: {DAMAGED}")
+    try:
+        wanted = digest_of(fields)
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{path}: not valid JSON ({problem}): {DAMAGED}") from None
+    if fields["digest"] != wanted:
+        raise DataError(f"{path}: digest is {_shown(fields['digest'])}, its fields give {wanted!r}: a field was changed: {DAMAGED}")
+
+
+def _explain(error: Any) -> str:
+    key, kind = ".".join(map(str, error["loc"])), error["type"]
+    if kind == "literal_error":
+        return f"{key}={_shown(error['input'])}: wanted {error['ctx']['expected']}"
+    wanted = next((text for start, text in _WANTED.items() if kind.startswith(start)), "wanted another value")
+    return f"{key}: {wanted}" if kind in ("missing", "extra_forbidden") else f"{key}={_shown(error['input'])}: {wanted}"
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +28,9 @@ def read_data(folder: str | dict[str, float]) -> DataFolders:
     given = {folder: 1.0} if isinstance(folder, str) else folder
     if not given:
         raise ConfigError("data.folder={}: names no folder; give one, or several with their weights")
+    for path, given_weight in given.items():
+        if not (math.isfinite(given_weight) and given_weight > 0):
+            raise ConfigError(f"data.folder.{path}={given_weight}: wanted a finite weight above 0")
     total = sum(Fraction(repr(weight)) for weight in given.values())
     weights = [Fraction(repr(weight)) / total for weight in given.values()]
     for path, weight in zip(given, weights, strict=True):
@@ -46,7 +50,7 @@ def merge(paths: list[str], weights: list[Fraction], indexes: list[DatasetIndex]
     _check_alike(paths, indexes)
     shares = [float(weight) for weight in weights]
     samples = sum(index.samples for index in indexes)
-    lines = [f"{index.fingerprint} {weight}" for index, weight in zip(indexes, weights, strict=True)]
+    common = [name for name, entry in indexes[0].text.items() if all(i.text.get(name) == entry for i in indexes)]
     shapes = list(dict.fromkeys((bucket.height, bucket.width) for index in indexes for bucket in index.buckets))
     return indexes[0].model_copy(
         update={
@@ -60,17 +64,25 @@ def merge(paths: list[str], weights: list[Fraction], indexes: list[DatasetIndex]
                 )
                 for c in range(len(indexes[0].classes))
             ],
-            "text": {name: entry for name, entry in indexes[0].text.items() if all(i.text.get(name) == entry for i in indexes)},
+            "text": {name: indexes[0].text[name] for name in common},
+            "null_text": {name: file for name, file in indexes[0].null_text.items() if name in common},
             "flipped": all(index.flipped for index in indexes),
             "latent": _merge_statistics(shares, indexes),
             "buckets": [
                 BucketEntry(height=height, width=width, samples=sum(_samples_of(index, height, width) for index in indexes))
                 for height, width in shapes
             ],
-            "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+            "fingerprint": _merge_fingerprints([index.fingerprint for index in indexes], weights),
+            "shards_fingerprint": _merge_fingerprints([index.order_key for index in indexes], weights),
+            "digest": "",
             "shards": [],
         }
     )
+
+
+def _merge_fingerprints(fingerprints: list[str], weights: list[Fraction]) -> str:
+    lines = [f"{found} {weight}" for found, weight in zip(fingerprints, weights, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _merge_statistics(shares: list[float], indexes: list[DatasetIndex]) -> LatentEntry:
@@ -79,7 +91,10 @@ def _merge_statistics(shares: list[float], indexes: list[DatasetIndex]) -> Laten
     for c in range(latents[0].channels):
         mean.append(sum(share * latent.mean[c] for share, latent in zip(shares, latents, strict=True)))
         square = sum(share * (latent.std[c] ** 2 + latent.mean[c] ** 2) for share, latent in zip(shares, latents, strict=True))
-        std.append((square - mean[c] ** 2) ** 0.5)
+        variance = square - mean[c] ** 2
+        if variance <= 0:  # rounding, when the means are large: at least the smallest of the parts
+            variance = min(latent.std[c] for latent in latents) ** 2
+        std.append(variance**0.5)
     largest = max(indexes, key=lambda index: index.samples).latent
     return largest.model_copy(update={"mean": mean, "std": std})
 

@@ -6,6 +6,7 @@ files above a size, and everything that is no regular file (a directory, a pipe)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import reprlib
@@ -59,6 +60,15 @@ def parse_json(data: bytes, where: str) -> Any:
         raise JSONError(f"{where}: is nested too deeply") from None
     except ValueError as error:
         raise JSONError(f"{where}: is not valid JSON: {error}") from None
+
+
+def canonical_sha256(value: Any) -> str:
+    """sha256 over the canonical text of a JSON value: sorted keys, no spaces, ASCII.
+
+    Raises ValueError for NaN and infinity.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shown(value: object) -> str:

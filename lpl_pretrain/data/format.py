@@ -40,7 +40,10 @@ REQUIRED = (MOMENTS, LABEL, FACTS)
 DTYPES = {"fp16": "<f2", "bf16": "<u2"}
 """How numpy names the stored type of moments."""
 DAMAGED = "copy the file again from where it is whole, or encode the folder again"
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
+MAX_NAME_BYTES = 4096
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+"""Control characters, backslashes, and bytes that are not UTF-8."""
+_OCTAL = re.compile(rb"[0-7]{1,12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,10 @@ def split_member_name(name: str, where: str) -> tuple[str, str]:
     if any(part in ("", ".", "..") for part in parts) or _UNSAFE.search(name):
         raise DataError(
             f"{where}: the member name {name!r} is not a plain relative path: pack the tar again without "
-            "absolute paths, `..`, backslashes or control characters"
+            "absolute paths, `..`, backslashes, control characters or names that are not UTF-8"
         )
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise DataError(f"{where}: the member name {name[:60]!r}... has more than {MAX_NAME_BYTES} bytes: shorten it")
     stem, dot, extension = parts[-1].partition(".")
     if not stem or not dot or not extension:
         raise DataError(f"{where}: the member name {name!r} is not <key>.<extension>: remove it from the tar or rename it")
@@ -176,6 +181,8 @@ def walk_tar(fd: int, path: Path, position: int = 0) -> Iterator[tuple[str, int,
         start = position + BLOCK
         position = start + size + -size % BLOCK
         if kind == b"L":
+            if size > 2 * MAX_NAME_BYTES:
+                raise DataError(f"{path}: byte {start}: a member name of {size} bytes: {DAMAGED}")
             long_name = os.pread(fd, size, start).rstrip(b"\0").decode(errors="surrogateescape")
         elif kind in (b"0", b"\0"):
             yield long_name or name, start, size
@@ -185,11 +192,9 @@ def walk_tar(fd: int, path: Path, position: int = 0) -> Iterator[tuple[str, int,
 
 
 def _parse_header(block: bytes, where: str) -> tuple[str, int, bytes]:
-    try:
-        checksum, size = (int(block[field].strip(b"\0 "), 8) for field in (slice(148, 156), slice(124, 136)))
-    except ValueError:
-        checksum, size = -1, 0
-    if checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
+    fields = [block[field].strip(b"\0 ") for field in (slice(148, 156), slice(124, 136))]
+    checksum, size = (int(text, 8) if _OCTAL.fullmatch(text) else -1 for text in fields)
+    if size < 0 or checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
         raise DataError(f"{where}: no tar header, or a damaged one: {DAMAGED}")
     name, prefix = (block[field].split(b"\0", 1)[0].decode(errors="surrogateescape") for field in (slice(0, 100), slice(345, 500)))
     is_ustar = block[257:263] == b"ustar\0"

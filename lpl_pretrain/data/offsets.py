@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from lpl_pretrain.config.dataset import ShardEntry
 from lpl_pretrain.data.format import (
     DAMAGED,
     END_OF_ARCHIVE,
@@ -30,9 +31,24 @@ from lpl_pretrain.data.format import (
 from lpl_pretrain.errors import DataError
 
 SUFFIX = ".offsets.safetensors"
+MAX_BYTES_PER_SAMPLE, MAX_HEADER_BYTES = 4096, 1 << 20
+"""Of an offsets file."""
 MICRO = ("source_px", "resized_px", "crop_px")
 """Facts that SDXL conditions on (arXiv 2307.01952, section 2.2): (height, width) before and after resizing, (top, left) of the
 crop."""
+
+
+FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
+    "start": ("int64", ()),
+    "end": ("int64", ()),
+    "crc32": ("uint32", ()),
+    "label": ("int32", ()),
+    "micro": ("int32", (6,)),
+    "key_hash": ("uint64", ()),
+    "moments": ("int64", ()),
+}
+"""Fields of `Offsets` that every file has: (dtype, shape of one row)."""
+_MEMBER = re.compile(r"member/[a-z0-9_.]{1,100}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +66,46 @@ class Offsets:
         return len(self.start)
 
     def to_bytes(self) -> bytes:
-        fixed = {name: getattr(self, name) for name in ("start", "end", "crc32", "label", "micro", "key_hash", "moments")}
+        fixed = {name: getattr(self, name) for name in FIXED}
         return save(fixed | {f"member/{extension}": places for extension, places in sorted(self.members.items())})
 
     @classmethod
-    def read(cls, path: Path, sha256: str) -> Offsets:
-        """Raises DataError unless the file is there and is the one that index.json means."""
+    def read(cls, path: Path, entry: ShardEntry) -> Offsets:
+        """Raises DataError unless the file is the one that index.json means, and describes a shard like `entry`."""
+        sha256, most_bytes = entry.offsets_sha256, MAX_HEADER_BYTES + MAX_BYTES_PER_SAMPLE * entry.samples
         try:
+            if (size := path.stat().st_size) > most_bytes:
+                raise DataError(f"{path}: has {size} bytes, wanted at most {most_bytes}: {DAMAGED}")
             raw = path.read_bytes()
-        except OSError as problem:
-            raise DataError(f"{path}: cannot be read ({problem.strerror}): {DAMAGED}") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}): {DAMAGED}") from None
         if (found := hashlib.sha256(raw).hexdigest()) != sha256:
             raise DataError(f"{path}: sha256 is {found}, index.json says {sha256}: {DAMAGED}")
         try:
             arrays = load(raw)
-        except SafetensorError as problem:
-            raise DataError(f"{path}: not a safetensors file ({problem}): {DAMAGED}") from None
+        except Exception as error:  # safetensors raises errors of several kinds on arbitrary bytes
+            raise DataError(f"{path}: not a safetensors file ({error}): {DAMAGED}") from None
+        if problem := _array_problem(arrays, entry):
+            raise DataError(f"{path}: {problem}: encode the folder again")
         members = {name.removeprefix("member/"): arrays.pop(name) for name in list(arrays) if name.startswith("member/")}
-        return cls(**arrays, members=members)
+        offsets = cls(**arrays, members=members)
+        if problem := offsets.range_problem(entry.bytes):
+            raise DataError(f"{path}: {problem}: encode the folder again")
+        return offsets
+
+    def range_problem(self, shard_bytes: int) -> str | None:
+        """What lies outside the shard, or outside its sample."""
+        ends = np.concatenate([np.zeros(1, np.int64), self.end])
+        if (self.start < ends[:-1]).any() or (self.end <= self.start).any() or ends[-1] > shard_bytes:
+            return f"samples overlap, or lie behind the {shard_bytes} bytes of the shard"
+        if (self.moments < self.start).any() or (self.moments >= self.end).any():
+            return "moments lie outside their sample"
+        for extension, places in self.members.items():
+            there = places[:, 1] >= 0
+            first, size, start, end = places[there, 0], places[there, 1], self.start[there], self.end[there]
+            if (first < start).any() or (first > end).any() or (size > end - first).any():
+                return f"{extension} lies outside its sample"
+        return None
 
 
 class ShardBytes:
@@ -121,6 +159,21 @@ def key_at(path: Path, offsets: Offsets, row: int) -> str:
             os.close(fd)
     except (OSError, DataError, StopIteration):
         return f"number {row}, bytes {offsets.start[row]} to {offsets.end[row]}"
+
+
+def _array_problem(arrays: dict[str, np.ndarray], entry: ShardEntry) -> str | None:
+    """What is not as `Offsets` says."""
+    if missing := FIXED.keys() - arrays.keys():
+        return f"has no {sorted(missing)[0]}"
+    for name, array in arrays.items():
+        if name not in FIXED and not _MEMBER.fullmatch(name):
+            return f"holds {name[:80]!r}, which is no array of offsets"
+        dtype, width = FIXED.get(name, ("int64", (2,)))
+        if array.dtype != dtype or array.ndim != 1 + len(width) or array.shape[1:] != width:
+            return f"{name} is {array.dtype} {array.shape}, wanted {dtype} {(entry.samples, *width)}"
+        if len(array) != entry.samples:
+            return f"has {len(array)} samples, index.json says {entry.samples} in {entry.file}"
+    return None
 
 
 def _micro(sample: Sample) -> list[int]:

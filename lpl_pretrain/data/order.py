@@ -36,7 +36,7 @@ class Pool:
 
 class SampleOrder:
     def __init__(self, data: DataFolders, seed: int, global_batch_size: int, *, lanes: int, block_samples: int) -> None:
-        name = data.merged.fingerprint
+        name = data.merged.order_key
         self.shapes = [(bucket.height, bucket.width) for bucket in data.merged.buckets]
         self.pools: list[list[Pool]] = []  # by bucket
         self._mixtures: list[Mixture] = []
@@ -49,7 +49,7 @@ class SampleOrder:
                 if not shards.size:
                     continue
                 sizes = [index.shards[i].samples for i in shards]
-                label = f"{index.fingerprint}/{shape[0]}x{shape[1]}"
+                label = f"{index.order_key}/{shape[0]}x{shape[1]}"
                 pools.append(Pool(folder, shards, LaneOrder(sizes, seed, label, lanes=lanes, block_samples=block_samples)))
                 weights.append(weight * sum(sizes) / index.samples)
             self.pools.append(pools)

@@ -39,7 +39,7 @@ def download(url: str, path: Path, sha256: str | None = None, retries: int = 6) 
         attempts(_download_once, url, path, sha256)
     except FileNotFoundError:
         raise DataError(f"{url}: not found: copy it there again, or encode the folder again") from None
-    except (OSError, ValueError, ImportError) as problem:
+    except Exception as problem:  # drivers behind fsspec raise errors of their own
         raise DataError(f"{url}: cannot be fetched ({problem}): check address, credentials, and room on {path.parent}") from None
     return path
 

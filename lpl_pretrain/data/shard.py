@@ -40,9 +40,10 @@ class OpenShard:
         self.path, self.entry = path, entry
         self._fd = -1
         check_size(path, entry)
-        self.offsets = Offsets.read(offsets_path, entry.offsets_sha256)
-        if len(self.offsets) != entry.samples:
-            raise DataError(f"{path}: {len(self.offsets)} samples, index.json says {entry.samples}: encode the folder again")
+        self.offsets = Offsets.read(offsets_path, entry)
+        mirrored = self.offsets.members.get(FLIPPED)
+        if index.flipped and (mirrored is None or (mirrored[:, 1] < 0).any()):
+            raise DataError(f"{path}: has samples without {FLIPPED}, index.json says flipped: encode the folder again")
         labels, classes = self.offsets.label, len(index.classes)
         wrong = np.flatnonzero((labels < (0 if classes else NO_CLASS)) | (labels >= classes))
         if wrong.size:
@@ -87,11 +88,14 @@ class OpenShard:
         states, scale, pooled = text_members(name)
         dtype = np.dtype("i1" if entry.storage == "int8" else "<f2")
         tokens = self._read_array(row, states, dtype, entry.width)
-        return EncodedText(
+        found = EncodedText(
             tokens,
             self._read_array(row, scale, np.dtype("<f2")) if entry.storage == "int8" else None,
             self._read_array(row, pooled, np.dtype("<f2")) if entry.pooled_width else None,
         )
+        if problem := _text_problem(found, entry):
+            raise DataError(f"{self.where(row)}: text {name} {problem}: {DAMAGED}")
+        return found
 
     def verify(self) -> list[Damage]:
         """Reads every byte.  Empty when they are those that index.json means; else what is wrong, as closely as can be said."""
@@ -127,6 +131,19 @@ class OpenShard:
         if not raw.startswith(header) or len(raw) != len(header) + dtype.itemsize * int(np.prod(shape)):
             raise DataError(f"{self.where(row)}: {extension} is not a {dtype} array of width {width}: {DAMAGED}")
         return np.frombuffer(raw, dtype, offset=len(header)).reshape(shape)
+
+
+def _text_problem(text: EncodedText, entry: TextEntry) -> str | None:
+    if not 0 < len(text.tokens) <= entry.max_tokens:
+        return f"has {len(text.tokens)} tokens, wanted 1 to {entry.max_tokens}"
+    if text.scale is not None and len(text.scale) != len(text.tokens):
+        return f"has {len(text.scale)} scales for {len(text.tokens)} tokens"
+    if text.pooled is not None and len(text.pooled) != entry.pooled_width:
+        return f"has a pooled vector of {len(text.pooled)}, wanted {entry.pooled_width}"
+    halves = [array for array in (text.tokens, text.scale, text.pooled) if array is not None and array.dtype == np.float16]
+    if any(((array.view("<i2") & 0x7FFF) >= 0x7C00).any() for array in halves):
+        return "holds NaN or infinity"
+    return None
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from lpl_pretrain.config.check import data_problems
-from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, is_url
-from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.dataset import ShardEntry, contents_of
+from lpl_pretrain.config.mix import DataFolders, read_data
+from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.batch import LatentBatch, TextBatch, on_device
@@ -28,6 +29,7 @@ from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.data.shard import Damage, OpenShard, check_size
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
+from lpl_pretrain.runtime.log import log
 
 BATCHES_AHEAD = 4
 MOST_OPEN_SHARDS = 768
@@ -36,6 +38,7 @@ SUBSTITUTES = 100
 """Samples that are tried in the place of an unreadable one."""
 INFINITY = {"fp16": 0x7C00, "bf16": 0x7F80}
 """The bits of infinity; those of NaN are above, those of finite magnitudes below."""
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,7 @@ class LatentStream:
         self.config, self.seed, self.wants = config, seed, wants or Wants()
         self.folders = read_data(config.folder)
         self.index = self.folders.merged
-        for path, index in zip(self.folders.paths, self.folders.indexes, strict=True):
-            _check_sums(path, index)
+        warn_without_digests(self.folders)
         if problems := data_problems(config, self.index, self.wants.text):
             raise ConfigError("\n".join(problems))
         self.order = SampleOrder(self.folders, seed, global_batch_size, lanes=config.lanes, block_samples=config.block_samples)
@@ -89,7 +91,13 @@ class LatentStream:
     def state(self, samples_seen: int) -> dict:
         """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank."""
         epoch = samples_seen // self.index.samples
-        return {"samples_seen": samples_seen, "epoch": epoch, "seed": self.seed, "fingerprint": self.index.fingerprint}
+        return {
+            "samples_seen": samples_seen,
+            "epoch": epoch,
+            "seed": self.seed,
+            "fingerprint": self.index.fingerprint,
+            "contents": contents_of(self.index),
+        }
 
     def read(self, sample_indices: Sequence[int]) -> LatentBatch:
         """One row per global sample count, in the order given; all of them of one bucket."""
@@ -246,10 +254,17 @@ class LatentStream:
                         self.damage.note(folder, shard, None, str(problem))
 
 
-def _check_sums(path: str, index: DatasetIndex) -> None:
-    shards = sum(entry.samples for entry in index.shards)
-    if not shards == index.samples == sum(bucket.samples for bucket in index.buckets) or not shards:
-        raise DataError(f"{path}: index.json says {index.samples} samples, its shards {shards}: encode it again")
+def warn_without_digests(folders: DataFolders) -> None:
+    """Logs one line, once in a process, for each folder of format 2."""
+    for path, index in zip(folders.paths, folders.indexes, strict=True):
+        if index.format_version < 3 and path not in _warned:
+            _warned.add(path)
+            log.warning(
+                "%s: format 2: its index.json and null text have no checksums, so damage to them goes unnoticed; "
+                "`lpl-pretrain data seal %s` checks the folder and adds them (runs on it go on)",
+                path,
+                path,
+            )
 
 
 def _text_batch(found: list[EncodedText], width: int) -> TextBatch:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lpl_pretrain.config.dataset import MAX_CLASSES
 from lpl_pretrain.errors import DataError
-
-MAX_CLASSES = 100_000
 
 
 class ClassTable:

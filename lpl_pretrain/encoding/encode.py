@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,25 +21,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex, read_index
+from lpl_pretrain.config.dataset import FORMAT_VERSION, INDEX_NAME, DatasetIndex, read_index
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.section import OnError
 from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.format import Sample
 from lpl_pretrain.data.remote import download
-from lpl_pretrain.encoding.finish import publish_index, remove_records
+from lpl_pretrain.encoding.finish import begin, check_captions, publish_index, remove_records
 from lpl_pretrain.encoding.images import Fit, apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit
 from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
 from lpl_pretrain.encoding.pictures import Picture, Problem
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
-from lpl_pretrain.encoding.writer import RECORDS, PartWriter, publish, record_path
+from lpl_pretrain.encoding.writer import PartWriter, Superseded, record_path
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.world import World
 
 DECODE_THREADS = min(16, os.cpu_count() or 1)
-PLAN_NAME = "plan.txt"
+SEAL = "`lpl-pretrain data seal FOLDER` checks the folder and adds them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,11 @@ def encode(
     plan, folder = make_plan(config, networks.identities()), Path(config.output)
     if (folder / INDEX_NAME).exists():
         return _accept_finished(config, plan)
-    _begin(folder, plan)
+    if plan.samples is not None:
+        check_captions(config, plan.readable, plan.captioned, warn=True)
+    begin(folder, plan)
+    if (folder / INDEX_NAME).exists():  # another process finished it meanwhile, whose records are gone
+        return _accept_finished(config, plan)
     mine = [part for part in plan.parts[world.rank :: world.world_size] if not record_path(folder, part.name).exists()]
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     PartEncoder(config, networks.to(device), plan, device).run(mine)
@@ -85,7 +89,8 @@ def encode(
     if missing and not (folder / INDEX_NAME).exists():
         log.info("%s: %d of %d parts are left to other processes", folder, len(missing), len(plan.parts))
         return None
-    return publish_index(config, plan, networks)
+    index = None if missing else publish_index(config, plan, networks)
+    return index or _accept_finished(config, plan)
 
 
 def check_shapes(config: EncodeConfig, downscale: int) -> None:
@@ -126,26 +131,18 @@ def decode(picture: Picture, config: EncodeConfig) -> Decoded:
     return Decoded(picture, hashlib.sha256(encoded).hexdigest(), source_px, fit, apply_fit(pixels, fit))
 
 
-def _begin(folder: Path, plan: Plan) -> None:
-    """The plan's identity lies in the folder before anything else: what another configuration began is never mixed in."""
-    file = folder / RECORDS / PLAN_NAME
-    if not file.exists():
-        publish(file, [plan.identity.encode()])
-    if (found := file.read_text()) != plan.identity:
-        raise DataError(
-            f"output={folder}: holds the unfinished work of other inputs (plan {found[:12]} there, {plan.identity[:12]} now): "
-            "go on with those, name another output, or remove that folder"
-        )
-
-
 def _accept_finished(config: EncodeConfig, plan: Plan) -> DatasetIndex:
     index = read_index(config.output)
-    if index.plan != plan.identity:
+    remove_records(Path(config.output))
+    if index.plan not in (plan.identity, plan.earlier_identity):
         raise DataError(
             f"output={config.output}: holds a data set made from other inputs ({_difference(config, index)}): "
             "name another output, or remove that folder"
         )
-    remove_records(Path(config.output))
+    if index.format_version < FORMAT_VERSION:
+        log.warning("%s: format %d, without checksums of its index: %s", config.output, index.format_version, SEAL)
+    if index.plan == plan.earlier_identity:
+        log.warning("%s: was encoded by an earlier version, which ignored colour profiles", config.output)
     log.info("%s: encoded already from this source; left alone", config.output)
     return index
 
@@ -188,13 +185,26 @@ class PartEncoder:
             return Problem(item.origin, str(problem))
 
     def _encode_part(self, part: Part, items: Iterator[Decoded | Problem | None], advance: Callable[[float], object]) -> None:
-        folder = Path(self.config.output)
-        for leftover in [*folder.glob(f".latents-{part.name}-*.tmp"), *folder.glob(f"latents-{part.name}-*")]:
-            leftover.unlink(missing_ok=True)
-        writer = PartWriter(folder, part.name, self.networks.autoencoder.latent_channels, self.config.shard_samples)
+        """`items` of this part, up to the None behind them."""
+        mine = iter(partial(next, items), None)
+        channels, shard_samples = self.networks.autoencoder.latent_channels, self.config.shard_samples
+        writer = PartWriter(Path(self.config.output), part.name, channels, shard_samples, self.plan.identity)
+        try:
+            self._fill(writer, mine, advance)
+        except Superseded as part_name:
+            log.info("part %s is done by another process", part_name)
+            for _ in mine:
+                pass
+            writer.discard()
+        except BaseException:
+            writer.discard()
+            raise
+
+    def _fill(self, writer: PartWriter, items: Iterable[Decoded | Problem | None], advance: Callable[[float], object]) -> None:
         source, skipped, class_names = 0, list[str](), dict[int, str]()
         waiting: dict[tuple[int, int], list[Decoded]] = {}
-        while (item := next(items)) is not None:
+        for item in items:
+            assert item is not None
             if isinstance(item, Problem):
                 self._skip(item.reason, skipped)
                 continue

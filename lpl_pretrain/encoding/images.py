@@ -10,12 +10,20 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
+from lpl_pretrain.encoding.colour import to_srgb
 from lpl_pretrain.errors import DataError
 
 MAX_PIXELS = 64_000_000
+PIXELS_VERSION = 2
+"""Of how bytes become pixels: 2 converts colour profiles to sRGB, and knows every kind of transparency.
+
+Part of an encode's plan: what one version began is not finished by another.
+"""
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP")
+_PNG_BITS = 24
+"""Where a PNG says how many bits a sample has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +37,18 @@ class Fit:
 
 
 def decode_picture(encoded: bytes, origin: str) -> np.ndarray:
-    """uint8 (H, W, 3): EXIF orientation applied, transparency composited on white.  The size is checked before decoding."""
+    """uint8 (H, W, 3) in sRGB: the first frame, EXIF orientation applied, transparency composited on white.
+
+    The size is checked before decoding.  Raises DataError.
+    """
     try:
         with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            if not image.width * image.height:
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            bits = encoded[_PNG_BITS] if image.format == "PNG" else 8
+            return _to_rgb(image, bits, origin)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise DataError(f"{origin}: too large ({problem}), wanted at most {MAX_PIXELS:,} pixels: shrink or remove it") from None
     except Exception as problem:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error, EOFError ...
@@ -84,11 +98,46 @@ def nearest_bucket(source_px: tuple[int, int], buckets: list[tuple[int, int]]) -
     return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - aspect), bucket))
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, bits: int, origin: str) -> np.ndarray:
+    """`bits`: of one sample in the file."""
+    profile, transparency = image.info.get("icc_profile"), image.info.get("transparency")
+    is_adobe = "adobe" in image.info
+    colour, alpha = _colour_and_alpha(ImageOps.exif_transpose(image), transparency, bits)
+    if colour.mode == "CMYK" and not is_adobe:
+        colour = ImageChops.invert(colour)  # Pillow takes every CMYK JPEG for one by Adobe, whose inks are inverted
+    colour = to_srgb(colour, profile, origin).convert("RGB")
+    if alpha is not None:
+        colour.putalpha(alpha)
+        colour = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+    return np.asarray(colour)
+
+
+def _colour_and_alpha(
+    image: Image.Image, transparency: int | bytes | tuple[int, ...] | None, bits: int
+) -> tuple[Image.Image, Image.Image | None]:
+    """(L, RGB or CMYK with 8 bits; L, or None for a picture without transparency)"""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips it instead of scaling
-        grey = (np.asarray(image).astype(np.int64) * 255 + 32767) // 65535
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-    if "A" in image.getbands() or "transparency" in image.info:
+        samples = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
+        return grey, _opaque(samples != transparency) if isinstance(transparency, int) else None
+    if image.mode in ("1", "L"):
+        grey = image.convert("L")
+        if not isinstance(transparency, int):
+            return grey, None
+        largest = 2**bits - 1
+        level = (255 if transparency else 0) if image.mode == "1" else (transparency & largest) * 255 // largest
+        return grey, _opaque(np.asarray(grey) != level)
+    if image.mode == "RGB" and isinstance(transparency, tuple):
+        if bits > 8:
+            raise ValueError("a transparent colour of 16 bits a channel: use an alpha channel, or 8 bits")
+        return image, _opaque((np.asarray(image) != np.array(transparency) % 256).any(axis=2))
+    if image.mode in ("RGB", "CMYK"):
+        return image, None
+    if "A" in image.getbands() or transparency is not None:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+        return image.convert("RGB"), image.getchannel("A")
+    return image.convert("RGB"), None
+
+
+def _opaque(mask: np.ndarray) -> Image.Image:
+    return Image.fromarray(mask.astype(np.uint8) * 255)

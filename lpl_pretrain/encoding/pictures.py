@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import fsspec
 import numpy as np
 
-from lpl_pretrain.config.dataset import is_url
+from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.encoding.images import decode_picture
 from lpl_pretrain.errors import DataError
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 STAMP_BYTES = 64
+MAX_PICTURE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,9 @@ class Picture:
     """Of its sample in a tar, from where reading can begin."""
 
     def read_bytes(self) -> bytes:
+        """Raises DataError."""
+        if self.size > MAX_PICTURE_BYTES:
+            raise DataError(f"{self.origin}: has {self.size} bytes, wanted at most {MAX_PICTURE_BYTES}: shrink or remove it")
         encoded = self._read(self.offset, self.size)
         if len(encoded) != self.size:
             raise DataError(f"{self.origin}: read {len(encoded)} bytes, wanted {self.size}: the file changed meanwhile; run again")
@@ -57,7 +61,7 @@ class Picture:
             with fsspec.open(self.path, "rb") if is_url(self.path) else open(self.path, "rb") as file:
                 file.seek(offset)
                 return file.read(size)
-        except OSError as problem:
+        except Exception as problem:  # drivers behind fsspec raise errors of their own
             raise DataError(f"{self.origin}: cannot be read ({problem}): check the file, or run again") from None
 
 

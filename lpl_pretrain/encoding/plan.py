@@ -20,6 +20,7 @@ from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.section import OnError
 from lpl_pretrain.data.offsets import key_hashes
 from lpl_pretrain.encoding.classes import ClassTable
+from lpl_pretrain.encoding.images import PIXELS_VERSION
 from lpl_pretrain.encoding.pictures import Picture, Problem
 from lpl_pretrain.encoding.sources import Unit, list_units, no_pictures
 from lpl_pretrain.errors import DataError
@@ -48,6 +49,14 @@ class Plan:
     identity: str
     """Hash of all that the encoded bytes depend on: the listing of the source, the encoders, the configuration."""
     parts: list[Part]
+    earlier_identity: str = ""
+    """What versions before PIXELS_VERSION 2 called the same inputs."""
+    readable: int = 0
+    """Pictures of local sources that have all their members."""
+    captioned: int = 0
+    """Those of them that have a caption."""
+    classes: list[str] | None = None
+    """Names; None when there are remote tars."""
 
     @property
     def samples(self) -> int | None:
@@ -61,13 +70,12 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
 
     Repeated keys and classes that contradict each other are found here, before anything is encoded; in remote tars, afterwards.
     """
-    stamp, classes, hashes = hashlib.sha256(), ClassTable(), []
+    stamp, classes, hashes = _Stamp(config, encoders), ClassTable(), []
     parts: list[Part] = []
-    captions = 0
-    stamp.update(f"{json.dumps(settings_of_bytes(config))} {sorted(encoders.items())}\n".encode())
+    readable = captioned = 0
     for number, unit in enumerate(list_units(config.source)):
         if unit.is_remote_tar:
-            stamp.update(f"{unit.origin.rpartition('/')[2]} {unit.size}\n".encode())
+            stamp.update(f"{unit.origin.rpartition('/')[2]} {unit.size}\n")
             parts.append(Part(f"{number:05d}-0000", unit, 0, None))
             continue
         unit = _shuffled(unit, config.seed)
@@ -79,35 +87,48 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
                 keys.append(f"{unit.origin}\n{len(keys)}")  # holds a place, and is no key of a tar
                 starts.append(None)
                 continue
-            stamp.update(item.stamp().encode() + b"\n")
+            stamp.update(item.stamp() + "\n")
+            readable += 1
+            captioned += bool(item.caption and item.caption.strip())
             classes.add(f"{item.origin}: sample {item.key!r}", item.label, item.class_name)
             keys.append(item.key)
             starts.append(item.start)
-            captions += item.caption is not None
         if not keys:
             raise no_pictures(unit.origin)
         hashes.append(key_hashes(keys))
         parts += _cut(f"{number:05d}", unit, starts, config.shard_samples)
-    classes.names()
+    names = classes.names()
     if hashes and (repeated := first_repeated(np.concatenate(hashes))) is not None:
         raise _repeated_key(config, repeated)
-    plan = Plan(stamp.hexdigest(), parts)
-    if plan.samples is not None:
-        check_captions(config, captions, plan.samples)
-    return plan
-
-
-def check_captions(config: EncodeConfig, captions: int, samples: int) -> None:
-    """Raises DataError when embeddings are asked for and no sample has a caption."""
-    if config.text and not captions:
-        raise DataError(
-            f"text: names {', '.join(config.text)}, but 100 % of the {samples} samples of source={config.source} have no "
-            "caption (.txt, or \"caption\" in .json): every embedding would be that of the empty text: add captions, or remove text"
-        )
+    is_local = all(part.samples is not None for part in parts)
+    return Plan(stamp.identity(), parts, stamp.earlier_identity(), readable, captioned, names if is_local else None)
 
 
 def settings_of_bytes(config: EncodeConfig) -> dict[str, Any]:
     """What the encoded bytes depend on: all but where things lie (they are known by content) and what is done about damage."""
+    return {**_configured(config), "pixels": PIXELS_VERSION}
+
+
+class _Stamp:
+    """Hashes of the configuration, the encoders and the listing, as this version and earlier ones make them."""
+
+    def __init__(self, config: EncodeConfig, encoders: dict[str, str]) -> None:
+        self._hashes = [hashlib.sha256(), hashlib.sha256()]
+        for stamp, settings in zip(self._hashes, (settings_of_bytes(config), _configured(config)), strict=True):
+            stamp.update(f"{json.dumps(settings)} {sorted(encoders.items())}\n".encode())
+
+    def update(self, text: str) -> None:
+        for stamp in self._hashes:
+            stamp.update(text.encode())
+
+    def identity(self) -> str:
+        return self._hashes[0].hexdigest()
+
+    def earlier_identity(self) -> str:
+        return self._hashes[1].hexdigest()
+
+
+def _configured(config: EncodeConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"source", "output", "autoencoder", "on_error", "max_skipped_fraction"})
     settings["text"] = {name: {**entry, "folder": ""} for name, entry in settings["text"].items()}
     return settings

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpl_pretrain.config.dataset import DatasetIndex, is_url, read_index
+from lpl_pretrain.config.dataset import DatasetIndex, read_index
+from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.encoding.verify import DecodingAutoencoder

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import fsspec
 
-from lpl_pretrain.config.dataset import is_url
 from lpl_pretrain.config.load import resolve_path
+from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.data.format import split_member_name
 from lpl_pretrain.encoding.pictures import PICTURE_EXTENSIONS, Picture, Problem
 from lpl_pretrain.encoding.tars import read_tar
@@ -84,12 +84,15 @@ def _list_source(origin: str) -> list[Unit]:
     if is_url(origin):
         return _list_url(origin)
     path = Path(origin)
-    if path.is_dir():
-        found = sorted(entry for entry in path.rglob("*") if entry.is_file())
-        sizes = {entry.relative_to(path).as_posix(): entry.stat().st_size for entry in found}
-        return _list_folder(origin, sizes, [sub.name for sub in path.iterdir() if sub.is_dir()])
-    if path.is_file() and path.suffix == ".tar":
-        return [Unit(origin, None, path.stat().st_size)]
+    try:
+        if path.is_dir():
+            found = sorted(entry for entry in path.rglob("*") if entry.is_file())
+            sizes = {entry.relative_to(path).as_posix(): entry.stat().st_size for entry in found}
+            return _list_folder(origin, sizes, [sub.name for sub in path.iterdir() if sub.is_dir()])
+        if path.is_file() and path.suffix == ".tar":
+            return [Unit(origin, None, path.stat().st_size)]
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{origin!r}: cannot be listed ({problem}): check the path and its permissions") from None
     found_there = "a file that is no .tar" if path.exists() else "nothing"
     raise DataError(f"{origin}: found {found_there}, wanted an image folder, a .tar, or a folder of tars")
 
@@ -104,7 +107,7 @@ def _list_url(origin: str) -> list[Unit]:
             return [Unit(origin, None, files.size(root))]
         found = files.find(root, detail=True)
         sizes = {str(PurePosixPath(name).relative_to(root)): int(entry["size"]) for name, entry in sorted(found.items())}
-    except (OSError, ValueError, ImportError) as problem:
+    except Exception as problem:  # drivers behind fsspec raise errors of their own
         raise DataError(f"{origin}: cannot be listed ({problem}): check the address, the credentials and fsspec's driver") from None
     return _list_folder(origin.rstrip("/"), sizes, [])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,12 @@ from typing import Any
 from lpl_pretrain.data.format import BLOCK, split_member_name
 from lpl_pretrain.encoding.pictures import PICTURE_EXTENSIONS, Picture, Problem
 from lpl_pretrain.errors import DataError
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_TEXT_BYTES = {"cls": 64, "txt": 1 << 20, "json": 16 << 20}
+"""Of members that are read whole while a tar is listed."""
+MAX_CLASS_NAME = 1000
+_CLASS_ID = re.compile(rb"-?[0-9]{1,18}")
 
 
 def read_tar(path: Path, origin: str, start: int = 0) -> Iterator[Picture | Problem]:
@@ -47,33 +55,64 @@ def read_tar(path: Path, origin: str, start: int = 0) -> Iterator[Picture | Prob
 
 
 def _walk_tar(file: io.BufferedReader, path: Path, origin: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Plain members.  `tarfile` takes a damaged header, or a file cut between members, for the end: that is checked here."""
+    """Members.  `tarfile` takes a damaged header, or a file cut between members, for the end: that is checked here."""
     size = path.stat().st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
             for info in tar:
                 name = info.name.removeprefix("./")
                 if info.isdir() or name.rpartition("/")[2].startswith("."):
                     continue
-                if info.offset_data + info.size > size:
-                    raise tarfile.ReadError(f"member {name!r} ends behind the file")
+                if info.size < 0 or info.offset_data + info.size > size:
+                    raise tarfile.ReadError(f"member {name[:80]!r} ends behind the file")
                 yield name, info
-            end = os.pread(file.fileno(), BLOCK, tar.offset)
-    except tarfile.TarError as problem:
+            end = tar.offset
+    except DataError:
+        raise
+    except Exception as problem:  # tarfile meets arbitrary bytes, and raises more than TarError: RecursionError, ValueError ...
         raise DataError(
             f"{origin}: truncated, or not a tar ({problem}): fetch it again; decompress it if it is compressed"
         ) from None
-    if end != bytes(BLOCK):
+    if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
         raise DataError(
-            f"{origin}: truncated or damaged: at byte {tar.offset} of {size} there is neither a member "
+            f"{origin}: truncated or damaged: at byte {end} of {size} there is neither a member "
             "nor the end mark of a tar: fetch it again"
         )
+    if (position := _first_byte_behind(file.fileno(), end)) is not None:
+        raise DataError(
+            f"{origin}: its end mark is at byte {end} of {size}, but there is more at byte {position}: archives put behind each "
+            "other are read up to the first end mark only: pack them again as one"
+        )
+
+
+class _Headers:
+    """A file from which `tarfile` reads headers, and no more memory than those take."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes, wanted at most {MAX_HEADER_BYTES}")
+        return self._file.read(size)
+
+
+def _first_byte_behind(fd: int, position: int) -> int | None:
+    """Where something but zeros lies, from `position` to the end of the file."""
+    while chunk := os.pread(fd, 1 << 20, position):
+        if stripped := chunk.lstrip(b"\0"):
+            return position + len(chunk) - len(stripped)
+        position += len(chunk)
+    return None
 
 
 def _parse_member(name: str, info: tarfile.TarInfo, origin: str) -> tuple[str, str] | Problem:
     """(key, extension)"""
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        return Problem(origin, f"{origin}: member {name!r} is a link or a device, wanted a plain file: pack the tar again")
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.sparse is not None:  # type: ignore[attr-defined]
+        return Problem(
+            origin, f"{origin}: member {name[:80]!r} is a link, a device or sparse, wanted a plain file: pack the tar again"
+        )
     try:
         return split_member_name(name, origin)
     except DataError as problem:
@@ -90,35 +129,69 @@ def _tar_picture(path: Path, origin: str, fd: int, key: str, members: dict[str, 
             f"{', '.join(PICTURE_EXTENSIONS)}: complete or remove the sample",
         )
     info = members[found[0]]
-    texts = {
-        str(extension): os.pread(fd, members[extension].size, members[extension].offset_data)
-        for extension in ("cls", "txt", "json")
-        if extension in members
-    }
     try:
-        said = _parse_texts(texts, where)
+        said = _parse_texts(_read_texts(fd, members, where), where)
     except DataError as problem:
         return Problem(where, str(problem))
     start = min(member.offset for member in members.values())
     return Picture(key, f"{origin}:{key}.{found[0]}", str(path), info.offset_data, info.size, *said, start)
 
 
+def _read_texts(fd: int, members: dict[str, tarfile.TarInfo], where: str) -> dict[str, bytes]:
+    texts = {}
+    for extension, most_bytes in MAX_TEXT_BYTES.items():
+        if (member := members.get(extension)) is None:
+            continue
+        if member.size > most_bytes:
+            raise DataError(f"{where}: its .{extension} has {member.size} bytes, wanted at most {most_bytes}: shorten it")
+        texts[extension] = os.pread(fd, member.size, member.offset_data)
+    return texts
+
+
 def _parse_texts(texts: dict[str, bytes], where: str) -> tuple[int | None, str | None, str | None]:
     """(label, class_name, caption); the caption is .txt, or else what img2dataset writes into .json."""
-    label: int | None = None
     facts: Any = {}
     try:
-        if "cls" in texts:
-            label = int(texts["cls"])
+        label = parse_class_id(texts["cls"]) if "cls" in texts else None
         if "json" in texts:
-            facts = json.loads(texts["json"])
+            facts = json.loads(texts["json"], object_pairs_hook=_unique_keys)
         caption = texts["txt"].decode() if "txt" in texts else None
-    except ValueError as problem:
+        facts = facts if isinstance(facts, dict) else {}
+        class_name, told = _text_of(facts, "class_name"), _text_of(facts, "caption")
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{where}: .cls, .json or .txt is not an integer, JSON, UTF-8 ({problem}): correct the member") from None
     if label is not None and label < 0:
         raise DataError(f"{where}: class id {label} is out of range, wanted 0 or more: correct its .cls")
-    facts = facts if isinstance(facts, dict) else {}
-    class_name, told = facts.get("class_name"), facts.get("caption")
-    if caption is None and isinstance(told, str):
-        caption = told
-    return label, class_name if isinstance(class_name, str) else None, caption
+    if class_name is not None and (not class_name.isprintable() or len(class_name) > MAX_CLASS_NAME):
+        raise DataError(
+            f"{where}: class_name {class_name[:80]!r} is too long or has control characters, wanted at most {MAX_CLASS_NAME} "
+            "printable ones: correct its .json"
+        )
+    return label, class_name, told if caption is None else caption
+
+
+def parse_class_id(raw: bytes) -> int:
+    """Digits in ASCII, white space around them.  Raises ValueError for the rest that `int` accepts: 1_0, +1, other digits."""
+    text = raw.strip(b" \t\r\n")
+    if not _CLASS_ID.fullmatch(text):
+        raise ValueError(f".cls is {raw[:40]!r}")
+    return int(text)
+
+
+def _text_of(facts: dict[str, Any], key: str) -> str | None:
+    """None when it is absent, null or NaN, which tables write for what is missing."""
+    value = facts.get(key)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{key} in .json is {str(value)[:40]}, no text")
+    value.encode()  # UnicodeEncodeError is a ValueError: half of a surrogate pair
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for key in ("class_name", "caption"):
+        if key in found and [name for name, _ in pairs].count(key) > 1:
+            raise ValueError(f"{key} is in .json twice")
+    return found

@@ -36,7 +36,7 @@ class Captions:
         self._stream = LatentStream(config.data, config.seed, 1, Wants(captions=True, text=stored_encoders(conditioning)))
         folders, index = self._stream.folders, self._stream.index
         entries = text_entries(conditioning, index.text)
-        empty = read_empty_captions(folders.paths[0], stored_encoders(conditioning))
+        empty = read_empty_captions(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
         here = dict(conditioning.encoders)
         if prompts is not None:
             here |= _encoders_of(index, conditioning, prompts.folders)

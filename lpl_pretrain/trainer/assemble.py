@@ -151,7 +151,7 @@ def text_conditioner(conditioning: ConditioningConfig, folders: DataFolders, dev
     """None for models that read no text.  The empty caption is that of the first folder: all were encoded by the same encoder."""
     if not conditioning.text:
         return None
-    empty = read_empty_captions(folders.paths[0], stored_encoders(conditioning))
+    empty = read_empty_captions(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
     there = {name: {key: tensor.to(device) for key, tensor in found.items()} for name, found in empty.items()}
     online = None
     if conditioning.encoders:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lpl_pretrain.config.dataset import changed_contents
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.data.ledger import Ledger
@@ -67,10 +68,10 @@ def restore(run: Run, sinks: Sinks) -> int:
     if state is None:
         return 0
     seen, now = state["stream"], run.stream.index.fingerprint
-    if seen["fingerprint"] != now:
+    if changed := changed_contents(seen, run.stream.index):
         raise CheckpointError(
             f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but data.folder="
-            f"{run.config.data.folder} is {now[:12]}: name the folder it was trained on"
+            f"{run.config.data.folder} is {now[:12]} (different: {', '.join(changed)}): name the folder it was trained on"
         )
     if run.updater.perceptual is not None:
         run.updater.perceptual.weight.load_state(state["lpl_weight"])

@@ -1,13 +1,48 @@
-"""Indexes of data sets that do not exist, for tests of what only the index decides."""
+"""Indexes of data sets that do not exist, and changed ones of data sets that do."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
-from lpl_pretrain.config.dataset import BucketEntry, DatasetIndex, ShardEntry
+from lpl_pretrain.config.dataset import (
+    INDEX_NAME,
+    SINCE_VERSION_3,
+    BucketEntry,
+    DatasetIndex,
+    ShardEntry,
+    digest_of,
+    sealed,
+)
 from lpl_pretrain.config.mix import DataFolders, merge
 from tests.support.configs import dataset_index
+
+
+def rewrite_index(folder: Path, change: Callable[[dict], None]) -> None:
+    """Changes fields of a folder's index.json as somebody would who knows the format: fingerprints and digest fit again."""
+    path = Path(folder) / INDEX_NAME
+    fields = json.loads(path.read_text())
+    before = [fields[name] for name in ("fingerprint", "shards_fingerprint")]
+    change(fields)
+    if [fields.get(name) for name in ("fingerprint", "shards_fingerprint")] == before:
+        try:
+            fields = sealed(DatasetIndex.model_validate(fields)).model_dump(mode="json")
+        except ValueError:  # not even the fields of an index
+            fields["digest"] = digest_of(fields)
+    else:
+        fields["digest"] = digest_of(fields)
+    path.write_text(json.dumps(fields))
+
+
+def as_format_2(folder: Path) -> None:
+    """Makes a folder's index.json one of the version before digests."""
+    path = Path(folder) / INDEX_NAME
+    fields = json.loads(path.read_text())
+    fields |= {"format_version": 2, "fingerprint": fields["shards_fingerprint"]}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name not in SINCE_VERSION_3}))
 
 
 def simulated_index(name: str, buckets: dict[tuple[int, int], list[int]], bytes_each: int = 1000) -> DatasetIndex:
@@ -25,8 +60,16 @@ def simulated_index(name: str, buckets: dict[tuple[int, int], list[int]], bytes_
         for number, samples in enumerate(sizes)
     ]
     entries = [BucketEntry(height=h, width=w, samples=sum(sizes)) for (h, w), sizes in buckets.items()]
-    return dataset_index(samples=sum(entry.samples for entry in shards)).model_copy(
-        update={"shards": shards, "buckets": entries, "fingerprint": hashlib.sha256(name.encode()).hexdigest()}
+    index = dataset_index(side=max(max(shape) for shape in buckets), samples=sum(entry.samples for entry in shards))
+    (height, width), fingerprint = next(iter(buckets)), hashlib.sha256(name.encode()).hexdigest()
+    return index.model_copy(
+        update={
+            "shards": shards,
+            "buckets": entries,
+            "latent": index.latent.model_copy(update={"height": height, "width": width}),
+            "fingerprint": fingerprint,
+            "shards_fingerprint": fingerprint,
+        }
     )
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lpl_pretrain.config.dataset import read_index
+from lpl_pretrain.config.dataset import contents_of, index_bytes, read_index, sealed
 from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.offsets import Offsets, key_at
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.support.indexes import simulated_index
+from tests.support.indexes import rewrite_index, simulated_index
 from tests.support.material import FakeAutoencoder, data_config, encode_config, encode_whole, encoded, picture, sample, write_tar
 
 SHAPE = (4, 4, 4)
@@ -39,16 +38,10 @@ def refused(folder: Path, *fragments: str) -> None:
         assert fragment in str(error.value)
 
 
-def change_index(folder: Path, change: Callable[[dict], None]) -> None:
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
-
-
 def shard_and_offsets(folder: Path, number: int) -> tuple[Path, Offsets]:
     entry = read_index(folder).shards[number]
     path = folder / entry.file
-    return path, Offsets.read(path.with_suffix(".offsets.safetensors"), entry.offsets_sha256)
+    return path, Offsets.read(path.with_suffix(".offsets.safetensors"), entry)
 
 
 def overwrite(folder: Path, number: int, row: int, offset: int, data: bytes) -> str:
@@ -122,7 +115,7 @@ def test_ten_million_samples_open_at_any_place_within_a_second(tmp_path: Path) -
     for entry in index.shards:
         with open(tmp_path / entry.file, "wb") as file:
             file.truncate(entry.bytes)
-    (tmp_path / "index.json").write_text(index.model_dump_json())
+    (tmp_path / "index.json").write_bytes(index_bytes(sealed(index)))
     started = time.perf_counter()
     stream = open_stream(tmp_path, batch=1024)
     places = stream.order.locate(np.arange(10_000_384, 10_000_384 + 1024))
@@ -132,7 +125,9 @@ def test_ten_million_samples_open_at_any_place_within_a_second(tmp_path: Path) -
 
 def test_state_says_where_a_run_is(data_set: Path) -> None:
     stream = open_stream(data_set, seed=3)
-    assert stream.state(50) == {"samples_seen": 50, "epoch": 2, "seed": 3, "fingerprint": stream.index.fingerprint}
+    state = stream.state(50)
+    assert state.pop("contents") == contents_of(stream.index)
+    assert state == {"samples_seen": 50, "epoch": 2, "seed": 3, "fingerprint": stream.index.fingerprint}
 
 
 def test_prefetch_equals_read(data_set: Path) -> None:
@@ -229,8 +224,8 @@ def test_unfinished_folder(data_set: Path) -> None:
 
 
 def test_a_folder_of_an_older_version(data_set: Path) -> None:
-    change_index(data_set, lambda index: index.update(format_version=1))
-    with pytest.raises(DataError, match="format_version is 1, this version reads 2: encode the folder again"):
+    rewrite_index(data_set, lambda index: index.update(format_version=1))
+    with pytest.raises(DataError, match="format_version is 1, this version reads 2 and 3: encode the folder again"):
         open_stream(data_set)
 
 
@@ -261,19 +256,21 @@ def test_offsets_of_another_folder(data_set: Path) -> None:
 
 @pytest.mark.parametrize("classes", [["a", "b"], []])
 def test_class_id_out_of_range(data_set: Path, classes: list[str]) -> None:
-    change_index(data_set, lambda index: index.update(classes=classes))
+    counts = [8, 15] if classes else []
+    rewrite_index(data_set, lambda index: index.update(classes=classes, class_counts=counts))
     refused(data_set, "is out of range", f"{len(classes)} classes")
 
 
 def test_index_that_disagrees_with_its_shards(data_set: Path) -> None:
-    change_index(data_set, lambda index: index["shards"][0].update(samples=6))
+    rewrite_index(data_set, lambda index: index["shards"][0].update(samples=6))
     refused(data_set, "23 samples, its shards 24")
 
     def consistent(index: dict) -> None:
         index["samples"] += 1
         index["buckets"][0]["samples"] += 1
+        index["class_counts"][0] += 1
 
-    change_index(data_set, consistent)
+    rewrite_index(data_set, consistent)
     refused(data_set, read_index(data_set).shards[0].file, "index.json says")
 
 
@@ -372,7 +369,7 @@ def test_folders_that_cannot_be_mixed(tmp_path: Path) -> None:
         index["moments_dtype"] = "fp16"
         index["autoencoder"]["identity"] = "other"
 
-    change_index(b, other)
+    rewrite_index(b, other)
     with pytest.raises(DataError, match="folders of different autoencoder cannot be mixed: .*a has fake, .*b has other"):
         open_stream({str(a): 1.0, str(b): 1.0})
 
@@ -380,7 +377,7 @@ def test_folders_that_cannot_be_mixed(tmp_path: Path) -> None:
         index["resolution_px"] = 32
         index["autoencoder"]["identity"] = "fake"
 
-    change_index(b, larger)
+    rewrite_index(b, larger)
     with pytest.raises(DataError, match="folders of different resolution_px cannot be mixed: .*a has 16, .*b has 32"):
         open_stream({str(a): 1.0, str(b): 1.0})
     with pytest.raises(ConfigError, match="its weight is 0.0001 of the whole, wanted at least 1/4096"):

@@ -156,20 +156,20 @@ def test_another_configuration_does_not_go_on(undisturbed, tmp_path: Path) -> No
 def test_a_full_disk_keeps_finished_parts(undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, whole, _ = undisturbed
     config = slow_config(source, tmp_path / "latents")
-    real, written = os.replace, []
+    written = []
 
-    def full(before: str, after: str) -> None:
-        written.append(after)
+    def full(path: Path, mode: str) -> object:
+        written.append(path)
         if len(written) == 8:
             raise OSError(28, "No space left on device")
-        real(before, after)
+        return open(path, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.replace", full)
+        patch.setattr("lpl_pretrain.encoding.writer.open", full, raising=False)
         with pytest.raises(DataError, match="No space left on device while writing .* MiB: make room and run the same"):
             encode(config, FakeAutoencoder())
     assert len(list((tmp_path / "latents").glob(".encode/part-*.json"))) == 2
-    assert not list((tmp_path / "latents").glob(".latents*"))
+    assert not list((tmp_path / "latents").glob(".latents*")) and not list((tmp_path / "latents").glob(".encode/0*"))
     encode_whole(config, FakeAutoencoder())
     assert contents(tmp_path / "latents") == whole
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from lpl_pretrain.encoding.show import contact_sheet, describe
 from lpl_pretrain.encoding.verify import verify
 from lpl_pretrain.errors import DataError
 from tests.support.autoencoders import tiny_folder
+from tests.support.indexes import rewrite_index
 from tests.support.latents import draw_pictures
 from tests.support.material import FakeAutoencoder, encode_config, encode_whole, encoded, picture, sample, write_tar
 from tests.support.text_encoders import text_encoder_folder
@@ -67,13 +67,6 @@ def problems(config: EncodeConfig) -> str:
     return report.table()
 
 
-def change_index(config: EncodeConfig, change: Callable[[dict], None]) -> None:
-    path = Path(config.output) / "index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
-
-
 def test_sound(folder) -> None:
     config, index = folder
     report = verify(config, 15, SmoothAutoencoder())
@@ -111,7 +104,7 @@ def test_every_byte_counts(folder) -> None:
 )
 def test_an_index_that_lies(folder, change: Callable[[dict], None], fragment: str) -> None:
     config, _ = folder
-    change_index(config, change)
+    rewrite_index(Path(config.output), change)
     assert fragment in problems(config)
 
 
@@ -143,10 +136,12 @@ def test_crops_must_be_those_that_are_recorded(tmp_path: Path) -> None:
     index = read_index(tmp_path / "latents")
     entry = index.shards[0]
     path = (tmp_path / "latents" / entry.file).with_suffix(".offsets.safetensors")
-    offsets = Offsets.read(path, entry.offsets_sha256)
+    offsets = Offsets.read(path, entry)
     offsets.micro[2, 5] += 1
     path.write_bytes(offsets.to_bytes())
-    change_index(config, lambda i: i["shards"][0].update(offsets_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    rewrite_index(
+        Path(config.output), lambda i: i["shards"][0].update(offsets_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    )
     assert "'p0002': its recorded sizes are not those of" in problems(config)
 
 
