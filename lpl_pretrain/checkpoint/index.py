@@ -96,7 +96,7 @@ class Index:
             if rank >= manifest.world_size:
                 return f"names rank {rank}, the manifest says world_size={manifest.world_size}"
             if held > (there := manifest.files[pieces_file(rank)].bytes):
-                return f"rank {rank} should hold {held} bytes, its file has {there}"
+                return f"rank {rank} should hold {held} bytes, {pieces_file(rank)} has {there}"
         return None
 
 
