@@ -27,6 +27,10 @@ class CheckpointError(LPLError):
     """A checkpoint that is incomplete, damaged, or belongs to another run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files contradict each other; an older one may be sound."""
+
+
 class SaveError(CheckpointError):
     """A checkpoint that could not be written: the disk's fault, which may be gone when the run is begun again."""
 

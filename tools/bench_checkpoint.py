@@ -67,7 +67,7 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for kind, keeper in keepers.items():
             measured = one_save(
-                step, args.steps, lambda keeper=keeper, at=number: keeper.save(at, engine, ema, {}, samples_seen=0), keeper
+                step, args.steps, lambda keeper=keeper: keeper.save(engine.optimizer_steps, engine, ema, {}, samples_seen=0), keeper
             )
             if number:  # the first round allocates
                 found[kind].append(measured)

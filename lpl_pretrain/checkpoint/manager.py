@@ -8,26 +8,35 @@ which never communicates: ranks agree on the main thread, in `advance`, that all
 
 from __future__ import annotations
 
-import json
-import logging
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from lpl_pretrain.checkpoint.manifest import Manifest, damage, sync_folder, write_json
+from lpl_pretrain.checkpoint.manifest import STATE, Manifest, sync_folder, write_json
 from lpl_pretrain.checkpoint.staging import HostCopies, Task
-from lpl_pretrain.checkpoint.store import STATE, Reader, merge_parts, read_state, write_rank
-from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.checkpoint.store import merge_parts, write_rank
+from lpl_pretrain.checkpoint.verify import (
+    Checkpoint,
+    all_damaged,
+    looks_sound,
+    open_checkpoint,
+    warn_passed_over,
+)
+from lpl_pretrain.config.best import best_steps
+from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError, SaveError
+from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import is_stale
+from lpl_pretrain.runtime.log import log
+from lpl_pretrain.runtime.world import World
 
-log = logging.getLogger(__name__)
 WRITING, REMOVING = ".writing_", ".removing_"
 
 
@@ -39,19 +48,30 @@ class HasPieces(Protocol):
 
 class CheckpointManager:
     def __init__(
-        self, run_dir: RunDir, config: CheckpointConfig, identity: str = "", fence: Callable[[], None] = lambda: None
+        self,
+        run_dir: RunDir,
+        config: CheckpointConfig,
+        identity: str = "",
+        fence: Callable[[], None] = lambda: None,
+        samples_per_step: int | None = None,
     ) -> None:
         """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused.
 
         `fence` does not return, on rank 0, where the run is another process's by now.
+
+        `samples_per_step`, the global batch size, says that a training run goes on from what is restored: the
+        trainer's state must be whole, and count as many samples.
         """
         self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
+        self.samples_per_step = samples_per_step
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
         self._temporary: Path | None = None
         """On rank 0: where it is written."""
         self._newest = 0
+        self._damaged: set[int] = set()
+        """Steps of checkpoints that `restore_latest` found damaged; the same on all ranks."""
         self.published = 0
         """Not collective: step of the newest checkpoint that this process knows to be published; the same on all ranks."""
 
@@ -105,32 +125,56 @@ class CheckpointManager:
         A damaged one is passed over with a warning.  When all are damaged nothing is restored and CheckpointError says so: a run
         never starts again from nothing by itself.
         """
-        world = strategy.world
-        _together(f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=world.rank == 0)
+        rank0 = strategy.world.rank == 0
+        _together(f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=rank0)
         steps = broadcast_json(self.run_dir.complete_checkpoints())
+        unusable = broadcast_json(self.run_dir.unusable_checkpoints())
+        for name in unusable:
+            log.warning("%s: is no complete checkpoint (no %s of that step): passed over", name, MANIFEST)
         for step in reversed(steps):
-            folder = self.run_dir.checkpoint(step)
-            trouble = first_over_ranks(damage(folder, share=world.rank, shares=world.world_size))
-            if trouble is None:
-                return self.restore(folder, strategy, ema)
-            log.warning("DAMAGED CHECKPOINT %s: passed over for an older one. %s", folder.name, trouble)
+            checkpoint = self._open(self.run_dir.checkpoint(step), strategy.world)
+            if checkpoint is not None:
+                return self._restore(checkpoint, strategy, ema)
+            self._damaged.add(step)
         if steps:
+            raise all_damaged(self.run_dir, len(steps))
+        if unusable:
             raise CheckpointError(
-                f"{self.run_dir.checkpoints}: all {len(steps)} checkpoints are damaged (see the warnings above): "
-                "bring one back, or remove them to start again"
+                f"{self.run_dir.checkpoints}: holds {', '.join(unusable[:5])} and no complete checkpoint: "
+                "bring one back, or remove these folders to start again"
             )
         return None
 
-    def restore(self, folder: Path, strategy: Strategy, ema: HasPieces) -> dict[str, Any]:
-        """Communicates: fills parameters, moments and EMA from one checkpoint, saved by any strategy at any world size."""
+    def _open(self, folder: Path, world: World) -> Checkpoint | None:
+        """Communicates: a sound checkpoint, or None, with a warning, for one that any rank found damaged.
+
+        Every rank reads its share of the files.  Raises CheckpointError on all ranks where one refuses.
+        """
+        checkpoint, damaged, refused = None, None, None
+        try:
+            checkpoint = open_checkpoint(
+                folder,
+                identity=self.identity,
+                samples_per_step=self.samples_per_step,
+                share=world.rank,
+                shares=world.world_size,
+            )
+        except DamagedCheckpointError as error:
+            damaged = str(error)
+        except CheckpointError as error:
+            refused = str(error)
+        if (refused := first_over_ranks(refused)) is not None:
+            raise CheckpointError(refused)
+        if (damaged := first_over_ranks(damaged)) is not None:
+            warn_passed_over(folder, damaged)
+            return None
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint, strategy: Strategy, ema: HasPieces) -> dict[str, Any]:
+        """Communicates: fills parameters, moments and EMA from a checkpoint, saved by any strategy at any world size."""
+        reader = checkpoint.reader
 
         def fill() -> None:
-            if (found := Manifest.read(folder).identity) != self.identity:
-                raise CheckpointError(
-                    f"{folder}: was saved by a run with another configuration ({found[:12]}, this one is {self.identity[:12]}): "
-                    "resume it in the directory of that run"
-                )
-            reader = Reader(folder)
             entries = list(_entries(strategy, ema))
             wanted: dict[str, set[str]] = {}
             for kind, piece in entries:
@@ -140,9 +184,9 @@ class CheckpointManager:
             for kind, piece in entries:
                 reader.fill(kind, piece)
 
-        _together(f"{folder}: cannot be restored", fill)
-        strategy.accept_loaded(Manifest.read(folder).optimizer_steps)
-        return read_state(folder)
+        _together(f"{checkpoint.folder}: cannot be restored", fill)
+        strategy.accept_loaded(checkpoint.manifest.optimizer_steps)
+        return checkpoint.state
 
     def _save(
         self,
@@ -166,6 +210,8 @@ class CheckpointManager:
             self.fence()
             self._remove(final)
             temporary.rename(final)
+            if final == self.run_dir.checkpoint(step):
+                self._damaged.discard(step)
             sync_folder(final.parent)
             self._retain()
 
@@ -199,26 +245,43 @@ class CheckpointManager:
             for folder in parent.glob(f"{WRITING}*"):
                 self._remove(folder)
             for folder in parent.glob(f"{REMOVING}*"):
-                shutil.rmtree(folder)
+                _delete(folder)
 
     def _retain(self) -> None:
+        """Remove what is older than the `keep_last` newest checkpoints that look sound, and not wanted otherwise."""
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
+        sound = islice(filter(self._looks_sound, reversed(steps)), self.config.keep_last)
+        newest = list(sound)
+        if len(newest) < self.config.keep_last:
+            return
         kept = self._wanted()
-        for step in steps[: -self.config.keep_last]:
-            if step not in kept and (every is None or step % every):
+        for step in steps:
+            if step < newest[-1] and step not in kept and (every is None or step % every):
                 self._remove(self.run_dir.checkpoint(step))
+
+    def _looks_sound(self, step: int) -> bool:
+        """Without reading the files again."""
+        return step not in self._damaged and looks_sound(self.run_dir.checkpoint(step))
 
     def _wanted(self) -> set[int]:
         """Steps that evaluation needs: the best ones, and those that are being scored now."""
-        best = [json.loads(path.read_text())["step"] for path in self.run_dir.best_files()]
-        return {*best, *(step for step, lease in self.run_dir.evaluation_leases() if not is_stale(lease))}
+        scored = {step for step, lease in self.run_dir.evaluation_leases() if not is_stale(lease)}
+        return scored | best_steps(self.run_dir.best_files(), log.warning)
 
     def _remove(self, folder: Path) -> None:
         """By rename first, so that a checkpoint is never seen half removed, and nobody begins a file in it meanwhile."""
-        if folder.exists():
+        if os.path.lexists(folder):
             doomed = folder.with_name(REMOVING + folder.name)
             folder.rename(doomed)
-            shutil.rmtree(doomed)
+            _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """A folder with its content; of a symbolic link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:

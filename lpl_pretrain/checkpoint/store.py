@@ -15,27 +15,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpl_pretrain.checkpoint.manifest import FileRecord, write_json
-from lpl_pretrain.errors import CheckpointError
+from lpl_pretrain.checkpoint.index import Entries, Index, tiling_problem
+from lpl_pretrain.checkpoint.manifest import INDEX, FileRecord, Manifest, pieces_file, write_json
+from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
 from lpl_pretrain.parallel.strategy import Piece
 
-INDEX, STATE = "index.json", "state.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 LISTED = 5
-
-
-def pieces_file(rank: int) -> str:
-    return f"pieces_{rank:05d}.safetensors"
 
 
 def part_file(rank: int) -> str:
@@ -65,7 +60,8 @@ def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
     for kind, entries in index.items():
         for name, entry in entries.items():
             entry["ranges"].sort()
-            _check_tiling(f"{kind}/{name}", entry)
+            if (problem := tiling_problem(entry["shape"], entry["ranges"])) is not None:
+                raise CheckpointError(f"{kind}/{name}: {problem}")  # a strategy has misread its engine
     files[INDEX] = write_json(folder / INDEX, index)
     for rank in range(world_size):
         (folder / part_file(rank)).unlink()
@@ -75,19 +71,30 @@ def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
 class Reader:
     """Reads ranges of a checkpoint, touching only the bytes asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        """Raises DamagedCheckpointError for an index that cannot be right; `manifest` bounds it."""
         self.folder = folder
-        self.index: dict[str, dict[str, Any]] = json.loads((folder / INDEX).read_text())
+        self.index = Index.read(folder, manifest)
         self._files: dict[int, Any] = {}
+
+    @property
+    def entries(self) -> Entries:
+        return self.index.entries
+
+    def named(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Entries of one kind by parameter.  Raises CheckpointError."""
+        if kind not in self.entries:
+            raise CheckpointError(f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}")
+        return self.entries[kind]
 
     def check(self, kind: str, shapes: dict[str, tuple[int, ...]], wanted: set[str]) -> None:
         """CheckpointError unless `kind` covers the `wanted` parameters, and none that are not of these shapes."""
-        if kind not in self.index:
+        if kind not in self.entries:
             raise CheckpointError(
-                f"{self.folder}: has no {kind!r}, only {sorted(self.index)}: it was saved with another "
+                f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}: it was saved with another "
                 "optimizer.kind; resume with that one, or start a new run directory"
             )
-        saved = {name: tuple(entry["shape"]) for name, entry in self.index[kind].items()}
+        saved = {name: tuple(entry["shape"]) for name, entry in self.entries[kind].items()}
         reshaped = [name for name in shapes if saved.get(name, shapes[name]) != shapes[name]]
         complaints = [
             _list("missing from the checkpoint", [name for name in shapes if name in wanted and name not in saved]),
@@ -104,44 +111,52 @@ class Reader:
     def fill(self, kind: str, piece: Piece) -> None:
         """Overwrite the live tensor of `piece`, from however many ranks' ranges it takes."""
         filled = 0
-        for start, stop, rank in self.index[kind][piece.name]["ranges"]:
+        for start, stop, rank in self._entry(kind, piece.name)["ranges"]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
-                saved = self._file(rank).get_slice(f"{kind}/{piece.name}")[first - start : last - start]
+                key = f"{kind}/{piece.name}"
+                try:
+                    saved = self._file(rank).get_slice(key)[first - start : last - start]
+                except (OSError, SafetensorError) as error:
+                    path = self.folder / pieces_file(rank)
+                    raise DamagedCheckpointError(f"{path}: {key} cannot be read: {error}") from None
                 piece.tensor[first - piece.start : last - piece.start].copy_(saved)
                 filled += last - first
         if filled != piece.tensor.numel():
             raise CheckpointError(f"{self.folder}: {kind}/{piece.name} holds {filled} of elements {piece.start}..{piece.stop}")
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        for name in self.index[kind]:
+        """(parameter, whole tensor) of one kind.  Raises CheckpointError."""
+        for name in self.named(kind):
             yield name, self.whole(kind, name)
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """One parameter, joined from its ranges."""
-        entry = self.index[kind][name]
+        """One parameter, joined from its ranges.  Raises CheckpointError."""
+        entry = self._entry(kind, name)
         dtype = next(key for key, value in DTYPES.items() if value == entry["dtype"])
         tensor = torch.empty(entry["shape"], dtype=dtype)
         self.fill(kind, Piece(name, tuple(entry["shape"]), 0, tensor.view(-1)))
         return tensor
 
+    def _entry(self, kind: str, name: str) -> dict[str, Any]:
+        if (entry := self.named(kind).get(name)) is None:
+            raise CheckpointError(f"{self.folder}: has no {kind}/{name}")
+        return entry
+
     def _file(self, rank: int) -> Any:
+        """The open file of a rank, whose header agrees with the index."""
         if rank not in self._files:
+            self.index.check_header(rank)
             self._files[rank] = safe_open(self.folder / pieces_file(rank), framework="pt")
         return self._files[rank]
 
 
 def read_full(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """Whole tensors on CPU, on one process and without any strategy: `ema` or `param` weights for evaluation and export."""
-    reader = Reader(folder)
-    if kind not in reader.index:
-        raise CheckpointError(f"{folder}: has no {kind!r}, only {sorted(reader.index)}")
-    return dict(reader.full(kind))
+    """Whole tensors on CPU, on one process and without any strategy.
 
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What the trainer gave to `save`."""
-    return json.loads((folder / STATE).read_text())
+    Structure is checked, content is not: what a user names is read through verify.py.
+    """
+    return dict(Reader(folder).full(kind))
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
@@ -162,17 +177,6 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(8 + len(text) + offset, digest.hexdigest())
-
-
-def _check_tiling(key: str, entry: dict[str, Any]) -> None:
-    """The ranks' ranges must cover the parameter once; otherwise a strategy has misread its engine's layout."""
-    expected = 0
-    for start, stop, rank in entry["ranges"]:
-        if start != expected:
-            raise CheckpointError(f"{key}: rank {rank} owns elements {start}..{stop}, wanted a range that starts at {expected}")
-        expected = stop
-    if expected != math.prod(entry["shape"]):
-        raise CheckpointError(f"{key}: ranks own {expected} elements of {math.prod(entry['shape'])}")
 
 
 def _list(what: str, names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import load_config, load_run_config
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.errors import CheckpointError, ConfigError
 from lpl_pretrain.runtime.mirror import Mirror
 from lpl_pretrain.runtime.world import World
 
@@ -42,26 +43,32 @@ def run(
     device = dist.start(world, patience=PATIENCE)
     set_up_logging(world.rank)
     records: list[dict[str, Any]] = []
+    passed_over: dict[int, str] = {}
     mirror = open_mirror(run_dir) if world.rank == 0 else None
     while True:
-        waiting = watch and not run_dir.pending_evaluations(settings.name)
+        waiting = watch and not left(run_dir, settings.name, passed_over)
         if not dist.broadcast_json(waiting):
-            for record in evaluate(run_dir, settings, device, None if step is None else [step], world, again=not pending):
+            steps = None if step is None else [step]
+            for record in evaluate(run_dir, settings, device, steps, world, again=not pending, passed_over=passed_over):
                 records.append(record)
                 if mirror is not None:
                     mirror.scores(record)
                 if watch and world.rank == 0:
                     log.info("%s", one_line(record))
-        if dist.broadcast_json(not watch or over(run_dir, settings.name)):
+        if dist.broadcast_json(not watch or over(run_dir, settings.name, passed_over)):
             break
         time.sleep(poll_s)
     if mirror is not None:
         mirror.close()
+    damaged = [text for number, text in sorted(passed_over.items()) if number in run_dir.complete_checkpoints()]
+    if damaged and not records:
+        raise CheckpointError("nothing was scored:\n" + "\n".join(damaged))
     if world.rank == 0:
         unscored = (
             f"{run}: every complete checkpoint has its score by protocol {settings.name}, or is being scored; --step N scores again"
         )
         print("\n".join(table(records)) if records else unscored)
+        print("\n".join(f"not scored: {text}" for text in damaged), end="\n" if damaged else "")
     if world.world_size > 1:
         dist.leave()
 
@@ -74,12 +81,18 @@ def open_mirror(run_dir: RunDir) -> Mirror | None:
     return Mirror(run_dir.path, config.name, **config.log.wandb.model_dump())
 
 
-def over(run_dir: RunDir, protocol: str) -> bool:
+def left(run_dir: RunDir, protocol: str, passed_over: Container[int]) -> list[int]:
+    """Steps that are still to be scored; a damaged checkpoint is tried once."""
+    return [step for step in run_dir.pending_evaluations(protocol) if step not in passed_over]
+
+
+def over(run_dir: RunDir, protocol: str, passed_over: Container[int] = ()) -> bool:
     """Training has ended, and everything that it left is scored."""
     if not run_dir.config.is_file():
         return False
     complete = run_dir.complete_checkpoints()
-    return bool(complete) and complete[-1] >= load_run_config(run_dir).steps and not run_dir.pending_evaluations(protocol)
+    ended = bool(complete) and complete[-1] >= load_run_config(run_dir).steps
+    return ended and not left(run_dir, protocol, passed_over)
 
 
 def one_line(record: dict[str, Any]) -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lpl_pretrain.config.best import load_best
+from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.errors import ConfigError, DataError
+from lpl_pretrain.runtime.log import log
+
+POSTHOC = "posthoc_"
+WEIGHTS = re.compile(r"ema|raw|ema_power_0\.[0-9]{3}|posthoc_0?\.[0-9]+")
 
 
 def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel: float | None, format: str, output: str) -> None:
@@ -20,28 +27,48 @@ def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel
         if step is not None or sigma_rel is not None:
             raise ConfigError(f"--best={best} with --step or --sigma-rel: it names both; leave the others out")
         step, weights = best_of(run_dir, best)
-    from lpl_pretrain.checkpoint.weights import POSTHOC, reconstructed, stored  # torch: not for --help
+    sigma_rel = length_of(weights, sigma_rel)
+    check_output(Path(output), folder=format == "diffusers")
+    from lpl_pretrain.checkpoint.weights import reconstructed, stored  # torch: not for --help
 
-    if weights.startswith(POSTHOC):
-        sigma_rel = float(weights.removeprefix(POSTHOC))
     if sigma_rel is None:
-        tensors, facts = stored(run_dir, weights, step)
+        tensors, facts = stored(run_dir, weights, step, run_identity(config))
     else:
-        tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step)
+        tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step, run_identity(config))
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    if format == "diffusers":
-        write_folder(Path(output), run_dir, config, tensors, facts)
-    else:
-        write_file(Path(output), config, tensors, facts)
+    try:
+        if format == "diffusers":
+            write_folder(Path(output), run_dir, config, tensors, facts)
+        else:
+            write_file(Path(output), config, tensors, facts)
+    except OSError as error:
+        raise ConfigError(f"--output={output}: cannot be written: {error.strerror or error}") from None
     print(f"{output}: {parameters:,} parameters; {facts}")
 
 
+def length_of(weights: str, sigma_rel: float | None) -> float | None:
+    """Of the power-function average to rebuild from snapshots; None where `weights` lie in a checkpoint.  Raises ConfigError."""
+    if not WEIGHTS.fullmatch(weights):
+        raise ConfigError(f"--weights={weights}: wanted ema, raw, ema_power_0.050 or posthoc_0.080")
+    return float(weights.removeprefix(POSTHOC)) if weights.startswith(POSTHOC) else sigma_rel
+
+
+def check_output(output: Path, *, folder: bool) -> None:
+    """Raises ConfigError for what cannot be written, before the weights are read."""
+    if folder and output.exists():
+        raise ConfigError(f"--output={output}: is there already; remove it, or name another folder")
+    if not folder and output.is_dir():
+        raise ConfigError(f"--output={output}: is a folder, wanted a file to write")
+
+
 def best_of(run_dir: RunDir, protocol: str) -> tuple[int, str]:
-    """Step and weights.  Raises ConfigError."""
+    """Step and weights.  Raises ConfigError or DataError."""
     path = run_dir.best(protocol)
     if not path.is_file():
         raise ConfigError(f"--best={protocol}: {path} is not there: evaluate with a protocol of this name that sets `best`")
-    found = json.loads(path.read_text())
+    found = load_best(path, log.warning)
+    if found is None:
+        raise DataError(f"--best={protocol}: {path} is damaged (see the warning above): evaluate again, or name --step")
     return found["step"], found["weights"]
 
 
@@ -61,8 +88,6 @@ def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: di
     from lpl_pretrain.config.mix import read_data
     from lpl_pretrain.models.pipeline_folder import write_pipeline
 
-    if output.exists():
-        raise ConfigError(f"--output={output}: is there already; remove it, or name another folder")
     temporary = output.with_name(f".{output.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -77,7 +102,12 @@ def scores(run_dir: RunDir) -> dict[str, str]:
     """Of the newest scored step, by protocol, for the card."""
     found = {}
     for path in sorted(run_dir.path.glob("evaluations/step_*/*.json")):
-        record = json.loads(path.read_text())
-        values = ", ".join(f"{r['metric']} {r['value']:.4g} (w = {r['guidance_scale']:g})" for r in record["results"])
-        found[f"score by {path.stem}"] = f"{values}, step {record['step']}"
+        try:
+            record = read_record(path)
+        except DataError as error:
+            log.warning("%s: this score is left out", error)
+            continue
+        if record["format_version"] == FORMAT_VERSION:
+            values = ", ".join(f"{r['metric']} {r['value']:.4g} (w = {r['guidance_scale']:g})" for r in record["results"])
+            found[f"score by {path.stem}"] = f"{values}, step {record['step']}"
     return found

@@ -31,7 +31,7 @@ def run(
 ) -> None:
     """`sampler`: keys of SamplerConfig; without `kind` the first that suits what the run predicts."""
     run_dir = RunDir(Path(run))
-    step, chosen, weak, folders = check(run_dir, step, images, sampler, guide, guide_step, text_encoders)
+    _, chosen, weak, folders = check(run_dir, step, images, sampler, guide, guide_step, text_encoders)
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.captions import Prompts
@@ -41,7 +41,7 @@ def run(
 
     asked = Prompts(prompts, folders) if prompts else None
     trained = open_run(run_dir, pick_device(), weak, asked)
-    trained.load(step, "ema")
+    step = trained.load(step, "ema")
     found = []
     with progress(images, "img", f"step {step}") as bar:
         for first in range(0, images, BATCH_SIZE):
@@ -51,12 +51,21 @@ def run(
     pixels = torch.cat(found)
     default = run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
     path = Path(output) if output else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
-    if format == "grid":
-        publish_grid(path, pixels)
-    else:
-        shared = {"run": str(run_dir.path), "step": step, "seed": seed, "guidance_scale": guidance_scale, "sampler": chosen.kind}
-        facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
-        (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
+    try:
+        if format == "grid":
+            publish_grid(path, pixels)
+        else:
+            shared = {
+                "run": str(run_dir.path),
+                "step": step,
+                "seed": seed,
+                "guidance_scale": guidance_scale,
+                "sampler": chosen.kind,
+            }
+            facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
+            (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
+    except OSError as error:
+        raise ConfigError(f"--output={path}: cannot be written: {error.strerror or error}") from None
     print(path)
 
 
@@ -69,7 +78,10 @@ def check(
     guide_step: int | None,
     text_encoders: tuple[str, ...],
 ) -> tuple[int, SamplerConfig, GuideConfig | None, dict[str, str]]:
-    """What was asked for: (checkpoint, sampler, guide, folders of text encoders).  Raises ConfigError or CheckpointError."""
+    """What was asked for: (checkpoint, sampler, guide, folders of text encoders).  Raises ConfigError or CheckpointError.
+
+    Whether the checkpoint is sound is seen when it is read.
+    """
     if images < 1:
         raise ConfigError(f"--images={images}: at least 1")
     prediction = load_run_config(run_dir).diffusion.prediction

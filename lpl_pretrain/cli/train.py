@@ -19,7 +19,7 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.config.start import check_start
 from lpl_pretrain.errors import CheckpointError, LPLError
 from lpl_pretrain.runtime.files import published
-from lpl_pretrain.runtime.lease import STALE_S, Lease, read_lease
+from lpl_pretrain.runtime.lease import STALE_S, Lease, holder_of
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.world import World
 
@@ -93,13 +93,15 @@ def hold(run_dir: RunDir, world: World) -> Lease | None:
         lease, trouble = None, None
     else:
         lease = Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir))
-        holder = read_lease(run_dir.live)
         trouble = None
-        if not lease.take():
-            trouble = (
-                f"{run_dir.path}: is being trained by process {holder.get('pid')} on {holder.get('host')}: wait for its end, "
-                f"or give this one another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
-            )
+        try:
+            if not lease.take():
+                trouble = (
+                    f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give this one "
+                    f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
+                )
+        except CheckpointError as error:
+            trouble = str(error)
     if (trouble := first_over_ranks(trouble)) is not None:
         raise CheckpointError(trouble)
     return lease

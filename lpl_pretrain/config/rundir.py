@@ -10,18 +10,15 @@ runs/<name>/  config.yaml  provenance.json  preflight.json  metrics.jsonl  repor
 
 from __future__ import annotations
 
-import re
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lpl_pretrain.config.records import is_scored
+from lpl_pretrain.config.steps import step_name, step_of
 from lpl_pretrain.errors import CheckpointError
 
-STEP_NAME = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ class RunDir:
 
     def evaluation_leases(self) -> list[tuple[int, Path]]:
         """(step, file) of all, stale ones included."""
-        found = ((STEP_NAME.match(path.parent.name), path) for path in (self.path / "evaluations").glob("step_*/*.lease"))
-        return [(int(name[1]), path) for name, path in found if name]
+        found = ((step_of(path.parent.name), path) for path in (self.path / "evaluations").glob("step_*/*.lease"))
+        return [(step, path) for step, path in found if step is not None]
 
     def samples(self, step: int, protocol: str) -> Path:
         return self.path / "samples" / f"{step_name(step)}_{protocol}.png"
@@ -100,8 +97,8 @@ class RunDir:
 
     def lpl_pictures(self) -> dict[int, Path]:
         """By step, ascending."""
-        found = ((STEP_NAME.match(path.stem), path) for path in (self.path / "lpl").glob("step_*.png"))
-        return dict(sorted((int(name[1]), path) for name, path in found if name))
+        found = ((step_of(path.stem), path) for path in (self.path / "lpl").glob("step_*.png"))
+        return dict(sorted((step, path) for step, path in found if step is not None))
 
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank:05d}.log"
@@ -118,6 +115,14 @@ class RunDir:
         """Steps whose checkpoint has its manifest (written last), ascending."""
         return _complete(self.checkpoints)
 
+    def unusable_checkpoints(self) -> list[str]:
+        """Names of step folders that are no complete checkpoint.
+
+        Checkpoints are published whole, so such a folder lost its manifest or was renamed.
+        """
+        complete = set(map(step_name, self.complete_checkpoints()))
+        return [name for name in _names(self.checkpoints) if name.startswith("step_") and name not in complete]
+
     def complete_step(self, step: int | None) -> int:
         """`step`, or the newest, when its checkpoint is complete.  Raises CheckpointError."""
         complete = self.complete_checkpoints()
@@ -133,12 +138,22 @@ class RunDir:
         return step
 
     def pending_evaluations(self, protocol: str) -> list[int]:
-        """Complete checkpoints that `protocol` has not scored yet, ascending."""
-        return [step for step in self.complete_checkpoints() if not self.evaluation(step, protocol).is_file()]
+        """Complete checkpoints without a sound score by `protocol`, ascending."""
+        return [step for step in self.complete_checkpoints() if not is_scored(self.evaluation(step, protocol))]
 
 
 def _complete(parent: Path) -> list[int]:
-    if not parent.is_dir():
-        return []
-    found = ((STEP_NAME.match(folder.name), folder) for folder in parent.iterdir())
-    return sorted(int(name[1]) for name, folder in found if name and (folder / MANIFEST).is_file())
+    return [step for step in _steps(parent) if (parent / step_name(step) / MANIFEST).is_file()]
+
+
+def _steps(parent: Path) -> list[int]:
+    """Steps that have a folder, ascending."""
+    return sorted(step for step in map(step_of, _names(parent)) if step is not None)
+
+
+def _names(parent: Path) -> list[str]:
+    """Names in a folder, in order; none where there is no folder.  Raises CheckpointError."""
+    try:
+        return sorted(os.listdir(parent)) if parent.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{parent}: cannot be listed: {error.strerror or error}") from None

@@ -19,11 +19,20 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extractor:
     """Raises ConfigError."""
     try:
-        network: Any = transformers.CLIPModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        found: Any = transformers.CLIPModel.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        network, loaded = found
+        if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random, with a warning
+            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        weights_sha256 = sha256_of(folder / "model.safetensors")
+    except Exception as problem:  # transformers, tokenizers and safetensors have errors of many kinds
         raise ConfigError(
             f"extractors.{config.label}.weights={folder}: transformers cannot load it: {str(problem)[:300]}"
         ) from None
@@ -44,7 +53,7 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
         config=config,
         suffix="" if config.name is None else f"_{config.name}",
         dimension=network.config.projection_dim,
-        weights_sha256=sha256_of(folder / "model.safetensors"),
+        weights_sha256=weights_sha256,
         preprocessing=f"bicubic, antialiased, to {side} px; mean {MEAN}, std {STD}",
         network=network,
         answer=answer,

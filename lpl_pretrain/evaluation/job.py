@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpl_pretrain.config.best import read_best
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import differences, load_run_config, validate
 from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.best import note_best
 from lpl_pretrain.evaluation.features import Extractor, load_extractor
 from lpl_pretrain.evaluation.files import publish_grid, publish_json
@@ -34,12 +38,11 @@ from lpl_pretrain.evaluation.load import TrainedRun, open_run
 from lpl_pretrain.evaluation.reference import Reference, open_reference
 from lpl_pretrain.evaluation.scores import over_seeds, scores
 from lpl_pretrain.evaluation.spool import Spool
-from lpl_pretrain.runtime.dist import barrier, broadcast_json
+from lpl_pretrain.runtime.dist import barrier, broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.world import World
 
-FORMAT_VERSION = 2
 PACKAGES = ("lpl-pretrain", "torch", "diffusers", "timm", "torchvision", "transformers", "Pillow")
 PIXELS = "pixels"
 FREE_TO_CHANGE = {"best", "patience", "keep_images", "few_images"}
@@ -54,20 +57,25 @@ def evaluate(
     world: World | None = None,
     *,
     again: bool = True,
+    passed_over: dict[int, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Collective. Scores every complete checkpoint that has no score by this protocol, or `steps`, `again` if they have one.
 
     Yields each record when it is written; a step that another evaluator works on is left to it.  Raises ConfigError,
-    CheckpointError or DataError before anything is generated.
+    CheckpointError or DataError before anything is generated.  A checkpoint that is damaged or gone is refused when it is one
+    of `steps`; otherwise it is named in the log and in `passed_over`, by step, and the others are scored.
     """
+    passed_over = {} if passed_over is None else passed_over
     world = world or World()
     check_protocol(protocol)
     check_sampler(load_run_config(run_dir).diffusion.prediction, protocol.sampler)
     run_dir.complete_step(None)
-    pending = run_dir.pending_evaluations(protocol.name)
+    pending = [step for step in run_dir.pending_evaluations(protocol.name) if step not in passed_over]
     wanted = pending if steps is None else [run_dir.complete_step(step) for step in steps if again or step in pending]
     wanted = broadcast_json(wanted)
     check_same_protocol(run_dir, protocol)
+    if world.rank == 0:
+        renew_best(run_dir, protocol)
     if not wanted:
         return
     run, extractors = open_run(run_dir, device, protocol.guide), [load_extractor(entry, device) for entry in protocol.extractors]
@@ -75,7 +83,14 @@ def evaluate(
     reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
     job = Job(run, protocol, extractors, reference, world)
     for step in wanted:
-        record = job.score(step, again=again and steps is not None)
+        try:
+            record = job.score(step, again=again and steps is not None)
+        except CheckpointError as error:
+            if steps is not None:
+                raise
+            passed_over[step] = str(error)
+            log.warning("step %d is not scored: %s", step, error)
+            continue
         if record is not None:
             yield record
 
@@ -89,21 +104,18 @@ class Job:
         self.run, self.protocol, self.extractors, self.reference, self.world = run, protocol, extractors, reference, world
 
     def score(self, step: int, *, again: bool) -> dict[str, Any] | None:
-        """Collective. The record of one step, once it is written; None when that is not ours to do."""
+        """Collective. The record of one step, once it is written; None when that is not ours to do.
+
+        Raises CheckpointError on all ranks, for a checkpoint that is damaged, or was removed in the meantime.
+        """
         run_dir, protocol, rank0 = self.run.run_dir, self.protocol, self.world.rank == 0
         lease = Lease(run_dir.evaluation_lease(step, protocol.name))
-        with lease if rank0 else nullcontext() as found:
-            there = step in run_dir.complete_checkpoints()
-            ours = broadcast_json(
-                rank0
-                and found is not None
-                and found.held
-                and there
-                and (again or step in run_dir.pending_evaluations(protocol.name))
-            )
-            if not ours:
+        together(lease.take, act=rank0)
+        with lease if rank0 else nullcontext():
+            done = not again and step not in run_dir.pending_evaluations(protocol.name) and self._is_there(step)
+            if not broadcast_json(lease.held and not done):
                 return None
-            manifest = (run_dir.checkpoint(step) / MANIFEST).read_bytes()
+            manifest = together(lambda: self._manifest(step))
             results, samples = self._results(step, self._work(step, manifest))
             if not rank0:
                 return broadcast_json(None)
@@ -132,6 +144,28 @@ class Job:
                 log.warning("%s", warning)
             return broadcast_json(record)
 
+    def _is_there(self, step: int) -> bool:
+        return step in self.run.run_dir.complete_checkpoints()
+
+    def _manifest(self, step: int) -> bytes:
+        """Content of the checkpoint's manifest.  Raises CheckpointError."""
+        folder = self.run.run_dir.checkpoint(step)
+        if not self._is_there(step):
+            raise CheckpointError(f"{folder}: was removed before its evaluation began")
+        try:
+            return (folder / MANIFEST).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{folder / MANIFEST}: {error.strerror or error}") from None
+
+    def _load(self, step: int, weights: str) -> None:
+        """Load weights into the denoiser.  Raises CheckpointError."""
+        try:
+            self.run.load(step, weights)
+        except CheckpointError:
+            if self._is_there(step):
+                raise
+            raise CheckpointError(f"{self.run.run_dir.checkpoint(step)}: was removed during its evaluation") from None
+
     def _work(self, step: int, manifest: bytes) -> Path:
         """Where features wait until the record is written; of another protocol or checkpoint they are not taken up again."""
         facts = [self.protocol.model_dump(mode="json"), [e.identity() for e in self.extractors], self.run.index.fingerprint]
@@ -142,7 +176,7 @@ class Job:
         """Collective. Entries of the record (on rank 0), and the sheet of samples."""
         protocol, results, samples = self.protocol, [], None
         for weights in protocol.weights:
-            self.run.load(step, weights)
+            together(partial(self._load, step, weights))
             for scale in protocol.guidance_scales:
                 started, made = time.monotonic(), 0
                 spools = [
@@ -210,13 +244,45 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
             log.warning("%s", text)
 
 
+def together(action: Callable[[], Any], *, act: bool = True) -> Any:
+    """Communicates: the result of `action`, on the ranks that `act`; its CheckpointError is raised on all ranks."""
+    result, problem = None, None
+    try:
+        result = action() if act else None
+    except CheckpointError as error:
+        problem = str(error)
+    if (problem := first_over_ranks(problem)) is not None:
+        raise CheckpointError(problem)
+    return result
+
+
+def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
+    """Write a damaged best-checkpoint file anew, from the records."""
+    path = run_dir.best(protocol.name)
+    if protocol.best is None or not os.path.lexists(path):
+        return
+    try:
+        read_best(path)
+    except DataError as error:
+        log.warning("%s: it is written anew from the records", error)
+        for warning in note_best(run_dir, protocol):
+            log.warning("%s", warning)
+
+
 def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:
-    """Raises ConfigError when scores of this name were made by other settings: one curve must not mix two protocols."""
+    """Raises ConfigError when scores of this name were made by other settings: one curve must not mix two protocols.
+
+    A record that cannot be read is named in the log; it counts as not there.
+    """
     for path in sorted(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
-        record = json.loads(path.read_text())
+        try:
+            record = read_record(path)
+        except DataError as error:
+            log.warning("%s: this score does not count; the step is scored again", error)
+            continue
         if record["format_version"] != FORMAT_VERSION:
             raise ConfigError(
-                f"{path}: was written by an older version (format {record['format_version']}, this one {FORMAT_VERSION}): "
+                f"{path}: was written by another version (format {record['format_version']}, this one {FORMAT_VERSION}): "
                 f"give the protocol another name, such as name={protocol.name}_2, or remove the old scores"
             )
         stored = validate(EvaluateConfig, record["protocol"], where=str(path))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.checkpoint.weights import POSTHOC, reconstructed, stored
+from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
@@ -33,9 +34,12 @@ class TrainedRun:
     index: DatasetIndex
     generator: Generator
 
-    def load(self, step: int, weights: str) -> None:
-        """Puts weights of a step (`ema`, `raw`, `ema_power_...`, `posthoc_...`) into the denoiser.  Raises CheckpointError."""
-        load_weights(self.generator.denoiser, self.run_dir, self.config, step, weights)
+    def load(self, step: int | None, weights: str) -> int:
+        """Puts weights of a step (`ema`, `raw`, `ema_power_...`, `posthoc_...`) into the denoiser; returns the step.
+
+        None is the newest step whose checkpoint is sound.  Raises CheckpointError.
+        """
+        return load_weights(self.generator.denoiser, self.run_dir, self.config, step, weights)
 
     def captions(self, seed: int, indices: Sequence[int]) -> list[str]:
         """What was written to the model; the names of classes where it reads no text."""
@@ -55,17 +59,22 @@ class TrainedRun:
         return facts
 
 
-def load_weights(denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step: int, weights: str) -> None:
+def load_weights(denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step: int | None, weights: str) -> int:
+    """As `TrainedRun.load`, into any denoiser."""
+    identity = run_identity(config)
     if weights.startswith(POSTHOC):
-        tensors, _ = reconstructed(run_dir, config.ema.power, float(weights.removeprefix(POSTHOC)), step)
+        sigma_rel = float(weights.removeprefix(POSTHOC))
+        tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step, identity)
     else:
-        tensors, _ = stored(run_dir, weights, step)
+        tensors, facts = stored(run_dir, weights, step, identity)
+    found = int(facts["step"])
     try:
         denoiser.load_state_dict(tensors)
     except RuntimeError as problem:
         raise CheckpointError(
-            f"{run_dir.checkpoint(step)}: its {weights} weights do not fit the model in {run_dir.config}: {str(problem)[:500]}"
+            f"{run_dir.checkpoint(found)}: its {weights} weights do not fit the model in {run_dir.config}: {str(problem)[:500]}"
         ) from None
+    return found
 
 
 def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
@@ -91,7 +100,7 @@ def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, dev
             f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on {config.data.folder}: use one like it"
         )
     denoiser = new_denoiser(theirs, index).to(device)
-    load_weights(denoiser, run_dir, theirs, run_dir.complete_step(guide.step), guide.weights)
+    load_weights(denoiser, run_dir, theirs, guide.step, guide.weights)
     return denoiser
 
 

@@ -17,20 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl_pretrain.config.protocol import OF_FEATURES, EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.strict_json import is_count, parse_json, shown
 from lpl_pretrain.encoding.images import to_square
 from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.evaluation.features import Extractor
-from lpl_pretrain.evaluation.files import publish_grid, published
+from lpl_pretrain.evaluation.files import publish_grid
 from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.stats import FeatureStatistics
+from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 from lpl_pretrain.runtime.dist import barrier, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import progress
@@ -74,7 +74,9 @@ def open_reference(
                 build_reference(path, pictures, protocol, resolution_px, extractors, world)
                 break
         time.sleep(POLL_S)  # another evaluator is at it
-    return read_reference(path)
+    found = read_reference(path)
+    check_provenance(str(path), found, protocol, resolution_px, extractors)
+    return found
 
 
 def build_reference(
@@ -124,22 +126,45 @@ def publish_reference(
         "extractors": {extractor.config.label: extractor.identity() for extractor in extractors},
         "grid": grid.name if shown else None,
     }
-    with published(path) as temporary:
-        save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+    save_tensors(path, tensors, {"facts": json.dumps(facts)})
 
 
 def read_reference(path: Path) -> Reference:
     """Raises DataError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
-        raise DataError(f"{path}: no statistics as `lpl-pretrain reference` writes them ({problem}): write them again") from None
-    kinds = {name.rpartition("/")[0] for name in tensors if name.endswith("/mean")}
-    statistics = {kind: FeatureStatistics.from_tensors({name: tensors[f"{kind}/{name}"] for name in STATISTICS}) for kind in kinds}
-    features = {name.partition("/")[0]: tensor for name, tensor in tensors.items() if name.endswith("/features")}
+        tensors, metadata = load_tensors(path)
+        facts = parse_json(metadata.get("facts", "").encode(), f"{path}: facts")
+        if (problem := facts_problem(facts)) is not None:
+            raise DataError(f"{path}: facts: {problem}")
+        kinds = sorted({name.rpartition("/")[0] for name in tensors if name.endswith("/mean")})
+        statistics = {
+            kind: FeatureStatistics.from_tensors({name: tensors[f"{kind}/{name}"] for name in STATISTICS}) for kind in kinds
+        }
+        features = {name.partition("/")[0]: tensor for name, tensor in tensors.items() if name.endswith("/features")}
+        for label, rows in features.items():
+            if rows.dim() != 2 or not rows.is_floating_point() or not rows.isfinite().all():
+                raise DataError(f"{label}/features: {rows.dtype} {tuple(rows.shape)}, wanted finite numbers (N, D)")
+    except (DataError, KeyError, ValueError) as error:
+        text = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"{path}: no statistics as `lpl-pretrain reference` writes them ({text}): remove it and write them again"
+        ) from None
     return Reference(statistics, features, {**facts, "file": str(path)})
+
+
+def facts_problem(facts: Any) -> str | None:
+    """What is wrong with what a file says of itself, if anything."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("extractors"), dict):
+        return f"found {shown(facts)}, wanted an object with extractors"
+    for key in ("pictures", "resolution_px"):
+        if not is_count(facts.get(key)):
+            return f"{key}: found {shown(facts.get(key))}, wanted an integer from 0"
+    for label, identity in facts["extractors"].items():
+        if not isinstance(identity, dict):
+            return f"extractors.{shown(label)}: found {shown(identity)}, wanted an object"
+    if not isinstance(facts.get("grid"), (str, type(None))):
+        return f"grid: found {shown(facts['grid'])}, wanted a file name or null"
+    return None
 
 
 def check_provenance(
@@ -154,12 +179,25 @@ def check_provenance(
         theirs = found.facts["extractors"].get(label)
         if theirs is None:
             problems.append(f"has no features by {label}, only by {sorted(found.facts['extractors'])}")
-        elif differ := [f"{key} {theirs[key]!r} there, {mine[key]!r} here" for key in mine if theirs[key] != mine[key]]:
+        elif differ := [f"{key} {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if theirs.get(key) != mine[key]]:
             problems.append(f"was made by another {label}: {'; '.join(differ)}")
+        elif problem := _statistics_problem(found, extractor, protocol):
+            problems.append(problem)
         elif OF_FEATURES & set(protocol.metrics) and label not in found.features:
             problems.append(f"holds no single features, which {sorted(OF_FEATURES & set(protocol.metrics))} compare")
     if problems:
         raise ConfigError(f"reference={source}: " + "; ".join(problems) + ": make it anew with `lpl-pretrain reference`")
+
+
+def _statistics_problem(found: Reference, extractor: Extractor, protocol: EvaluateConfig) -> str | None:
+    label, dimension = extractor.config.label, extractor.dimension
+    spatial = extractor.config.kind == "inception" and "spatial_fd" in protocol.metrics
+    for kind in COMPARED if spatial else COMPARED[:1]:
+        if f"{label}/{kind}" not in found.statistics:
+            return f"holds no {kind} statistics by {label}"
+    widths = [len(found.statistics[f"{label}/pooled"].mean)]
+    widths += [rows.shape[1] for name, rows in found.features.items() if name == label]
+    return None if set(widths) == {dimension} else f"holds {widths} features by {label}, wanted {dimension}"
 
 
 def read_npz(path: Path, protocol: EvaluateConfig, extractors: list[Extractor]) -> Reference:
@@ -173,12 +211,16 @@ def read_npz(path: Path, protocol: EvaluateConfig, extractors: list[Extractor]) 
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
-    except (OSError, KeyError, ValueError) as problem:
-        raise ConfigError(f"reference={path}: wanted mu (D,) and sigma (D, D) ({problem})") from None
+    except Exception as problem:  # zipfile, zlib and numpy have errors of many kinds for a file that is no .npz
+        raise ConfigError(f"reference={path}: wanted mu (D,) and sigma (D, D) ({str(problem)[:300]})") from None
     if mean.shape != (extractors[0].dimension,) or covariance.shape != 2 * mean.shape:
         raise ConfigError(
             f"reference={path}: mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}; wanted {extractors[0].dimension}"
         )
+    if not mean.isfinite().all() or not covariance.isfinite().all() or (covariance.diagonal() < 0).any():
+        raise ConfigError(f"reference={path}: wanted finite mu and sigma, and no negative variance")
+    if (covariance - covariance.T).abs().max() > 1e-5 * covariance.abs().max():
+        raise ConfigError(f"reference={path}: sigma is not symmetric, so that it is no covariance")
     statistics = FeatureStatistics(len(mean))
     statistics.count, statistics.mean, statistics.scatter = UNKNOWN + 1, mean, UNKNOWN * covariance
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation.stats import FeatureStatistics
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Spool:
 
     def missing(self, rank: int, world_size: int) -> list[range]:
         """Batches of this rank that are still to be made."""
-        return [batch for batch in self.batches[rank::world_size] if not self._file(batch).exists()]
+        return [batch for batch in self.batches[rank::world_size] if not self._file(batch).is_file()]
 
     def put(self, batch: range, tensors: dict[str, Tensor]) -> None:
         """Rows of one batch, by name.  Raises DataError for features that are not finite: they would make every score NaN."""
@@ -44,15 +42,16 @@ class Spool:
                 raise DataError(
                     f"{name} features of pictures {[batch[i] for i in bad[:8]]} are not finite: the pictures, or the network"
                 )
-        with published(self._file(batch)) as temporary:
-            save_file({name: rows.detach().cpu().contiguous() for name, rows in tensors.items()}, temporary)
+        save_tensors(self._file(batch), tensors)
 
     def rows(self, name: str, batches: list[range] | None = None) -> Iterator[Tensor]:
-        """Batch by batch; a batch that holds no `name` is passed over."""
+        """Batch by batch; a batch that holds no `name` is passed over.  Raises DataError for a damaged file."""
         for batch in self.batches if batches is None else batches:
-            with safe_open(self._file(batch), framework="pt") as file:
-                if name in file.keys():  # noqa: SIM118
-                    yield file.get_tensor(name)
+            try:
+                tensors, _ = load_tensors(self._file(batch), [name])
+            except DataError as error:
+                raise DataError(f"{error}; remove this file, and the same command makes it again") from None
+            yield from tensors.values()
 
     def whole(self, name: str) -> Tensor:
         return torch.cat(list(self.rows(name)))

@@ -59,6 +59,15 @@ class FeatureStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> FeatureStatistics:
-        statistics = cls(len(tensors["mean"]))
-        statistics.count, statistics.mean, statistics.scatter = int(tensors["count"]), tensors["mean"], tensors["scatter"]
+        """Raises DataError for tensors that `tensors` cannot have given."""
+        count, mean, scatter = (tensors[name] for name in ("count", "mean", "scatter"))
+        wanted = (torch.int64, torch.float64, torch.float64)
+        if (count.dtype, mean.dtype, scatter.dtype) != wanted or count.dim() or mean.dim() != 1 or not len(mean):
+            raise DataError(f"count {count.dtype} {tuple(count.shape)}, mean {mean.dtype} {tuple(mean.shape)}: wanted () and (D,)")
+        if scatter.shape != 2 * mean.shape:
+            raise DataError(f"scatter {tuple(scatter.shape)}, mean {tuple(mean.shape)}: wanted (D, D) and (D,)")
+        if int(count) < 2 or not mean.isfinite().all() or not scatter.isfinite().all() or (scatter.diagonal() < 0).any():
+            raise DataError(f"count {int(count)}: wanted 2 at least, finite numbers, and no negative variance")
+        statistics = cls(len(mean))
+        statistics.count, statistics.mean, statistics.scatter = int(count), mean, scatter
         return statistics

@@ -4,24 +4,36 @@ A lease is a file that appears whole, by a hard link, and so to one worker only.
 not touched for `STALE_S`, or whose process on this host is gone, or that this very job held before it was requeued, belongs to
 nobody and is taken over, by a rename, and so by one worker only.  Times are compared on the file system's own clock.
 
+A file that does not hold what a worker writes (empty, cut, edited, a link or a pipe) belongs to nobody at once, because a lease
+appears whole; so does one that was touched far in the future.  One that cannot be read (no permission, an I/O error) is left alone
+until it is stale.
+
 Nobody can know that a worker is dead on a node that does not answer: one that was cut off, or suspended, and is succeeded, finds
 out when it touches the lease, or asks, and is told by `on_loss`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
+from lpl_pretrain.errors import CheckpointError, SaveError
+
 STALE_S = 120.0
 TOUCH_S = 15.0
+MOST_BYTES = 1 << 16
+NOT_THE_USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+"""Errors that may be gone when the job is tried again."""
 
 
 class Lease:
@@ -45,7 +57,7 @@ class Lease:
     @property
     def held(self) -> bool:
         """By this worker, as far as the file tells."""
-        return self._thread is not None and read_lease(self.path).get("token") == self.token
+        return self._thread is not None and (_read(self.path) or {}).get("token") == self.token
 
     def check(self) -> None:
         """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's way."""
@@ -53,9 +65,16 @@ class Lease:
             self.on_loss()
 
     def take(self) -> bool:
-        """Now, or not at all; once taken it stays so until this context is left."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._thread is None and (self._take() or (self._clear_stale() and self._take())):
+        """Now, or not at all; once taken it stays so until this context is left.  Raises CheckpointError where it cannot be."""
+        try:
+            if self.path.is_dir() and not self.path.is_symlink():
+                raise CheckpointError(f"{self.path}: is a directory, wanted a lease file or nothing: remove it")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            taken = self._thread is None and (self._take() or (self._clear_stale() and self._take()))
+        except OSError as error:
+            kind = SaveError if error.errno in NOT_THE_USERS_FAULT else CheckpointError
+            raise kind(f"{self.path}: the lease cannot be taken: {error.strerror or error}") from None
+        if taken:
             self._thread = threading.Thread(target=self._keep_touching, daemon=True)
             self._thread.start()
         return self._thread is not None
@@ -71,8 +90,9 @@ class Lease:
         if self._thread is not None:
             self._over.set()
             self._thread.join()
-            if self.held:
-                self.path.unlink()
+            with suppress(OSError):  # what cannot be removed becomes stale
+                if self.held:
+                    self.path.unlink()
             self._thread = None
 
     def _take(self) -> bool:
@@ -94,7 +114,7 @@ class Lease:
         """True when the lease was nobody's and is out of the way."""
         holder = read_lease(self.path)
         if not (is_stale(self.path, self.stale_s) or self._is_dead(holder)):
-            return not self.path.exists()
+            return not os.path.lexists(self.path)
         seen, aside = holder.get("token"), self.path.with_name(f".{self.path.name}.{self.token}.stale")
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
@@ -102,7 +122,7 @@ class Lease:
                 with suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
-        return not self.path.exists()
+        return not os.path.lexists(self.path)
 
     def _is_dead(self, holder: dict) -> bool:
         if self.job and holder.get("job") == self.job:
@@ -122,27 +142,63 @@ class Lease:
 
 
 def is_stale(path: Path, stale_s: float = STALE_S) -> bool:
-    """False for a lease that is not there."""
+    """Whether this lease is nobody's, as far as the file tells.  False for a lease that is not there."""
     try:
-        touched = path.stat().st_mtime
-    except FileNotFoundError:
+        touched = path.lstat().st_mtime
+        if (content := _read(path)) is None:
+            return False
+    except IsADirectoryError:
+        return True
+    except PermissionError:
+        content = {"token": "of another user"}
+    except OSError:
         return False
-    return _now(path.parent) - touched > stale_s
+    return not content or abs(_now(path.parent) - touched) > stale_s
 
 
 def read_lease(path: Path) -> dict:
-    """Who holds it; {} when nobody does."""
+    """Who holds it: token, job, host and pid; {} when nobody does, or when it cannot be read."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return _read(path) or {}
+    except OSError:
         return {}
 
 
-def _now(folder: Path) -> float:
-    """By the clock of the file system, which is not this machine's."""
-    probe = folder / f".now.{secrets.token_hex(4)}"
-    probe.touch()
+def holder_of(path: Path) -> str:
+    """Who holds it, for messages."""
+    holder = read_lease(path)
+    if not holder:
+        return f"a process that cannot be named ({path} cannot be read)"
+    return f"process {holder['pid']} on {holder['host']}"
+
+
+def _read(path: Path) -> dict | None:
+    """The content of a lease; None when it is not there, {} when it is not what a worker writes.  Raises OSError."""
     try:
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink()
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+            return {}
+        content = parse_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None
+    except JSONError:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), str) for key in ("token", "host")):
+        return {}
+    sound = isinstance(content.get("job", ""), str) and is_count(content.get("pid")) and content["pid"] > 0
+    return content if sound else {}
+
+
+def _now(folder: Path) -> float:
+    """By the clock of the file system, which is not this machine's; by this machine's where nothing can be written."""
+    probe = folder / f".now.{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+    except OSError:
+        return time.time()

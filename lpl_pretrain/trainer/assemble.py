@@ -122,7 +122,7 @@ def assemble(
             config, denoiser, num_classes, text, strategy, schedule, scaling, perceptual, Health(config.optimizer, world), device
         ),
         ema=EMATracker(strategy.local_params(), config.ema),
-        checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config), fence),
+        checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config), fence, config.batch.global_batch_size),
         grad_accum_steps=accumulation,
         effort=Effort(
             denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index, shape),

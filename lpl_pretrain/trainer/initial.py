@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lpl_pretrain.checkpoint.store import read_full
+from lpl_pretrain.checkpoint.weights import stored
+from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.initial import InitConfig, diffusers_files
+from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.strict_json import JSONError, read_json
 from lpl_pretrain.errors import CheckpointError, ConfigError
 from lpl_pretrain.models import convert_dit, convert_mmdit
 from lpl_pretrain.models.build import Denoiser
@@ -64,25 +67,56 @@ def load_initial(init: InitConfig, model: Denoiser) -> None:
 
 
 def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
-    """Weights in our names, and what they come from."""
+    """Weights in our names, and what they come from.  Raises ConfigError or CheckpointError."""
     if init.run is not None:
         run_dir = RunDir(Path(init.run))
-        step = run_dir.complete_step(init.step)
-        kind = "param" if init.weights == "raw" else init.weights
-        return read_full(run_dir.checkpoint(step), kind), f"{init.run} step {step} {init.weights}"
+        state, facts = stored(run_dir, init.weights, init.step, identity_of(run_dir))
+        return state, f"{init.run} step {facts['step']} {init.weights}"
     if init.file is not None:
-        return convert_dit.from_published(load_file(init.file)), init.file
-    folder = Path(init.diffusers or "")
-    settings = json.loads((folder / "config.json").read_text())
-    name = settings.get("_class_name")
+        return convert_dit.from_published(read_tensors(Path(init.file), "init_from.file")), init.file
+    return read_diffusers(Path(init.diffusers or ""), model)
+
+
+def identity_of(run_dir: RunDir) -> str | None:
+    """Of a run's configuration; None where it cannot be read, as that of a run of another version."""
+    try:
+        return run_identity(load_run_config(run_dir))
+    except ConfigError:
+        return None
+
+
+def read_tensors(path: Path, key: str) -> State:
+    """A safetensors file of finite numbers; nothing else is ever read.  Raises CheckpointError."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{key}={path}: cannot be read as safetensors: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise CheckpointError(f"{key}={path}: {name} is {tensor.dtype}, or holds NaN or infinity: wanted finite weights")
+    return tensors
+
+
+def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
+    try:
+        settings = read_json(folder / "config.json")
+    except JSONError as error:
+        raise ConfigError(f"init_from.diffusers: {error}") from None
+    name = settings.get("_class_name") if isinstance(settings, dict) else None
     if name not in (*CONVERTERS, UNET):
         raise ConfigError(f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join((*CONVERTERS, UNET))}")
     theirs: State = {}
     for path in diffusers_files(folder):
-        theirs |= load_file(path)
+        theirs |= read_tensors(path, "init_from.diffusers")
     if name == UNET:
         return {f"network.{key}": tensor for key, tensor in theirs.items()}, str(folder)
-    section, state = CONVERTERS[name](settings, theirs)
+    try:
+        section, state = CONVERTERS[name](settings, theirs)
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # of any kind, for settings and tensors that are not those of this class
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ConfigError(f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})") from None
     here = {"size", "mlp_ratio", "position_side"}
     mine = model.config.model_dump(exclude=here)
     for key, value in {"kind": section.kind, **section.model_dump(exclude=here)}.items():  # the kind explains the rest

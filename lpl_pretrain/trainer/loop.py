@@ -73,6 +73,11 @@ def restore(run: Run, sinks: Sinks) -> int:
             f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but data.folder="
             f"{run.config.data.folder} is {now[:12]} (different: {', '.join(changed)}): name the folder it was trained on"
         )
+    if (run.updater.perceptual is None) != (state["lpl_weight"] is None):
+        raise CheckpointError(
+            f"{run.run_dir.checkpoints}: state.json of step {state['step']} has lpl_weight={state['lpl_weight']}, "
+            f"the run trains {'without' if run.updater.perceptual is None else 'with'} LPL"
+        )
     if run.updater.perceptual is not None:
         run.updater.perceptual.weight.load_state(state["lpl_weight"])
     run.strategy.loss_scale.load_state(state["loss_scale"])

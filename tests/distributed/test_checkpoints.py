@@ -12,7 +12,8 @@ import torch
 
 from lpl_pretrain.checkpoint import manager as manager_module
 from lpl_pretrain.checkpoint.manager import CheckpointManager
-from lpl_pretrain.checkpoint.store import read_full, read_state
+from lpl_pretrain.checkpoint.state import read_state
+from lpl_pretrain.checkpoint.store import read_full
 from lpl_pretrain.checkpoint.weights import stored
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
@@ -256,7 +257,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     assert found()[0] == {"step": 1}
     manifest = json.loads((oldest / "manifest.json").read_text())
     (oldest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    assert "checkpoint format 99, this version reads 2: update lpl_pretrain" in found()[0]
+    assert "checkpoint format 99, this version reads 2 and 3: update lpl_pretrain" in found()[0]
     (oldest / "manifest.json").write_text("{")
     assert "all 3 checkpoints are damaged" in found()[0]
     (oldest / "manifest.json").unlink()

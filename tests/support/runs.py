@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lpl_pretrain.checkpoint.manifest import Manifest
+from lpl_pretrain.checkpoint.manifest import STATE, Manifest, write_json
 from lpl_pretrain.checkpoint.store import merge_parts, read_full, write_rank
+from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.dataset import INDEX_NAME
 from lpl_pretrain.config.identity import autoencoder_identity
-from lpl_pretrain.config.load import dump
+from lpl_pretrain.config.load import dump, load_run_config
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.evaluation.features import Extractor
@@ -72,15 +73,9 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
     folder = run_dir.checkpoint(step)
     folder.mkdir(parents=True)
     named = [(name, tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
-    write_rank(
-        folder,
-        0,
-        [
-            *(("param", Piece(name, shape, 0, p.flatten())) for name, shape, p in named),
-            *(("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named),
-        ],
-    )
-    Manifest(step, step * 8, step, "LocalStrategy", 1, "", merge_parts(folder, 1)).write(folder)
+    param = [("param", Piece(name, shape, 0, p.flatten())) for name, shape, p in named]
+    ema = [("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named]
+    publish(folder, step, [*param, *ema], run_identity(config))
 
 
 def save_snapshot(run_dir: RunDir, step: int) -> None:
@@ -90,8 +85,15 @@ def save_snapshot(run_dir: RunDir, step: int) -> None:
     for name, tensor in read_full(run_dir.checkpoint(step), "param").items():
         for kind, factor in (("ema_power_0.050", 0.8), ("ema_power_0.100", 0.6)):
             pieces.append((kind, Piece(name, tuple(tensor.shape), 0, factor * tensor.flatten())))
+    publish(folder, step, pieces, run_identity(load_run_config(run_dir)))
+
+
+def publish(folder: Path, step: int, pieces: list[tuple[str, Piece]], identity: str) -> None:
+    """The files of a checkpoint of one rank."""
     write_rank(folder, 0, pieces)
-    Manifest(step, step * 8, step, "LocalStrategy", 1, "", merge_parts(folder, 1)).write(folder)
+    files = merge_parts(folder, 1)
+    files[STATE] = write_json(folder / STATE, {"step": step})
+    Manifest(step, step * 8, step, "LocalStrategy", 1, identity, files).write(folder)
 
 
 class Averages(nn.Module):

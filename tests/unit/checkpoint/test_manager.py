@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
 from lpl_pretrain.checkpoint import manager as module
 from lpl_pretrain.checkpoint.manager import CheckpointManager
-from lpl_pretrain.checkpoint.manifest import Manifest, damage
+from lpl_pretrain.checkpoint.manifest import Manifest
+from lpl_pretrain.checkpoint.verify import damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.evaluation.files import publish_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
+from tests.support.checkpoints import edit
 from tests.support.training import Case, Training
 
 
@@ -50,7 +53,8 @@ def test_what_evaluation_needs_is_not_removed(tmp_path, run):
     """The best step by a protocol, and those that are being scored now; a dead evaluator's lease keeps nothing."""
     keeper = manager(tmp_path, keep_last=1)
     folder = keeper.run_dir
-    publish_json(folder.best("quick"), {"step": 2})
+    best = {"metric": "fid", "value": 3.0, "weights": "ema", "guidance_scale": 1.0}
+    publish_json(folder.best("quick"), {"step": 2, **best})
     with Lease(folder.evaluation_lease(3, "quick")) as lease:
         assert lease.held
         dead = folder.evaluation_lease(4, "other")
@@ -77,7 +81,7 @@ def test_files_and_manifest(tmp_path, run):
         192,
         1,
         1,
-        2,
+        3,
     )
     assert json.loads((folder / "state.json").read_text()) == {"seed": 3}
     assert damage(folder) is None
@@ -85,9 +89,9 @@ def test_files_and_manifest(tmp_path, run):
 
 def test_saving_a_step_again_replaces_it(tmp_path, run):
     keeper = manager(tmp_path)
-    keeper.save(1, run.strategy, run.ema, {"try": 1}, samples_seen=16)
+    keeper.save(2, run.strategy, run.ema, {"try": 1}, samples_seen=16)
     run.train(1)
-    keeper.save(1, run.strategy, run.ema, {"try": 2}, samples_seen=16)
+    keeper.save(2, run.strategy, run.ema, {"try": 2}, samples_seen=16)
     wanted = [piece.tensor.clone() for piece in run.strategy.local_params()]
     run.train(1)
     assert keeper.restore_latest(run.strategy, run.ema) == {"try": 2}
@@ -166,8 +170,8 @@ def test_who_was_succeeded_does_not_write_where_its_heir_does(tmp_path, run):
     [
         (lambda folder: (folder / "pieces_00000.safetensors").write_bytes(b"short"), "5 bytes, the manifest says"),
         (lambda folder: (folder / "index.json").unlink(), "No such file"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {}}'), "TypeError"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "TypeError"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {}}'), "manifest.json: has no identity"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: found [], wanted an object"),
     ],
 )
 def test_damage_is_named(tmp_path, run, harm, words):
@@ -189,5 +193,119 @@ def test_an_older_format_is_refused(tmp_path, run):
     folder = manager(tmp_path).save(1, run.strategy, run.ema, {}, samples_seen=16)
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "format": 1}))
-    with pytest.raises(CheckpointError, match="checkpoint format 1, this version reads 2: go on with the version that saved it"):
+    with pytest.raises(
+        CheckpointError, match="checkpoint format 1, this version reads 2 and 3: go on with the version that saved it"
+    ):
         manager(tmp_path).restore_latest(run.strategy, run.ema)
+
+
+def saved(folder, run, *steps, **options):
+    keeper = manager(folder, **{"keep_last": 9, **options})
+    for step in steps:
+        keeper.save(step, run.strategy, run.ema, {"step": step}, samples_seen=step * 16)
+    return keeper
+
+
+def test_resuming_passes_over_what_is_damaged(tmp_path, run, caplog):
+    """A renamed folder, and an index that was edited with all its digests; when none is left nothing is begun."""
+    keeper = saved(tmp_path, run, 1, 2, 3)
+    keeper.run_dir.checkpoint(3).rename(keeper.run_dir.checkpoint(7))
+    edit(keeper.run_dir.checkpoint(2), "index.json", lambda index: index.pop("ema") and None)
+    (keeper.run_dir.checkpoints / "step_00000009").mkdir()
+    assert keeper.restore_latest(run.strategy, run.ema) == {"step": 1}
+    for words in ("step_00000009: is no complete checkpoint", "step_00000007: passed over", "step_00000002: passed over"):
+        assert words in caplog.text
+    edit(keeper.run_dir.checkpoint(1), "manifest.json", lambda content: content.update(optimizer_steps=-1))
+    with pytest.raises(CheckpointError, match="all 3 checkpoints are damaged"):
+        keeper.restore_latest(run.strategy, run.ema)
+
+
+@pytest.mark.parametrize("name", ["step_00000001", "step_1", "step_00000001_old"])
+def test_a_run_does_not_begin_again_beside_what_was_a_checkpoint(tmp_path, run, name):
+    keeper = saved(tmp_path, run, 1)
+    folder = keeper.run_dir.checkpoint(1)
+    if name == folder.name:
+        (folder / "manifest.json").unlink()
+    folder.rename(folder.with_name(name))
+    with pytest.raises(CheckpointError, match=f"holds {name} and no complete checkpoint: bring one back, or remove"):
+        keeper.restore_latest(run.strategy, run.ema)
+
+
+def test_a_training_run_wants_all_of_its_state(tmp_path, run):
+    keeper = saved(tmp_path, run, 1)
+    assert keeper.restore_latest(run.strategy, run.ema) == {"step": 1}
+    keeper.samples_per_step = 16
+    with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
+        keeper.restore_latest(run.strategy, run.ema)
+
+
+def test_damaged_checkpoints_do_not_displace_sound_ones(tmp_path, run):
+    """Cut after it was written, found damaged when the run was resumed, and copied under a step of the far future."""
+    keeper = saved(tmp_path, run, 1, 2, 3, 4)
+    folder = keeper.run_dir
+    flip(folder.checkpoint(4) / "pieces_00000.safetensors")
+    (folder.checkpoint(3) / "state.json").write_text("")
+    shutil.copytree(folder.checkpoint(1), folder.checkpoint(99))
+    keeper = manager(tmp_path, keep_last=2)
+    assert keeper.restore_latest(run.strategy, run.ema) == {"step": 2}
+    keeper.save(5, run.strategy, run.ema, {"step": 5}, samples_seen=80)
+    assert folder.complete_checkpoints() == [2, 3, 4, 5, 99]
+    keeper.save(4, run.strategy, run.ema, {"step": 4}, samples_seen=64)
+    assert folder.complete_checkpoints() == [4, 5, 99], "it was saved again, and counts again"
+    assert keeper.restore_latest(run.strategy, run.ema) == {"step": 5}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_linked_checkpoint_is_removed_as_a_link(tmp_path, run):
+    keeper = saved(tmp_path / "run", run, 1, 2)
+    first, elsewhere = keeper.run_dir.checkpoint(1), tmp_path / "elsewhere" / "step_00000001"
+    elsewhere.parent.mkdir()
+    first.rename(elsewhere)
+    first.symlink_to(elsewhere)
+    saved(tmp_path / "run", run, 3, keep_last=1)
+    assert keeper.run_dir.complete_checkpoints() == [3] and damage(elsewhere) is None
+    assert [path.name for path in keeper.run_dir.checkpoints.iterdir()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": "2"}', '{"step": -1}', "null", '{"metric": "fid"}'])
+def test_a_damaged_best_file_fails_no_save(tmp_path, run, caplog, content):
+    """It is named; the records say which step it was, and nothing else is kept where they do not."""
+    folder = RunDir(tmp_path)
+    entry = {"metric": "fid", "weights": "ema", "guidance_scale": 1.0}
+    for step, value in ((1, 5.0), (2, 3.0), (3, 4.0)):
+        record = {"format_version": 2, "step": step, "protocol": {"name": "quick", "best": "fid"}}
+        publish_json(folder.evaluation(step, "quick"), {**record, "results": [{**entry, "value": value}]})
+    folder.best("quick").write_text(content)
+    saved(tmp_path, run, 1, 2, 3, 4, 5, keep_last=1)
+    assert folder.complete_checkpoints() == [2, 5]
+    assert "evaluations/best_quick.json: " in caplog.text and "the records say step 2" in caplog.text
+    shutil.rmtree(folder.evaluation(1, "quick").parent.parent)
+    folder.best("quick").parent.mkdir()
+    folder.best("quick").write_text(content)
+    saved(tmp_path, run, 6, keep_last=1)
+    assert folder.complete_checkpoints() == [6] and "no record names the best step" in caplog.text
+
+
+def test_a_best_file_that_its_record_contradicts_is_damaged(tmp_path, run, caplog):
+    folder = RunDir(tmp_path)
+    entry = {"metric": "fid", "weights": "ema", "guidance_scale": 1.0}
+    for step, value in ((1, 3.0), (2, 5.0)):
+        record = {"format_version": 2, "step": step, "protocol": {"name": "quick", "best": "fid"}}
+        publish_json(folder.evaluation(step, "quick"), {**record, "results": [{**entry, "value": value}]})
+    publish_json(folder.best("quick"), {"step": 2, **entry, "value": 3.0})
+    saved(tmp_path, run, 1, 2, 3, keep_last=1)
+    assert folder.complete_checkpoints() == [1, 3] and "fid=3.0 of step 2 is not what" in caplog.text
+
+
+def test_things_in_the_place_of_leases_fail_no_save(tmp_path, run):
+    folder = RunDir(tmp_path)
+    folder.evaluation_lease(1, "a").mkdir(parents=True)
+    folder.evaluation_lease(1, "b").write_text("")
+    folder.evaluation_lease(1, "c").symlink_to("nowhere")
+    saved(tmp_path, run, 1, 2, keep_last=1)
+    assert folder.complete_checkpoints() == [2]

@@ -20,7 +20,9 @@ def scored(folder, values, *, metric="fid", best="fid", patience=3):
         path.parent.mkdir(parents=True)
         shared = {"metric": metric, "guidance_scale": 1.5}
         entries = [{**shared, "value": value + 1, "weights": "raw"}, {**shared, "value": value, "weights": "ema"}]
-        path.write_text(json.dumps({"step": step, "results": [*entries, {"metric": "other", "value": -99.0}]}))
+        other = {**shared, "metric": "other", "value": -99.0, "weights": "ema"}
+        record = {"format_version": 2, "step": step, "protocol": {"name": "p", "best": best}}
+        path.write_text(json.dumps({**record, "results": [*entries, other]}))
         said = note_best(run_dir, protocol)
     return run_dir, said
 

@@ -1,0 +1,84 @@
+"""state.json: what the trainer finds again beside tensors; its schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lpl_pretrain.checkpoint.manifest import STATE, Manifest, regular_file
+from lpl_pretrain.config.strict_json import JSONError, is_count, is_number, key_problem, read_json, shown
+from lpl_pretrain.errors import DamagedCheckpointError
+
+Check = Callable[[Any], bool]
+
+
+def _optional_number(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
+    "stream": {
+        "samples_seen": (is_count, "an integer from 0"),
+        "epoch": (is_count, "an integer from 0"),
+        "seed": (is_count, "an integer from 0"),
+        "fingerprint": (lambda value: isinstance(value, str), "text"),
+    },
+    "lpl_weight": {
+        "frozen": (_optional_number, "a number or null"),
+        "diffusion_sum": (is_number, "a number"),
+        "perceptual_sum": (is_number, "a number"),
+    },
+    "loss_scale": {
+        "value": (lambda value: is_number(value) and value > 0, "a number above 0"),
+        "dynamic": (lambda value: isinstance(value, bool), "true or false"),
+        "good_updates": (is_count, "an integer from 0"),
+    },
+}
+COUNTS = ("step", "skipped_updates")
+TRAINER_KEYS = frozenset({*COUNTS, *SECTIONS})
+"""Keys that a training run needs; a later version may add some."""
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What was given to `save`, as JSON.  Raises DamagedCheckpointError."""
+    try:
+        state = read_json(regular_file(folder / STATE))
+    except JSONError as error:
+        raise DamagedCheckpointError(str(error)) from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"{folder / STATE}: found {shown(state)}, wanted an object")
+    return state
+
+
+def check_state(folder: Path, state: dict[str, Any], manifest: Manifest, *, whole: bool) -> None:
+    """Raises DamagedCheckpointError for values that no trainer writes.  `whole`: all of its keys must be there."""
+    problem = _problem(state, manifest)
+    if problem is None and whole and (missing := sorted(TRAINER_KEYS - state.keys())):
+        problem = f"has no {', '.join(missing)}"
+    if problem is not None:
+        raise DamagedCheckpointError(f"{folder / STATE}: {problem}")
+
+
+def _problem(state: dict[str, Any], manifest: Manifest) -> str | None:
+    for key in COUNTS:
+        if key in state and not is_count(state[key]):
+            return f"{key}: found {shown(state[key])}, wanted an integer from 0"
+    for section, checks in SECTIONS.items():
+        values: Any = state.get(section)
+        if section not in state or (section == "lpl_weight" and values is None):
+            continue
+        if (problem := key_problem(values, checks)) is not None:
+            return f"{section}: {problem}"
+        for key, (check, wanted) in checks.items():
+            if not check(values[key]):
+                return f"{section}.{key}: found {shown(values[key])}, wanted {wanted}"
+    if state.get("step", manifest.step) != manifest.step:
+        return f"step: found {state['step']}, the manifest says {manifest.step}"
+    skipped, updates = state.get("skipped_updates", 0), manifest.optimizer_steps
+    if updates + skipped > manifest.step:
+        return f"skipped_updates: found {skipped} beside {updates} updates, wanted {manifest.step} steps at most"
+    seen = state.get("stream", {}).get("samples_seen", manifest.samples_seen)
+    if seen != manifest.samples_seen:
+        return f"stream.samples_seen: found {seen}, the manifest says {manifest.samples_seen}"
+    return None
