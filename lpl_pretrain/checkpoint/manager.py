@@ -26,6 +26,7 @@ from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import is_stale
+from lpl_pretrain.runtime.world import World
 
 log = logging.getLogger(__name__)
 WRITING, REMOVING = ".writing_", ".removing_"
@@ -39,13 +40,21 @@ class HasPieces(Protocol):
 
 class CheckpointManager:
     def __init__(
-        self, run_dir: RunDir, config: CheckpointConfig, identity: str = "", fence: Callable[[], None] = lambda: None
+        self,
+        run_dir: RunDir,
+        config: CheckpointConfig,
+        identity: str = "",
+        fence: Callable[[], None] = lambda: None,
+        *,
+        keep_due: bool = False,
     ) -> None:
         """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused.
 
         `fence` does not return, on rank 0, where the run is another process's by now.
+        `keep_due`: the newest checkpoint at a multiple of `every_steps` stays, whatever came after it.
         """
         self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
+        self.keep_due = keep_due
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
@@ -99,15 +108,22 @@ class CheckpointManager:
         while self._phases:
             self.advance()
 
-    def restore_latest(self, strategy: Strategy, ema: HasPieces) -> dict[str, Any] | None:
+    def restore_latest(
+        self,
+        strategy: Strategy,
+        ema: HasPieces,
+        *,
+        only_due: bool = False,
+    ) -> dict[str, Any] | None:
         """Communicates: fills parameters, moments and EMA from the newest undamaged checkpoint; returns its state, or None.
 
         A damaged one is passed over with a warning.  When all are damaged nothing is restored and CheckpointError says so: a run
-        never starts again from nothing by itself.
+        never starts again from nothing by itself.  `only_due`: among those at multiples of `every_steps`.
         """
         world = strategy.world
         _together(f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=world.rank == 0)
-        steps = broadcast_json(self.run_dir.complete_checkpoints())
+        complete = broadcast_json(self.run_dir.complete_checkpoints())
+        steps = [step for step in complete if not only_due or self._is_due(step)]
         for step in reversed(steps):
             folder = self.run_dir.checkpoint(step)
             trouble = first_over_ranks(damage(folder, share=world.rank, shares=world.world_size))
@@ -120,6 +136,25 @@ class CheckpointManager:
                 "bring one back, or remove them to start again"
             )
         return None
+
+    def discard_after(self, step: int, world: World) -> None:
+        """Collective.  Removes checkpoints and snapshots of later steps, which a rollback undid."""
+
+        def remove() -> None:
+            self.fence()
+            for later in self.run_dir.complete_checkpoints():
+                if later > step:
+                    self._remove(self.run_dir.checkpoint(later))
+            for later in self.run_dir.complete_snapshots():
+                if later > step:
+                    self._remove(self.run_dir.snapshot(later))
+
+        _together(
+            f"{self.run_dir.path}: checkpoints after step {step} cannot be removed",
+            remove,
+            act=world.rank == 0,
+            error=SaveError,
+        )
 
     def restore(self, folder: Path, strategy: Strategy, ema: HasPieces) -> dict[str, Any]:
         """Communicates: fills parameters, moments and EMA from one checkpoint, saved by any strategy at any world size."""
@@ -204,9 +239,14 @@ class CheckpointManager:
     def _retain(self) -> None:
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
         kept = self._wanted()
+        if self.keep_due:
+            kept.update([step for step in steps if self._is_due(step)][-1:])
         for step in steps[: -self.config.keep_last]:
             if step not in kept and (every is None or step % every):
                 self._remove(self.run_dir.checkpoint(step))
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.every_steps == 0
 
     def _wanted(self) -> set[int]:
         """Steps that evaluation needs: the best ones, and those that are being scored now."""
