@@ -179,7 +179,7 @@ def build_spike_guard(
         return None
     count = min(config.optimizer.spike.noise_levels, config.batch.global_batch_size)
     levels = NoiseLevels.of(count, config.diffusion.timesteps, schedule)
-    return SpikeGuard(config.optimizer, levels, device, stream.name)
+    return SpikeGuard(config.optimizer.spike, levels, device, stream.name)
 
 
 def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:

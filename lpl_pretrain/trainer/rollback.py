@@ -13,9 +13,10 @@ rollback and before the next checkpoint resumes before it, meets the same spike 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from lpl_pretrain.config.schema import OnSpike
+from lpl_pretrain.config.schema import OnSpike, OptimizerConfig
+from lpl_pretrain.errors import SpikeError
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.trainer.assemble import Run
 from lpl_pretrain.trainer.sinks import Sinks
@@ -31,28 +32,46 @@ class Start:
 
 
 def recover(run: Run, sinks: Sinks, spike: Spike) -> Start | None:
-    """Collective.  Rolls back if that is asked for and there is a checkpoint; says what was done.
+    """Collective.  Does what optimizer.on_spike says, and writes it down; raises SpikeError to stop.
 
-    None: the update was left out and training goes on with the next.
+    None: the update is left out, and training goes on with the next one.
     """
-    wanted, start = run.config.optimizer.on_spike, None
-    if wanted is OnSpike.ROLLBACK:
+    config, guard, start = run.config.optimizer, run.updater.spikes, None
+    assert guard is not None
+    event = {name: value for name, value in asdict(spike).items() if name != "step"}
+    if (why := reason_to_stop(config, guard.events)) is not None:
+        sinks.event("spike", spike.step, action="stop", **event)
+        raise SpikeError(f"{spike}. {why}")
+    if config.on_spike is OnSpike.ROLLBACK:
         start = roll_back(run, spike)
-        if start is None:
-            log.warning("no checkpoint to go back to yet: the update is left out")
-    facts = {
-        "action": "skip" if start is None else "rollback",
-        "quantity": spike.quantity,
-        "value": spike.value,
-        "bound": spike.bound,
-        "median": spike.median,
-        "samples": spike.samples,
-    }
-    if start is not None:
-        facts |= {"to_step": start.step, "jump_updates": run.jump_updates}
-        log.warning("rolled back to step %d; %d updates jumped over", start.step, run.jump_updates)
-    sinks.event("spike", spike.step, **facts)
+    if start is None:
+        sinks.event("spike", spike.step, action="skip", **event)
+        done = "update left out"
+        if config.on_spike is OnSpike.ROLLBACK:
+            done += ", for there is no checkpoint to go back to"
+    else:
+        to = {"to_step": start.step, "jump_updates": run.jump_updates}
+        sinks.event("spike", spike.step, action="rollback", **to, **event)
+        done = f"rolled back to step {start.step}, {run.jump_updates} updates jumped over in all"
+    log.warning("%s; %s (%d of at most %d)", spike, done, guard.events, config.spike.max_events)
     return start
+
+
+def reason_to_stop(config: OptimizerConfig, events: int) -> str | None:
+    """With the remedy; None when the run goes on after `events` spikes."""
+    most = config.spike.max_events
+    if config.on_spike is OnSpike.STOP:
+        return (
+            "Parameters and moments are as before this step. Look at these samples, lower optimizer.lr "
+            "or raise optimizer.warmup_steps; optimizer.on_spike=skip leaves such updates out, "
+            "rollback goes back to a checkpoint and on without their samples"
+        )
+    if events > most:
+        return (
+            f"This is spike number {events}, optimizer.spike.max_events is {most}: "
+            "look at these samples, lower optimizer.lr, or raise the limit"
+        )
+    return None
 
 
 def roll_back(run: Run, spike: Spike) -> Start | None:

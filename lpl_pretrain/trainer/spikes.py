@@ -28,13 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.schema import OnSpike, OptimizerConfig, SpikeConfig, TimestepConfig
+from lpl_pretrain.config.schema import SpikeConfig, TimestepConfig
 from lpl_pretrain.diffusion.schedule import Schedule
 from lpl_pretrain.diffusion.timesteps import quantile
-from lpl_pretrain.errors import SpikeError
 from lpl_pretrain.parallel.strategy import StepReport, UpdateCheck
 from lpl_pretrain.runtime.dist import rows_over_ranks
-from lpl_pretrain.runtime.log import log
 
 MAD_TO_STD = 1.4826
 """Of a normal distribution."""
@@ -105,11 +103,11 @@ class Spike:
 
 
 class SpikeGuard:
-    """Of one run.  `name`: how messages call a stored sample, by (folder, shard, row)."""
+    """Watches one run.  `name`: how messages call a stored sample, by (folder, shard, row)."""
 
     def __init__(
         self,
-        config: OptimizerConfig,
+        config: SpikeConfig,
         levels: NoiseLevels,
         device: torch.device,
         name: Callable[[Place], str] = str,
@@ -118,9 +116,9 @@ class SpikeGuard:
         self.levels = NoiseLevels(levels.t, levels.edges.to(device))
         self.events = 0
         """In the whole run; a rollback does not take it back."""
-        self.rows: deque[Row] = deque(maxlen=config.spike.window_updates)
+        self.rows: deque[Row] = deque(maxlen=config.window_updates)
         self.with_lpl: bool | None = None
-        """Whether LPL had a weight in the updates of the window; the window starts again when it gets one."""
+        """Whether LPL had a weight in the window's updates; when it gets one, a new window starts."""
         self._noise_levels: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._bounds: list[Bound | None] = []
@@ -136,13 +134,19 @@ class SpikeGuard:
         if with_lpl != self.with_lpl:
             self.rows.clear()
         self.with_lpl = with_lpl
-        self._bounds = bounds(self.rows, self.config.spike, columns=1 + self.levels.count)
+        self._bounds = bounds(self.rows, self.config, columns=1 + self.levels.count)
         noise_level, losses = torch.cat(self._noise_levels), torch.cat(self._losses)
         self._noise_levels, self._losses = [noise_level], [losses]
         return UpdateCheck(self.levels.sums(noise_level, losses), self._accept)
 
-    def judge(self, step: int, report: StepReport, samples: Sequence[int], places: Sequence[Place]) -> Spike | None:
-        """Communicates when update number `step` (from 0) was rejected: returns why, or raises SpikeError.
+    def judge(
+        self,
+        step: int,
+        report: StepReport,
+        samples: Sequence[int],
+        places: Sequence[Place],
+    ) -> Spike | None:
+        """Communicates when update number `step` (from 0) was rejected: why; None when it was not.
 
         `samples` and `places`: of what was observed, on this rank.
         """
@@ -152,22 +156,8 @@ class SpikeGuard:
             return None
         column = worst(self._row, self._bounds)
         assert column is not None
-        spike = self._spike(step, column, self._suspects(noise_level, losses, samples, places))
         self.events += 1
-        most = self.config.spike.max_events
-        if self.config.on_spike is OnSpike.STOP:
-            raise SpikeError(
-                f"{spike}. Parameters and moments are as before this step. Look at these samples, "
-                "lower optimizer.lr or raise optimizer.warmup_steps; optimizer.on_spike=skip leaves "
-                "such updates out, rollback goes back to a checkpoint and on without their samples"
-            )
-        if self.events > most:
-            raise SpikeError(
-                f"{spike}. This is spike number {self.events}, optimizer.spike.max_events is {most}: "
-                "look at these samples, lower optimizer.lr, or raise the limit"
-            )
-        log.warning("%s (spike %d of at most %d)", spike, self.events, most)
-        return spike
+        return self._spike(step, column, self._suspects(noise_level, losses, samples, places))
 
     def state(self) -> dict[str, Any]:
         return {"events": self.events, "with_lpl": self.with_lpl, "window": list(self.rows)}
@@ -201,7 +191,13 @@ class SpikeGuard:
             samples=samples,
         )
 
-    def _suspects(self, noise_level: Tensor, losses: Tensor, samples: Sequence[int], places: Sequence[Place]) -> list[str]:
+    def _suspects(
+        self,
+        noise_level: Tensor,
+        losses: Tensor,
+        samples: Sequence[int],
+        places: Sequence[Place],
+    ) -> list[str]:
         """Communicates.  Samples of the global batch whose losses exceed their levels' medians most."""
         medians = [0.0 if bound is None else bound.median for bound in self._bounds[1:]]
         usual = torch.tensor(medians, dtype=torch.float64)[self.levels.index(noise_level).cpu()]

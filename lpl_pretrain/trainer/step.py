@@ -101,8 +101,9 @@ class Updater:
             losses.append(by_sample)
         with clock.part("optimizer"):
             lr = learning_rate(self.config.optimizer, step, self.config.steps)
-            check = self.spikes and self.spikes.check(with_lpl=self._with_lpl(step))
-            most = self.config.optimizer.max_grad_norm
+            check, most = None, self.config.optimizer.max_grad_norm
+            if self.spikes is not None:
+                check = self.spikes.check(with_lpl=self._with_lpl(step))
             report = self.strategy.step(lr=lr, max_grad_norm=most, check=check)
         meter.end_update(applied=report.applied)
         samples, spike, left_out = [hand.sample_indices for hand in hands], None, None
