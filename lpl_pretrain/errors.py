@@ -41,6 +41,10 @@ class NonFiniteError(LPLError):
     """A loss or gradient that is NaN or infinite, found before it reached a parameter."""
 
 
+class SpikeError(LPLError):
+    """A gradient norm or loss far above those of the last updates, found before the update."""
+
+
 class PreflightError(LPLError):
     """What no node has that training needs, found before it begins."""
 

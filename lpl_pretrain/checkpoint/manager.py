@@ -54,6 +54,8 @@ class CheckpointManager:
         identity: str = "",
         fence: Callable[[], None] = lambda: None,
         samples_per_step: int | None = None,
+        *,
+        keep_due: bool = False,
     ) -> None:
         """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused.
 
@@ -61,9 +63,10 @@ class CheckpointManager:
 
         `samples_per_step`, the global batch size, says that a training run goes on from what is restored: the
         trainer's state must be whole, and count as many samples.
+        `keep_due`: the newest checkpoint at a multiple of `every_steps` stays, whatever came after it.
         """
         self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
-        self.samples_per_step = samples_per_step
+        self.samples_per_step, self.keep_due = samples_per_step, keep_due
         self._copies = HostCopies()
         self._phases: list[Task] = []
         """Of the save under way: what is left to do, the first one being done now."""
@@ -119,15 +122,22 @@ class CheckpointManager:
         while self._phases:
             self.advance()
 
-    def restore_latest(self, strategy: Strategy, ema: HasPieces) -> dict[str, Any] | None:
+    def restore_latest(
+        self,
+        strategy: Strategy,
+        ema: HasPieces,
+        *,
+        only_due: bool = False,
+    ) -> dict[str, Any] | None:
         """Communicates: fills parameters, moments and EMA from the newest undamaged checkpoint; returns its state, or None.
 
         A damaged one is passed over with a warning.  When all are damaged nothing is restored and CheckpointError says so: a run
-        never starts again from nothing by itself.
+        never starts again from nothing by itself.  `only_due`: among those at multiples of `every_steps`.
         """
         rank0 = strategy.world.rank == 0
         _together(f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=rank0)
-        steps = broadcast_json(self.run_dir.complete_checkpoints())
+        complete = broadcast_json(self.run_dir.complete_checkpoints())
+        steps = [step for step in complete if not only_due or self._is_due(step)]
         unusable = broadcast_json(self.run_dir.unusable_checkpoints())
         for name in unusable:
             log.warning("%s: is no complete checkpoint (no %s of that step): passed over", name, MANIFEST)
@@ -169,6 +179,25 @@ class CheckpointManager:
             warn_passed_over(folder, damaged)
             return None
         return checkpoint
+
+    def discard_after(self, step: int, world: World) -> None:
+        """Collective.  Removes checkpoints and snapshots of later steps, which a rollback undid."""
+
+        def remove() -> None:
+            self.fence()
+            for later in self.run_dir.complete_checkpoints():
+                if later > step:
+                    self._remove(self.run_dir.checkpoint(later))
+            for later in self.run_dir.complete_snapshots():
+                if later > step:
+                    self._remove(self.run_dir.snapshot(later))
+
+        _together(
+            f"{self.run_dir.path}: checkpoints after step {step} cannot be removed",
+            remove,
+            act=world.rank == 0,
+            error=SaveError,
+        )
 
     def _restore(self, checkpoint: Checkpoint, strategy: Strategy, ema: HasPieces) -> dict[str, Any]:
         """Communicates: fills parameters, moments and EMA from a checkpoint, saved by any strategy at any world size."""
@@ -255,6 +284,8 @@ class CheckpointManager:
         if len(newest) < self.config.keep_last:
             return
         kept = self._wanted()
+        if self.keep_due:
+            kept.update([step for step in steps if self._is_due(step)][-1:])
         for step in steps:
             if step < newest[-1] and step not in kept and (every is None or step % every):
                 self._remove(self.run_dir.checkpoint(step))
@@ -262,6 +293,9 @@ class CheckpointManager:
     def _looks_sound(self, step: int) -> bool:
         """Without reading the files again."""
         return step not in self._damaged and looks_sound(self.run_dir.checkpoint(step))
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.every_steps == 0
 
     def _wanted(self) -> set[int]:
         """Steps that evaluation needs: the best ones, and those that are being scored now."""

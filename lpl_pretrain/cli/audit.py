@@ -23,5 +23,10 @@ def run(run: str) -> None:
     if found.problems:
         raise DataError("\n".join([f"{run}: {found.steps} updates were logged", *found.problems]))
     print(f"{found.steps:,} updates of {size} samples, {found.starts} starts, {found.made_again} updates made again after one")
+    if found.rollbacks:
+        print(
+            f"{found.rollbacks} of the starts are rollbacks after a spike; the samples of "
+            f"{found.jump_updates:,} updates were jumped over"
+        )
     print("no sample of an update was missed, none was seen twice")
     print(f"a sample of the data was seen {found.least} to {found.most} times; {found.stand_ins} stood in for damaged ones")

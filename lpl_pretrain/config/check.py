@@ -32,6 +32,8 @@ FREE_TO_CHANGE = (
     "ema.snapshot_every_steps",
     "optimizer.on_nonfinite",
     "optimizer.max_skipped_updates",
+    "optimizer.on_spike",
+    "optimizer.spike",
     "inline_evaluation",
     "log",
     "preflight",

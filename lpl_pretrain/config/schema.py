@@ -146,6 +146,43 @@ class DiffusionConfig(Section):
     """Rescale a discrete schedule so that its last timestep is pure noise (arXiv 2305.08891, algorithm 1); for v only."""
 
 
+class OnSpike(str, Enum):
+    """What becomes of an update whose gradient norm or loss spikes (trainer/spikes.py)."""
+
+    IGNORE = "ignore"
+    STOP = "stop"
+    SKIP = "skip"
+    ROLLBACK = "rollback"
+
+
+class SpikeConfig(Section):
+    """What counts as a spike, and how many a run may have; unused with optimizer.on_spike=ignore."""
+
+    window_updates: PositiveInt = 128
+    """The last applied updates, whose median and MAD give the bound."""
+    min_updates: Annotated[int, Field(ge=8)] = 32
+    """Nothing is a spike while the window holds fewer."""
+    threshold_mads: PositiveFloat = 8.0
+    """A spike is this many 1.4826 * MAD above the median, both of logarithms."""
+    min_factor: Annotated[float, Field(gt=1.0)] = 2.0
+    """A spike is also at least this many times the median."""
+    noise_levels: Annotated[int, Field(ge=1, le=64)] = 8
+    """Equal parts of the timestep distribution whose losses are watched one by one."""
+    skip_updates: PositiveInt = 1
+    """rollback: updates, from that of the spike on, whose samples are jumped over."""
+    max_events: NonNegativeInt = 10
+    """skip and rollback: more spikes than this in one run stop it."""
+
+    @model_validator(mode="after")
+    def _window_can_fill(self) -> SpikeConfig:
+        if self.min_updates > self.window_updates:
+            raise ValueError(
+                f"min_updates={self.min_updates} with window_updates={self.window_updates}: "
+                "the window would never hold enough; lower min_updates or raise window_updates"
+            )
+        return self
+
+
 class OptimizerConfig(Section):
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
     """muon: for the matrices of the blocks, AdamW for everything else (trainer/optimizer.py)."""
@@ -166,6 +203,11 @@ class OptimizerConfig(Section):
     """A loss or gradient that is not finite: stop, with parameters as before; or leave that update out, name it and go on."""
     max_skipped_updates: NonNegativeInt = 10
     """With on_nonfinite skip: more left-out updates than this in one run stop it."""
+    on_spike: OnSpike = OnSpike.IGNORE
+    """A gradient norm or loss far above those of the last updates: ignore it; stop, with parameters as
+    before; skip: leave that update out; rollback: restore the newest checkpoint and go on behind the
+    samples of that update."""
+    spike: SpikeConfig = SpikeConfig()
 
     @model_validator(mode="after")
     def _inverse_sqrt_starts_somewhere(self) -> OptimizerConfig:

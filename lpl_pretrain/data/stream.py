@@ -88,6 +88,13 @@ class LatentStream:
         with self._lock:
             self._open.clear()
 
+    def name(self, place: tuple[int, int, int]) -> str:
+        """How messages call a stored sample."""
+        folder, shard, row = place
+        file = self.folders.indexes[folder].shards[shard].file
+        inside = f"{self.folders.paths[folder]}/" if len(self.folders.paths) > 1 else ""
+        return f"{inside}{file} row {row}"
+
     def state(self, samples_seen: int) -> dict:
         """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank."""
         epoch = samples_seen // self.index.samples

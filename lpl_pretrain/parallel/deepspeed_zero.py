@@ -10,6 +10,7 @@ Stage 0 shards nothing.  There the engine averages gradients and no more: its ow
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.ddp import ReplicatedStrategy
 from lpl_pretrain.parallel.native import STEP, materialize_state, set_steps
 from lpl_pretrain.parallel.precision import Door, recipe
-from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy
+from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy, UpdateCheck
 from lpl_pretrain.runtime.world import World
 
 VERSION, REMEDY = "0.19.", "pip install 'deepspeed>=0.19.8,<0.20'"
@@ -87,17 +88,53 @@ class ZeroStrategy(Strategy):
         with self._linear:  # what activation checkpointing runs again
             self._engine.backward(loss, scale_wrt_gas=False)
 
-    def _update(self, lr: float, max_grad_norm: float) -> float | None:
+    def _update(
+        self,
+        lr: float,
+        max_grad_norm: float,
+        check: UpdateCheck | None,
+    ) -> tuple[float, bool]:
         """The engine computes the norm before its update, on all ranks alike, and skips the update when it is not finite."""
         self._zero.clip_grad = max_grad_norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        norm = self._checked_step(check)
         if self._engine.was_step_applied():
-            return float(self._engine.get_global_grad_norm())
+            return float(self._engine.get_global_grad_norm()) if norm is None else norm, True
         if getattr(self._zero, "cpu_offload", False):  # stages 1 and 2 would add the next gradient to the refused one
             self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
-        return None
+        return math.nan if norm is None else norm, False
+
+    def _checked_step(self, check: UpdateCheck | None) -> float | None:
+        """The engine's step; the norm before clipping, if `check` was asked.
+
+        A norm that `check` does not accept is given to the engine as infinite: it skips the update.
+        """
+        if check is None:
+            self._engine.step()
+            return None
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        compute, asked = getattr(self._zero, name), []
+
+        def checked() -> Any:
+            found = compute()
+            norm = combine_grad_norm_groups(found) if self._stage == 3 else found
+            own, mean, sums = self._read(norm, check)
+            asked.append(own / self.loss_scale.value)
+            agreed = mean / self.loss_scale.value
+            if math.isfinite(agreed) and check.accept(agreed, sums):
+                return found
+            infinite = torch.full_like(norm, torch.inf)
+            return [infinite] if self._stage == 3 else infinite
+
+        setattr(self._zero, name, checked)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._zero, name)  # the method of its class is there again
+        return asked[0] if asked else None
 
     def local_params(self) -> Iterator[Piece]:
         for name, parameter in self._parameters.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lpl_pretrain.parallel.precision import Door
-from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy
+from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy, UpdateCheck
 
 STEP = "step"
 
@@ -31,11 +31,16 @@ class NativeStrategy(Strategy):
         (loss * self.loss_scale.value).backward()
 
     @torch.no_grad()
-    def _update(self, lr: float, max_grad_norm: float) -> float | None:
+    def _update(
+        self,
+        lr: float,
+        max_grad_norm: float,
+        check: UpdateCheck | None,
+    ) -> tuple[float, bool]:
         gradients = [self._local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        norm = math.sqrt(self._sum_over_shards(_squared_norm(gradients, self.device)).item()) / self.loss_scale.value
-        finite = math.isfinite(norm)
-        if finite:
+        squared = self._sum_over_shards(_squared_norm(gradients, self.device))
+        norm, applied = self._judge(squared, check)
+        if applied:
             factor = min(1.0, max_grad_norm / (norm + 1e-6)) / self.loss_scale.value
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
@@ -43,7 +48,16 @@ class NativeStrategy(Strategy):
                 group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm if finite else None
+        return norm, applied
+
+    def _judge(self, squared: Tensor, check: UpdateCheck | None) -> tuple[float, bool]:
+        """Collective.  (norm, whether to apply), from the squared norm of the scaled gradient."""
+        if check is None:
+            norm = math.sqrt(squared.item()) / self.loss_scale.value
+            return norm, math.isfinite(norm)
+        own, mean, sums = self._read(squared, check)
+        norm, agreed = (math.sqrt(value) / self.loss_scale.value for value in (own, mean))
+        return norm, math.isfinite(agreed) and check.accept(agreed, sums)
 
     def local_params(self) -> Iterator[Piece]:
         for name, parameter in self._parameters.items():

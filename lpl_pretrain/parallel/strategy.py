@@ -23,9 +23,20 @@ from lpl_pretrain.parallel.blocks import prepare_blocks
 from lpl_pretrain.parallel.float8 import use_float8
 from lpl_pretrain.parallel.loss_scale import LossScale
 from lpl_pretrain.parallel.precision import Door, Recipe, recipe
+from lpl_pretrain.runtime.dist import sum_over_ranks
 from lpl_pretrain.runtime.world import World
 
 MakeOptimizer = Callable[[dict[str, nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class UpdateCheck:
+    """Decides, between the gradient norm and the update, whether the update is made."""
+
+    values: Tensor
+    """(n,) float64 on the device: this rank's summands of what `accept` gets, summed over ranks."""
+    accept: Callable[[float, list[float]], bool]
+    """Gets the norm before clipping and the sums, both bit for bit the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +58,16 @@ class StepReport:
     """Of one update; the same on all ranks."""
 
     applied: bool
-    """False when the gradient was not finite: parameters and moments are as before."""
+    """False when the gradient was not finite or was rejected: nothing but the norm is new."""
     grad_norm: float
     """L2 norm of the whole gradient of the global batch, before clipping; NaN when it was not finite."""
     scale_lowered: bool = False
     """fp16: the loss was scaled too high for float16, which happens now and then; the next update tries half of it."""
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the gradient was finite and the `UpdateCheck` did not accept it."""
+        return not self.applied and math.isfinite(self.grad_norm)
 
 
 class Strategy(ABC):
@@ -101,12 +117,21 @@ class Strategy(ABC):
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._backward(loss / of, last=microbatch == of - 1)
 
-    def step(self, *, lr: float, max_grad_norm: float) -> StepReport:
-        """Clip to the global norm `max_grad_norm` and update; or change nothing, on every rank, and say so."""
-        norm = self._update(lr, max_grad_norm)
-        applied = norm is not None
+    def step(
+        self,
+        *,
+        lr: float,
+        max_grad_norm: float,
+        check: UpdateCheck | None = None,
+    ) -> StepReport:
+        """Clip to the global norm `max_grad_norm` and update; or change nothing, on every rank, and say so.
+
+        `check` may reject a finite gradient: one reduction more, no further wait for the device.
+        """
+        norm, applied = self._update(lr, max_grad_norm, check)
         self.optimizer_steps += applied
-        return StepReport(applied, math.nan if norm is None else norm, scale_lowered=self.loss_scale.update(finite=applied))
+        lowered = self.loss_scale.update(finite=math.isfinite(norm))
+        return StepReport(applied, norm if math.isfinite(norm) else math.nan, lowered)
 
     @abstractmethod
     def local_params(self) -> Iterator[Piece]:
@@ -129,5 +154,24 @@ class Strategy(ABC):
         """Backward, at `loss_scale`, of a loss that is already divided by the number of micro-batches; averages over ranks."""
 
     @abstractmethod
-    def _update(self, lr: float, max_grad_norm: float) -> float | None:
-        """Update, forget the gradient and return its norm; None when that is not finite and so nothing was updated."""
+    def _update(
+        self,
+        lr: float,
+        max_grad_norm: float,
+        check: UpdateCheck | None,
+    ) -> tuple[float, bool]:
+        """Update and forget the gradient: (its norm, whether it was applied).
+
+        It is not applied when its norm is not finite, or `check` does not accept it.
+        """
+
+    def _read(self, norm: Tensor, check: UpdateCheck) -> tuple[float, float, list[float]]:
+        """Collective.  (this rank's `norm`, its mean over ranks, sums of `check.values`).
+
+        One copy to the host.  Ranks may compute a norm that differs in the last bit; the reduction
+        gives all of them the same bits.
+        """
+        mine = norm.detach().reshape(1).to(check.values)
+        shared = sum_over_ranks(torch.cat([mine / self.world.world_size, check.values]))
+        own, mean, *sums = torch.cat([mine, shared]).tolist()
+        return own, mean, sums

@@ -78,7 +78,7 @@ class Chart:
 
 
 def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
-    """SVG markup.  `events`: steps at which the run was stopped or resumed."""
+    """SVG markup.  `events`: steps at which the run was stopped or resumed, or had a spike."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE_IN, layout="constrained")
         axes = figure.add_subplot()

@@ -104,6 +104,9 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ends = values if len(values) == 1 else [values[0], values[-1]]
         first = scores.title(records[-1]["results"][0]["metric"])
         found.append((first, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
+    if spikes := [event for event in record.events if event["event"] == "spike"]:
+        rollbacks = sum(event.get("action") == "rollback" for event in spikes)
+        found.append(("spikes", f"{len(spikes):,}", f"{rollbacks:,} rolled back"))
     if share := record.series("lpl/weighted_share").values:
         found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "lately"))
     return found
@@ -186,7 +189,8 @@ def provenance(record: RunRecord) -> dict[str, Any]:
 
 def interruptions(record: RunRecord) -> list[int]:
     """Steps that the charts mark."""
-    return sorted({event["step"] for event in record.events if event["event"] in ("stopped", "resumed")})
+    marked = ("stopped", "resumed", "spike")
+    return sorted({event["step"] for event in record.events if event["event"] in marked})
 
 
 def last_step(record: RunRecord) -> int:

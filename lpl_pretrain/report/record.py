@@ -1,7 +1,8 @@
 """What a run directory says, read for people: missing or damaged parts are named, never fatal.
 
-metrics.jsonl: after a resume the steps beyond it are trained again, so what was logged beyond it before is dropped; of equal
-steps the last line counts.  A line cut by a kill is skipped and counted.
+metrics.jsonl: after a resume or a rollback the steps beyond it are trained again, so what was logged
+beyond it before is dropped; of equal steps the last line counts.  A line cut by a kill is skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
             skipped += 1
         elif "event" in line:
             events.append(line)
-            if line["event"] == "resumed":
-                by_step = {step: metrics for step, metrics in by_step.items() if step <= line["step"]}
+            if (kept := last_kept(line)) is not None:
+                by_step = {step: metrics for step, metrics in by_step.items() if step <= kept}
         else:
             by_step[line["step"]] = line
     if skipped:
@@ -97,6 +98,12 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
             "(a kill in the middle of a write leaves one)"
         )
     return [by_step[step] for step in sorted(by_step)], events
+
+
+def last_kept(event: dict[str, Any]) -> int | None:
+    """The step from which a resume or a rollback goes on; None for other events."""
+    step = event["step"] if event["event"] == "resumed" else event.get("to_step")
+    return step if isinstance(step, int) else None
 
 
 def read_evaluations(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.mix import DataFolders
 from lpl_pretrain.config.online import stored_encoders, text_entries
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import ConditioningConfig, TrainConfig
+from lpl_pretrain.config.schema import ConditioningConfig, OnSpike, TrainConfig
 from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
@@ -42,10 +42,11 @@ from lpl_pretrain.trainer.effort import Effort, denoiser_flops, lpl_flops
 from lpl_pretrain.trainer.health import Health
 from lpl_pretrain.trainer.initial import load_initial
 from lpl_pretrain.trainer.optimizer import make_optimizer
+from lpl_pretrain.trainer.spikes import NoiseLevels, SpikeGuard
 from lpl_pretrain.trainer.step import LastSeen, Perceptual, Updater
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     config: TrainConfig
     run_dir: RunDir
@@ -59,10 +60,17 @@ class Run:
     checkpoints: CheckpointManager
     grad_accum_steps: int
     effort: Effort
+    jump_updates: int = 0
+    """Updates whose samples were jumped over since the start (trainer/rollback.py)."""
 
     def hands(self, step: int) -> list[Hand]:
-        """What this rank trains on in `step`, one hand per microbatch."""
-        dealt = self.dealer.deal(step, slots=self.grad_accum_steps * self.world.world_size)
+        """What this rank trains on in `step`, one hand per microbatch.
+
+        Samples, noise levels and draws are those of position `step + jump_updates` in the order;
+        the learning rate, averages and LPL's weight follow `step`.
+        """
+        slots = self.grad_accum_steps * self.world.world_size
+        dealt = self.dealer.deal(step + self.jump_updates, slots)
         return dealt[self.world.rank :: self.world.world_size]
 
     def requests(self, first_step: int) -> Iterator[list[int]]:
@@ -72,7 +80,7 @@ class Run:
                 yield hand.sample_indices
 
     def samples_seen(self, step: int) -> int:
-        """After so many steps, over all ranks."""
+        """That so many steps were made of, over all ranks; those jumped over do not count."""
         return step * self.config.batch.global_batch_size
 
     def state(self, step: int) -> dict:
@@ -84,7 +92,19 @@ class Run:
             "lpl_weight": weight,
             "loss_scale": self.strategy.loss_scale.state(),
             "skipped_updates": self.updater.health.skipped_updates,
+            "jump_updates": self.jump_updates,
+            "spikes": None if self.updater.spikes is None else self.updater.spikes.state(),
         }
+
+    def load_state(self, state: dict) -> None:
+        """What `state` has returned; a version that knew no spikes has left out the last two."""
+        if self.updater.perceptual is not None:
+            self.updater.perceptual.weight.load_state(state["lpl_weight"])
+        self.strategy.loss_scale.load_state(state["loss_scale"])
+        self.updater.health.skipped_updates = state["skipped_updates"]
+        self.jump_updates = state.get("jump_updates", 0)
+        if self.updater.spikes is not None:
+            self.updater.spikes.load_state(state.get("spikes"))
 
 
 def assemble(
@@ -119,10 +139,27 @@ def assemble(
         dealer,
         strategy,
         updater=Updater(
-            config, denoiser, num_classes, text, strategy, schedule, scaling, perceptual, Health(config.optimizer, world), device
+            config,
+            denoiser,
+            num_classes,
+            text,
+            strategy,
+            schedule,
+            scaling,
+            perceptual,
+            Health(config.optimizer, world),
+            device,
+            build_spike_guard(config, schedule, stream, device),
         ),
         ema=EMATracker(strategy.local_params(), config.ema),
-        checkpoints=CheckpointManager(run_dir, config.checkpoint, run_identity(config), fence, config.batch.global_batch_size),
+        checkpoints=CheckpointManager(
+            run_dir,
+            config.checkpoint,
+            run_identity(config),
+            fence,
+            config.batch.global_batch_size,
+            keep_due=config.optimizer.on_spike is OnSpike.ROLLBACK,
+        ),
         grad_accum_steps=accumulation,
         effort=Effort(
             denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index, shape),
@@ -130,6 +167,20 @@ def assemble(
             peak=peak_flops(name_of(device), config.parallel.precision),
         ),
     )
+
+
+def build_spike_guard(
+    config: TrainConfig,
+    schedule: Schedule,
+    stream: LatentStream,
+    device: torch.device,
+) -> SpikeGuard | None:
+    """None where spikes are ignored."""
+    if config.optimizer.on_spike is OnSpike.IGNORE:
+        return None
+    count = min(config.optimizer.spike.noise_levels, config.batch.global_batch_size)
+    levels = NoiseLevels.of(count, config.diffusion.timesteps, schedule)
+    return SpikeGuard(config.optimizer.spike, levels, device, stream.name)
 
 
 def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:

@@ -29,6 +29,7 @@ from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.pictures import picture_lpl
+from lpl_pretrain.trainer.rollback import Start, recover
 from lpl_pretrain.trainer.sinks import Sinks
 from lpl_pretrain.trainer.step import Outcome
 from lpl_pretrain.trainer.stragglers import Stragglers
@@ -55,8 +56,10 @@ def train(
     sinks = Sinks(run_dir, config, world.rank, fence)
     watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
-        first_step = restore(run, sinks)
-        return loop(run, sinks, watchdog, first_step, stop, score)
+        start = Start(restore(run, sinks))
+        while isinstance(ended := loop(run, sinks, watchdog, start, stop, score), Start):
+            start = ended
+        return ended
     finally:
         watchdog.close()
         sinks.close()
@@ -78,21 +81,19 @@ def restore(run: Run, sinks: Sinks) -> int:
             f"{run.run_dir.checkpoints}: state.json of step {state['step']} has lpl_weight={state['lpl_weight']}, "
             f"the run trains {'without' if run.updater.perceptual is None else 'with'} LPL"
         )
-    if run.updater.perceptual is not None:
-        run.updater.perceptual.weight.load_state(state["lpl_weight"])
-    run.strategy.loss_scale.load_state(state["loss_scale"])
-    run.updater.health.skipped_updates = state["skipped_updates"]
+    run.load_state(state)
     sinks.event("resumed", state["step"], world_size=run.world.world_size)
     log.info("resumed at step %d of %d", state["step"], run.config.steps)
     return state["step"]
 
 
-def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: StopRequest, score: Score | None) -> bool:
-    """Collective. The loop itself; True when all steps are done."""
-    config, meter, clock, logged = run.config, Meter(run.device), Clock(run.device), first_step
+def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopRequest, score: Score | None) -> bool | Start:
+    """Collective. The loop itself: whether all steps are done, or where to start after a rollback."""
+    first_step = logged = start.step
+    config, meter, clock = run.config, Meter(run.device), Clock(run.device)
     stragglers = Stragglers(run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks)
     batches = run.stream.prefetch(run.requests(first_step), run.device)
-    ledger = open_ledger(run, first_step) if config.log.samples else None
+    ledger = open_ledger(run, start) if config.log.samples else None
     scored = first_step
     bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
     for step in range(first_step, config.steps):
@@ -106,6 +107,14 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: Stop
         if ledger is not None:
             ledger.note(done, microbatches)
         tell(run, sinks, done, outcome)
+        if outcome.spike is not None:
+            with watchdog.paused():
+                again = recover(run, sinks, outcome.spike)
+            if again is not None:
+                batches.close()
+                if bar is not None:
+                    bar.close()
+                return again
         if done % config.log.every_steps == 0 or done == config.steps:
             means, seconds = meter.flush(), clock.flush()
             ranks = stragglers.look(done, seconds, done - logged)
@@ -135,9 +144,13 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: Stop
     return True
 
 
-def open_ledger(run: Run, first_step: int) -> Ledger:
+def open_ledger(run: Run, start: Start) -> Ledger:
     """Communicates: a start has one name on all ranks."""
-    return Ledger(run.run_dir.ledger(run.world.rank), broadcast_json(secrets.token_hex(4)), first_step)
+    path, name = run.run_dir.ledger(run.world.rank), broadcast_json(secrets.token_hex(4))
+    if start.spike is None:
+        return Ledger(path, name, start.step, jump_updates=run.jump_updates)
+    skip = run.config.optimizer.spike.skip_updates
+    return Ledger(path, name, start.step, run.jump_updates, spike=(start.spike.step, skip))
 
 
 def save(run: Run, done: int, *, last: bool) -> None:
@@ -166,6 +179,8 @@ def settings(run: Run, step: int, means: dict[str, float], outcome: Outcome) -> 
     values = {"lr": learning_rate(run.config.optimizer, step, run.config.steps), "samples_seen": run.samples_seen(step + 1)}
     if outcome.left_out is None:
         values["grad_norm"] = outcome.grad_norm
+    if run.jump_updates:
+        values["jump_updates"] = run.jump_updates
     if run.updater.health.skipped_updates:
         values["skipped_updates"] = run.updater.health.skipped_updates
     if run.strategy.loss_scale.dynamic:

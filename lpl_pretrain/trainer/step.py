@@ -26,6 +26,7 @@ from lpl_pretrain.trainer.deal import Hand
 from lpl_pretrain.trainer.health import Health
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
+from lpl_pretrain.trainer.spikes import Spike, SpikeGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,10 @@ class LastSeen:
 class Outcome:
     """Of one update; the same on all ranks."""
 
-    left_out: str | None  # why nothing was changed
-    grad_norm: float  # before clipping; NaN if the update was left out
+    left_out: str | None  # why nothing was changed: something was not finite
+    grad_norm: float  # before clipping; NaN if it was not finite
     weight_frozen: bool  # LPL's weight was found in this update
+    spike: Spike | None = None  # why nothing was changed, if the gradient was finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Updater:
     perceptual: Perceptual | None
     health: Health
     device: torch.device
+    spikes: SpikeGuard | None = None  # with optimizer.on_spike=ignore
 
     def update(self, step: int, hands: list[Hand], batches: list[LatentBatch], meter: Meter, clock: Clock) -> Outcome:
         """Collective. Makes update number `step` (from 0), or leaves it out on all ranks."""
@@ -92,15 +95,28 @@ class Updater:
             meter.add("loss/total", loss)
             with clock.part("backward"):
                 self.strategy.backward(loss, microbatch=microbatch, of=len(hands))
+            if self.spikes is not None:
+                self.spikes.observe(seen.noise_level, seen.loss.detach())
             means.append(torch.stack([diffusion.detach(), lpl.detach()]))
             losses.append(by_sample)
         with clock.part("optimizer"):
             lr = learning_rate(self.config.optimizer, step, self.config.steps)
-            report = self.strategy.step(lr=lr, max_grad_norm=self.config.optimizer.max_grad_norm)
+            check, most = None, self.config.optimizer.max_grad_norm
+            if self.spikes is not None:
+                check = self.spikes.check(with_lpl=self._with_lpl(step))
+            report = self.strategy.step(lr=lr, max_grad_norm=most, check=check)
         meter.end_update(applied=report.applied)
-        left_out = self.health.judge(step, report, [hand.sample_indices for hand in hands], losses)
+        samples, spike, left_out = [hand.sample_indices for hand in hands], None, None
+        if self.spikes is not None:
+            places = [place for batch in batches for place in batch.places]
+            spike = self.spikes.judge(step, report, sum(samples, []), places)
+        if spike is None:
+            left_out = self.health.judge(step, report, samples, losses)
         frozen = report.applied and self._calibrate(step, torch.stack(means).mean(dim=0))
-        return Outcome(left_out, report.grad_norm, frozen)
+        return Outcome(left_out, report.grad_norm, frozen, spike)
+
+    def _with_lpl(self, step: int) -> bool:
+        return self.perceptual is not None and self.perceptual.weight.value(step) > 0
 
     def _diffusion(self, hand: Hand, batch: LatentBatch, meter: Meter) -> tuple[Denoising, Tensor]:
         """What the denoiser made of one microbatch, and its mean diffusion loss.  Every draw is keyed by its sample's index."""

@@ -1,12 +1,17 @@
 """A small finished data folder, made by the real encoder path from drawn pictures."""
 
+import hashlib
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.finish import fingerprint_of
 from tests.support.autoencoders import tiny_folder
 from tests.support.material import encode_config, sample, write_tar
 from tests.support.text_encoders import WORDS, text_encoder_folder
@@ -60,3 +65,23 @@ def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
     }
     encode(encode_config(tar, folder / "latents", autoencoder=autoencoder, resolution_px=32, text=text, shard_samples=7))
     return str(folder / "latents"), autoencoder
+
+
+def poison(folder: str, shard: int, factor: float) -> None:
+    """Multiplies the float16 latents of one shard: finite, with right checksums, as a wrong encode would be."""
+    path = Path(folder) / INDEX_NAME
+    index = DatasetIndex.model_validate_json(path.read_text())
+    tar = Path(folder) / index.shards[shard].file
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as members:
+        found = [(m.offset_data, m.size) for m in members if m.name.endswith("moments.npy")]
+    assert found and index.moments_dtype == "fp16"
+    for start, size in found:
+        stored = np.load(io.BytesIO(content[start : start + size]))
+        content[start + size - stored.nbytes : start + size] = (stored * factor).astype("<f2").tobytes()
+    tar.write_bytes(content)
+    shards = list(index.shards)
+    sha256 = hashlib.sha256(content).hexdigest()
+    shards[shard] = shards[shard].model_copy(update={"sha256": sha256})
+    changed = {"shards": shards, "fingerprint": fingerprint_of(shards)}
+    path.write_text(index.model_copy(update=changed).model_dump_json(indent=2))

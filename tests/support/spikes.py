@@ -1,0 +1,88 @@
+"""Data with one poisoned shard, which is all of one update and of no other, and runs on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpl_pretrain.config.dataset import read_index
+from lpl_pretrain.config.encode import EncodeConfig
+from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.data.order import SampleOrder
+from lpl_pretrain.encoding.encode import encode
+from tests.support.autoencoders import tiny_folder
+from tests.support.configs import train_config
+from tests.support.latents import draw_pictures, poison
+from tests.support.training import JSON_OF, ROOT
+
+BATCH, SAMPLES, POISONED = 8, 96, 5
+STEPS, EVERY = 16, 4
+FIRST, SECOND = 10, 16
+"""Positions of the poisoned shard in the first two epochs, each of 12 updates."""
+DATA: dict[str, Any] = {"lanes": 1, "block_samples": BATCH}
+"""A block is one shard, and one update."""
+SPIKE = {"window_updates": 16, "min_updates": 8, "noise_levels": 4}
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    folder: str
+    autoencoder: str
+    seed: int
+
+
+def poisoned_data(folder: Path) -> Poisoned:
+    """With the seed that serves the poisoned shard at FIRST and SECOND."""
+    autoencoder, latents = tiny_folder(folder / "autoencoder"), str(folder / "latents")
+    draw_pictures(folder / "pictures", SAMPLES)
+    encode(
+        EncodeConfig(
+            source=str(folder / "pictures"),
+            output=latents,
+            autoencoder=autoencoder,
+            resolution_px=32,
+            shard_samples=BATCH,
+        )
+    )
+    assert {entry.samples for entry in read_index(Path(latents)).shards} == {BATCH}
+    poison(latents, POISONED, 50.0)
+    counts, data = np.arange(2 * SAMPLES), read_data(latents)
+    for seed in range(10_000):
+        places = SampleOrder(data, seed, BATCH, **DATA).locate(counts)
+        if set(counts[places.shard == POISONED] // BATCH) == {FIRST, SECOND}:
+            return Poisoned(latents, autoencoder, seed)
+    raise AssertionError("no seed")
+
+
+def spike_config(data: Poisoned, on_spike: str, strategy: str = "local", **changes: Any) -> TrainConfig:
+    """Plain SGD, float64 where the strategy knows it."""
+    parallel = {"strategy": strategy, "precision": "fp64"}
+    if strategy in JSON_OF:
+        parallel = {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
+    return train_config(
+        **{
+            "seed": data.seed,
+            "steps": STEPS,
+            "data": {"folder": data.folder, **DATA},
+            "autoencoder": data.autoencoder,
+            "model__width": 16,
+            "model__depth": 1,
+            "optimizer": {
+                "kind": "sgd",
+                "lr": 0.05,
+                "max_grad_norm": 1e9,
+                "on_spike": on_spike,
+                "spike": SPIKE,
+            },
+            "parallel": parallel,
+            "batch": {"global_batch_size": BATCH, "micro_batch_size": 2},
+            "checkpoint": {"every_steps": EVERY},
+            "log": {"every_steps": 1, "samples": True},
+            "preflight": None,
+            **changes,
+        }
+    )
