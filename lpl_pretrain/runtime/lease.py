@@ -52,6 +52,11 @@ class Lease:
         if not self.held:
             self.on_loss()
 
+    def other_holder(self) -> dict:
+        """Who holds it so that it cannot be taken now; {} when nobody does."""
+        holder = read_lease(self.path)
+        return {} if not holder or is_stale(self.path, self.stale_s) or self._is_dead(holder) else holder
+
     def take(self) -> bool:
         """Now, or not at all; once taken it stays so until this context is left."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ class StopRequest:
         self.signal_name: str | None = None
         self.finishes_step = False
         """Ctrl-C waits for the end of a step: set once this start has made one."""
+        self.how_to_go_on = "the same command goes on from there"
         self.farewell = "interrupted"
         """The line at the end of what Ctrl-C ended early."""
         self._first_s: float | None = None
