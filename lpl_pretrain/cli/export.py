@@ -11,6 +11,7 @@ from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.runtime.preempt import leaves_traces
 
 
 def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel: float | None, format: str, output: str) -> None:
@@ -65,6 +66,7 @@ def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: di
         raise ConfigError(f"--output={output}: is there already; remove it, or name another folder")
     temporary = output.with_name(f".{output.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
+    leaves_traces()
     temporary.mkdir(parents=True)
     try:
         write_pipeline(temporary, config, read_data(config.data.folder).merged, tensors, {**facts, **scores(run_dir)})

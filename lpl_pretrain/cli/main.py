@@ -15,10 +15,12 @@ import click
 from lpl_pretrain import __version__
 from lpl_pretrain.errors import LPLError
 from lpl_pretrain.runtime.command import command_line
-from lpl_pretrain.runtime.preempt import INTERRUPTED, Interrupted, say, stop_request
+from lpl_pretrain.runtime.preempt import INTERRUPTED, Interrupted, StopRequest, say, stop_request
 from lpl_pretrain.runtime.torchrun import peer_failed, record_error
 from lpl_pretrain.runtime.world import World
 
+LONGEST_CONSEQUENCE = 160
+"""Characters of an error that comes after Ctrl-C."""
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
 
@@ -205,18 +207,27 @@ def run(group: click.Group) -> None:
     with suppress(LPLError):  # a command that needs ranks says what is wrong with them
         stop.speaks = World.from_environment().rank == 0
     try:
+        run_command(group, stop, file)
+    except Interrupted as interruption:
+        if stop.speaks:
+            say(str(interruption))
+        end(INTERRUPTED)
+
+
+def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> None:
+    """Raises Interrupted, and what is a mistake of this program's; ends the process where the input is at fault."""
+    try:
         group(standalone_mode=file is None)
     except LPLError as error:
         refuse(f"{type(error).__name__}: {error}", error.status, file)
     except click.ClickException as error:  # under torchrun; otherwise click prints it
         error.show(file=(shown := io.StringIO()))
         refuse(shown.getvalue().rstrip(), error.exit_code, file)
-    except Interrupted as interruption:
-        if stop.speaks:
-            say(str(interruption))
-        end(INTERRUPTED)
-    except Exception:
-        if stop.peer_failed():  # a consequence: the connection to that rank is gone
+    except Exception as error:
+        if stop.interrupted:  # the other ranks may be gone
+            words = str(error).partition("\n")[0][:LONGEST_CONSEQUENCE]
+            raise Interrupted(f"{stop.farewell} ({type(error).__name__}: {words})") from error
+        if stop.peer_failed():  # the connection to that rank is gone
             end(1)
         raise
 

@@ -69,8 +69,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
 
             score = partial(evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__)
         fence = lease.check if lease else lambda: None
-        with explained(stop):
-            complete = train(config, run_dir, world, device, stop, score, fence, begin)
+        complete = train(config, run_dir, world, device, stop, score, fence, begin)
     if complete:
         log.info("%s: complete", run_dir.path)
     dist.leave(0 if complete or not stop.interrupted else INTERRUPTED)
@@ -83,19 +82,6 @@ def listen() -> StopRequest:
         stop.how_to_go_on += f": {command_line()}"
     stop.farewell = f"interrupted: nothing was saved now; {stop.how_to_go_on.replace(' from there', '')}"
     return stop
-
-
-@contextmanager
-def explained(stop: StopRequest) -> Iterator[None]:
-    """After Ctrl-C another rank may be gone: what that raises here is not news."""
-    try:
-        yield
-    except LPLError:
-        raise
-    except Exception as error:
-        if stop.interrupted:
-            raise Interrupted(f"{stop.farewell} ({type(error).__name__} after Ctrl-C)") from error
-        raise
 
 
 def unscored(config: TrainConfig, run_dir: RunDir) -> str:

@@ -57,7 +57,8 @@ def finished(config: TrainConfig, run_dir: RunDir) -> str | None:
         check_same_run(load_run_config(run_dir), config, run_dir.path)
     if complete[-1] > config.steps:
         return f"complete: it has made {complete[-1]} steps, and steps={config.steps} asks for no more; nothing to do"
-    more = "a cosine ends with its steps: a longer run is a new one" if config.optimizer.decay == "cosine" else "raise steps to go on"
+    cosine = config.optimizer.decay == "cosine"
+    more = "a cosine ends with its steps: a longer run is a new one" if cosine else "raise steps to go on"
     return f"complete: {complete[-1]} of {config.steps} steps; nothing to do ({more})"
 
 

@@ -194,6 +194,7 @@ def start_row(start: dict[str, Any]) -> dict[str, Any]:
     """A line of the table; what an older version did not write is empty."""
     hosts, changes, time_s = start.get("hosts"), start.get("config_changes"), start.get("time_s")
     names = hosts if isinstance(hosts, list) else [start.get("host")]
+    changed = changes.items() if isinstance(changes, dict) else ()
     return {
         "step": start.get("step"),
         "time_s": time_s if isinstance(time_s, (int, float)) else None,
@@ -201,7 +202,7 @@ def start_row(start: dict[str, Any]) -> dict[str, Any]:
         "world_size": start.get("world_size"),
         "hosts": ", ".join(str(name) for name in names if name),
         "code": str(start.get("code") or start.get("git_commit") or "")[:12],
-        "changes": "; ".join(f"{key}: {change_words(values)}" for key, values in changes.items()) if isinstance(changes, dict) else "",
+        "changes": "; ".join(f"{key}: {change_words(values)}" for key, values in changed),
     }
 
 

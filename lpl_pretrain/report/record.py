@@ -15,7 +15,6 @@ import yaml
 
 from lpl_pretrain.config.rundir import RunDir
 
-
 TAKEN_UP = ("resumed", "restarted")
 """Events after which training goes on from a checkpoint, or from step 0 because there was none."""
 

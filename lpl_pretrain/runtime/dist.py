@@ -22,7 +22,6 @@ from torch.distributed.rendezvous import rendezvous
 from lpl_pretrain.runtime.device import keep_freed_memory
 from lpl_pretrain.runtime.world import World
 
-
 HOST_BYTES = 64
 """The longest name of a machine on Linux."""
 

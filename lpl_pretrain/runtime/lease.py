@@ -20,6 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lpl_pretrain.runtime.preempt import leaves_traces
+
 STALE_S = 120.0
 TOUCH_S = 15.0
 
@@ -59,6 +61,7 @@ class Lease:
 
     def take(self) -> bool:
         """Now, or not at all; once taken it stays so until this context is left."""
+        leaves_traces()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._thread is None and (self._take() or (self._clear_stale() and self._take())):
             self._thread = threading.Thread(target=self._keep_touching, daemon=True)

@@ -2,8 +2,8 @@
 
 A handler runs between two bytecodes of whatever is going on, a collective included, so for those two it does nothing itself.
 
-Ctrl-C (SIGINT) is such a flag while training makes steps.  Everywhere else it raises Interrupted in the main thread, so that
-temporary files are removed, and the process ends with the status 130.  A second Ctrl-C ends the process at once.
+Ctrl-C (SIGINT) is such a flag while training makes steps.  Everywhere else the process ends with the status 130: at once while
+there is nothing to remove; later by Interrupted, which is raised in the main thread.  A second Ctrl-C ends the process at once.
 
 The main thread may be blocked in C, where no Python handler runs: a thread that reads signals from a pipe, which the C handler
 writes to, counts them and ends the process.  torchrun gives the first Ctrl-C to its workers as SIGINT and the second as SIGTERM.
@@ -43,6 +43,8 @@ class StopRequest:
         self.peer_failed: Callable[[], bool] = lambda: False
         """A rank beside this one has ended with an error that it recorded, so that torchrun ends the others."""
         self.signal_name: str | None = None
+        self.unwinds = False
+        """There may be temporary files or a lease: Ctrl-C raises Interrupted, so that they are removed."""
         self.finishes_step = False
         """Ctrl-C waits for the end of a step: set once this start has made one."""
         self.how_to_go_on = "the same command goes on from there"
@@ -81,7 +83,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
-        if number == signal.SIGINT and not self.finishes_step and not self._raised:
+        if number == signal.SIGINT and self.unwinds and not self.finishes_step and not self._raised:
             self._raised = True
             raise Interrupted(self.farewell)
 
@@ -97,7 +99,7 @@ class StopRequest:
             if number == signal.SIGINT:
                 self._first_s = now_s
                 if not self.finishes_step:
-                    threading.Timer(GRACE_S, self.leave).start()
+                    threading.Timer(GRACE_S if self.unwinds else 0.0, self.leave).start()
                 elif self.speaks:
                     say(WAITS)
         elif self._insists(number, now_s - self._first_s):
@@ -122,6 +124,11 @@ _current = StopRequest()
 def stop_request() -> StopRequest:
     """The one of this process, which listens to Ctrl-C from the first call on."""
     return _current if _current.listens else _current.listen(())
+
+
+def leaves_traces() -> None:
+    """From now on there is something to remove when this process ends early."""
+    _current.unwinds = True
 
 
 def say(text: str) -> None:

@@ -126,6 +126,8 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, first_step: int, stop: Stop
             bar.update(1)
         if stopping and done < config.steps:
             batches.close()
+            if bar is not None:
+                bar.close()
             signal = stop.signal_name or "signal to another rank"
             sinks.event("stopped", done, signal=signal)
             log.info("%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.how_to_go_on)
