@@ -3,7 +3,7 @@
 torchrun prints a report of its own, inside a traceback of itself, after every failure of a worker.  So a worker prints nothing: it
 records the error in the file that torchrun names for it, from where the report takes it.  Where this package is installed,
 torchrun loads `plugin` (entry point group torchrun.handlers), which prints the recorded error in the place of that report.
-It does so only in a torchrun that starts this package.
+It does so only in a torchrun whose arguments name this package.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 OURS = "lpl_pretrain"
 """Key of a recorded error's text, beside those that torchrun reads."""
-COMMANDS = ("lpl_pretrain", "lpl-pretrain")
+NAMES = ("lpl_pretrain", "lpl-pretrain")
 
 
 def record_error(text: str, file: Path) -> None:
@@ -56,7 +56,7 @@ def no_rendezvous(*_: Any) -> NoReturn:
 
 
 def starts_this_package(arguments: Sequence[str]) -> bool:
-    return any(Path(argument).name in COMMANDS for argument in arguments)
+    return any(name in argument for argument in arguments for name in NAMES)
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
