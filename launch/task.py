@@ -26,6 +26,8 @@ WAIT_S, POLL_S = 300.0, 0.2
 STACKS_POLL_S, GRACE_S = 1.0, 5.0
 """Between looks for the stacks of a rank that hangs; and from there to its end, so that all ranks have written theirs."""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+"""Passed on to the child.  SIGINT is not: the scheduler gives it to all processes of a step, and a second one would be taken for
+another Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Task:
             child = subprocess.Popen([*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment)
             stop.pass_on_to(child)
             status = child.wait() if self.patient else wait_or_kill(child, stacks)
-        if stop.asked and status == -stop.asked:
+        if stop.asked and status in (-stop.asked, 128 + stop.asked):
             status = 0
         folder.note_exit(here.job, here.attempt, here.rank, status, host, stopped=bool(stop.asked))
         if status:
@@ -107,20 +109,22 @@ class Stop:
     """Notes the scheduler's signals from now on, and passes them on once there is a child."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = self._to_pass_on = 0
         self._child: subprocess.Popen[bytes] | None = None
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGINT):
             signal.signal(number, self._note)
 
     def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
-        if self.asked:
-            child.send_signal(self.asked)
+        if self._to_pass_on:
+            child.send_signal(self._to_pass_on)
 
     def _note(self, number: int, frame: object) -> None:
-        first, self.asked = not self.asked, self.asked or number
-        if first and self._child is not None:
-            self._child.send_signal(number)
+        self.asked = self.asked or number
+        if number in SIGNALS and not self._to_pass_on:
+            self._to_pass_on = number
+            if self._child is not None:
+                self._child.send_signal(number)
 
 
 def node_name() -> str:

@@ -15,6 +15,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime.log import log
+from lpl_pretrain.runtime.preempt import leaves_traces
 
 POSTHOC = "posthoc_"
 WEIGHTS = re.compile(r"ema|raw|ema_power_0\.[0-9]{3}|posthoc_0?\.[0-9]+")
@@ -90,6 +91,7 @@ def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: di
 
     temporary = output.with_name(f".{output.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
+    leaves_traces()
     temporary.mkdir(parents=True)
     try:
         write_pipeline(temporary, config, read_data(config.data.folder).merged, tensors, {**facts, **scores(run_dir)})

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
 from lpl_pretrain import __version__
 from lpl_pretrain.errors import LPLError
+from lpl_pretrain.runtime.command import command_line
+from lpl_pretrain.runtime.preempt import INTERRUPTED, Interrupted, StopRequest, say, stop_request
+from lpl_pretrain.runtime.torchrun import peer_failed, record_error
+from lpl_pretrain.runtime.world import World
 
+LONGEST_CONSEQUENCE = 160
+"""Characters of an error that comes after Ctrl-C."""
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
 
@@ -46,6 +56,7 @@ def encode(config: str, overrides: tuple[str, ...], verify: bool, pictures: int)
     loaded = load_config(EncodeConfig, config, overrides)
     if verify:
         sys.exit(0 if command.verify(loaded, pictures) else 1)
+    goes_on("finished parts are kept")
     command.run(loaded)
 
 
@@ -129,6 +140,7 @@ def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | No
     """Score the checkpoints of RUN that PROTOCOL (configs/evaluate/*.yaml) has not scored yet."""
     from lpl_pretrain.cli import evaluate as command
 
+    goes_on("features that were made are kept")
     command.run(run, protocol, overrides=list(overrides), step=step, pending=pending, watch=watch)
 
 
@@ -207,10 +219,58 @@ def main() -> None:
 
 
 def run(group: click.Group) -> None:
-    """Errors that a user can act on are printed without a traceback.  What is written is not for all the world to change."""
+    """Errors that a user can act on are printed without a traceback; so is Ctrl-C, with the exit status 130.
+
+    What is written is not for all the world to change.
+    """
     os.umask(os.umask(0o077) | 0o002)
+    stop, file = stop_request(), World.error_file()
+    stop.torchrun, stop.peer_failed = World.by_torchrun(), lambda: file is not None and peer_failed(file)
+    with suppress(LPLError):  # a command that needs ranks says what is wrong with them
+        stop.speaks = World.from_environment().rank == 0
     try:
-        group()
+        run_command(group, stop, file)
+    except Interrupted as interruption:
+        if stop.speaks:
+            say(str(interruption))
+        end(INTERRUPTED)
+
+
+def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> None:
+    """Raises Interrupted, and what is a mistake of this program's; ends the process where the input is at fault."""
+    try:
+        group(standalone_mode=file is None)
     except LPLError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(error.status)
+        refuse(f"{type(error).__name__}: {error}", error.status, file)
+    except click.ClickException as error:  # under torchrun; otherwise click prints it
+        error.show(file=(shown := io.StringIO()))
+        refuse(shown.getvalue().rstrip(), error.exit_code, file)
+    except Exception as error:
+        if stop.interrupted:  # the other ranks may be gone
+            words = str(error).partition("\n")[0][:LONGEST_CONSEQUENCE]
+            raise Interrupted(f"{stop.farewell} ({type(error).__name__}: {words})") from error
+        if stop.peer_failed():  # the connection to that rank is gone
+            end(1)
+        raise
+
+
+def refuse(text: str, status: int, file: Path | None) -> NoReturn:
+    """Prints an error; under torchrun leaves that to torchrun, which speaks last (runtime/torchrun.py)."""
+    if file is None:
+        click.echo(text, err=True)
+        sys.exit(status)
+    record_error(text, file)
+    end(status)
+
+
+def end(status: int) -> NoReturn:
+    """Without destructors and without waiting for threads: both may wait for ranks that are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def goes_on(what: str) -> None:
+    """After Ctrl-C the command under way can be given again."""
+    stop_request().farewell = f"interrupted: {what}; the same command goes on: {command_line()}"

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.load import differences, dump, load_config, load_run_config
 from lpl_pretrain.config.mix import DataFolders, read_data
 from lpl_pretrain.config.notes import start_notes
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
-from lpl_pretrain.config.start import check_start
-from lpl_pretrain.errors import CheckpointError, LPLError
+from lpl_pretrain.config.start import check_start, finished
+from lpl_pretrain.errors import CheckpointError, ConfigError, LPLError
+from lpl_pretrain.runtime.command import command_line
 from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.lease import STALE_S, Lease, holder_of
-from lpl_pretrain.runtime.preempt import StopRequest
+from lpl_pretrain.runtime.preempt import INTERRUPTED, SIGNALS, Interrupted, StopRequest, stop_request
 from lpl_pretrain.runtime.world import World
 
 
-def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
-    """Ends the process: what engines leave running would otherwise abort it."""
-    stop = StopRequest().listen()
+def run(config_path: str, overrides: Sequence[str]) -> None:
+    """Ends the process, but for a run that is complete: what engines leave running would otherwise abort it."""
+    stop = listen()
     config = load_config(TrainConfig, config_path, overrides)
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
     world = World.from_environment()
+    if (words := finished(config, run_dir)) is not None:
+        if world.rank == 0:
+            print(f"{run_dir.path}: {words}{unscored(config, run_dir)}")
+        return
+    missing = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
     try:
         data, protocol = accepted(config, run_dir, world)
         from lpl_pretrain.models.build import check_model_runs  # torch: only for what is accepted without
@@ -47,32 +54,108 @@ def run(config_path: str, overrides: Sequence[str]) -> NoReturn:
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.device import bf16_is_native
     from lpl_pretrain.runtime.log import log, set_up_logging
-    from lpl_pretrain.trainer import provenance
     from lpl_pretrain.trainer.loop import train
 
     device = start(config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel)))
-    set_up_logging(world.rank, run_dir.log(world.rank))
-    lease = hold(run_dir, world)
-    if world.rank == 0:
-        with published(run_dir.config) as temporary:
-            temporary.write_text(dump(config))
-        provenance.write_once(run_dir.provenance, provenance.describe(data.merged, world.world_size, str(device)))
-    if uses_bf16(config) and not bf16_is_native(device):
-        log.warning(
-            "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
-            device.type,
-        )
-    for note in start_notes(config, data.merged) if world.rank == 0 else []:
-        log.warning(note)
-    score = None
-    if protocol is not None:
-        from lpl_pretrain.evaluation.job import evaluate
+    with (
+        hold(run_dir, world, missing) as lease,
+        begun(config, run_dir, world, data, str(device), new=bool(missing)) as begin,
+    ):
+        set_up_logging(world.rank, run_dir.log(world.rank))
+        if uses_bf16(config) and not bf16_is_native(device):
+            log.warning(
+                "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
+                device.type,
+            )
+        for note in start_notes(config, data.merged) if world.rank == 0 else []:
+            log.warning(note)
+        score = None
+        if protocol is not None:
+            from lpl_pretrain.evaluation.job import evaluate
 
-        score = partial(evaluate, run_dir, protocol, device, None, world)
-    with lease or nullcontext():
-        complete = train(config, run_dir, world, device, stop, score, lease.check if lease else lambda: None)
-    log.info("%s: %s", run_dir.path, "complete" if complete else "stopped early")
-    dist.leave()
+            score = partial(evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__)
+        fence = lease.check if lease else lambda: None
+        complete = train(config, run_dir, world, device, stop, score, fence, begin)
+    if complete:
+        log.info("%s: complete", run_dir.path)
+    dist.leave(0 if complete or not stop.interrupted else INTERRUPTED)
+
+
+def listen() -> StopRequest:
+    stop = stop_request().listen(SIGNALS)
+    stop.how_to_go_on = "the same command goes on from there"
+    if not World.scheduler_job():  # whose job goes on by itself
+        stop.how_to_go_on += f": {command_line()}"
+    stop.farewell = f"interrupted: nothing was saved now; {stop.how_to_go_on.replace(' from there', '')}"
+    return stop
+
+
+def unscored(config: TrainConfig, run_dir: RunDir) -> str:
+    """Words about checkpoints of a complete run that its inline evaluation has left."""
+    with suppress(LPLError):
+        protocol = inline_protocol(config)
+        if protocol is not None and (steps := run_dir.pending_evaluations(protocol.name)):
+            command = f"lpl-pretrain evaluate {run_dir.path} {config.inline_evaluation}"
+            return f"; steps {', '.join(map(str, steps))} have no score: `{command}` scores them"
+    return ""
+
+
+@contextmanager
+def begun(
+    config: TrainConfig, run_dir: RunDir, world: World, data: DataFolders, device: str, *, new: bool
+) -> Iterator[Callable[[int], None]]:
+    """Communicates.  Writes what a start leaves in the run's folder; gives what is to be called when steps begin.
+
+    A start that is refused before that leaves what it found; `new`: the folder was not there.
+    """
+    from lpl_pretrain.runtime.dist import hosts_of_ranks
+    from lpl_pretrain.trainer import provenance
+
+    hosts, steps_begin = hosts_of_ranks(), False
+    before = run_dir.config.read_bytes() if run_dir.config.is_file() else None
+    changes = changed(config, run_dir)
+
+    def begin(first_step: int) -> None:
+        nonlocal steps_begin
+        steps_begin = True
+        if world.rank == 0:
+            facts = provenance.describe(config, data.merged, step=first_step, hosts=hosts, device=device, changes=changes)
+            provenance.append(run_dir.provenance, facts)
+
+    try:
+        if world.rank == 0:
+            write(run_dir.config, dump(config).encode())
+        yield begin
+    except (LPLError, Interrupted):
+        if world.rank == 0 and not steps_begin:
+            take_back(run_dir, new, before)
+        raise
+
+
+def changed(config: TrainConfig, run_dir: RunDir) -> dict[str, Any]:
+    """Keys that are not as in the start before; nothing where there was none."""
+    with suppress(ConfigError):  # one that never made a step, and cannot be read
+        return differences(load_run_config(run_dir), config) if run_dir.config.is_file() else {}
+    return {}
+
+
+def take_back(run_dir: RunDir, new: bool, config: bytes | None) -> None:
+    """All but the lease, which is still held."""
+    if new:
+        for path in run_dir.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != run_dir.live:
+                path.unlink(missing_ok=True)
+    elif config is None:
+        run_dir.config.unlink(missing_ok=True)
+    else:
+        write(run_dir.config, config)
+
+
+def write(path: Path, content: bytes) -> None:
+    with published(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def accepted(config: TrainConfig, run_dir: RunDir, world: World) -> tuple[DataFolders, EvaluateConfig | None]:
@@ -82,29 +165,39 @@ def accepted(config: TrainConfig, run_dir: RunDir, world: World) -> tuple[DataFo
     return data, inline_protocol(config)
 
 
-def hold(run_dir: RunDir, world: World) -> Lease | None:
+@contextmanager
+def hold(run_dir: RunDir, world: World, missing: Sequence[Path] = ()) -> Iterator[Lease | None]:
     """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.  Raises CheckpointError.
 
-    A process that has lost it ends.
+    A process that has lost it ends.  Folders that were `missing`, and are empty in the end, are removed.
     """
     from lpl_pretrain.runtime.dist import first_over_ranks
 
-    if world.rank:
-        lease, trouble = None, None
-    else:
-        lease = Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir))
-        trouble = None
-        try:
-            if not lease.take():
-                trouble = (
-                    f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give this one "
-                    f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
-                )
-        except CheckpointError as error:
-            trouble = str(error)
-    if (trouble := first_over_ranks(trouble)) is not None:
-        raise CheckpointError(trouble)
-    return lease
+    lease = Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir)) if world.rank == 0 else None
+    try:
+        trouble = None if lease is None else taken_by_another(lease, run_dir)
+        if (trouble := first_over_ranks(trouble)) is not None:
+            raise CheckpointError(trouble)
+        yield lease
+    finally:
+        if lease is not None:
+            lease.release()
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+
+
+def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
+    """Takes the lease; says why that cannot be."""
+    try:
+        if lease.take():
+            return None
+    except CheckpointError as error:
+        return str(error)
+    return (
+        f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give this one "
+        f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
+    )
 
 
 def give_way(run_dir: RunDir) -> NoReturn:

@@ -10,6 +10,7 @@ runs/<name>/  config.yaml  provenance.json  preflight.json  metrics.jsonl  repor
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,24 @@ class RunDir:
             raise CheckpointError(f"{self.checkpoint(step)}: not a complete checkpoint; complete steps: {steps}")
         return step
 
+    def has_logged_steps(self) -> bool:
+        """metrics.jsonl holds an update, and not events alone."""
+        if not self.metrics.is_file():
+            return False
+        with self.metrics.open(errors="replace") as file:
+            return any(_is_step(line) for line in file)
+
     def pending_evaluations(self, protocol: str) -> list[int]:
         """Complete checkpoints without a sound score by `protocol`, ascending."""
         return [step for step in self.complete_checkpoints() if not is_scored(self.evaluation(step, protocol))]
+
+
+def _is_step(line: str) -> bool:
+    try:
+        found = json.loads(line)
+    except ValueError:  # cut by a kill
+        return False
+    return isinstance(found, dict) and "step" in found and "event" not in found
 
 
 def _complete(parent: Path) -> list[int]:

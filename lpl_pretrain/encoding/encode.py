@@ -36,6 +36,7 @@ from lpl_pretrain.encoding.writer import PartWriter, Superseded, record_path
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.log import log, progress
+from lpl_pretrain.runtime.preempt import leaves_traces
 from lpl_pretrain.runtime.world import World
 
 DECODE_THREADS = min(16, os.cpu_count() or 1)
@@ -164,6 +165,7 @@ class PartEncoder:
     def run(self, parts: list[Part]) -> None:
         """One pass over all parts, so that decoding never waits for a part to end."""
         total = None if any(part.samples is None for part in parts) else sum(part.samples or 0 for part in parts)
+        leaves_traces()
         with tempfile.TemporaryDirectory(prefix="lpl-encode-") as scratch:
             decoded = map_ahead(
                 self._decode,

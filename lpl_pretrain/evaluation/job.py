@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -38,7 +38,7 @@ from lpl_pretrain.evaluation.load import TrainedRun, open_run
 from lpl_pretrain.evaluation.reference import Reference, open_reference
 from lpl_pretrain.evaluation.scores import over_seeds, scores
 from lpl_pretrain.evaluation.spool import Spool
-from lpl_pretrain.runtime.dist import barrier, broadcast_json, first_over_ranks
+from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.world import World
@@ -58,12 +58,14 @@ def evaluate(
     *,
     again: bool = True,
     passed_over: dict[int, str] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Collective. Scores every complete checkpoint that has no score by this protocol, or `steps`, `again` if they have one.
 
     Yields each record when it is written; a step that another evaluator works on is left to it.  Raises ConfigError,
     CheckpointError or DataError before anything is generated.  A checkpoint that is damaged or gone is refused when it is one
-    of `steps`; otherwise it is named in the log and in `passed_over`, by step, and the others are scored.
+    of `steps`; otherwise it is named in the log and in `passed_over`, by step, and the others are scored.  Ends early when
+    `stopping` on a rank.
     """
     passed_over = {} if passed_over is None else passed_over
     world = world or World()
@@ -81,27 +83,39 @@ def evaluate(
     run, extractors = open_run(run_dir, device, protocol.guide), [load_extractor(entry, device) for entry in protocol.extractors]
     check_enough(protocol, extractors)
     reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
-    job = Job(run, protocol, extractors, reference, world)
-    for step in wanted:
-        try:
-            record = job.score(step, again=again and steps is not None)
-        except CheckpointError as error:
-            if steps is not None:
-                raise
-            passed_over[step] = str(error)
-            log.warning("step %d is not scored: %s", step, error)
-            continue
-        if record is not None:
-            yield record
+    job = Job(run, protocol, extractors, reference, world, stopping)
+    with suppress(Stopped):
+        for step in wanted:
+            try:
+                record = job.score(step, again=again and steps is not None)
+            except CheckpointError as error:
+                if steps is not None:
+                    raise
+                passed_over[step] = str(error)
+                log.warning("step %d is not scored: %s", step, error)
+                continue
+            if record is not None:
+                yield record
+
+
+class Stopped(Exception):
+    """On all ranks: what was generated until then is kept."""
 
 
 class Job:
     """Everything that the scores of a run by a protocol have in common."""
 
     def __init__(
-        self, run: TrainedRun, protocol: EvaluateConfig, extractors: list[Extractor], reference: Reference, world: World
+        self,
+        run: TrainedRun,
+        protocol: EvaluateConfig,
+        extractors: list[Extractor],
+        reference: Reference,
+        world: World,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.run, self.protocol, self.extractors, self.reference, self.world = run, protocol, extractors, reference, world
+        self.stopping = stopping
 
     def score(self, step: int, *, again: bool) -> dict[str, Any] | None:
         """Collective. The record of one step, once it is written; None when that is not ours to do.
@@ -185,7 +199,8 @@ class Job:
                 ]
                 for seed, spool in enumerate(spools, start=protocol.seed):
                     made += self._generate(spool, seed, scale, f"step {step}, {weights}, guidance {scale:g}")
-                barrier()
+                if any_over_ranks(self.stopping())[0]:  # waits for all ranks
+                    raise Stopped
                 if self.world.rank != 0:
                     continue
                 shared = {"weights": weights, "guidance_scale": scale, "images": protocol.images}
@@ -210,6 +225,8 @@ class Job:
         missing = spool.missing(self.world.rank, self.world.world_size)
         with progress(sum(map(len, missing)), "img", desc) as bar:
             for batch in missing:
+                if self.stopping():
+                    break
                 pixels = self.run.generator.pixels(
                     batch, seed=seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
                 )

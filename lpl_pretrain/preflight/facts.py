@@ -21,6 +21,7 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.config.text import text_shape
 from lpl_pretrain.errors import LPLError
 from lpl_pretrain.runtime.code import fingerprint
+from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
 
 SIDE = 512
@@ -42,6 +43,8 @@ class Facts:
     refusal: str | None = None
     """Why this rank cannot begin, as far as it knows without torch."""
     run_dir_trouble: str | None = None
+    in_use: str | None = None
+    """By whom the run is trained now, as rank 0 finds."""
     free_gib: float | None = None
     """Where the run's folder is."""
     wanted_gib: float = 0.0
@@ -62,6 +65,7 @@ class Facts:
 def observe(config: TrainConfig, run_dir: RunDir, world: World, data: DataFolders | None, refusal: LPLError | None = None) -> Facts:
     """`data` is None where `refusal` says why."""
     free_gib, run_dir_trouble = probe_folder(run_dir)
+    in_use = run_in_use(run_dir, world) if world.rank == 0 and refusal is None else None
     shard, shard_trouble = (None, None) if data is None else probe_shard(data, world.local_rank)
     return Facts(
         rank=world.rank,
@@ -70,6 +74,7 @@ def observe(config: TrainConfig, run_dir: RunDir, world: World, data: DataFolder
         versions=versions(),
         refusal=None if refusal is None else _words(refusal),
         run_dir_trouble=run_dir_trouble,
+        in_use=in_use,
         free_gib=free_gib,
         wanted_gib=0.0 if data is None else checkpoints_gib(config, run_dir, data),
         shard=shard,
@@ -90,15 +95,22 @@ def versions() -> dict[str, str]:
 
 
 def probe_folder(run_dir: RunDir) -> tuple[float | None, str | None]:
-    """(free GiB, trouble): a file is written and is gone."""
+    """(free GiB, trouble): a file is written and is gone, where the folder is or will be made."""
+    path = run_dir.path.absolute()
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     try:
-        run_dir.path.mkdir(parents=True, exist_ok=True)
-        free_gib = shutil.disk_usage(run_dir.path).free / 2**30
-        with tempfile.TemporaryFile(dir=run_dir.path) as file:
+        free_gib = shutil.disk_usage(there).free / 2**30
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as problem:
         return (0.0, None) if problem.errno in FULL else (None, _words(problem))
     return free_gib, None
+
+
+def run_in_use(run_dir: RunDir, world: World) -> str | None:
+    """Words about the process that trains the run now; None when none does."""
+    holder = Lease(run_dir.live, job=world.scheduler_job()).other_holder()
+    return f"it is being trained by process {holder.get('pid')} on {holder.get('host')}" if holder else None
 
 
 def probe_shard(data: DataFolders, local_rank: int) -> tuple[str, str | None]:

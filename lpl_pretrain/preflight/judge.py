@@ -68,6 +68,7 @@ def judge(facts: Sequence[Facts], config: PreflightConfig) -> list[Finding]:
         *_odd("code", facts, lambda f: f.code[:12], "let all nodes see one copy of this package"),
         *_odd("versions", facts, versions, "install the same on all nodes"),
         *_lacking("run folder", facts, lambda f: f.run_dir_trouble, "to write in it", "mount it there, or set run_dir"),
+        *_lacking("run", facts, lambda f: f.in_use, "a run that nobody trains", "wait for its end", alike=lambda f: f.rank),
         *_lacking("disk", facts, room, "that much", "make room, keep fewer checkpoints, or set preflight.min_free_gib"),
         *_lacking("data", facts, lambda f: f.shard_trouble, "to read it", "mount it there", alike=lambda f: f.shard, of_all="none"),
         *_lacking("devices", facts, no_device, "one for each process", "start fewer processes on a node"),

@@ -27,6 +27,7 @@ from lpl_pretrain.preflight.links import all_reduce_mib_per_s, ring_mib_per_s
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.log import log, set_up_logging
+from lpl_pretrain.runtime.torchrun import record_error
 from lpl_pretrain.runtime.world import World
 
 
@@ -110,14 +111,18 @@ def act(circle: Circle, findings: Sequence[Finding]) -> None:
     """Communicates where training cannot begin: rank 0 is the last to go, because the store goes with it."""
     unfit = {finding.host for finding in findings if finding.fault == "node"}
     general = [finding for finding in findings if finding.fault == "run"]
+    file = circle.world.error_file()
+    here = [finding for finding in findings if finding.fault == "node" and finding.host == circle.host and file is not None]
     for finding in findings:
-        if circle.world.rank == 0 and finding.fault != "run":
+        if circle.world.rank == 0 and finding.fault != "run" and finding not in here:
             log.warning("preflight: %s%s", finding, "; this node is unfit" if finding.fault == "node" else "")
     if unfit or general:
         circle.gather("gone", True)
     if general:
         may_pass = all(finding.check == "disk" for finding in general)
         raise PreflightError("\n".join(map(str, general)), status=1 if may_pass else BAD_INPUT)
+    if file is not None and here:  # torchrun says it
+        record_error("\n".join(f"preflight: {finding}; this node is unfit" for finding in here), file)
     if unfit:
         dist.leave(UNFIT if circle.host in unfit else 0)
 

@@ -21,12 +21,14 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import scores
 from lpl_pretrain.report.charts import Chart, draw
 from lpl_pretrain.report.curves import training_charts
-from lpl_pretrain.report.record import RunRecord, read_run
+from lpl_pretrain.report.record import TAKEN_UP, RunRecord, read_run
 from lpl_pretrain.runtime.files import published
 
 TEMPLATE, STYLE_SHEET = "page.html", "page.css"
 MOST_GRIDS, MOST_LPL_PICTURES = 6, 4
 MOST_DIFF_CHARACTERS = 40_000
+IN_TABLE = ("step", "time_s", "config_changes")
+"""Keys of a start that its details do not repeat."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -92,7 +94,7 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     """(label, value, small print)."""
     last, wanted = last_step(record), record.settings.get("steps")
     speed = record.series("samples_per_s").values
-    found = [("steps", f"{last:,}", f"of {wanted:,}" if wanted else "")]
+    found = [("steps", f"{last:,}", f"of {wanted:,}" if wanted and wanted >= last else "")]
     if seen := record.series("samples_seen").values:
         found.append(("samples seen", number(seen[-1]), epochs(record, seen[-1])))
     if speed:
@@ -174,8 +176,11 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
 
 
 def provenance(record: RunRecord) -> dict[str, Any]:
-    """What provenance.json holds, sorted for reading; keys that this version does not know are shown as they are."""
-    rest = dict(record.provenance)
+    """What provenance.json holds, sorted for reading; keys that this version does not know are shown as they are.
+
+    All starts in a table, and the newest one in detail.
+    """
+    rest = {key: value for key, value in record.provenance.items() if key not in IN_TABLE}
     diff = str(rest.pop("git_diff", None) or "")
     argv = rest.pop("argv", None)
     return {
@@ -183,13 +188,34 @@ def provenance(record: RunRecord) -> dict[str, Any]:
         "versions": rest.pop("versions", None) or {},
         "diff": diff[:MOST_DIFF_CHARACTERS],
         "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
+        "starts": [start_row(start) for start in record.starts],
         "facts": {key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items()},
     }
 
 
+def start_row(start: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table; what an older version did not write is empty."""
+    hosts, changes, time_s = start.get("hosts"), start.get("config_changes"), start.get("time_s")
+    names = hosts if isinstance(hosts, list) else [start.get("host")]
+    changed = changes.items() if isinstance(changes, dict) else ()
+    return {
+        "step": start.get("step"),
+        "time_s": time_s if isinstance(time_s, (int, float)) else None,
+        "strategy": start.get("strategy"),
+        "world_size": start.get("world_size"),
+        "hosts": ", ".join(str(name) for name in names if name),
+        "code": str(start.get("code") or start.get("git_commit") or "")[:12],
+        "changes": "; ".join(f"{key}: {change_words(values)}" for key, values in changed),
+    }
+
+
+def change_words(values: Any) -> str:
+    return " → ".join(map(json.dumps, values)) if isinstance(values, list) else json.dumps(values)
+
+
 def interruptions(record: RunRecord) -> list[int]:
     """Steps that the charts mark."""
-    marked = ("stopped", "resumed", "spike")
+    marked = ("stopped", *TAKEN_UP, "spike")
     return sorted({event["step"] for event in record.events if event["event"] in marked})
 
 
@@ -209,8 +235,9 @@ def training_seconds(record: RunRecord) -> float:
 
 
 def sessions(record: RunRecord) -> str:
-    resumes = sum(event["event"] == "resumed" for event in record.events)
-    return "without interruption" if not resumes else "resumed once" if resumes == 1 else f"resumed {resumes} times"
+    if not record.resumes:
+        return "without interruption"
+    return "resumed once" if record.resumes == 1 else f"resumed {record.resumes} times"
 
 
 def epochs(record: RunRecord, seen: float) -> str:

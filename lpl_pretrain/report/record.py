@@ -1,8 +1,8 @@
 """What a run directory says, read for people: missing or damaged parts are named, never fatal.
 
-metrics.jsonl: after a resume or a rollback the steps beyond it are trained again, so what was logged
-beyond it before is dropped; of equal steps the last line counts.  A line cut by a kill is skipped and
-counted.
+metrics.jsonl: after a resume, a rollback, or a restart from step 0, the steps beyond it are trained again, so
+what was logged beyond it before is dropped; of equal steps the last line counts.  A line cut by a kill is
+skipped and counted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 import yaml
 
 from lpl_pretrain.config.rundir import RunDir
+
+TAKEN_UP = ("resumed", "restarted")
+"""Events after which training goes on from a checkpoint, or from step 0 because there was none."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,24 @@ class RunRecord:
     settings: dict[str, Any]
     """config.yaml as plain data; empty when it is missing."""
     config_text: str
-    provenance: dict[str, Any]
+    starts: list[dict[str, Any]]
+    """What provenance.json says of each start, the oldest first."""
     lines: list[dict[str, Any]]
     """Metric lines, ascending by step, one a step."""
     events: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     """Ascending by protocol name, then step."""
     problems: list[str]
+    resumes: int = 0
+    """Starts that went on from a checkpoint, or anew, and made steps."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Of the newest start; the uncommitted changes stand in the newest start in which they were not as in the one before."""
+        if not self.starts:
+            return {}
+        diffs = [start["git_diff"] for start in self.starts if "git_diff" in start]
+        return {"git_diff": diffs[-1] if diffs else None, **self.starts[-1]}
 
     def series(self, name: str) -> Series:
         found = [(line["step"], line[name]) for line in self.lines if isinstance(line.get(name), (int, float))]
@@ -62,9 +76,18 @@ class RunRecord:
 def read_run(run_dir: RunDir) -> RunRecord:
     problems: list[str] = []
     settings, config_text = read_config(run_dir.config, problems)
-    provenance = _read_json(run_dir.provenance, problems) if run_dir.provenance.is_file() else {}
-    lines, events = read_metrics(run_dir.metrics, problems)
-    return RunRecord(run_dir, settings, config_text, provenance, lines, events, read_evaluations(run_dir, problems), problems)
+    starts = read_starts(run_dir.provenance, problems)
+    lines, events, resumes = read_metrics(run_dir.metrics, problems)
+    evaluations = read_evaluations(run_dir, problems)
+    return RunRecord(run_dir, settings, config_text, starts, lines, events, evaluations, problems, resumes)
+
+
+def read_starts(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """An older version wrote one object, about the first start."""
+    found = _read_json(path, problems) if path.is_file() else []
+    if isinstance(found, dict):
+        return [found] if found else []
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
 
 
 def read_config(path: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
@@ -78,16 +101,22 @@ def read_config(path: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
     return settings if isinstance(settings, dict) else {}, text
 
 
-def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(metric lines, event lines)."""
+def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """(metric lines, event lines, how often training was taken up again and made steps)."""
     by_step: dict[int, dict[str, Any]] = {}
-    events, skipped = [], 0
+    events, skipped, resumes = [], 0, 0
+    taken_up: int | None = None
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         line = _parse_line(text)
         if line is None:
             skipped += 1
-        elif "event" in line:
+            continue
+        if taken_up is not None and line["step"] > taken_up:
+            resumes, taken_up = resumes + 1, None
+        if "event" in line:
             events.append(line)
+            if line["event"] in TAKEN_UP:
+                taken_up = line["step"]
             if (kept := last_kept(line)) is not None:
                 by_step = {step: metrics for step, metrics in by_step.items() if step <= kept}
         else:
@@ -97,19 +126,19 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
             f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped "
             "(a kill in the middle of a write leaves one)"
         )
-    return [by_step[step] for step in sorted(by_step)], events
+    return [by_step[step] for step in sorted(by_step)], events, resumes
 
 
 def last_kept(event: dict[str, Any]) -> int | None:
     """The step from which a resume or a rollback goes on; None for other events."""
-    step = event["step"] if event["event"] == "resumed" else event.get("to_step")
+    step = event["step"] if event["event"] in TAKEN_UP else event.get("to_step")
     return step if isinstance(step, int) else None
 
 
 def read_evaluations(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:
     records = []
     for path in sorted(run_dir.path.glob("evaluations/step_*/*.json")):
-        record = _read_json(path, problems)
+        record = found if isinstance(found := _read_json(path, problems), dict) else {}
         if {"step", "results", "protocol"} <= record.keys() and record["results"]:
             records.append(record)
         elif record:
@@ -125,10 +154,9 @@ def _parse_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+def _read_json(path: Path, problems: list[str]) -> Any:
     try:
-        value = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         problems.append(f"{path.name}: not valid JSON ({problem})")
         return {}
-    return value if isinstance(value, dict) else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -20,6 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from lpl_pretrain.runtime.device import keep_freed_memory
 from lpl_pretrain.runtime.world import World
+
+HOST_BYTES = 64
+"""The longest name of a machine on Linux."""
 
 
 def meet(world: World) -> dist.Store:
@@ -93,6 +97,13 @@ def rows_over_ranks(row: Tensor) -> Tensor:
     rows = torch.zeros(dist.get_world_size(), len(row), dtype=row.dtype, device=_device())
     rows[dist.get_rank()] = row
     return sum_over_ranks(rows).cpu()
+
+
+def hosts_of_ranks() -> list[str]:
+    """Communicates: the name of each rank's machine."""
+    name = socket.gethostname().encode()[:HOST_BYTES]
+    rows = rows_over_ranks(torch.tensor(list(name.ljust(HOST_BYTES, b"\0")), dtype=torch.int32))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
 
 
 def any_over_ranks(*values: bool) -> list[bool]:

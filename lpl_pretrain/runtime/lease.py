@@ -28,6 +28,7 @@ from pathlib import Path
 
 from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
 from lpl_pretrain.errors import CheckpointError, SaveError
+from lpl_pretrain.runtime.preempt import leaves_traces
 
 STALE_S = 120.0
 TOUCH_S = 15.0
@@ -64,8 +65,14 @@ class Lease:
         if not self.held:
             self.on_loss()
 
+    def other_holder(self) -> dict:
+        """Who holds it so that it cannot be taken now; {} when nobody does."""
+        holder = read_lease(self.path)
+        return {} if not holder or is_stale(self.path, self.stale_s) or self._is_dead(holder) else holder
+
     def take(self) -> bool:
         """Now, or not at all; once taken it stays so until this context is left.  Raises CheckpointError where it cannot be."""
+        leaves_traces()
         try:
             if self.path.is_dir() and not self.path.is_symlink():
                 raise CheckpointError(f"{self.path}: is a directory, wanted a lease file or nothing: remove it")

@@ -45,6 +45,15 @@ class World:
         """Where whoever started this process looks for its stacks (see launch/task.py)."""
         return Path(os.environ["LPL_STACKS_FILE"]) if "LPL_STACKS_FILE" in os.environ else None
 
+    @staticmethod
+    def error_file() -> Path | None:
+        """Where torchrun reads why this process failed; None where another program started it."""
+        return Path(found) if (found := os.environ.get("TORCHELASTIC_ERROR_FILE")) else None
+
+    @staticmethod
+    def by_torchrun() -> bool:
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
     def to_environment(self) -> None:
         """For engines that look there themselves (DeepSpeed wants LOCAL_RANK even on one process)."""
         os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.local_rank), WORLD_SIZE=str(self.world_size))

@@ -46,17 +46,19 @@ def train(
     stop: StopRequest,
     score: Score | None = None,
     fence: Callable[[], None] = lambda: None,
+    begin: Callable[[int], None] = lambda first_step: None,
 ) -> bool:
     """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run is complete.
 
     `score` is called after every published checkpoint, and training waits for it.  `fence` does not return where the run is
-    another process's by now; it is called before writing to what the two would share.
+    another process's by now; it is called before writing to what the two would share.  `begin` is called when steps begin.
     """
     run = assemble(config, run_dir, world, device, fence)
     sinks = Sinks(run_dir, config, world.rank, fence)
     watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         start = Start(restore(run, sinks))
+        begin(start.step)
         while isinstance(ended := loop(run, sinks, watchdog, start, stop, score), Start):
             start = ended
         return ended
@@ -69,6 +71,8 @@ def restore(run: Run, sinks: Sinks) -> int:
     """Collective. Loads the newest complete checkpoint, if there is one; returns the number of updates it holds."""
     state = run.checkpoints.restore_latest(run.strategy, run.ema)
     if state is None:
+        if sinks.begun_before:
+            sinks.event("restarted", 0, world_size=run.world.world_size)
         return 0
     seen, now = state["stream"], run.stream.index.fingerprint
     if changed := changed_contents(seen, run.stream.index):
@@ -123,6 +127,7 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopReq
             if bar is not None and means:
                 bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
         stopping, writing = any_over_ranks(bool(stop), run.checkpoints.busy)
+        stop.finishes_step = True  # from here on Ctrl-C waits for it
         with clock.phase("checkpoint"):
             if not writing:
                 run.checkpoints.advance()
@@ -136,8 +141,11 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopReq
             bar.update(1)
         if stopping and done < config.steps:
             batches.close()
-            sinks.event("stopped", done, signal=stop.signal_name)
-            log.info("%s: stopped after step %d of %d; the same command goes on from there", stop.signal_name, done, config.steps)
+            if bar is not None:
+                bar.close()
+            signal = stop.signal_name or "signal to another rank"
+            sinks.event("stopped", done, signal=signal)
+            log.info("%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.how_to_go_on)
             return False
     if bar is not None:
         bar.close()

@@ -1,4 +1,8 @@
-"""Where a run came from: code, versions, command, machine, data; written once, when the run starts."""
+"""Where a run came from: provenance.json lists its starts, each with code, versions, command, machines and data.
+
+A start is listed once it makes steps.  The file is replaced as a whole, by the process that holds the run's lease, so no kill
+leaves part of it.  Older versions wrote one object, about the first start: it stays as the first entry.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,40 @@ import json
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.dataset import DatasetIndex
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.runtime.code import fingerprint
+from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.log import log
 
 PACKAGES = ("lpl-pretrain", "torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy")
+DIFF = "git_diff"
+"""Key that an entry lacks where its value is that of the entry before."""
 
 
-def describe(index: DatasetIndex, world_size: int, device: str) -> dict[str, Any]:
+def describe(
+    config: TrainConfig, index: DatasetIndex, *, step: int, hosts: Sequence[str], device: str, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """A start: `step` updates were made before it; `hosts` has one name a rank; `changes` in the configuration since the last."""
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": _git("diff", "HEAD"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "argv": sys.argv,
-        "world_size": world_size,
+        "time_s": time.time(),
+        "step": step,
+        "world_size": len(hosts),
+        "strategy": config.parallel.strategy.value,
         "device": device,
-        "host": platform.node(),
+        "hosts": list(dict.fromkeys(hosts)),
+        "config_changes": changes,
+        "argv": sys.argv,
+        "code": fingerprint(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        DIFF: _git("diff", "HEAD"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "data_fingerprint": index.fingerprint,
         "data_samples": index.samples,
@@ -31,9 +51,22 @@ def describe(index: DatasetIndex, world_size: int, device: str) -> dict[str, Any
     }
 
 
-def write_once(path: Path, facts: dict[str, Any]) -> None:
-    if not path.exists():
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+def append(path: Path, start: dict[str, Any]) -> None:
+    """What cannot be read is kept under another name."""
+    starts: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+            starts = [found] if isinstance(found, dict) else [entry for entry in found if isinstance(entry, dict)]
+        except (ValueError, TypeError) as problem:
+            aside = path.with_name(f"{path.stem}.unreadable.{int(time.time())}.json")
+            path.rename(aside)
+            log.warning("%s: not a list of starts (%s): kept as %s", path, problem, aside.name)
+    diffs = [entry[DIFF] for entry in starts if DIFF in entry]
+    if diffs and diffs[-1] == start[DIFF]:
+        start = {key: value for key, value in start.items() if key != DIFF}
+    with published(path) as temporary:
+        temporary.write_text(json.dumps([*starts, start], indent=2) + "\n")
 
 
 def _git(*arguments: str) -> str | None:

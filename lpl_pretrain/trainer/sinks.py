@@ -24,6 +24,7 @@ class Sinks:
         """`fence` does not return where the run is another process's by now."""
         self.fence = fence
         self.file = self.mirror = None
+        self.begun_before = run_dir.has_logged_steps()
         if rank != 0:
             return
         self.file = run_dir.metrics.open("a", buffering=1)
