@@ -12,12 +12,15 @@ from launch.folder import JobFolder
 from launch.order import Order
 from launch.place import Scorer, as_given, on_cluster, place, place_again, place_array, place_array_again, place_encoding
 from launch.profile import ClusterProfile
+from launch.script import check_folder, resolved
 from lpl_pretrain.cli.main import run, sampler_of
 from lpl_pretrain.cli.main import sample as SAMPLE
 from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 
+RUN = click.argument("run", callback=lambda _context, _argument, given: resolved(given, "RUN"))
 AT_MOST = click.option("--at-most", type=click.IntRange(min=1), default=1, show_default=True, help="Evaluation jobs at a time.")
 
 
@@ -69,10 +72,11 @@ def train(
             check_sampler(run.settings.diffusion.prediction, scorer.settings.sampler)
     begun: list[str | None] = [None]
     if sweeps:
-        orders = [Order("train", run.argv, run.run_dir, nodes) for run in runs]
+        orders = [Order("train", run.argv, run.run_dir, nodes, config=dump(run.settings)) for run in runs]
         begun = [f"after:{job}" for job in place_array(orders, profile, sweep_at_most, shown="" if dry_run else None)]
     else:
-        place("train", runs[0].argv, runs[0].run_dir, nodes, profile, dump(runs[0].settings) if dry_run else None)
+        order = Order("train", runs[0].argv, runs[0].run_dir, nodes, config=dump(runs[0].settings))
+        place(order, profile, order.config if dry_run else None)
     for run, after in zip(runs, begun, strict=True):
         if scorer is not None:
             scorer.place(run.run_dir, after=after, dry_run=dry_run)
@@ -87,18 +91,21 @@ def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, ch
     from lpl_pretrain.config.encode import EncodeConfig
 
     profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, config, overrides)
-    place_encoding(config, Path(settings.output).resolve(), nodes, profile, dump(settings) if dry_run else None, *overrides)
+    output = resolved(settings.output, "output")
+    text = dump(settings.model_copy(update={"output": str(output)}))
+    given = [*overrides, as_override("output", str(output))]
+    place_encoding(config, output, nodes, profile, text if dry_run else None, *given, resolved=text)
 
 
 @commands.command()
-@click.argument("run")
+@RUN
 @click.argument("protocol")
 @click.argument("overrides", nargs=-1)
 @click.option("--watch", "watching", is_flag=True, help="A job for every checkpoint, as it comes, until training has ended.")
 @AT_MOST
 @on_cluster
 def evaluate(
-    run: str,
+    run: Path,
     protocol: str,
     overrides: tuple[str, ...],
     watching: bool,
@@ -109,22 +116,23 @@ def evaluate(
     dry_run: bool,
 ) -> None:
     """Score the checkpoints of RUN as PROTOCOL says: those that have no score yet, in one job, or each in its own as they come."""
-    scorer, run_dir = Scorer(protocol, overrides, cluster, changes, at_most, nodes), Path(run).resolve()
+    scorer, run_dir = Scorer(protocol, overrides, cluster, changes, at_most, nodes), run
     if watching:
         scorer.place(run_dir, dry_run=dry_run)
         return
     argv = ["evaluate", str(run_dir), *scorer.argv]
-    place("evaluate", argv, run_dir, nodes, scorer.profile, dump(scorer.settings) if dry_run else None)
+    order = Order("evaluate", argv, run_dir, nodes, config=dump(scorer.settings))
+    place(order, scorer.profile, order.config if dry_run else None)
 
 
 @commands.command()
-@click.argument("run")
+@RUN
 @click.argument("protocol")
 @click.argument("overrides", nargs=-1)
 @AT_MOST
 @on_cluster
 def watch(
-    run: str,
+    run: Path,
     protocol: str,
     overrides: tuple[str, ...],
     at_most: int,
@@ -134,7 +142,7 @@ def watch(
     dry_run: bool,
 ) -> None:
     """What `evaluate --watch` submits: submit evaluation jobs from this terminal, where jobs may not submit others."""
-    Scorer(protocol, overrides, cluster, changes, at_most, nodes).watch(Path(run).resolve())
+    Scorer(protocol, overrides, cluster, changes, at_most, nodes).watch(run)
 
 
 @commands.command()
@@ -158,17 +166,23 @@ def pipeline(
     from lpl_pretrain.config.schema import TrainConfig
 
     profile, source = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, encoding, ())
-    latents = Path(source.output).resolve()
-    given = [*overrides, f"data.folder={latents}"]
+    latents = resolved(source.output, "output")
+    text = dump(source.model_copy(update={"output": str(latents)}))
+    output = as_override("output", str(latents))
+    given = [*overrides, as_override("data.folder", str(latents))]
     settings = load_config(TrainConfig, training, given)
-    run_dir = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+    run_dir = resolved(settings.run_dir or f"runs/{settings.name}", "run_dir")
+    settings = settings.model_copy(update={"run_dir": str(run_dir)})
     scorer = None if protocol is None else Scorer(protocol, (), cluster, changes)
-    shown = dump(settings) if dry_run else None
-    first = place_encoding(encoding, latents, nodes, profile, dump(source) if dry_run else None, f"output={latents}")
-    check = ["encode", str(Path(encoding).resolve()), f"output={latents}", "--verify"]
-    checked = place("encode", check, latents, 1, profile.of_one_process(), shown, after=f"afterok:{first}", part="verify")
-    train = ["train", str(Path(training).resolve()), *given, f"run_dir={run_dir}"]
-    place("train", train, run_dir, nodes, profile, shown, after=f"afterok:{checked}")
+    for folder in (latents, run_dir):  # before the first part is submitted
+        check_folder(folder)
+    first = place_encoding(encoding, latents, nodes, profile, text if dry_run else None, output, resolved=text)
+    argv = ["encode", str(Path(encoding).resolve()), output, "--verify"]
+    check = Order("encode", argv, latents, 1, f"afterok:{first}", "verify", config=text)
+    checked = place(check, profile.of_one_process(), text if dry_run else None)
+    argv = ["train", str(Path(training).resolve()), *given, as_override("run_dir", str(run_dir))]
+    train = Order("train", argv, run_dir, nodes, f"afterok:{checked}", config=dump(settings))
+    place(train, profile, train.config if dry_run else None)
     if scorer is not None:
         scorer.place(run_dir, after=f"afterok:{checked}", dry_run=dry_run)
 
@@ -180,52 +194,52 @@ def sample(context: click.Context, run: str, cluster: str, changes: tuple[str, .
     """Draw pictures from the EMA weights of RUN, as one process: the options of `lpl-pretrain sample`."""
     from lpl_pretrain.cli.sample import check
 
-    profile, run_dir = load_config(ClusterProfile, cluster, changes), Path(run).resolve()
+    profile, run_dir = load_config(ClusterProfile, cluster, changes), resolved(run, "RUN")
     asked = {name: options[name] for name in ("step", "images", "guide", "guide_step", "text_encoders")}
     _, sampler, *_ = check(RunDir(run_dir), sampler=sampler_of(options), **asked)
     argv = ["sample", str(run_dir), *as_given(context, SAMPLE)]
     alone = profile.model_copy(update={"processes_per_node": 1, "gpus_per_node": min(1, profile.gpus_per_node)})
-    place("sample", argv, run_dir, 1, alone, dump(sampler) if dry_run else None)
+    place(Order("sample", argv, run_dir, 1), alone, dump(sampler) if dry_run else None)
 
 
 @commands.command()
-@click.argument("run")
-def status(run: str) -> None:
+@RUN
+def status(run: Path) -> None:
     """What the job of RUN is doing, as far as its files and the scheduler tell.  Of a sweep or an encoding, a line for each job."""
     from launch.status import report
 
-    click.echo(report(Path(run).resolve()))
+    click.echo(report(run))
 
 
 @commands.command()
-@click.argument("run")
+@RUN
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines arrive, until the job is over.")
-def logs(run: str, follow: bool) -> None:
+def logs(run: Path, follow: bool) -> None:
     """The lines of all ranks, each with its rank, in the order in which they are found."""
     from launch.logs import merged
 
-    for line in merged(Path(run).resolve(), follow=follow):
+    for line in merged(run, follow=follow):
         click.echo(line)
 
 
 @commands.command()
-@click.argument("run")
-def cancel(run: str) -> None:
+@RUN
+def cancel(run: Path) -> None:
     """End the job of RUN after a checkpoint, for good; `resume` takes it up again.  Of a sweep or an encoding, all its jobs."""
     from launch.status import cancel as cancel_jobs
 
-    click.echo(cancel_jobs(Path(run).resolve()))
+    click.echo(cancel_jobs(run))
 
 
 @commands.command()
-@click.argument("run")
-def resume(run: str) -> None:
+@RUN
+def resume(run: Path) -> None:
     """Submit the newest job of RUN again, as it was, and what watches for its checkpoints.  Of a sweep, of all that ended early."""
     from launch.folder import launched
     from launch.status import states, unfinished
 
-    folder, found = Path(run).resolve(), launched(Path(run).resolve())
-    if found[0].read_facts()["kind"] == "encode":
+    folder, found = run, launched(run)
+    if found[0].read_facts().get("kind") == "encode":
         raise ConfigError(f"{folder}: holds latents: launch their `encode` again; what was finished is left alone")
     if len(found) == 1:
         place_again(found[0])

@@ -121,7 +121,7 @@ def main(folder: JobFolder, status: int) -> Decision:
         over=training_is_over(run_dir)
         if facts["kind"] == "train"
         else status == 0 and not any(found["stopped"] for found in exits),
-        cancelled=folder.cancelled.exists() or "JobState=CANCELLED" in shown,
+        cancelled=folder.cancelled.exists() or fields(shown).get("JobState") == "CANCELLED",
         timed_out=time_is_up(shown, profile.signal_s),
         steps=(before, complete[-1] if complete else 0),
         unfit=unfit_nodes(exits, run_dir),
@@ -172,7 +172,13 @@ def show_job(job: str) -> str:
 
 
 def fields(shown: str) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    """What `scontrol show job` says, by name.  The first of a name counts: paths, which may hold anything, come last."""
+    found: dict[str, str] = {}
+    for word in shown.split():
+        name, separator, value = word.partition("=")
+        if separator:
+            found.setdefault(name, value)
+    return found
 
 
 def time_is_up(shown: str, signal_s: int) -> bool:

@@ -13,15 +13,20 @@ from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 
+from launch.folder import JOB
 from launch.order import Order
 from launch.profile import ClusterProfile
+from launch.script import check_folder
 from launch.submit import begin, executor_of, refused, task_of
+from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.files import published
 
 
 def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None) -> list[str]:
     """The tasks' names; `orders` differ in runs or shares only.  Raises ConfigError with the scheduler's words when it refuses."""
-    facts, parent = begin(orders, profile, at_most=at_most), orders[0].array_dir / "launch"
+    parent = orders[0].array_dir / "launch"
+    array_script(orders, profile, at_most, parent / "array")  # refused before anything is written
+    facts = begin(orders, profile, at_most=at_most)
     parent.mkdir(parents=True, exist_ok=True, mode=0o750)
     links = Path(tempfile.mkdtemp(prefix="array_", dir=parent))
     for number, order in enumerate(orders):
@@ -31,7 +36,10 @@ def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int 
     sent = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
     if sent.returncode:
         raise refused(sent.stderr)
-    tasks = [f"{sent.stdout.strip().partition(';')[0]}_{number}" for number in range(len(orders))]
+    array = sent.stdout.strip().partition(";")[0]
+    if not JOB.fullmatch(array):
+        raise ConfigError(f"sbatch said {sent.stdout!r}, wanted the number of a job: look for it with `squeue --me`")
+    tasks = [f"{array}_{number}" for number in range(len(orders))]
     for order, task, known in zip(orders, tasks, facts, strict=True):
         with published(order.folder.path / f"{task}_submitted.pkl") as temporary:  # the task waits for it
             DelayedSubmission(task_of(order, profile)).dump(temporary)
@@ -42,6 +50,8 @@ def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int 
 
 def array_script(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, links: Path) -> str:
     """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to the folder of its order."""
+    for order in orders:
+        check_folder(order.folder.path)
     executor = executor_of(orders[0], profile, links)
     executor.update_parameters(array_parallelism=at_most or len(orders))
     executor.parameters["map_count"] = len(orders)

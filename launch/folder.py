@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from lpl_pretrain.runtime.files import published
 
 HUNG = 76
 """Exit status of a task whose child made no step for long and was killed."""
+ATTEMPT = {"job", "reason", "requeued"}
+"""What every line of attempts.jsonl has."""
 LOST = "left no word: lost with its node, or no room on the disk"
 EXIT = "exit_{job}_{attempt}_rank_{rank:05d}.json"
+JOB = re.compile(r"[0-9]+(_[0-9]+)?")
+"""A job as the scheduler names it, or a task of an array."""
 STACKS = re.compile(r"_rank_(\d+)_(.+)\.txt$")
 
 
@@ -41,6 +46,11 @@ class JobFolder:
         return self.path / "job.json"
 
     @property
+    def config(self) -> Path:
+        """The resolved configuration of the newest submission, which its job uses."""
+        return self.path / "config.yaml"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts.jsonl"
 
@@ -51,19 +61,47 @@ class JobFolder:
 
     @property
     def job(self) -> str | None:
-        """The newest; None where there is none, or the scheduler has not taken it."""
-        return self.read_facts()["job"] if self.facts.is_file() else None
+        """The newest; None where there is none, or the scheduler has not taken it.  Raises ConfigError.
+
+        Only a job's number is passed on to the scheduler's commands, which would take other text for options.
+        """
+        job = self.read_facts().get("job") if self.facts.is_file() else None
+        if job is not None and not (isinstance(job, str) and JOB.fullmatch(job)):
+            raise ConfigError(f"{self.facts}: job={job!r}: wanted the number of a job, such as 4711 or 4711_0: launch again")
+        return job
 
     def read_facts(self) -> dict[str, Any]:
-        return json.loads(self.facts.read_text())
+        """Raises ConfigError where the file is missing or damaged."""
+        try:
+            facts = json.loads(self.facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as problem:
+            raise ConfigError(f"{self.facts}: cannot be read ({problem}): launch the command again") from None
+        if not isinstance(facts, dict):
+            raise ConfigError(f"{self.facts}: holds a {type(facts).__name__}, wanted a JSON object: launch the command again")
+        return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         publish_json(self.facts, facts)
 
+    def write_config(self, text: str) -> None:
+        """Keep the configuration of a submission; "" for a command without one."""
+        if not text:
+            self.config.unlink(missing_ok=True)
+            return
+        with published(self.config) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
     def read_attempts(self) -> list[dict[str, Any]]:
+        """Without lines that are damaged, as a full disk leaves them."""
         if not self.attempts.is_file():
             return []
-        return [json.loads(line) for line in self.attempts.read_text().splitlines()]
+        found = []
+        for line in self.attempts.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                attempt = json.loads(line)
+                if isinstance(attempt, dict) and attempt.keys() >= ATTEMPT:
+                    found.append(attempt)
+        return found
 
     def note_attempt(self, attempt: dict[str, Any]) -> None:
         with self.attempts.open("a") as file:
@@ -132,7 +170,8 @@ def launched(folder: Path) -> list[JobFolder]:
     for only in (own, JobFolder(folder)):
         if only.facts.is_file():
             return [only]
-    encoding = sorted(folder.glob("launch/encode/*/job.json"), key=lambda facts: int(facts.parent.name))
+    numbered = [facts for facts in folder.glob("launch/encode/*/job.json") if facts.parent.name.isdecimal()]
+    encoding = sorted(numbered, key=lambda facts: int(facts.parent.name))
     found = sorted(folder.glob("*/launch/job.json")) or encoding
     if not found:
         raise ConfigError(f"{own.facts}: not there: nothing was launched for this run")

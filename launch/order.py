@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.folder import JobFolder
+
+CONFIG_AT = {"train": 1, "encode": 1, "evaluate": 2, "watch": 2}
+"""Where in a command the file stands that configures it; overrides follow, and then options."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,26 @@ class Order:
     """Tells work of one kind on one run from another's."""
     share: tuple[int, int] = (0, 1)
     """Which one it is of how many that do the work together, each as it comes."""
+    config: str = ""
+    """The configuration that `argv` means, resolved, as YAML; "" for a command without one."""
+    cwd: str = field(default_factory=os.getcwd)
+    """Where relative paths begin."""
 
     @property
     def module(self) -> str:
         return "launch" if self.kind == "watch" else "lpl_pretrain"
+
+    @property
+    def command(self) -> list[str]:
+        """What the job runs: `argv` on the configuration as it was at submission, which its folder keeps.
+
+        So the job means what was checked, whatever becomes of the files until it starts.
+        """
+        if not self.config:
+            return self.argv
+        at = CONFIG_AT[self.kind]
+        options = [word for word in self.argv[at + 1 :] if word.startswith("--")]
+        return [*self.argv[:at], str(self.folder.config), *options]
 
     @property
     def array_dir(self) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from click.core import ParameterSource
 from launch.folder import JobFolder
 from launch.order import Order
 from launch.profile import ClusterProfile
+from launch.record import JobRecord, read_order
+from launch.script import check_setup
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.protocol import EvaluateConfig
@@ -47,29 +48,19 @@ def as_given(context: click.Context, command: click.Command) -> list[str]:
     return words
 
 
-def place(
-    kind: str,
-    argv: list[str],
-    run_dir: Path,
-    nodes: int,
-    profile: ClusterProfile,
-    shown: str | None,
-    *,
-    after: str | None = None,
-    part: str = "",
-) -> str:
-    """Submits and gives the job's id, or shows what would be submitted."""
+def place(order: Order, profile: ClusterProfile, shown: str | None) -> str:
+    """Submits and gives the job's id, or shows what would be submitted, with the configuration `shown`."""
     from launch.submit import script, submit
 
-    order = Order(kind, argv, run_dir, nodes, after, part)
     if shown is not None:
-        command = f"python -m {order.module} {shlex.join(argv)}"
+        command = f"python -m {order.module} {shlex.join(order.argv)}"
         click.echo(f"{script(order, profile)}\n\n# The command of every process\n# {command}\n")
         click.echo(f"# Its configuration\n{shown}")
         return "ID"
-    job = submit(order, profile)
-    look = f"python -m launch status {run_dir}" if kind in ("train", "watch") else f"logs in {order.folder.path}"
-    click.echo(f"job {job}, {part or kind}: {nodes} nodes x {profile.processes_per_node} processes; {look}")
+    job, kind = submit(order, profile), order.kind
+    look = f"python -m launch status {shlex.quote(str(order.run_dir))}"
+    look = look if kind in ("train", "watch") else f"logs in {order.folder.path}"
+    click.echo(f"job {job}, {order.part or kind}: {order.nodes} nodes x {profile.processes_per_node} processes; {look}")
     return job
 
 
@@ -89,34 +80,43 @@ def place_array(
     for job, order in zip(jobs, orders, strict=True):
         click.echo(f"job {job}, {order.part or order.run_dir.name}")
     each = f"{nodes} nodes x {profile.processes_per_node} processes"
-    click.echo(f"{len(orders)} jobs, each {each}; python -m launch status {folder}")
+    click.echo(f"{len(orders)} jobs, each {each}; python -m launch status {shlex.quote(str(folder))}")
     return jobs
 
 
-def place_encoding(config: str, output: Path, nodes: int, profile: ClusterProfile, shown: str | None, *overrides: str) -> str:
-    """A job for each node, for they need not begin at once, and one that is preempted stops no other; gives the array's id."""
+def place_encoding(
+    config: str,
+    output: Path,
+    nodes: int,
+    profile: ClusterProfile,
+    shown: str | None,
+    *overrides: str,
+    resolved: str = "",
+) -> str:
+    """A job for each node, for they need not begin at once, and one that is preempted stops no other; gives the array's id.
+
+    `resolved`: the configuration that the jobs use, as YAML.
+    """
     argv = ["encode", str(Path(config).resolve()), *overrides]
-    orders = [Order("encode", argv, output, 1, part=f"encode/{n}", share=(n, nodes)) for n in range(nodes)]
+    orders = [Order("encode", argv, output, 1, part=f"encode/{n}", share=(n, nodes), config=resolved) for n in range(nodes)]
     return place_array(orders, profile, shown=shown)[0].partition("_")[0]
 
 
 def place_again(folder: JobFolder) -> None:
     """The newest job of a folder, as it was."""
-    facts = folder.read_facts()
-    part, profile = facts.get("part", ""), ClusterProfile.model_validate(facts["profile"])
-    place(facts["kind"], facts["argv"], Path(facts["run_dir"]), facts["nodes"], profile, None, part=part)
+    order, record = read_order(folder)
+    place(order, record.profile, None)
 
 
 def place_array_again(folders: Sequence[JobFolder]) -> None:
     """The newest jobs of runs of a sweep: an array of those that had asked for the same."""
-    alike: dict[str, list[Order]] = {}
+    alike: dict[str, tuple[JobRecord, list[Order]]] = {}
     for folder in folders:
-        facts = folder.read_facts()
-        shape = json.dumps([facts["profile"], facts["nodes"], facts.get("at_most")])
-        alike.setdefault(shape, []).append(Order(facts["kind"], facts["argv"], folder.run_dir, facts["nodes"]))
-    for shape, orders in alike.items():
-        profile, _, at_most = json.loads(shape)
-        place_array(orders, ClusterProfile.model_validate(profile), at_most)
+        order, record = read_order(folder)
+        shape = record.model_dump_json(include={"profile", "nodes", "at_most", "cwd"})
+        alike.setdefault(shape, (record, []))[1].append(order)
+    for record, orders in alike.values():
+        place_array(orders, record.profile, record.at_most)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,9 @@ class Scorer:
     def __post_init__(self) -> None:
         """Raises ConfigError for what could not run."""
         check_protocol(self.settings)
-        _ = self.profile
+        if self.settings.name == "launch":
+            raise ConfigError("name=launch: the folders of jobs are called so: give the protocol another name")
+        check_setup(self.profile.setup)
 
     @cached_property
     def settings(self) -> EvaluateConfig:
@@ -153,15 +155,17 @@ class Scorer:
         cluster = Path(self.cluster).resolve()
         options = [f"--cluster={cluster}", f"--at-most={self.at_most}", f"--nodes={self.nodes}"]
         argv = ["watch", str(run_dir), *self.argv, *options, *(f"--set={change}" for change in self.changes)]
-        shown, part = dump(self.settings) if dry_run else None, f"watch/{self.settings.name}"
         alone = self.profile.of_one_process().model_copy(update={"container": ()})  # where sbatch is
-        place("watch", argv, run_dir, 1, alone, shown, after=after, part=part)
+        part = f"watch/{self.settings.name}"
+        order = Order("watch", argv, run_dir, 1, after, part, config=dump(self.settings))
+        place(order, alone, order.config if dry_run else None)
 
     def watch(self, run_dir: Path) -> None:
         from launch.watch import Watch
 
         if shutil.which("squeue") is None:
             raise ConfigError("squeue: not on the PATH: watch from a node of the cluster, or use `lpl-pretrain evaluate --watch`")
-        watch = Watch(RunDir(run_dir), self.argv, self.settings.name, self.profile, self.nodes, self.at_most)
+        config = dump(self.settings)
+        watch = Watch(RunDir(run_dir), self.argv, self.settings.name, self.profile, self.nodes, self.at_most, config)
         left = watch.run()
         click.echo(f"training has ended; without a score: {left}" if left else "training has ended and everything is scored")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from launch.script import control_character
+from launch.secrets import looks_secret, secret_in_line, secret_in_words
 from lpl_pretrain.config.section import PathText, Section
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+
+def _one_line(text: str) -> str:
+    if (found := control_character(text, allowed="\t")) is not None:
+        raise ValueError(f"holds the control character {found!r}: write one line for each command, and plain values")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,@%&|*\[\]()=+-]+$")]
 """What a scheduler's option can be: no spaces, quotes or line ends."""
 
@@ -32,13 +40,13 @@ class ClusterProfile(Section):
     time_limit_min: PositiveInt = 1440
     signal_s: PositiveInt = 120
     """How long before the time limit, and before a preempted job is killed, its processes are told: time for a checkpoint."""
-    setup: tuple[str, ...] = ()
+    setup: tuple[Line, ...] = ()
     """Lines of shell before the job, such as `module load cuda`."""
-    container: tuple[PathText, ...] = ()
+    container: tuple[Line, ...] = ()
     """What a command is run by: [apptainer, exec, --nv, /images/lpl.sif]."""
     python: Optional[PathText] = None
     """Interpreter on the nodes; absent: the one that submits."""
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Line] = {}
     """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and belong into no file."""
     on_changed_code: Literal["warn", "refuse"] = "warn"
     """What a requeued job does when this package is not what it was at submission."""
@@ -63,14 +71,33 @@ class ClusterProfile(Section):
             }
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret(cls, raw: Any) -> Any:
+        """Asked first: what other refusals print is no secret then."""
+        raw = raw if isinstance(raw, dict) else {}
+        environment, setup, container = (raw.get(key) or () for key in ("environment", "setup", "container"))
+        if isinstance(environment, dict):
+            for name, value in environment.items():
+                if (reason := looks_secret(str(name), str(value))) is not None:
+                    raise ValueError(_refusal(f"environment.{name}", reason))
+        for line in [setup] if isinstance(setup, str) else setup:
+            if (found := secret_in_line(str(line))) is not None:
+                raise ValueError(_refusal(f"setup: {found[0]}", found[1]))
+        if (found := secret_in_words(map(str, container.split() if isinstance(container, str) else container))) is not None:
+            raise ValueError(_refusal(f"container: {found[0]}", found[1]))
+        return raw
+
     @model_validator(mode="after")
     def _one_process_for_each_accelerator(self) -> ClusterProfile:
         if self.gpus_per_node and self.processes_per_node != self.gpus_per_node:
             raise ValueError(
                 f"processes_per_node={self.processes_per_node} with gpus_per_node={self.gpus_per_node}: one process for each GPU"
             )
-        if secret := [name for name in self.environment if SECRET.search(name)]:
-            raise ValueError(f"environment.{secret[0]}: looks like a secret, which scripts would show: export it where you submit")
         if self.signal_s >= 60 * self.time_limit_min:
             raise ValueError(f"signal_s={self.signal_s} with time_limit_min={self.time_limit_min}: the signal comes before the job")
         return self
+
+
+def _refusal(what: str, reason: str) -> str:
+    return f"{what}: looks like a secret ({reason}), which scripts would show: export it where you submit"

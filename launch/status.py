@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import shutil
 import subprocess
 import time
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import JobFolder, launched
+from launch.record import read_record
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import MANIFEST, RunDir, step_name
 from lpl_pretrain.errors import ConfigError
 
+STRAGGLER = {"times", "measure", "rank", "host", "time_s"}
 RECENT_S = 1800.0
 """A rank that stays slow is called so every 10 minutes."""
 
@@ -32,7 +36,8 @@ def table(folders: Sequence[JobFolder]) -> str:
     for folder, state in zip(folders, states(folders), strict=True):
         job, last = folder.job, last_line(RunDir(folder.run_dir).metrics) or {}
         mine = folder.history(job)
-        step, rate = (f"{last[key]:{form}}" if key in last else "-" for key, form in (("step", ","), ("samples_per_s", ".1f")))
+        wanted = (("step", ","), ("samples_per_s", ".1f"))
+        step, rate = (f"{last[key]:{form}}" if is_number(last.get(key)) else "-" for key, form in wanted)
         restarts, reason = sum(attempt["requeued"] for attempt in mine), mine[-1]["reason"] if mine else "-"
         rows.append((folder.name, job or "-", state or "-", step, rate, str(restarts), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -41,13 +46,17 @@ def table(folders: Sequence[JobFolder]) -> str:
 
 def one(folder: JobFolder) -> str:
     run_dir = RunDir(folder.run_dir)
-    facts = folder.read_facts()
-    mine = folder.history(facts["job"])
+    record = read_record(folder)
+    mine = folder.history(record.job)
     state = states([folder])[0] or "not with the scheduler"
-    lines = [f"job         {facts['job']}: {state}; {facts['nodes']} nodes", f"command     lpl-pretrain {' '.join(facts['argv'])}"]
+    lines = [
+        f"job         {record.job}: {state}; {record.nodes} nodes",
+        f"command     lpl-pretrain {printable(shlex.join(record.argv))}",
+    ]
     if last := last_line(run_dir.metrics):
-        rate = f", {last['samples_per_s']:.1f} samples/s" if "samples_per_s" in last else ""
-        lines.append(f"step        {last['step']:,}{rate}, {age(last['time_s'])} ago")
+        rate = f", {last['samples_per_s']:.1f} samples/s" if is_number(last.get("samples_per_s")) else ""
+        written = f", {age(last['time_s'])} ago" if is_number(last.get("time_s")) else ""
+        lines.append(f"step        {last['step']:,}{rate}{written}")
     if complete := run_dir.complete_checkpoints():
         written = (run_dir.checkpoint(complete[-1]) / MANIFEST).stat().st_mtime
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
@@ -56,7 +65,7 @@ def one(folder: JobFolder) -> str:
         lines.append(f"straggler   rank {slow['rank']} on {slow['host']}: {what}, {age(slow['time_s'])} ago")
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
     lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
-    if excluded := facts["profile"]["exclude"]:
+    if excluded := record.profile.exclude:
         lines.append(f"excluded    {', '.join(excluded)}")
     return "\n".join([*lines, *scores(run_dir)])
 
@@ -149,19 +158,33 @@ def open_folder(run: Path) -> JobFolder:
 
 def last_line(metrics: Path) -> dict[str, Any] | None:
     """Of what was logged; events are no such line."""
-    return next((line for line in newest_first(metrics) if "event" not in line), None)
+    lines = (line for line in newest_first(metrics) if "event" not in line)
+    return next((line for line in lines if isinstance(line.get("step"), int)), None)
 
 
 def last_straggler(metrics: Path) -> dict[str, Any] | None:
     """The newest that was called slow in the last RECENT_S."""
-    recent = takewhile(lambda line: line["time_s"] > time.time() - RECENT_S, newest_first(metrics))
-    return next((line for line in recent if line.get("event") == "straggler"), None)
+    since = time.time() - RECENT_S
+    recent = takewhile(lambda line: is_number(line.get("time_s")) and line["time_s"] > since, newest_first(metrics))
+    return next((line for line in recent if line.get("event") == "straggler" and line.keys() >= STRAGGLER), None)
 
 
 def newest_first(metrics: Path) -> Iterator[dict[str, Any]]:
-    for line in reversed(metrics.read_text().splitlines() if metrics.is_file() else []):
-        with suppress(ValueError):  # torn by a kill
-            yield json.loads(line)
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    for written in reversed(text.splitlines()):
+        with suppress(ValueError, RecursionError):  # torn by a kill
+            line = json.loads(written)
+            if isinstance(line, dict):
+                yield line
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def printable(text: str) -> str:
+    """For a terminal, which characters of a command must not control."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def age(then_s: float) -> str:

@@ -20,6 +20,7 @@ import submitit
 
 from launch.order import Order
 from launch.profile import ClusterProfile
+from launch.script import check_folder, check_script, check_setup
 from launch.status import states
 from launch.task import Task
 from lpl_pretrain import __version__
@@ -35,9 +36,15 @@ class Executor(submitit.SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        """Raises ConfigError rather than write a line that is not ours."""
+        text = super()._make_submission_file_text(command, uid)
+        return check_script(text, {*self.parameters["setup"], *self.parameters["teardown"]})
+
 
 def submit(order: Order, profile: ClusterProfile) -> str:
     """The job's id.  Raises ConfigError with the scheduler's own words when it refuses."""
+    script(order, profile)  # refused before anything is written
     (facts,) = begin([order], profile)
     try:
         job = executor_of(order, profile).submit(task_of(order, profile))
@@ -66,12 +73,14 @@ def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list
                 f"{folder.path}: cannot be made from here: {problem}: submit where the folder of runs is mounted, or set run_dir"
             ) from None
         folder.cancelled.unlink(missing_ok=True)
+        folder.write_config(order.config)
         complete = RunDir(order.run_dir).complete_checkpoints()
         facts: dict[str, Any] = {
             "kind": order.kind,
             "part": order.part,
             "argv": order.argv,
             "run_dir": str(order.run_dir),
+            "cwd": order.cwd,
             "nodes": order.nodes,
             "profile": profile.model_dump(mode="json"),
             "version": __version__,
@@ -92,7 +101,7 @@ def script(order: Order, profile: ClusterProfile) -> str:
 
 def task_of(order: Order, profile: ClusterProfile) -> Task:
     return Task(
-        order.argv,
+        order.command,
         str(order.folder.path),
         list(profile.container),
         fingerprint(),
@@ -100,17 +109,23 @@ def task_of(order: Order, profile: ClusterProfile) -> Task:
         order.module,
         patient=profile.on_hang == "wait" or order.kind != "train",
         share=order.share,
+        cwd=order.cwd,
     )
 
 
 def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None) -> submitit.SlurmExecutor:
-    """Nothing user-given reaches the script unquoted.  `links`: of an array, lead to the folders of its tasks."""
+    """Nothing user-given reaches the script unquoted.  `links`: of an array, lead to the folders of its tasks.
+
+    Raises ConfigError for what could not stand in a script.
+    """
     python, folder = shlex.quote(profile.python or sys.executable), order.folder.path
+    check_folder(folder)
+    check_setup(profile.setup)
     executor = Executor(folder=folder if links is None else links / "%a", python=python)
     here = shlex.quote(str(folder)) if links is None else f'{shlex.quote(str(links))}/"$SLURM_ARRAY_TASK_ID"'
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     exports.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    more: dict[str, Any] = {"requeue": True}
+    more: dict[str, Any] = {"requeue": True, "chdir": order.cwd}
     if order.after is not None:
         more |= {"dependency": order.after, "kill-on-invalid-dep": "yes"}
     if profile.memory_gib_per_node is not None:

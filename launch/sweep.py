@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.folder import JobFolder
+from launch.script import resolved
 from lpl_pretrain.cli.train import accepted
 from lpl_pretrain.config.load import load_config
+from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, LPLError
@@ -37,8 +39,9 @@ def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], rank
     for changes in combinations(sweeps):
         try:
             settings = load_config(TrainConfig, config, [*overrides, *changes])
-            folder = Path(settings.run_dir or f"runs/{settings.name}").resolve()
+            folder = resolved(settings.run_dir or f"runs/{settings.name}", "run_dir")
             run_dir = folder / name_of(changes)
+            settings = settings.model_copy(update={"run_dir": str(run_dir)})
             keep_apart(folder, bool(sweeps))
             accepted(settings, RunDir(run_dir), World(world_size=ranks))
         except LPLError as problem:
@@ -46,7 +49,8 @@ def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], rank
                 raise
             problems.append(f"{name_of(changes)}: {problem}")
             continue
-        argv = ["train", str(Path(config).resolve()), *overrides, *changes, f"run_dir={run_dir}"]
+        place = as_override("run_dir", str(run_dir))
+        argv = ["train", str(Path(config).resolve()), *overrides, *changes, place]
         found.append(Training(run_dir, argv, settings))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -87,18 +91,27 @@ def axis(sweep: str) -> list[str]:
 
 
 def split(text: str) -> list[str]:
-    """At the commas that are outside of brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
+    """At the commas that are outside of brackets and quotes.  Raises ConfigError where one of these is left open.
+
+    As in YAML, a quote opens at the beginning of a value only: `it's` has none.
+    """
+    parts, depth, quote, escaped = [""], 0, "", False
     for character in text:
+        begins = parts[-1].rstrip()[-1:] in ("", "[", "{", ",", ":")
         if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
+            closes = character == quote and not escaped
+            escaped = quote == '"' and character == "\\" and not escaped
+            quote = "" if closes else quote
+        elif character in "'\"" and begins:
             quote = character
-        depth += not quote and (character in "[{") - (character in "]}")
+        else:
+            depth += (character in "[{") - (character in "]}")
         if character == "," and not depth and not quote:
             parts.append("")
         else:
             parts[-1] += character
+    if depth or quote:
+        raise ConfigError(f"--sweep: {text!r}: {quote or 'a bracket'} is left open: close it, or put the value in quotes")
     return [part.strip() for part in parts]
 
 

@@ -64,11 +64,19 @@ class Task:
     """A child that hangs is let be."""
     share: tuple[int, int] = (0, 1)
     """Which job this is of how many whose children count as one world: they need not meet."""
+    cwd: str = ""
+    """Where relative paths begin: the folder of the submission; "" in a job of an older version."""
 
     def __call__(self) -> int:
         """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
         stop = Stop()
         here, folder, host = Allocation.from_environment(), JobFolder(Path(self.folder)), node_name()
+        try:
+            os.chdir(self.cwd or os.curdir)
+        except OSError as problem:  # the scheduler would go on in another folder
+            print(f"launch: {host} does not see {self.cwd!r}, where the job was submitted: {problem}", flush=True)
+            folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
+            sys.exit(BAD_INPUT)
         if (now := fingerprint()) != self.code:
             print(f"launch: the code has changed since this job was submitted ({self.code[:12]} then, {now[:12]} now)", flush=True)
             if self.on_changed_code == "refuse":

@@ -41,6 +41,8 @@ class Watch:
     profile: ClusterProfile
     nodes: int
     at_most: int
+    config: str = ""
+    """The resolved protocol as YAML, which all evaluation jobs use."""
     absences: dict[str, int] = field(default_factory=dict)
     submitted: dict[int, int] = field(default_factory=dict)
     refusals: int = 0
@@ -81,7 +83,8 @@ class Watch:
 
     def order(self, step: int) -> Order:
         argv = ["evaluate", str(self.run_dir.path), *self.argv, f"--step={step}", "--pending"]
-        return Order("evaluate", argv, self.run_dir.path, self.nodes, part=f"evaluate/{self.protocol}/{step_name(step)}")
+        part = f"evaluate/{self.protocol}/{step_name(step)}"
+        return Order("evaluate", argv, self.run_dir.path, self.nodes, part=part, config=self.config)
 
     def state(self, step: int) -> str:
         """Of a checkpoint without a score: none (nobody works on it), alive, or given up."""

@@ -101,7 +101,8 @@ def test_a_run_for_each_combination(config, tmp_path):
     found = trainings(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
     assert [run.run_dir for run in found] == [tmp_path / "swept" / f"optimizer.lr={rate}" for rate in ("1e-3", "2e-3")]
     assert [run.settings.optimizer.lr for run in found] == [1e-3, 2e-3] and {run.settings.steps for run in found} == {7}
-    assert found[1].argv == ["train", str(config), "steps=7", "optimizer.lr=2e-3", f"run_dir={found[1].run_dir}"]
+    assert found[1].argv == ["train", str(config), "steps=7", "optimizer.lr=2e-3", f'run_dir="{found[1].run_dir}"']
+    assert {run.settings.run_dir for run in found} == {str(run.run_dir) for run in found}
     (alone,) = trainings(str(config), [], [], 2)
     assert alone.run_dir == tmp_path / "swept"
 
