@@ -17,12 +17,21 @@ def _optional_number(value: Any) -> bool:
     return value is None or is_number(value)
 
 
+def _is_digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and all(map(_optional_number, row)) for row in value)
+
+
 SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
     "stream": {
         "samples_seen": (is_count, "an integer from 0"),
         "epoch": (is_count, "an integer from 0"),
         "seed": (is_count, "an integer from 0"),
         "fingerprint": (lambda value: isinstance(value, str), "text"),
+        "contents": (_is_digests, "digests by name"),
     },
     "lpl_weight": {
         "frozen": (_optional_number, "a number or null"),
@@ -34,10 +43,18 @@ SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
         "dynamic": (lambda value: isinstance(value, bool), "true or false"),
         "good_updates": (is_count, "an integer from 0"),
     },
+    "spikes": {
+        "events": (is_count, "an integer from 0"),
+        "with_lpl": (lambda value: value is None or isinstance(value, bool), "true, false or null"),
+        "window": (_is_window, "rows of numbers"),
+    },
 }
-COUNTS = ("step", "skipped_updates")
-TRAINER_KEYS = frozenset({*COUNTS, *SECTIONS})
-"""Keys that a training run needs; a later version may add some."""
+NULLABLE = ("lpl_weight", "spikes")
+COUNTS = ("step", "skipped_updates", "jump_updates")
+LATER_KEYS = frozenset({"contents", "jump_updates", "spikes"})
+"""Keys that checkpoints of earlier versions do not have."""
+TRAINER_KEYS = frozenset({*COUNTS, *SECTIONS}) - LATER_KEYS
+"""Keys that a training run needs."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -66,11 +83,13 @@ def _problem(state: dict[str, Any], manifest: Manifest) -> str | None:
             return f"{key}: found {shown(state[key])}, wanted an integer from 0"
     for section, checks in SECTIONS.items():
         values: Any = state.get(section)
-        if section not in state or (section == "lpl_weight" and values is None):
+        if section not in state or (section in NULLABLE and values is None):
             continue
-        if (problem := key_problem(values, checks)) is not None:
+        needed = checks.keys() - (LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS)
+        if (problem := key_problem(values, frozenset(needed))) is not None:
             return f"{section}: {problem}"
-        for key, (check, wanted) in checks.items():
+        for key in sorted(needed):
+            check, wanted = checks[key]
             if not check(values[key]):
                 return f"{section}.{key}: found {shown(values[key])}, wanted {wanted}"
     if state.get("step", manifest.step) != manifest.step:

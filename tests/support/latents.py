@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex
+from lpl_pretrain.config.dataset import INDEX_NAME, index_bytes, read_index, sealed
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
-from lpl_pretrain.encoding.finish import fingerprint_of
 from tests.support.autoencoders import tiny_folder
 from tests.support.material import encode_config, sample, write_tar
 from tests.support.text_encoders import WORDS, text_encoder_folder
@@ -69,8 +68,7 @@ def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
 
 def poison(folder: str, shard: int, factor: float) -> None:
     """Multiplies the float16 latents of one shard: finite, with right checksums, as a wrong encode would be."""
-    path = Path(folder) / INDEX_NAME
-    index = DatasetIndex.model_validate_json(path.read_text())
+    index = read_index(folder)
     tar = Path(folder) / index.shards[shard].file
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as members:
@@ -83,5 +81,4 @@ def poison(folder: str, shard: int, factor: float) -> None:
     shards = list(index.shards)
     sha256 = hashlib.sha256(content).hexdigest()
     shards[shard] = shards[shard].model_copy(update={"sha256": sha256})
-    changed = {"shards": shards, "fingerprint": fingerprint_of(shards)}
-    path.write_text(index.model_copy(update=changed).model_dump_json(indent=2))
+    (Path(folder) / INDEX_NAME).write_bytes(index_bytes(sealed(index.model_copy(update={"shards": shards}))))
