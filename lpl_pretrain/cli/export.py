@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
 
 
 def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel: float | None, format: str, output: str) -> None:
-    run_dir = RunDir(Path(run))
-    config = load_run_config(run_dir)
+    run_dir = RunDir(expand(run))
+    config, target = load_run_config(run_dir), expand(output)
     if best is not None:
         if step is not None or sigma_rel is not None:
             raise ConfigError(f"--best={best} with --step or --sigma-rel: it names both; leave the others out")
@@ -30,9 +31,9 @@ def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel
         tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     if format == "diffusers":
-        write_folder(Path(output), run_dir, config, tensors, facts)
+        write_folder(target, run_dir, config, tensors, facts)
     else:
-        write_file(Path(output), config, tensors, facts)
+        write_file(target, config, tensors, facts)
     print(f"{output}: {parameters:,} parameters; {facts}")
 
 
