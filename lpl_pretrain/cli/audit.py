@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import DataError
 
@@ -15,7 +14,7 @@ def run(run: str) -> None:
     from lpl_pretrain.data.ledger import audit  # numpy and torch: not for --help
     from lpl_pretrain.data.order import SampleOrder
 
-    run_dir = RunDir(Path(run))
+    run_dir = RunDir(expand(run))
     config = load_run_config(run_dir)
     size, data = config.batch.global_batch_size, config.data
     order = SampleOrder(read_data(data.folder), config.seed, size, lanes=data.lanes, block_samples=data.block_samples)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Container
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import load_config, load_run_config
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError
@@ -30,7 +30,7 @@ def run(
     poll_s: float = 30.0,
 ) -> None:
     """On several processes (torchrun) they share the pictures of each score."""
-    settings, run_dir, world = load_config(EvaluateConfig, protocol, overrides), RunDir(Path(run)), World.from_environment()
+    settings, run_dir, world = load_config(EvaluateConfig, protocol, overrides), RunDir(expand(run)), World.from_environment()
     check_protocol(settings)
     if watch and step is not None:
         raise ConfigError(f"--watch with --step={step}: one step is scored at once; leave one of them out")

@@ -10,6 +10,7 @@ from typing import Any
 from lpl_pretrain.config.best import load_best
 from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
@@ -22,14 +23,14 @@ WEIGHTS = re.compile(r"ema|raw|ema_power_0\.[0-9]{3}|posthoc_0?\.[0-9]+")
 
 
 def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel: float | None, format: str, output: str) -> None:
-    run_dir = RunDir(Path(run))
-    config = load_run_config(run_dir)
+    run_dir = RunDir(expand(run))
+    config, target = load_run_config(run_dir), expand(output)
     if best is not None:
         if step is not None or sigma_rel is not None:
             raise ConfigError(f"--best={best} with --step or --sigma-rel: it names both; leave the others out")
         step, weights = best_of(run_dir, best)
     sigma_rel = length_of(weights, sigma_rel)
-    check_output(Path(output), folder=format == "diffusers")
+    check_output(target, folder=format == "diffusers")
     from lpl_pretrain.checkpoint.weights import reconstructed, stored  # torch: not for --help
 
     if sigma_rel is None:
@@ -39,9 +40,9 @@ def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel
     parameters = sum(tensor.numel() for tensor in tensors.values())
     try:
         if format == "diffusers":
-            write_folder(Path(output), run_dir, config, tensors, facts)
+            write_folder(target, run_dir, config, tensors, facts)
         else:
-            write_file(Path(output), config, tensors, facts)
+            write_file(target, config, tensors, facts)
     except OSError as error:
         raise ConfigError(f"--output={output}: cannot be written: {error.strerror or error}") from None
     print(f"{output}: {parameters:,} parameters; {facts}")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lpl_pretrain.cli.evaluate import PATIENCE
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import load_config
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.world import World
 
 
 def run(protocol: str, output: str, overrides: list[str], resolution_px: int) -> None:
-    settings, path, world = load_config(EvaluateConfig, protocol, overrides), Path(output), World.from_environment()
+    settings, path, world = load_config(EvaluateConfig, protocol, overrides), expand(output), World.from_environment()
     check_protocol(settings)
     if path.suffix != ".safetensors" or path.exists():
         raise ConfigError(f"{output}: wanted a new file whose name ends in .safetensors")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.rundir import RunDir
 
 
@@ -12,7 +12,7 @@ def run(runs: Sequence[str], output: str | None = None) -> None:
     from lpl_pretrain.report.compare import find_runs, write_comparison  # matplotlib: not for --help
     from lpl_pretrain.report.page import is_run, write_report
 
-    folders, target = [Path(given) for given in runs], Path(output) if output else None
+    folders, target = [expand(given) for given in runs], expand(output) if output else None
     if len(folders) == 1 and (is_run(RunDir(folders[0])) or not folders[0].is_dir()):
         path = write_report(RunDir(folders[0]), target)
     else:

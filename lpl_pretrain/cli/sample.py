@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lpl_pretrain.config.evaluation import SAMPLERS, check_sampler
 from lpl_pretrain.config.load import load_run_config, validate
+from lpl_pretrain.config.names import name_problem
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.protocol import GuideConfig, SamplerConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
@@ -30,7 +30,7 @@ def run(
     output: str | None,
 ) -> None:
     """`sampler`: keys of SamplerConfig; without `kind` the first that suits what the run predicts."""
-    run_dir = RunDir(Path(run))
+    run_dir = RunDir(expand(run))
     _, chosen, weak, folders = check(run_dir, step, images, sampler, guide, guide_step, text_encoders)
     import torch  # not for --help
 
@@ -50,7 +50,7 @@ def run(
             bar.update(len(batch))
     pixels = torch.cat(found)
     default = run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
-    path = Path(output) if output else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
+    path = expand(output) if output else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
     try:
         if format == "grid":
             publish_grid(path, pixels)
@@ -87,7 +87,7 @@ def check(
     prediction = load_run_config(run_dir).diffusion.prediction
     chosen = validate(SamplerConfig, {"kind": SAMPLERS[prediction][0], **sampler}, where="sample")
     check_sampler(prediction, chosen)
-    weak = None if guide is None else GuideConfig(run=guide, step=guide_step)
+    weak = None if guide is None else validate(GuideConfig, {"run": guide, "step": guide_step}, where="--guide")
     return run_dir.complete_step(step), chosen, weak, dict(_name_and_folder(given) for given in text_encoders)
 
 
@@ -95,4 +95,6 @@ def _name_and_folder(given: str) -> tuple[str, str]:
     name, equals, folder = given.partition("=")
     if not (name and equals and folder):
         raise ConfigError(f"--text-encoder {given}: wanted NAME=FOLDER, as in clip_l=/data/models/clip-l")
-    return name, folder
+    if problem := name_problem(name):
+        raise ConfigError(f"--text-encoder {given}: its name {problem}")
+    return name, str(expand(folder))

@@ -5,12 +5,13 @@ Stages are named in the order they run: `mid` at the latent's own resolution, th
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lpl_pretrain.config.message import one_line, short
+from lpl_pretrain.config.model_json import ModelJSON, read_model_json
 from lpl_pretrain.errors import ConfigError
 
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -32,72 +33,71 @@ class AutoencoderFacts:
 
 def read_autoencoder(folder: str, path: Path) -> AutoencoderFacts:
     """`folder` is what the user wrote, `path` where it lies.  Raises ConfigError for a family that is not known."""
-    config = path / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"autoencoder={folder}: {config} not found; wanted a folder as diffusers' save_pretrained writes it")
-    try:
-        settings = json.loads(config.read_text())
-    except json.JSONDecodeError as problem:
-        raise ConfigError(f"autoencoder={folder}: {config} is not valid JSON: {problem}") from None
-    family = settings.get("_class_name")
-    if family not in FAMILIES:
+    where, config = f"autoencoder={folder}", path / "config.json"
+    if not os.path.isfile(config):
+        raise ConfigError(f"{where}: {config} not found; wanted a folder as diffusers' save_pretrained writes it")
+    settings = read_model_json(where, config)
+    if not settings.one_of("_class_name", list(FAMILIES)):
         raise ConfigError(
-            f"autoencoder={folder}: its decoder is a {family!r}, which is not known; known are {', '.join(FAMILIES)} "
-            "(a family is added in config/autoencoder.py and models/decoder.py)"
+            f"{where}: its decoder is a {short(settings.get('_class_name'))}, which is not known; "
+            f"known are {', '.join(FAMILIES)} (a family is added in config/autoencoder.py and models/decoder.py)"
         )
-    try:
-        return FAMILIES[family](settings)
-    except ValueError as problem:
-        raise ConfigError(f"autoencoder={folder}: {problem}") from None
-    except KeyError as missing:
-        raise ConfigError(f"autoencoder={folder}: {config} has no {missing}, as every {family} has: save it again") from None
+    return FAMILIES[settings.text("_class_name")](settings)
 
 
-def _kl(settings: dict[str, Any]) -> AutoencoderFacts:
+def _kl(settings: ModelJSON) -> AutoencoderFacts:
     """SD, SDXL, SD3, FLUX and FLUX.2: `mid_block`, then `up_blocks`, all but the last of which double the side."""
-    unknown = sorted(set(settings["up_block_types"]) - set(UP_BLOCKS))
-    if unknown:
-        raise ValueError(f"its decoder has up blocks of type {', '.join(unknown)}; known are {', '.join(UP_BLOCKS)}")
-    last = len(settings["up_block_types"]) - 1
-    ups = {f"up{i}": 2 ** min(i + 1, last) for i in range(last + 1)}
+    blocks = settings.listed("up_block_types", str)
+    if unknown := sorted(set(blocks) - set(UP_BLOCKS)):
+        listed = one_line(", ".join(unknown), 200)
+        raise ConfigError(f"{settings.where}: has up blocks of type {listed}; known are {', '.join(UP_BLOCKS)}")
+    last = len(blocks) - 1
     return AutoencoderFacts(
-        settings["_class_name"],
-        settings["latent_channels"],
-        2 ** (len(settings["block_out_channels"]) - 1),
-        {"mid": 1, **ups},
-        float(settings.get("shift_factor") or 0.0),
-        settings.get("scaling_factor"),
+        settings.text("_class_name"),
+        settings.count("latent_channels"),
+        2 ** (len(settings.listed("block_out_channels", int)) - 1),
+        {"mid": 1, **{f"up{i}": 2 ** min(i + 1, last) for i in range(last + 1)}},
+        float(settings.number("shift_factor") or 0.0),
+        _scaling_factor(settings),
     )
 
 
-def _tiny(settings: dict[str, Any]) -> AutoencoderFacts:
+def _tiny(settings: ModelJSON) -> AutoencoderFacts:
     """TAESD and its relatives: blocks at the latent's resolution, then (upsample, convolution, blocks) again and again."""
-    factor, stages = settings["upsampling_scaling_factor"], len(settings["num_decoder_blocks"])
+    factor = settings.count("upsampling_scaling_factor", most=16)
+    stages = len(settings.listed("num_decoder_blocks", int))
     return AutoencoderFacts(
-        settings["_class_name"],
-        settings["latent_channels"],
+        settings.text("_class_name"),
+        settings.count("latent_channels"),
         factor ** (stages - 1),
         {"mid": 1, **{f"up{i}": factor ** (i + 1) for i in range(stages - 1)}},
-        float(settings.get("shift_factor") or 0.0),
-        settings.get("scaling_factor"),
+        float(settings.number("shift_factor") or 0.0),
+        _scaling_factor(settings),
     )
 
 
-def _dc(settings: dict[str, Any]) -> AutoencoderFacts:
+def _dc(settings: ModelJSON) -> AutoencoderFacts:
     """SANA: the deepest block keeps the resolution, each of the others doubles it; one without layers is part of the exit."""
-    layers = settings["decoder_layers_per_block"]
-    stages = sum(count > 0 for count in layers)
+    stages = sum(count > 0 for count in settings.listed("decoder_layers_per_block", int))
     return AutoencoderFacts(
-        settings["_class_name"],
-        settings["latent_channels"],
-        2 ** (len(settings["encoder_block_out_channels"]) - 1),
+        settings.text("_class_name"),
+        settings.count("latent_channels"),
+        2 ** (len(settings.listed("encoder_block_out_channels", (int, list))) - 1),
         {"mid": 1, **{f"up{i}": 2 ** (i + 1) for i in range(stages - 1)}},
         0.0,
-        settings.get("scaling_factor"),
+        _scaling_factor(settings),
     )
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], AutoencoderFacts]] = {
+def _scaling_factor(settings: ModelJSON) -> float | None:
+    """None: not in config.json."""
+    factor = settings.number("scaling_factor")
+    if factor is not None and factor <= 0:
+        raise settings.wrong("scaling_factor", "a number greater than 0")
+    return factor
+
+
+FAMILIES: dict[str, Callable[[ModelJSON], AutoencoderFacts]] = {
     "AutoencoderKL": _kl,
     "AutoencoderKLFlux2": _kl,
     "AutoencoderTiny": _tiny,

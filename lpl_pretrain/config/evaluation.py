@@ -5,6 +5,7 @@ Nothing here needs torch, so that a protocol is refused before it costs an alloc
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,8 +75,8 @@ def extractor_problems(extractor: ExtractorConfig) -> list[str]:
     }
     if weights is None:
         return [f"{where}.weights=null with kind={kind}: {help_of[kind]}"]
-    path = Path(weights).expanduser()
-    if not (path.is_dir() if kind == "clip" else path.is_file()):
+    path = Path(weights)
+    if not (os.path.isdir(path) if kind == "clip" else os.path.isfile(path)):
         return [f"{where}.weights={weights}: no such {'folder' if kind == 'clip' else 'file'}: {help_of[kind]}"]
     if kind == "timm" and path.suffix != ".safetensors":
         return [f"{where}.weights={weights}: wanted .safetensors; other formats may run code when they are read"]

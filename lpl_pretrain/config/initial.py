@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -58,9 +59,9 @@ def initial_problems(init: InitConfig | None) -> list[str]:
     if init.file is not None:
         if Path(init.file).suffix in PICKLES:
             return [f"init_from.file={init.file}: {REMEDY}"]
-        return [] if Path(init.file).is_file() else [f"init_from.file={init.file}: no such file, wanted a .safetensors"]
+        return [] if os.path.isfile(init.file) else [f"init_from.file={init.file}: no such file, wanted a .safetensors"]
     folder = Path(init.diffusers or "")
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         return [f"init_from.diffusers={folder}: has no config.json; name the transformer's own folder"]
     if diffusers_files(folder):
         return []
@@ -71,4 +72,4 @@ def initial_problems(init: InitConfig | None) -> list[str]:
 def diffusers_files(folder: Path) -> list[Path]:
     """The weights of a diffusers model, in one file or several; empty when there are none."""
     whole = folder / DIFFUSERS_WEIGHTS
-    return [whole] if whole.is_file() else sorted(folder.glob("diffusion_pytorch_model-*-of-*.safetensors"))
+    return [whole] if os.path.isfile(whole) else sorted(folder.glob("diffusion_pytorch_model-*-of-*.safetensors"))

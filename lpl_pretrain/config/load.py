@@ -19,7 +19,7 @@ from lpl_pretrain.config.paths import ASSETS, expand, resolve_path
 from lpl_pretrain.config.problems import problems_of
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.section import Section, path_problem
+from lpl_pretrain.config.section import Section
 from lpl_pretrain.config.yaml_reader import MAX_DEPTH, read_mapping, read_value
 from lpl_pretrain.errors import ConfigError
 
@@ -39,8 +39,6 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Raises ConfigError that lists every wrong key or value at once, up to a limit."""
-    if problem := path_problem(str(path)):
-        raise ConfigError(f"{short(str(path))}: the path of a configuration {problem}")
     raw = _read_with_base(expand(path), seen=())
     for override in overrides:
         _apply_override(raw, override)
@@ -49,7 +47,7 @@ def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str]
 
 def load_run_config(run_dir: RunDir) -> TrainConfig:
     """The resolved configuration that a run was started with."""
-    if not run_dir.config.is_file():
+    if not os.path.isfile(run_dir.config):
         raise ConfigError(
             f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with `lpl-pretrain train`"
         )
@@ -87,9 +85,11 @@ def _read_with_base(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{one_line(str(path))}: base={short(base)}: wanted the path of one file")
-    if problem := path_problem(base):
-        raise ConfigError(f"{one_line(str(path))}: base={short(base)}: {problem}")
-    return _merge(_read_with_base(path.parent / expand(base), (*seen, real)), raw)
+    try:
+        other = path.parent / expand(base)
+    except ConfigError as problem:
+        raise ConfigError(f"{one_line(str(path))}: base: {problem}") from None
+    return _merge(_read_with_base(other, (*seen, real)), raw)
 
 
 def _merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:

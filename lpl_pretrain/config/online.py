@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from lpl_pretrain.config.dataset import TextEntry
 from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.identity import text_encoder_identity
 from lpl_pretrain.config.load import resolve_path
+from lpl_pretrain.config.model_json import read_model_json
 from lpl_pretrain.config.schema import ConditioningConfig
 from lpl_pretrain.config.text import encoders
 
@@ -27,13 +26,15 @@ def text_entry(config: TextEncoderConfig, where: str) -> TextEntry:
     """`where` is the section's path, for errors.  Raises ConfigError."""
     folder = resolve_path(config.folder)
     identity = text_encoder_identity(folder, where)
-    settings = json.loads((folder / "config.json").read_text())
-    projected = settings["model_type"] == "clip" or any("WithProjection" in name for name in settings.get("architectures") or [])
-    inner = settings.get("text_config") or settings
-    width = inner["d_model"] if "d_model" in inner else inner["hidden_size"]
+    settings = read_model_json(f"{where}.folder={config.folder}", folder / "config.json")
+    projected = any("WithProjection" in name for name in settings.texts("architectures"))
+    projected = settings.text("model_type") == "clip" or projected
+    inner = settings.section("text_config") or settings
+    width = inner.count("d_model" if inner.get("d_model") is not None else "hidden_size")
     pooled = None
     if config.pooled:
-        pooled = settings.get("projection_dim", inner.get("projection_dim", width)) if projected else width
+        projection = next((part for part in (settings, inner) if part.get("projection_dim") is not None), None)
+        pooled = projection.count("projection_dim") if projected and projection is not None else width
     return TextEntry(identity=identity, width=width, max_tokens=config.max_tokens, pooled_width=pooled, storage="fp16")
 
 

@@ -1,36 +1,53 @@
-"""Paths as a user writes them -> paths of this machine.  The one place that expands `~`.
+"""From what a user writes for a path to a path of this machine.  `~` is expanded here and nowhere else.
 
-A configuration keeps what was written, so that it means the same for another user and its identity does not depend on a home
-folder; whatever opens a path calls `expand` or `resolve_path` first.
+Fields of a configuration are expanded as they are read (PathText in config/section.py), arguments of the command line by `expand`.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import os
 from pathlib import Path, PurePosixPath
 
-from lpl_pretrain.config.message import one_line
+from lpl_pretrain.config.message import one_line, short
+from lpl_pretrain.config.names import is_url, path_problem
 from lpl_pretrain.errors import ConfigError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def is_url(path: str | Path) -> bool:
-    """Something that fsspec opens (s3://, gs://, https://, memory:// ...), rather than a path of this machine."""
-    return "://" in str(path)
+class ExpandedPath(str):
+    """A path whose `~` is expanded; what is saved of it, and compared between starts of a run, is what was written."""
+
+    written: str
+
+    def __new__(cls, path: str, written: str = "") -> ExpandedPath:
+        self = super().__new__(cls, path)
+        self.written = written or path
+        return self
+
+
+def home_expanded(text: str) -> str:
+    """`text` with `~` or `~user` at its beginning replaced by that home folder; a URL as it is.
+
+    Raises ValueError for an unknown user.
+    """
+    if not text.startswith("~") or is_url(text):
+        return text
+    try:
+        return ExpandedPath(str(Path(text).expanduser()), text)
+    except (RuntimeError, KeyError):
+        raise ValueError("its `~` stands for no home folder; write the path out") from None
 
 
 def expand(text: str | Path) -> Path:
-    """`text` with `~` or `~user` at its beginning replaced by that home folder.  Raises ConfigError for an unknown user."""
+    """Path of an argument of the command line.  Raises ConfigError for text that can be no path."""
+    if problem := path_problem(str(text)):
+        raise ConfigError(f"{short(str(text))}: {problem}")
     try:
-        return Path(text).expanduser()
-    except (RuntimeError, KeyError):
-        raise ConfigError(f"{one_line(str(text))}: its `~` stands for no home folder; write the path out") from None
-
-
-def expand_folder(text: str) -> str:
-    """As `expand`; a URL stays as it is."""
-    return text if is_url(text) else str(expand(text))
+        return Path(home_expanded(str(text)))
+    except ValueError as problem:
+        raise ConfigError(f"{one_line(str(text))}: {problem}") from None
 
 
 def resolve_path(text: str) -> Path:
@@ -45,7 +62,7 @@ def resolve_path(text: str) -> Path:
 def _in_package(text: str) -> Path:
     name, _, inner = text.removeprefix("package:").partition("/")
     folder = _package_folder(name)
-    if folder is None or not _stays_inside(inner) or not (folder / inner).exists():
+    if folder is None or not _stays_inside(inner) or not os.path.exists(folder / inner):
         raise ConfigError(
             f"{one_line(text)}: no such package, or nothing of that name in it; "
             "wanted package:NAME/PATH of an installed package, or a path"
@@ -65,7 +82,7 @@ def _package_folder(name: str) -> Path | None:
 
 def _asset(text: str) -> Path:
     inner = text.removeprefix("asset:")
-    if not inner or not _stays_inside(inner) or not (ASSETS / inner).exists():
+    if not inner or not _stays_inside(inner) or not os.path.exists(ASSETS / inner):
         shipped = ", ".join(f"asset:{p.name}" for p in sorted(ASSETS.iterdir()))
         raise ConfigError(f"{one_line(text)}: no such asset; the package ships {shipped}")
     return ASSETS / inner

@@ -124,7 +124,9 @@ def locate(cls: type[BaseModel], location: Iterable[str | int]) -> Location:
             return Location(tuple(keys), section, is_key=True)
         if len(members := _members(annotation)) > 1:
             if not (tagged := _tagged(members)):
-                return Location(tuple(keys), section, annotation, tuple(map(str, parts[number + 1 :])))
+                beyond = parts[number + 1 :]
+                is_key = beyond[-1:] == ["[key]"]
+                return Location(tuple(keys), section, annotation, tuple(map(str, beyond[:-1] if is_key else beyond)), is_key)
             annotation = tagged.get(part)
             continue
         keys.append(str(part))

@@ -26,7 +26,7 @@ from lpl_pretrain.config.initial import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model import ModelConfig
 from lpl_pretrain.config.preflight import PreflightConfig
-from lpl_pretrain.config.section import Name, OnError, PathText, Section, Share, WeightingConfig
+from lpl_pretrain.config.section import Name, OnError, PathText, Section, Share, UnexpandedPath, WeightingConfig
 
 
 class Prediction(str, Enum):
@@ -83,7 +83,7 @@ class Precision(str, Enum):
 class CacheConfig(Section):
     """Where shards of a remote folder are kept."""
 
-    folder: PathText = "~/.cache/lpl_pretrain"
+    folder: UnexpandedPath = "~/.cache/lpl_pretrain"
     max_gib: PositiveFloat = 100.0
     """The shards that were not used for the longest time make room for new ones."""
     retries: NonNegativeInt = 6

@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PlainSerializer, PositiveFloat
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
-from lpl_pretrain.config.paths import is_url
+from lpl_pretrain.config.names import name_problem, path_problem
+from lpl_pretrain.config.paths import home_expanded
 
-MAX_NAME_BYTES = 200
-"""File names that are derived from a name, such as best_<name>.json, stay below the 255 bytes that file systems allow."""
-MAX_COMPONENT_BYTES = 255
-MAX_PATH_BYTES = 4000
 MAX_INT = 2**63
 SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 """Numbers such as 3e-4, which YAML 1.1 reads as text."""
 REFUSED_TEXT = "unusable_text"
 """Type of the errors of Name and PathText; their message needs no translation."""
-
-
-def unusable_characters(text: str) -> str | None:
-    """Says which character no name, path or line of a script may have: a control character, a line end, half a character."""
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
-            return f"has the control character {character!r}"
-        if unicodedata.category(character) == "Cs":
-            return f"has {character!r}, which is no character (the text was not UTF-8)"
-    return None
-
-
-def name_problem(text: str) -> str | None:
-    """What keeps `text` from being the name of one file, if anything."""
-    if problem := unusable_characters(text):
-        return f"{problem}; wanted printable characters"
-    if not text or text in (".", ".."):
-        return "is no name; wanted letters, digits, - and _"
-    if "/" in text:
-        return "holds a /; wanted a name, not a path"
-    if text != text.strip():
-        return "begins or ends with white space; remove it"
-    if len(text.encode()) > MAX_NAME_BYTES:
-        return f"has {len(text.encode())} bytes; wanted a name of at most {MAX_NAME_BYTES}"
-    return None
-
-
-def path_problem(text: str) -> str | None:
-    """What keeps `text` from being a path or URL, if anything."""
-    if problem := unusable_characters(text):
-        return f"{problem}; wanted printable characters"
-    if not text:
-        return "is empty; wanted a path"
-    if len(text.encode()) > MAX_PATH_BYTES:
-        return f"has {len(text.encode())} bytes; wanted a path of at most {MAX_PATH_BYTES}"
-    if not is_url(text) and max(len(part.encode()) for part in text.split("/")) > MAX_COMPONENT_BYTES:
-        return f"has a part of more than {MAX_COMPONENT_BYTES} bytes between slashes; wanted a shorter one"
-    return None
 
 
 def _checked_name(text: str) -> str:
@@ -73,10 +31,24 @@ def _checked_path(text: str) -> str:
     return text
 
 
+def _expanded_path(text: str) -> str:
+    checked = _checked_path(text)
+    try:
+        return home_expanded(checked)
+    except ValueError as error:
+        raise PydanticCustomError(REFUSED_TEXT, "{problem}", {"problem": str(error)}) from None
+
+
+def _as_written(path: str) -> str:
+    return getattr(path, "written", path)
+
+
 Name = Annotated[str, AfterValidator(_checked_name)]
-"""A name that becomes a file or folder name: one component of a path, printable, at most MAX_NAME_BYTES in UTF-8."""
-PathText = Annotated[str, AfterValidator(_checked_path)]
-"""A path or URL as written: printable, not empty, no longer than file systems allow.  `config/paths.py` resolves it."""
+"""A name that becomes a file or folder name: one component of a path, printable, of at most 200 bytes in UTF-8."""
+UnexpandedPath = Annotated[str, AfterValidator(_checked_path)]
+"""As PathText, for a path that every machine has in its configuration and few use: `expand` replaces its `~` then."""
+PathText = Annotated[str, AfterValidator(_expanded_path), PlainSerializer(_as_written, when_used="json")]
+"""A path or URL: printable, not empty, no longer than file systems allow; `~` is expanded, and saved as it was written."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

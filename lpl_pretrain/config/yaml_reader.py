@@ -83,8 +83,8 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{where}: has more than {MAX_BYTES} bytes, wanted a configuration")
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        line = data[: problem.start].count(b"\n") + 1
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
         raise ConfigError(f"{where}, line {line}: is not UTF-8; save it as UTF-8") from None
 
 
@@ -95,11 +95,11 @@ def parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}, line {line}: has the character {found[0]!r}, which YAML does not allow; remove it")
     try:
         return _Document(text, where).read()
-    except yaml.MarkedYAMLError as problem:
-        line = "" if problem.problem_mark is None else f", line {problem.problem_mark.line + 1}"
-        raise ConfigError(f"{where}{line}: not valid YAML: {one_line(problem.problem or str(problem))}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError) as problem:
-        raise ConfigError(f"{where}: not valid YAML: {one_line(str(problem))}") from None
+    except yaml.MarkedYAMLError as error:
+        at = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{where}{at}: not valid YAML: {one_line(error.problem or str(error))}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {one_line(str(error))}") from None
 
 
 def plain_scalar(text: str, where: str) -> Any:

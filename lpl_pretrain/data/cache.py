@@ -12,6 +12,7 @@ from typing import Protocol
 
 from filelock import FileLock
 
+from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.schema import CacheConfig
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.errors import ConfigError
@@ -33,7 +34,7 @@ class Store(Protocol):
 
 class LocalStore:
     def __init__(self, folder: str) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder)
 
     def path(self, file: str, sha256: str, size: int) -> Path:
         return self.folder / file
@@ -52,7 +53,7 @@ class CachedStore:
         """`at_once` files of up to `largest_bytes` are read side by side.  Raises ConfigError when they do not fit."""
         self.url, self.config = url.rstrip("/"), config
         self.max_bytes = int(config.max_gib * 2**30)
-        self.folder = Path(config.folder).expanduser()
+        self.folder = expand(config.folder)
         wanted_gib = 2 * at_once * largest_bytes / 2**30
         if wanted_gib > config.max_gib:
             raise ConfigError(

@@ -80,7 +80,7 @@ def load_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
     """`config` has passed config/evaluation.py.  Raises ConfigError for weights that do not fit."""
     if config.kind == "efficientnet_lite0":
         return efficientnet_lite0(config, device)
-    path = Path(str(config.weights)).expanduser()
+    path = Path(str(config.weights))
     if config.kind == "inception":
         return fid_inception(config, path, device)
     if config.kind == "timm":

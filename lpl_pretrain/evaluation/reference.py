@@ -60,9 +60,9 @@ def open_reference(
     """Collective. As `protocol.reference` says: a file, or pictures.  Raises ConfigError, and DataError for what cannot be read."""
     source = protocol.reference
     if isinstance(source, str) and source.endswith(".npz"):
-        return read_npz(Path(source).expanduser(), protocol, extractors)
+        return read_npz(Path(source), protocol, extractors)
     if isinstance(source, str) and source.endswith(".safetensors"):
-        found = read_reference(Path(source).expanduser())
+        found = read_reference(Path(source))
         check_provenance(source, found, protocol, resolution_px, extractors)
         return found
     pictures = list(read_pictures(source))

@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
 from lpl_pretrain.config.autoencoder import FAMILIES
+from lpl_pretrain.config.model_json import ModelJSON
 from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.perceptual.features import DecoderFeatures
@@ -77,7 +78,7 @@ def tiny_dc(*, seed: int = 0, latent_channels: int = 4, layers: tuple[int, ...] 
 
 def wrap(network) -> Autoencoder:
     name = type(network).__name__
-    return Autoencoder(network, identity="0" * 64, facts=FAMILIES[name]({**network.config, "_class_name": name}))
+    return Autoencoder(network, identity="0" * 64, facts=FAMILIES[name](ModelJSON(name, {**network.config, "_class_name": name})))
 
 
 def tiny_autoencoder(**options) -> Autoencoder:
