@@ -19,7 +19,17 @@ from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer import optimizer
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.tiny import BLOCKS, Tiny
-from tests.support.training import HISTORIES, NO_CLIPPING, Case, Training, assert_identical, one_process, train, whole
+from tests.support.training import (
+    HISTORIES,
+    JSON_OF,
+    NO_CLIPPING,
+    Case,
+    Training,
+    assert_identical,
+    one_process,
+    train,
+    whole,
+)
 
 STRATEGIES = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 OFFLOADED = ["zero2_offload", "zero3_offload"]
@@ -314,15 +324,38 @@ def test_local_refuses_two_processes():
         run_ranks(2, train, Case("local"))
 
 
+@pytest.mark.parametrize(("strategy", "file"), [("zero1", "zero1"), ("zero2", "zero2"), ("zero3", "zero3_shipped")])
+def test_a_stage_without_a_file_equals_its_file(strategy, file):
+    """Bit for bit, on two ranks."""
+    options = {"precision": "bf16", "optimizer": "adamw", "lr": 0.01, "grad_accum_steps": 2}
+    with_file = run_ranks(2, train, Case(file, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(JSON_OF, strategy)
+        short = Case(strategy, **options)
+        assert short.config().strategy.value == strategy and short.config().zero_config is None
+        without = run_ranks(2, train, short)
+    assert_identical(whole(without), whole(with_file))
+
+
 def test_a_misspelt_key_inside_zero_optimization(tmp_path):
-    """Only DeepSpeed knows its keys; its refusal comes out as ours."""
+    """Refused in our words, before DeepSpeed is asked."""
     json = tmp_path / "zero.json"
     json.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}')
+    with pytest.raises(ConfigError, match="zero.json: 1 key cannot be used:\n.*reduce_bucket_sise: .*'reduce_bucket_size'"):
+        make_strategy(ParallelConfig(strategy="zero", zero_config=str(json)), World(), torch.device("cpu"))
+
+
+def test_what_deepspeed_refuses_itself_comes_out_as_ours():
+    """It has no float16 on this processor."""
 
     def setup(world, device):
-        strategy = make_strategy(ParallelConfig(strategy="zero", zero_config=str(json)), world, device)
-        with pytest.raises(ConfigError, match="zero.json: DeepSpeed refuses it.*\n?.*reduce_bucket_sise"):
-            strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p.values(), lr=1.0))
+        from deepspeed.accelerator import get_accelerator
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+            strategy = make_strategy(ParallelConfig(strategy="zero2", precision="fp16"), world, device)
+            with pytest.raises(ConfigError, match="parallel.strategy=zero2: DeepSpeed refuses it: .*fp16"):
+                strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p.values(), lr=1.0))
 
     run_ranks(1, setup)
 

@@ -19,7 +19,7 @@ from lpl_pretrain.config.zero.check import (
     value_problem,
 )
 from lpl_pretrain.config.zero.json_file import Problem, key_path, read_json, refuse, show
-from lpl_pretrain.config.zero.keys import OWNED, TUNING, Key, Keys, is_number
+from lpl_pretrain.config.zero.keys import NULLABLE, OWNED, TUNING, Key, Keys, is_number
 from lpl_pretrain.config.zero.translate import translate
 from lpl_pretrain.errors import ConfigError
 
@@ -67,10 +67,10 @@ def adapt_file(path: str | Path) -> Adapted:
         if "twice" in problem.text
     ]
     zero = _zero_section(content, changes)
-    if stage_of(zero) is None:
-        found = Problem(("zero_optimization", "stage"), f"found {show(zero.get('stage'))}, wanted 0, 1, 2 or 3")
-        refuse(str(path), [found], "must be set by you")
     kept = _adapt({**content, "zero_optimization": zero}, TUNING, (), changes)
+    if stage_of(kept["zero_optimization"]) is None:
+        found = Problem(("zero_optimization", "stage"), f"found {show(zero['stage'])}, wanted 0, 1, 2 or 3")
+        refuse(str(path), [found], "must be set by you")
     while problems := find_problems(kept):
         for problem in problems:
             value = _remove(kept, problem.path)
@@ -121,7 +121,9 @@ def _adapt(content: dict[str, Any], table: Keys, path: tuple[str, ...], changes:
         if not isinstance(rule, Key):
             if isinstance(value, dict):
                 kept[name] = _adapt(value, rule, here, changes)
-            elif value is not None:
+            elif value is None and name in NULLABLE:
+                kept[name] = None
+            else:
                 changes.append(Change(here, value, "wanted an object"))
             continue
         repaired = _repair(value, rule)
