@@ -75,7 +75,8 @@ class ClusterProfile(Section):
     @classmethod
     def _no_secret(cls, raw: Any) -> Any:
         """Asked first: what other refusals print is no secret then."""
-        raw = raw if isinstance(raw, dict) else {}
+        if not isinstance(raw, dict):
+            return raw
         environment, setup, container = (raw.get(key) or () for key in ("environment", "setup", "container"))
         if isinstance(environment, dict):
             for name, value in environment.items():

@@ -50,7 +50,7 @@ def read_order(folder: JobFolder) -> tuple[Order, JobRecord]:
     config = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
     cwd = record.cwd or os.getcwd()
     order = Order(record.kind, record.argv, Path(record.run_dir), record.nodes, part=record.part, config=config, cwd=cwd)
-    if order.folder.path != folder.path:
+    if order.folder.path != folder.path or (record.part and record.kind == "train"):
         raise ConfigError(
             f"{folder.facts}: is the record of {order.folder.path} (run_dir={record.run_dir!r}, part={record.part!r}): "
             "was the run moved or copied?  Launch the command again in its new place"

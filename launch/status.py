@@ -55,8 +55,8 @@ def one(folder: JobFolder) -> str:
     ]
     if last := last_line(run_dir.metrics):
         rate = f", {last['samples_per_s']:.1f} samples/s" if is_number(last.get("samples_per_s")) else ""
-        written = f", {age(last['time_s'])} ago" if is_number(last.get("time_s")) else ""
-        lines.append(f"step        {last['step']:,}{rate}{written}")
+        when = f", {age(last['time_s'])} ago" if is_number(last.get("time_s")) else ""
+        lines.append(f"step        {last['step']:,}{rate}{when}")
     if complete := run_dir.complete_checkpoints():
         written = (run_dir.checkpoint(complete[-1]) / MANIFEST).stat().st_mtime
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")

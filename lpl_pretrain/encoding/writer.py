@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lpl_pretrain.config.dataset import INDEX_NAME, ShardEntry
-from lpl_pretrain.config.section import Section
 from lpl_pretrain.data.format import NO_CLASS, Sample, shard_name
 from lpl_pretrain.data.offsets import SUFFIX, ShardBytes
 from lpl_pretrain.errors import DataError
@@ -33,8 +32,10 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 """How file systems without hard links refuse one."""
 
 
-class PartRecord(Section):
+class PartRecord(BaseModel):
     """What index.json needs to know of one part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     plan: str
     """Identity of the plan that the part belongs to."""

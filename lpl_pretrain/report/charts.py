@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
     "font.family": ["sans-serif"],
     "font.size": 8.5,
     "text.color": INK,
+    "text.parse_math": False,  # names may hold a dollar sign
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -176,12 +177,17 @@ def _inline(markup: str, title: str) -> str:
     """An <svg> element for an HTML page: no file header, no links, page colours, fluid width."""
     markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", markup, flags=re.S)
-    markup = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", markup).replace("xlink:href", "href")
     markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), markup)  # coordinates, not labels
-    markup = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", markup)
-    for colour, variable in VARIABLES.items():
-        markup = markup.replace(colour, f"var({variable})")
+    markup = re.sub(r"<[^>]*>", lambda tag: _plain_tag(tag[0]), markup)  # never the text between tags
     label = title.replace("&", "and").replace('"', "").replace("<", "").replace(">", "")
     return re.sub(r"\n\s*", "\n", markup.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)).strip()
+
+
+def _plain_tag(tag: str) -> str:
+    tag = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", tag).replace("xlink:href", "href")
+    tag = re.sub(r"(\d+\.\d{2})\d+", r"\1", tag)
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", tag)
+    for colour, variable in VARIABLES.items():
+        tag = tag.replace(colour, f"var({variable})")
+    return tag

@@ -21,9 +21,19 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import scores
 from lpl_pretrain.report.charts import Chart, draw, smoothed, swatch
-from lpl_pretrain.report.page import is_run, last_step, number, picture, status, template
+from lpl_pretrain.report.embed import clean
+from lpl_pretrain.report.page import (
+    is_run,
+    last_step,
+    number,
+    samples,
+    samples_file,
+    status,
+    template,
+    wanted_steps,
+    write_page,
+)
 from lpl_pretrain.report.record import RunRecord, Series, read_run
-from lpl_pretrain.runtime.files import published
 
 TEMPLATE = "compare.html"
 NAMES_OF_RUNS = ("name", "run_dir")
@@ -68,10 +78,7 @@ def write_comparison(runs: Sequence[RunDir], output: Path | None = None) -> Path
     """Writes comparison.html into the folder that holds all runs, or `output`; returns its path."""
     parent = common_folder(runs)
     path = output or parent / "comparison.html"
-    page = render([read_run(run) for run in runs])
-    with published(path) as temporary:
-        temporary.write_text(page)
-    return path
+    return write_page(path, render([read_run(run) for run in runs]))
 
 
 def common_folder(runs: Sequence[RunDir]) -> Path:
@@ -80,7 +87,7 @@ def common_folder(runs: Sequence[RunDir]) -> Path:
 
 def render(records: Sequence[RunRecord]) -> str:
     parent = common_folder([record.run_dir for record in records])
-    names = [str(record.run_dir.path.relative_to(parent)) for record in records]
+    names = [clean(str(record.run_dir.path.relative_to(parent))) for record in records]
     columns = differing([record.settings for record in records])
     labels = labels_of(columns, names)
     scored = list(dict.fromkeys(name for record in records for name in record.protocols()))
@@ -135,10 +142,10 @@ def labels_of(columns: Sequence[Column], names: Sequence[str]) -> list[str]:
 
 def facts(record: RunRecord) -> dict[str, Any]:
     """What a row of the table says beside the configuration and the scores."""
-    wanted, speed = record.settings.get("steps"), record.series("samples_per_s").values
+    wanted, speed = wanted_steps(record), record.series("samples_per_s").values
     return {
         "step": f"{last_step(record):,}",
-        "of": f"{wanted:,}" if isinstance(wanted, int) and status(record)[0] != "complete" else "",
+        "of": f"{wanted:,}" if wanted and status(record)[0] != "complete" else "",
         "losses": [lately(record.series(key)) for key in ("loss/diffusion", "loss/lpl")],
         "rate": number(statistics.median(speed)) if speed else "–",
     }
@@ -200,11 +207,7 @@ def protocol(name: str, records: Sequence[RunRecord], labels: Sequence[str]) -> 
 def newest_grids(records: Sequence[RunRecord], runs: Sequence[scores.Records]) -> tuple[list[dict[str, Any] | None], int | None]:
     """(grid of each run, the newest step at which all that have grids have one); without such a step each shows its own newest."""
     found = [
-        {
-            score["step"]: score["samples"]
-            for score in scored
-            if score.get("samples") and (record.run_dir.path / score["samples"]).is_file()
-        }
+        {score["step"]: score for score in scored if samples_file(record, score) is not None}
         for record, scored in zip(records, runs, strict=True)
     ]
     steps = [set(each) for each in found if each]
@@ -212,5 +215,6 @@ def newest_grids(records: Sequence[RunRecord], runs: Sequence[scores.Records]) -
     shown: list[dict[str, Any] | None] = []
     for record, each in zip(records, found, strict=True):
         own = step if step is not None else max(each, default=None)
-        shown.append({"step": own, "picture": picture(record.run_dir.path, each[own])} if own in each else None)
+        grid = samples(record, each[own]) if own in each else None
+        shown.append({"step": own, "picture": grid} if grid else None)
     return shown, step

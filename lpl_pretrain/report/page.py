@@ -5,7 +5,6 @@ Every section is either drawn or says in one line what is missing.  Text is esca
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import statistics
@@ -20,7 +19,9 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import scores
 from lpl_pretrain.report.charts import Chart, draw
+from lpl_pretrain.report.checked import LONGEST_TEXT, is_step
 from lpl_pretrain.report.curves import training_charts
+from lpl_pretrain.report.embed import brief, find_picture, picture
 from lpl_pretrain.report.record import TAKEN_UP, RunRecord, read_run
 from lpl_pretrain.runtime.files import published
 
@@ -29,6 +30,7 @@ MOST_GRIDS, MOST_LPL_PICTURES = 6, 4
 MOST_DIFF_CHARACTERS = 40_000
 IN_TABLE = ("step", "time_s", "config_changes")
 """Keys of a start that its details do not repeat."""
+MOST_EVENTS, LONGEST_VALUE, MOST_CONFIG_CHARACTERS = 200, 1_000, 100_000
 HERE = Path(__file__).resolve().parent
 
 
@@ -42,15 +44,21 @@ def write_report(run_dir: RunDir, output: Path | None = None) -> Path:
         raise ConfigError(
             f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with `lpl-pretrain train`"
         )
-    page = render(read_run(run_dir))
-    path = output or run_dir.report
-    with published(path) as temporary:
-        temporary.write_text(page)
+    return write_page(output or run_dir.report, render(read_run(run_dir)))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Return `path`.  Raises ConfigError where it cannot be written."""
+    try:
+        with published(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as problem:
+        raise ConfigError(f"{path}: cannot be written ({problem}): name another file with --output") from None
     return path
 
 
 def render(record: RunRecord) -> str:
-    name = record.settings.get("name") or record.run_dir.path.name
+    name = brief(str(record.settings.get("name") or record.run_dir.path.name), LONGEST_TEXT)
     return template(TEMPLATE).render(
         name=name,
         status=status(record),
@@ -58,6 +66,8 @@ def render(record: RunRecord) -> str:
         sections=sections(record),
         protocols=[protocol(record, *item) for item in record.protocols().items()],
         record=record,
+        config_text=brief(record.config_text, MOST_CONFIG_CHARACTERS),
+        events=record.events[-MOST_EVENTS:],
         provenance=provenance(record),
         source=record.run_dir.path,
     )
@@ -72,14 +82,14 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(when=when, score="{:.4g}".format)
+    environment.filters.update(when=when, score="{:.4g}".format, brief=lambda value: brief(str(value), LONGEST_VALUE))
     environment.globals.update(style=Markup((HERE / STYLE_SHEET).read_text()), written_at=datetime.now(timezone.utc))
     return environment.get_template(name)
 
 
 def status(record: RunRecord) -> tuple[str, str]:
     """(kind for the style sheet, words)."""
-    last, wanted = last_step(record), record.settings.get("steps")
+    last, wanted = last_step(record), wanted_steps(record)
     if not last:
         return "waiting", "no steps logged yet"
     if wanted and last >= wanted:
@@ -90,9 +100,14 @@ def status(record: RunRecord) -> tuple[str, str]:
     return "open", f"at step {last:,}, running or interrupted"
 
 
+def wanted_steps(record: RunRecord) -> int | None:
+    steps = record.settings.get("steps")
+    return steps if is_step(steps) else None
+
+
 def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     """(label, value, small print)."""
-    last, wanted = last_step(record), record.settings.get("steps")
+    last, wanted = last_step(record), wanted_steps(record)
     speed = record.series("samples_per_s").values
     found = [("steps", f"{last:,}", f"of {wanted:,}" if wanted and wanted >= last else "")]
     if seen := record.series("samples_seen").values:
@@ -133,7 +148,7 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
         }
 
     found = [section(title, missing, charts) for title, missing, charts in training_charts(record)]
-    found[1]["pictures"] = lpl_pictures(record)
+    found[1]["pictures"] = [shown for shown in lpl_pictures(record) if shown["picture"]]
     return found
 
 
@@ -141,7 +156,8 @@ def lpl_pictures(record: RunRecord) -> list[dict[str, Any]]:
     """What LPL compared at some checkpoints."""
     folder, found = record.run_dir.path, list(record.run_dir.lpl_pictures().items())
     return [
-        {"step": step, "picture": picture(folder, str(path.relative_to(folder)))} for step, path in spread(found, MOST_LPL_PICTURES)
+        {"step": step, "picture": picture(folder, "lpl", str(path.relative_to(folder)), "lpl", record.problems)}
+        for step, path in spread(found, MOST_LPL_PICTURES)
     ]
 
 
@@ -158,7 +174,8 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
         )
     dimensions = [extractor["dimension"] for extractor in last.get("extractors", {}).values()]
     images, reference = last["results"][0]["images"], last.get("reference", {})
-    grids = [{"step": r["step"], "picture": picture(folder, r.get("samples"))} for r in spread(records, MOST_GRIDS)]
+    grids = [{"step": each["step"], "picture": samples(record, each)} for each in spread(records, MOST_GRIDS)]
+    real = reference.get("grid") and f"evaluations/{reference['grid']}"
     return {
         "name": name,
         "images": images,
@@ -170,9 +187,20 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
         "biased": bool(dimensions) and images <= max(dimensions),
         "dimension": max(dimensions, default=0),
         "reference": reference,
-        "real": picture(folder, f"evaluations/{reference['grid']}") if reference.get("grid") else None,
+        "real": picture(folder, "evaluations", real, last["file"], record.problems),
         "grids": [grid for grid in grids if grid["picture"]],
     }
+
+
+def samples(record: RunRecord, score: dict[str, Any]) -> str | None:
+    """The sample grid of one evaluation as a data URI; None where there is none, or where the page's problems say why."""
+    return picture(record.run_dir.path, "samples", score.get("samples"), score.get("file", "evaluations"), record.problems)
+
+
+def samples_file(record: RunRecord, score: dict[str, Any]) -> Path | None:
+    """The file of that grid, before it is read."""
+    source = score.get("file", "evaluations")
+    return find_picture(record.run_dir.path, "samples", score.get("samples"), source, record.problems)
 
 
 def provenance(record: RunRecord) -> dict[str, Any]:
@@ -182,10 +210,10 @@ def provenance(record: RunRecord) -> dict[str, Any]:
     """
     rest = {key: value for key, value in record.provenance.items() if key not in IN_TABLE}
     diff = str(rest.pop("git_diff", None) or "")
-    argv = rest.pop("argv", None)
+    argv, versions = rest.pop("argv", None), rest.pop("versions", None)
     return {
         "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv,
-        "versions": rest.pop("versions", None) or {},
+        "versions": versions if isinstance(versions, dict) else {},
         "diff": diff[:MOST_DIFF_CHARACTERS],
         "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
         "starts": [start_row(start) for start in record.starts],
@@ -214,9 +242,10 @@ def change_words(values: Any) -> str:
 
 
 def interruptions(record: RunRecord) -> list[int]:
-    """Steps that the charts mark."""
+    """Steps that the charts mark: the last ones, where there are very many."""
     marked = ("stopped", *TAKEN_UP, "spike")
-    return sorted({event["step"] for event in record.events if event["event"] in marked})
+    steps = {event["step"] for event in record.events if event["event"] in marked}
+    return sorted(steps)[-MOST_EVENTS:]
 
 
 def last_step(record: RunRecord) -> int:
@@ -242,7 +271,7 @@ def sessions(record: RunRecord) -> str:
 
 def epochs(record: RunRecord, seen: float) -> str:
     samples = record.provenance.get("data_samples")
-    return f"{seen / samples:,.1f} times the data" if samples else ""
+    return f"{seen / samples:,.1f} times the data" if is_step(samples) and samples else ""
 
 
 def spread(records: list[Any], count: int) -> list[Any]:
@@ -250,13 +279,6 @@ def spread(records: list[Any], count: int) -> list[Any]:
     if len(records) <= count:
         return records
     return [records[round(i * (len(records) - 1) / (count - 1))] for i in range(count)]
-
-
-def picture(run: Path, name: str | None) -> str | None:
-    """A data URI; None when there is no such file."""
-    if not name or not (run / name).is_file():
-        return None
-    return "data:image/png;base64," + base64.b64encode((run / name).read_bytes()).decode()
 
 
 def number(value: float | None) -> str:
@@ -274,6 +296,10 @@ def clock(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def when(timestamp: float | datetime) -> str:
-    moment = timestamp if isinstance(timestamp, datetime) else datetime.fromtimestamp(timestamp, timezone.utc)
+def when(timestamp: Any) -> str:
+    """A time in UTC; "" for what is none."""
+    try:
+        moment = timestamp if isinstance(timestamp, datetime) else datetime.fromtimestamp(timestamp, timezone.utc)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return ""
     return moment.strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -10,10 +10,12 @@ from lpl_pretrain.report.record import Series
 
 NAMES = {"fid": "Frechet inception distance", "sfid": "spatial FID", "kid": "Kernel inception distance"}
 Records = list[dict[str, Any]]
+MOST_METRICS = 60
 
 
 def metrics(records: Records) -> list[str]:
-    return list(dict.fromkeys(entry["metric"] for record in records for entry in record["results"]))
+    """At most MOST_METRICS, of which each takes a chart."""
+    return list(dict.fromkeys(entry["metric"] for record in records for entry in record["results"]))[:MOST_METRICS]
 
 
 def columns(records: Records) -> list[tuple[str, float]]:
@@ -55,9 +57,9 @@ def title(metric: str) -> str:
 
 def bar(entry: dict[str, Any]) -> tuple[float, float] | None:
     """How far below and above the value."""
-    if "low" in entry:
-        return entry["value"] - entry["low"], entry["high"] - entry["value"]
-    return (entry["std"], entry["std"]) if "std" in entry else None
+    if "low" in entry and "high" in entry:
+        return max(0.0, entry["value"] - entry["low"]), max(0.0, entry["high"] - entry["value"])
+    return (abs(entry["std"]), abs(entry["std"])) if "std" in entry else None
 
 
 def table(records: Records, metric: str) -> list[dict[str, Any]]:

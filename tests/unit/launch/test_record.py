@@ -1,0 +1,178 @@
+"""A job's record is read back: `resume` submits what we wrote, or refuses and names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from click.testing import CliRunner
+
+from launch import record as recording
+from launch.__main__ import commands
+from launch.folder import JobFolder
+from launch.order import Order
+from launch.profile import ClusterProfile
+from launch.record import read_order
+from launch.status import cancel, report
+from launch.submit import submit, task_of
+from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.errors import ConfigError
+from tests.support.configs import train_config
+
+
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """sbatch takes everything; all programs note their arguments."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "squeue", "scancel"):
+        line = f'echo {name} "$@" >> {tmp_path}/asked; {"echo Submitted batch job 4711" if name == "sbatch" else ":"}'
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.fixture
+def folder(scheduler):
+    """A training that was submitted."""
+    run = scheduler / "a run"
+    settings = train_config(run_dir=str(run))
+    (scheduler / "train.yaml").write_text(dump(settings))
+    order = Order("train", ["train", str(scheduler / "train.yaml")], run, 2, config=dump(settings))
+    submit(order, ClusterProfile(partition="gpu"))
+    return JobFolder(run / "launch")
+
+
+def asked(scheduler, program):
+    return [line for line in (scheduler / "asked").read_text().splitlines() if line.startswith(program)]
+
+
+def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
+    """From wherever: also when its configuration's file has changed since, or is gone."""
+    before, record = read_order(folder)
+    (scheduler / "train.yaml").unlink()
+    monkeypatch.chdir(folder.path)
+    after, _ = read_order(folder)
+    assert after == before and after.cwd == record.cwd != os.getcwd()
+    assert task_of(after, record.profile).argv == ["train", str(folder.config)]
+    done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
+    assert done.exit_code == 0 and len(asked(scheduler, "sbatch")) == 2, done.exception
+
+
+def test_edits_after_the_submission_do_not_reach_the_job(folder, scheduler):
+    submitted = load_config(TrainConfig, scheduler / "train.yaml")
+    (scheduler / "train.yaml").write_text(dump(train_config(steps=999)))
+    order, _ = read_order(folder)
+    assert load_config(TrainConfig, order.command[1], order.command[2:]) == submitted
+
+
+def test_a_record_of_an_older_version_is_submitted_again(folder):
+    """It knows no folder in which paths begin, and no configuration was stored beside it."""
+    facts = folder.read_facts()
+    folder.write_facts({key: value for key, value in facts.items() if key not in ("cwd", "part", "at_most")})
+    folder.config.unlink()
+    order, _ = read_order(folder)
+    assert order.command == order.argv == facts["argv"] and order.cwd == os.getcwd()
+
+
+HOSTILE = [
+    {"argv": ["-c", "import os; os.system('touch PWNED')"]},
+    {"argv": ["encode", "x.yaml"]},
+    {"argv": []},
+    {"argv": "train x.yaml"},
+    {"argv": ["train", 5]},
+    {"argv": ["train", "a\0b"]},
+    {"argv": None},
+    {"kind": "python"},
+    {"kind": "watch"},
+    {"kind": ["train"]},
+    {"part": "../../elsewhere"},
+    {"part": "/etc"},
+    {"part": 7},
+    {"kind": "watch", "argv": ["watch"], "part": "watch/../.."},
+    {"run_dir": "/elsewhere"},
+    {"run_dir": "x\ntouch PWNED"},
+    {"run_dir": None},
+    {"nodes": "2; touch PWNED"},
+    {"nodes": 0},
+    {"profile": {"partition": "gpu\n#SBATCH --uid=0"}},
+    {"profile": {"setup": ["true\ntouch PWNED"]}},
+    {"profile": {"setup": ["echo 'open"]}},
+    {"profile": {"unknown": 1}},
+    {"profile": None},
+    {"profile": []},
+    {"cwd": "a\nb"},
+    {"cwd": 3},
+    {"job": "--user=root"},
+    {"job": 4711},
+    {"job": "4711\n"},
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=str)
+def test_an_edited_record_is_refused(folder, scheduler, changes):
+    folder.write_facts({**folder.read_facts(), **changes})
+    done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
+    assert isinstance(done.exception, ConfigError), done.exception
+    assert len(asked(scheduler, "sbatch")) == 1 and not list(scheduler.rglob("PWNED"))
+
+
+@pytest.mark.parametrize("text", ["", "{ not", "[1]", "null", "[" * 5_000, b"\xff\xfe", '{"job": {}}'], ids=str)
+def test_a_damaged_record_is_named(folder, scheduler, text):
+    folder.facts.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for command in ("status", "cancel", "resume", "logs"):
+        done = CliRunner().invoke(commands, [command, str(folder.run_dir)])
+        assert isinstance(done.exception, ConfigError) and str(folder.facts) in str(done.exception), command
+    assert asked(scheduler, "scancel") == [] and len(asked(scheduler, "sbatch")) == 1
+
+
+def test_no_option_reaches_the_scheduler_as_a_job(folder, scheduler):
+    folder.write_facts({**folder.read_facts(), "job": "--user=me"})
+    with pytest.raises(ConfigError, match="job='--user=me': wanted the number of a job"):
+        cancel(folder.run_dir)
+    assert asked(scheduler, "scancel") == []
+
+
+def test_a_stored_configuration_of_another_run_is_refused(folder):
+    folder.config.write_text(dump(train_config(run_dir="/elsewhere")))
+    with pytest.raises(ConfigError, match="its command trains in /elsewhere"):
+        read_order(folder)
+    folder.config.write_text("{ not")
+    with pytest.raises(ConfigError, match="config.yaml: not valid YAML"):
+        read_order(folder)
+
+
+def test_a_run_that_was_copied_is_not_the_run(folder, scheduler):
+    """Resumed there, the job would go on with the original."""
+    folder.run_dir.rename(scheduler / "moved")
+    with pytest.raises(ConfigError, match="was the run moved or copied"):
+        read_order(JobFolder(scheduler / "moved" / "launch"))
+
+
+def test_shell_of_another_user_is_not_run(folder, monkeypatch):
+    monkeypatch.setattr(recording.os, "geteuid", lambda: 4321)
+    os.chown(folder.facts, 1234, -1) if os.getuid() == 0 else pytest.skip("only root gives files away")
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        read_order(folder)
+
+
+def test_status_prints_what_a_terminal_does_not_obey(folder):
+    folder.write_facts({**folder.read_facts(), "argv": ["train", "x\x1b[2J\n"]})
+    shown = report(folder.run_dir)
+    assert "\x1b" not in shown and r"x\x1b[2J\n" in shown
+
+
+def test_damaged_lines_of_a_run_leave_a_status(folder):
+    folder.attempts.write_text(
+        '{"job": "4711"\n[]\n7\n{"job": "4711"}\n' + json.dumps({"job": "1", "reason": "", "requeued": True})
+    )
+    lines = [
+        "[1]",
+        '{"step": "x"}',
+        '{"step": 3, "samples_per_s": "fast", "time_s": null}',
+        '{"event": "straggler", "time_s": 9e99}',
+    ]
+    (folder.run_dir / "metrics.jsonl").write_text("\n".join(lines) + '\n"\\ud8')
+    assert "step        3" in report(folder.run_dir).splitlines()
