@@ -93,9 +93,12 @@ class LatentStream:
         inside = f"{self.folders.paths[folder]}/" if len(self.folders.paths) > 1 else ""
         return f"{inside}{file} row {row}"
 
-    def state(self, samples_seen: int) -> dict:
-        """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank."""
-        epoch = samples_seen // self.index.samples
+    def state(self, samples_seen: int, jumped: int = 0) -> dict:
+        """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank.
+
+        `jumped`: samples that it passed without seeing them.
+        """
+        epoch = (samples_seen + jumped) // self.index.samples
         return {"samples_seen": samples_seen, "epoch": epoch, "seed": self.seed, "fingerprint": self.index.fingerprint}
 
     def read(self, sample_indices: Sequence[int]) -> LatentBatch:

@@ -271,6 +271,7 @@ def test_spikes_are_shown(run):
         {"event": "spike", "step": 119, "time_s": 1.7e9, "action": "rollback", "to_step": 110, "jump_updates": 9, **about},
         metrics(111, mark=5.0),
     ]
+    more.insert(1, more[0])  # met again by a resumed run
     before = draw(Chart("x", {"y": Series([1, 2], [1.0, 2.0])}), interruptions(read_run(run)), 120)
     with run.metrics.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in more))
