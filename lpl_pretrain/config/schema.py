@@ -170,7 +170,7 @@ class SpikeConfig(Section):
     """Equal parts of the timestep distribution whose losses are watched one by one."""
     skip_updates: PositiveInt = 1
     """rollback: updates, from that of the spike on, whose samples are jumped over."""
-    max_events: NonNegativeInt = 10
+    max_events: NonNegativeInt = 20
     """skip and rollback: more spikes than this in one run stop it."""
 
     @model_validator(mode="after")

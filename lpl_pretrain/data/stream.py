@@ -95,12 +95,14 @@ class LatentStream:
         inside = f"{self.folders.paths[folder]}/" if len(self.folders.paths) > 1 else ""
         return f"{inside}{file} row {row}"
 
-    def state(self, samples_seen: int) -> dict:
-        """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank."""
-        epoch = samples_seen // self.index.samples
+    def state(self, samples_seen: int, jumped: int = 0) -> dict:
+        """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank.
+
+        `jumped`: samples that it passed without seeing them.
+        """
         return {
             "samples_seen": samples_seen,
-            "epoch": epoch,
+            "epoch": (samples_seen + jumped) // self.index.samples,
             "seed": self.seed,
             "fingerprint": self.index.fingerprint,
             "contents": contents_of(self.index),

@@ -121,8 +121,8 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ends = values if len(values) == 1 else [values[0], values[-1]]
         first = scores.title(records[-1]["results"][0]["metric"])
         found.append((first, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
-    if spikes := [event for event in record.events if event["event"] == "spike"]:
-        rollbacks = sum(event.get("action") == "rollback" for event in spikes)
+    if spikes := distinct_spikes(record):
+        rollbacks = sum(action == "rollback" for _, action, _ in spikes)
         found.append(("spikes", f"{len(spikes):,}", f"{rollbacks:,} rolled back"))
     if share := record.series("lpl/weighted_share").values:
         found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "lately"))
@@ -246,6 +246,12 @@ def interruptions(record: RunRecord) -> list[int]:
     marked = ("stopped", *TAKEN_UP, "spike")
     steps = {event["step"] for event in record.events if event["event"] in marked}
     return sorted(steps)[-MOST_EVENTS:]
+
+
+def distinct_spikes(record: RunRecord) -> set[tuple[int, str, int]]:
+    """(step, action, updates jumped over): a run that is resumed before a spike meets it again."""
+    spikes = [event for event in record.events if event["event"] == "spike"]
+    return {(e["step"], str(e.get("action")), e.get("jump_updates", 0)) for e in spikes}
 
 
 def last_step(record: RunRecord) -> int:

@@ -88,7 +88,7 @@ class Run:
         weight = self.updater.perceptual and self.updater.perceptual.weight.state()
         return {
             "step": step,
-            "stream": self.stream.state(self.samples_seen(step)),
+            "stream": self.stream.state(self.samples_seen(step), self.samples_seen(self.jump_updates)),
             "lpl_weight": weight,
             "loss_scale": self.strategy.loss_scale.state(),
             "skipped_updates": self.updater.health.skipped_updates,

@@ -49,6 +49,24 @@ def test_retention(tmp_path, run, options, kept):
     assert sorted(path.name for path in keeper.run_dir.checkpoints.iterdir()) == [f"step_{step:08d}" for step in kept]
 
 
+def test_a_rollback_finds_what_was_due(tmp_path, run):
+    """Whatever stops left behind it, and however few are kept; what it undoes is removed, snapshots too."""
+    config = CheckpointConfig(asynchronous=False, every_steps=4, keep_last=1)
+    keeper = CheckpointManager(RunDir(tmp_path), config, keep_due=True)
+    assert keeper.restore_latest(run.strategy, run.ema, only_due=True) is None
+    for step in (3, 4, 5, 6):
+        keeper.save(step, run.strategy, run.ema, {"step": step}, samples_seen=0)
+    for step in (4, 6):
+        keeper.save_snapshot(step, run.strategy, run.ema, {}, samples_seen=0)
+    assert keeper.run_dir.complete_checkpoints() == [4, 6]
+    assert keeper.restore_latest(run.strategy, run.ema) == {"step": 6}
+    assert keeper.restore_latest(run.strategy, run.ema, only_due=True) == {"step": 4}
+    keeper.discard_after(4, World())
+    assert keeper.run_dir.complete_checkpoints() == keeper.run_dir.complete_snapshots() == [4]
+    keeper.save(8, run.strategy, run.ema, {}, samples_seen=0)
+    assert keeper.run_dir.complete_checkpoints() == [8]
+
+
 def test_what_evaluation_needs_is_not_removed(tmp_path, run):
     """The best step by a protocol, and those that are being scored now; a dead evaluator's lease keeps nothing."""
     keeper = manager(tmp_path, keep_last=1)

@@ -71,6 +71,65 @@ def test_an_update_that_is_missing_is_found(tmp_path, order):
     assert audit(RunDir(tmp_path), order, SIZE).problems == [f"update 4: {SIZE} samples missed, such as 24"]
 
 
+ROLLBACK = [
+    {"first": 0, "last": 6},
+    {"first": 4, "last": 7, "jump": 3, "spike": (6, 2)},  # to position 7, behind 5 and 6
+    {"first": 6, "last": 8, "jump": 3},  # killed, and resumed from a checkpoint of step 6
+    {"first": 0, "last": 2},  # from nothing: all checkpoints were removed
+    {"first": 0, "last": 3, "jump": 3, "spike": (2, 2)},
+]
+
+
+def train_with_jumps(run_dir, order, history, ranks=2):
+    for number, start in enumerate(history):
+        jump = start.get("jump", 0)
+        for rank in range(ranks):
+            ledger = Ledger(run_dir.ledger(rank), f"start {number}", start["first"], jump, start.get("spike"))
+            for step in range(start["first"] + 1, start["last"] + 1):
+                position = step - 1 + start.get("taken", jump)
+                counts = list(range(position * SIZE + rank, (position + 1) * SIZE, ranks))
+                ledger.note(step, [batch(order, counts)])
+            ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("starts", "steps", "again"), [(2, 7, 2), (3, 8, 3), (5, 3, 6 + 3 + 2 + 2)], ids=["rollback", "resume", "a second one"]
+)
+def test_a_rollback_jumps_over_samples(tmp_path, order, starts, steps, again):
+    train_with_jumps(RunDir(tmp_path), order, ROLLBACK[:starts])
+    found = audit(RunDir(tmp_path), order, SIZE)
+    assert found.problems == []
+    assert (found.steps, found.starts, found.jump_updates) == (steps, starts, 3)
+    assert found.rollbacks == (2 if starts == 5 else 1)
+    assert found.made_again == again
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (1, {"jump": 2}, "start at step 4: 2 updates jumped over, wanted 3"),
+        (1, {"jump": 4}, "start at step 4: 4 updates jumped over, wanted 3"),
+        (1, {"spike": (5, 3)}, "rollback to step 4: of update 5, but 6 was the last"),
+        (1, {"spike": None}, "start at step 4: 3 updates jumped over, wanted 0"),
+        (1, {"taken": 0}, "update 5: 8 samples missed"),
+        (2, {"jump": 0}, "start at step 6: 0 updates jumped over, wanted 3"),
+        (2, {"taken": 2}, "update 7: 8 samples of another update"),
+    ],
+    ids=str,
+)
+def test_a_wrong_jump_is_found(tmp_path, order, number, change, message):
+    """Whether the number is wrong, or is right and the samples are others."""
+    history = [dict(start) for start in ROLLBACK[:3]]
+    history[number] |= change
+    train_with_jumps(RunDir(tmp_path), order, history)
+    assert message in "\n".join(audit(RunDir(tmp_path), order, SIZE).problems)
+
+
+def test_without_a_jump_the_file_is_as_before(tmp_path):
+    Ledger(RunDir(tmp_path).ledger(0), "a", 3).close()
+    assert RunDir(tmp_path).ledger(0).read_text() == '{"start": "a", "step": 3}\n'
+
+
 def test_a_sample_in_the_place_of_another_is_counted(tmp_path, order):
     train(RunDir(tmp_path), order)
     file = RunDir(tmp_path).ledger(0)

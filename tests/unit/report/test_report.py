@@ -14,7 +14,7 @@ from lpl_pretrain.cli import report as command
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report.charts import Chart, draw, smoothed
-from lpl_pretrain.report.page import clock, number, render, spread, write_report
+from lpl_pretrain.report.page import clock, interruptions, number, render, spread, write_report
 from lpl_pretrain.report.record import Series, read_run
 from tests.unit.report.conftest import metrics
 
@@ -261,3 +261,25 @@ def test_phases_and_arithmetic_are_drawn_as_far_as_they_were_logged(run):
     run.metrics.write_text("".join(json.dumps({**line, "mfu": 0.4}) + "\n" for line in kept))
     text = page_of(run).text
     assert "Seconds a step" not in text and "Model FLOPs utilisation" in text
+
+
+def test_spikes_are_shown(run):
+    """Each in the table and on the curves; what a rollback has undone is no longer on them."""
+    about = {"quantity": "the gradient norm", "value": 9.0, "bound": 2.0, "median": 1.0, "samples": ["sample 7 (a.tar row 3)"]}
+    more = [
+        {"event": "spike", "step": 100, "time_s": 1.7e9, "action": "skip", **about},
+        {"event": "spike", "step": 119, "time_s": 1.7e9, "action": "rollback", "to_step": 110, "jump_updates": 9, **about},
+        metrics(111, mark=5.0),
+    ]
+    more.insert(1, more[0])  # met again by a resumed run
+    before = draw(Chart("x", {"y": Series([1, 2], [1.0, 2.0])}), interruptions(read_run(run)), 120)
+    with run.metrics.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in more))
+    record = read_run(run)
+    assert [line["step"] for line in record.lines] == list(range(1, 112))
+    assert record.lines[-1]["loss/total"] == pytest.approx(1 / 111 + 5.0)
+    assert interruptions(record) == [75, 100, 119]
+    assert len(draw(Chart("x", {"y": Series([1, 2], [1.0, 2.0])}), interruptions(record), 120)) > len(before)
+    text = page_of(run).text
+    for wanted in ("spikes 2 1 rolled back", "action = rollback", "to_step = 110", "jump_updates = 9", "sample 7 (a.tar row 3)"):
+        assert wanted in text, wanted
