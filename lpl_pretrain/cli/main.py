@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lpl_pretrain import __version__
-from lpl_pretrain.errors import LPLError
+from lpl_pretrain.errors import LPLError, StorageError, exit_status, is_transient
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
@@ -191,4 +191,9 @@ def run(group: click.Group) -> None:
         group()
     except LPLError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(error.status)
+        sys.exit(exit_status(error))
+    except OSError as error:
+        if not is_transient(error):
+            raise
+        click.echo(f"StorageError: {StorageError.of(error)}", err=True)
+        sys.exit(StorageError.status)

@@ -17,6 +17,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.batch import LatentBatch
 from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.runtime.files import naming
 
 MOST_TOLD = 20
 
@@ -25,17 +26,20 @@ class Ledger:
     """Of one rank.  `start` is a word that all ranks of this start have in common, and no other start has."""
 
     def __init__(self, path: Path, start: str, first_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
-        self.file = path.open("a", buffering=1)
-        self.file.write("\n" * torn + json.dumps({"start": start, "step": first_step}) + "\n")
+        self.path = path
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
+            self.file = path.open("a", buffering=1)
+            self.file.write("\n" * torn + json.dumps({"start": start, "step": first_step}) + "\n")
 
     def note(self, step: int, batches: Sequence[LatentBatch]) -> None:
         """Update number `step` (from 1) was made of these."""
         places = [
             [count, *place] for batch in batches for count, place in zip(batch.sample_indices.tolist(), batch.places, strict=True)
         ]
-        self.file.write(json.dumps({"step": step, "samples": places}) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, "samples": places}) + "\n")
 
     def close(self) -> None:
         self.file.close()

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lpl_pretrain.runtime.files import naming, remove_leftovers, temporary_name
+
 STALE_S = 120.0
 TOUCH_S = 15.0
 
@@ -55,6 +57,7 @@ class Lease:
     def take(self) -> bool:
         """Now, or not at all; once taken it stays so until this context is left."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path.parent)
         if self._thread is None and (self._take() or (self._clear_stale() and self._take())):
             self._thread = threading.Thread(target=self._keep_touching, daemon=True)
             self._thread.start()
@@ -76,18 +79,16 @@ class Lease:
             self._thread = None
 
     def _take(self) -> bool:
-        mine = self.path.with_name(f".{self.path.name}.{self.token}")
-        mine.write_text(
-            json.dumps(
-                {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-            )
-        )
+        mine = temporary_name(self.path)
+        holder = {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
         try:
+            with naming(mine):
+                mine.write_text(json.dumps(holder))
             os.link(mine, self.path)
         except FileExistsError:
             return False
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         return True
 
     def _clear_stale(self) -> bool:
@@ -95,7 +96,7 @@ class Lease:
         holder = read_lease(self.path)
         if not (is_stale(self.path, self.stale_s) or self._is_dead(holder)):
             return not self.path.exists()
-        seen, aside = holder.get("token"), self.path.with_name(f".{self.path.name}.{self.token}.stale")
+        seen, aside = holder.get("token"), temporary_name(self.path)
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
             if read_lease(aside).get("token") != seen:  # another worker had taken it over in the meantime: back with it
@@ -140,7 +141,7 @@ def read_lease(path: Path) -> dict:
 
 def _now(folder: Path) -> float:
     """By the clock of the file system, which is not this machine's."""
-    probe = folder / f".now.{secrets.token_hex(4)}"
+    probe = temporary_name(folder / "now")
     probe.touch()
     try:
         return probe.stat().st_mtime

@@ -1,6 +1,6 @@
 """Hypothesis settings of tests/fuzz: a fixed number of fixed cases in CI, more and random ones in a long run.
 
-    LPL_FUZZ_SCALE=50 python -m pytest tests/fuzz    # 50 times as many cases, with fresh random seeds
+LPL_FUZZ_SCALE=50 python -m pytest tests/fuzz    # 50 times as many cases, with fresh random seeds
 """
 
 from __future__ import annotations

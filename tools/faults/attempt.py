@@ -151,14 +151,16 @@ def error_problems(ending: Ending, root: str) -> list[str]:
         return problems
     reasons = {os.strerror(errno.ENOSPC if hit.action == "full" else int(hit.action)) for hit in refused}
     texts = [ending.output.get(f"rank_{hit.rank}", ending.output.get("torchrun", "")) for hit in refused]
-    if not any(is_clear(text, reasons, root) for text in texts):
+    strict = "torchrun" not in ending.output  # whose own traceback follows ours
+    if not any(is_clear(text, reasons, root, strict=strict) for text in texts):
         where = f"{refused[0].op} {refused[0].action} {refused[0].path}"
         problems.append(f"no clear error after {where}: {last_error(texts[0])}")
     return problems
 
 
-def is_clear(text: str, reasons: set[str], root: str) -> bool:
-    if TRACEBACK in text:
+def is_clear(text: str, reasons: set[str], root: str, *, strict: bool) -> bool:
+    """A line names a path below `root` and one of the reasons; `strict`: and there is no traceback."""
+    if strict and TRACEBACK in text:
         return False
     return any(root in line and any(reason in line for reason in reasons) for line in ERROR_LINE.findall(text))
 

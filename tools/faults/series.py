@@ -50,7 +50,7 @@ sampler: {{kind: euler, steps: 2}}
 guidance_scales: [1.0]
 reference: {inputs}/few
 grid_images: 4
-best: {{metric: fd}}
+best: fd_efficientnet_lite0
 """
 CHANGING = {"finished_at", "seconds", "images_made_now", "processes"}
 """Keys of a record that two undisturbed evaluations do not agree on."""
