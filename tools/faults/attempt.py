@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lpl_pretrain.errors import BAD_INPUT
+from lpl_pretrain.runtime.lease import read_lease
 from tools.faults.layer import FULL_DISK, FileLayer, Hit
 from tools.faults.plan import Fault, FileFault, LostLease, SignalFault
 from tools.faults.processes import GRACE_S, Ranks, is_stopped
@@ -117,8 +118,10 @@ class Attempt:
         self.ranks = Ranks(
             old.command, old.count, {**old.environment, "LPL_CHAOS_PLAN": ""}, old.logs / "heir", old.mark, meet=old.meet
         )
-        before = old.pids()
+        before, held = old.pids(), read_lease(self.lease)
         self.ranks.start()
+        while read_lease(self.lease) == held and self.ranks.running():  # else it is still theirs when they go on
+            time.sleep(POLL_S)
         time.sleep(fault.resume_s)
         deadline = time.monotonic() + GIVES_WAY_S
         for pid in before:

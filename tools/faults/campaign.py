@@ -17,6 +17,8 @@ from tools.faults.plan import Fault, Trace, draw, generator
 from tools.faults.processes import Ranks, orphans
 from tools.faults.series import Series, all_series, prepare
 
+Undisturbed = tuple[dict[str, bytes], dict[int, Trace], dict[int, float]]
+"""(results, {ranks: calls that were made}, {ranks: seconds})."""
 DISTURBED, CLEAN = 8, 3
 """Starts of one iteration that are disturbed at most; and after that those that may fail before the series is given up."""
 OF_OTHERS = ("torchelastic_", "pymp-", "torchinductor_")
@@ -62,7 +64,7 @@ class Campaign:
         self.layer = FileLayer(self.files, folder)
         start_server(self.layer)
         self.series = all_series(self.inputs, module)
-        self._alone: dict[str, tuple[dict[str, bytes], dict[int, Trace], float]] = {}
+        self._alone: dict[str, Undisturbed] = {}
 
     def run(self, name: str, until: Callable[[Tally], bool], only: int | None = None) -> Tally:
         """Iterations of a series until there were enough of them."""
@@ -77,11 +79,11 @@ class Campaign:
             iteration += 1
         return tally
 
-    def alone(self, name: str) -> tuple[dict[str, bytes], dict[int, Trace], float]:
-        """(results, {ranks: calls it made}, seconds) of a job that nobody disturbs."""
+    def alone(self, name: str) -> Undisturbed:
+        """What a job does and leaves that nobody disturbs, on each of its numbers of ranks."""
         if name in self._alone:
             return self._alone[name]
-        series, traces = self.series[name], {}
+        series, traces, seconds = self.series[name], {}, {}
         for need, made in NEEDS.get(name, {}).items():
             self.alone(need)
             if not (self.inputs / made).exists():
@@ -97,15 +99,17 @@ class Campaign:
             trace[:] = [call for call in trace if not (call[1] == "stat" and f"{self.inputs}/autoencoder" in call[2])]
             if not ending.well or not series.complete(folder):
                 raise RuntimeError(f"{name} fails undisturbed: {ending.statuses} {ending.output}")
-            traces[count] = trace
+            traces[count], seconds[count] = trace, ending.seconds
         results = series.results(self.files / name / f"alone_{series.ranks[0]}")
-        self._alone[name] = results, traces, ending.seconds
-        self.tell(f"{name}: {ending.seconds:.1f} s undisturbed, {len(results)} files, {sum(map(len, traces.values()))} calls")
+        self._alone[name] = results, traces, seconds
+        calls = sum(map(len, traces.values()))
+        self.tell(f"{name}: {sum(seconds.values()):.1f} s undisturbed, {len(results)} files, {calls} calls")
         return self._alone[name]
 
     def iterate(self, series: Series, iteration: int, tally: Tally) -> None:
-        results, traces, seconds = self.alone(series.name)
+        results, traces, durations = self.alone(series.name)
         count = series.ranks[iteration % len(series.ranks)]
+        seconds = durations[count]
         folder = self.files / series.name / f"{iteration:05d}"
         series.begin(folder)
         cold = iteration % COLD_EVERY == COLD_EVERY - 1

@@ -92,8 +92,8 @@ def generator(seed: int, series: str, iteration: int, attempt: int) -> random.Ra
 
 
 def draw(rng: random.Random, trace: Trace, ranks: int, *, leased: bool) -> list[Fault]:
-    """One fault that an attempt rarely survives, preceded by up to three that it must not even notice."""
-    faults: list[Fault] = [_survivable(rng, trace, ranks) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
+    """One fault that an attempt rarely survives, preceded by up to four that it must not even notice."""
+    faults: list[Fault] = [_survivable(rng, trace, ranks) for _ in range(rng.randint(0, 4))]
     kinds = {"kill": 5, "kill all": 2, "kill at call": 5, "term": 1, "error": 9, "persistent": 3, "full": 4}
     kinds["lease lost"] = 1 if leased else 0
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -137,10 +137,11 @@ def _at_call(
     op = rng.choices(ops, [weights[op] for op in ops])[0]
     match = rng.choice(sorted({constant_part(path) for of, path in mine if of == op}))
     calls = sum(of == op and match in path for of, path in mine)
+    nth = 1 + int(calls * min(rng.random(), rng.random()))  # rather early: a start that goes on makes fewer calls
     if action is None:
         error = rng.choice(ERRORS[op])
         action, kind = str(error), errno.errorcode[error]
-    return FileFault(kind, rank, op, action, rng.randint(1, max(1, calls)), match, times)
+    return FileFault(kind, rank, op, action, nth, match, times)
 
 
 def constant_part(path: str) -> str:

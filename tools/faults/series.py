@@ -44,13 +44,16 @@ log: {{every_steps: 1, samples: true}}
 """
 PROTOCOL = """
 name: quick
-images: 6
+images: 4
 batch_size: 2
 sampler: {{kind: euler, steps: 2}}
 guidance_scales: [1.0]
 reference: {inputs}/few
 grid_images: 4
-best: fd_efficientnet_lite0
+metrics: [kid]
+kid_subsets: 2
+kid_subset_size: 4
+best: kid_efficientnet_lite0
 """
 CHANGING = {"finished_at", "seconds", "images_made_now", "processes"}
 """Keys of a record that two undisturbed evaluations do not agree on."""
