@@ -3,10 +3,28 @@
 They live at the root of the package because `config`, the lowest room, raises them too.  `assert` is for our own bugs.
 """
 
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+
 BAD_INPUT = 2
 """Exit status for what is the input's fault: trying again would not help."""
 UNFIT = 75
 """Exit status of a process whose node cannot train: trying again would help on another one."""
+
+
+TRANSIENT_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENOSPC", "EDQUOT", "EROFS", "ESTALE", "EBUSY", "EAGAIN", "EINTR", "EMFILE", "ENFILE", "ENOMEM"),
+        *("ETIMEDOUT", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTUNREACH"),
+        *("ENOTCONN", "EREMOTEIO", "ENOLINK", "ECOMM", "ENODEV", "ENXIO"),
+    )
+    if hasattr(errno, name)
+)
+"""Of storage, memory and networks: what fails with one of these may succeed when it is tried again."""
 
 
 class LPLError(Exception):
@@ -52,3 +70,41 @@ class PreflightError(LPLError):
         """`status` 1: it may be there when the job is tried again."""
         super().__init__(message)
         self.status = status
+
+
+class StorageError(LPLError):
+    """A file system that refuses a read or write for a reason that may pass: a full disk, a lost server."""
+
+    status = 1
+
+    @classmethod
+    def of(cls, error: OSError) -> StorageError:
+        path = error.filename2 or error.filename or file_in_use(error)
+        return cls(f"{path}: {error.strerror}: look at the file system, then run the same command again")
+
+
+def file_in_use(error: OSError) -> str:
+    """Of an error of a descriptor, which names no file: the innermost path or open file on the stack."""
+    found, frame = "a file", error.__traceback__
+    while frame is not None:
+        for value in frame.tb_frame.f_locals.values():
+            if isinstance(value, Path):
+                found = str(value)
+            elif isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
+                found = name
+        frame = frame.tb_next
+    return found
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """True for an error that has its origin in an OSError with one of TRANSIENT_ERRNOS."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def exit_status(error: LPLError) -> int:
+    """1 instead of BAD_INPUT where the same command may succeed later."""
+    return 1 if error.status == BAD_INPUT and is_transient(error) else error.status

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from lpl_pretrain import __version__
-from lpl_pretrain.errors import LPLError
+from lpl_pretrain.errors import LPLError, StorageError, exit_status, is_transient
 from lpl_pretrain.runtime.command import command_line
 from lpl_pretrain.runtime.preempt import INTERRUPTED, Interrupted, StopRequest, say, stop_request
 from lpl_pretrain.runtime.torchrun import peer_failed, record_error
@@ -241,7 +241,7 @@ def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> Non
     try:
         group(standalone_mode=file is None)
     except LPLError as error:
-        refuse(f"{type(error).__name__}: {error}", error.status, file)
+        refuse(f"{type(error).__name__}: {error}", exit_status(error), file)
     except click.ClickException as error:  # under torchrun; otherwise click prints it
         error.show(file=(shown := io.StringIO()))
         refuse(shown.getvalue().rstrip(), error.exit_code, file)
@@ -251,6 +251,8 @@ def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> Non
             raise Interrupted(f"{stop.farewell} ({type(error).__name__}: {words})") from error
         if stop.peer_failed():  # the connection to that rank is gone
             end(1)
+        if isinstance(error, OSError) and is_transient(error):
+            refuse(f"StorageError: {StorageError.of(error)}", StorageError.status, file)
         raise
 
 

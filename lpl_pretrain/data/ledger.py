@@ -20,6 +20,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.batch import LatentBatch
 from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.runtime.files import naming
 
 MOST_TOLD = 20
 
@@ -41,17 +42,20 @@ class Ledger:
             line["jump"] = jump_updates
         if spike is not None:
             line["spike"], line["skip_updates"] = spike
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
-        self.file = path.open("a", buffering=1)
-        self.file.write("\n" * torn + json.dumps(line) + "\n")
+        self.path = path
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
+            self.file = path.open("a", buffering=1)
+            self.file.write("\n" * torn + json.dumps(line) + "\n")
 
     def note(self, step: int, batches: Sequence[LatentBatch]) -> None:
         """Update number `step` (from 1) was made of these."""
         places = [
             [count, *place] for batch in batches for count, place in zip(batch.sample_indices.tolist(), batch.places, strict=True)
         ]
-        self.file.write(json.dumps({"step": step, "samples": places}) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, "samples": places}) + "\n")
 
     def close(self) -> None:
         self.file.close()

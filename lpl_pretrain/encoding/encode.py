@@ -33,7 +33,7 @@ from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
 from lpl_pretrain.encoding.pictures import Picture, Problem
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
 from lpl_pretrain.encoding.writer import PartWriter, Superseded, record_path
-from lpl_pretrain.errors import ConfigError, DataError
+from lpl_pretrain.errors import ConfigError, DataError, is_transient
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import leaves_traces
@@ -184,6 +184,8 @@ class PartEncoder:
         try:
             return decode(item, self.config)
         except DataError as problem:
+            if is_transient(problem):  # not the picture's fault: leaving it out would be for good
+                raise
             return Problem(item.origin, str(problem))
 
     def _encode_part(self, part: Part, items: Iterator[Decoded | Problem | None], advance: Callable[[float], object]) -> None:

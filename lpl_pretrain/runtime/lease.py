@@ -28,6 +28,7 @@ from pathlib import Path
 
 from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
 from lpl_pretrain.errors import CheckpointError, SaveError
+from lpl_pretrain.runtime.files import naming, remove_leftovers, temporary_name
 from lpl_pretrain.runtime.preempt import leaves_traces
 
 STALE_S = 120.0
@@ -77,6 +78,7 @@ class Lease:
             if self.path.is_dir() and not self.path.is_symlink():
                 raise CheckpointError(f"{self.path}: is a directory, wanted a lease file or nothing: remove it")
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path.parent)
             taken = self._thread is None and (self._take() or (self._clear_stale() and self._take()))
         except OSError as error:
             kind = SaveError if error.errno in NOT_THE_USERS_FAULT else CheckpointError
@@ -103,18 +105,16 @@ class Lease:
             self._thread = None
 
     def _take(self) -> bool:
-        mine = self.path.with_name(f".{self.path.name}.{self.token}")
-        mine.write_text(
-            json.dumps(
-                {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-            )
-        )
+        mine = temporary_name(self.path)
+        holder = {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
         try:
+            with naming(mine):
+                mine.write_text(json.dumps(holder))
             os.link(mine, self.path)
         except FileExistsError:
             return False
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         return True
 
     def _clear_stale(self) -> bool:
@@ -122,7 +122,7 @@ class Lease:
         holder = read_lease(self.path)
         if not (is_stale(self.path, self.stale_s) or self._is_dead(holder)):
             return not os.path.lexists(self.path)
-        seen, aside = holder.get("token"), self.path.with_name(f".{self.path.name}.{self.token}.stale")
+        seen, aside = holder.get("token"), temporary_name(self.path)
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
             if read_lease(aside).get("token") != seen:  # another worker had taken it over in the meantime: back with it
@@ -200,7 +200,7 @@ def _read(path: Path) -> dict | None:
 
 def _now(folder: Path) -> float:
     """By the clock of the file system, which is not this machine's; by this machine's where nothing can be written."""
-    probe = folder / f".now.{secrets.token_hex(4)}"
+    probe = temporary_name(folder / "now")
     try:
         probe.touch()
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
+from lpl_pretrain.runtime.files import naming
 from lpl_pretrain.runtime.mirror import Mirror
 
 
@@ -27,9 +28,11 @@ class Sinks:
         self.begun_before = run_dir.has_logged_steps()
         if rank != 0:
             return
-        self.file = run_dir.metrics.open("a", buffering=1)
-        if not ends_with_newline(run_dir.metrics):
-            self.file.write("\n")
+        self.path = run_dir.metrics
+        with naming(self.path):
+            self.file = self.path.open("a", buffering=1)
+            if not ends_with_newline(self.path):
+                self.file.write("\n")
         if config.log.wandb.mode != "disabled":
             self.mirror = Mirror(
                 run_dir.path, config.name, **config.log.wandb.model_dump(), settings=config.model_dump(mode="json")
@@ -58,7 +61,8 @@ class Sinks:
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
             self.fence()
-            self.file.write(json.dumps(line) + "\n")
+            with naming(self.path):
+                self.file.write(json.dumps(line) + "\n")
 
 
 def ends_with_newline(path: Path) -> bool:

@@ -1,0 +1,24 @@
+"""The commands with a recovery that is broken on purpose, for the campaign to find: python -m tests.chaos.broken ..."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lpl_pretrain.runtime import files
+
+
+@contextmanager
+def written_in_place(path: Path) -> Iterator[Path]:
+    """As `published`, but a file that exists may be half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path
+
+
+files.published = written_in_place
+
+from lpl_pretrain.cli.main import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Disturbs encode, train and evaluate at random moments, and compares what they leave with undisturbed runs.
+
+    python tools/chaos.py --faults 1000 --json chaos.json
+    python tools/chaos.py --series encode --seed 7 --only 42    # one iteration again, as a violation names it
+
+Faults: SIGKILL and SIGTERM of one rank or all, SIGSTOP for a while or until the lease is lost, a full disk, and errors, short
+transfers and interruptions of single calls (tools/faults/layer.c).  A fault counts when it met a living process.  After every
+iteration the published bytes must be those of an undisturbed run, the audit clean, no process and no temporary file left; an error
+that ends a process names the path and the reason.  Exit status 1 when anything of this did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.faults.campaign import Campaign, Tally  # noqa: E402
+
+SHARES = {"encode": 30, "train_local": 25, "train_fsdp2": 12, "train_zero2": 9, "train_zero3": 9, "evaluate": 15}
+"""Of the faults, by series."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=1000, help="in all series together")
+    parser.add_argument("--series", default=",".join(SHARES), help="separated by commas")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="this iteration of the series, alone")
+    parser.add_argument("--minutes", type=float, help="end after so many, whatever the number of faults")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--keep", type=Path, help="work in this new folder, and leave it there")
+    args = parser.parse_args()
+    names = args.series.split(",")
+    if unknown := [name for name in names if name not in SHARES]:
+        parser.error(f"--series {unknown}: wanted some of {','.join(SHARES)}")
+    if args.keep is not None:
+        args.keep.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        tallies = run(Campaign(args.keep or Path(folder), args.seed, tell=say), names, args)
+    print(table(tallies))
+    if args.json is not None:
+        found = {name: dataclasses.asdict(tally) for name, tally in tallies.items()}
+        args.json.write_text(json.dumps({"seed": args.seed, "series": found}, indent=1, default=str) + "\n")
+    return int(any(tally.violations for tally in tallies.values()))
+
+
+def run(campaign: Campaign, names: list[str], args: argparse.Namespace) -> dict[str, Tally]:
+    """Series by series, each with its share of the faults and of the time."""
+    tallies: dict[str, Tally] = {}
+    started, total = time.monotonic(), sum(SHARES[name] for name in names)
+    for number, name in enumerate(names):
+        wanted = -(-args.faults * SHARES[name] // total)
+        done = sum(SHARES[before] for before in names[: number + 1]) / total
+        end = started + 60 * args.minutes * done if args.minutes else float("inf")
+
+        def enough(tally: Tally, name: str = name, wanted: int = wanted, end: float = end) -> bool:
+            made, now = tally.faults.total(), time.monotonic()
+            rate = made / max(tally.seconds, 1e-9)
+            left = min((wanted - made) / rate if rate else 0.0, end - now)
+            if tally.iterations:
+                say(
+                    f"{name}: {made} of {wanted} faults, {tally.iterations} iterations, {len(tally.violations)} violations, "
+                    f"{60 * rate:.0f} faults/min, {left / 60:.1f} min left"
+                )
+            return made >= wanted or now > end
+
+        tallies[name] = campaign.run(name, enough, args.only)
+    return tallies
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    """In Markdown."""
+    kinds = sorted({kind for tally in tallies.values() for kind in tally.faults})
+    head = ["series", "iterations", "starts", "faults", *kinds, "recovered", "violations"]
+    rows = [head, ["---"] * len(head)]
+    for name, tally in tallies.items():
+        counts = [tally.iterations, tally.starts, tally.faults.total(), *(tally.faults[kind] for kind in kinds)]
+        rows.append([name, *map(str, counts), str(tally.recovered), str(len(tally.violations))])
+    sums = [sum(int(row[column]) for row in rows[2:]) for column in range(1, len(head))]
+    rows.append(["all", *map(str, sums)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

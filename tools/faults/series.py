@@ -1,0 +1,205 @@
+"""The jobs that are disturbed: how each is started, when it is complete, and what it has to leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpl_pretrain.cli import audit
+from lpl_pretrain.config.dataset import INDEX_NAME
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import LPLError
+from tests.support.autoencoders import tiny_folder
+from tests.support.latents import draw_pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES, STEPS = 18, 6
+ENCODE = """
+source: {inputs}/pictures
+output: {inputs}/latents
+autoencoder: {inputs}/autoencoder
+resolution_px: 32
+shard_samples: 3
+batch_size: 2
+flips: true
+"""
+TRAIN = """
+name: chaos
+steps: {steps}
+autoencoder: {inputs}/autoencoder
+data: {{folder: {inputs}/latents}}
+model: {{width: 32, depth: 2, heads: 2}}
+diffusion: {{prediction: flow, schedule: rectified_flow}}
+lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 0, calibration_steps: 3}}
+optimizer: {{lr: 1.0e-3}}
+batch: {{global_batch_size: 4}}
+checkpoint: {{every_steps: 2, asynchronous: true}}
+ema: {{power: [0.05, 0.1], snapshot_every_steps: 3}}
+log: {{every_steps: 1, samples: true}}
+"""
+PROTOCOL = """
+name: quick
+images: 4
+batch_size: 2
+sampler: {{kind: euler, steps: 2}}
+guidance_scales: [1.0]
+reference: {inputs}/few
+grid_images: 4
+metrics: [kid]
+kid_subsets: 2
+kid_subset_size: 4
+best: kid_efficientnet_lite0
+"""
+CHANGING = {"finished_at", "seconds", "images_made_now", "processes"}
+"""Keys of a record that two undisturbed evaluations do not agree on."""
+TEMPORARY = (".tmp", ".lease", ".partial", ".lock", ".stale", ".writing")
+
+
+@dataclass
+class Series:
+    """A command that writes `folder`, over and over.  `module` is what Python is told to run."""
+
+    name: str
+    inputs: Path
+    module: str = "lpl_pretrain"
+    ranks: tuple[int, ...] = (1,)
+    """Of one iteration after the other, in turn."""
+    meet: bool = False
+    arguments: list[str] = field(default_factory=list)
+
+    def begin(self, folder: Path) -> None:
+        """Makes what the command finds."""
+        folder.mkdir(parents=True)
+
+    def command(self, folder: Path) -> list[str]:
+        raise NotImplementedError
+
+    def complete(self, folder: Path) -> bool:
+        raise NotImplementedError
+
+    def results(self, folder: Path) -> dict[str, bytes]:
+        """What has to equal an undisturbed run's, by name."""
+        raise NotImplementedError
+
+    def problems(self, folder: Path) -> list[str]:
+        """What else is wrong with a complete job."""
+        return []
+
+    def lease(self, folder: Path) -> Path | None:
+        """Which the command holds while it runs."""
+        return None
+
+    def temporaries(self, folder: Path) -> list[str]:
+        """Names that must not be there once the job is complete."""
+        found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+        return sorted(name for name in found if Path(name).name.startswith(".") or name.endswith(TEMPORARY))
+
+
+class Encode(Series):
+    def command(self, folder: Path) -> list[str]:
+        return [self.module, "encode", f"{self.inputs}/encode.yaml", f"output={folder}/latents", *self.arguments]
+
+    def complete(self, folder: Path) -> bool:
+        return (folder / "latents" / INDEX_NAME).is_file()
+
+    def results(self, folder: Path) -> dict[str, bytes]:
+        return contents(folder / "latents")
+
+
+class Train(Series):
+    def command(self, folder: Path) -> list[str]:
+        return [self.module, "train", f"{self.inputs}/train.yaml", f"run_dir={folder}/run", *self.arguments]
+
+    def complete(self, folder: Path) -> bool:
+        return STEPS in RunDir(folder / "run").complete_checkpoints()
+
+    def results(self, folder: Path) -> dict[str, bytes]:
+        """The last checkpoint and all snapshots: parameters, moments, averages, and what the trainer goes on from."""
+        run_dir = RunDir(folder / "run")
+        found = {f"checkpoint/{name}": data for name, data in contents(run_dir.checkpoint(STEPS)).items()}
+        return found | {f"snapshots/{name}": data for name, data in contents(run_dir.path / "snapshots").items()}
+
+    def problems(self, folder: Path) -> list[str]:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                audit.run(str(folder / "run"))
+        except LPLError as error:
+            return [f"audit: {error}"]
+        steps = [line["step"] for line in json_lines(folder / "run" / "metrics.jsonl") if "event" not in line]
+        missing = sorted(set(range(1, STEPS + 1)) - set(steps))
+        return [f"metrics.jsonl: no line of steps {missing}"] if missing else []
+
+    def lease(self, folder: Path) -> Path | None:
+        return RunDir(folder / "run").live
+
+
+class Evaluate(Series):
+    def begin(self, folder: Path) -> None:
+        shutil.copytree(self.inputs / "run", folder / "run")
+
+    def command(self, folder: Path) -> list[str]:
+        return [self.module, "evaluate", f"{folder}/run", f"{self.inputs}/quick.yaml", *self.arguments]
+
+    def complete(self, folder: Path) -> bool:
+        run_dir = RunDir(folder / "run")
+        return not run_dir.pending_evaluations("quick") and run_dir.best("quick").is_file()
+
+    def results(self, folder: Path) -> dict[str, bytes]:
+        """Scores, less what tells when and by how many they were made; sheets of samples; statistics of the reference."""
+        run = folder / "run"
+        records = {path: json.loads(path.read_text()) for path in sorted((run / "evaluations").rglob("*.json"))}
+        found = {path: json.dumps(without(record, CHANGING)).replace(str(folder), "") for path, record in records.items()}
+        scores = {str(path.relative_to(run)): text.encode() for path, text in found.items()}
+        others = [*(run / "evaluations").rglob("*.safetensors"), *run.rglob("*.png")]
+        return scores | {str(path.relative_to(run)): path.read_bytes() for path in others}
+
+
+def prepare(inputs: Path) -> None:
+    """Pictures, a tiny autoencoder and the configurations; latents and a run are made by undisturbed series."""
+    inputs.mkdir(parents=True)
+    draw_pictures(inputs / "pictures", PICTURES)
+    draw_pictures(inputs / "few", 6)
+    tiny_folder(inputs / "autoencoder", levels=2, attention=False)
+    for name, text in (("encode", ENCODE), ("train", TRAIN), ("quick", PROTOCOL)):
+        (inputs / f"{name}.yaml").write_text(text.format(inputs=inputs, steps=STEPS))
+
+
+def zero(stage: int) -> list[str]:
+    file = {2: "configs/zero/zero2.json", 3: "tests/support/zero3_partitioned.json"}[stage]
+    return ["parallel.strategy=zero", f"parallel.zero_config={ROOT}/{file}"]
+
+
+def all_series(inputs: Path, module: str = "lpl_pretrain") -> dict[str, Series]:
+    two = {"ranks": (2,), "meet": True}
+    found = [
+        Encode("encode", inputs, module, ranks=(1, 2)),
+        Train("train_local", inputs, module),
+        Train("train_fsdp2", inputs, module, **two, arguments=["parallel.strategy=fsdp2"]),
+        Train("train_zero2", inputs, module, **two, arguments=zero(2)),
+        Train("train_zero3", inputs, module, **two, arguments=zero(3)),
+        Evaluate("evaluate", inputs, module, ranks=(1, 2), meet=True),
+    ]
+    return {series.name: series for series in found}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def without(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [without(inner, keys) for inner in value] if isinstance(value, list) else value
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
