@@ -13,17 +13,23 @@ MAX_DIGITS = 40
 def strict_loads(raw: bytes) -> Any:
     """Raises ValueError, with the reason, for everything else that Python's parser accepts or fails on."""
     try:
-        return json.loads(
-            raw.decode(),
+        text = raw.decode()
+        value = json.loads(
+            text,
             object_pairs_hook=_unique_keys,
             parse_constant=_constant,
             parse_float=_finite,
             parse_int=_bounded,
         )
+        if "\\ud" in text.lower():  # the only way to half of a surrogate pair, which no file or log can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as problem:
         raise ValueError(f"not UTF-8 at byte {problem.start}") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair") from None
 
 
 def canonical_sha256(value: Any) -> str:
