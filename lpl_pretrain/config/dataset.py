@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def index_bytes(index: DatasetIndex) -> bytes:
 
 def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
     """A whole small file, here or behind a URL.  Raises DataError: `missing` when it is not there."""
+    size = 0
     try:
         if is_url(path):
             import fsspec  # 0.1 s that a local folder need not pay
@@ -131,7 +133,8 @@ def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
                 raw = file.read(most_bytes + 1)
         else:
             with open(path, "rb") as file:
-                raw = file.read(most_bytes + 1)
+                size = os.fstat(file.fileno()).st_size
+                raw = b"" if size > most_bytes else file.read(most_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(missing) from None
     except Exception as problem:  # drivers behind fsspec raise errors of their own
@@ -139,7 +142,7 @@ def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
             f"{path}: cannot be read ({type(problem).__name__}: {problem}): check the path or address, the permissions or "
             "credentials, and fsspec's driver"
         ) from None
-    if len(raw) > most_bytes:
+    if max(size, len(raw)) > most_bytes:
         raise DataError(f"{path}: has more than {most_bytes} bytes, wanted at most that: {DAMAGED}")
     return raw
 

@@ -120,15 +120,16 @@ def _text(index: DatasetIndex) -> Iterator[str]:
     for name, entry in index.text.items():
         if not _ENCODER_NAME.fullmatch(name):
             yield f"text.{_short(name)}: a name has 1 to 64 characters of a-z, 0-9 and _"
-        yield from _in_range(f"text.{_short(name)}.width", entry.width, 1, MAX_WIDTH)
-        yield from _in_range(f"text.{_short(name)}.max_tokens", entry.max_tokens, 1, MAX_TOKENS)
+            continue
+        yield from _in_range(f"text.{name}.width", entry.width, 1, MAX_WIDTH)
+        yield from _in_range(f"text.{name}.max_tokens", entry.max_tokens, 1, MAX_TOKENS)
         if entry.pooled_width is not None:
-            yield from _in_range(f"text.{_short(name)}.pooled_width", entry.pooled_width, 1, MAX_WIDTH)
+            yield from _in_range(f"text.{name}.pooled_width", entry.pooled_width, 1, MAX_WIDTH)
     if index.format_version >= 3 and index.null_text.keys() != index.text.keys():
         yield f"null_text: is of {_short(sorted(index.null_text))}, wanted {_short(sorted(index.text))}, as text has"
     for name, file in index.null_text.items():
-        yield from _in_range(f"null_text.{_short(name)}.bytes", file.bytes, 1)
-        yield from _hex(f"null_text.{_short(name)}.sha256", file.sha256)
+        yield from _in_range(f"null_text.{name}.bytes", file.bytes, 1)
+        yield from _hex(f"null_text.{name}.sha256", file.sha256)
 
 
 def _shards(index: DatasetIndex) -> Iterator[str]:

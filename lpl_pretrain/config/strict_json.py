@@ -47,15 +47,21 @@ def parse_json(data: bytes, where: str) -> Any:
     if not data.strip():
         raise JSONError(f"{where}: is empty, wanted JSON")
     try:
-        return json.loads(
-            data.decode("utf-8"),
+        text = data.decode("utf-8")
+        value = json.loads(
+            text,
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite,
             parse_int=_bounded,
         )
+        if "\\ud" in text.lower():  # the only way to half of a surrogate pair, which no file or log can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError as error:
         raise JSONError(f"{where}: is not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise JSONError(f"{where}: holds half of a surrogate pair") from None
     except RecursionError:
         raise JSONError(f"{where}: is nested too deeply") from None
     except ValueError as error:

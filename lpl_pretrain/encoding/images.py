@@ -133,6 +133,8 @@ def _colour_and_alpha(
         return image, _opaque((np.asarray(image) != np.array(transparency) % 256).any(axis=2))
     if image.mode in ("RGB", "CMYK"):
         return image, None
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
     if "A" in image.getbands() or transparency is not None:
         image = image.convert("RGBA")
         return image.convert("RGB"), image.getchannel("A")

@@ -1,0 +1,272 @@
+"""Encodes that are started together: a folder is of one configuration, whole, and sound, whoever was faster."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpl_pretrain.config.dataset import read_index
+from lpl_pretrain.encoding import encode as encode_module
+from lpl_pretrain.encoding import finish, writer
+from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.finish import begin
+from lpl_pretrain.encoding.plan import Plan
+from lpl_pretrain.encoding.shard_checks import check_shards
+from lpl_pretrain.encoding.writer import RECORDS, publish_new
+from lpl_pretrain.errors import DataError
+from lpl_pretrain.runtime.world import World
+from tests.support.material import FakeAutoencoder, encode_config, encode_whole, tar_of
+
+ROUNDS = 400
+PLANS = [Plan(letter * 64, []) for letter in "ab"]
+
+
+def together(*calls: Callable[[], object]) -> list[object]:
+    """What each returned or raised, on threads."""
+    results: list[object] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except BaseException as problem:
+            results[i] = problem
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Path], None]) -> int:
+    """Rounds, of ROUNDS, in which both of two plans began in one folder; both stand before the last step at once."""
+    barrier = threading.Barrier(2)
+
+    def meet_and_link(before: Path, after: Path) -> None:
+        barrier.wait(30)
+        link(before, after)
+
+    both = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "link", meet_and_link)
+        for number in range(ROUNDS):
+            output = folder / str(number)
+            results = together(*(lambda plan=plan: begin(output, plan) for plan in PLANS))
+            refusals = [result for result in results if isinstance(result, DataError)]
+            assert all(result is None or result in refusals for result in results), results
+            assert (output / RECORDS / "plan.txt").read_text() in ("a" * 64, "b" * 64)
+            both += not refusals
+    return both
+
+
+def test_one_plan_begins_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert race(tmp_path, monkeypatch, os.link) == 0
+
+
+def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rounds catch a plan file that may be written over: each finds its own when it looks."""
+    lock, first_of, real = threading.Lock(), dict[Path, threading.Event](), finish.check_plan
+
+    def write_over(before: Path, after: Path) -> None:
+        with lock:
+            is_first = after not in first_of
+            has_looked = first_of.setdefault(after, threading.Event())
+        if not is_first:
+            has_looked.wait(30)
+        os.replace(before, after)
+
+    def look(folder: Path, plan: Plan) -> None:
+        real(folder, plan)
+        first_of[folder / RECORDS / "plan.txt"].set()
+
+    monkeypatch.setattr(finish, "check_plan", look)
+    assert race(tmp_path, monkeypatch, write_over) == ROUNDS
+
+
+def test_without_hard_links_one_plan_begins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(before: Path, after: Path) -> None:
+        raise OSError(95, "Operation not supported")
+
+    assert race(tmp_path, monkeypatch, no_links) == 0
+
+
+def test_publish_new_keeps_what_is_there(tmp_path: Path) -> None:
+    assert publish_new(tmp_path / "x", [b"a", b"b"]) and not publish_new(tmp_path / "x", [b"c"])
+    assert (tmp_path / "x").read_bytes() == b"ab" and [path.name for path in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(FileNotFoundError):
+        publish_new(tmp_path / "gone" / "x", [b"a"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def sound(folder: Path) -> None:
+    index = read_index(folder)
+    assert not [problem for check in check_shards(folder, index) for problem in check.problems]
+    assert not (folder / RECORDS).exists()
+
+
+def test_two_configurations_at_once(tmp_path: Path) -> None:
+    """Whole encodes: one is refused, whenever it comes, and the folder is the other's."""
+    source = tar_of(tmp_path / "x.tar", 6)
+    alone = []
+    for crop in ("center", "random"):
+        encode_whole(encode_config(source, tmp_path / crop, shard_samples=2, crop=crop), FakeAutoencoder())
+        alone.append(contents(tmp_path / crop))
+    for trial in range(8):
+        output = tmp_path / f"both{trial}"
+        configs = [encode_config(source, output, shard_samples=2, crop=crop) for crop in ("center", "random")]
+        results = together(*(lambda config=config: encode(config, FakeAutoencoder()) for config in configs))
+        refusals = [result for result in results if isinstance(result, DataError)]
+        assert len(refusals) == 1, results
+        assert "holds the unfinished work of other inputs" in str(refusals[0]) or "made from other inputs" in str(refusals[0])
+        assert contents(output) == alone[results.index(refusals[0]) ^ 1]
+        sound(output)
+
+
+class Late(FakeAutoencoder):
+    """Waits at random, so that two encodes overlap at every offset; and rounds differently, as another device would."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.noise = random.Random(seed), 1e-3 * seed
+
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.random.uniform(0, 0.01))
+        return super().encode_moments(images) + self.noise
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_one_command_started_twice_is_one_sound_folder(tmp_path: Path, trial: int) -> None:
+    source = tar_of(tmp_path / "x.tar", 12)
+    config = encode_config(source, tmp_path / "latents", shard_samples=3, batch_size=2, flips=True)
+    offset = random.Random(trial).uniform(0, 0.1) * (trial > 2)
+
+    def second() -> object:
+        time.sleep(offset)
+        return encode(config, Late(trial % 3))
+
+    results = together(lambda: encode(config, Late(0)), second)
+    assert not [result for result in results if isinstance(result, BaseException)], results
+    sound(tmp_path / "latents")
+    assert len({index.digest for index in results}) == 1  # type: ignore[attr-defined]
+    if trial % 3 == 0:
+        encode_whole(encode_config(source, tmp_path / "alone", shard_samples=3, batch_size=2, flips=True), FakeAutoencoder())
+        assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
+
+
+def test_whoever_records_a_part_first_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process, with other rounding, ends a part just before it is recorded by the first."""
+    source = tar_of(tmp_path / "x.tar", 4)
+    config = encode_config(source, tmp_path / "latents", shard_samples=2)
+    real, rivals = writer.publish_new, []
+
+    def rival_first(path: Path, pieces: list[bytes]) -> bool:
+        if path.name == "part-00000-0000.json" and not rivals:
+            rivals.append(path)
+            assert encode(config, FakeAutoencoder(), world=World(0, 0, 2)) is None
+        return real(path, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "publish_new", rival_first)
+        encode(config, Late(5), world=World(0, 0, 2))
+    assert rivals
+    encode_whole(config, FakeAutoencoder())
+    sound(tmp_path / "latents")
+    encode_whole(encode_config(source, tmp_path / "alone", shard_samples=2), FakeAutoencoder())
+    assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
+
+
+def test_a_folder_that_is_finished_meanwhile_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another plan finishes between our look for an index and our beginning."""
+    source, output = tar_of(tmp_path / "x.tar", 4), tmp_path / "latents"
+    real = encode_module.begin
+
+    def other_first(folder: Path, plan: Plan) -> None:
+        monkeypatch.setattr(encode_module, "begin", real)
+        encode_whole(encode_config(source, output, crop="random"), FakeAutoencoder())
+        real(folder, plan)
+
+    monkeypatch.setattr(encode_module, "begin", other_first)
+    with pytest.raises(DataError, match="holds a data set made from other inputs .crop 'random' there, 'center' now"):
+        encode(encode_config(source, output), FakeAutoencoder())
+    sound(output)
+
+
+def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path) -> None:
+    source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
+    config = encode_config(source, output, shard_samples=2)
+
+    def begun() -> list[Path]:
+        assert encode(config, FakeAutoencoder(), world=World(0, 0, 2)) is None
+        return sorted((output / RECORDS).glob("part-*.json"))
+
+    record = begun()[0]
+    whole = json.loads(record.read_text())
+    for change, fragment in (
+        ({"plan": "b" * 64}, "belongs to plan bbbbbbbbbbbb"),
+        ({"staging": "../../x"}, "names files of other parts"),
+        ({"samples": "many"}, "damaged"),
+    ):
+        record.write_text(json.dumps(whole | change))
+        with pytest.raises(DataError, match=f"part-00000-0000.json: {fragment}.*remove .*run the same command again"):
+            encode(config, FakeAutoencoder())
+    for name in ("../../stolen.tar", "latents-00000-0001-000-4x4.tar"):
+        copied = json.loads(json.dumps(whole))
+        copied["shards"][0][1]["file"] = name
+        record.write_text(json.dumps(copied))
+        with pytest.raises(DataError, match="names files of other parts"):
+            encode(config, FakeAutoencoder())
+    record.write_text(json.dumps(whole))
+    (output / RECORDS / "plan.txt").write_text("c" * 64)
+    with pytest.raises(DataError, match="holds the unfinished work of other inputs .plan cccccccccccc there"):
+        encode(config, FakeAutoencoder())
+    assert not (output / "index.json").exists()
+
+
+def test_a_kill_between_a_record_and_its_files_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tar_of(tmp_path / "x.tar", 6)
+    config = encode_config(source, tmp_path / "latents", shard_samples=2)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "place_shards", kill)
+        patch.setattr(writer.PartWriter, "discard", lambda self: None)  # a kill cleans nothing up
+        with pytest.raises(Killed):
+            encode(config, FakeAutoencoder())
+    assert not list((tmp_path / "latents").glob("latents-*"))
+    encode_whole(config, FakeAutoencoder())
+    sound(tmp_path / "latents")
+
+
+def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
+    source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
+    encode_whole(encode_config(source, output, shard_samples=2), FakeAutoencoder())
+    (output / "latents-notes.txt").write_text("not ours")
+    (output / "index.json").unlink()
+    index = encode_whole(encode_config(source, output), FakeAutoencoder())
+    assert len(index.shards) == 1 and len(list(output.glob("latents-0*.tar"))) == 1 and (output / "latents-notes.txt").exists()
+    sound(output)
+
+
+def test_work_of_an_earlier_version_is_named_so(tmp_path: Path) -> None:
+    source, output = tar_of(tmp_path / "x.tar", 2), tmp_path / "latents"
+    config = encode_config(source, output)
+    earlier = encode_module.make_plan(config, {"autoencoder": "fake"}).earlier_identity
+    begin(output, Plan(earlier, []))
+    with pytest.raises(DataError, match="unfinished work of an earlier version, which ignored colour profiles"):
+        encode(config, FakeAutoencoder())
