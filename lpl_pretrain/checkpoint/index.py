@@ -66,7 +66,7 @@ class Index:
             wanted = entry["dtype"], ranges[0][1] - ranges[0][0]
             if (dtype, elements) != wanted:
                 raise DamagedCheckpointError(
-                    f"{path}: {key} has {elements} elements of {dtype}, {INDEX} says {wanted[1]} of {wanted[0]}"
+                    f"{path}: {shown(key)} has {elements} elements of {dtype}, {INDEX} says {wanted[1]} of {wanted[0]}"
                 )
         if len(header) != self.tensors.get(rank, 0):
             raise DamagedCheckpointError(f"{path}: holds {len(header)} tensors, {INDEX} says {self.tensors.get(rank, 0)}")
@@ -82,7 +82,7 @@ class Index:
             for name, entry in named.items():
                 problem = _entry_problem(entry)
                 if problem is None and shapes.setdefault(name, entry["shape"]) != entry["shape"]:
-                    problem = f"shape {entry['shape']}, another kind has {shapes[name]}"
+                    problem = f"shape {shown(entry['shape'])}, another kind has {shown(shapes[name])}"
                 if problem is not None:
                     return f"{kind}/{shown(name)}: {problem}"
                 size = ELEMENT_BYTES[entry["dtype"]]
