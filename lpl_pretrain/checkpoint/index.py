@@ -157,7 +157,10 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 def _is_range(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 3 and all(map(is_count, entry))
+    if type(entry) is not list or len(entry) != 3:
+        return False
+    start, stop, rank = entry  # written out: there may be millions
+    return type(start) is int and type(stop) is int and type(rank) is int and start >= 0 and stop >= 0 and rank >= 0
 
 
 def _header_problem(entry: Any, expected: int) -> str | None:

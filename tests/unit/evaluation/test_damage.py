@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lpl_pretrain.cli import evaluate as evaluate_command
 from lpl_pretrain.cli import export as export_command
+from lpl_pretrain.cli import reference as reference_command
 from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.protocol import ExtractorConfig
@@ -185,6 +186,14 @@ def test_where_export_cannot_write(run, tmp_path):
     for output in (tmp_path, tmp_path / "file" / "x.safetensors"):
         with pytest.raises(ConfigError, match=f"--output={output}: "):
             export(run, output)
+
+
+def test_where_reference_cannot_write(run, tmp_path):
+    """Before the pictures are read."""
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(dump(protocol_of(run)))
+    with pytest.raises(ConfigError, match="cannot be written: .*protocol.yaml is no folder"):
+        reference_command.run(str(protocol), str(protocol / "x.safetensors"), [], 32)
 
 
 def flip(path: Path, position: int = -1) -> None:
