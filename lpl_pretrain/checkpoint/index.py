@@ -66,7 +66,7 @@ class Index:
             wanted = entry["dtype"], ranges[0][1] - ranges[0][0]
             if (dtype, elements) != wanted:
                 raise DamagedCheckpointError(
-                    f"{path}: {key} has {elements} elements of {dtype}, {INDEX} says {wanted[1]} of {wanted[0]}"
+                    f"{path}: {shown(key)} has {elements} elements of {dtype}, {INDEX} says {wanted[1]} of {wanted[0]}"
                 )
         if len(header) != self.tensors.get(rank, 0):
             raise DamagedCheckpointError(f"{path}: holds {len(header)} tensors, {INDEX} says {self.tensors.get(rank, 0)}")
@@ -82,7 +82,7 @@ class Index:
             for name, entry in named.items():
                 problem = _entry_problem(entry)
                 if problem is None and shapes.setdefault(name, entry["shape"]) != entry["shape"]:
-                    problem = f"shape {entry['shape']}, another kind has {shapes[name]}"
+                    problem = f"shape {shown(entry['shape'])}, another kind has {shown(shapes[name])}"
                 if problem is not None:
                     return f"{kind}/{shown(name)}: {problem}"
                 size = ELEMENT_BYTES[entry["dtype"]]
@@ -157,7 +157,10 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 def _is_range(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 3 and all(map(is_count, entry))
+    if type(entry) is not list or len(entry) != 3:
+        return False
+    start, stop, rank = entry  # written out: there may be millions
+    return type(start) is int and type(stop) is int and type(rank) is int and start >= 0 and stop >= 0 and rank >= 0
 
 
 def _header_problem(entry: Any, expected: int) -> str | None:

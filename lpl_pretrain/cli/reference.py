@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from lpl_pretrain.cli.evaluate import PATIENCE
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import load_config
@@ -16,6 +18,9 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
     check_protocol(settings)
     if path.suffix != ".safetensors" or path.exists():
         raise ConfigError(f"{output}: wanted a new file whose name ends in .safetensors")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"{output}: cannot be written: {there} is no folder that this user may write to")
     if isinstance(settings.reference, str) and settings.reference.endswith((".npz", ".safetensors")):
         raise ConfigError(f"reference={settings.reference}: holds statistics already; name pictures")
     from lpl_pretrain.encoding.sources import read_pictures  # torch: not for --help

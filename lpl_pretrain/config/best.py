@@ -34,7 +34,7 @@ def read_best(path: Path) -> Record:
     if is_scored(record):
         wanted = {key: best[key] for key in BEST_KEYS - {"step"}}
         if not any(wanted.items() <= entry.items() for entry in read_record(record)["results"]):
-            raise DataError(f"{path}: {best['metric']}={best['value']} of step {best['step']} is not what {record} says")
+            raise DataError(f"{path}: {best['metric']}={best['value']:.4g} of step {best['step']} is not what {record} says")
     return best
 
 

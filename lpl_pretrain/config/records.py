@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lpl_pretrain.config.strict_json import JSONError, is_count, is_number, read
 from lpl_pretrain.errors import DataError
 
 FORMAT_VERSION = 2
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 Record = dict[str, Any]
 Warn = Callable[[str], object]
 
@@ -73,8 +75,8 @@ def entry_problem(entry: Any) -> str | None:
     if not isinstance(entry, dict):
         return f"found {shown(entry)}, wanted an object"
     for key in ("metric", "weights"):
-        if not isinstance(entry.get(key), str):
-            return f"{key}: found {shown(entry.get(key))}, wanted text"
+        if not (isinstance(entry.get(key), str) and NAME.fullmatch(entry[key])):
+            return f"{key}: found {shown(entry.get(key))}, wanted a name of letters, digits, '_', '-' and '.'"
     for key in ("value", "guidance_scale"):
         if not is_number(entry.get(key)):
             return f"{key}: found {shown(entry.get(key))}, wanted a finite number"

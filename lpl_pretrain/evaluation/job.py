@@ -29,6 +29,7 @@ from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
+from lpl_pretrain.evaluation.agree import together
 from lpl_pretrain.evaluation.best import note_best
 from lpl_pretrain.evaluation.features import Extractor, load_extractor
 from lpl_pretrain.evaluation.files import publish_grid, publish_json
@@ -38,7 +39,7 @@ from lpl_pretrain.evaluation.load import TrainedRun, open_run
 from lpl_pretrain.evaluation.reference import Reference, open_reference
 from lpl_pretrain.evaluation.scores import over_seeds, scores
 from lpl_pretrain.evaluation.spool import Spool
-from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json, first_over_ranks
+from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.world import World
@@ -129,7 +130,7 @@ class Job:
             done = not again and step not in run_dir.pending_evaluations(protocol.name) and self._is_there(step)
             if not broadcast_json(lease.held and not done):
                 return None
-            manifest = together(lambda: self._manifest(step))
+            manifest = together(partial(self._manifest, step)) or b""
             results, samples = self._results(step, self._work(step, manifest))
             if not rank0:
                 return broadcast_json(None)
@@ -259,18 +260,6 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
             if protocol.few_images == "refuse":
                 raise ConfigError(f"{text} (few_images=refuse)")
             log.warning("%s", text)
-
-
-def together(action: Callable[[], Any], *, act: bool = True) -> Any:
-    """Communicates: the result of `action`, on the ranks that `act`; its CheckpointError is raised on all ranks."""
-    result, problem = None, None
-    try:
-        result = action() if act else None
-    except CheckpointError as error:
-        problem = str(error)
-    if (problem := first_over_ranks(problem)) is not None:
-        raise CheckpointError(problem)
-    return result
 
 
 def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:

@@ -26,6 +26,7 @@ from lpl_pretrain.encoding.images import to_square
 from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.errors import ConfigError, DataError
+from lpl_pretrain.evaluation.agree import together
 from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.files import publish_grid
 from lpl_pretrain.evaluation.spool import Spool
@@ -69,6 +70,7 @@ def open_reference(
     path = run_dir.path / "evaluations" / f"reference_{reference_key(pictures, protocol, resolution_px, extractors)}.safetensors"
     while not broadcast_json(path.is_file()):
         lease = Lease(path.with_suffix(".lease"))
+        together(lease.take, act=world.rank == 0)
         with lease if world.rank == 0 else nullcontext():
             if broadcast_json(lease.held):
                 build_reference(path, pictures, protocol, resolution_px, extractors, world)

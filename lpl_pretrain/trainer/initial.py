@@ -112,8 +112,8 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
         return {f"network.{key}": tensor for key, tensor in theirs.items()}, str(folder)
     try:
         section, state = CONVERTERS[name](settings, theirs)
-    except (ConfigError, CheckpointError):
-        raise
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"init_from.diffusers={folder}: {error}") from None
     except Exception as error:  # of any kind, for settings and tensors that are not those of this class
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise ConfigError(f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})") from None

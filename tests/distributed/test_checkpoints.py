@@ -19,6 +19,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.runtime.dist import barrier
+from tests.support.checkpoints import edit, record_again
 from tests.support.ranks import run_ranks
 from tests.support.training import Case, Training, assert_identical, one_process, whole
 
@@ -262,3 +263,29 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     assert "all 3 checkpoints are damaged" in found()[0]
     (oldest / "manifest.json").unlink()
     assert "all 2 checkpoints are damaged" in found()[0]
+
+
+def test_what_one_rank_finds_all_ranks_pass_over(tmp_path):
+    """A header that contradicts the index is read by one of them; nothing but the header tells, for digests were made again."""
+    run_ranks(2, saves_three, tmp_path)
+    newest, middle = (RunDir(tmp_path).checkpoint(step) for step in (3, 2))
+    path = newest / "pieces_00001.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first = next(iter(header))
+    renamed = {f"{key}_" if key == first else key: entry for key, entry in header.items()}
+    text = json.dumps(renamed).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    record_again(newest)
+    content = json.loads((middle / "manifest.json").read_text())
+    del content["digest"]
+    (middle / "manifest.json").write_text(json.dumps({**content, "format": 2}))
+    answers = run_ranks(2, restores, tmp_path)
+    assert answers[0] == answers[1]
+    state, warnings = answers[0]
+    assert state == {"step": 2}, "the format before is read"
+    assert "pieces_00001.safetensors: holds" in warnings[0] and "which index.json does not expect there" in warnings[0]
+    edit(middle, "manifest.json", lambda content: content.update(identity="1" * 64, format=3))
+    refused = run_ranks(2, restores, tmp_path)
+    assert refused[0] == refused[1] and "was saved by a run with another configuration" in refused[0][0]

@@ -13,10 +13,12 @@ import torch
 
 from lpl_pretrain.cli import evaluate as command
 from lpl_pretrain.config.load import dump
+from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.evaluation import job
 from lpl_pretrain.evaluation.generate import Generator
 from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.runtime.lease import Lease
+from tests.support.checkpoints import edit
 from tests.support.ranks import run_ranks
 from tests.support.runs import averages, make_run
 
@@ -163,3 +165,27 @@ def test_watch_waits_for_checkpoints_and_ends_with_training(run, tmp_path):
     assert first.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0), "training goes on"
     aside.rename(folder)
     assert os.waitpid(pid, 0)[1] == 0 and second.exists()
+
+
+def meets_damage(world, device, run_dir, protocol):
+    """Steps that are scored, and what is said of the others; by name it is an error on every rank."""
+    passed_over: dict[int, str] = {}
+    records = list(job.evaluate(run_dir, protocol, device, None, world, passed_over=passed_over))
+    with pytest.raises(CheckpointError) as caught:
+        list(job.evaluate(run_dir, protocol, device, [3], world))
+    return [record["step"] for record in records], list(passed_over.items()), str(caught.value)
+
+
+def test_damage_is_known_to_all_ranks(run, tmp_path):
+    """And nobody waits for a rank that has met it."""
+    folder, aside = run.run_dir.checkpoint(3), tmp_path / "aside"
+    shutil.copytree(folder, aside)
+    edit(folder, "manifest.json", lambda content: content.update(optimizer_steps=-1))
+    try:
+        results = run_ranks(2, meets_damage, run.run_dir, run.protocol(**SMALL, name="damaged"))
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(aside, folder)
+    assert results[0] == results[1]
+    steps, passed_over, refusal = results[0]
+    assert steps == [6] and passed_over[0][0] == 3 and refusal.startswith(passed_over[0][1])

@@ -23,6 +23,12 @@ from tests.support.checkpoints import edit
 from tests.support.training import Case, Training
 
 
+@pytest.fixture(autouse=True)
+def heard(monkeypatch):
+    """By caplog, whatever a command in this process has set up before."""
+    monkeypatch.setattr(module.log, "propagate", True)
+
+
 @pytest.fixture
 def run():
     return Training(World(), torch.device("cpu"), Case(optimizer="adamw", precision="fp32", lr=0.01)).train(1)

@@ -17,9 +17,11 @@ from lpl_pretrain.errors import CheckpointError, ConfigError
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.convert_dit import to_diffusers
 from lpl_pretrain.models.layers import sincos_position_embedding
+from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
 from lpl_pretrain.trainer.initial import load_initial
+from tests.support.checkpoints import edit
 from tests.support.configs import dataset_index, train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
@@ -191,3 +193,51 @@ def test_positions_fitted_into_the_range_that_was_learnt():
     small, large = model_of(side=8), model_of(side=16, position_side=4)
     assert torch.equal(large.pos_embed.view(8, 8, 32)[::2, ::2], small.pos_embed.view(4, 4, 32))
     assert not torch.equal(model_of(side=16).pos_embed.view(8, 8, 32)[::2, ::2], small.pos_embed.view(4, 4, 32))
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged(data, tmp_path, caplog, monkeypatch):
+    """As everywhere: passed over with a warning, refused where it was asked for, and never begun from."""
+    monkeypatch.setattr(log, "propagate", True)
+    run = assemble(config_of(data), RunDir(tmp_path), World(), CPU)
+    for step in (6, 7):
+        run.checkpoints.save(step, run.strategy, run.ema, run.state(step), samples_seen=8 * step)
+    run.checkpoints.finish()
+    edit(run.run_dir.checkpoint(7), "index.json", lambda index: index.pop("param") and None)
+    model = build_denoiser(config_of(data).model, run.stream.index.latent, len(run.stream.index.classes), seed=99)
+    load_initial(InitConfig(run=str(tmp_path)), model)
+    wanted = read_full(run.run_dir.checkpoint(6), "ema")
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters())
+    assert "DAMAGED CHECKPOINT step_00000007: passed over" in caplog.text
+    with pytest.raises(CheckpointError, match="which index.json does not expect there: bring it back"):
+        load_initial(InitConfig(run=str(tmp_path), step=7), model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = model_of()
+    state = random_state(model)
+    name = next(iter(state))
+    state[name].view(-1)[0] = value
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"init_from.file=.*x.safetensors: {name} is torch.float32, or holds NaN"):
+        load_initial(InitConfig(file=str(tmp_path / "x.safetensors")), model)
+    save_file({**state, name: state[name].nan_to_num().int()}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is torch.int32"):
+        load_initial(InitConfig(file=str(tmp_path / "x.safetensors")), model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", "config.json: is empty"),
+        ("[]", "is a None, wanted one of DiTTransformer2DModel"),
+        ('{"_class_name": ["x"]}', "wanted one of DiTTransformer2DModel"),
+        ('{"_class_name": "DiTTransformer2DModel"}', "init_from.diffusers=.*: wanted activation_fn"),
+        ('{"_class_name": "SD3Transformer2DModel", "num_layers": "x"}', "cannot be converted as a SD3Transformer2DModel"),
+    ],
+)
+def test_diffusers_settings_that_are_none(tmp_path, settings, words):
+    (tmp_path / "config.json").write_text(settings)
+    save_file({"x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ConfigError, match=words):
+        load_initial(InitConfig(diffusers=str(tmp_path)), model_of())
