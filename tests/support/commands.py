@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.support import warm
@@ -31,6 +33,42 @@ def lpl(*arguments, check=True, ranks=1, cold=False, **options):
     return done
 
 
+def begin(*arguments, ranks=1, cold=False):
+    """The same, in the background, as a terminal starts it: in a process group of its own."""
+    python = [*([] if cold else warm.prefix()), sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"] if ranks > 1 else []
+    return subprocess.Popen(
+        [*torchrun, *python, "lpl_pretrain", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def wait_for(process, condition, limit_s=200.0):
+    """Until `condition()`, while `process` runs."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "".join(process.communicate())
+        time.sleep(0.02)
+
+
+def ctrl_c(process):
+    """What a terminal does: SIGINT to the process group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def snapshot(folder):
+    """Path -> (bytes, time of the last change) of everything in a folder, and of the folder."""
+    return {
+        path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in [folder, *sorted(folder.rglob("*"))]
+    }
+
+
 def lines(run, key="step"):
     """Whole ones: a run that goes on may be writing another, and a full disk cuts one short."""
     text = (run / "metrics.jsonl").read_text()
@@ -39,3 +77,8 @@ def lines(run, key="step"):
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
+
+
+def losses(run):
+    """Step -> loss; the last line of a step counts."""
+    return {line["step"]: line["loss/total"] for line in lines(run) if "event" not in line}

@@ -1,6 +1,7 @@
 """Means over everything since the last line, by weight; a mean over nothing is absent."""
 
 import math
+import sys
 import time
 
 import torch
@@ -49,12 +50,15 @@ def test_a_clock_tells_phases_from_parts():
 def test_a_signal_only_sets_a_flag():
     import signal
 
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR2)]
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before, hook = [signal.getsignal(s) for s in numbers], sys.unraisablehook
     try:
         stop = StopRequest().listen()
         assert not stop
         signal.raise_signal(signal.SIGUSR2)
         assert stop and stop.signal_name == "SIGUSR2"
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGUSR2), before):
+        signal.set_wakeup_fd(-1)
+        sys.unraisablehook = hook
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)

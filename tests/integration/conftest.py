@@ -1,0 +1,50 @@
+"""Pictures, latents, configurations and one uninterrupted run of 8 steps, shared by the tests of the commands."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.autoencoders import tiny_folder
+from tests.support.commands import lpl
+from tests.support.latents import draw_pictures
+
+TRAIN = """
+name: tiny
+steps: 8
+autoencoder: {autoencoder}
+data: {{folder: {latents}}}
+model: {{width: 32, depth: 2, heads: 2}}
+diffusion: {{prediction: flow, schedule: rectified_flow, timesteps: {{distribution: logit_normal}}}}
+lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 1, calibration_steps: 3}}
+optimizer: {{lr: 1.0e-3}}
+batch: {{global_batch_size: 8}}
+checkpoint: {{every_steps: 4}}
+log: {{every_steps: 1, samples: true}}
+ema: {{power: [0.05, 0.1], snapshot_every_steps: 2}}
+"""
+PROTOCOL = """
+name: quick
+images: 12
+batch_size: 6
+sampler: {{kind: euler, steps: 3}}
+guidance_scales: [1.0, 2.0]
+reference: {pictures}
+grid_images: 4
+"""
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    draw_pictures(folder / "pictures")
+    autoencoder = tiny_folder(folder / "autoencoder")
+    encode = folder / "encode.yaml"
+    encode.write_text(
+        f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\nshard_samples: 9\n"
+    )
+    said = lpl("encode", encode, ranks=2, cold=True).stdout  # by two processes, which do not talk to each other
+    assert "32 samples" in said and "4 shards" in said
+    (folder / "train.yaml").write_text(TRAIN.format(autoencoder=autoencoder, latents=folder / "latents"))
+    (folder / "quick.yaml").write_text(PROTOCOL.format(pictures=folder / "pictures"))
+    lpl("train", folder / "train.yaml", f"run_dir={folder}/whole", cold=True)
+    return folder
