@@ -83,7 +83,7 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
             classes.add(f"{item.origin}: sample {item.key!r}", item.label, item.class_name)
             keys.append(item.key)
             starts.append(item.start)
-            captions += item.caption is not None
+            captions += bool(item.caption and item.caption.strip())
         if not keys:
             raise no_pictures(unit.origin)
         hashes.append(key_hashes(keys))
@@ -102,7 +102,7 @@ def check_captions(config: EncodeConfig, captions: int, samples: int) -> None:
     if config.text and not captions:
         raise DataError(
             f"text: names {', '.join(config.text)}, but 100 % of the {samples} samples of source={config.source} have no "
-            "caption (.txt, or \"caption\" in .json): every embedding would be that of the empty text: add captions, or remove text"
+            'caption (.txt, or "caption" in .json): every embedding would be that of the empty text: add captions, or remove text'
         )
 
 
