@@ -60,7 +60,9 @@ def _accelerators() -> Iterator[Row]:
 
 
 def _sharding() -> Iterator[Row]:
-    yield _package("deepspeed", "optional", "parallel.strategy=zero1, zero2 and zero3 need it: pip install 'lpl-pretrain[deepspeed]'")
+    yield _package(
+        "deepspeed", "optional", "parallel.strategy=zero1, zero2 and zero3 need it: pip install 'lpl-pretrain[deepspeed]'"
+    )
     compiler = shutil.which("c++") or shutil.which("g++")
     yield "c++ compiler", "ok" if compiler else "optional", compiler or "none: torch.compile and DeepSpeed's CPU offload need one"
 

@@ -1,4 +1,4 @@
-"""`lpl-pretrain zero-config`: what we accept of a DeepSpeed JSON that was written elsewhere, and which key of ours says the rest."""
+"""`lpl-pretrain zero-config`: what is accepted of a DeepSpeed JSON that was written elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lpl_pretrain.runtime.files import published
 
 
 def run(file: str, output: str | None) -> None:
-    """Writes the accepted JSON to `output`, or to stdout and the changes to stderr.  Never overwrites.  Raises ConfigError."""
+    """Writes the accepted JSON to `output`, or to stdout and the changes to stderr.
+
+    Never overwrites a file.  Raises ConfigError.
+    """
     if output is not None and Path(output).exists():
         raise ConfigError(f"--output {output}: is there already; name another file, or remove it")
     adapted = adapt_file(file)

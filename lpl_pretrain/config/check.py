@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.gate import gate_fraction
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.initial import initial_problems
 from lpl_pretrain.config.load import differences, flatten, resolve_path
-from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.lpl_check import FIRST_BETA as FIRST_BETA
+from lpl_pretrain.config.lpl_check import lpl_problems
 from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.online import online_problems, stored_encoders, text_entries
 from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
@@ -55,14 +54,6 @@ FREE_TO_CHANGE = (
 move; what lies in it is compared by fingerprint).  `steps` moves the end of a cosine, so it is free only without one."""
 
 
-FIRST_BETA = {
-    ScheduleKind.LINEAR: 1e-4,
-    ScheduleKind.SCALED_LINEAR: 0.00085,
-    ScheduleKind.COSINE: 1 - (math.cos(0.009 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2,
-}
-"""sigma^2 of the least noisy timestep of each discrete schedule (diffusion/schedule.py)."""
-
-
 def grad_accum_steps(config: TrainConfig, dp_world_size: int) -> int:
     """Microbatches per rank per update."""
     total, micro = config.batch.global_batch_size, micro_batch_size(config, dp_world_size)
@@ -96,13 +87,11 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
         *text_problems(
             config.conditioning.text, text_entries(config.conditioning, index.text), config.data.folder, model=config.model
         ),
-        *caption_problems(
-            config.conditioning.text, config.data.folder, captions=index.captions, samples=index.samples
-        ),
+        *caption_problems(config.conditioning.text, config.data.folder, captions=index.captions, samples=index.samples),
         *initial_problems(config.init_from),
         *objective_problems(config),
         *optimizer_problems(config),
-        *_lpl(config, index, dp_world_size),
+        *lpl_problems(config, index, grad_accum_steps(config, dp_world_size)),
         *model_problems(config, index),
         *_strategy(config, dp_world_size),
     ]
@@ -189,102 +178,14 @@ def optimizer_problems(config: TrainConfig) -> list[str]:
         return []
     if parallel.strategy.is_zero:
         return [
-            f"optimizer.kind='muon' with parallel.strategy={parallel.strategy.value!r}: DeepSpeed hands an optimizer flat partitions, "
-            "Muon wants matrices: use fsdp2, or adamw"
+            f"optimizer.kind='muon' with parallel.strategy={parallel.strategy.value!r}: "
+            "DeepSpeed hands an optimizer flat partitions, Muon wants matrices: use fsdp2, or adamw"
         ]
     if parallel.cpu_offload:
         return [
             "optimizer.kind='muon' with parallel.cpu_offload=true: its matrix products belong on the device: set one of them back"
         ]
     return []
-
-
-def _lpl(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> list[str]:
-    lpl = config.lpl
-    if lpl is None:
-        return []
-    problems = never_runs(config, lpl)
-    if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
-        problems.append(
-            f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer timesteps; "
-            "use lpl.gate.min_snr or lpl.gate.max_noise_level"
-        )
-    limit = lpl.gate.max_noise_level or (lpl.gate.min_snr**-0.5 if lpl.gate.min_snr else math.inf)
-    beta = FIRST_BETA.get(config.diffusion.schedule, 0.0)
-    if limit < (least := (beta / (1 - beta)) ** 0.5):
-        problems = [problem for problem in problems if "lpl.gate" not in problem]  # said in more detail here
-        problems.append(
-            f"lpl.gate: no sample can pass a noise level of {limit:.4g}; the least noisy one of "
-            f"{config.diffusion.schedule.value} has {least:.4g}: open the gate, or set lpl=null"
-        )
-    folder = lpl.decoder or config.autoencoder
-    decoder = read_autoencoder(folder, resolve_path(folder))
-    problems += _lpl_stages(lpl, folder, decoder.stages)
-    if decoder.latent_channels != index.latent.channels:
-        problems.append(
-            f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, {config.data.folder} has "
-            f"{index.latent.channels}: name a decoder for the same latents"
-        )
-    smallest = min(min(bucket.height, bucket.width) for bucket in index.buckets)
-    if lpl.crop is not None and lpl.crop.side > smallest:
-        problems.append(
-            f"lpl.crop.side={lpl.crop.side}: latents of {config.data.folder} have {smallest} positions a side: use less"
-        )
-    microbatches = grad_accum_steps(config, dp_world_size)
-    if lpl.normalize is not None and lpl.normalize.over == "batch" and microbatches > 1:
-        problems.append(
-            f"lpl.normalize.over=batch with {microbatches} microbatches an update: statistics would "
-            "depend on how the batch is split; raise batch.micro_batch_size, or use over=space"
-        )
-    return problems
-
-
-def never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
-    """Why LPL is configured and yet never a part of the loss."""
-    steps, start = config.steps, lpl.start_step
-    if start >= steps:
-        return [
-            f"lpl.start_step={start} with steps={steps}: LPL never runs; start below steps, such as "
-            f"lpl.start_step={steps * 7 // 8} or a fraction such as 0.875, or set lpl=null"
-        ]
-    if lpl.first_weighted_step >= steps:
-        return [
-            f"lpl.start_step={start} with lpl.calibration_steps={lpl.calibration_steps} and steps={steps}: the weight of "
-            f"lpl.target_share={lpl.target_share} is known after step {lpl.first_weighted_step}, so that LPL never is a part "
-            "of the loss; start earlier, calibrate over fewer steps, or set lpl.weight"
-        ]
-    if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
-        return []  # refused for that
-    fraction = gate_fraction(lpl.gate, config.diffusion)
-    expected = fraction * config.batch.global_batch_size * (steps - lpl.first_weighted_step)
-    if expected < 1:
-        return [
-            f"lpl.gate: {fraction:.2g} of the samples pass it under diffusion.timesteps, {expected:.2g} over all steps with LPL, "
-            "so that LPL never runs: open the gate, or set lpl=null"
-        ]
-    return []
-
-
-def _lpl_stages(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
-    """`stages` are those of the decoder in `folder`."""
-    problems: list[str] = []
-    unknown = [stage for stage in lpl.stages or [] if stage not in stages]
-    if unknown or lpl.stages == []:
-        problems.append(f"lpl.stages={lpl.stages}: the decoder in {folder} has {', '.join(stages)}")
-    compared = [stage for stage in stages if lpl.stages is None or stage in lpl.stages]
-    if isinstance(lpl.depth_weights, tuple) and len(lpl.depth_weights) != len(compared):
-        problems.append(
-            f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for the {len(compared)} compared "
-            f"stages {', '.join(compared)}: give one for each"
-        )
-    if isinstance(lpl.depth_weights, tuple) and not any(lpl.depth_weights):
-        problems.append(f"lpl.depth_weights={list(lpl.depth_weights)}: nothing is left of the loss; set lpl=null instead")
-    if lpl.outliers is not None and lpl.outliers.first_stage >= len(stages):
-        problems.append(
-            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has {len(stages)} stages; "
-            "use a smaller number, or lpl.outliers=null"
-        )
-    return problems
 
 
 def model_problems(config: TrainConfig, index: DatasetIndex) -> list[str]:

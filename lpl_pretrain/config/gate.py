@@ -1,6 +1,7 @@
-"""The fraction of training samples inside LPL's gate, without torch: perceptual/gate.py in plain floats, for checks before a run.
+"""The fraction of training samples inside LPL's gate, without torch, for checks before a run.
 
-A test compares it with `perceptual.gate.gate_share`.
+The arithmetic of perceptual/gate.py in plain floats; a test compares
+it with `perceptual.gate.gate_share`.
 """
 
 from __future__ import annotations

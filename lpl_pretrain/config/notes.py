@@ -1,4 +1,4 @@
-"""What a run stores or holds and does not use, and what will not come to its end: told once, when training starts."""
+"""What the data hold and a run does not use, and what does not end: named when training starts."""
 
 from __future__ import annotations
 

@@ -236,8 +236,9 @@ class ActivationCheckpointing(str, Enum):
 class ParallelConfig(Section):
     strategy: StrategyKind = StrategyKind.LOCAL
     zero_config: Optional[PathText] = None
-    """DeepSpeed JSON (configs/zero/*.json): engine tuning only, never batch, precision or clipping.  `zero` needs one; `zero1`,
-    `zero2` and `zero3` have built-in tuning without one.  `lpl-pretrain zero-config FILE` adapts a foreign one."""
+    """DeepSpeed JSON (configs/zero/*.json): engine tuning only, never batch, precision or clipping.
+    `zero` needs one; `zero1`, `zero2` and `zero3` have built-in tuning.  `lpl-pretrain zero-config`
+    adapts a file that was written elsewhere."""
     precision: Precision = Precision.FP32
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
     """Of the denoiser: `blocks` keeps what enters a block, `selective` also the outputs of matrix products and attention."""

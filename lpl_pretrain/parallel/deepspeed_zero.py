@@ -239,9 +239,7 @@ def _source(config: ParallelConfig) -> str:
     return config.zero_config or f"parallel.strategy={config.strategy.value}"
 
 
-def _make_engine(
-    config: ParallelConfig, door: Door, optimizer: torch.optim.Optimizer, world: World, ours: dict[str, Any]
-) -> Any:
+def _make_engine(config: ParallelConfig, door: Door, optimizer: torch.optim.Optimizer, world: World, ours: dict[str, Any]) -> Any:
     settings = {**zero_settings(config), **ours}
     deepspeed = _import_deepspeed(config)
     world.to_environment()

@@ -89,8 +89,10 @@ def test_scores_while_training_waits(world):
 
 
 def test_has_teeth_another_seed_is_another_run(world):
-    """And, in the same launch: wandb mirrors metrics.jsonl, offline."""
-    lpl("train", world / "train.yaml", f"run_dir={world}/seed", "steps=5", "seed=1", "log.wandb.mode=offline")
+    """And, in the same launch: wandb mirrors metrics.jsonl, offline; a ramp without an end is named once, at the start."""
+    changes = ["steps=5", "seed=1", "lpl.ramp_steps=4", "log.wandb.mode=offline"]
+    said = lpl("train", world / "train.yaml", f"run_dir={world}/seed", *changes).stderr
+    assert said.count("lpl.ramp_steps=4 from step 4 on with steps=5: the weight of LPL reaches 25% of its value only") == 1
     assert losses(world / "seed")[1] != losses(world / "whole")[1]
     assert list((world / "seed").glob("wandb/offline-run-*/*.wandb"))
 

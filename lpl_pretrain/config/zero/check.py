@@ -1,4 +1,4 @@
-"""Reads a DeepSpeed JSON and lists everything in it that cannot be used, all at once, before torch or DeepSpeed is imported."""
+"""Reads a DeepSpeed JSON and lists everything in it that cannot be used, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OFFLOAD_EXAMPLE = '{"device": "cpu", "pin_memory": true}'
 
 
 def zero_settings(parallel: ParallelConfig) -> dict[str, Any]:
-    """What DeepSpeed is to be told under a `zero` strategy: of `zero_config`, or of the built-in file of the stage.
+    """DeepSpeed's settings under a `zero` strategy: `zero_config`, or the stage's built-in file.
 
     Raises ConfigError, also when the file asks for another stage than the strategy.
     """
@@ -47,7 +47,7 @@ def zero_settings(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def read_zero_config(path: str | Path) -> dict[str, Any]:
-    """The engine's tuning as a dict: whole numbers as int, without keys that are refused and at their default.
+    """The engine's tuning as a dict: whole numbers as int, without refused keys at their default.
 
     Raises ConfigError that lists everything in the file that cannot stay.
     """
@@ -82,9 +82,7 @@ def _stage_problem(found: Any) -> Problem:
     return Problem(("zero_optimization", "stage"), f"found {show(found)}, wanted {_key(ZERO, 'stage').wanted}")
 
 
-def _table_problems(
-    content: dict[str, Any], table: Keys, path: tuple[str, ...], stage: int | None
-) -> Iterator[Problem]:
+def _table_problems(content: dict[str, Any], table: Keys, path: tuple[str, ...], stage: int | None) -> Iterator[Problem]:
     """`stage`: of ZeRO, where it is known."""
     for name, value in content.items():
         here, rule = (*path, name), table.get(name)
@@ -179,7 +177,9 @@ def _key(table: Keys, name: str) -> Key:
 
 
 def normalised(content: dict[str, Any], table: Keys) -> dict[str, Any]:
-    """5e8 as 500000000; refused keys, which are at their default here, are left out: some of them DeepSpeed takes no more."""
+    """5e8 as 500000000, and without refused keys: they are at their default here, and DeepSpeed
+    no longer takes some of them.
+    """
     kept: dict[str, Any] = {}
     for name, value in content.items():
         rule = table[name]

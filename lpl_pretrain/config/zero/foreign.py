@@ -1,4 +1,4 @@
-"""Adapts a DeepSpeed JSON that was written for another trainer: keeps the engine's tuning, and says what decides the rest."""
+"""Adapts a DeepSpeed JSON that was written for another trainer: keeps the engine's tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a JSON file strictly: regular, small, UTF-8, finite numbers, no key twice.  Nothing here knows DeepSpeed."""
+"""Reads a JSON file strictly: regular, small, UTF-8, finite numbers, no key twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Problem:
 
 
 def read_json(path: str | Path, name: str, *, drop_bom: bool = False) -> tuple[Any, list[Problem]]:
-    """The content, and what is wrong with it as JSON: repeated keys (the last value is kept) and numbers that are not finite.
+    """The content, and its repeated keys (the last value is kept) and numbers that are not finite.
 
     `name`: how error messages call the file.  Raises ConfigError for what cannot be read at all.
     """
@@ -126,9 +126,7 @@ def _plain(raw: Any, name: str) -> tuple[Any, list[Problem]]:
         if len(path) > MAX_DEPTH:
             raise _too_deep(name)
         if isinstance(value, _Object):
-            problems.extend(
-                Problem((*path, key), "is there twice; keep one of the two") for key in value if key in value.repeated
-            )
+            problems.extend(Problem((*path, key), "is there twice; keep one of the two") for key in value if key in value.repeated)
             return {key: walk(child, (*path, key)) for key, child in value.items()}
         if isinstance(value, list):
             return [walk(child, (*path, str(number))) for number, child in enumerate(value)]

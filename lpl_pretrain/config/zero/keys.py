@@ -1,6 +1,7 @@
-"""Every key of a DeepSpeed JSON: what it may hold, DeepSpeed's default, the stages that have it, or why it is refused.
+"""Every key of a DeepSpeed JSON: type, range, DeepSpeed's default, stages, or why it is refused.
 
-Names, types and defaults are those of DeepSpeed 0.19.8; a test compares them with the installed one.
+Names, types and defaults are those of DeepSpeed 0.19.8; a test compares them with the installed
+version.
 """
 
 from __future__ import annotations
@@ -49,9 +50,7 @@ def flag(default: bool | None, stages: tuple[int, ...] = STAGES) -> Key:
     return Key(wanted, lambda value: isinstance(value, bool) or (optional and value is None), default, stages)
 
 
-def whole(
-    default: int | None, least: int, most: int = INT64_MAX, stages: tuple[int, ...] = STAGES
-) -> Key:
+def whole(default: int | None, least: int, most: int = INT64_MAX, stages: tuple[int, ...] = STAGES) -> Key:
     """A whole number; also as JSON files often write it, 5e8."""
 
     def accepts(value: Any) -> bool:

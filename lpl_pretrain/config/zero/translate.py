@@ -1,4 +1,4 @@
-"""Keys of a DeepSpeed JSON that our configuration owns, as `key=value` of ours where the value can be translated."""
+"""Keys of a DeepSpeed JSON that our configuration owns, as `key=value` of ours where possible."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Relations between sections, data and machines are checked before any accelerator is asked for."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,19 @@ from lpl_pretrain.config.check import (
     run_identity,
 )
 from lpl_pretrain.config.dataset import BucketEntry, TextEntry
+from lpl_pretrain.config.gate import gate_fraction
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import load_config, resolve_path
-from lpl_pretrain.config.schema import ScheduleKind, TrainConfig
+from lpl_pretrain.config.lpl import GateConfig
+from lpl_pretrain.config.notes import start_notes
+from lpl_pretrain.config.schema import DiffusionConfig, ScheduleKind, TrainConfig
 from lpl_pretrain.config.text import encoders, text_problems
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.support.configs import dataset_index, train_config
+from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
+from lpl_pretrain.perceptual.weight import LPLWeight
+from tests.support.configs import TINY_MMDIT, TINY_SDXL, dataset_index, train_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -194,3 +200,152 @@ def test_every_recipe_fits_itself(path):
     if config.parallel.zero_config is not None:
         assert read_zero_config(config.parallel.zero_config)["zero_optimization"]["stage"] in (0, 1, 2, 3)
     assert config.lpl is None or path.stem.endswith("_lpl")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lpl__weight": 1.0, "lpl__start_step": 6}, "lpl.start_step=6 with steps=6: LPL never runs"),
+        ({"lpl__weight": 1.0, "lpl__start_step": 1_000_000}, "lpl.start_step=1000000 with steps=6: LPL never runs"),
+        ({"lpl__target_share": 0.2, "lpl__calibration_steps": 7}, "start_step=0 with lpl.calibration_steps=7 and steps=6"),
+        ({"lpl__target_share": 0.2, "lpl__start_step": 4, "lpl__calibration_steps": 2}, "LPL never is a part of the loss"),
+        (
+            {"lpl__weight": 1.0, "lpl__gate": {"max_noise_level": 1e-9}},
+            "lpl.gate: 1e-09 of the samples pass it under diffusion.timesteps, 4.8e-08 over all steps",
+        ),
+        (
+            {
+                "lpl__weight": 1.0,
+                "lpl__gate": {"min_snr": 3.0},
+                "diffusion__timesteps": {"distribution": "logit_normal", "mean": 10.0, "std": 0.1},
+            },
+            "lpl.gate: .* so that LPL never runs: open the gate",
+        ),
+    ],
+)
+def test_lpl_that_never_runs_is_refused(identity, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        check_run(train_config(**changes), dataset_index(identity=identity), 1)
+
+
+def test_lpl_of_one_step_is_enough(identity):
+    index = dataset_index(identity=identity)
+    check_run(train_config(lpl__weight=1.0, lpl__start_step=5), index, 1)
+    check_run(train_config(lpl__target_share=0.2, lpl__start_step=3, lpl__calibration_steps=2), index, 1)
+
+
+@pytest.mark.parametrize("kind", list(ScheduleKind))
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        {},
+        {"distribution": "logit_normal", "mean": 0.5, "std": 1.3},
+        {"distribution": "mode", "mode_scale": 1.29},
+        {"distribution": "cosmap"},
+    ],
+    ids=lambda timesteps: timesteps.get("distribution", "uniform"),
+)
+@pytest.mark.parametrize("gate", [{"min_snr": 3.0}, {"max_noise_level": 2.5}, {"max_timestep": 200}], ids=str)
+def test_the_gate_without_torch_is_the_gate(kind, timesteps, gate):
+    """config/gate.py against perceptual/gate.py."""
+    if kind is ScheduleKind.RECTIFIED_FLOW and "max_timestep" in gate:
+        return
+    for options in ({}, {"zero_terminal_snr": True}) if kind is not ScheduleKind.RECTIFIED_FLOW else ({"shift": 3.0},):
+        shift = options.pop("shift", 1.0)
+        diffusion = DiffusionConfig(prediction="v", schedule=kind, timesteps={**timesteps, "shift": shift}, **options)
+        schedule = make_schedule(kind, **options)
+        wanted = gate_share(max_noise_level(GateConfig(**gate), schedule), schedule, diffusion.timesteps)
+        assert gate_fraction(GateConfig(**gate), diffusion) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "start, steps, wanted",
+    [(0.875, 1200, 1050), (0.1, 30, 3), (0.29, 100, 29), (0.999, 10, 9), (0.01, 10, 0), (7, 10, 7), ("0.5", 9, 4), ("1e1", 20, 10)],
+)
+def test_a_start_as_a_fraction_of_the_steps(start, steps, wanted):
+    """Rounded down, in exact decimal arithmetic: 0.29 * 100 is 28.999999999999996 in floats."""
+    config = train_config(steps=steps, lpl__weight=1.0, lpl__start_step=start)
+    assert config.lpl.start_step == wanted and type(config.lpl.start_step) is int
+    assert LPLWeight(config.lpl).active(wanted) and not LPLWeight(config.lpl).active(wanted - 1)
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    "start", [1.0, 0.0, 1050.0, 1.5, -1, -0.5, True, False, None, [1], float("nan"), float("inf"), "soon", "10.5"]
+)
+def test_a_start_that_is_neither(start):
+    with pytest.raises(ValueError, match="wanted a whole number of steps such as 1050, or a fraction") as error:
+        train_config(lpl__weight=1.0, lpl__start_step=start)
+    assert error.value.error_count() == 1
+
+
+def test_a_fraction_means_the_same_step_when_a_run_is_continued():
+    """The number of steps is what is compared: more steps are free with the start as it was, and move a fraction."""
+    stored = train_config(steps=1200, lpl__weight=1.0, lpl__start_step=0.875)
+    same = train_config(steps=1200, lpl__weight=1.0, lpl__start_step=1050)
+    check_same_run(stored, same, Path("runs/x"))
+    check_same_run(stored, train_config(steps=2000, lpl__weight=1.0, lpl__start_step=1050), Path("runs/x"))
+    assert run_identity(stored) == run_identity(same)
+    with pytest.raises(ConfigError, match="lpl.start_step: the run has 1050, you ask for 1750") as error:
+        check_same_run(stored, train_config(steps=2000, lpl__weight=1.0, lpl__start_step=0.875), Path("runs/x"))
+    assert "1200 then and 2000 now: write lpl.start_step=1050" in str(error.value)
+
+
+def text_index(identity, **changes):
+    entry = TextEntry(identity="0" * 64, width=8, max_tokens=4, pooled_width=8, storage="fp16")
+    return dataset_index(identity=identity).model_copy(update={"text": {"clip": entry}, **changes})
+
+
+TEXT = {"model": TINY_MMDIT, "conditioning": {"text": ["clip"]}}
+
+
+def test_a_text_model_on_latents_without_captions_is_refused(identity):
+    with pytest.raises(ConfigError, match="data/x holds no captions, 100 % of its 32 samples have none"):
+        check_run(train_config(**TEXT), text_index(identity), 1)
+    check_run(train_config(**TEXT), text_index(identity, captions=1), 1)
+    assert "captions: 96.88% of the samples (31 of 32) have none; they are trained with the null text" in start_notes(
+        train_config(**TEXT), text_index(identity, captions=1)
+    )
+
+
+@pytest.mark.parametrize(
+    "config, index, wanted",
+    [
+        ({}, {"text": {}}, []),
+        ({}, {"text": {}, "flipped": True}, ["data.flips=false: the flipped latents that the data hold are not used"]),
+        ({"data__flips": True}, {"text": {}, "flipped": True}, []),
+        ({}, {"text": {}, "captions": 32}, ["model.kind=dit: this model reads no text; the captions that the data hold are not"]),
+        ({}, {"captions": 32}, ["model.kind=dit: this model reads no text; the embeddings by clip that the data hold"]),
+        (TEXT, {"captions": 32, "classes": []}, []),
+        (TEXT, {"captions": 32}, ["model.kind=mmdit: this model reads no classes; the 2 classes of the data are not used"]),
+        (
+            {"model": TINY_SDXL, "conditioning": {"text": ["clip"]}},
+            {"captions": 32},
+            ["model.kind=unet: this model reads no classes"],
+        ),
+        ({"model": {"kind": "unet", "preset": "ldm"}}, {"text": {}}, []),
+        ({"lpl__weight": 1.0, "lpl__ramp_steps": 12}, {"text": {}}, ["lpl.ramp_steps=12 from step 0 on with steps=6: .* 50%"]),
+        ({"lpl__weight": 1.0, "lpl__ramp_steps": 6}, {"text": {}}, []),
+    ],
+)
+def test_what_is_stored_and_not_used_is_named_once(identity, config, index, wanted):
+    notes = start_notes(train_config(**config), text_index(identity, **index))
+    assert len(notes) == len(wanted), notes
+    for note, words in zip(notes, wanted):
+        assert re.match(words, note) and "\n" not in note
+
+
+def test_stored_encoders_that_are_not_read_are_named(identity):
+    index = text_index(identity, captions=32, classes=[])
+    index = index.model_copy(update={"text": {**index.text, "t5": index.text["clip"]}})
+    assert start_notes(train_config(**TEXT), index) == ["conditioning.text: the stored embeddings by t5 are not used"]
+
+
+def test_zero_stages_are_checked_before_torch(identity, tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    index = dataset_index(identity=identity)
+    check_run(train_config(parallel__strategy="zero3"), index, 2)
+    with pytest.raises(ConfigError, match="zero_optimization.stage=3, wanted 2"):
+        check_run(train_config(parallel__strategy="zero2", parallel__zero_config=str(tmp_path / "zero.json")), index, 2)
+    with pytest.raises(ConfigError, match="parallel.strategy='zero1': DeepSpeed hands an optimizer flat partitions"):
+        check_run(train_config(parallel__strategy="zero1", optimizer__kind="muon"), index, 2)

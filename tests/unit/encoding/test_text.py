@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -117,3 +118,23 @@ def test_damaged_text_is_named(tmp_path: Path, clip: str) -> None:
     shard.write_bytes(raw[: at + 512 - at % 512] + b"junk" + raw[at + 512 - at % 512 + 4 :])
     with pytest.raises(DataError, match="sample 'p0000': text_clip_l.npy is not a int8 array of width 16"):
         read_text(tmp_path / "latents", "clip_l")
+
+
+@pytest.mark.parametrize("caption", [None, b"", b" \n"])
+def test_embeddings_of_no_captions_are_refused_before_anything_is_encoded(tmp_path: Path, clip: str, caption: bytes | None) -> None:
+    tar = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in sample(n, txt=caption, json=None)])
+    with pytest.raises(DataError, match="text: names clip_l, but 100 % of the 3 samples of source=.*x.tar have no caption"):
+        encode_whole(encode_config(tar, tmp_path / "latents", text={"clip_l": {"folder": clip}}), FakeAutoencoder())
+    assert not (tmp_path / "latents").exists()
+    encode_whole(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
+
+
+def test_a_remote_source_without_captions_is_never_published(tmp_path: Path, clip: str) -> None:
+    """Its captions are not known before it was read."""
+    tar = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in sample(n, txt=None)])
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/no_captions/x.tar", tar.read_bytes())
+    config = encode_config(["memory://no_captions/x.tar"], tmp_path / "latents", text={"clip_l": {"folder": clip}})
+    with pytest.raises(DataError, match="100 % of the 3 samples"):
+        encode_whole(config, FakeAutoencoder())
+    assert not (tmp_path / "latents" / "index.json").exists()
