@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import unicodedata
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 
 from lpl_pretrain.errors import ConfigError
@@ -78,12 +79,18 @@ def check_setup(lines: Sequence[str]) -> None:
                 f"setup={line!r}: sbatch would read it as an option: use the profile's keys, or sbatch's "
                 "environment variables (SBATCH_...)"
             )
-    trailing = len(lines[-1]) - len(lines[-1].rstrip("\\"))
+    if (words := _incomplete(tuple(lines))) is not None:
+        raise ConfigError(f"setup={list(lines)}: not complete as shell: {words}")
+
+
+@cache
+def _incomplete(lines: tuple[str, ...]) -> str | None:
+    """What bash says when it reads them, without running anything; None when they are complete."""
+    if (len(lines[-1]) - len(lines[-1].rstrip("\\"))) % 2:
+        return "its last line continues on the next one"
     shell = ["bash", "--norc", "--noprofile", "-n"]
     parsed = subprocess.run(shell, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
-    if parsed.returncode or parsed.stderr or trailing % 2:
-        words = parsed.stderr.strip() or "its last line continues on the next one"
-        raise ConfigError(f"setup={list(lines)}: not complete as shell: {words}")
+    return parsed.stderr.strip() or "it is refused" if parsed.returncode or parsed.stderr else None
 
 
 def check_script(text: str, own: Collection[str]) -> str:

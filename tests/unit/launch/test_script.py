@@ -20,7 +20,7 @@ from launch.submit import script, submit
 from launch.task import Task
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
-from lpl_pretrain.runtime.code import fingerprint
+from lpl_pretrain.runtime.code import ROOT, fingerprint
 
 ATTACK = "x\ntouch PWNED #\n"
 CONTROL = ["\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"]
@@ -140,7 +140,7 @@ def test_runs_on_the_command_line_are_paths(command, run):
     more = {
         "evaluate": ["p.yaml", "--cluster=c"],
         "watch": ["p.yaml", "--cluster=c"],
-        "sample": ["--cluster", "configs/cluster/slurm.yaml"],
+        "sample": ["--cluster", str(ROOT / "configs/cluster/slurm.yaml")],
     }
     done = CliRunner().invoke(commands, [command, run, *more.get(command, [])])
     assert isinstance(done.exception, ConfigError) and str(done.exception).startswith("RUN=")
