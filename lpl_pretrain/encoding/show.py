@@ -23,7 +23,7 @@ GAP_PX = 2
 def describe(folder: str) -> str:
     """A text of one line for each fact.  Raises DataError when it is no data set."""
     index = read_index(folder)
-    total_bytes = sum(entry.bytes for entry in index.shards)
+    total_bytes, autoencoder = sum(entry.bytes for entry in index.shards), index.autoencoder
     skipped = f", {index.skipped} pictures were skipped" if index.skipped else ""
     facts = {
         "samples": f"{index.samples:,} in {len(index.shards)} shards{skipped}",
@@ -33,7 +33,7 @@ def describe(folder: str) -> str:
         "buckets": _buckets(index),
         "latents": f"{index.latent.channels} channels, {index.moments_dtype}" + (", mirrored ones too" if index.flipped else ""),
         "mean, std": "  ".join(f"{m:+.3f} {s:.3f}" for m, s in zip(index.latent.mean, index.latent.std, strict=True)),
-        "autoencoder": f"{_printable(index.autoencoder.name)} ({index.autoencoder.identity[:12]}), 1/{index.autoencoder.downscale} of the side",
+        "autoencoder": f"{_printable(autoencoder.name)} ({autoencoder.identity[:12]}), 1/{autoencoder.downscale} of the side",
         "fingerprint": index.fingerprint[:12],
         "format": str(index.format_version),
     }
