@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpl_pretrain.config.dataset import DatasetIndex, read_index
+from lpl_pretrain.config.dataset import FORMAT_VERSION, DatasetIndex, read_index
 from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.stream import LatentStream
@@ -24,7 +24,7 @@ GAP_PX = 2
 def describe(folder: str) -> str:
     """A text of one line for each fact.  Raises DataError when it is no data set."""
     index = read_index(folder)
-    total_bytes = sum(entry.bytes for entry in index.shards)
+    total_bytes, autoencoder = sum(entry.bytes for entry in index.shards), index.autoencoder
     skipped = f", {index.skipped} pictures were skipped" if index.skipped else ""
     facts = {
         "samples": f"{index.samples:,} in {len(index.shards)} shards{skipped}",
@@ -34,9 +34,12 @@ def describe(folder: str) -> str:
         "buckets": _buckets(index),
         "latents": f"{index.latent.channels} channels, {index.moments_dtype}" + (", mirrored ones too" if index.flipped else ""),
         "mean, std": "  ".join(f"{m:+.3f} {s:.3f}" for m, s in zip(index.latent.mean, index.latent.std, strict=True)),
-        "autoencoder": f"{index.autoencoder.name} ({index.autoencoder.identity[:12]}), 1/{index.autoencoder.downscale} of the side",
+        "autoencoder": f"{_printable(autoencoder.name)} ({autoencoder.identity[:12]}), 1/{autoencoder.downscale} of the side",
         "fingerprint": index.fingerprint[:12],
+        "format": str(index.format_version),
     }
+    if index.format_version < FORMAT_VERSION:
+        facts["format"] += ", without checksums of its index and null texts: `lpl-pretrain data seal` adds them"
     width = max(map(len, facts))
     return "\n".join([folder, *(f"  {name:<{width}}  {fact}" for name, fact in facts.items())])
 
@@ -88,8 +91,13 @@ def _classes(index: DatasetIndex) -> str:
     if not index.classes:
         return "none"
     ordered = sorted(zip(index.class_counts, index.classes, strict=True), key=lambda pair: (-pair[0], pair[1]))
-    shown = ", ".join(f"{name} {count:,}" for count, name in ordered[:CLASSES_SHOWN])
+    shown = ", ".join(f"{_printable(name)} {count:,}" for count, name in ordered[:CLASSES_SHOWN])
     return f"{len(index.classes)}: {shown}" + (f", ... down to {ordered[-1][0]:,}" if len(ordered) > CLASSES_SHOWN else "")
+
+
+def _printable(text: str) -> str:
+    """Escapes control characters, which a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _text(index: DatasetIndex) -> list[str]:

@@ -60,7 +60,7 @@ def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Pa
         patch.setattr(writer.os, "link", meet_and_link)
         for number in range(ROUNDS):
             output = folder / str(number)
-            results = together(*(lambda plan=plan: begin(output, plan) for plan in PLANS))
+            results = together(*(lambda plan=plan, output=output: begin(output, plan) for plan in PLANS))
             refusals = [result for result in results if isinstance(result, DataError)]
             assert all(result is None or result in refusals for result in results), results
             assert (output / RECORDS / "plan.txt").read_text() in ("a" * 64, "b" * 64)

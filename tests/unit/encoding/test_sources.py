@@ -241,3 +241,163 @@ def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
         index = encode_whole(encode_config(tar, output, shard_samples=shard_samples, **options), FakeAutoencoder())
         keys_of.append((sorted(key for shard in index.shards for key in scan_shard(output / shard.file)), index.skipped))
     assert keys_of[0] == keys_of[1] == keys_of[2] and len(keys_of[0][0]) > 10
+
+
+# --- hostile members and archives
+
+
+@pytest.mark.parametrize(
+    ("raw", "label"),
+    [(b"7", 7), (b" 7 ", 7), (b"7\n", 7), (b"7\r\n", 7), (b"007", 7), (b"-0", 0), (b"\t12\t", 12)],
+)
+def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> None:
+    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", sample(4, cls=raw, json=None))))
+    assert found.label == label
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"1_0",
+        b"+1",
+        b"",
+        b" ",
+        b"1.0",
+        b"1e1",
+        b"0x1",
+        b"1 2",
+        b"1\0",
+        "١".encode(),
+        "１".encode(),
+        b"\x1c1",
+        b"\xa01",
+        b"9" * 19,
+        b"--1",
+    ],
+)
+def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> None:
+    refused(write_tar(tmp_path / "x.tar", sample(4, cls=raw)), "x.tar", "'p0004'", "not an integer", ".cls is")
+
+
+@pytest.mark.parametrize(
+    ("raw", "fragment"),
+    [
+        (b"[" * 5000 + b"]" * 5000, "recursion"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "recursion"),
+        (b'{"caption": "\\ud800"}', "surrogates not allowed"),
+        (b'{"class_name": "\\udfff"}', "surrogates not allowed"),
+        (b'{"caption": 5}', "caption in .json is 5, no text"),
+        (b'{"caption": ["a"]}', "caption in .json is ['a'], no text"),
+        (b'{"class_name": {}}', "class_name in .json is {}, no text"),
+        (b'{"caption": "a", "caption": "b"}', "caption is in .json twice"),
+        (b'{"class_name": "a\\nb"}', "has control characters"),
+        (b'{"class_name": "\\u001b[2J"}', "has control characters"),
+        (b'{"class_name": "' + b"x" * 2000 + b'"}', "is too long"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"\xff{}", "not an integer, JSON"),
+    ],
+    ids=range(13),
+)
+def test_json_that_is_hostile(tmp_path: Path, raw: bytes, fragment: str) -> None:
+    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(4, json=raw, txt=None)), "x.tar", "'p0004'", fragment)
+
+
+@pytest.mark.parametrize("raw", [b'{"caption": NaN, "class_name": null}', b"[]", b"3", b'{"caption": null, "similarity": NaN}'])
+def test_json_without_a_caption(tmp_path: Path, raw: bytes) -> None:
+    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", sample(4, json=raw, txt=None))))
+    assert found.caption is None and found.class_name is None
+
+
+@pytest.mark.parametrize(("extension", "size"), [("cls", 65), ("txt", (1 << 20) + 1), ("json", (16 << 20) + 1)])
+def test_members_that_are_too_large(tmp_path: Path, extension: str, size: int) -> None:
+    refused(write_tar(tmp_path / "x.tar", sample(4, **{extension: b"1" * size})), "'p0004'", f"its .{extension} has {size} bytes")
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: object) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+END = bytes(1024)
+
+
+def with_size(block: bytes, size: bytes) -> bytes:
+    """Another size in a header, with the checksum that fits."""
+    raw = bytearray(block)
+    raw[124:136] = size
+    raw[148:156] = b"        "
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) * 3000 + END, id="chain of long names"),
+        pytest.param(header("x", 20, tarfile.XHDTYPE) * 3000 + END, id="chain of pax headers"),
+        pytest.param(header("x", 1 << 33, tarfile.XHDTYPE) + END, id="huge pax header"),
+        pytest.param(header("././@LongLink", 1 << 33, tarfile.GNUTYPE_LONGNAME) + END, id="huge long name"),
+        pytest.param(
+            header("x", 512, tarfile.XHDTYPE) + b"99999 path=x\n".ljust(512, b"\0") + header("a.png", 0) + END, id="pax length"
+        ),
+        pytest.param(
+            header("x", 512, tarfile.XHDTYPE) + b"13 size=-512\n".ljust(512, b"\0") + header("a.png", 0) + END, id="pax size"
+        ),
+        pytest.param(with_size(header("a.png", 0), b"\xff" * 11 + b"\x00") + END, id="negative size"),
+        pytest.param(with_size(header("a.png", 0), b"\x80" + b"\xff" * 11) + END, id="size of 88 bits"),
+        pytest.param(with_size(header("x", 0, tarfile.XHDTYPE), b"\xff" * 12) + END, id="negative pax"),
+        pytest.param(header("a.png", 0, tarfile.GNUTYPE_SPARSE) + END, id="sparse"),
+        pytest.param(header("a.png", 0, tarfile.FIFOTYPE) + END, id="fifo"),
+        pytest.param(header("a.png", 0, tarfile.LNKTYPE, linkname="/etc/passwd") + END, id="hard link"),
+        pytest.param(header("a.png", 0, tarfile.CHRTYPE) + END, id="device"),
+    ],
+)
+def test_archives_that_are_hostile(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(raw)
+    refused(tmp_path / "x.tar", f"{tmp_path}/x.tar: ")
+
+
+def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
+    """`tarfile` gives it the size that it has unpacked, though less lies there."""
+    data = encoded(picture(0))
+    info = tarfile.TarInfo("p.png")
+    info.size, info.pax_headers = (
+        len(data),
+        {"GNU.sparse.map": f"0,{len(data)}", "GNU.sparse.size": str(len(data)), "GNU.sparse.name": "p.png"},
+    )
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(data))
+    refused(tmp_path / "x.tar", "x.tar: member 'p.png' is a link, a device or sparse")
+
+
+def test_archives_behind_each_other(tmp_path: Path) -> None:
+    """Everything behind the first end mark would be lost without a word."""
+    both = write_tar(tmp_path / "a.tar", sample(0)).read_bytes() + write_tar(tmp_path / "b.tar", sample(1)).read_bytes()
+    (tmp_path / "x.tar").write_bytes(both)
+    refused(tmp_path / "x.tar", "x.tar: its end mark is at byte", "pack them again as one")
+    whole = write_tar(tmp_path / "y.tar", sample(0))
+    whole.write_bytes(whole.read_bytes() + bytes(1 << 21))
+    assert keys(whole) == ["p0000"]
+
+
+@pytest.mark.parametrize("name", ["a\x00b.png", "a\x1b[2J.png", "a\x85.png", "\udcff.png", "x" * 5000 + ".png"])
+def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT if "\0" in name else tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo("p.png" if "\0" in name else name)
+        info.pax_headers = {"path": name} if "\0" in name else {}
+        tar.addfile(info, io.BytesIO())
+    with pytest.raises(DataError) as error:
+        list(read_pictures(str(tmp_path / "x.tar")))
+    str(error.value).encode()
+    assert "x.tar: the member name" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path, pattern: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rglob", forbidden)
+    refused(tmp_path, str(tmp_path), "cannot be listed", "Permission denied")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,18 +48,28 @@ def smooth_tar(path: Path, count: int = 13) -> Path:
     return write_tar(path, [m for n in range(count) for m in sample(n, png=encoded(smooth(n, *sizes[n % 3])))])
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> tuple[EncodeConfig, DatasetIndex]:
+@pytest.fixture(scope="module")
+def encoded_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncodeConfig, DatasetIndex]:
     """Everything at once: buckets, flips, text."""
+    base = tmp_path_factory.mktemp("whole")
     config = encode_config(
-        smooth_tar(tmp_path / "x.tar"),
-        tmp_path / "latents",
+        smooth_tar(base / "x.tar"),
+        base / "latents",
         buckets={"max_aspect": 3.0, "step_px": 4},
         flips=True,
         shard_samples=13,
-        text={"bert": {"folder": text_encoder_folder(tmp_path / "bert", "bert")}},
+        text={"bert": {"folder": text_encoder_folder(base / "bert", "bert")}},
     )
     return config, encode_whole(config, SmoothAutoencoder())
+
+
+@pytest.fixture
+def folder(encoded_once, tmp_path: Path) -> tuple[EncodeConfig, DatasetIndex]:
+    """A copy, to be changed."""
+    config, index = encoded_once
+    shutil.copytree(config.output, tmp_path / "latents")
+    shutil.copy(str(config.source), tmp_path / "x.tar")
+    return config.model_copy(update={"source": str(tmp_path / "x.tar"), "output": str(tmp_path / "latents")}), index
 
 
 def problems(config: EncodeConfig) -> str:
@@ -98,6 +109,18 @@ def test_every_byte_counts(folder) -> None:
         (lambda index: index.update(captions=3), "captions: 13 in the shards, index.json says 3"),
         (lambda index: index.update(fingerprint="0" * 64), "fingerprint"),
         (lambda index: index.update(plan="other"), "are not those that made this folder"),
+        (lambda index: index["latent"]["mean"].__setitem__(0, 0.25), "latent.mean: ["),
+        (lambda index: index["latent"]["std"].__setitem__(1, 0.25), "latent.std: ["),
+        (lambda index: index.update(classes=["x", "y", "z"]), "classes: index.json names them otherwise than 13 samples"),
+        (lambda index: index.update(source_fingerprint="0" * 64), "source_fingerprint: "),
+        (lambda index: index["autoencoder"].update(shift=0.5), "autoencoder: index.json says ('fake', 4, 0.5, 2.0), wanted"),
+        (lambda index: index["autoencoder"].update(scale=1.0), "autoencoder: index.json says ('fake', 4, 0.25, 1.0), wanted"),
+        (lambda index: index["autoencoder"].update(downscale=2), "autoencoder: index.json says ('fake', 2, 0.25, 2.0), wanted"),
+        (lambda index: index.update(resolution_px=17), "resolution_px: index.json says 17, wanted 16"),
+        (lambda index: index.update(config="{}"), "config: index.json says {}, wanted {"),
+        (lambda index: index["text"]["bert"].update(max_tokens=78), "text: index.json says "),
+        (lambda index: index["text"]["bert"].update(identity="x"), "text: index.json says "),
+        (lambda index: index["null_text"]["bert"].update(sha256="0" * 64), "text_bert.null.safetensors: sha256 is"),
         (lambda index: index["buckets"].reverse(), "is not the array that index.json describes"),
         (lambda index: index["text"]["bert"].update(width=17), "text_bert.npy is not a int8 array of width 17"),
     ],
@@ -106,6 +129,16 @@ def test_an_index_that_lies(folder, change: Callable[[dict], None], fragment: st
     config, _ = folder
     rewrite_index(Path(config.output), change)
     assert fragment in problems(config)
+
+
+def test_a_damaged_index_or_null_text(folder) -> None:
+    config, _ = folder
+    null = Path(config.output) / "text_bert.null.safetensors"
+    null.write_bytes(null.read_bytes()[:-1] + b"\x41")
+    assert "text_bert.null.safetensors: sha256 is" in problems(config)
+    path = Path(config.output) / "index.json"
+    path.write_bytes(path.read_bytes().replace(b'"captions": 13', b'"captions": 12'))
+    assert "index.json: digest is" in problems(config)
 
 
 def test_a_changed_source_or_autoencoder(folder) -> None:
