@@ -323,7 +323,7 @@ def test_a_best_file_that_its_record_contradicts_is_damaged(tmp_path, run, caplo
         publish_json(folder.evaluation(step, "quick"), {**record, "results": [{**entry, "value": value}]})
     publish_json(folder.best("quick"), {"step": 2, **entry, "value": 3.0})
     saved(tmp_path, run, 1, 2, 3, keep_last=1)
-    assert folder.complete_checkpoints() == [1, 3] and "fid=3.0 of step 2 is not what" in caplog.text
+    assert folder.complete_checkpoints() == [1, 3] and "fid=3 of step 2 is not what" in caplog.text
 
 
 def test_things_in_the_place_of_leases_fail_no_save(tmp_path, run):
