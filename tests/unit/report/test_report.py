@@ -222,7 +222,9 @@ def test_all_starts_are_listed(run):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in run.report.read_text()
 
 
-@pytest.mark.parametrize("content", ["3", "[3]", '[{"hosts": 3, "config_changes": [1], "time_s": "x", "code": null}]', "[]", "null"])
+@pytest.mark.parametrize(
+    "content", ["3", "[3]", '[{"hosts": 3, "config_changes": [1], "time_s": "x", "code": null}]', "[]", "null"]
+)
 def test_odd_provenance_is_shown_as_far_as_it_goes(run, content):
     run.provenance.write_text(content)
     record = read_run(run)

@@ -62,4 +62,8 @@ def test_a_start_says_what_it_ran_as():
         changes={"steps": (1, 2)},
     )
     assert (found["step"], found["world_size"], found["hosts"], found["strategy"]) == (3, 3, ["a", "b"], "ddp")
-    assert found["versions"]["torch"] and len(found["code"]) == 64 and json.loads(json.dumps(found))["config_changes"] == {"steps": [1, 2]}
+    assert (
+        found["versions"]["torch"]
+        and len(found["code"]) == 64
+        and json.loads(json.dumps(found))["config_changes"] == {"steps": [1, 2]}
+    )
