@@ -24,7 +24,8 @@ NAMES = ("lpl_pretrain", "lpl-pretrain")
 
 def record_error(text: str, file: Path) -> None:
     """Of the ranks of a node that have the same error, one records it: the others' files would repeat it in the report."""
-    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    first = int(time.time()) - 1  # in whole seconds; before what this error leads other ranks into
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(first)}}
     file.write_text(json.dumps({"message": message, OURS: text}))
     claim = attempt_folder(file) / f".{OURS}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     try:

@@ -83,7 +83,8 @@ def damaged(world, tmp_path):
 def test_a_refused_first_start_leaves_nothing(world, damaged, tmp_path, ranks):
     changes = [f"run_dir={tmp_path}/a/run", f"data.folder={damaged.parent}", *["parallel.strategy=ddp"] * (ranks > 1)]
     refused = lpl("train", world / "train.yaml", *changes, check=False, ranks=ranks)
-    assert refused.returncode == (2 if ranks == 1 else 1) and refused.stderr.count(f"DataError: {damaged}") == 1
+    assert refused.returncode == (2 if ranks == 1 else 1) and damaged.name in refused.stderr
+    assert refused.stderr.count("DataError: ") == 1
     assert list(tmp_path.iterdir()) == [damaged.parent]
 
 

@@ -263,3 +263,14 @@ def test_a_guide_moves_the_samples_and_must_fit(run, tmp_path):
     other.config.write_text(dump(config))
     with pytest.raises(ConfigError, match="guide.run=.*other: trained with diffusion.prediction=.*v, this run with .*flow"):
         draw(run, guide=str(other.path))
+
+
+def test_one_that_is_asked_to_stop_keeps_what_it_made(run):
+    """Of three batches for each guidance scale one is made before, and eleven more pictures after."""
+    asked = iter([False, True])
+    protocol = run.protocol(batch_size=4, name="stopped")
+    assert list(job.evaluate(run.run_dir, protocol, CPU, [6], stopping=lambda: next(asked, True))) == []
+    assert not run.run_dir.evaluation(6, "stopped").exists() and not run.run_dir.evaluation_leases()
+    assert len(list(run.run_dir.path.glob("evaluations/*/stopped.*.partial/*/*.safetensors"))) == 1
+    (record,) = job.evaluate(run.run_dir, protocol, CPU, [6])
+    assert [entry["images_made_now"] for entry in record["results"]] == [6, 10]

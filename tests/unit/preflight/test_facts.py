@@ -30,7 +30,7 @@ def test_nothing_is_wrong_here(data, tmp_path):
     found = observe(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
     troubles = (found.refusal, found.run_dir_trouble, found.shard_trouble, found.no_device, found.device_trouble)
     assert troubles == (None,) * 5 and found.free_gib > found.wanted_gib > 0 and found.shard.startswith(data)
-    assert not list((tmp_path / "run").iterdir()), "the probe is gone"
+    assert not list(tmp_path.iterdir()), "the probe is gone, and made no folder"
 
 
 def test_a_shard_that_is_gone_empty_or_no_file(data, tmp_path):
@@ -48,7 +48,7 @@ def test_a_shard_that_is_gone_empty_or_no_file(data, tmp_path):
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     free, trouble = probe_folder(RunDir(tmp_path / "file"))
-    assert free is None and "FileExistsError" in trouble
+    assert free is None and "NotADirectoryError" in trouble
 
 
 def test_a_full_disk_is_no_trouble_of_the_folder(tmp_path, monkeypatch):

@@ -14,7 +14,17 @@ from lpl_pretrain.cli import report as command
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report.charts import Chart, draw, smoothed
-from lpl_pretrain.report.page import clock, interruptions, number, render, spread, write_report
+from lpl_pretrain.report.page import (
+    clock,
+    interruptions,
+    last_step,
+    number,
+    provenance,
+    render,
+    spread,
+    start_row,
+    write_report,
+)
 from lpl_pretrain.report.record import Series, read_run
 from tests.unit.report.conftest import metrics
 
@@ -183,6 +193,53 @@ def test_status(run):
     assert "stopped at step 75; the same command resumes" in page_of(run).text
     run.metrics.write_text("\n".join(kept[:50]) + "\n")
     assert "at step 50, running or interrupted" in page_of(run).text
+
+
+def log(run, *lines):
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_start_that_made_no_step_is_no_resume(run):
+    """An older version began a finished run again, with fewer steps to make than it had."""
+    resumed = [{"event": "resumed", "step": step, "time_s": 1.7e9} for step in (100, 150, 150)]
+    log(run, *map(metrics, range(1, 101)), resumed[0], *map(metrics, range(101, 151)), *resumed[1:])
+    record = read_run(run)
+    assert record.resumes == 1 and last_step(record) == 150 and "resumed once" in page_of(run).text
+    assert "of 120" not in page_of(run).text, "150 of 120"
+
+
+def test_a_resume_is_counted_though_its_steps_were_not_logged(run):
+    stopped = {"event": "stopped", "step": 8, "time_s": 1.7e9}
+    log(run, metrics(5), {"event": "resumed", "step": 5, "time_s": 1.7e9}, stopped)
+    assert read_run(run).resumes == 1
+
+
+def test_a_run_that_began_anew_shows_the_new_steps_alone(run):
+    log(run, *map(metrics, range(1, 31)), {"event": "restarted", "step": 0, "time_s": 1.7e9}, *map(metrics, range(1, 11)))
+    record = read_run(run)
+    assert record.series("loss/total").steps == list(range(1, 11)) and record.resumes == 1
+
+
+def test_all_starts_are_listed(run):
+    old = json.loads(run.provenance.read_text())
+    new = {"step": 75, "time_s": 1.7e9, "strategy": "fsdp2", "world_size": 4, "hosts": ["n1", "n2"], "code": "c" * 64}
+    new |= {"config_changes": {"parallel.strategy": ["ddp", "fsdp2"], "log.every_steps": [1, None]}, "data_samples": 64}
+    run.provenance.write_text(json.dumps([old, new, "damaged"]))
+    page = page_of(run)
+    assert "– – – 2" in page.text, "of the older version's"
+    assert '75 2023-11-14 22:13:20 UTC fsdp2 4 n1, n2 cccccccccccc parallel.strategy: "ddp" → "fsdp2"' in page.text
+    assert read_run(run).provenance["world_size"] == 4 and "<script>alert" not in run.report.read_text(), "the diff of the first"
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in run.report.read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ["3", "[3]", '[{"hosts": 3, "config_changes": [1], "time_s": "x", "code": null}]', "[]", "null"]
+)
+def test_odd_provenance_is_shown_as_far_as_it_goes(run, content):
+    run.provenance.write_text(content)
+    record = read_run(run)
+    assert provenance(record)["starts"] == [start_row(start) for start in record.starts] and not record.problems
+    assert len(record.starts) == content.count("hosts")
 
 
 def test_no_run_is_refused(tmp_path):
