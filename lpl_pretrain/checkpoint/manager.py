@@ -116,7 +116,7 @@ class CheckpointManager:
             log.warning("DAMAGED CHECKPOINT %s: passed over for an older one. %s", folder.name, trouble)
         if steps:
             raise CheckpointError(
-                f"{self.run_dir.checkpoints}: all {len(steps)} checkpoints are damaged (see the warnings above): "
+                f"{self.run_dir.checkpoints}: all {len(steps)} checkpoints are damaged ({trouble}; see the warnings above): "
                 "bring one back, or remove them to start again"
             )
         return None
