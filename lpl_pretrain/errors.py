@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 from pathlib import Path
 
 BAD_INPUT = 2
@@ -97,7 +98,12 @@ def file_in_use(error: OSError) -> str:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """True for an error that has its origin in an OSError with one of TRANSIENT_ERRNOS."""
+    """True for an error that has its origin in an OSError with one of TRANSIENT_ERRNOS, on this rank or on another.
+
+    Of another rank's error the text alone arrives here; it holds the reason in the system's words.
+    """
+    if any(os.strerror(number) in str(error) for number in TRANSIENT_ERRNOS):
+        return True
     while error is not None:
         if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
             return True

@@ -1,7 +1,8 @@
-"""Disturbs encode, train and evaluate at random moments, and compares what they leave with undisturbed runs.
+"""Disturbs encode, train, evaluate and launch at random moments, and compares what they leave with undisturbed runs.
 
     python tools/chaos.py --faults 1000 --json chaos.json
     python tools/chaos.py --series encode --seed 7 --only 42    # one iteration again, as a violation names it
+    python tools/chaos.py --merge a.json b.json                 # one table of several runs
 
 Faults: SIGKILL and SIGTERM of one rank or all, SIGSTOP for a while or until the lease is lost, a full disk, and errors, short
 transfers and interruptions of single calls (tools/faults/layer.c).  A fault counts when it met a living process.  After every
@@ -23,8 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.faults.campaign import Campaign, Tally  # noqa: E402
 
-SHARES = {"encode": 30, "train_local": 25, "train_fsdp2": 12, "train_zero2": 9, "train_zero3": 9, "evaluate": 15}
-"""Of the faults, by series."""
+SHARES = {
+    "encode": 28,
+    "train_local": 24,
+    "train_spikes": 6,
+    "train_fsdp2": 12,
+    "train_zero2": 9,
+    "train_zero3": 9,
+    "evaluate": 15,
+    "launch": 3,
+}
+"""Of the faults, by series.  launch needs root: it brings up a SLURM cluster of its own."""
 
 
 def main() -> int:
@@ -36,7 +46,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="end after so many, whatever the number of faults")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--keep", type=Path, help="work in this new folder, and leave it there")
+    parser.add_argument("--merge", type=Path, nargs="+", help="print the table of these results of --json, and run nothing")
     args = parser.parse_args()
+    if args.merge:
+        print(table(merged(args.merge)))
+        return 0
     names = args.series.split(",")
     if unknown := [name for name in names if name not in SHARES]:
         parser.error(f"--series {unknown}: wanted some of {','.join(SHARES)}")
@@ -52,8 +66,9 @@ def main() -> int:
 
 
 def run(campaign: Campaign, names: list[str], args: argparse.Namespace) -> dict[str, Tally]:
-    """Series by series, each with its share of the faults and of the time."""
+    """Series by series, each with its share of the faults and of the time; those that this version cannot run are left out."""
     tallies: dict[str, Tally] = {}
+    names = [name for name in names if name == "launch" or name in campaign.series]
     started, total = time.monotonic(), sum(SHARES[name] for name in names)
     for number, name in enumerate(names):
         wanted = -(-args.faults * SHARES[name] // total)
@@ -71,8 +86,25 @@ def run(campaign: Campaign, names: list[str], args: argparse.Namespace) -> dict[
                 )
             return made >= wanted or now > end
 
-        tallies[name] = campaign.run(name, enough, args.only)
+        if name == "launch":
+            from tools.faults.slurm import run_launch
+
+            tallies[name] = run_launch(args.seed, enough, say)
+        else:
+            tallies[name] = campaign.run(name, enough, args.only)
     return tallies
+
+
+def merged(files: list[Path]) -> dict[str, Tally]:
+    """Of several runs, series by series."""
+    tallies: dict[str, Tally] = {}
+    for file in files:
+        for name, found in json.loads(file.read_text())["series"].items():
+            tally = tallies.setdefault(name, Tally())
+            tally.faults.update(found["faults"])
+            for key in ("iterations", "starts", "recovered", "violations"):
+                setattr(tally, key, getattr(tally, key) + found[key])
+    return {name: tallies[name] for name in SHARES if name in tallies}
 
 
 def table(tallies: dict[str, Tally]) -> str:

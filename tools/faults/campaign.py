@@ -88,6 +88,7 @@ class Campaign:
             self.alone(need)
             if not (self.inputs / made).exists():
                 shutil.copytree(self.files / need / "alone_1" / made, self.inputs / made)
+        series.prepare()
         for count in series.ranks:
             folder = self.files / name / f"alone_{count}"
             series.begin(folder)

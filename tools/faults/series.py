@@ -12,7 +12,9 @@ from typing import Any
 
 from lpl_pretrain.cli import audit
 from lpl_pretrain.config.dataset import INDEX_NAME
+from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import OptimizerConfig
 from lpl_pretrain.errors import LPLError
 from tests.support.autoencoders import tiny_folder
 from tests.support.latents import draw_pictures
@@ -72,6 +74,9 @@ class Series:
     meet: bool = False
     arguments: list[str] = field(default_factory=list)
 
+    def prepare(self) -> None:
+        """Makes inputs of its own, once."""
+
     def begin(self, folder: Path) -> None:
         """Makes what the command finds."""
         folder.mkdir(parents=True)
@@ -111,17 +116,21 @@ class Encode(Series):
         return contents(folder / "latents")
 
 
+@dataclass
 class Train(Series):
+    config: str = "train.yaml"
+    steps: int = STEPS
+
     def command(self, folder: Path) -> list[str]:
-        return [self.module, "train", f"{self.inputs}/train.yaml", f"run_dir={folder}/run", *self.arguments]
+        return [self.module, "train", f"{self.inputs}/{self.config}", f"run_dir={folder}/run", *self.arguments]
 
     def complete(self, folder: Path) -> bool:
-        return STEPS in RunDir(folder / "run").complete_checkpoints()
+        return self.steps in RunDir(folder / "run").complete_checkpoints()
 
     def results(self, folder: Path) -> dict[str, bytes]:
         """The last checkpoint and all snapshots: parameters, moments, averages, and what the trainer goes on from."""
         run_dir = RunDir(folder / "run")
-        found = {f"checkpoint/{name}": data for name, data in contents(run_dir.checkpoint(STEPS)).items()}
+        found = {f"checkpoint/{name}": data for name, data in contents(run_dir.checkpoint(self.steps)).items()}
         return found | {f"snapshots/{name}": data for name, data in contents(run_dir.path / "snapshots").items()}
 
     def problems(self, folder: Path) -> list[str]:
@@ -131,11 +140,21 @@ class Train(Series):
         except LPLError as error:
             return [f"audit: {error}"]
         steps = [line["step"] for line in json_lines(folder / "run" / "metrics.jsonl") if "event" not in line]
-        missing = sorted(set(range(1, STEPS + 1)) - set(steps))
+        missing = sorted(set(range(1, self.steps + 1)) - set(steps))
         return [f"metrics.jsonl: no line of steps {missing}"] if missing else []
 
     def lease(self, folder: Path) -> Path | None:
         return RunDir(folder / "run").live
+
+
+class Spikes(Train):
+    """Training that rolls back when it meets a poisoned shard."""
+
+    def prepare(self) -> None:
+        from tests.support.spikes import poisoned_data, spike_config
+
+        data = poisoned_data(self.inputs / "spikes")
+        (self.inputs / self.config).write_text(dump(spike_config(data, "rollback")))
 
 
 class Evaluate(Series):
@@ -184,6 +203,8 @@ def all_series(inputs: Path, module: str = "lpl_pretrain") -> dict[str, Series]:
         Train("train_zero3", inputs, module, **two, arguments=zero(3)),
         Evaluate("evaluate", inputs, module, ranks=(1, 2), meet=True),
     ]
+    if "on_spike" in OptimizerConfig.model_fields:
+        found.append(Spikes("train_spikes", inputs, module, config="spikes.yaml", steps=16))
     return {series.name: series for series in found}
 
 

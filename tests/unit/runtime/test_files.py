@@ -69,6 +69,7 @@ def test_only_what_may_pass_is_worth_another_try(hidden):
     full, absent = OSError(28, "No space left on device"), FileNotFoundError(2, "No such file or directory")
     assert exit_status(chained(DataError("x"), full, hidden=hidden)) == 1
     assert exit_status(chained(DataError("x"), absent, hidden=hidden)) == 2
+    assert exit_status(DataError("rank 3: /data/x: Stale file handle: copy it again")) == 1, "another rank's error is text here"
     assert exit_status(DataError("x")) == 2 and exit_status(SaveError("x")) == 1
     assert is_transient(full) and not is_transient(absent) and not is_transient(ValueError())
 
