@@ -23,10 +23,8 @@ DIRECTIVES = frozenset(
 DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 FIXED = re.compile(r"#!/bin/bash|# (Parameters|setup|command|teardown)|export SUBMITIT_EXECUTOR=slurm|")
 READ_BY_SBATCH = ("#SBATCH", "#SLURM", "#PBS", "#BSUB")
-HETEROGENEOUS = ("hetjob", "packjob")
-"""sbatch takes a directive with one of these words, anywhere, for the start of another job."""
 NOT_IN_FOLDERS = {
-    "%": "the scheduler replaces patterns such as %j in the names of log files",
+    "%": "the scheduler replaces patterns such as %j in the names of log files, and srun has no way to write %u as it is",
     "\\": "the scheduler removes backslashes from the names of log files",
 }
 
@@ -58,13 +56,19 @@ def resolved(text: str, where: str) -> Path:
 def check_folder(path: Path) -> None:
     """Raises ConfigError for the folder of a job whose log files the scheduler would put elsewhere."""
     text = refuse_control_characters(str(path), "folder")
-    words = {**NOT_IN_FOLDERS, **dict.fromkeys(HETEROGENEOUS, "sbatch would take it for the start of another job")}
-    for word, reason in words.items():
-        if word in text.lower():
+    for character, reason in NOT_IN_FOLDERS.items():
+        if character in text:
             raise ConfigError(
-                f"{text!r}: a job cannot keep its files in a folder with {word!r} in its path: {reason}: "
+                f"{text!r}: a job cannot keep its files in a folder with {character!r} in its path: {reason}: "
                 "choose another run_dir, name or output"
             )
+
+
+def check_working_directory(path: str) -> None:
+    """Raises ConfigError for a folder to which sbatch would not go."""
+    refuse_control_characters(path, "the folder from which a job is submitted")
+    if "\\" in path:
+        raise ConfigError(f"{path!r}: sbatch removes backslashes from the path of this folder: submit from another one")
 
 
 def check_setup(lines: Sequence[str]) -> None:
@@ -113,7 +117,7 @@ def _is_ours(line: str) -> bool:
     directive = DIRECTIVE.fullmatch(line)
     if directive is None or directive[1] not in DIRECTIVES:
         return False
-    if any(word in line.lower() for word in HETEROGENEOUS):
+    if "\\" in line:  # which sbatch removes, also between quotes
         return False
     value = directive[2]
     return value is None or (_is_quoted(value) and len(shlex.split(value)) == 1)

@@ -20,7 +20,7 @@ import submitit
 
 from launch.order import Order
 from launch.profile import ClusterProfile
-from launch.script import check_folder, check_script, check_setup
+from launch.script import check_folder, check_script, check_setup, check_working_directory
 from launch.status import states
 from launch.task import Task
 from lpl_pretrain import __version__
@@ -120,6 +120,7 @@ def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None
     """
     python, folder = shlex.quote(profile.python or sys.executable), order.folder.path
     check_folder(folder)
+    check_working_directory(order.cwd)
     check_setup(profile.setup)
     executor = Executor(folder=folder if links is None else links / "%a", python=python)
     here = shlex.quote(str(folder)) if links is None else f'{shlex.quote(str(links))}/"$SLURM_ARRAY_TASK_ID"'

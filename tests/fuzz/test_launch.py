@@ -42,7 +42,7 @@ PIECES = [
     *("$(touch canary)", "`touch canary`", "; touch canary;", "\ntouch canary #\n", "\rtouch canary\r", "' touch canary '"),
     *("\n#SBATCH --uid=0\n", "#SBATCH --nodes=9", "${IFS}", "$HOME", "'", '"', "\\", " ", "#", " #2", ": ", "a: b", ",", "[", "]"),
     *("{", "}", "*", "?", "%j", "%u", "%%", "%", "&", "|", ">", "<", "!", "~", "=", "- ", "@", "null", "true", "1e3", "0x1", "~"),
-    *("\t", "\x1b", "\x85", "\u2028", "\ufeff", "\u202e", "\U0001f600", "\udcff", "é", "name", "run", "..", "/", "a/b", "hetjob"),
+    *("\t", "\x1b", "\x85", "\u2028", "\ufeff", "\u202e", "\U0001f600", "\udcff", "é", "name", "run", "..", "/", "a/b"),
 ]
 HOSTILE = st.one_of(
     st.text(st.characters(exclude_characters="\0"), max_size=20),

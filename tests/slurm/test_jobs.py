@@ -10,9 +10,12 @@ import shutil
 import yaml
 
 from launch.folder import JobFolder
+from lpl_pretrain.config.override import as_override
 from tests.slurm.job import COLD, STRATEGIES, Job, launch
 from tests.slurm.troubles import crash, preempt
 
+PIPED = 'it\'s: "piped" #2 $(touch canary)'
+"""A name that YAML and the shell would read otherwise."""
 ONE_EACH = ["--set", "processes_per_node=1", "--set", "gpus_per_node=1"]
 
 
@@ -43,7 +46,7 @@ def test_scores_arrive_though_all_are_preempted_and_a_node_is_lost(cluster, fold
 
 def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
     """Every process as it starts for users; and when the first part fails the scheduler cancels the others."""
-    encode = {"source": str(folder / "pictures"), "output": str(folder / "piped"), "resolution_px": 32}
+    encode = {"source": str(folder / "pictures"), "output": str(folder / PIPED), "resolution_px": 32}
     encode["autoencoder"] = str(folder / "autoencoder")
     (folder / "encode.yaml").write_text(yaml.safe_dump(encode))
     protocol = {"name": "quick", "images": 8, "sampler": {"kind": "euler", "steps": 2}, "grid_images": 0}
@@ -53,16 +56,16 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
 
     def pipeline(run):
         shape = ["--cluster", folder / "cluster.yaml", "--nodes", 2, *ONE_EACH, *COLD]
-        told = launch(cluster, "pipeline", *parts, *way, f"run_dir={run}", *shape).stdout
+        told = launch(cluster, "pipeline", *parts, *way, as_override("run_dir", str(run)), *shape).stdout
         return re.findall(r"^job (\S+), ([^:\n]+)", told, re.MULTILINE)
 
     tasks = ("encode/0", "encode/1", "verify", "train", "watch/quick")
-    assert [part for _, part in pipeline(folder / "piped run")] == [*tasks]
-    score = folder / "piped run" / "evaluations" / "step_00000020" / "quick.json"
+    assert [part for _, part in pipeline(folder / f"{PIPED} run")] == [*tasks]
+    score = folder / f"{PIPED} run" / "evaluations" / "step_00000020" / "quick.json"
     cluster.wait(score.exists, 200, "the score at the end of the pipeline")
-    told = launch(cluster, "status", folder / "piped").stdout.splitlines()[1:]
+    told = launch(cluster, "status", folder / PIPED).stdout.splitlines()[1:]
     assert [(line.split()[0], line.split()[-1]) for line in told] == [("encode/0", "done"), ("encode/1", "done")]
-    assert "[0] " in launch(cluster, "logs", folder / "piped" / "launch" / "encode" / "1").stdout
+    assert "[0] " in launch(cluster, "logs", folder / PIPED / "launch" / "encode" / "1").stdout
     (folder / "encode.yaml").write_text(
         yaml.safe_dump({**encode, "source": str(folder / "nothing"), "output": str(folder / "none")})
     )
