@@ -98,7 +98,7 @@ def parse_index(raw: bytes, path: str) -> DatasetIndex:
     _check_digest(fields, version, path)
     try:
         index = DatasetIndex.model_validate(fields, strict=True)
-        problems = index_problems(index)
+        problems = index_problems(index) or (_defaults(fields, index) if version >= 3 else [])
     except ValidationError as problem:
         problems = [_explain(error) for error in problem.errors(include_url=False)]
     if problems:
@@ -160,6 +160,11 @@ def _check_digest(fields: dict[str, Any], version: int, path: str) -> None:
         raise DataError(f"{path}: not valid JSON ({problem}): {DAMAGED}") from None
     if fields["digest"] != wanted:
         raise DataError(f"{path}: digest is {_shown(fields['digest'])}, its fields give {wanted!r}: a field was changed: {DAMAGED}")
+
+
+def _defaults(fields: dict[str, Any], index: DatasetIndex) -> list[str]:
+    """Fields that are not there and would be read as their default: `encode` writes every one."""
+    return [f"{key}: a field is missing" for key, value in index.model_dump(mode="json").items() if fields.get(key) != value]
 
 
 def _explain(error: Any) -> str:

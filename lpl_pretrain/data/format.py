@@ -114,14 +114,14 @@ def split_member_name(name: str, where: str) -> tuple[str, str]:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or _UNSAFE.search(name):
         raise DataError(
-            f"{where}: the member name {name!r} is not a plain relative path: pack the tar again without "
+            f"{where}: the member name {name[:200]!r} is not a plain relative path: pack the tar again without "
             "absolute paths, `..`, backslashes, control characters or names that are not UTF-8"
         )
     if len(name.encode()) > MAX_NAME_BYTES:
         raise DataError(f"{where}: the member name {name[:60]!r}... has more than {MAX_NAME_BYTES} bytes: shorten it")
     stem, dot, extension = parts[-1].partition(".")
     if not stem or not dot or not extension:
-        raise DataError(f"{where}: the member name {name!r} is not <key>.<extension>: remove it from the tar or rename it")
+        raise DataError(f"{where}: the member name {name[:200]!r} is not <key>.<extension>: remove it from the tar or rename it")
     return "/".join([*parts[:-1], stem]), extension.lower()
 
 

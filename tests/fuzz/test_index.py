@@ -77,6 +77,7 @@ def with_digests(fields: dict, *, fingerprints: bool) -> dict:
     forged=st.sampled_from(["not", "digest", "digest and fingerprints"]),
 )
 @example(place=0, action="remove", value=None, forged="digest")
+@example(place=818080, action="remove", value=None, forged="digest")
 @example(place=3, action="replace", value=0.5, forged="not")
 @example(place=7, action="replace", value=float("nan"), forged="digest")
 def test_fields(folder: Path, place: int, action: str, value: Any, forged: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import subprocess
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from safetensors.numpy import save
 
+from lpl_pretrain.config.dataset import ShardEntry
 from lpl_pretrain.data.format import END_OF_ARCHIVE, EncodedText, Sample, _tar_member, npy_header, pack_sample, scan_shard
-from lpl_pretrain.data.offsets import ShardBytes, key_at
+from lpl_pretrain.data.offsets import FIXED, Offsets, ShardBytes, key_at
 from lpl_pretrain.errors import DataError
 
 SHAPE = (4, 3, 2)
@@ -176,3 +179,76 @@ def test_duplicate_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../a", "/a", "x/../../a"])
 def test_path_traversal(tmp_path: Path, name: str) -> None:
     refused(write_shard(tmp_path, packed(name)), "not a plain relative path", name)
+
+
+def header_with_size(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar header whose size is this text, with the checksum that fits."""
+    raw = bytearray(_tar_member(name, b"")[:512])
+    raw[124:136], raw[156:157] = size.ljust(12, b"\0"), kind
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("size", [b"-1000", b"1_0", b"+10", b"", b"0x10", b"\x80" + b"\xff" * 11, b" 1 0"])
+def test_sizes_that_are_no_octal_number(tmp_path: Path, size: bytes) -> None:
+    """A negative one would lead back to a header before it, for ever."""
+    refused(write_shard(tmp_path, packed("a"), header_with_size("b.cls", size)), "no tar header, or a damaged one")
+
+
+@pytest.mark.parametrize("size", [b"77777777777", b"40000"])
+def test_a_long_name_is_not_allocated_before_it_is_looked_at(tmp_path: Path, size: bytes) -> None:
+    refused(write_shard(tmp_path, header_with_size("././@LongLink", size, b"L")), "a member name of")
+
+
+@pytest.mark.parametrize("name", ["a\x85b", "a\udcffb", "x" * 5000])
+def test_names_that_no_log_can_hold(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="the member name") as error:
+        scan_shard(write_shard(tmp_path, packed(name)))
+    assert len(str(error.value)) < 6000
+
+
+# --- offsets whose digest fits, made by somebody who knows the format
+
+
+def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardEntry]:
+    shard = ShardBytes()
+    shard.samples = [full_sample("a"), full_sample("b")]
+    pieces, offsets = shard.finish()
+    arrays = {name: getattr(offsets, name) for name in FIXED} | {f"member/{name}": x for name, x in offsets.members.items()}
+    raw = save({name: array for name, array in (arrays | changed).items() if array is not None})
+    (folder / "x.offsets.safetensors").write_bytes(raw)
+    size, digest = sum(map(len, pieces)), hashlib.sha256(raw).hexdigest()
+    entry = ShardEntry(file="x.tar", bucket=0, samples=2, bytes=size, sha256="0" * 64, offsets_sha256=digest)
+    return folder / "x.offsets.safetensors", entry
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragment"),
+    [
+        ({"start": None}, "has no start"),
+        ({"more": np.zeros(2, np.int64)}, "holds 'more'"),
+        ({"member/../x": np.zeros((2, 2), np.int64)}, "holds 'member/../x'"),
+        ({"crc32": np.zeros(2, np.int64)}, "crc32 is int64 (2,), wanted uint32 (2,)"),
+        ({"micro": np.zeros((2, 5), np.int32)}, "micro is int32 (2, 5), wanted int32 (2, 6)"),
+        ({"label": np.zeros(3, np.int32)}, "has 3 samples, index.json says 2 in x.tar"),
+        ({"end": np.array([2**62, 2**63 - 1])}, "samples overlap, or lie behind"),
+        ({"start": np.array([-512, 0])}, "samples overlap"),
+        ({"moments": np.array([0, 0])}, "moments lie outside their sample"),
+        ({"member/txt": np.array([[0, 2**62], [0, 1]])}, "txt lies outside its sample"),
+        ({"member/txt": np.array([[2**63 - 1, 2**63 - 1], [-1, -1]])}, "txt lies outside its sample"),
+    ],
+)
+def test_offsets_that_lead_elsewhere(tmp_path: Path, changed: dict, fragment: str) -> None:
+    assert len(Offsets.read(*offsets_of(tmp_path))) == 2
+    with pytest.raises(DataError, match="x.offsets.safetensors: ") as error:
+        Offsets.read(*offsets_of(tmp_path, **changed))
+    assert fragment in str(error.value)
+
+
+def test_a_giant_file_of_offsets_is_not_read(tmp_path: Path) -> None:
+    path, entry = offsets_of(tmp_path)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="has 1099511627776 bytes, wanted at most"):
+        Offsets.read(path, entry)

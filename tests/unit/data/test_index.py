@@ -200,6 +200,13 @@ def test_nonsense_with_a_digest_that_fits(captioned, change: dict, fragment: str
     refused(folder, fields | {"digest": digest_of(fields)}, fragment)
 
 
+def test_no_field_is_read_as_its_default(captioned) -> None:
+    folder, _ = captioned
+    for path in (("plan",), ("config",), ("skipped",), ("flipped",), ("autoencoder", "name")):
+        fields = changed(fields_of(folder), path, remove)
+        refused(folder, fields | {"digest": digest_of(fields)}, f"{path[0]}: a field is missing")
+
+
 def test_two_shards_of_one_name_are_refused(captioned) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
