@@ -122,10 +122,11 @@ class ZeroStrategy(Strategy):
             found = compute()
             norm = combine_grad_norm_groups(found) if self._stage == 3 else found
             own, mean, sums = self._read(norm, check)
-            asked.append(own / self.loss_scale.value)
             agreed = mean / self.loss_scale.value
-            if math.isfinite(agreed) and check.accept(agreed, sums):
-                return found
+            if math.isfinite(agreed):
+                asked.append(own / self.loss_scale.value)
+                if check.accept(agreed, sums):
+                    return found
             infinite = torch.full_like(norm, torch.inf)
             return [infinite] if self._stage == 3 else infinite
 

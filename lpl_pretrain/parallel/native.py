@@ -57,7 +57,9 @@ class NativeStrategy(Strategy):
             return norm, math.isfinite(norm)
         own, mean, sums = self._read(squared, check)
         norm, agreed = (math.sqrt(value) / self.loss_scale.value for value in (own, mean))
-        return norm, math.isfinite(agreed) and check.accept(agreed, sums)
+        if not math.isfinite(agreed):
+            return math.nan, False
+        return norm, check.accept(agreed, sums)
 
     def local_params(self) -> Iterator[Piece]:
         for name, parameter in self._parameters.items():
