@@ -13,7 +13,6 @@ that ends a process names the path and the reason.  Exit status 1 when anything 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -60,7 +59,7 @@ def main() -> int:
         tallies = run(Campaign(args.keep or Path(folder), args.seed, tell=say), names, args)
     print(table(tallies))
     if args.json is not None:
-        found = {name: dataclasses.asdict(tally) for name, tally in tallies.items()}
+        found = {name: {**vars(tally), "violations": list(map(str, tally.violations))} for name, tally in tallies.items()}
         args.json.write_text(json.dumps({"seed": args.seed, "series": found}, indent=1, default=str) + "\n")
     return int(any(tally.violations for tally in tallies.values()))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import shutil
 import time
@@ -20,7 +22,7 @@ from tools.faults.series import Series, all_series, prepare
 Undisturbed = tuple[dict[str, bytes], dict[int, Trace], dict[int, float]]
 """(results, {ranks: calls that were made}, {ranks: seconds})."""
 DISTURBED, CLEAN = 8, 3
-"""Starts of one iteration that are disturbed at most; and after that those that may fail before the series is given up."""
+"""Starts of one iteration that are disturbed at most; and undisturbed ones that may fail before it is given up."""
 OF_OTHERS = ("torchelastic_", "pymp-", "torchinductor_")
 """Temporaries of torchrun and torch, which are not ours to remove."""
 COLD_EVERY = 12
@@ -65,6 +67,12 @@ class Campaign:
         start_server(self.layer)
         self.series = all_series(self.inputs, module)
         self._alone: dict[str, Undisturbed] = {}
+
+    def running(self, module: str) -> Campaign:
+        """The same campaign of another module's commands, which are compared with what this one's leave undisturbed."""
+        other = copy.copy(self)
+        other.series = all_series(self.inputs, module)
+        return other
 
     def run(self, name: str, until: Callable[[Tally], bool], only: int | None = None) -> Tally:
         """Iterations of a series until there were enough of them."""
@@ -114,14 +122,14 @@ class Campaign:
         folder = self.files / series.name / f"{iteration:05d}"
         series.begin(folder)
         cold = iteration % COLD_EVERY == COLD_EVERY - 1
-        before, plan = len(tally.violations), list[Fault]()
+        before, plan, failed = len(tally.violations), list[Fault](), 0
 
         def violated(what: str) -> None:
             replay = f"python tools/chaos.py --series {series.name} --seed {self.seed} --only {iteration}"
             tally.violations.append(Violation(series.name, iteration, attempt, what, plan, replay))
             self.tell(f"VIOLATION {tally.violations[-1]}")
 
-        for attempt in range(DISTURBED + CLEAN):
+        for attempt in itertools.count():
             rng = generator(self.seed, series.name, iteration, attempt)
             leased = series.lease(folder) is not None and not cold
             plan = draw(rng, traces[count], count, leased=leased) if attempt < DISTURBED else []
@@ -135,11 +143,12 @@ class Campaign:
                 violated(f"processes are left: {left}")
             if not ending.happened and not (ending.well and series.complete(folder)):
                 violated(f"does not recover: statuses {ending.statuses}: {tail(ending)}")
+                failed += 1
             if ending.well and series.complete(folder):
                 break
-        else:
-            violated("was given up")
-            return
+            if failed == CLEAN:
+                violated("was given up")
+                return
         if series.temporaries(folder) and ending.happened:  # removing them may have been refused: they wait for the next start
             Attempt(self._ranks(series, folder, count), self.layer, [], seconds, series.lease(folder)).run()
             tally.starts += 1
