@@ -74,20 +74,27 @@ class Location:
 
 def problems_of(cls: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each wrong key or value."""
-    found = [(locate(cls, problem["loc"]), problem) for problem in error.errors(include_url=False)]
-    lines: dict[str, None] = {}
-    for place, problem in found:
-        if place.union is None:
-            lines[_explain(place, problem)] = None
-            continue
-        alike = [(other, its) for other, its in found if other.union is not None and other.keys == place.keys]
-        fitting = [(other, its) for other, its in alike if other.beyond or its["type"] not in OTHER_KIND | {"literal_error": ""}]
-        for other, its in fitting:
-            lines[_explain(other, its)] = None
-        if not fitting:
-            wanted = " or ".join(dict.fromkeys(_described(member) for member in _members(place.union)))
-            lines[f"{place.path}={short(problem['input'])}: wanted {wanted}"] = None
-    return list(lines)
+    groups: dict[Any, list[tuple[Location, Any]]] = {}
+    for number, problem in enumerate(error.errors(include_url=False)):
+        place = locate(cls, problem["loc"])
+        groups.setdefault(number if place.union is None else place.keys, []).append((place, problem))
+    return [line for group in groups.values() for line in dict.fromkeys(_lines(group))]
+
+
+def _lines(group: list[tuple[Location, Any]]) -> list[str]:
+    """Of one value: what is wrong with it as the member of a union whose kind it has, or that it is none of them."""
+    place, problem = group[0]
+    if place.union is None:
+        return [_explain(place, problem)]
+    fitting = [
+        (other, its)
+        for other, its in group
+        if other.beyond or other.is_key or its["type"] not in OTHER_KIND | {"literal_error": ""}
+    ]
+    if fitting:
+        return [_explain(other, its) for other, its in fitting]
+    wanted = " or ".join(dict.fromkeys(_described(member) for member in _members(place.union)))
+    return [f"{place.path}={short(problem['input'])}: wanted {wanted}"]
 
 
 def _explain(place: Location, problem: Any) -> str:

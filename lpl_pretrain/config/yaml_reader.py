@@ -67,13 +67,12 @@ def read_text(path: Path) -> str:
     """UTF-8 text of a regular file of at most MAX_BYTES.  Raises ConfigError."""
     where = one_line(str(path))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
-        with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
-                raise ConfigError(f"{where}: is {kind}, wanted a YAML file")
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{where}: is a pipe or a device, wanted a YAML file")
             data = file.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise ConfigError(f"{where}: is a directory, wanted a YAML file") from None
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{where}: no such configuration file") from None
     except (OSError, ValueError) as problem:
@@ -86,6 +85,11 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(f"{where}, line {line}: is not UTF-8; save it as UTF-8") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe too, without waiting for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse(text: str, where: str) -> Any:
