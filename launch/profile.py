@@ -77,15 +77,14 @@ class ClusterProfile(Section):
         """Asked first: what other refusals print is no secret then."""
         if not isinstance(raw, dict):
             return raw
-        environment, setup, container = (raw.get(key) or () for key in ("environment", "setup", "container"))
-        if isinstance(environment, dict):
-            for name, value in environment.items():
-                if (reason := looks_secret(str(name), str(value))) is not None:
-                    raise ValueError(_refusal(f"environment.{name}", reason))
-        for line in [setup] if isinstance(setup, str) else setup:
-            if (found := secret_in_line(str(line))) is not None:
+        environment = raw.get("environment")
+        for name, value in environment.items() if isinstance(environment, dict) else ():
+            if (reason := looks_secret(str(name), str(value))) is not None:
+                raise ValueError(_refusal(f"environment.{name}", reason))
+        for line in _texts(raw.get("setup")):
+            if (found := secret_in_line(line)) is not None:
                 raise ValueError(_refusal(f"setup: {found[0]}", found[1]))
-        if (found := secret_in_words(map(str, container.split() if isinstance(container, str) else container))) is not None:
+        if (found := secret_in_words(_texts(raw.get("container")))) is not None:
             raise ValueError(_refusal(f"container: {found[0]}", found[1]))
         return raw
 
@@ -98,6 +97,11 @@ class ClusterProfile(Section):
         if self.signal_s >= 60 * self.time_limit_min:
             raise ValueError(f"signal_s={self.signal_s} with time_limit_min={self.time_limit_min}: the signal comes before the job")
         return self
+
+
+def _texts(value: Any) -> list[str]:
+    """What a list of lines or words holds, before it is known to be one."""
+    return list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
 
 
 def _refusal(what: str, reason: str) -> str:

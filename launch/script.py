@@ -48,7 +48,9 @@ def resolved(text: str, where: str) -> Path:
     if not text:
         raise ConfigError(f"{where}='': wanted the path of a folder")
     try:
-        return Path(text).resolve()
+        path = Path(text).resolve()
+        path.is_dir()  # raises for a name that is too long, or a folder that may not be read
+        return path
     except (OSError, RuntimeError, ValueError) as problem:
         raise ConfigError(f"{where}={text!r}: not a path: {problem}") from None
 

@@ -77,6 +77,7 @@ def test_what_a_folder_of_a_job_cannot_be_called(programs, character):
         ({"account": "a b"}, "account="),
         ({"exclude": ["n1\n#SBATCH --uid=0"]}, "exclude.0="),
         ({"environment": {"A B": "x"}}, "environment"),
+        ({"environment": 5, "setup": 5, "container": {"a": 1}}, "(?s)setup=5.*container=.*environment=5"),
     ],
 )
 def test_profiles_hold_plain_lines(changes, words):
@@ -135,7 +136,7 @@ def test_a_line_that_is_not_ours_is_refused(tmp_path, line):
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "evaluate", "watch", "sample"])
-@pytest.mark.parametrize("run", ["x\ny", "x\x1b[2J", "\udcff", ""], ids=ascii)
+@pytest.mark.parametrize("run", ["x\ny", "x\x1b[2J", "\udcff", "", "x" * 300], ids=lambda run: ascii(run)[:10])
 def test_runs_on_the_command_line_are_paths(command, run):
     more = {
         "evaluate": ["p.yaml", "--cluster=c"],
