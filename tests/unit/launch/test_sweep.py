@@ -122,6 +122,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_submitted(confi
     taken = RunDir(tmp_path / "swept" / "optimizer.lr=1e-3")
     taken.path.mkdir(parents=True)
     taken.config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+    taken.metrics.write_text('{"step": 1}\n')  # without a step it would take this configuration
     with pytest.raises(ConfigError, match=r"optimizer.lr=1e-3: .* belongs to another configuration:\n(.*\n)*  seed: the run has 1"):
         trainings(str(config), [], ["optimizer.lr=1e-3,2e-3"], 2)
     trainings(str(config), [], ["optimizer.lr=2e-3,3e-3"], 2)
