@@ -1,6 +1,6 @@
 """Strict reading of JSON files: whatever `json.loads` would accept in silence is an error that names the file.
 
-Refused: repeated keys, NaN and infinity, integers of more than 20 digits, deep nesting, text that is not UTF-8, empty files,
+Refused: repeated keys, NaN and infinity, integers of more than 40 digits, deep nesting, text that is not UTF-8, empty files,
 files above a size, and everything that is no regular file (a directory, a pipe).
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_BYTES = 64 << 20
-MOST_DIGITS = 20
+MOST_DIGITS = 40
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60

@@ -88,6 +88,8 @@ def read_starts(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:
     found = _read_json(run_dir, run_dir.provenance, problems, wanted=(dict, list))
     if isinstance(found, dict):
         return [found] if found else []
+    if odd := sum(not isinstance(start, dict) for start in found):
+        problems.append(f"{run_dir.provenance.name}: not valid: {odd} of {len(found)} starts are no JSON objects; not shown")
     return [start for start in found if isinstance(start, dict)]
 
 

@@ -218,7 +218,7 @@ SCHEMAS: dict[str, set[str]] = {
 }
 """Kind of a schema -> the errors that pydantic can raise there."""
 SILENT = {"nullable", "default", "any", "union", "model-field", "definitions", "definition-ref", "none"}
-SILENT |= {"chain", "function-wrap", "no-info"}
+SILENT |= {"chain", "function-wrap", "no-info", "with-info"}
 
 
 def test_every_error_that_can_occur_has_our_words():

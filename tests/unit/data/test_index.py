@@ -183,9 +183,9 @@ NONSENSE = [
     ({"source_fingerprint": "s"}, "source_fingerprint='s'"),
     ({"fingerprint": "0" * 64}, "fingerprint is '000000"),
     ({"shards_fingerprint": "0" * 64}, "fingerprint of the shards is '000000"),
-    ({"config": "{"}, "config: not valid JSON"),
+    ({"config": "{"}, "config: is not valid JSON"),
     ({"config": "[]"}, "config: wanted a mapping in JSON"),
-    ({"classes": ["a", "b", "\ud800"]}, "not valid JSON (holds half of a surrogate pair)"),
+    ({"classes": ["a", "b", "\ud800"]}, "index.json: holds half of a surrogate pair"),
     ({"unknown": 1}, "unknown: it is no key of an index"),
 ]
 
@@ -218,13 +218,13 @@ def test_two_shards_of_one_name_are_refused(captioned) -> None:
 @pytest.mark.parametrize(
     ("raw", "fragment"),
     [
-        (b"", "not valid JSON"),
-        (b"\xff\xfe{", "not UTF-8 at byte 0"),
+        (b"", "is empty, wanted JSON"),
+        (b"\xff\xfe{", "is not UTF-8 (byte 0)"),
         (b'{"samples": 1, "samples": 2}', "key 'samples' is there twice"),
-        (b'{"x": NaN}', "NaN is not JSON"),
-        (b'{"x": -Infinity}', "-Infinity is not JSON"),
-        (b'{"x": 1e999}', "1e999 is out of range"),
-        (b'{"x": ' + b"9" * 5000 + b"}", "an integer of 5000 digits is out of range"),
+        (b'{"x": NaN}', "holds NaN, which is no JSON number"),
+        (b'{"x": -Infinity}', "holds -Infinity, which is no JSON number"),
+        (b'{"x": 1e999}', "1e999 is too large"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "an integer of 5000 digits, wanted at most 40"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"[]", "format_version is None"),

@@ -140,7 +140,7 @@ def test_a_stored_configuration_of_another_run_is_refused(folder):
     with pytest.raises(ConfigError, match="its command trains in /elsewhere"):
         read_order(folder)
     folder.config.write_text("{ not")
-    with pytest.raises(ConfigError, match="config.yaml: not valid YAML"):
+    with pytest.raises(ConfigError, match="config.yaml, line 1: not valid YAML"):
         read_order(folder)
 
 
