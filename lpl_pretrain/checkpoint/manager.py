@@ -142,12 +142,12 @@ class CheckpointManager:
         for name in unusable:
             log.warning("%s: is no complete checkpoint (no %s of that step): passed over", name, MANIFEST)
         for step in reversed(steps):
-            checkpoint = self._open(self.run_dir.checkpoint(step), strategy.world)
-            if checkpoint is not None:
-                return self._restore(checkpoint, strategy, ema)
+            opened = self._open(self.run_dir.checkpoint(step), strategy.world)
+            if isinstance(opened, Checkpoint):
+                return self._restore(opened, strategy, ema)
             self._damaged.add(step)
         if steps:
-            raise all_damaged(self.run_dir, len(steps))
+            raise all_damaged(self.run_dir, len(steps), opened)
         if unusable:
             raise CheckpointError(
                 f"{self.run_dir.checkpoints}: holds {', '.join(unusable[:5])} and no complete checkpoint: "
@@ -155,8 +155,8 @@ class CheckpointManager:
             )
         return None
 
-    def _open(self, folder: Path, world: World) -> Checkpoint | None:
-        """Communicates: a sound checkpoint, or None, with a warning, for one that any rank found damaged.
+    def _open(self, folder: Path, world: World) -> Checkpoint | str:
+        """Communicates: a sound checkpoint, or what any rank found wrong with it, with a warning.
 
         Every rank reads its share of the files.  Raises CheckpointError on all ranks where one refuses.
         """
@@ -177,7 +177,8 @@ class CheckpointManager:
             raise CheckpointError(refused)
         if (damaged := first_over_ranks(damaged)) is not None:
             warn_passed_over(folder, damaged)
-            return None
+            return damaged
+        assert checkpoint is not None
         return checkpoint
 
     def discard_after(self, step: int, world: World) -> None:

@@ -93,21 +93,23 @@ def open_step(run_dir: RunDir, step: int | None, identity: str | None = None) ->
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{error}: bring it back, or name another --step") from None
     run_dir.complete_step(None)
-    steps = run_dir.complete_checkpoints()
+    steps, problem = run_dir.complete_checkpoints(), ""
     for found in reversed(steps):
         try:
             return open_checkpoint(run_dir.checkpoint(found), identity=identity)
         except DamagedCheckpointError as error:
-            warn_passed_over(run_dir.checkpoint(found), str(error))
-    raise all_damaged(run_dir, len(steps))
+            problem = str(error)
+            warn_passed_over(run_dir.checkpoint(found), problem)
+    raise all_damaged(run_dir, len(steps), problem)
 
 
 def warn_passed_over(folder: Path, problem: str) -> None:
     log.warning("DAMAGED CHECKPOINT %s: passed over for an older one. %s", folder.name, problem)
 
 
-def all_damaged(run_dir: RunDir, count: int) -> CheckpointError:
+def all_damaged(run_dir: RunDir, count: int, problem: str) -> CheckpointError:
+    """`problem`: what is wrong with the oldest; an I/O error in it lets a scheduler try again."""
     return CheckpointError(
-        f"{run_dir.checkpoints}: all {count} checkpoints are damaged (see the warnings above): "
+        f"{run_dir.checkpoints}: all {count} checkpoints are damaged ({problem}; see the warnings above): "
         "bring one back, or remove them to start again"
     )

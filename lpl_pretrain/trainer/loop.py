@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from lpl_pretrain.config.dataset import changed_contents
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.data.ledger import Ledger
-from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.device import peak_memory
 from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.log import log, progress
@@ -29,6 +27,7 @@ from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.pictures import picture_lpl
+from lpl_pretrain.trainer.resume import restore
 from lpl_pretrain.trainer.rollback import Start, recover
 from lpl_pretrain.trainer.sinks import Sinks
 from lpl_pretrain.trainer.step import Outcome
@@ -65,30 +64,6 @@ def train(
     finally:
         watchdog.close()
         sinks.close()
-
-
-def restore(run: Run, sinks: Sinks) -> int:
-    """Collective. Loads the newest complete checkpoint, if there is one; returns the number of updates it holds."""
-    state = run.checkpoints.restore_latest(run.strategy, run.ema)
-    if state is None:
-        if sinks.begun_before:
-            sinks.event("restarted", 0, world_size=run.world.world_size)
-        return 0
-    seen, now = state["stream"], run.stream.index.fingerprint
-    if changed := changed_contents(seen, run.stream.index):
-        raise CheckpointError(
-            f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but data.folder="
-            f"{run.config.data.folder} is {now[:12]} (different: {', '.join(changed)}): name the folder it was trained on"
-        )
-    if (run.updater.perceptual is None) != (state["lpl_weight"] is None):
-        raise CheckpointError(
-            f"{run.run_dir.checkpoints}: state.json of step {state['step']} has lpl_weight={state['lpl_weight']}, "
-            f"the run trains {'without' if run.updater.perceptual is None else 'with'} LPL"
-        )
-    run.load_state(state)
-    sinks.event("resumed", state["step"], world_size=run.world.world_size)
-    log.info("resumed at step %d of %d", state["step"], run.config.steps)
-    return state["step"]
 
 
 def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopRequest, score: Score | None) -> bool | Start:

@@ -9,7 +9,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
-from lpl_pretrain.trainer.loop import restore
+from lpl_pretrain.trainer.resume import restore
 from tests.support.checkpoints import edit
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
