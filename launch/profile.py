@@ -42,7 +42,7 @@ class ClusterProfile(Section):
     """How long before the time limit, and before a preempted job is killed, its processes are told: time for a checkpoint."""
     setup: tuple[Line, ...] = ()
     """Lines of shell before the job, such as `module load cuda`."""
-    container: tuple[Line, ...] = ()
+    container: tuple[PathText, ...] = ()
     """What a command is run by: [apptainer, exec, --nv, /images/lpl.sif]."""
     python: Optional[PathText] = None
     """Interpreter on the nodes; absent: the one that submits."""

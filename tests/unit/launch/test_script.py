@@ -72,7 +72,7 @@ def test_what_a_folder_of_a_job_cannot_be_called(programs, character):
         ({"environment": {"X": "a\nb"}}, "environment.X: holds the control character"),
         ({"setup": ["true\ntouch PWNED"]}, "setup.0: holds the control character"),
         ({"python": "python\n"}, r"python=.* has the control character"),
-        ({"container": ["run\r"]}, "container.0: holds the control character"),
+        ({"container": ["run\r"]}, r"container.* has the control character"),
         ({"partition": "gpu\n"}, "partition="),
         ({"account": "a b"}, "account="),
         ({"exclude": ["n1\n#SBATCH --uid=0"]}, "exclude.0="),
