@@ -24,7 +24,7 @@ from lpl_pretrain.config.dataset import INDEX_NAME, ShardEntry
 from lpl_pretrain.data.format import NO_CLASS, Sample, shard_name
 from lpl_pretrain.data.offsets import SUFFIX, ShardBytes
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.files import published, remove_leftovers, temporary_name
 
 RECORDS = ".encode"
 """Folder of the parts' records, until index.json takes their place."""
@@ -250,8 +250,9 @@ def publish_new(path: Path, pieces: list[bytes]) -> bool:
 
     Raises FileNotFoundError when the folder is gone, DataError when there is no room.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
+        remove_leftovers(path.parent)
         write_file(temporary, pieces)
         try:
             os.link(temporary, path)  # atomic on NFS too

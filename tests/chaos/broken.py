@@ -18,6 +18,17 @@ def written_in_place(path: Path) -> Iterator[Path]:
 
 files.published = written_in_place
 
+from lpl_pretrain.encoding import writer  # noqa: E402
+
+
+def created_in_place(path: Path, pieces: list[bytes]) -> bool:
+    """As `publish_new`, but a file that exists may be half of one."""
+    path.write_bytes(b"".join(pieces))
+    return True
+
+
+writer.publish_new = created_in_place
+
 from lpl_pretrain.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
