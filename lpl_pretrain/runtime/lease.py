@@ -103,6 +103,9 @@ class Lease:
                 if self.held:
                     self.path.unlink()
             self._thread = None
+        elif (read_lease(self.path)).get("token") == self.token:  # Ctrl-C came before the thread had started
+            with suppress(OSError):
+                self.path.unlink()
 
     def _take(self) -> bool:
         mine = temporary_name(self.path)
