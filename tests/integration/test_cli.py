@@ -237,7 +237,7 @@ def test_doctor_answers():
         (["data.folder=absent"], ["absent/index.json", "encode"]),
         (["optimizer.lr=0.5"], ["belongs to another configuration", "optimizer.lr: the run has 0.001, you ask for 0.5"]),
         (["parallel.strategy=zero", "parallel.zero_config=absent.json"], ["absent.json"]),
-        (["lpl.start_step=8"], ["lpl.start_step=8 with lpl.calibration_steps", "LPL never runs"]),
+        (["lpl.start_step=9"], ["lpl.start_step=9 with steps=9", "LPL never runs"]),
     ],
 )
 def test_bad_input_is_refused_before_training(world, arguments, words):

@@ -104,7 +104,7 @@ def test_encoding_goes_on_with_the_same_bytes(world):
 
 def test_evaluation_goes_on(world):
     run = world / "scored"
-    shutil.copytree(world / "whole", run)
+    shutil.copytree(world / "whole", run, ignore=shutil.ignore_patterns("evaluations"))
     command = ["evaluate", run, world / "quick.yaml", "images=48", "batch_size=2"]
     process = begin(*command)
     wait_for(process, lambda: list(run.glob("evaluations/*/*.partial/*/*.safetensors")))

@@ -12,7 +12,7 @@ from tests.support.commands import lines, losses, lpl, snapshot
 
 @pytest.fixture
 def finished(world, tmp_path):
-    shutil.copytree(world / "whole", tmp_path / "run")
+    shutil.copytree(world / "whole", tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
     return tmp_path / "run"
 
 
