@@ -12,6 +12,7 @@ import torch
 from lpl_pretrain.cli import export
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.protocol import SamplerConfig
+from lpl_pretrain.config.records import FORMAT_VERSION
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.diffusion.samplers import sample
 from lpl_pretrain.errors import ConfigError
@@ -61,7 +62,9 @@ def exported(folder: Path, data, kind, **changes):
     run_dir.config.write_text(dump(config))
     scored = run_dir.evaluation(3, "quick")
     scored.parent.mkdir(parents=True)
-    scored.write_text(json.dumps({"step": 3, "results": [{"metric": "fd_x", "value": 12.345, "guidance_scale": 1.0}]}))
+    result = {"metric": "fd_x", "value": 12.345, "guidance_scale": 1.0, "weights": "ema"}
+    record = {"format_version": FORMAT_VERSION, "step": 3, "protocol": {"name": "quick"}, "results": [result]}
+    scored.write_text(json.dumps(record))
     export.run(
         str(run_dir.path), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder / "out")
     )
