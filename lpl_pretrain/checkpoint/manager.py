@@ -141,13 +141,15 @@ class CheckpointManager:
         unusable = broadcast_json(self.run_dir.unusable_checkpoints())
         for name in unusable:
             log.warning("%s: is no complete checkpoint (no %s of that step): passed over", name, MANIFEST)
+        problem = ""
         for step in reversed(steps):
             opened = self._open(self.run_dir.checkpoint(step), strategy.world)
             if isinstance(opened, Checkpoint):
                 return self._restore(opened, strategy, ema)
             self._damaged.add(step)
+            problem = opened
         if steps:
-            raise all_damaged(self.run_dir, len(steps), opened)
+            raise all_damaged(self.run_dir, len(steps), problem)
         if unusable:
             raise CheckpointError(
                 f"{self.run_dir.checkpoints}: holds {', '.join(unusable[:5])} and no complete checkpoint: "
