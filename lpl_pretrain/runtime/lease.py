@@ -27,15 +27,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
-from lpl_pretrain.errors import CheckpointError, SaveError
+from lpl_pretrain.errors import CheckpointError, SaveError, is_transient
 from lpl_pretrain.runtime.files import naming, remove_leftovers, temporary_name
 from lpl_pretrain.runtime.preempt import leaves_traces
 
 STALE_S = 120.0
 TOUCH_S = 15.0
 MOST_BYTES = 1 << 16
-NOT_THE_USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
-"""Errors that may be gone when the job is tried again."""
 
 
 class Lease:
@@ -81,7 +79,7 @@ class Lease:
             remove_leftovers(self.path.parent)
             taken = self._thread is None and (self._take() or (self._clear_stale() and self._take()))
         except OSError as error:
-            kind = SaveError if error.errno in NOT_THE_USERS_FAULT else CheckpointError
+            kind = SaveError if is_transient(error) else CheckpointError
             raise kind(f"{self.path}: the lease cannot be taken: {error.strerror or error}") from None
         if taken:
             self._thread = threading.Thread(target=self._keep_touching, daemon=True)
@@ -103,7 +101,7 @@ class Lease:
                 if self.held:
                     self.path.unlink()
             self._thread = None
-        elif (read_lease(self.path)).get("token") == self.token:  # Ctrl-C came before the thread had started
+        elif read_lease(self.path).get("token") == self.token:  # Ctrl-C came before the thread had started
             with suppress(OSError):
                 self.path.unlink()
 
