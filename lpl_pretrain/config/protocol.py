@@ -53,7 +53,8 @@ class ExtractorConfig(Section):
     weights: Optional[PathText] = None
     """A file (inception: .pth; timm: .safetensors), or CLIP's folder as transformers' save_pretrained writes it."""
     network: Optional[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.]+$")]] = None
-    """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675)."""
+    """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675).  No source before it, such as `hf-hub:`, which
+    would download something."""
     side_px: PositiveInt = 224
     """timm: pictures are resized to this (bicubic, antialiased)."""
 

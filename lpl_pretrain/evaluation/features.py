@@ -7,7 +7,6 @@ A score carries its extractor's name: `fid` and `kid` are said only of the publi
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,6 @@ from lpl_pretrain.evaluation import inception
 
 LITE0 = "tf_efficientnet_lite0"  # not timm's `efficientnet_lite0`: other padding and BatchNorm eps, logits off by 3
 LITE0_SIDE_PX = 224
-NETWORK = re.compile(r"[A-Za-z0-9_.]+")
-"""timm takes `hf-hub:...` and the like too, which would fetch something."""
 CPU_CHUNK = 4  # more at once falls out of the cache: Lite0 35 pictures/s at 4, 23 at 32, on one core
 Features = dict[str, Tensor]
 
@@ -117,8 +114,6 @@ def efficientnet_lite0(config: ExtractorConfig, device: torch.device) -> Extract
 def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> Extractor:
     """What timm's network gives before its classifier: of a DINOv2 the class token (FD-DINOv2, arXiv 2306.04675)."""
     side = config.side_px
-    if not NETWORK.fullmatch(str(config.network)):
-        raise ConfigError(f"extractors.{config.label}.network={config.network!r}: wanted a name of timm's, without a source")
     try:
         sized: dict[str, Any] = {"img_size": side} if "vit" in str(config.network) else {}
         network: Any = timm.create_model(str(config.network), num_classes=0, **sized)

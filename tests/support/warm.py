@@ -97,6 +97,8 @@ def serve(path: str) -> None:
     listener.listen(64)
     for module in IMPORTED:
         importlib.import_module(module)
+    for module in [name for name in sys.modules if name.split(".")[0] == "lpl_pretrain"]:
+        del sys.modules[module]  # torch loads torchrun's plugins, of which one is ours
     gc.freeze()  # what nobody collects, and so nobody copies
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who watch
     while True:

@@ -156,7 +156,7 @@ def test_another_protocol_of_the_same_name_is_refused(run):
         ({"sampler": {"kind": "ddim"}}, "sampler.kind=ddim"),
         ({"images": 1}, "images=1"),
         ({"guidance_scales": []}, "guidance_scales"),
-        ({"name": "a/b"}, "file name"),
+        ({"name": "a b"}, "file name"),
         ({"extractors": [{"kind": "inception"}]}, "extractors.inception.weights=null.*pt_inception"),
         ({"extractors": [{"kind": "timm"}]}, "kind=timm wants network"),
         ({"extractors": [{"kind": "timm", "network": "resnet18", "weights": "/x.pth"}]}, "no such file"),
