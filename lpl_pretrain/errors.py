@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 from pathlib import Path
 
 BAD_INPUT = 2
@@ -26,6 +27,14 @@ TRANSIENT_ERRNOS = frozenset(
     if hasattr(errno, name)
 )
 """Of storage, memory and networks: what fails with one of these may succeed when it is tried again."""
+
+
+RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""In the text of errors that are no OSError: safetensors writes its files in Rust."""
+
+
+LOST_RANK = re.compile(r"[Cc]onnection (closed by|reset by|was likely closed)|Broken pipe|remote process exited")
+"""In the text of what gloo, NCCL and the store of torch.distributed raise when the process at the other end is gone."""
 
 
 class LPLError(Exception):
@@ -79,12 +88,17 @@ class StorageError(LPLError):
     status = 1
 
     @classmethod
-    def of(cls, error: OSError) -> StorageError:
-        path = error.filename2 or error.filename or file_in_use(error)
-        return cls(f"{path}: {error.strerror}: look at the file system, then run the same command again")
+    def of(cls, error: Exception) -> StorageError | None:
+        """None for an error that no file system has raised, or that another try would meet again."""
+        remedy = "look at the file system, then run the same command again"
+        if isinstance(error, OSError) and is_transient(error):
+            return cls(f"{error.filename2 or error.filename or file_in_use(error)}: {error.strerror}: {remedy}")
+        if (found := RUST_OS_ERROR.search(str(error))) and int(found[1]) in TRANSIENT_ERRNOS:
+            return cls(f"{file_in_use(error)}: {error}: {remedy}")
+        return None
 
 
-def file_in_use(error: OSError) -> str:
+def file_in_use(error: BaseException) -> str:
     """Of an error of a descriptor, which names no file: the innermost path or open file on the stack."""
     found, frame = "a file", error.__traceback__
     while frame is not None:
@@ -109,6 +123,11 @@ def is_transient(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """True for the error of a collective whose other end is gone: that rank's own error says why."""
+    return isinstance(error, RuntimeError) and LOST_RANK.search(str(error)) is not None
 
 
 def exit_status(error: LPLError) -> int:

@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 import click
 
 from lpl_pretrain import __version__
-from lpl_pretrain.errors import LPLError, StorageError, exit_status, is_transient
+from lpl_pretrain.errors import LPLError, StorageError, exit_status, is_lost_rank
 from lpl_pretrain.runtime.command import command_line
 from lpl_pretrain.runtime.preempt import INTERRUPTED, Interrupted, StopRequest, say, stop_request
 from lpl_pretrain.runtime.torchrun import peer_failed, record_error
 from lpl_pretrain.runtime.world import World
 
 LONGEST_CONSEQUENCE = 160
-"""Characters of an error that comes after Ctrl-C."""
+"""Characters of an error that is the consequence of Ctrl-C, or of another rank's end."""
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
 
@@ -246,14 +246,21 @@ def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> Non
         error.show(file=(shown := io.StringIO()))
         refuse(shown.getvalue().rstrip(), error.exit_code, file)
     except Exception as error:
+        consequence = f"{type(error).__name__}: {first_line(error)}"
         if stop.interrupted:  # the other ranks may be gone
-            words = str(error).partition("\n")[0][:LONGEST_CONSEQUENCE]
-            raise Interrupted(f"{stop.farewell} ({type(error).__name__}: {words})") from error
+            raise Interrupted(f"{stop.farewell} ({consequence})") from error
         if stop.peer_failed():  # the connection to that rank is gone
             end(1)
-        if isinstance(error, OSError) and is_transient(error):
-            refuse(f"StorageError: {StorageError.of(error)}", StorageError.status, file)
+        if is_lost_rank(error) and file is None:  # torchrun's own report tells of the rank that has ended
+            say(f"another rank has ended or cannot be reached any more; its own error says why ({consequence})")
+            end(1)
+        if (refused := StorageError.of(error)) is not None:
+            refuse(f"StorageError: {refused}", StorageError.status, file)
         raise
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:LONGEST_CONSEQUENCE]
 
 
 def refuse(text: str, status: int, file: Path | None) -> NoReturn:

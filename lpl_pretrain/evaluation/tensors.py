@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lpl_pretrain.errors import DataError
@@ -22,7 +22,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     there = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digests = {f"{PREFIX}{name}": digest(tensor) for name, tensor in there.items()}
     with published(path) as temporary:
-        save_file(there, temporary, metadata={**digests, **(metadata or {})})
+        temporary.write_bytes(save(there, metadata={**digests, **(metadata or {})}))
 
 
 def load_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,7 +21,7 @@ from tools.faults.processes import GRACE_S, Ranks, is_stopped
 
 POLL_S, RESUME_S = 0.01, 0.3
 HANGS_S, GIVES_WAY_S = 240.0, 60.0
-ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*Error: .*$", re.MULTILINE)
+ERROR_LINE = re.compile(r"\b\w*Error: .*$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -153,19 +153,19 @@ def error_problems(ending: Ending, root: str) -> list[str]:
     if ending.well or not refused or killed or any(isinstance(f, LostLease) for f in ending.happened):
         return problems
     reasons = {os.strerror(errno.ENOSPC if hit.action == "full" else int(hit.action)) for hit in refused}
-    texts = [ending.output.get(f"rank_{hit.rank}", ending.output.get("torchrun", "")) for hit in refused]
     strict = "torchrun" not in ending.output  # whose own traceback follows ours
-    if not any(is_clear(text, reasons, root, strict=strict) for text in texts):
+    if not is_clear(list(ending.output.values()), reasons, root, strict=strict):
         where = f"{refused[0].op} {refused[0].action} {refused[0].path}"
-        problems.append(f"no clear error after {where}: {last_error(texts[0])}")
+        problems.append(f"no clear error after {where}: {' | '.join(map(last_error, ending.output.values()))}")
     return problems
 
 
-def is_clear(text: str, reasons: set[str], root: str, *, strict: bool) -> bool:
-    """A line names a path below `root` and one of the reasons; `strict`: and there is no traceback."""
-    if strict and TRACEBACK in text:
+def is_clear(texts: Sequence[str], reasons: set[str], root: str, *, strict: bool) -> bool:
+    """A line of any rank names a path below `root` and one of the reasons; `strict`: and there is no traceback."""
+    if strict and any(TRACEBACK in text for text in texts):
         return False
-    return any(root in line and any(reason in line for reason in reasons) for line in ERROR_LINE.findall(text))
+    lines = [line for text in texts for line in ERROR_LINE.findall(text)]
+    return any(root in line and any(reason in line for reason in reasons) for line in lines)
 
 
 def last_error(text: str) -> str:

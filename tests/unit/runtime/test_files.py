@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from lpl_pretrain.errors import DataError, LPLError, SaveError, StorageError, exit_status, is_transient
+from lpl_pretrain.errors import DataError, LPLError, SaveError, StorageError, exit_status, file_in_use, is_transient
 from lpl_pretrain.runtime.files import naming, published, temporary_name
 
 
@@ -77,6 +81,19 @@ def test_only_what_may_pass_is_worth_another_try(hidden):
 def test_a_storage_error_tells_path_and_reason():
     found = str(StorageError.of(OSError(5, "Input/output error", "/runs/a")))
     assert found.startswith("/runs/a: Input/output error: ")
+    assert StorageError.of(FileNotFoundError(2, "No such file or directory", "/runs/a")) is None
+    assert StorageError.of(ValueError("x")) is None
+
+
+def test_errors_of_safetensors_are_errors_of_storage(tmp_path):
+    """Its writer is Rust's, and raises no OSError."""
+    with pytest.raises(SafetensorError) as raised:
+        save_file({"x": torch.zeros(1)}, tmp_path / "absent" / "x")
+    absent = str(raised.value)
+    full = absent.replace("No such file or directory (os error 2)", "No space left on device (os error 28)")
+    assert full != absent, absent
+    assert StorageError.of(raised.value) is None
+    assert "No space left on device" in str(StorageError.of(SafetensorError(full)))
 
 
 def test_a_read_that_fails_tells_its_file(tmp_path):
@@ -90,4 +107,6 @@ def test_a_read_that_fails_tells_its_file(tmp_path):
     except OSError as found:
         error = found
     assert error is not None and error.filename is None
+    assert file_in_use(error) == str(tmp_path / "a")
+    error.errno = errno.EIO
     assert str(StorageError.of(error)).startswith(f"{tmp_path / 'a'}: ")

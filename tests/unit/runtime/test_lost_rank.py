@@ -1,0 +1,55 @@
+"""What the other ranks say when one has ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import warm
+from tools.faults.processes import free_port
+
+BODY = """
+import os, sys
+import click
+import torch
+import torch.distributed as dist
+from lpl_pretrain.cli.main import run
+
+@click.command()
+def command():
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if os.environ["RANK"] == "1":
+        os._exit(1)
+    {what}
+
+sys.argv = ["train"]
+run(command)
+"""
+
+
+def last_words(folder, what: str) -> tuple[str, int]:
+    """Of rank 0 of two, whose other one ends; its exit status."""
+    (folder / "probe.py").write_text(BODY.replace("{what}", what))
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [*warm.prefix(), sys.executable, "-m", "probe"]
+    ranks = [
+        subprocess.Popen(command, cwd=folder, env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    texts = [rank.communicate(timeout=120)[1] for rank in ranks]
+    return texts[0], ranks[0].returncode
+
+
+def test_the_loss_of_a_rank_is_one_line(tmp_path):
+    text, status = last_words(tmp_path, "dist.all_reduce(torch.zeros(4))")
+    assert "another rank has ended" in text and "its own error says why" in text and status == 1
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('shapes differ')", "ValueError('Broken pipe')"])
+def test_other_errors_keep_their_traceback(tmp_path, error):
+    text, status = last_words(tmp_path, f"raise {error}")
+    assert "Traceback" in text and status == 1
