@@ -9,7 +9,7 @@ demo: .venv/.ready
 	bash tools/demo.sh
 
 test: .venv/.ready lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

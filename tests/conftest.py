@@ -1,6 +1,7 @@
 """The suite proves everything on the CPU, also on a machine with GPUs: there they are hidden, unless tests/gpu is what runs."""
 
 import os
+from typing import Any
 
 import pytest
 
@@ -8,17 +9,31 @@ if not os.environ.get("LPL_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 FIRST = ("slurm", "chaos")
-"""Folders that take longest and wait most: each is one group, which runs beside the other tests."""
+"""Folders that take longest and wait most: the tests of each stay on one worker, and start first."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def folder_or_file(node_id: str) -> str:
+    """Tests of one such unit run on one worker: a file's share fixtures, all of SLURM's one cluster."""
+    file = node_id.partition("::")[0]
+    folder = next((part for part in file.split("/") if part in FIRST), None)
+    return folder or file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist: by file, since a file's fixtures are shared, and all of SLURM's on one cluster."""
+    def place(item: pytest.Item) -> int:
+        unit = folder_or_file(item.nodeid)
+        return FIRST.index(unit) if unit in FIRST else len(FIRST)
 
-    def group(item: pytest.Item) -> str:
-        folder = item.path.relative_to(item.config.rootpath).parts[1]
-        return folder if folder in FIRST else str(item.path)
+    items.sort(key=place)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: FIRST.index(group(item)) if group(item) in FIRST else len(FIRST))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For --dist loadscope."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadUnits(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return folder_or_file(nodeid)
+
+    return LoadUnits(config, log)

@@ -89,11 +89,10 @@ class Attempt:
     def _signal(self, passed: float) -> None:
         while self.signals and passed > self.signals[0].at * self.seconds:
             fault = self.signals.pop(0)
-            pids = self.ranks.pids(fault.rank)
-            if self.ranks.send(fault.number, fault.rank):
+            if met := self.ranks.send(fault.number, fault.rank):
                 self.happened.append(fault)
             if fault.resume_s is not None:
-                self._resume += [(time.monotonic() + fault.resume_s, pid) for pid in pids]
+                self._resume += [(time.monotonic() + fault.resume_s, pid) for pid in met]
 
     def _continue(self, now: float) -> None:
         """Wakes what was stopped, by us or by the file layer."""
@@ -109,7 +108,7 @@ class Attempt:
     def _lose_lease(self, fault: LostLease) -> None:
         """The suspended ranks must end by themselves once they go on; those started meanwhile take their place."""
         self.lost = None
-        if self.lease is None or not self.lease.exists() or not self.ranks.send(signal.SIGSTOP):
+        if self.lease is None or not self.lease.exists() or not (before := self.ranks.send(signal.SIGSTOP)):
             return
         old, long_ago = self.ranks, time.time() - 3600
         with suppress(FileNotFoundError):
@@ -118,7 +117,7 @@ class Attempt:
         self.ranks = Ranks(
             old.command, old.count, {**old.environment, "LPL_CHAOS_PLAN": ""}, old.logs / "heir", old.mark, meet=old.meet
         )
-        before, held = old.pids(), read_lease(self.lease)
+        held = read_lease(self.lease)
         self.ranks.start()
         while read_lease(self.lease) == held and self.ranks.running():  # else it is still theirs when they go on
             time.sleep(POLL_S)

@@ -66,13 +66,13 @@ class Ranks:
                 found += [pid] if rank is None or where == f"RANK={rank}" else []
         return found
 
-    def send(self, number: int, rank: int | None = None) -> bool:
-        """True when it met a process that lived."""
-        met = False
+    def send(self, number: int, rank: int | None = None) -> list[int]:
+        """The processes that it met."""
+        met = []
         for pid in self.pids(rank):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-                met = True
+                met.append(pid)
         return met
 
     def running(self) -> bool:
