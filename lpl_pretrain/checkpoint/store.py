@@ -13,7 +13,6 @@ Nothing is pickled; nothing here communicates.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -28,8 +27,8 @@ from lpl_pretrain.checkpoint.index import Entries, Index, tiling_problem
 from lpl_pretrain.checkpoint.manifest import INDEX, FileRecord, Manifest, pieces_file, write_json
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
 from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.runtime.tensors import DTYPES, safetensors_blocks
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 LISTED = 5
 
 
@@ -160,23 +159,16 @@ def read_full(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
-    """As safetensors.save_file, but one tensor at a time in memory, hashed while written, and written through to the disk."""
-    header, offset = {}, 0
-    for key, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    digest = hashlib.sha256()
+    """Hashed while written, and written through to the disk."""
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        data: Iterator[bytes | memoryview] = (tensor.cpu().numpy().data.cast("B") for tensor in tensors.values())
-        for block in itertools.chain([len(text).to_bytes(8, "little"), text], data):
+        for block in safetensors_blocks(tensors):
             file.write(block)
             digest.update(block)
+            size += len(block)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(8 + len(text) + offset, digest.hexdigest())
+    return FileRecord(size, digest.hexdigest())
 
 
 def _list(what: str, names: list[str]) -> str:

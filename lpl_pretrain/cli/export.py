@@ -75,14 +75,11 @@ def best_of(run_dir: RunDir, protocol: str) -> tuple[int, str]:
 
 
 def write_file(output: Path, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
     from lpl_pretrain.runtime.files import published
+    from lpl_pretrain.runtime.tensors import safetensors_blocks
 
-    with published(output) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"run": config.name, **facts}
-        )
+    with published(output) as temporary, temporary.open("wb") as file:
+        file.writelines(safetensors_blocks(tensors, {"run": config.name, **facts}))
 
 
 def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Which stored samples every update was made of: written by each rank as it trains, and checked afterwards against the order.
 
-A line names (global sample count, folder, shard, row) of what was read for one update.  An update made again after a restart
-is in the files twice, and the later one counts.  About 25 bytes a sample.
+A line names its start and (global sample count, folder, shard, row) of what was read for one update.  An update made again after
+a restart is in the files twice, and the later one counts.  About 25 bytes a sample.
 
 A rollback after a spike (trainer/rollback.py) is a start too.  The line of a start says how many updates'
 samples were jumped over until then, and a rollback's also why, so that the number can be checked.
@@ -42,7 +42,7 @@ class Ledger:
             line["jump"] = jump_updates
         if spike is not None:
             line["spike"], line["skip_updates"] = spike
-        self.path = path
+        self.path, self.start = path, start
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
@@ -55,7 +55,7 @@ class Ledger:
             [count, *place] for batch in batches for count, place in zip(batch.sample_indices.tolist(), batch.places, strict=True)
         ]
         with naming(self.path):
-            self.file.write(json.dumps({"step": step, "samples": places}) + "\n")
+            self.file.write(json.dumps({"start": self.start, "step": step, "samples": places}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -142,7 +142,7 @@ def _starts(path: Path) -> dict[str, _Start]:
     """By name, in the order in which they were made."""
     found: dict[str, _Start] = {}
     for name, line in _read(path):
-        if "start" in line:
+        if "start" in line and "samples" not in line:
             skip = line.get("skip_updates", 0)
             found[name] = _Start(line["step"], line.get("jump", 0), line.get("spike"), skip)
         elif "samples" in line and name in found:
@@ -186,7 +186,10 @@ def _wrong(step: int, position: int, found: list[list[int]], size: int) -> list[
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(start, line) of all whole lines."""
+    """(start, line) of all whole lines.
+
+    A line names its start, because a rank that was suspended may write one after those of a later start; older versions' did not.
+    """
     start = ""
     for text in path.read_text().splitlines():
         try:

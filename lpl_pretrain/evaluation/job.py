@@ -79,6 +79,7 @@ def evaluate(
     check_same_protocol(run_dir, protocol)
     if world.rank == 0:
         renew_best(run_dir, protocol)
+        remove_leftovers(run_dir, protocol.name)
     if not wanted:
         return
     run, extractors = open_run(run_dir, device, protocol.guide), [load_extractor(entry, device) for entry in protocol.extractors]
@@ -273,6 +274,16 @@ def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
         log.warning("%s: it is written anew from the records", error)
         for warning in note_best(run_dir, protocol):
             log.warning("%s", warning)
+
+
+def remove_leftovers(run_dir: RunDir, protocol: str) -> None:
+    """Of steps that have their score: a lease and features whose removal was refused, or whose evaluator was killed before it."""
+    for record in run_dir.path.glob(f"evaluations/step_*/{protocol}.json"):
+        lease, features = Lease(record.with_suffix(".lease")), list(record.parent.glob(f"{protocol}.*.partial"))
+        if (features or lease.path.exists()) and lease.take():
+            for folder in features:
+                shutil.rmtree(folder, ignore_errors=True)
+            lease.release()
 
 
 def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.tensors import safetensors_blocks
 
 PREFIX = "sha256 "
 """In the header: this and the tensor's name, and behind it its digest."""
@@ -21,8 +21,8 @@ PREFIX = "sha256 "
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     there = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digests = {f"{PREFIX}{name}": digest(tensor) for name, tensor in there.items()}
-    with published(path) as temporary:
-        temporary.write_bytes(save(there, metadata={**digests, **(metadata or {})}))
+    with published(path) as temporary, temporary.open("wb") as file:
+        file.writelines(safetensors_blocks(there, {**digests, **(metadata or {})}))
 
 
 def load_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -33,11 +33,22 @@ def set_up_logging(rank: int, file: Path | None = None) -> None:
 
 
 class _File(logging.FileHandler):
-    """Is made with its folder when there is something to write."""
+    """Is made with its folder when there is something to write.  A line that cannot be written does not end the work."""
+
+    refused: str | None = None
+    """The reason why the last line could not be written: told once, and not for every line."""
 
     def _open(self):  # type: ignore[no-untyped-def]
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif self.refused != (reason := f"{self.baseFilename}: {error.strerror}: lines of the log are lost"):
+            self.refused = reason
+            sys.stderr.write(f"StorageError: {reason}\n")
 
 
 class _Lines:

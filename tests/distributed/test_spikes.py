@@ -129,7 +129,7 @@ def positions(run_dir):
     for path in sorted(run_dir.path.glob("logs/samples_rank_*.jsonl")):
         mine, lines = {}, map(json.loads, path.read_text().splitlines())
         for line in lines:
-            if "start" in line:
+            if "samples" not in line:
                 mine = {step: samples for step, samples in mine.items() if step <= line["step"]}
             else:
                 mine[line["step"]] = [sample for sample, *_ in line["samples"]]

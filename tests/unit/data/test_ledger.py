@@ -153,6 +153,29 @@ def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path, order):
     assert found.problems == [] and found.steps == 3
 
 
+def test_what_a_suspended_rank_writes_after_a_later_start_belongs_to_its_own(tmp_path, order):
+    run_dir = RunDir(tmp_path)
+    suspended = [Ledger(run_dir.ledger(rank), "suspended", 0) for rank in range(2)]
+    train(run_dir, order, history=[(0, 3, 2)])
+    for rank, ledger in enumerate(suspended):
+        ledger.note(1, [batch(order, list(range(rank, SIZE, 2)))])
+        ledger.close()
+    found = audit(run_dir, order, SIZE)
+    assert found.problems == [] and (found.starts, found.made_again) == (2, 1)
+
+
+def test_lines_of_older_versions_do_not_name_their_start(tmp_path, order):
+    train(RunDir(tmp_path), order)
+    for file in tmp_path.glob("logs/*"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            if "samples" in line:
+                del line["start"]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = audit(RunDir(tmp_path), order, SIZE)
+    assert found.problems == [] and (found.starts, found.made_again) == (3, 2)
+
+
 def test_without_a_ledger(tmp_path, order):
     with pytest.raises(DataError, match="train with log.samples=true"):
         audit(RunDir(tmp_path), order, SIZE)

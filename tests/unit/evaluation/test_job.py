@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation import job
 from lpl_pretrain.evaluation.load import load_weights, open_run
+from lpl_pretrain.runtime.lease import Lease
 from tests.support.configs import train_config
 from tests.support.runs import averages, make_run, save_snapshot
 
@@ -274,3 +277,25 @@ def test_one_that_is_asked_to_stop_keeps_what_it_made(run):
     assert len(list(run.run_dir.path.glob("evaluations/*/stopped.*.partial/*/*.safetensors"))) == 1
     (record,) = job.evaluate(run.run_dir, protocol, CPU, [6])
     assert [entry["images_made_now"] for entry in record["results"]] == [6, 10]
+
+
+def test_what_a_killed_evaluator_left_of_a_scored_step_is_removed(run):
+    protocol = run.protocol(name="killed", images=4)
+    list(job.evaluate(run.run_dir, protocol, CPU, [3]))
+    folder = run.run_dir.evaluation(3, "killed").parent
+    scored = run.run_dir.evaluation(3, "killed").read_bytes()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    holder = {"token": "of the killed", "job": "", "host": socket.gethostname(), "pid": ended.pid, "since": 0.0}
+    run.run_dir.evaluation_lease(3, "killed").write_text(json.dumps(holder))
+    (folder / "killed.0123456789ab.partial" / "ema_w1_seed0").mkdir(parents=True)
+    others = folder / "another.0123456789ab.partial"
+    others.mkdir()
+    list(job.evaluate(run.run_dir, protocol, CPU, [6]))
+    assert not run.run_dir.evaluation_leases() and not list(folder.glob("killed.*.partial")) and others.is_dir()
+    assert run.run_dir.evaluation(3, "killed").read_bytes() == scored
+
+    with Lease(run.run_dir.evaluation_lease(3, "killed")) as lease:  # an evaluator at work on it again
+        (folder / "killed.0123456789ab.partial").mkdir()
+        list(job.evaluate(run.run_dir, protocol, CPU, [6]))
+        assert lease.held and list(folder.glob("killed.*.partial"))
