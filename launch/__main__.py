@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lpl_pretrain.config.schema import TrainConfig
 
 RUN = click.argument("run", callback=lambda _context, _argument, given: resolved(given, "RUN"))
 AT_MOST = click.option("--at-most", type=click.IntRange(min=1), default=1, show_default=True, help="Evaluation jobs at a time.")
@@ -70,16 +73,30 @@ def train(
         scorer = Scorer(evaluate_with, (), cluster, changes, at_most)
         for run in runs:
             check_sampler(run.settings.diffusion.prediction, scorer.settings.sampler)
-    begun: list[str | None] = [None]
-    if sweeps:
-        orders = [Order("train", run.argv, run.run_dir, nodes, config=dump(run.settings)) for run in runs]
-        begun = [f"after:{job}" for job in place_array(orders, profile, sweep_at_most, shown="" if dry_run else None)]
+    left = [run for run in runs if not told_finished(run.settings, run.run_dir)]
+    begun: dict[Path, str] = {}
+    if not left:
+        pass  # its checkpoints may still have to be scored
+    elif sweeps:
+        orders = [Order("train", run.argv, run.run_dir, nodes, config=dump(run.settings)) for run in left]
+        jobs = place_array(orders, profile, sweep_at_most, shown="" if dry_run else None)
+        begun = {run.run_dir: f"after:{job}" for run, job in zip(left, jobs, strict=True)}
     else:
-        order = Order("train", runs[0].argv, runs[0].run_dir, nodes, config=dump(runs[0].settings))
+        order = Order("train", left[0].argv, left[0].run_dir, nodes, config=dump(left[0].settings))
         place(order, profile, order.config if dry_run else None)
-    for run, after in zip(runs, begun, strict=True):
+    for run in runs:
         if scorer is not None:
-            scorer.place(run.run_dir, after=after, dry_run=dry_run)
+            scorer.place(run.run_dir, after=begun.get(run.run_dir), dry_run=dry_run)
+
+
+def told_finished(settings: TrainConfig, run_dir: Path) -> bool:
+    """True for a run that has made all its steps, which is said instead of submitting it."""
+    from lpl_pretrain.config.start import finished
+
+    words = finished(settings, RunDir(run_dir))
+    if words is not None:
+        click.echo(f"{run_dir}: {words}")
+    return words is not None
 
 
 @commands.command()

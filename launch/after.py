@@ -23,7 +23,7 @@ from launch.profile import ClusterProfile
 from launch.status import last_line, training_is_over, where
 from launch.unfit import exclude, requeue, unfit_nodes
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.errors import BAD_INPUT, UNFIT
+from lpl_pretrain.errors import BAD_INPUT, UNFIT, LPLError
 from lpl_pretrain.runtime.code import fingerprint
 
 DONE, REPLACED = "done", "the job has gone on without it"
@@ -199,5 +199,9 @@ def seconds(text: str) -> int:
 
 
 if __name__ == "__main__":
-    ended = main(JobFolder(Path(sys.argv[1])), int(sys.argv[2]))
+    try:
+        ended = main(JobFolder(Path(sys.argv[1])), int(sys.argv[2]))
+    except LPLError as error:  # a damaged job.json: the scheduler's own word is what is left
+        print(f"launch: {type(error).__name__}: {error}", flush=True)
+        sys.exit(int(sys.argv[2]) or 1)
     sys.exit(0 if ended.reason == DONE else int(sys.argv[2]) or 1)  # what other jobs depend on

@@ -22,7 +22,10 @@ from launch.place import place_encoding
 from launch.profile import ClusterProfile
 from launch.sweep import LONGEST_NAME, combinations, name_of, split, trainings
 from launch.task import Allocation
+from lpl_pretrain.config.load import dump, load_config
+from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
 from tests.support.commands import ROOT
 from tests.support.configs import dataset_index, train_config
@@ -316,3 +319,36 @@ def test_the_command(config, scheduler):
     (scheduler / "bin" / "squeue").write_text("#!/bin/sh\necho 4711_0 RUNNING\n")
     assert "1 jobs, each 1 nodes x 1 processes" in launch("resume", scheduler / "swept").stdout
     assert "#SBATCH --array=0-0%1" in (scheduler / "submitted.sh").read_text()
+
+
+def test_a_finished_run_is_not_submitted(config, scheduler):
+    """Of a sweep the others are."""
+    profile = scheduler / "cluster.yaml"
+    profile.write_text("partition: gpu\n")
+
+    def launch(*arguments):
+        command = [sys.executable, "-m", "launch", "train", config, *map(str, arguments), "--cluster", profile]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = RunDir(scheduler / "swept" / "optimizer.lr=1e-3")
+    settings = load_config(TrainConfig, str(config), ["optimizer.lr=1e-3", as_override("run_dir", str(done.path))])
+    done.path.mkdir(parents=True)
+    done.config.write_text(dump(settings))
+    done.checkpoint(settings.steps).mkdir(parents=True)
+    (done.checkpoint(settings.steps) / "manifest.json").touch()
+    alone = launch("optimizer.lr=1e-3", as_override("run_dir", str(done.path)))
+    assert alone.returncode == 0 and f"{done.path}: complete: {settings.steps} of" in alone.stdout, alone.stderr
+    assert not (scheduler / "submitted.sh").exists() and not (done.path / "launch").exists()
+    swept = launch("--sweep", "optimizer.lr=1e-3,2e-3")
+    assert (
+        swept.returncode == 0 and "complete" in swept.stdout and "#SBATCH --array=0-0" in (scheduler / "submitted.sh").read_text()
+    )
+    assert not (done.path / "launch").exists()
+
+
+def test_a_damaged_job_file_is_one_line_at_the_end_of_a_job(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "job.json").write_text("{")
+    command = [sys.executable, "-m", "launch.after", str(tmp_path / "launch"), "3"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 3 and "job.json: cannot be read" in ended.stdout and "Traceback" not in ended.stderr
