@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def card(config: TrainConfig, index: DatasetIndex, facts: dict[str, str], pipeli
         "samples in the data": f"{index.samples:,}",
         **facts,
     }
-    listed = "\n".join(f"- {key}: {value}" for key, value in lines.items())
+    listed = "\n".join(f"- {escape(' '.join(f'{key}: {value}'.split()), quote=False)}" for key, value in lines.items())
     absent = "".join(f", {part}=None" for part in MISSING[pipeline])
     given = "It holds no text encoder: call it with prompt_embeds and pooled_prompt_embeds.\n\n" if absent else ""
     load = f"    diffusers.{pipeline}.from_pretrained(FOLDER{absent})"

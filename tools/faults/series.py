@@ -14,7 +14,6 @@ from lpl_pretrain.cli import audit
 from lpl_pretrain.config.dataset import INDEX_NAME
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import OptimizerConfig
 from lpl_pretrain.errors import LPLError
 from tests.support.autoencoders import tiny_folder
 from tests.support.latents import draw_pictures
@@ -198,13 +197,12 @@ def all_series(inputs: Path, module: str = "lpl_pretrain") -> dict[str, Series]:
     found = [
         Encode("encode", inputs, module, ranks=(1, 2)),
         Train("train_local", inputs, module),
+        Spikes("train_spikes", inputs, module, config="spikes.yaml", steps=16),
         Train("train_fsdp2", inputs, module, **two, arguments=["parallel.strategy=fsdp2"]),
         Train("train_zero2", inputs, module, **two, arguments=zero(2)),
         Train("train_zero3", inputs, module, **two, arguments=zero(3)),
         Evaluate("evaluate", inputs, module, ranks=(1, 2), meet=True),
     ]
-    if "on_spike" in OptimizerConfig.model_fields:
-        found.append(Spikes("train_spikes", inputs, module, config="spikes.yaml", steps=16))
     return {series.name: series for series in found}
 
 
