@@ -7,6 +7,7 @@ webdataset and img2dataset.  A unit is what can be read by itself: one tar, or o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -86,8 +87,7 @@ def _list_source(origin: str) -> list[Unit]:
     path = Path(origin)
     try:
         if path.is_dir():
-            found = sorted(entry for entry in path.rglob("*") if entry.is_file())
-            sizes = {entry.relative_to(path).as_posix(): entry.stat().st_size for entry in found}
+            sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files_below(path)}
             return _list_folder(origin, sizes, [sub.name for sub in path.iterdir() if sub.is_dir()])
         if path.is_file() and path.suffix == ".tar":
             return [Unit(origin, None, path.stat().st_size)]
@@ -95,6 +95,16 @@ def _list_source(origin: str) -> list[Unit]:
         raise DataError(f"{origin!r}: cannot be listed ({problem}): check the path and its permissions") from None
     found_there = "a file that is no .tar" if path.exists() else "nothing"
     raise DataError(f"{origin}: found {found_there}, wanted an image folder, a .tar, or a folder of tars")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Sorted.  Raises OSError for a folder that cannot be listed, which Path.rglob passes over in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(path for path in found if path.is_file())
 
 
 def _list_url(origin: str) -> list[Unit]:

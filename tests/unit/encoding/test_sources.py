@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -395,9 +397,16 @@ def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) ->
     assert "x.tar: the member name" in str(error.value) and len(str(error.value)) < 500
 
 
-def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(self: Path, pattern: str) -> None:
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize("folder", ["", "class"])
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "other").mkdir()
+    scandir = os.scandir
 
-    monkeypatch.setattr(Path, "rglob", forbidden)
+    def forbidden(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == tmp_path / folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
     refused(tmp_path, str(tmp_path), "cannot be listed", "Permission denied")
