@@ -111,18 +111,24 @@ def file_in_use(error: BaseException) -> str:
     return found
 
 
-def is_transient(error: BaseException | None) -> bool:
-    """True for an error that has its origin in an OSError with one of TRANSIENT_ERRNOS, on this rank or on another.
+def transient_reason(error: BaseException | None) -> str | None:
+    """Why an error may pass, in the system's words: it has its origin in an OSError with one of TRANSIENT_ERRNOS.
 
-    Of another rank's error the text alone arrives here; it holds the reason in the system's words.
+    Of an error of another rank, or of a library that is not written in Python, the text alone arrives here.
     """
-    if any(os.strerror(number) in str(error) for number in TRANSIENT_ERRNOS):
-        return True
     while error is not None:
-        if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
-            return True
+        found = error.errno if isinstance(error, OSError) else None
+        text = str(error)
+        for number in TRANSIENT_ERRNOS:
+            if number == found or os.strerror(number) in text:
+                return os.strerror(number)
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """True for an error that another try may not meet."""
+    return transient_reason(error) is not None
 
 
 def is_lost_rank(error: BaseException) -> bool:

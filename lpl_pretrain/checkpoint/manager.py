@@ -30,7 +30,7 @@ from lpl_pretrain.checkpoint.verify import (
 from lpl_pretrain.config.best import best_steps
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError
+from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, is_transient
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import is_stale
@@ -132,7 +132,8 @@ class CheckpointManager:
         """Communicates: fills parameters, moments and EMA from the newest undamaged checkpoint; returns its state, or None.
 
         A damaged one is passed over with a warning.  When all are damaged nothing is restored and CheckpointError says so: a run
-        never starts again from nothing by itself.  `only_due`: among those at multiples of `every_steps`.
+        never starts again from nothing by itself.  `only_due`, for a rollback: among those at multiples of `every_steps`; one that
+        cannot be read for a reason that may pass is then not passed over, since an older one would lead to other parameters.
         """
         rank0 = strategy.world.rank == 0
         _together(f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=rank0)
@@ -146,6 +147,9 @@ class CheckpointManager:
             opened = self._open(self.run_dir.checkpoint(step), strategy.world)
             if isinstance(opened, Checkpoint):
                 return self._restore(opened, strategy, ema)
+            if only_due and is_transient(error := CheckpointError(f"{opened}: the same command tries again")):
+                raise error
+            warn_passed_over(self.run_dir.checkpoint(step), opened)
             self._damaged.add(step)
             problem = opened
         if steps:
@@ -158,7 +162,7 @@ class CheckpointManager:
         return None
 
     def _open(self, folder: Path, world: World) -> Checkpoint | str:
-        """Communicates: a sound checkpoint, or what any rank found wrong with it, with a warning.
+        """Communicates: a sound checkpoint, or what any rank found wrong with it.
 
         Every rank reads its share of the files.  Raises CheckpointError on all ranks where one refuses.
         """
@@ -178,7 +182,6 @@ class CheckpointManager:
         if (refused := first_over_ranks(refused)) is not None:
             raise CheckpointError(refused)
         if (damaged := first_over_ranks(damaged)) is not None:
-            warn_passed_over(folder, damaged)
             return damaged
         assert checkpoint is not None
         return checkpoint

@@ -34,6 +34,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     world = World.from_environment()
     if (words := finished(config, run_dir)) is not None:
         if world.rank == 0:
+            remove_lease_of_the_dead(run_dir.live, world)
             print(f"{run_dir.path}: {words}{unscored(config, run_dir)}")
         return
     missing = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
@@ -198,6 +199,13 @@ def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
         f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give this one "
         f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
     )
+
+
+def remove_lease_of_the_dead(path: Path, world: World) -> None:
+    """Of a process that was killed between the last checkpoint and its end."""
+    if path.exists():
+        with suppress(CheckpointError), Lease(path, job=world.scheduler_job()):
+            pass
 
 
 def give_way(run_dir: RunDir) -> NoReturn:

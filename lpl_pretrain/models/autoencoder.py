@@ -16,7 +16,7 @@ from lpl_pretrain.config.autoencoder import AutoencoderFacts, read_autoencoder
 from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.errors import ConfigError, transient_reason
 
 for name in (
     "torch.utils._pytree",
@@ -59,10 +59,16 @@ def load_autoencoder(folder: str) -> Autoencoder:
 
     try:
         network = getattr(diffusers, facts.family).from_pretrained(
-            path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            path,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            disable_mmap=True,  # safetensors' own reader takes every error for a file that is missing
         )
     except (OSError, ValueError, RuntimeError, TypeError) as problem:
-        raise ConfigError(f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {problem}") from None
+        reason = transient_reason(problem)  # which diffusers does not tell
+        told = f"{problem}" if reason is None or reason in str(problem) else f"{reason} ({problem})"
+        raise ConfigError(f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {told}") from None
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise ConfigError(

@@ -29,7 +29,7 @@ from pathlib import Path
 from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
 from lpl_pretrain.errors import CheckpointError, SaveError, is_transient
 from lpl_pretrain.runtime.files import naming, remove_leftovers, temporary_name
-from lpl_pretrain.runtime.preempt import leaves_traces
+from lpl_pretrain.runtime.preempt import Interrupted, leaves_traces, uninterrupted
 
 STALE_S = 120.0
 TOUCH_S = 15.0
@@ -73,6 +73,14 @@ class Lease:
         """Now, or not at all; once taken it stays so until this context is left.  Raises CheckpointError where it cannot be."""
         leaves_traces()
         try:
+            with uninterrupted():
+                return self._taken()
+        except Interrupted:
+            self.release()
+            raise
+
+    def _taken(self) -> bool:
+        try:
             if self.path.is_dir() and not self.path.is_symlink():
                 raise CheckpointError(f"{self.path}: is a directory, wanted a lease file or nothing: remove it")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,20 +102,22 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        if self._thread is not None:
-            self._over.set()
-            self._thread.join()
-            with suppress(OSError):  # what cannot be removed becomes stale
-                if self.held:
-                    self.path.unlink()
-            self._thread = None
-        elif read_lease(self.path).get("token") == self.token:  # Ctrl-C came before the thread had started
-            with suppress(OSError):
+        with uninterrupted():
+            self._release()
+
+    def _release(self) -> None:
+        if self._thread is None:
+            return
+        self._over.set()
+        self._thread.join()
+        with suppress(OSError):  # what cannot be removed becomes stale
+            if self.held:
                 self.path.unlink()
+        self._thread = None
 
     def _take(self) -> bool:
-        mine = temporary_name(self.path)
         holder = {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        mine = temporary_name(self.path)
         try:
             with naming(mine):
                 mine.write_text(json.dumps(holder))

@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 INTERRUPTED = 130
@@ -50,8 +51,10 @@ class StopRequest:
         self.how_to_go_on = "the same command goes on from there"
         self.farewell = "interrupted"
         """The line at the end of what Ctrl-C ended early."""
+        self.defers = 0
+        """So many blocks are under way that Ctrl-C does not interrupt."""
         self._first_s: float | None = None
-        self.listens = self._raised = False
+        self.listens = self._raised = self._sigint = False
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
@@ -59,7 +62,7 @@ class StopRequest:
     @property
     def interrupted(self) -> bool:
         """By Ctrl-C."""
-        return self._first_s is not None
+        return self._sigint or self._first_s is not None
 
     def listen(self, numbers: Sequence[signal.Signals] = SIGNALS) -> StopRequest:
         """To SIGINT and to `numbers`, from the main thread.  May be called again, for more of them."""
@@ -83,7 +86,12 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
-        if number == signal.SIGINT and self.unwinds and not self.finishes_step and not self._raised:
+        self._sigint = self._sigint or number == signal.SIGINT
+        self.unwind()
+
+    def unwind(self) -> None:
+        """Raises Interrupted once, after Ctrl-C, where there is something to remove and no step to finish."""
+        if self._sigint and self.unwinds and not (self.finishes_step or self.defers or self._raised):
             self._raised = True
             raise Interrupted(self.farewell)
 
@@ -129,6 +137,21 @@ def stop_request() -> StopRequest:
 def leaves_traces() -> None:
     """From now on there is something to remove when this process ends early."""
     _current.unwinds = True
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C raises Interrupted behind this block instead of inside.  For short work that must not end half done."""
+    if threading.current_thread() is not threading.main_thread():  # which is the one that is interrupted
+        yield
+        return
+    stop = _current
+    stop.defers += 1
+    try:
+        yield
+    finally:
+        stop.defers -= 1
+    stop.unwind()
 
 
 def say(text: str) -> None:

@@ -160,11 +160,17 @@ def error_problems(ending: Ending, root: str) -> list[str]:
 
 
 def is_clear(texts: Sequence[str], reasons: set[str], root: str, *, strict: bool) -> bool:
-    """A line of any rank names a path below `root` and one of the reasons; `strict`: and there is no traceback."""
+    """The last error of a rank names a path below `root` and one of the reasons in a line; `strict`: and none has a traceback."""
     if strict and any(TRACEBACK in text for text in texts):
         return False
-    lines = [line for text in texts for line in ERROR_LINE.findall(text)]
+    lines = [line for text in texts for line in error_lines(text)]
     return any(root in line and any(reason in line for reason in reasons) for line in lines)
+
+
+def error_lines(text: str) -> list[str]:
+    """Every error, and the lines that follow the last one."""
+    found = list(ERROR_LINE.finditer(text))
+    return [*(match[0] for match in found), *(text[found[-1].start() :].splitlines() if found else [])]
 
 
 def last_error(text: str) -> str:

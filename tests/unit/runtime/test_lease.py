@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
 
 from lpl_pretrain.errors import CheckpointError, SaveError
+from lpl_pretrain.runtime import preempt
 from lpl_pretrain.runtime.lease import Lease, holder_of, is_stale, read_lease
 
 
@@ -24,6 +26,54 @@ def test_one_holder_and_the_next(tmp_path):
     assert not list(tmp_path.iterdir())
     with Lease(path) as third:
         assert third.held
+
+
+def interrupted_at(line: int, action) -> bool:
+    """Whether `action` got so far: Ctrl-C comes before that line of the methods that make and remove files."""
+    left = line
+
+    def trace(frame, event, _argument):
+        nonlocal left
+        code = frame.f_code
+        if not code.co_filename.endswith("runtime/lease.py") or code.co_name in ("take", "release", "__enter__", "__exit__"):
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                preempt._current._note(signal.SIGINT, None)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except preempt.Interrupted:
+        assert left < 0
+    finally:
+        sys.settrace(None)
+    return left < 0
+
+
+@pytest.mark.parametrize("held_by", ["nobody", "a killed process"])
+def test_ctrl_c_anywhere_while_it_is_taken_and_released_leaves_nothing(tmp_path, monkeypatch, held_by):
+    path, lines = tmp_path / "x.lease", 0
+    while True:
+        monkeypatch.setattr(preempt, "_current", preempt.StopRequest())
+        if held_by == "a killed process":
+            hold_and_die(path)
+        lease = Lease(path)
+
+        def take_and_release(lease=lease):
+            with lease:
+                pass
+
+        reached = interrupted_at(lines, take_and_release)
+        assert read_lease(path).get("token") != lease.token, f"line {lines}"
+        left = [file.name for file in tmp_path.iterdir() if file != path]
+        assert not left, f"line {lines}"
+        if not reached:
+            break
+        lines += 1
+    assert lines > 30
 
 
 def test_a_holder_that_lives_is_not_stale(tmp_path):

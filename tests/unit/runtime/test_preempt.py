@@ -25,7 +25,7 @@ libc.pthread_mutex_lock(mutex)  # for ever, and no signal ends it
 def process(body: str, *, before: str = "") -> subprocess.Popen:
     """`body` runs with `stop`, the request of this process, and says when it is ready."""
     script = "from lpl_pretrain.runtime.preempt import *\nfrom lpl_pretrain.runtime.preempt import say, stop_request\n"
-    script += f"import time\nstop = stop_request().listen()\n{before}\n{textwrap.dedent(body)}"
+    script += f"import time\nstop = stop_request().listen()\n{textwrap.dedent(before)}\n{textwrap.dedent(body)}"
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -70,7 +70,13 @@ def test_a_main_thread_that_does_not_come_back_is_left_after_a_while():
 
 
 def test_between_steps_it_is_a_flag():
-    running = process("say('ready')\nwhile not stop: time.sleep(0.01)\nsay(stop.signal_name)", before="stop.finishes_step = True")
+    before = """
+    import threading
+    import lpl_pretrain.runtime.preempt as preempt
+    stop.finishes_step, told = True, threading.Event()
+    preempt.say = lambda text: (say(text), told.set())
+    """
+    running = process("say('ready')\nwhile not stop: time.sleep(0.01)\ntold.wait(60)\nsay(stop.signal_name)", before=before)
     until(running, "ready")
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1].splitlines()
