@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_a_finished_run_is_left_alone(world, finished, ranks, changes, words):
     done = lpl("train", world / "train.yaml", f"run_dir={finished}", *changes, ranks=ranks)
     assert done.stdout.count(words.format(world=world, run=finished)) == 1 and not done.stderr
     assert snapshot(finished) == before
+
+
+def test_a_finished_run_loses_the_lease_of_a_process_that_was_killed_at_its_end(world, finished):
+    before = snapshot(finished)
+    holder = {"token": "of the killed", "job": "", "host": socket.gethostname(), "pid": 2**22 + 1, "since": 0.0}
+    (finished / "live.lease").write_text(json.dumps(holder))
+    lpl("train", world / "train.yaml", f"run_dir={finished}")
+    after = snapshot(finished)
+    assert after.pop(finished) != before.pop(finished) and after == before, "the folder has lost that file, and nothing else"
 
 
 def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finished):

@@ -15,7 +15,7 @@ from lpl_pretrain.checkpoint.manifest import Manifest
 from lpl_pretrain.checkpoint.verify import damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
-from lpl_pretrain.errors import CheckpointError, SaveError
+from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, exit_status
 from lpl_pretrain.evaluation.files import publish_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
@@ -71,6 +71,28 @@ def test_a_rollback_finds_what_was_due(tmp_path, run):
     assert keeper.run_dir.complete_checkpoints() == keeper.run_dir.complete_snapshots() == [4]
     keeper.save(8, run.strategy, run.ema, {}, samples_seen=0)
     assert keeper.run_dir.complete_checkpoints() == [8]
+
+
+def test_a_rollback_goes_to_no_older_checkpoint_for_a_reason_that_may_pass(tmp_path, run, monkeypatch):
+    """It would go on with other samples than a run that no disk disturbed.  A damaged one is passed over, as on a resume."""
+    keeper = CheckpointManager(RunDir(tmp_path), CheckpointConfig(asynchronous=False, every_steps=2), keep_due=True)
+    for step in (2, 4):
+        keeper.save(step, run.strategy, run.ema, {"step": step}, samples_seen=0)
+    real = module.open_checkpoint
+
+    def refused(folder, **options):
+        if folder.name.endswith("4"):
+            raise DamagedCheckpointError(f"{folder}/index.json: {reason}")
+        return real(folder, **options)
+
+    monkeypatch.setattr(module, "open_checkpoint", refused)
+    reason = "Input/output error"
+    with pytest.raises(CheckpointError, match="step_00000004/index.json: Input/output error: the same command") as error:
+        keeper.restore_latest(run.strategy, run.ema, only_due=True)
+    assert exit_status(error.value) == 1
+    assert keeper.restore_latest(run.strategy, run.ema) == {"step": 2}
+    reason = "its sha256 is not the manifest's"
+    assert keeper.restore_latest(run.strategy, run.ema, only_due=True) == {"step": 2}
 
 
 def test_what_evaluation_needs_is_not_removed(tmp_path, run):

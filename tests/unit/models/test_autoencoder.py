@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from diffusers.models import model_loading_utils
 
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
-from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.errors import ConfigError, exit_status
 from lpl_pretrain.models.autoencoder import LatentScaling, latent_scaling, load_autoencoder, sample_posterior
 from tests.support.autoencoders import tiny_folder
 from tests.support.configs import dataset_index
@@ -45,6 +46,24 @@ def test_folder_that_is_no_autoencoder(tmp_path):
     (tmp_path / "x" / "diffusion_pytorch_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="cannot load it"):
         load_autoencoder(folder)
+
+
+def test_weights_that_cannot_be_read_now_say_why(tmp_path, monkeypatch):
+    """diffusers takes them for missing, and tells nothing of the disk."""
+    folder = tiny_folder(tmp_path)
+    load_autoencoder(folder)
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith(".safetensors") and refuses:
+            refuses.pop()
+            raise OSError(116, "Stale file handle", str(path))
+        return real(path, *args, **kwargs)
+
+    real, refuses = open, [True]
+    monkeypatch.setattr(model_loading_utils, "open", refused, raising=False)
+    with pytest.raises(ConfigError, match="cannot load it as an AutoencoderKL: Stale file handle") as error:
+        load_autoencoder(folder)
+    assert not refuses and exit_status(error.value) == 1, "another try may find them"
 
 
 def test_scaling_there_and_back():
