@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from lpl_pretrain.config.best import best_entry, find_best
+from pathlib import Path
+
+from lpl_pretrain.config.best import best_entry, find_best, read_best
 from lpl_pretrain.config.protocol import EvaluateConfig
-from lpl_pretrain.config.records import read_records
+from lpl_pretrain.config.records import Record, read_records
 from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation.files import publish_json
 
 
@@ -19,7 +22,8 @@ def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
     if best is None:
         metrics = sorted({entry["metric"] for record in records for entry in record["results"]})
         return [*warnings, f"best={protocol.best}: no score is called so; there are {', '.join(metrics)}"]
-    publish_json(run_dir.best(protocol.name), best)
+    if not holds(run_dir.best(protocol.name), best):
+        publish_json(run_dir.best(protocol.name), best)
     later = [record["step"] for record in records if record["step"] > best["step"] and best_entry(record, protocol.best)]
     if len(later) >= protocol.patience:
         warnings.append(
@@ -27,3 +31,11 @@ def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
             f"(now step {later[-1]}): the run may be diverging or overfitting"
         )
     return warnings
+
+
+def holds(path: Path, best: Record) -> bool:
+    """Whether this best-checkpoint file is there, sound, and says so."""
+    try:
+        return read_best(path) == best
+    except DataError:
+        return False

@@ -264,14 +264,14 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
 
 
 def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
-    """Write a damaged best-checkpoint file anew, from the records."""
+    """Bring the best-checkpoint file up to the records: it may be damaged, or an evaluator ended between a record and this file."""
     path = run_dir.best(protocol.name)
-    if protocol.best is None or not os.path.lexists(path):
-        return
-    try:
-        read_best(path)
-    except DataError as error:
-        log.warning("%s: it is written anew from the records", error)
+    if protocol.best is not None and os.path.lexists(path):
+        try:
+            read_best(path)
+        except DataError as error:
+            log.warning("%s: it is written anew from the records", error)
+    if any(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
         for warning in note_best(run_dir, protocol):
             log.warning("%s", warning)
 

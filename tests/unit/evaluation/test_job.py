@@ -299,3 +299,18 @@ def test_what_a_killed_evaluator_left_of_a_scored_step_is_removed(run):
         (folder / "killed.0123456789ab.partial").mkdir()
         list(job.evaluate(run.run_dir, protocol, CPU, [6]))
         assert lease.held and list(folder.glob("killed.*.partial"))
+
+
+@pytest.mark.parametrize("left", ["nothing", "an older one"])
+def test_the_best_checkpoint_follows_the_records_where_an_evaluator_ended_between_the_two(run, left):
+    protocol = run.protocol(name="between", images=4, metrics=["kid"], kid_subset_size=4, best="kid_averages")
+    list(job.evaluate(run.run_dir, protocol, CPU))
+    path = run.run_dir.best("between")
+    whole, best = path.read_bytes(), json.loads(path.read_text())
+    assert list(job.evaluate(run.run_dir, protocol, CPU)) == [] and path.read_bytes() == whole
+    path.unlink()
+    if left == "an older one":
+        (other,) = {3, 6} - {best["step"]}
+        entry = json.loads(run.run_dir.evaluation(other, "between").read_text())["results"][0]
+        path.write_text(json.dumps({"step": other, **{key: entry[key] for key in best.keys() - {"step"}}}))
+    assert list(job.evaluate(run.run_dir, protocol, CPU)) == [] and path.read_bytes() == whole
