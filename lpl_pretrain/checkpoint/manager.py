@@ -28,7 +28,7 @@ from lpl_pretrain.checkpoint.verify import (
     warn_passed_over,
 )
 from lpl_pretrain.config.best import best_steps
-from lpl_pretrain.config.rundir import MANIFEST, RunDir
+from lpl_pretrain.config.rundir import MANIFEST, REMOVING, WRITING, RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, is_transient
 from lpl_pretrain.parallel.strategy import Piece, Strategy
@@ -36,8 +36,6 @@ from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.lease import is_stale
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.world import World
-
-WRITING, REMOVING = ".writing_", ".removing_"
 
 
 class HasPieces(Protocol):
@@ -276,11 +274,11 @@ class CheckpointManager:
 
     def _sweep(self) -> None:
         """Remove what interrupted saves and removals left behind."""
-        for parent in (self.run_dir.checkpoints, self.run_dir.snapshot(0).parent):
-            for folder in parent.glob(f"{WRITING}*"):
-                self._remove(folder)
-            for folder in parent.glob(f"{REMOVING}*"):
+        for folder in self.run_dir.interrupted():
+            if folder.name.startswith(REMOVING):
                 _delete(folder)
+            else:
+                self._remove(folder)
 
     def _retain(self) -> None:
         """Remove what is older than the `keep_last` newest checkpoints that look sound, and not wanted otherwise."""

@@ -34,7 +34,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     world = World.from_environment()
     if (words := finished(config, run_dir)) is not None:
         if world.rank == 0:
-            remove_lease_of_the_dead(run_dir.live, world)
+            remove_leftovers(run_dir, world)
             print(f"{run_dir.path}: {words}{unscored(config, run_dir)}")
         return
     missing = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
@@ -201,11 +201,12 @@ def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
     )
 
 
-def remove_lease_of_the_dead(path: Path, world: World) -> None:
-    """Of a process that was killed between the last checkpoint and its end."""
-    if path.exists():
-        with suppress(CheckpointError), Lease(path, job=world.scheduler_job()):
-            pass
+def remove_leftovers(run_dir: RunDir, world: World) -> None:
+    """Of a process that was killed between the last checkpoint and its end: its lease, checkpoints that it was removing."""
+    if run_dir.live.exists() or run_dir.interrupted():
+        with suppress(CheckpointError), Lease(run_dir.live, job=world.scheduler_job()) as lease:
+            for folder in run_dir.interrupted() if lease.held else []:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def give_way(run_dir: RunDir) -> NoReturn:

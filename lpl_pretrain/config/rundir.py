@@ -20,6 +20,8 @@ from lpl_pretrain.config.steps import step_name, step_of
 from lpl_pretrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+WRITING, REMOVING = ".writing_", ".removing_"
+"""Before the name of the folder of a checkpoint or snapshot that is being saved or removed."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ class RunDir:
     def complete_checkpoints(self) -> list[int]:
         """Steps whose checkpoint has its manifest (written last), ascending."""
         return _complete(self.checkpoints)
+
+    def interrupted(self) -> list[Path]:
+        """Folders of checkpoints and snapshots that are being saved or removed, or whose saving or removal was interrupted."""
+        parents = (self.checkpoints, self.path / "snapshots")
+        return [folder for parent in parents for kind in (WRITING, REMOVING) for folder in parent.glob(f"{kind}*")]
 
     def unusable_checkpoints(self) -> list[str]:
         """Names of step folders that are no complete checkpoint.

@@ -36,13 +36,16 @@ def test_a_finished_run_is_left_alone(world, finished, ranks, changes, words):
     assert snapshot(finished) == before
 
 
-def test_a_finished_run_loses_the_lease_of_a_process_that_was_killed_at_its_end(world, finished):
+def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(world, finished):
     before = snapshot(finished)
     holder = {"token": "of the killed", "job": "", "host": socket.gethostname(), "pid": 2**22 + 1, "since": 0.0}
     (finished / "live.lease").write_text(json.dumps(holder))
+    (finished / "checkpoints" / ".removing_step_00000004" / "part").mkdir(parents=True)
     lpl("train", world / "train.yaml", f"run_dir={finished}")
     after = snapshot(finished)
-    assert after.pop(finished) != before.pop(finished) and after == before, "the folder has lost that file, and nothing else"
+    for folder in (finished, finished / "checkpoints"):
+        assert after.pop(folder) != before.pop(folder)
+    assert after == before, "two folders have lost these, and nothing else changed"
 
 
 def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finished):
