@@ -17,6 +17,8 @@ from tests.slurm.packages import missing
 from tests.support.commands import lpl
 from tools.faults.campaign import Tally, Violation
 
+LPL_FROM = 60
+"""lpl.start_step of the training."""
 NAME, STRATEGY = "launch", STRATEGIES["fsdp2"]
 
 
@@ -95,7 +97,7 @@ def ending(cluster: Cluster, folder: Path, job: Job, run: Path) -> list[str]:
     """What is wrong with the weights, the samples and the processes of the whole run."""
     job.launch("cancel", run)
     job.wait(lambda: cluster.job_state(job.id) in ("FAILED", "CANCELLED", ""), "its end")
-    last = max(job.steps()) + EVERY
+    last = max(*job.steps(), LPL_FROM) + EVERY
     whole, other = [*STRATEGY, f"steps={last}"], folder / "alone"
     lpl("train", folder / "train.yaml", f"run_dir={other}", *whole, ranks=4)
     job = Job(cluster, folder, run, *whole)
