@@ -110,7 +110,7 @@ def ending(cluster: Cluster, folder: Path, job: Job, run: Path) -> list[str]:
         problems.append(f"audit: {audit.stdout}{audit.stderr}")
     if left := job.ranks():
         problems.append(f"processes are left: {left}")
-    hidden = [str(path.relative_to(run)) for path in run.rglob(".*")]
+    hidden = [str(path.relative_to(run)) for path in run.rglob(".*") if not path.is_symlink()]  # submitit keeps such links
     if hidden:
         problems.append(f"temporaries are left: {', '.join(hidden[:6])}")
     return problems
