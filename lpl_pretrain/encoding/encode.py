@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
 from lpl_pretrain.encoding.writer import PartWriter, Superseded, record_path
 from lpl_pretrain.errors import ConfigError, DataError, is_transient
 from lpl_pretrain.runtime import rng
+from lpl_pretrain.runtime.files import scratch_folder
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import leaves_traces
 from lpl_pretrain.runtime.world import World
@@ -166,17 +166,19 @@ class PartEncoder:
         """One pass over all parts, so that decoding never waits for a part to end."""
         total = None if any(part.samples is None for part in parts) else sum(part.samples or 0 for part in parts)
         leaves_traces()
-        with tempfile.TemporaryDirectory(prefix="lpl-encode-") as scratch:
+        remote = any(part.unit.is_remote_tar for part in parts)
+        with scratch_folder("lpl-encode") if remote else nullcontext(Path()) as scratch:
             decoded = map_ahead(
                 self._decode,
-                _work(parts, Path(scratch)),
+                _work(parts, scratch),
                 threads=DECODE_THREADS,
                 ahead=max(4 * self.config.batch_size, DECODE_THREADS),
             )
             with closing(decoded), progress(total, " pictures", "encode") as bar:
                 for part in parts:
                     self._encode_part(part, decoded, bar.update)
-                    (Path(scratch) / part.name).unlink(missing_ok=True)
+                    if part.unit.is_remote_tar:
+                        (scratch / part.name).unlink(missing_ok=True)
 
     def _decode(self, item: Picture | Problem | None) -> Decoded | Problem | None:
         if not isinstance(item, Picture):

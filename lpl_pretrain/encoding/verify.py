@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +26,7 @@ from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
 from lpl_pretrain.encoding.shard_checks import Check, check_shards, moments_as_floats, open_shard
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.runtime.files import scratch_folder
 
 WORSE_DB = 1.0
 """A stored latent may decode so much worse than one encoded afresh, for its rounding and for other hardware."""
@@ -129,8 +129,8 @@ def _check_null_text(config: EncodeConfig, index: DatasetIndex, networks: Networ
 @torch.inference_mode()
 def _check_pictures(config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan, count: int) -> Check:
     problems, stored_db, fresh_db = [], [], []
-    with TemporaryDirectory(prefix="lpl-verify-") as scratch:
-        for shard, row, item in _find_pictures(config, index, plan, count, Path(scratch)):
+    with scratch_folder("lpl-verify") as scratch:
+        for shard, row, item in _find_pictures(config, index, plan, count, scratch):
             where = shard.where(row)
             if shard.offsets.micro[row].tolist() != [*item.source_px, *item.fit.resized_px, *item.fit.crop_px]:
                 problems.append(f"{where}: its recorded sizes are not those of {item.picture.origin}")

@@ -156,7 +156,15 @@ class PartWriter:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def discard(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+        """Remove what was written, unless the part's record names it: then it is what `place_shards` has still to move."""
+        try:
+            recorded = self.staging.name in record_path(self.folder, self.part).read_text()
+        except FileNotFoundError:
+            recorded = False
+        except OSError:  # nobody can know: it goes with the records when the folder is finished
+            recorded = True
+        if not recorded:
+            shutil.rmtree(self.staging, ignore_errors=True)
 
     def _write(self, bucket: tuple[int, int]) -> None:
         pieces, offsets = self._open.pop(bucket).finish()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -52,8 +54,23 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder in TMPDIR, which is removed at the end.  Those that killed processes of this machine left are removed first."""
+    parent = Path(tempfile.gettempdir())
+    leaves_traces()
+    with suppress(OSError):  # those of other users
+        remove_leftovers(parent)
+    folder = temporary_name(parent / name)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Temporary files whose process was on this machine and is gone; looked for once by each process and folder."""
+    """Temporary files and folders whose process was on this machine and is gone; looked for once by each process and folder."""
     _remove_leftovers(folder, os.getpid())
 
 
@@ -64,7 +81,14 @@ def _remove_leftovers(folder: Path, pid: int) -> None:
     for name in os.listdir(folder):
         found = LEFTOVER.match(name)
         if found and found["host"] == _host() and not Path(f"/proc/{found['pid']}").exists():
-            (folder / name).unlink(missing_ok=True)
+            _remove(folder / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _host() -> str:

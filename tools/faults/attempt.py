@@ -126,7 +126,8 @@ class Attempt:
         for pid in before:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        while old.running() and not old.failed() and time.monotonic() < deadline:
+        while old.running() and not old.failed() and (now := time.monotonic()) < deadline:
+            self._continue(now)
             time.sleep(POLL_S)
         if old.running() and not old.failed():
             self.problems.append(f"went on for {GIVES_WAY_S:.0f} s without its lease")

@@ -23,8 +23,8 @@ Undisturbed = tuple[dict[str, bytes], dict[int, Trace], dict[int, float]]
 """(results, {ranks: calls that were made}, {ranks: seconds})."""
 DISTURBED, CLEAN = 8, 3
 """Starts of one iteration that are disturbed at most; and undisturbed ones that may fail before it is given up."""
-OF_OTHERS = ("torchelastic_", "pymp-", "torchinductor_")
-"""Temporaries of torchrun and torch, which are not ours to remove."""
+OF_OTHERS = ("torchelastic_", "pymp-", "torchinductor_", "wandb-")
+"""In names of temporaries of torch and wandb, which are not ours to remove."""
 COLD_EVERY = 12
 """Of so many iterations one is started as a user does it: with all imports of its own, several ranks by torchrun."""
 
@@ -167,7 +167,7 @@ class Campaign:
         if left := series.temporaries(folder):
             problems.append(f"temporaries are left: {', '.join(left[:6])}")
         scratch = sorted(path.name for path in (self.folder / "scratch").iterdir())
-        if scratch := [name for name in scratch if not name.startswith(OF_OTHERS)]:
+        if scratch := [name for name in scratch if not any(other in name for other in OF_OTHERS)]:
             problems.append(f"temporaries are left in TMPDIR: {', '.join(scratch[:6])}")
             shutil.rmtree(self.folder / "scratch")
         return problems

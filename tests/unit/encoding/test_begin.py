@@ -253,6 +253,27 @@ def test_a_kill_between_a_record_and_its_files_is_made_good(tmp_path: Path, monk
     sound(tmp_path / "latents")
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".offsets.safetensors"])
+def test_a_move_that_is_refused_after_the_record_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """The record names the files: those that are not moved yet must not be discarded with what the error ended."""
+    source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
+    config, replace, refused_names = encode_config(source, output, shard_samples=2), os.replace, list[str]()
+
+    def refused(source: Path, target: Path) -> None:
+        if target.parent == output and target.name.endswith(suffix) and not refused_names:
+            refused_names.append(target.name)
+            raise OSError(116, "Stale file handle", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "replace", refused)
+        with pytest.raises(DataError, match="Stale file handle"):
+            encode(config, FakeAutoencoder())
+    assert not (output / refused_names[0]).exists()
+    encode_whole(config, FakeAutoencoder())
+    sound(output)
+
+
 def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
     source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
     encode_whole(encode_config(source, output, shard_samples=2), FakeAutoencoder())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lpl_pretrain.errors import DataError, LPLError, SaveError, StorageError, exit_status, file_in_use, is_transient
-from lpl_pretrain.runtime.files import naming, published, temporary_name
+from lpl_pretrain.runtime.files import naming, published, scratch_folder, temporary_name
 
 
 def killed_while_writing(path: Path) -> None:
@@ -110,3 +111,16 @@ def test_a_read_that_fails_tells_its_file(tmp_path):
     assert file_in_use(error) == str(tmp_path / "a")
     error.errno = errno.EIO
     assert str(StorageError.of(error)).startswith(f"{tmp_path / 'a'}: ")
+
+
+def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if not (pid := os.fork()):
+        with scratch_folder("work") as folder:
+            (folder / "download").write_text("half")
+            os._exit(1)
+    os.waitpid(pid, 0)
+    (left,) = tmp_path.iterdir()
+    with scratch_folder("work") as folder:
+        assert list(tmp_path.iterdir()) == [folder] and folder != left and folder.stat().st_mode & 0o77 == 0
+    assert not list(tmp_path.iterdir())
