@@ -77,6 +77,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
             score = partial(evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__)
         fence = lease.check if lease else lambda: None
         complete = train(config, run_dir, world, device, stop, score, fence, begin)
+        fence()  # a process that was suspended may find that its heir has made all steps
     if complete:
         log.info("%s: complete", run_dir.path)
     dist.leave(0 if complete or not stop.interrupted else INTERRUPTED)
