@@ -1,7 +1,7 @@
 """Train reference runs and print the sha256 of every tensor of their last checkpoints: a refactoring must not change them.
 
-    python tools/numbers.py --output before.json                         # on the commit before
-    python tools/numbers.py --output after.json --compare before.json    # on the commit after, on the same machine
+    python tools/tensor_hashes.py --output before.json                         # on the commit before
+    python tools/tensor_hashes.py --output after.json --compare before.json    # on the commit after, on the same machine
 
 Runs: emoji_dit_lpl for 60 updates under local, ddp, fsdp2 and zero2, LPL from update 20, once in one go
 and once resumed at 30; the emoji MMDiT for 20; and the scores of the first run.  All in fp32, on at
@@ -35,8 +35,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--compare", type=Path, help="of another commit")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="numbers-") as folder:
-        found = numbers(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="hashes-") as folder:
+        found = all_hashes(Path(folder))
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{len(found)} hashes, {digest(json.dumps(found).encode())[:16]} over all")
     if args.compare is None:
@@ -49,7 +49,7 @@ def main() -> int:
     return int(bool(different))
 
 
-def numbers(folder: Path) -> dict[str, str]:
+def all_hashes(folder: Path) -> dict[str, str]:
     """Hashes by run and tensor."""
     lpl("encode", "configs/encode/emoji.yaml", f"output={folder}/latents")
     lpl("encode", "configs/encode/emoji_text.yaml", f"output={folder}/text_latents")
