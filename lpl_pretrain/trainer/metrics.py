@@ -31,7 +31,7 @@ class Meter:
         self.update = {}
 
     def flush(self) -> dict[str, float]:
-        """Collective. Means over the global batches since the last flush; the host waits for the device here and only here."""
+        """Collective. Means over the global batches since the last flush; the host waits for the device."""
         if not self.sums:
             return {}
         reduced = mean_over_ranks(torch.stack(list(self.sums.values()))).tolist()
