@@ -1,15 +1,19 @@
 # demo: the whole way on real pictures, in 11 to 14 minutes on 2 cores    test: everything CI runs
+# test-fast: the unit tests and those of the architecture, for every edit
 # Both set up .venv on a fresh Debian or Ubuntu machine with Python >= 3.10.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: .venv/.ready
 	bash tools/demo.sh
 
 test: .venv/.ready lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
+test-fast: .venv/.ready lint
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder tests/unit tests/architecture
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

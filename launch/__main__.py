@@ -270,5 +270,10 @@ def resume(run: Path) -> None:
             place_again(watch)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What the console script `lpl-launch` calls."""
     run(commands)
+
+
+if __name__ == "__main__":
+    main()

@@ -320,3 +320,10 @@ def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
     shown = report(tmp_path)
     assert ("straggler   rank 3 on n1: 2.5 times the median in `data`, 3 min ago" in shown) is told
     assert "rank 1" not in shown and "step        4" in shown
+
+
+def test_the_console_script_is_the_module():
+    script = subprocess.run([Path(sys.executable).with_name("lpl-launch"), "--help"], capture_output=True, text=True)
+    usage, _, options = script.stdout.partition("\n")
+    assert usage.startswith("Usage: lpl-launch") and "SLURM" in options
+    assert launch("--help").stdout.partition("\n")[2] == options
