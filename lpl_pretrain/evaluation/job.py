@@ -46,6 +46,8 @@ from lpl_pretrain.runtime.world import World
 
 PACKAGES = ("lpl-pretrain", "torch", "diffusers", "timm", "torchvision", "transformers", "Pillow")
 PIXELS = "pixels"
+KEY_LENGTH = 12
+"""Hexadecimal digits in the name of a folder of features."""
 FREE_TO_CHANGE = {"best", "patience", "keep_images", "few_images"}
 """Keys of a protocol that its scores do not depend on."""
 
@@ -185,7 +187,7 @@ class Job:
     def _work(self, step: int, manifest: bytes) -> Path:
         """Where features wait until the record is written; of another protocol or checkpoint they are not taken up again."""
         facts = [self.protocol.model_dump(mode="json"), [e.identity() for e in self.extractors], self.run.index.fingerprint]
-        key = hashlib.sha256(json.dumps(facts).encode() + manifest).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps(facts).encode() + manifest).hexdigest()[:KEY_LENGTH]
         return self.run.run_dir.evaluation(step, self.protocol.name).with_suffix(f".{key}.partial")
 
     def _results(self, step: int, work: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -279,7 +281,8 @@ def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
 def remove_leftovers(run_dir: RunDir, protocol: str) -> None:
     """Of steps that have their score: a lease and features whose removal was refused, or whose evaluator was killed before it."""
     for record in run_dir.path.glob(f"evaluations/step_*/{protocol}.json"):
-        lease, features = Lease(record.with_suffix(".lease")), list(record.parent.glob(f"{protocol}.*.partial"))
+        lease = Lease(record.with_suffix(".lease"))
+        features = list(record.parent.glob(f"{protocol}.{'[0-9a-f]' * KEY_LENGTH}.partial"))
         if (features or lease.path.exists()) and lease.take():
             for folder in features:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -289,10 +289,11 @@ def test_what_a_killed_evaluator_left_of_a_scored_step_is_removed(run):
     holder = {"token": "of the killed", "job": "", "host": socket.gethostname(), "pid": ended.pid, "since": 0.0}
     run.run_dir.evaluation_lease(3, "killed").write_text(json.dumps(holder))
     (folder / "killed.0123456789ab.partial" / "ema_w1_seed0").mkdir(parents=True)
-    others = folder / "another.0123456789ab.partial"
-    others.mkdir()
+    others = [folder / f"{protocol}.0123456789ab.partial" for protocol in ("another", "killed.too")]
+    for other in others:
+        other.mkdir()
     list(job.evaluate(run.run_dir, protocol, CPU, [6]))
-    assert not run.run_dir.evaluation_leases() and not list(folder.glob("killed.*.partial")) and others.is_dir()
+    assert not run.run_dir.evaluation_leases() and sorted(folder.glob("*.partial")) == others
     assert run.run_dir.evaluation(3, "killed").read_bytes() == scored
 
     with Lease(run.run_dir.evaluation_lease(3, "killed")) as lease:  # an evaluator at work on it again
