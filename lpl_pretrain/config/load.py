@@ -34,14 +34,21 @@ __all__ = [
     "validate",
 ]
 MAX_BASES = 16
+ALTERNATIVES = {
+    "lpl": frozenset({"weight", "target_share"}),
+    "lpl.gate": frozenset({"min_snr", "max_noise_level", "max_timestep"}),
+    "init_from": frozenset({"run", "file", "diffusers"}),
+}
+"""By section: keys of which exactly one is set.  A file over its base, or an override, replaces the one that was there."""
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Raises ConfigError that lists every wrong key or value at once, up to a limit."""
     raw = _read_with_base(expand(path), seen=())
+    given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
-        _apply_override(raw, override)
+        _apply_override(raw, override, given)
     return validate(cls, raw, where=str(path))
 
 
@@ -92,17 +99,20 @@ def _read_with_base(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     return _merge(_read_with_base(other, (*seen, real)), raw)
 
 
-def _merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def _merge(base: dict[str, Any], delta: dict[str, Any], section: str = "") -> dict[str, Any]:
+    alternatives = ALTERNATIVES.get(section, frozenset())
+    replaced = alternatives if alternatives & delta.keys() else frozenset()
+    merged = {key: value for key, value in base.items() if key not in replaced}
     for key, value in delta.items():
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            value = _merge(old, value)
+            value = _merge(old, value, f"{section}.{key}" if section else key)
         merged[key] = value
     return merged
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str, given: set[str]) -> None:
+    """`given`: the keys of all overrides; two alternatives among them are left to the section's own check."""
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
@@ -122,6 +132,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         section[parts[-1]] = read_value(text)
     except ConfigError as error:
         raise ConfigError(f"{short(override)}: its {error}; put quotes around a text") from None
+    where = ".".join(parts[:-1])
+    alternatives = ALTERNATIVES.get(where, frozenset())
+    for other in alternatives if parts[-1] in alternatives else ():
+        if f"{where}.{other}" not in given | {key}:
+            section.pop(other, None)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

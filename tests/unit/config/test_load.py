@@ -148,6 +148,22 @@ def test_a_section_of_another_kind_replaces(tmp_path):
     assert (deep.depth, deep.width) == (3, 32)
 
 
+def test_one_of_several_alternatives_replaces_another(tmp_path):
+    """Over a base and by an override; two in one place stay a mistake."""
+    recipe = CONFIGS / "train/emoji_dit_lpl.yaml"
+    config = load_config(TrainConfig, recipe, ["lpl.gate.max_noise_level=0.5", "lpl.weight=2"])
+    assert (config.lpl.gate.min_snr, config.lpl.gate.max_noise_level) == (None, 0.5)
+    assert (config.lpl.weight, config.lpl.target_share) == (2, None)
+    delta = tmp_path / "delta.yaml"
+    delta.write_text(f"base: {recipe}\nlpl: {{gate: {{max_noise_level: 0.5}}}}\n")
+    assert load_config(TrainConfig, delta).lpl.gate.max_noise_level == 0.5
+    with pytest.raises(ConfigError, match="exactly one of min_snr"):
+        load_config(TrainConfig, recipe, ["lpl.gate.min_snr=3", "lpl.gate.max_noise_level=0.5"])
+    delta.write_text(f"base: {recipe}\nlpl: {{gate: {{max_noise_level: 0.5, min_snr: 3}}}}\n")
+    with pytest.raises(ConfigError, match="exactly one of min_snr"):
+        load_config(TrainConfig, delta)
+
+
 def test_a_file_inside_an_installed_package():
     assert resolve_path("package:pydantic/main.py").is_file()
     for text in ("package:no_such_package/x", "package:pydantic/no_such_file"):
