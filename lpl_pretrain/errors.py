@@ -29,8 +29,8 @@ TRANSIENT_ERRNOS = frozenset(
 """Of storage, memory and networks: what fails with one of these may succeed when it is tried again."""
 
 
-RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""In the text of errors that are no OSError: safetensors writes its files in Rust."""
+SYSTEM_ERROR = re.compile(r"\((?:os error )?(\d+)\)")
+"""In the text of errors that are no OSError: those of Rust, in which safetensors is written, and of torch."""
 
 
 LOST_RANK = re.compile(r"[Cc]onnection (closed by|reset by|was likely closed)|Broken pipe|remote process exited")
@@ -93,7 +93,8 @@ class StorageError(LPLError):
         remedy = "look at the file system, then run the same command again"
         if isinstance(error, OSError) and is_transient(error):
             return cls(f"{error.filename2 or error.filename or file_in_use(error)}: {error.strerror}: {remedy}")
-        if (found := RUST_OS_ERROR.search(str(error))) and int(found[1]) in TRANSIENT_ERRNOS:
+        found = SYSTEM_ERROR.search(str(error))
+        if found and int(found[1]) in TRANSIENT_ERRNOS and os.strerror(int(found[1])) in str(error):
             return cls(f"{file_in_use(error)}: {error}: {remedy}")
         return None
 

@@ -58,7 +58,8 @@ class Ledger:
             self.file.write(json.dumps({"start": self.start, "step": step, "samples": places}) + "\n")
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
 
 @dataclass

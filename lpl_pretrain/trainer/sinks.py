@@ -54,7 +54,8 @@ class Sinks:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with naming(self.path):  # lines that a full disk has refused are tried again
+                self.file.close()
         if self.mirror is not None:
             self.mirror.close()
 

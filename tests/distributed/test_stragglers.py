@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.stream import LatentStream
+from lpl_pretrain.runtime import timer
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.trainer import stragglers
 from lpl_pretrain.trainer.loop import train
@@ -25,25 +24,45 @@ def data(tmp_path_factory):
     return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
-def slowed(function, seconds):
-    return lambda *args, **options: (time.sleep(seconds), function(*args, **options))[1]
+class Clock:
+    """In place of the timers' `time`: it goes on only where a test says so, whatever the load of the machine."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def passing(self, seconds, function):
+        """`function`, which takes so long."""
+
+        def call(*args, **options):
+            self.now += seconds
+            return function(*args, **options)
+
+        return call
+
+    def late(self, seconds, batches):
+        for batch in batches:
+            self.now += seconds
+            yield batch
 
 
 def train_slowly(world, device, data, folder, measure):
-    """Rank SLOW_RANK is slow by `measure`, for real where the machine's load does not matter; all other ranks are alike."""
-    slow = world.rank == SLOW_RANK
+    """Rank SLOW_RANK is slow by `measure`; all other ranks are alike."""
+    slow, clock = world.rank == SLOW_RANK, Clock()
     config = train_config(
         data__folder=data[0], autoencoder=data[1], steps=8, batch__global_batch_size=6, parallel={"strategy": "ddp"}
     )
+    prefetch = LatentStream.prefetch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.gethostname", lambda: f"node{world.rank}")
+        patch.setattr(timer, "time", clock)
         patch.setattr(stragglers, "LOOK_S", 0.0)
-        patch.setattr(Updater, "update", slowed(Updater.update, UPDATE_S))
-        patch.setattr(stragglers, "run_delay", lambda: time.monotonic() / 2 if slow and measure == "core" else 0.0)
+        patch.setattr(Updater, "update", clock.passing(UPDATE_S, Updater.update))
+        patch.setattr(stragglers, "run_delay", lambda: clock.now / 2 if slow and measure == "core" else 0.0)
         if slow and measure == "data":
-            patch.setattr(LatentStream, "read", slowed(LatentStream.read, 2 * UPDATE_S))
-        go = stragglers.Probe._go if measure == "device" else lambda self: 0.001
-        patch.setattr(stragglers.Probe, "_go", lambda self: sum(go(self) for _ in range(8 if slow and measure == "device" else 1)))
+            patch.setattr(LatentStream, "prefetch", lambda *args: clock.late(2 * UPDATE_S, prefetch(*args)))
+        patch.setattr(stragglers.Probe, "_go", lambda self: 0.008 if slow and measure == "device" else 0.001)
         return train(config, RunDir(folder), world, device, StopRequest())
 
 

@@ -95,6 +95,9 @@ def test_errors_of_safetensors_are_errors_of_storage(tmp_path):
     assert full != absent, absent
     assert StorageError.of(raised.value) is None
     assert "No space left on device" in str(StorageError.of(SafetensorError(full)))
+    torchs = "Error closing file </runs/x>: Input/output error (5)"
+    assert "Input/output error" in str(StorageError.of(RuntimeError(torchs)))
+    assert StorageError.of(RuntimeError("the size of tensor a (5) must match the size of tensor b (28)")) is None
 
 
 def test_a_read_that_fails_tells_its_file(tmp_path):

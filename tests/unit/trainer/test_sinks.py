@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -32,3 +33,14 @@ def test_who_has_lost_the_run_writes_no_line(tmp_path):
         sinks.metrics(1, {})
     sinks.close()
     assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's")
+def test_a_line_that_is_refused_when_the_file_is_closed_names_the_file(tmp_path):
+    sinks = Sinks(RunDir(tmp_path), train_config(), rank=0)
+    sinks.file.close()
+    sinks.file = open("/dev/full", "a")
+    sinks.file.write("a line")
+    with pytest.raises(OSError) as error:
+        sinks.close()
+    assert error.value.filename == str(RunDir(tmp_path).metrics)
