@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Container
 from datetime import timedelta
@@ -12,7 +13,7 @@ from lpl_pretrain.config.load import load_config, load_run_config
 from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.errors import CheckpointError, ConfigError
+from lpl_pretrain.errors import CheckpointError, ConfigError, is_transient
 from lpl_pretrain.runtime.mirror import Mirror
 from lpl_pretrain.runtime.world import World
 
@@ -69,8 +70,11 @@ def run(
         )
         print("\n".join(table(records)) if records else unscored)
         print("\n".join(f"not scored: {text}" for text in damaged), end="\n" if damaged else "")
+    again = any(is_transient(CheckpointError(text)) for text in damaged)  # the same command may score them
     if world.world_size > 1:
-        dist.leave()
+        dist.leave(int(again))
+    if again:
+        sys.exit(1)
 
 
 def open_mirror(run_dir: RunDir) -> Mirror | None:

@@ -79,6 +79,26 @@ def test_the_command_ends_though_one_is_damaged(run, tmp_path, capsys):
         evaluate_command.run(str(run.run_dir.path), str(path), [], None)
 
 
+def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(run, tmp_path, capsys, monkeypatch):
+    """The exit status says so to a scheduler; the others are scored."""
+    path = tmp_path / "protocol.yaml"
+    path.write_text(dump(protocol_of(run)))
+    real = job.Job._manifest
+
+    def refused(self, step):
+        if step == 3:
+            raise CheckpointError(f"{self.run.run_dir.checkpoint(step)}: Input/output error")
+        return real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.Job, "_manifest", refused)
+        with pytest.raises(SystemExit) as ended:
+            evaluate_command.run(str(run.run_dir.path), str(path), [], None)
+    assert ended.value.code == 1 and "Input/output error" in capsys.readouterr().out
+    evaluate_command.run(str(run.run_dir.path), str(path), [], None)
+    assert run.run_dir.pending_evaluations(protocol_of(run).name) == []
+
+
 @pytest.mark.parametrize("when", ["with its lease", "with its weights"])
 def test_a_checkpoint_may_be_removed_at_any_moment(run, caplog, monkeypatch, when):
     folder = run.run_dir.checkpoint(3)
