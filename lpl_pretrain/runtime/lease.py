@@ -60,7 +60,12 @@ class Lease:
         return self._thread is not None and (_read(self.path) or {}).get("token") == self.token
 
     def check(self) -> None:
-        """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's way."""
+        """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's way.
+
+        Raises SaveError once it was released, for what still saves in the background while an error ends the training.
+        """
+        if self._over.is_set():
+            raise SaveError(f"{self.path}: was released, for training has ended: nothing is saved any more")
         if not self.held:
             self.on_loss()
 
@@ -154,9 +159,10 @@ class Lease:
     def _keep_touching(self) -> None:
         while not self._over.wait(self.touch_s):
             with suppress(OSError):  # of a file system that may come back
-                self.check()
                 if self.held:
                     os.utime(self.path)
+                else:
+                    self.on_loss()
 
 
 def is_stale(path: Path, stale_s: float = STALE_S) -> bool:

@@ -293,3 +293,13 @@ def test_a_full_disk_may_be_tried_again(tmp_path, monkeypatch):
 def test_of_many_at_once_one_gets_a_torn_one(tmp_path, torn):
     (tmp_path / "x.lease").write_bytes(torn)
     assert winners(tmp_path / "x.lease") == 1
+
+
+def test_a_released_lease_is_not_a_lost_one(tmp_path):
+    """A save in the background may ask after an error has ended the training: that error is what is told."""
+    lost = []
+    with Lease(tmp_path / "x.lease", on_loss=lambda: lost.append(1)) as lease:
+        lease.check()
+    with pytest.raises(SaveError, match="x.lease: was released"):
+        lease.check()
+    assert not lost
