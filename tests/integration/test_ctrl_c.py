@@ -57,7 +57,7 @@ def test_a_second_one_leaves_at_once(world, ranks):
     run = world / f"twice_{ranks}"
     settings = [*LONG, "batch.global_batch_size=1024", "batch.micro_batch_size=8", *["parallel.strategy=ddp"] * (ranks > 1)]
     process = begin("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
-    wait_for(process, lambda: steps(run) >= 1)
+    wait_for(process, lambda: steps(run) >= 2)  # Ctrl-C waits for a step from behind the first line on
     ctrl_c(process)
     said = process.stderr.readline()
     while "a second Ctrl-C leaves at once" not in said:
