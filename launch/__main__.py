@@ -73,7 +73,7 @@ def train(
         scorer = Scorer(evaluate_with, (), cluster, changes, at_most)
         for run in runs:
             check_sampler(run.settings.diffusion.prediction, scorer.settings.sampler)
-    left = [run for run in runs if not told_finished(run.settings, run.run_dir)]
+    left = [run for run in runs if not report_if_finished(run.settings, run.run_dir)]
     begun: dict[Path, str] = {}
     if not left:
         pass  # its checkpoints may still have to be scored
@@ -89,8 +89,8 @@ def train(
             scorer.place(run.run_dir, after=begun.get(run.run_dir), dry_run=dry_run)
 
 
-def told_finished(settings: TrainConfig, run_dir: Path) -> bool:
-    """True for a run that has made all its steps, which is said instead of submitting it."""
+def report_if_finished(settings: TrainConfig, run_dir: Path) -> bool:
+    """Print why there is nothing to train, and return True, for a run that has made all its steps."""
     from lpl_pretrain.config.start import finished
 
     words = finished(settings, RunDir(run_dir))

@@ -92,7 +92,7 @@ class StorageError(LPLError):
         """None for an error that no file system has raised, or that another try would meet again."""
         remedy = "look at the file system, then run the same command again"
         if isinstance(error, OSError) and is_transient(error):
-            return cls(f"{error.filename2 or error.filename or file_in_use(error)}: {error.strerror}: {remedy}")
+            return cls(f"{error.filename2 or error.filename or file_in_use(error)}: {error.strerror or error}: {remedy}")
         found = SYSTEM_ERROR.search(str(error))
         if found and int(found[1]) in TRANSIENT_ERRNOS and os.strerror(int(found[1])) in str(error):
             return cls(f"{file_in_use(error)}: {error}: {remedy}")

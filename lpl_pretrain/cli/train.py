@@ -34,7 +34,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     world = World.from_environment()
     if (words := finished(config, run_dir)) is not None:
         if world.rank == 0:
-            remove_leftovers(run_dir, world)
+            clean_finished_run(run_dir, world)
             print(f"{run_dir.path}: {words}{unscored(config, run_dir)}")
         return
     missing = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
@@ -202,8 +202,8 @@ def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
     )
 
 
-def remove_leftovers(run_dir: RunDir, world: World) -> None:
-    """Of a process that was killed between the last checkpoint and its end: its lease, checkpoints that it was removing."""
+def clean_finished_run(run_dir: RunDir, world: World) -> None:
+    """Remove the lease and half-removed checkpoints of a process that was killed after the last checkpoint."""
     if run_dir.live.exists() or run_dir.interrupted():
         with suppress(CheckpointError), Lease(run_dir.live, job=world.scheduler_job()) as lease:
             for folder in run_dir.interrupted() if lease.held else []:

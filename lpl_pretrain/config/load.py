@@ -135,7 +135,7 @@ def _apply_override(raw: dict[str, Any], override: str, given: set[str]) -> None
     where = ".".join(parts[:-1])
     alternatives = ALTERNATIVES.get(where, frozenset())
     for other in alternatives if parts[-1] in alternatives else ():
-        if f"{where}.{other}" not in given | {key}:
+        if f"{where}.{other}" not in given:
             section.pop(other, None)
 
 

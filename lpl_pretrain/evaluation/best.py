@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lpl_pretrain.config.best import best_entry, find_best, read_best
@@ -10,6 +11,7 @@ from lpl_pretrain.config.records import Record, read_records
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation.files import publish_json
+from lpl_pretrain.runtime.log import log
 
 
 def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
@@ -31,6 +33,19 @@ def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
             f"(now step {later[-1]}): the run may be diverging or overfitting"
         )
     return warnings
+
+
+def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
+    """Rewrite the best-checkpoint file where the records disagree: an evaluator may have ended before it wrote it."""
+    path = run_dir.best(protocol.name)
+    if protocol.best is not None and os.path.lexists(path):
+        try:
+            read_best(path)
+        except DataError as error:
+            log.warning("%s: it is written anew from the records", error)
+    if any(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
+        for warning in note_best(run_dir, protocol):
+            log.warning("%s", warning)
 
 
 def holds(path: Path, best: Record) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.best import read_best
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import differences, load_run_config, validate
 from lpl_pretrain.config.protocol import EvaluateConfig
@@ -30,7 +28,7 @@ from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.agree import together
-from lpl_pretrain.evaluation.best import note_best
+from lpl_pretrain.evaluation.best import note_best, renew_best
 from lpl_pretrain.evaluation.features import Extractor, load_extractor
 from lpl_pretrain.evaluation.files import publish_grid, publish_json
 from lpl_pretrain.evaluation.generate import RULES
@@ -81,7 +79,7 @@ def evaluate(
     check_same_protocol(run_dir, protocol)
     if world.rank == 0:
         renew_best(run_dir, protocol)
-        remove_leftovers(run_dir, protocol.name)
+        clean_scored_steps(run_dir, protocol.name)
     if not wanted:
         return
     run, extractors = open_run(run_dir, device, protocol.guide), [load_extractor(entry, device) for entry in protocol.extractors]
@@ -265,21 +263,8 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
             log.warning("%s", text)
 
 
-def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
-    """Bring the best-checkpoint file up to the records: it may be damaged, or an evaluator ended between a record and this file."""
-    path = run_dir.best(protocol.name)
-    if protocol.best is not None and os.path.lexists(path):
-        try:
-            read_best(path)
-        except DataError as error:
-            log.warning("%s: it is written anew from the records", error)
-    if any(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
-        for warning in note_best(run_dir, protocol):
-            log.warning("%s", warning)
-
-
-def remove_leftovers(run_dir: RunDir, protocol: str) -> None:
-    """Of steps that have their score: a lease and features whose removal was refused, or whose evaluator was killed before it."""
+def clean_scored_steps(run_dir: RunDir, protocol: str) -> None:
+    """Remove leases and features of scored steps whose evaluator was killed, or could not remove them."""
     for record in run_dir.path.glob(f"evaluations/step_*/{protocol}.json"):
         lease = Lease(record.with_suffix(".lease"))
         features = list(record.parent.glob(f"{protocol}.{'[0-9a-f]' * KEY_LENGTH}.partial"))

@@ -192,7 +192,7 @@ NEEDS = {
 def start_server(layer: FileLayer) -> None:
     """Of warm processes: the file layer has to be loaded into it, for what is forked off it has no say in that any more."""
     before = os.environ.get("LD_PRELOAD")
-    os.environ["LD_PRELOAD"] = str(layer.library)
+    os.environ["LD_PRELOAD"] = str(layer.shared_object)
     try:
         warm.prefix.cache_clear()
         warm.prefix()

@@ -30,11 +30,11 @@ class FileLayer:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.hits_file, self.full_file = root, folder / "hits", folder / "full"
-        self.library = folder / "layer.so"
+        self.shared_object = folder / "layer.so"
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise FileNotFoundError("no C compiler (cc, gcc or clang), which the fault-injecting file layer needs")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", self.library, SOURCE, "-ldl", "-lpthread"], check=True)
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", self.shared_object, SOURCE, "-ldl", "-lpthread"], check=True)
 
     def environment(self, faults: Sequence[FileFault], first: int = 1, *, trace: bool = False) -> dict[str, str]:
         """Of a process with these faults, which count from `first`."""
@@ -43,7 +43,7 @@ class FileLayer:
             "LPL_CHAOS_HITS": str(self.hits_file),
             "LPL_CHAOS_FULL": str(self.full_file),
             "LPL_CHAOS_PLAN": ";".join(fault.entry(number) for number, fault in enumerate(faults, start=first)),
-            "LD_PRELOAD": str(self.library),
+            "LD_PRELOAD": str(self.shared_object),
             **({"LPL_CHAOS_TRACE": "1"} if trace else {}),
         }
 
