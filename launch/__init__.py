@@ -1,1 +1,3 @@
-"""The same commands on a SLURM cluster: `python -m launch train CONFIG --cluster PROFILE --nodes N`.  No torch in this package."""
+"""The same commands on a SLURM cluster: `python -m launch train CONFIG --cluster PROFILE --nodes
+N`.  No torch in this package.
+"""

@@ -1,4 +1,6 @@
-"""`python -m launch`: submit, watch, follow, cancel and go on.  Parse, check what can be checked here, call one function."""
+"""`python -m launch`: submit, watch, follow, cancel and go on.  Parse, check what can be checked
+here, call one function.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import click
 
 from launch.folder import JobFolder
 from launch.order import Order
-from launch.place import Scorer, as_given, on_cluster, place, place_again, place_array, place_array_again, place_encoding
+from launch.place import (
+    Scorer,
+    as_given,
+    on_cluster,
+    place,
+    place_again,
+    place_array,
+    place_array_again,
+    place_encoding,
+)
 from launch.profile import ClusterProfile
 from launch.script import check_folder, resolved
 from lpl_pretrain.cli.main import run, sampler_of
@@ -24,7 +35,13 @@ if TYPE_CHECKING:
     from lpl_pretrain.config.schema import TrainConfig
 
 RUN = click.argument("run", callback=lambda _context, _argument, given: resolved(given, "RUN"))
-AT_MOST = click.option("--at-most", type=click.IntRange(min=1), default=1, show_default=True, help="Evaluation jobs at a time.")
+AT_MOST = click.option(
+    "--at-most",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Evaluation jobs at a time.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,7 +53,8 @@ def commands() -> None:
     python -m launch status   runs/dit_xl2_in256
     python -m launch sample   runs/dit_xl2_in256 --guidance-scale 4 --cluster configs/cluster/slurm.yaml
     python -m launch logs     runs/dit_xl2_in256 -f
-    python -m launch evaluate runs/dit_xl2_in256 configs/evaluate/in256_50k.yaml --watch --cluster configs/cluster/slurm.yaml
+    python -m launch evaluate runs/dit_xl2_in256 configs/evaluate/in256_50k.yaml --watch --cluster
+    configs/cluster/slurm.yaml
     """
 
 
@@ -44,10 +62,29 @@ def commands() -> None:
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
 @on_cluster
-@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=VALUE,VALUE", help="A run for each value, or combination of values.")
-@click.option("--sweep-at-most", type=click.IntRange(min=1), metavar="N", help="So many of them at the same time.")
-@click.option("--evaluate-with", metavar="PROTOCOL", help="Also submit an evaluation job for every checkpoint, as it comes.")
-@click.option("--evaluate-cluster", metavar="PROFILE", help="Where those run, each on one node; as --cluster when absent.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="KEY=VALUE,VALUE",
+    help="A run for each value, or combination of values.",
+)
+@click.option(
+    "--sweep-at-most",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="So many of them at the same time.",
+)
+@click.option(
+    "--evaluate-with",
+    metavar="PROTOCOL",
+    help="Also submit an evaluation job for every checkpoint, as it comes.",
+)
+@click.option(
+    "--evaluate-cluster",
+    metavar="PROFILE",
+    help="Where those run, each on one node; as --cluster when absent.",
+)
 @AT_MOST
 def train(
     config: str,
@@ -78,7 +115,9 @@ def train(
     if not left:
         pass  # its checkpoints may still have to be scored
     elif sweeps:
-        orders = [Order("train", run.argv, run.run_dir, nodes, config=dump(run.settings)) for run in left]
+        orders = [
+            Order("train", run.argv, run.run_dir, nodes, config=dump(run.settings)) for run in left
+        ]
         jobs = place_array(orders, profile, sweep_at_most, shown="" if dry_run else None)
         begun = {run.run_dir: f"after:{job}" for run, job in zip(left, jobs, strict=True)}
     else:
@@ -103,11 +142,21 @@ def report_if_finished(settings: TrainConfig, run_dir: Path) -> bool:
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
 @on_cluster
-def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, changes: tuple[str, ...], dry_run: bool) -> None:
+def encode(
+    config: str,
+    overrides: tuple[str, ...],
+    cluster: str,
+    nodes: int,
+    changes: tuple[str, ...],
+    dry_run: bool,
+) -> None:
     """Encode CONFIG, in one job for each node; what was finished is left alone."""
     from lpl_pretrain.config.encode import EncodeConfig
 
-    profile, settings = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, config, overrides)
+    profile, settings = (
+        load_config(ClusterProfile, cluster, changes),
+        load_config(EncodeConfig, config, overrides),
+    )
     output = resolved(settings.output, "output")
     text = dump(settings.model_copy(update={"output": str(output)}))
     given = [*overrides, as_override("output", str(output))]
@@ -118,7 +167,12 @@ def encode(config: str, overrides: tuple[str, ...], cluster: str, nodes: int, ch
 @RUN
 @click.argument("protocol")
 @click.argument("overrides", nargs=-1)
-@click.option("--watch", "watching", is_flag=True, help="A job for every checkpoint, as it comes, until training has ended.")
+@click.option(
+    "--watch",
+    "watching",
+    is_flag=True,
+    help="A job for every checkpoint, as it comes, until training has ended.",
+)
 @AT_MOST
 @on_cluster
 def evaluate(
@@ -132,7 +186,9 @@ def evaluate(
     changes: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Score the checkpoints of RUN as PROTOCOL says: those that have no score yet, in one job, or each in its own as they come."""
+    """Score the checkpoints of RUN as PROTOCOL says: those that have no score yet, in one job, or
+    each in its own as they come.
+    """
     scorer, run_dir = Scorer(protocol, overrides, cluster, changes, at_most, nodes), run
     if watching:
         scorer.place(run_dir, dry_run=dry_run)
@@ -158,13 +214,21 @@ def watch(
     changes: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """What `evaluate --watch` submits: submit evaluation jobs from this terminal, where jobs may not submit others."""
+    """What `evaluate --watch` submits: submit evaluation jobs from this terminal, where jobs may
+    not submit others.
+    """
     Scorer(protocol, overrides, cluster, changes, at_most, nodes).watch(run)
 
 
 @commands.command()
 @click.option("--encode", "encoding", required=True, metavar="CONFIG", help="configs/encode/*.yaml")
-@click.option("--train", "training", required=True, metavar="CONFIG", help="configs/train/*.yaml; its data are what was encoded.")
+@click.option(
+    "--train",
+    "training",
+    required=True,
+    metavar="CONFIG",
+    help="configs/train/*.yaml; its data are what was encoded.",
+)
 @click.option("--evaluate", "protocol", metavar="PROTOCOL", help="configs/evaluate/*.yaml")
 @click.argument("overrides", nargs=-1)
 @on_cluster
@@ -178,11 +242,16 @@ def pipeline(
     changes: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Encode, verify, train and score, each after the one before has ended well; OVERRIDES are of the training."""
+    """Encode, verify, train and score, each after the one before has ended well; OVERRIDES are of
+    the training.
+    """
     from lpl_pretrain.config.encode import EncodeConfig
     from lpl_pretrain.config.schema import TrainConfig
 
-    profile, source = load_config(ClusterProfile, cluster, changes), load_config(EncodeConfig, encoding, ())
+    profile, source = (
+        load_config(ClusterProfile, cluster, changes),
+        load_config(EncodeConfig, encoding, ()),
+    )
     latents = resolved(source.output, "output")
     text = dump(source.model_copy(update={"output": str(latents)}))
     output = as_override("output", str(latents))
@@ -193,7 +262,9 @@ def pipeline(
     scorer = None if protocol is None else Scorer(protocol, (), cluster, changes)
     for folder in (latents, run_dir):  # before the first part is submitted
         check_folder(folder)
-    first = place_encoding(encoding, latents, nodes, profile, text if dry_run else None, output, resolved=text)
+    first = place_encoding(
+        encoding, latents, nodes, profile, text if dry_run else None, output, resolved=text
+    )
     argv = ["encode", str(Path(encoding).resolve()), output, "--verify"]
     check = Order("encode", argv, latents, 1, f"afterok:{first}", "verify", config=text)
     checked = place(check, profile.of_one_process(), text if dry_run else None)
@@ -207,22 +278,37 @@ def pipeline(
 @commands.command(params=list(SAMPLE.params))
 @partial(on_cluster, nodes=False)
 @click.pass_context
-def sample(context: click.Context, run: str, cluster: str, changes: tuple[str, ...], dry_run: bool, **options: Any) -> None:
-    """Draw pictures from the EMA weights of RUN, as one process: the options of `lpl-pretrain sample`."""
+def sample(
+    context: click.Context,
+    run: str,
+    cluster: str,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Draw pictures from the EMA weights of RUN, as one process: the options of `lpl-pretrain
+    sample`.
+    """
     from lpl_pretrain.cli.sample import check
 
     profile, run_dir = load_config(ClusterProfile, cluster, changes), resolved(run, "RUN")
-    asked = {name: options[name] for name in ("step", "images", "guide", "guide_step", "text_encoders")}
+    asked = {
+        name: options[name] for name in ("step", "images", "guide", "guide_step", "text_encoders")
+    }
     _, sampler, *_ = check(RunDir(run_dir), sampler=sampler_of(options), **asked)
     argv = ["sample", str(run_dir), *as_given(context, SAMPLE)]
-    alone = profile.model_copy(update={"processes_per_node": 1, "gpus_per_node": min(1, profile.gpus_per_node)})
+    alone = profile.model_copy(
+        update={"processes_per_node": 1, "gpus_per_node": min(1, profile.gpus_per_node)}
+    )
     place(Order("sample", argv, run_dir, 1), alone, dump(sampler) if dry_run else None)
 
 
 @commands.command()
 @RUN
 def status(run: Path) -> None:
-    """What the job of RUN is doing, as far as its files and the scheduler tell.  Of a sweep or an encoding, a line for each job."""
+    """What the job of RUN is doing, as far as its files and the scheduler tell.  Of a sweep or an
+    encoding, a line for each job.
+    """
     from launch.status import report
 
     click.echo(report(run))
@@ -242,7 +328,9 @@ def logs(run: Path, follow: bool) -> None:
 @commands.command()
 @RUN
 def cancel(run: Path) -> None:
-    """End the job of RUN after a checkpoint, for good; `resume` takes it up again.  Of a sweep or an encoding, all its jobs."""
+    """End the job of RUN after a checkpoint, for good; `resume` takes it up again.  Of a sweep or
+    an encoding, all its jobs.
+    """
     from launch.status import cancel as cancel_jobs
 
     click.echo(cancel_jobs(run))
@@ -251,20 +339,28 @@ def cancel(run: Path) -> None:
 @commands.command()
 @RUN
 def resume(run: Path) -> None:
-    """Submit the newest job of RUN again, as it was, and what watches for its checkpoints.  Of a sweep, of all that ended early."""
+    """Submit the newest job of RUN again, as it was, and what watches for its checkpoints.  Of a
+    sweep, of all that ended early.
+    """
     from launch.folder import launched
     from launch.status import states, unfinished
 
     folder, found = run, launched(run)
     if found[0].read_facts().get("kind") == "encode":
-        raise ConfigError(f"{folder}: holds latents: launch their `encode` again; what was finished is left alone")
+        raise ConfigError(
+            f"{folder}: holds latents: launch their `encode` again; what was finished is left alone"
+        )
     if len(found) == 1:
         place_again(found[0])
     elif found := unfinished(found):
         place_array_again(found)
     else:
         raise ConfigError(f"{folder}: all its runs are complete, or with the scheduler")
-    watching = [JobFolder(path.parent) for each in found for path in sorted(each.path.glob("watch/*/job.json"))]
+    watching = [
+        JobFolder(path.parent)
+        for each in found
+        for path in sorted(each.path.glob("watch/*/job.json"))
+    ]
     for watch, state in zip(watching, states(watching), strict=True):
         if not state:
             place_again(watch)

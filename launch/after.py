@@ -2,9 +2,9 @@
 
     python -m launch.after RUN/launch STATUS
 
-The scheduler requeues what it preempts by force and what its nodes lose; a job that ended by itself before that, because it was
-told in time, or because a rank died, is requeued here.  On a node that was cut off and is back it may be that the job has long gone
-on elsewhere: then nothing is done.
+The scheduler requeues what it preempts by force and what its nodes lose; a job that ended by itself
+before that, because it was told in time, or because a rank died, is requeued here.  On a node that
+was cut off and is back it may be that the job has long gone on elsewhere: then nothing is done.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Ending:
     logged: int = 0
     """Newest step that was logged."""
     unbegun: int = 0
-    """Attempts just before this one that could not even begin, nor tell of it: there was no room on the disk."""
+    """Attempts just before this one that could not even begin, nor tell of it: there was no room on
+    the disk.
+    """
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ def decide(
             return Decision(True, "stopped in time")
         times = 1 + sum(attempt["reason"].startswith("time limit") for attempt in earlier)
         return Decision(times <= max_timeouts, f"time limit, {times} of {max_timeouts}")
-    what = f"hung after step {ending.logged:,}" if ending.status == HUNG else f"failed with status {ending.status}"
+    what = (
+        f"hung after step {ending.logged:,}"
+        if ending.status == HUNG
+        else f"failed with status {ending.status}"
+    )
     if ending.status == HUNG and on_hang == "stop":
         return Decision(False, what)
     failures = in_a_row(ending, earlier)
@@ -106,14 +112,19 @@ def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
 def main(folder: JobFolder, status: int) -> Decision:
     facts, job = folder.read_facts(), this_job()
     profile = ClusterProfile.model_validate(facts["profile"])
-    attempt, run_dir = int(os.environ.get("SLURM_RESTART_COUNT", "0")), RunDir(Path(facts["run_dir"]))
+    attempt, run_dir = (
+        int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        RunDir(Path(facts["run_dir"])),
+    )
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
     shown = show_job(job)
     if folder.newest_attempt(job) > attempt:
         print(f"launch: attempt {attempt} ended: {REPLACED}", flush=True)
         return Decision(False, REPLACED)
     exits = folder.exits(job, attempt)
-    bad = sorted((found for found in exits if found["status"]), key=lambda found: found["status"] != UNFIT)
+    bad = sorted(
+        (found for found in exits if found["status"]), key=lambda found: found["status"] != UNFIT
+    )
     complete = run_dir.complete_checkpoints()
     before = earlier[-1]["steps"][1] if earlier else facts["step"]
     ending = Ending(
@@ -128,10 +139,16 @@ def main(folder: JobFolder, status: int) -> Decision:
         logged=(last_line(run_dir.metrics) or {"step": 0})["step"],
         unbegun=folder.unbegun(job, range(earlier[-1]["attempt"] + 1 if earlier else 0, attempt)),
     )
-    limits = profile.model_dump(include={"max_timeouts", "max_failures", "on_unfit_node", "on_hang"})
+    limits = profile.model_dump(
+        include={"max_timeouts", "max_failures", "on_unfit_node", "on_hang"}
+    )
     decision = decide(ending, earlier, **limits)
     excluding = decision.requeue and bool(ending.unfit)
-    if excluding and (words := exclude(folder, job, ending.unfit, fields(shown).get("ExcNodeList", "").replace("(null)", ""))):
+    if excluding and (
+        words := exclude(
+            folder, job, ending.unfit, fields(shown).get("ExcNodeList", "").replace("(null)", "")
+        )
+    ):
         decision = Decision(False, f"{decision.reason}; without it the scheduler says: {words}")
     found = {
         "job": job,
@@ -148,17 +165,23 @@ def main(folder: JobFolder, status: int) -> Decision:
         folder.note_attempt(found)
         folder.drop_empty_stacks(job)
         then = "goes on" if decision.requeue else "ends here"
-        print(f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True)
-    asked_already = int(fields(shown).get("Restarts", attempt)) > attempt  # by a person, or a preemption
+        print(
+            f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True
+        )
+    asked_already = (
+        int(fields(shown).get("Restarts", attempt)) > attempt
+    )  # by a person, or a preemption
     if decision.requeue and (excluding or not asked_already):
         requeue(job, folder.read_facts()["profile"]["exclude"] if excluding else [])
     return decision
 
 
 def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
-    """Who ended badly first; of a hang, which all ranks see, who wrote no stacks: it was stopped, or its machine was.
+    """Who ended badly first; of a hang, which all ranks see, who wrote no stacks: it was stopped,
+    or its machine was.
 
-    Most are silent for the rank that looked before others were being ended, which wakes those that were stopped.
+    Most are silent for the rank that looked before others were being ended, which wakes those that
+    were stopped.
     """
     if bad[0]["status"] == HUNG:
         return {"silent_ranks": max((found.get("silent_ranks", []) for found in bad), key=len)}
@@ -167,12 +190,16 @@ def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show_job(job: str) -> str:
     """What the scheduler says of it; "" where it says nothing."""
-    found = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False
+    )
     return found.stdout
 
 
 def fields(shown: str) -> dict[str, str]:
-    """What `scontrol show job` says, by name.  The first of a name counts: paths, which may hold anything, come last."""
+    """What `scontrol show job` says, by name.  The first of a name counts: paths, which may hold
+    anything, come last.
+    """
     found: dict[str, str] = {}
     for word in shown.split():
         name, separator, value = word.partition("=")

@@ -1,7 +1,8 @@
-"""Several jobs as one array: one script, whose n-th task does the n-th run, or share of the work, in that one's own folder.
+"""Several jobs as one array: one script, whose n-th task does the n-th run, or share of the work,
+in that one's own folder.
 
-A task is called ARRAY_TASK (`5_0`) wherever a job is named.  SLURM gives each a plain number too, but one of them gets the array's
-own, and `scontrol requeue 5` would requeue them all.
+A task is called ARRAY_TASK (`5_0`) wherever a job is named.  SLURM gives each a plain number too,
+but one of them gets the array's own, and `scontrol requeue 5` would requeue them all.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.files import published
 
 
-def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None) -> list[str]:
-    """The tasks' names; `orders` differ in runs or shares only.  Raises ConfigError with the scheduler's words when it refuses."""
+def submit_array(
+    orders: Sequence[Order], profile: ClusterProfile, at_most: int | None
+) -> list[str]:
+    """The tasks' names; `orders` differ in runs or shares only.  Raises ConfigError with the
+    scheduler's words when it refuses.
+    """
     parent = orders[0].array_dir / "launch"
     array_script(orders, profile, at_most, parent / "array")  # refused before anything is written
     facts = begin(orders, profile, at_most=at_most)
@@ -33,23 +38,36 @@ def submit_array(orders: Sequence[Order], profile: ClusterProfile, at_most: int 
         (links / str(number)).symlink_to(order.folder.path)
     file = links / "submission.sh"
     file.write_text(array_script(orders, profile, at_most, links))
-    sent = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
+    sent = subprocess.run(
+        ["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False
+    )
     if sent.returncode:
         raise refused(sent.stderr)
     array = sent.stdout.strip().partition(";")[0]
     if not JOB.fullmatch(array):
-        raise ConfigError(f"sbatch said {sent.stdout!r}, wanted the number of a job: look for it with `squeue --me`")
+        raise ConfigError(
+            f"sbatch said {sent.stdout!r}, wanted the number of a job: look for it with "
+            "`squeue --me`"
+        )
     tasks = [f"{array}_{number}" for number in range(len(orders))]
     for order, task, known in zip(orders, tasks, facts, strict=True):
-        with published(order.folder.path / f"{task}_submitted.pkl") as temporary:  # the task waits for it
+        with published(
+            order.folder.path / f"{task}_submitted.pkl"
+        ) as temporary:  # the task waits for it
             DelayedSubmission(task_of(order, profile)).dump(temporary)
-        (order.folder.path / f"{task}_submission.sh").symlink_to(file)  # by the name of a single job's
+        (order.folder.path / f"{task}_submission.sh").symlink_to(
+            file
+        )  # by the name of a single job's
         order.folder.write_facts({**known, "job": task})
     return tasks
 
 
-def array_script(orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, links: Path) -> str:
-    """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to the folder of its order."""
+def array_script(
+    orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, links: Path
+) -> str:
+    """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to
+    the folder of its order.
+    """
     for order in orders:
         check_folder(order.folder.path)
     executor = executor_of(orders[0], profile, links)

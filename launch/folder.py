@@ -1,4 +1,6 @@
-"""What a job leaves in RUN/launch, for itself after a requeue and for people: names, times and exits of every attempt."""
+"""What a job leaves in RUN/launch, for itself after a requeue and for people: names, times and
+exits of every attempt.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,18 @@ class JobFolder:
     @property
     def run_dir(self) -> Path:
         """That it is in: of a run, or of latents."""
-        return next(path.parent for path in (self.path, *self.path.parents) if path.name == "launch")
+        return next(
+            path.parent for path in (self.path, *self.path.parents) if path.name == "launch"
+        )
 
     @property
     def name(self) -> str:
         """Tells it from others that were launched with it."""
-        return self.run_dir.name if self.path.name == "launch" else str(self.path.relative_to(self.run_dir / "launch"))
+        return (
+            self.run_dir.name
+            if self.path.name == "launch"
+            else str(self.path.relative_to(self.run_dir / "launch"))
+        )
 
     @property
     def facts(self) -> Path:
@@ -61,13 +69,18 @@ class JobFolder:
 
     @property
     def job(self) -> str | None:
-        """The newest; None where there is none, or the scheduler has not taken it.  Raises ConfigError.
+        """The newest; None where there is none, or the scheduler has not taken it.  Raises
+        ConfigError.
 
-        Only a job's number is passed on to the scheduler's commands, which would take other text for options.
+        Only a job's number is passed on to the scheduler's commands, which would take other text
+        for options.
         """
         job = self.read_facts().get("job") if self.facts.is_file() else None
         if job is not None and not (isinstance(job, str) and JOB.fullmatch(job)):
-            raise ConfigError(f"{self.facts}: job={job!r}: wanted the number of a job, such as 4711 or 4711_0: launch again")
+            raise ConfigError(
+                f"{self.facts}: job={job!r}: wanted the number of a job, such as 4711 or 4711_0: "
+                "launch again"
+            )
         return job
 
     def read_facts(self) -> dict[str, Any]:
@@ -75,9 +88,14 @@ class JobFolder:
         try:
             facts = json.loads(self.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as problem:
-            raise ConfigError(f"{self.facts}: cannot be read ({problem}): launch the command again") from None
+            raise ConfigError(
+                f"{self.facts}: cannot be read ({problem}): launch the command again"
+            ) from None
         if not isinstance(facts, dict):
-            raise ConfigError(f"{self.facts}: holds a {type(facts).__name__}, wanted a JSON object: launch the command again")
+            raise ConfigError(
+                f"{self.facts}: holds a {type(facts).__name__}, wanted a JSON object: launch the "
+                "command again"
+            )
         return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
@@ -107,9 +125,17 @@ class JobFolder:
         with self.attempts.open("a") as file:
             file.write(json.dumps(attempt) + "\n")
 
-    def note_exit(self, job: str, attempt: int, rank: int, status: int, host: str, *, stopped: bool) -> None:
+    def note_exit(
+        self, job: str, attempt: int, rank: int, status: int, host: str, *, stopped: bool
+    ) -> None:
         """`stopped`: the scheduler had asked for it.  Of a hang also the ranks that are silent now."""
-        found = {"rank": rank, "status": status, "host": host, "stopped": stopped, "time_s": time.time()}
+        found = {
+            "rank": rank,
+            "status": status,
+            "host": host,
+            "stopped": stopped,
+            "time_s": time.time(),
+        }
         if status == HUNG:
             found["silent_ranks"] = self.silent_ranks(job, attempt)
         publish_json(self.path / EXIT.format(job=job, attempt=attempt, rank=rank), found)
@@ -117,16 +143,28 @@ class JobFolder:
     def exits(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """Of the ranks that came to one, the first one first."""
         pattern = EXIT.format(job=job, attempt=attempt, rank=0).replace("00000", "*")
-        return sorted((json.loads(path.read_text()) for path in self.path.glob(pattern)), key=lambda found: found["time_s"])
+        return sorted(
+            (json.loads(path.read_text()) for path in self.path.glob(pattern)),
+            key=lambda found: found["time_s"],
+        )
 
     def stacks(self, job: str, attempt: int, rank: int, host: str) -> Path:
-        """Where a rank in training writes what its threads do when it hangs; until then the file is there and empty."""
+        """Where a rank in training writes what its threads do when it hangs; until then the file is
+        there and empty.
+        """
         return self.path / f"stacks_{job}_{attempt}_rank_{rank:05d}_{host}.txt"
 
     def silent_ranks(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """Rank and host of those in training that have written no stacks."""
-        found = [(STACKS.search(path.name), path) for path in sorted(self.path.glob(f"stacks_{job}_{attempt}_rank_*.txt"))]
-        return [{"rank": int(name[1]), "host": name[2]} for name, path in found if name and not path.stat().st_size]
+        found = [
+            (STACKS.search(path.name), path)
+            for path in sorted(self.path.glob(f"stacks_{job}_{attempt}_rank_*.txt"))
+        ]
+        return [
+            {"rank": int(name[1]), "host": name[2]}
+            for name, path in found
+            if name and not path.stat().st_size
+        ]
 
     def drop_empty_stacks(self, job: str) -> None:
         """Of ranks that were killed without having hung, in any attempt."""
@@ -149,20 +187,29 @@ class JobFolder:
 
     def history(self, job: str | None) -> list[dict[str, Any]]:
         """All attempts that have ended, the oldest first: also those that left no word."""
-        noted = {attempt["attempt"]: attempt for attempt in self.read_attempts() if attempt["job"] == job}
+        noted = {
+            attempt["attempt"]: attempt for attempt in self.read_attempts() if attempt["job"] == job
+        }
         for attempt in range(self.newest_attempt(job) if job else 0):
-            noted.setdefault(attempt, {"job": job, "attempt": attempt, "reason": LOST, "requeued": True})
+            noted.setdefault(
+                attempt, {"job": job, "attempt": attempt, "reason": LOST, "requeued": True}
+            )
         return [noted[attempt] for attempt in sorted(noted)]
 
 
 def this_job() -> str:
-    """Its name, as squeue, scancel and scontrol take it; that of one task where it belongs to an array (array.py says why)."""
+    """Its name, as squeue, scancel and scontrol take it; that of one task where it belongs to an
+    array (array.py says why).
+    """
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    return (
+        os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    )
 
 
 def launched(folder: Path) -> list[JobFolder]:
-    """Of the run that lies in `folder`, of the runs of a sweep, of the jobs that encode latents; or a job's folder itself.
+    """Of the run that lies in `folder`, of the runs of a sweep, of the jobs that encode latents; or
+    a job's folder itself.
 
     Raises ConfigError where nothing was launched.
     """
@@ -170,7 +217,9 @@ def launched(folder: Path) -> list[JobFolder]:
     for only in (own, JobFolder(folder)):
         if only.facts.is_file():
             return [only]
-    numbered = [facts for facts in folder.glob("launch/encode/*/job.json") if facts.parent.name.isdecimal()]
+    numbered = [
+        facts for facts in folder.glob("launch/encode/*/job.json") if facts.parent.name.isdecimal()
+    ]
     encoding = sorted(numbered, key=lambda facts: int(facts.parent.name))
     found = sorted(folder.glob("*/launch/job.json")) or encoding
     if not found:

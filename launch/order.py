@@ -23,7 +23,9 @@ class Order:
     run_dir: Path
     nodes: int
     after: str | None = None
-    """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never if it has not."""
+    """A dependency in sbatch's words: `afterok:ID` begins when that job has ended well, and never
+    if it has not.
+    """
     part: str = ""
     """Tells work of one kind on one run from another's."""
     share: tuple[int, int] = (0, 1)
@@ -39,7 +41,8 @@ class Order:
 
     @property
     def command(self) -> list[str]:
-        """What the job runs: `argv` on the configuration as it was at submission, which its folder keeps.
+        """What the job runs: `argv` on the configuration as it was at submission, which its folder
+        keeps.
 
         So the job means what was checked, whatever becomes of the files until it starts.
         """
@@ -51,7 +54,9 @@ class Order:
 
     @property
     def array_dir(self) -> Path:
-        """What an array is about, of which this may be a task: the runs of a sweep, or one piece of work."""
+        """What an array is about, of which this may be a task: the runs of a sweep, or one piece of
+        work.
+        """
         return self.run_dir.parent if self.kind == "train" else self.run_dir
 
     @property

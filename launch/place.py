@@ -1,4 +1,6 @@
-"""What every command that submits shares: its options, and the end of it: to hand the job over, or to show what would be."""
+"""What every command that submits shares: its options, and the end of it: to hand the job over, or
+to show what would be.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,23 @@ def on_cluster(command: Callable[..., None], *, nodes: bool = True) -> Callable[
     """The options of every command that submits a job; `nodes`: on how many is for the user to say."""
     options = [
         click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml"),
-        *([click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)] if nodes else []),
-        click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the profile."),
-        click.option("--dry-run", is_flag=True, help="Print the script and the resolved configuration, and submit nothing."),
+        *(
+            [click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)]
+            if nodes
+            else []
+        ),
+        click.option(
+            "--set",
+            "changes",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a key of the profile.",
+        ),
+        click.option(
+            "--dry-run",
+            is_flag=True,
+            help="Print the script and the resolved configuration, and submit nothing.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -41,7 +57,10 @@ def as_given(context: click.Context, command: click.Command) -> list[str]:
     """The options of `command` that the user gave, as words of a command line."""
     words: list[str] = []
     for option in command.params:
-        if isinstance(option, click.Option) and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+        if (
+            isinstance(option, click.Option)
+            and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        ):
             value = context.params[str(option.name)]
             for one in value if option.multiple else [value]:
                 words += [option.opts[0], *map(str, one if option.nargs > 1 else [one])]
@@ -49,7 +68,9 @@ def as_given(context: click.Context, command: click.Command) -> list[str]:
 
 
 def place(order: Order, profile: ClusterProfile, shown: str | None) -> str:
-    """Submits and gives the job's id, or shows what would be submitted, with the configuration `shown`."""
+    """Submits and gives the job's id, or shows what would be submitted, with the configuration
+    `shown`.
+    """
     from launch.submit import script, submit
 
     if shown is not None:
@@ -60,27 +81,49 @@ def place(order: Order, profile: ClusterProfile, shown: str | None) -> str:
     job, kind = submit(order, profile), order.kind
     look = f"python -m launch status {shlex.quote(str(order.run_dir))}"
     look = look if kind in ("train", "watch") else f"logs in {order.folder.path}"
-    click.echo(f"job {job}, {order.part or kind}: {order.nodes} nodes x {profile.processes_per_node} processes; {look}")
+    click.echo(
+        f"job {job}, {order.part or kind}: {order.nodes} nodes x {profile.processes_per_node} "
+        f"processes; {look}"
+    )
     return job
 
 
 def place_array(
-    orders: Sequence[Order], profile: ClusterProfile, at_most: int | None = None, *, shown: str | None = None
+    orders: Sequence[Order],
+    profile: ClusterProfile,
+    at_most: int | None = None,
+    *,
+    shown: str | None = None,
 ) -> list[str]:
-    """As `place`, of the runs of a sweep, or of shares of one piece of work: they need the same nodes; gives the tasks' names."""
+    """As `place`, of the runs of a sweep, or of shares of one piece of work: they need the same
+    nodes; gives the tasks' names.
+    """
     from launch.array import array_script, submit_array
 
     folder, nodes = orders[0].array_dir, orders[0].nodes
     if shown is not None:
-        listed = [f"# {number}: lpl-pretrain {shlex.join(order.argv)}" for number, order in enumerate(orders)]
-        click.echo("\n".join([array_script(orders, profile, at_most, folder / "launch" / "array"), "\n# The tasks", *listed]))
+        listed = [
+            f"# {number}: lpl-pretrain {shlex.join(order.argv)}"
+            for number, order in enumerate(orders)
+        ]
+        click.echo(
+            "\n".join(
+                [
+                    array_script(orders, profile, at_most, folder / "launch" / "array"),
+                    "\n# The tasks",
+                    *listed,
+                ]
+            )
+        )
         click.echo(f"\n# Their configuration\n{shown}" if shown else "")
         return [f"ID_{number}" for number in range(len(orders))]
     jobs = submit_array(orders, profile, at_most)
     for job, order in zip(jobs, orders, strict=True):
         click.echo(f"job {job}, {order.part or order.run_dir.name}")
     each = f"{nodes} nodes x {profile.processes_per_node} processes"
-    click.echo(f"{len(orders)} jobs, each {each}; python -m launch status {shlex.quote(str(folder))}")
+    click.echo(
+        f"{len(orders)} jobs, each {each}; python -m launch status {shlex.quote(str(folder))}"
+    )
     return jobs
 
 
@@ -93,12 +136,16 @@ def place_encoding(
     *overrides: str,
     resolved: str = "",
 ) -> str:
-    """A job for each node, for they need not begin at once, and one that is preempted stops no other; gives the array's id.
+    """A job for each node, for they need not begin at once, and one that is preempted stops no
+    other; gives the array's id.
 
     `resolved`: the configuration that the jobs use, as YAML.
     """
     argv = ["encode", str(Path(config).resolve()), *overrides]
-    orders = [Order("encode", argv, output, 1, part=f"encode/{n}", share=(n, nodes), config=resolved) for n in range(nodes)]
+    orders = [
+        Order("encode", argv, output, 1, part=f"encode/{n}", share=(n, nodes), config=resolved)
+        for n in range(nodes)
+    ]
     return place_array(orders, profile, shown=shown)[0].partition("_")[0]
 
 
@@ -134,7 +181,9 @@ class Scorer:
         """Raises ConfigError for what could not run."""
         check_protocol(self.settings)
         if self.settings.name == "launch":
-            raise ConfigError("name=launch: the folders of jobs are called so: give the protocol another name")
+            raise ConfigError(
+                "name=launch: the folders of jobs are called so: give the protocol another name"
+            )
         check_setup(self.profile.setup)
 
     @cached_property
@@ -154,8 +203,16 @@ class Scorer:
         """Submits the job of one process that submits the others."""
         cluster = Path(self.cluster).resolve()
         options = [f"--cluster={cluster}", f"--at-most={self.at_most}", f"--nodes={self.nodes}"]
-        argv = ["watch", str(run_dir), *self.argv, *options, *(f"--set={change}" for change in self.changes)]
-        alone = self.profile.of_one_process().model_copy(update={"container": ()})  # where sbatch is
+        argv = [
+            "watch",
+            str(run_dir),
+            *self.argv,
+            *options,
+            *(f"--set={change}" for change in self.changes),
+        ]
+        alone = self.profile.of_one_process().model_copy(
+            update={"container": ()}
+        )  # where sbatch is
         part = f"watch/{self.settings.name}"
         order = Order("watch", argv, run_dir, 1, after, part, config=dump(self.settings))
         place(order, alone, order.config if dry_run else None)
@@ -164,8 +221,23 @@ class Scorer:
         from launch.watch import Watch
 
         if shutil.which("squeue") is None:
-            raise ConfigError("squeue: not on the PATH: watch from a node of the cluster, or use `lpl-pretrain evaluate --watch`")
+            raise ConfigError(
+                "squeue: not on the PATH: watch from a node of the cluster, or use `lpl-pretrain "
+                "evaluate --watch`"
+            )
         config = dump(self.settings)
-        watch = Watch(RunDir(run_dir), self.argv, self.settings.name, self.profile, self.nodes, self.at_most, config)
+        watch = Watch(
+            RunDir(run_dir),
+            self.argv,
+            self.settings.name,
+            self.profile,
+            self.nodes,
+            self.at_most,
+            config,
+        )
         left = watch.run()
-        click.echo(f"training has ended; without a score: {left}" if left else "training has ended and everything is scored")
+        click.echo(
+            f"training has ended; without a score: {left}"
+            if left
+            else "training has ended and everything is scored"
+        )

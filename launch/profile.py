@@ -1,10 +1,19 @@
-"""A cluster as this package sees it: where jobs go, what a node has, what its processes need around them.  No hyper-parameters."""
+"""A cluster as this package sees it: where jobs go, what a node has, what its processes need around
+them.  No hyper-parameters.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Optional
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from launch.script import control_character
 from launch.secrets import looks_secret, secret_in_line, secret_in_words
@@ -13,7 +22,10 @@ from lpl_pretrain.config.section import PathText, Section
 
 def _one_line(text: str) -> str:
     if (found := control_character(text, allowed="\t")) is not None:
-        raise ValueError(f"holds the control character {found!r}: write one line for each command, and plain values")
+        raise ValueError(
+            f"holds the control character {found!r}: write one line for each command, and "
+            "plain values"
+        )
     return text
 
 
@@ -39,7 +51,9 @@ class ClusterProfile(Section):
     """Absent: the scheduler's own default."""
     time_limit_min: PositiveInt = 1440
     signal_s: PositiveInt = 120
-    """How long before the time limit, and before a preempted job is killed, its processes are told: time for a checkpoint."""
+    """How long before the time limit, and before a preempted job is killed, its processes are told:
+    time for a checkpoint.
+    """
     setup: tuple[Line, ...] = ()
     """Lines of shell before the job, such as `module load cuda`."""
     container: tuple[PathText, ...] = ()
@@ -47,13 +61,17 @@ class ClusterProfile(Section):
     python: Optional[PathText] = None
     """Interpreter on the nodes; absent: the one that submits."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Line] = {}
-    """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and belong into no file."""
+    """Variables such as NCCL_SOCKET_IFNAME.  Secrets are inherited from the submitting shell and
+    belong into no file.
+    """
     on_changed_code: Literal["warn", "refuse"] = "warn"
     """What a requeued job does when this package is not what it was at submission."""
     on_unfit_node: Literal["exclude", "stop"] = "exclude"
     """When the preflight of a training finds a node unfit: go on without it, or stop."""
     on_hang: Literal["requeue", "stop", "wait"] = "requeue"
-    """Training in which no step ends for long (`hang` of its configuration): kill it and begin again, kill it, or let it be."""
+    """Training in which no step ends for long (`hang` of its configuration): kill it and begin
+    again, kill it, or let it be.
+    """
     max_timeouts: PositiveInt = 100
     """A job that meets its time limit goes on that often."""
     max_failures: NonNegativeInt = 3
@@ -92,10 +110,14 @@ class ClusterProfile(Section):
     def _one_process_for_each_accelerator(self) -> ClusterProfile:
         if self.gpus_per_node and self.processes_per_node != self.gpus_per_node:
             raise ValueError(
-                f"processes_per_node={self.processes_per_node} with gpus_per_node={self.gpus_per_node}: one process for each GPU"
+                f"processes_per_node={self.processes_per_node} with "
+                f"gpus_per_node={self.gpus_per_node}: one process for each GPU"
             )
         if self.signal_s >= 60 * self.time_limit_min:
-            raise ValueError(f"signal_s={self.signal_s} with time_limit_min={self.time_limit_min}: the signal comes before the job")
+            raise ValueError(
+                f"signal_s={self.signal_s} with time_limit_min={self.time_limit_min}: the signal "
+                "comes before the job"
+            )
         return self
 
 
@@ -105,4 +127,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _refusal(what: str, reason: str) -> str:
-    return f"{what}: looks like a secret ({reason}), which scripts would show: export it where you submit"
+    return (
+        f"{what}: looks like a secret ({reason}), which scripts would show: export it where "
+        "you submit"
+    )

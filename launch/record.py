@@ -1,4 +1,6 @@
-"""A job's record, RUN/launch/job.json, read back: nothing in it is run that is not a command of ours."""
+"""A job's record, RUN/launch/job.json, read back: nothing in it is run that is not a command of
+ours.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +42,31 @@ def read_record(folder: JobFolder) -> JobRecord:
 
 
 def read_order(folder: JobFolder) -> tuple[Order, JobRecord]:
-    """What to submit again.  Raises ConfigError for a record that is not of this folder or not of our making."""
+    """What to submit again.  Raises ConfigError for a record that is not of this folder or not of
+    our making.
+    """
     record = read_record(folder)
     if record.argv[0] != record.kind or any("\0" in word for word in record.argv):
         raise ConfigError(
-            f"{folder.facts}: argv={record.argv!r} with kind={record.kind}: wanted a command that begins with its kind"
+            f"{folder.facts}: argv={record.argv!r} with kind={record.kind}: wanted a command that "
+            "begins with its kind"
         )
     _refuse_foreign_owner(folder.facts)
     config = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
     cwd = record.cwd or os.getcwd()
-    order = Order(record.kind, record.argv, Path(record.run_dir), record.nodes, part=record.part, config=config, cwd=cwd)
+    order = Order(
+        record.kind,
+        record.argv,
+        Path(record.run_dir),
+        record.nodes,
+        part=record.part,
+        config=config,
+        cwd=cwd,
+    )
     if order.folder.path != folder.path or (record.part and record.kind == "train"):
         raise ConfigError(
-            f"{folder.facts}: is the record of {order.folder.path} (run_dir={record.run_dir!r}, part={record.part!r}): "
+            f"{folder.facts}: is the record of {order.folder.path} (run_dir={record.run_dir!r}, "
+            f"part={record.part!r}): "
             "was the run moved or copied?  Launch the command again in its new place"
         )
     _check_run_dir(order)
@@ -68,7 +82,8 @@ def _check_run_dir(order: Order) -> None:
     said = Path(order.cwd, settings.run_dir or f"runs/{settings.name}")
     if said.resolve() != order.run_dir.resolve():
         raise ConfigError(
-            f"{order.folder.facts}: its command trains in {said}, and not in {order.run_dir}: launch the command again"
+            f"{order.folder.facts}: its command trains in {said}, and not in {order.run_dir}: "
+            "launch the command again"
         )
 
 

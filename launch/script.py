@@ -14,17 +14,29 @@ from lpl_pretrain.errors import ConfigError
 
 DIRECTIVES = frozenset(
     {
-        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude"),
+        *(
+            "account",
+            "array",
+            "chdir",
+            "constraint",
+            "cpus-per-task",
+            "dependency",
+            "error",
+            "exclude",
+        ),
         *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nodes", "ntasks-per-node"),
         *("open-mode", "output", "partition", "qos", "requeue", "signal", "time"),
     }
 )
 """Options of sbatch that our jobs use."""
 DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
-FIXED = re.compile(r"#!/bin/bash|# (Parameters|setup|command|teardown)|export SUBMITIT_EXECUTOR=slurm|")
+FIXED = re.compile(
+    r"#!/bin/bash|# (Parameters|setup|command|teardown)|export SUBMITIT_EXECUTOR=slurm|"
+)
 READ_BY_SBATCH = ("#SBATCH", "#SLURM", "#PBS", "#BSUB")
 NOT_IN_FOLDERS = {
-    "%": "the scheduler replaces patterns such as %j in the names of log files, and srun has no way to write %u as it is",
+    "%": "the scheduler replaces patterns such as %j in the names of log files, and srun has no "
+    "way to write %u as it is",
     "\\": "the scheduler removes backslashes from the names of log files",
 }
 
@@ -61,7 +73,8 @@ def check_folder(path: Path) -> None:
     for character, reason in NOT_IN_FOLDERS.items():
         if character in text:
             raise ConfigError(
-                f"{text!r}: a job cannot keep its files in a folder with {character!r} in its path: {reason}: "
+                f"{text!r}: a job cannot keep its files in a folder with {character!r} in its "
+                f"path: {reason}: "
                 "choose another run_dir, name or output"
             )
 
@@ -70,19 +83,24 @@ def check_working_directory(path: str) -> None:
     """Raises ConfigError for a folder to which sbatch would not go."""
     refuse_control_characters(path, "the folder from which a job is submitted")
     if "\\" in path:
-        raise ConfigError(f"{path!r}: sbatch removes backslashes from the path of this folder: submit from another one")
+        raise ConfigError(
+            f"{path!r}: sbatch removes backslashes from the path of this folder: submit from "
+            "another one"
+        )
 
 
 def check_setup(lines: Sequence[str]) -> None:
-    """Raises ConfigError unless `lines` are complete shell by themselves: an open quote, here-document
-    or continued line would take in the lines that follow it."""
+    """Raises ConfigError unless `lines` are complete shell by themselves: an open quote,
+    here-document or continued line would take in the lines that follow it.
+    """
     if not lines:
         return
     for line in lines:
         refuse_control_characters(line, "setup", allowed="\t")
         if line.startswith(READ_BY_SBATCH):
             raise ConfigError(
-                f"setup={line!r}: sbatch would read it as an option: use the profile's keys, or sbatch's "
+                f"setup={line!r}: sbatch would read it as an option: use the profile's keys, or "
+                "sbatch's "
                 "environment variables (SBATCH_...)"
             )
     if (words := _incomplete(tuple(lines))) is not None:
@@ -95,18 +113,23 @@ def _incomplete(lines: tuple[str, ...]) -> str | None:
     if (len(lines[-1]) - len(lines[-1].rstrip("\\"))) % 2:
         return "its last line continues on the next one"
     shell = ["bash", "--norc", "--noprofile", "-n"]
-    parsed = subprocess.run(shell, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    parsed = subprocess.run(
+        shell, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
+    )
     return parsed.stderr.strip() or "it is refused" if parsed.returncode or parsed.stderr else None
 
 
 def check_script(text: str, own: Collection[str]) -> str:
-    """Return `text`.  Raises ConfigError for a line that neither is one of `own` nor one that submitit
-    writes: an option of sbatch or a call of srun, in which every value is one quoted word."""
+    """Return `text`.  Raises ConfigError for a line that neither is one of `own` nor one that
+    submitit writes: an option of sbatch or a call of srun, in which every value is one quoted word.
+    """
     for number, line in enumerate(text.split("\n"), start=1):
         if control_character(line, allowed="\t") or not (line in own or _is_ours(line)):
             raise ConfigError(
-                f"line {number} of the batch script would be {line!r}, which no part of it may be: nothing was "
-                "submitted; look for line breaks and unusual characters in names, folders and the profile"
+                f"line {number} of the batch script would be {line!r}, which no part of it may be: "
+                "nothing was "
+                "submitted; look for line breaks and unusual characters in names, folders and "
+                "the profile"
             )
     return text
 

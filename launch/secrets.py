@@ -8,10 +8,32 @@ from collections.abc import Iterable, Iterator
 
 SECRET_WORDS = frozenset(
     {
-        *("KEY", "KEYS", "APIKEY", "TOKEN", "TOKENS", "SECRET", "SECRETS", "PAT", "JWT", "BEARER", "OTP"),
+        *(
+            "KEY",
+            "KEYS",
+            "APIKEY",
+            "TOKEN",
+            "TOKENS",
+            "SECRET",
+            "SECRETS",
+            "PAT",
+            "JWT",
+            "BEARER",
+            "OTP",
+        ),
         *("PASS", "PASSWD", "PASSWORD", "PASSWORDS", "PASSPHRASE", "PASSCODE", "PWD", "PW"),
         *("CRED", "CREDS", "CREDENTIAL", "CREDENTIALS", "AUTH", "AUTHORIZATION", "OAUTH"),
-        *("PRIVATE", "SIGNATURE", "SIGNING", "SAS", "DSN", "COOKIE", "COOKIES", "SESSION", "WEBHOOK"),
+        *(
+            "PRIVATE",
+            "SIGNATURE",
+            "SIGNING",
+            "SAS",
+            "DSN",
+            "COOKIE",
+            "COOKIES",
+            "SESSION",
+            "WEBHOOK",
+        ),
     }
 )
 SECRET_ENDS = ("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "TOKEN", "APIKEY", "CREDENTIALS")
@@ -44,13 +66,18 @@ TOKENS = (
 )
 """What tokens of well-known services begin with."""
 PATTERNS = {
-    "a password in a URL": re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/@:]*:[^\s/@]+|[\w-]{20,})@"),
+    "a password in a URL": re.compile(
+        r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/@:]*:[^\s/@]+|[\w-]{20,})@"
+    ),
     "a token": re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(TOKENS)})"),
-    "an authorization header": re.compile(r"(Bearer|Authorization:\s*\w+)\s+[\w.~+/=-]{8,}", re.IGNORECASE),
+    "an authorization header": re.compile(
+        r"(Bearer|Authorization:\s*\w+)\s+[\w.~+/=-]{8,}", re.IGNORECASE
+    ),
     "a private key": re.compile(r"-----BEGIN "),
     "a webhook": re.compile(r"https://(hooks\.slack\.com|discord(app)?\.com/api/webhooks)/"),
     "a signature in a URL": re.compile(
-        r"[?&](sig|signature|X-Amz-Signature|token|access_token|key|api_key)=[^&\s]{8,}", re.IGNORECASE
+        r"[?&](sig|signature|X-Amz-Signature|token|access_token|key|api_key)=[^&\s]{8,}",
+        re.IGNORECASE,
     ),
 }
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -58,7 +85,9 @@ UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 HEXADECIMAL = re.compile(r"(?<![\w:.@/-])[0-9a-fA-F]{32,}(?![\w-])")
 LONG_WORD = re.compile(r"(?<![\w/+.~-])[A-Za-z0-9+][\w+/-]{31,}={0,2}(?![\w/+.-])")
 CHANGES = 0.4
-"""Random letters and digits change between upper case, lower case and digits 0.6 times a character; names do so far less."""
+"""Random letters and digits change between upper case, lower case and digits 0.6 times a character;
+names do so far less.
+"""
 OF_A_VERSION = re.compile(r"COMMIT|SHA|HASH|DIGEST|REVISION|CHECKSUM|MD")
 ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 OPTION = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -69,16 +98,22 @@ def looks_secret(name: str, value: str) -> str | None:
     named = set(_words(name)) & SECRET_WORDS or name.upper().endswith(SECRET_ENDS)
     if named and not SWITCH.fullmatch(value) and not HARMLESS.fullmatch(name.upper()):
         return "its name says so"
-    return secret_value(value, hexadecimal=not set(map(OF_A_VERSION.fullmatch, _words(name))) - {None})
+    return secret_value(
+        value, hexadecimal=not set(map(OF_A_VERSION.fullmatch, _words(name))) - {None}
+    )
 
 
 def secret_value(value: str, *, hexadecimal: bool = True) -> str | None:
-    """What kind of secret is in a text; None when there is none.  `hexadecimal`: long numbers count."""
+    """What kind of secret is in a text; None when there is none.  `hexadecimal`: long numbers
+    count.
+    """
     value = UUID.sub("", value)
     for kind, pattern in PATTERNS.items():
         if pattern.search(value):
             return kind
-    if (hexadecimal and HEXADECIMAL.search(value)) or any(map(_is_random, LONG_WORD.findall(value))):
+    if (hexadecimal and HEXADECIMAL.search(value)) or any(
+        map(_is_random, LONG_WORD.findall(value))
+    ):
         return "a long random word"
     return None
 
@@ -92,11 +127,15 @@ def secret_in_line(line: str) -> tuple[str, str] | None:
 
 
 def secret_in_words(words: Iterable[str]) -> tuple[str, str] | None:
-    """(what holds it, why) of the first secret in the words of a command: assignments, options, values."""
+    """(what holds it, why) of the first secret in the words of a command: assignments, options,
+    values.
+    """
     option = ""
     for word in words:
         for name, value in _named(word, option):
-            if (reason := looks_secret(name, "" if FROM_ELSEWHERE.match(value) else value)) is not None:
+            if (
+                reason := looks_secret(name, "" if FROM_ELSEWHERE.match(value) else value)
+            ) is not None:
                 return name, reason
         if not ASSIGNMENT.fullmatch(word) and (reason := secret_value(word)) is not None:
             return "a word", reason
@@ -113,7 +152,9 @@ def _words(name: str) -> list[str]:
 
 
 def _named(word: str, option: str) -> Iterator[tuple[str, str]]:
-    """(name, value) that a word gives: NAME=value, --name=value, or the value of the option before it."""
+    """(name, value) that a word gives: NAME=value, --name=value, or the value of the option before
+    it.
+    """
     if found := ASSIGNMENT.fullmatch(word):
         yield found[1], found[2]
     elif (found := OPTION.fullmatch(word)) and found[2] is not None:
@@ -125,6 +166,9 @@ def _named(word: str, option: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_random(word: str) -> bool:
-    kinds = ["upper" if c.isupper() else "lower" if c.islower() else "digit" if c.isdigit() else c for c in word]
+    kinds = [
+        "upper" if c.isupper() else "lower" if c.islower() else "digit" if c.isdigit() else c
+        for c in word
+    ]
     changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
     return {"upper", "lower", "digit"} <= set(kinds) and changes >= CHANGES * len(word)

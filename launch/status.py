@@ -1,4 +1,6 @@
-"""What a job is doing.  The run's files come first: a scheduler's word may be late, wrong, or absent."""
+"""What a job is doing.  The run's files come first: a scheduler's word may be late, wrong, or
+absent.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ RECENT_S = 1800.0
 
 
 def report(folder: Path) -> str:
-    """A few lines of text; of a sweep, one for each run.  Raises ConfigError where nothing was launched."""
+    """A few lines of text; of a sweep, one for each run.  Raises ConfigError where nothing was
+    launched.
+    """
     found = launched(folder)
     return one(found[0]) if found[0].path == folder / "launch" else table(found)
 
@@ -37,8 +41,13 @@ def table(folders: Sequence[JobFolder]) -> str:
         job, last = folder.job, last_line(RunDir(folder.run_dir).metrics) or {}
         mine = folder.history(job)
         wanted = (("step", ","), ("samples_per_s", ".1f"))
-        step, rate = (f"{last[key]:{form}}" if is_number(last.get(key)) else "-" for key, form in wanted)
-        restarts, reason = sum(attempt["requeued"] for attempt in mine), mine[-1]["reason"] if mine else "-"
+        step, rate = (
+            f"{last[key]:{form}}" if is_number(last.get(key)) else "-" for key, form in wanted
+        )
+        restarts, reason = (
+            sum(attempt["requeued"] for attempt in mine),
+            mine[-1]["reason"] if mine else "-",
+        )
         rows.append((folder.name, job or "-", state or "-", step, rate, str(restarts), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -54,7 +63,11 @@ def one(folder: JobFolder) -> str:
         f"command     lpl-pretrain {printable(shlex.join(record.argv))}",
     ]
     if last := last_line(run_dir.metrics):
-        rate = f", {last['samples_per_s']:.1f} samples/s" if is_number(last.get("samples_per_s")) else ""
+        rate = (
+            f", {last['samples_per_s']:.1f} samples/s"
+            if is_number(last.get("samples_per_s"))
+            else ""
+        )
         when = f", {age(last['time_s'])} ago" if is_number(last.get("time_s")) else ""
         lines.append(f"step        {last['step']:,}{rate}{when}")
     if complete := run_dir.complete_checkpoints():
@@ -62,9 +75,14 @@ def one(folder: JobFolder) -> str:
         lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
     if slow := last_straggler(run_dir.metrics):
         what = f"{slow['times']} times the median in `{slow['measure']}`"
-        lines.append(f"straggler   rank {slow['rank']} on {slow['host']}: {what}, {age(slow['time_s'])} ago")
+        lines.append(
+            f"straggler   rank {slow['rank']} on {slow['host']}: {what}, {age(slow['time_s'])} ago"
+        )
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
-    lines += [f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}" for attempt in mine[-5:]]
+    lines += [
+        f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}"
+        for attempt in mine[-5:]
+    ]
     if excluded := record.profile.exclude:
         lines.append(f"excluded    {', '.join(excluded)}")
     return "\n".join([*lines, *scores(run_dir)])
@@ -78,39 +96,65 @@ def scores(run_dir: RunDir) -> list[str]:
     lines = []
     for protocol in watched:
         complete, pending = run_dir.complete_checkpoints(), run_dir.pending_evaluations(protocol)
-        line = f"scores      {protocol}: {len(complete) - len(pending)} of {len(complete)} checkpoints"
+        line = (
+            f"scores      {protocol}: {len(complete) - len(pending)} of {len(complete)} checkpoints"
+        )
         if pending:
-            folder = JobFolder(run_dir.path / "launch" / "evaluate" / protocol / step_name(pending[0]))
+            folder = JobFolder(
+                run_dir.path / "launch" / "evaluate" / protocol / step_name(pending[0])
+            )
             job, (state,) = folder.job, states([folder])
-            line += f"; next step {pending[0]:,}: {f'job {job} {state}'.strip() if job else 'waits'}"
+            line += (
+                f"; next step {pending[0]:,}: {f'job {job} {state}'.strip() if job else 'waits'}"
+            )
         lines.append(line)
     return lines
 
 
 def where(attempt: dict[str, Any]) -> str:
-    """The rank that ended badly first; of a hang, the ranks that left no stacks, and where those of the others are."""
+    """The rank that ended badly first; of a hang, the ranks that left no stacks, and where those of
+    the others are.
+    """
     if "silent_ranks" in attempt:
-        silent = ", ".join(f"rank {found['rank']} on {found['host']}" for found in attempt["silent_ranks"])
-        return f" (silent: {silent or 'none'}; stacks: launch/stacks_{attempt['job']}_{attempt['attempt']}_*.txt)"
+        silent = ", ".join(
+            f"rank {found['rank']} on {found['host']}" for found in attempt["silent_ranks"]
+        )
+        return (
+            f" (silent: {silent or 'none'}; stacks: "
+            f"launch/stacks_{attempt['job']}_{attempt['attempt']}_*.txt)"
+        )
     return f" (rank {attempt['rank']} on {attempt['host']})" if "rank" in attempt else ""
 
 
 def states(folders: Sequence[JobFolder]) -> list[str]:
-    """Of the newest job of each, as squeue has it; "" when it does not know the job, or there is no squeue."""
+    """Of the newest job of each, as squeue has it; "" when it does not know the job, or there is no
+    squeue.
+    """
     jobs = [folder.job or "" for folder in folders]
-    known = listed([job for job in jobs if job]) if any(jobs) and shutil.which("squeue") is not None else None
+    known = (
+        listed([job for job in jobs if job])
+        if any(jobs) and shutil.which("squeue") is not None
+        else None
+    )
     return [(known or {}).get(job, "") for job in jobs]
 
 
 def ask(job: str) -> str | None:
-    """The state of a job, "" when squeue does not know it, None where it does not answer: that says nothing about the job."""
+    """The state of a job, "" when squeue does not know it, None where it does not answer: that says
+    nothing about the job.
+    """
     known = listed([job])
     return None if known is None else known.get(job, "")
 
 
 def listed(jobs: Sequence[str]) -> dict[str, str] | None:
     """States of those jobs that squeue knows, by name; None where it does not answer."""
-    found = subprocess.run(["squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i %T"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i %T"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if found.returncode and "Invalid job id" not in found.stderr:
         return None
     return dict(line.split() for line in found.stdout.splitlines())
@@ -118,14 +162,22 @@ def listed(jobs: Sequence[str]) -> dict[str, str] | None:
 
 def training_is_over(run_dir: RunDir) -> bool:
     complete = run_dir.complete_checkpoints()
-    return run_dir.config.is_file() and bool(complete) and complete[-1] >= load_run_config(run_dir).steps
+    return (
+        run_dir.config.is_file()
+        and bool(complete)
+        and complete[-1] >= load_run_config(run_dir).steps
+    )
 
 
 def unfinished(folders: Sequence[JobFolder]) -> list[JobFolder]:
     """Those of runs that no job works on and that are not at their end."""
     live = states(folders)
     found = zip(folders, live, strict=True)
-    return [folder for folder, state in found if not state and not training_is_over(RunDir(folder.run_dir))]
+    return [
+        folder
+        for folder, state in found
+        if not state and not training_is_over(RunDir(folder.run_dir))
+    ]
 
 
 def cancel(folder: Path) -> str:
@@ -134,25 +186,35 @@ def cancel(folder: Path) -> str:
     if len(found) == 1:
         return cancel_job(found[0])
     live = [each for each, state in zip(found, states(found), strict=True) if state]
-    return "\n".join(map(cancel_job, live)) or f"{folder}: none of its {len(found)} jobs is with the scheduler"
+    return (
+        "\n".join(map(cancel_job, live))
+        or f"{folder}: none of its {len(found)} jobs is with the scheduler"
+    )
 
 
 def cancel_job(folder: JobFolder) -> str:
     job = folder.job
     folder.cancelled.touch()
-    done = subprocess.run(["scancel", "--signal=USR2", str(job)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["scancel", "--signal=USR2", str(job)], capture_output=True, text=True, check=False
+    )
     if done.returncode or states([folder]) == ["PENDING"]:
         subprocess.run(["scancel", str(job)], capture_output=True, check=False)
     if folder.read_facts().get("kind") == "encode":
         return f"job {job}: told to end; `python -m launch encode` goes on from there"
-    return f"job {job}: told to end after a checkpoint; `python -m launch resume {folder.run_dir}` goes on from there"
+    return (
+        f"job {job}: told to end after a checkpoint; `python -m launch resume {folder.run_dir}` "
+        "goes on from there"
+    )
 
 
 def open_folder(run: Path) -> JobFolder:
     """Raises ConfigError where nothing was launched, or several jobs were."""
     found = launched(run)
     if len(found) > 1:
-        raise ConfigError(f"{run}: holds {len(found)} jobs: name one of them, such as {found[0].path}")
+        raise ConfigError(
+            f"{run}: holds {len(found)} jobs: name one of them, such as {found[0].path}"
+        )
     return found[0]
 
 
@@ -165,8 +227,13 @@ def last_line(metrics: Path) -> dict[str, Any] | None:
 def last_straggler(metrics: Path) -> dict[str, Any] | None:
     """The newest that was called slow in the last RECENT_S."""
     since = time.time() - RECENT_S
-    recent = takewhile(lambda line: is_number(line.get("time_s")) and line["time_s"] > since, newest_first(metrics))
-    return next((line for line in recent if line.get("event") == "straggler" and line.keys() >= STRAGGLER), None)
+    recent = takewhile(
+        lambda line: is_number(line.get("time_s")) and line["time_s"] > since, newest_first(metrics)
+    )
+    return next(
+        (line for line in recent if line.get("event") == "straggler" and line.keys() >= STRAGGLER),
+        None,
+    )
 
 
 def newest_first(metrics: Path) -> Iterator[dict[str, Any]]:
@@ -189,4 +256,6 @@ def printable(text: str) -> str:
 
 def age(then_s: float) -> str:
     gone = max(0, int(time.time() - then_s))
-    return f"{gone} s" if gone < 120 else f"{gone // 60} min" if gone < 7200 else f"{gone // 3600} h"
+    return (
+        f"{gone} s" if gone < 120 else f"{gone // 60} min" if gone < 7200 else f"{gone // 3600} h"
+    )

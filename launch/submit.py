@@ -1,7 +1,9 @@
-"""From a command and a profile to a job: checked here, on the login node, then handed to sbatch by submitit.
+"""From a command and a profile to a job: checked here, on the login node, then handed to sbatch by
+submitit.
 
-submitit writes the script, pickles the task and names the logs; what it does about signals, requeues and results is not used, for
-each process of the job is a task of ours (task.py) and the last line of the script decides (after.py).
+submitit writes the script, pickles the task and names the logs; what it does about signals,
+requeues and results is not used, for each process of the job is a task of ours (task.py) and the
+last line of the script decides (after.py).
 """
 
 from __future__ import annotations
@@ -48,20 +50,29 @@ def submit(order: Order, profile: ClusterProfile) -> str:
     (facts,) = begin([order], profile)
     try:
         job = executor_of(order, profile).submit(task_of(order, profile))
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as refusal:
+    except (
+        submitit.core.utils.FailedJobError,
+        submitit.core.utils.FailedSubmissionError,
+    ) as refusal:
         raise refused(str(refusal)) from None
     order.folder.write_facts({**facts, "job": job.job_id})
     return job.job_id
 
 
 def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list[dict[str, Any]]:
-    """The facts of each but its job, as its folder has them from now on.  Raises ConfigError when one is being worked on."""
+    """The facts of each but its job, as its folder has them from now on.  Raises ConfigError when
+    one is being worked on.
+    """
     if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch: not on the PATH: submit from a login node of the cluster, or start here with torchrun")
+        raise ConfigError(
+            "sbatch: not on the PATH: submit from a login node of the cluster, or start here "
+            "with torchrun"
+        )
     for order, state in zip(orders, states([order.folder for order in orders]), strict=True):
         if state:
             raise ConfigError(
-                f"{order.run_dir}: its job {order.folder.job} is {state}: wait for its end, or `python -m launch cancel` it"
+                f"{order.run_dir}: its job {order.folder.job} is {state}: wait for its end, or "
+                "`python -m launch cancel` it"
             )
     found = []
     for order in orders:
@@ -70,7 +81,8 @@ def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list
             folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
         except OSError as problem:
             raise ConfigError(
-                f"{folder.path}: cannot be made from here: {problem}: submit where the folder of runs is mounted, or set run_dir"
+                f"{folder.path}: cannot be made from here: {problem}: submit where the folder of "
+                "runs is mounted, or set run_dir"
             ) from None
         folder.cancelled.unlink(missing_ok=True)
         folder.write_config(order.config)
@@ -113,8 +125,11 @@ def task_of(order: Order, profile: ClusterProfile) -> Task:
     )
 
 
-def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None) -> submitit.SlurmExecutor:
-    """Nothing user-given reaches the script unquoted.  `links`: of an array, lead to the folders of its tasks.
+def executor_of(
+    order: Order, profile: ClusterProfile, links: Path | None = None
+) -> submitit.SlurmExecutor:
+    """Nothing user-given reaches the script unquoted.  `links`: of an array, lead to the folders of
+    its tasks.
 
     Raises ConfigError for what could not stand in a script.
     """
@@ -123,7 +138,11 @@ def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None
     check_working_directory(order.cwd)
     check_setup(profile.setup)
     executor = Executor(folder=folder if links is None else links / "%a", python=python)
-    here = shlex.quote(str(folder)) if links is None else f'{shlex.quote(str(links))}/"$SLURM_ARRAY_TASK_ID"'
+    here = (
+        shlex.quote(str(folder))
+        if links is None
+        else f'{shlex.quote(str(links))}/"$SLURM_ARRAY_TASK_ID"'
+    )
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     exports.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     more: dict[str, Any] = {"requeue": True, "chdir": order.cwd}
@@ -131,13 +150,20 @@ def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None
         more |= {"dependency": order.after, "kill-on-invalid-dep": "yes"}
     if profile.memory_gib_per_node is not None:
         more["mem"] = f"{int(1024 * profile.memory_gib_per_node)}M"
-    asked = {"partition": profile.partition, "account": profile.account, "qos": profile.qos, "constraint": profile.constraint}
+    asked = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+    }
     if profile.gpus_per_node:
         asked["gpus_per_node"] = str(profile.gpus_per_node)
     if profile.exclude:
         asked["exclude"] = ",".join(profile.exclude)
     executor.update_parameters(
-        job_name=job_name(order if links is None else replace(order, run_dir=order.array_dir, part="")),
+        job_name=job_name(
+            order if links is None else replace(order, run_dir=order.array_dir, part="")
+        ),
         nodes=order.nodes,
         ntasks_per_node=profile.processes_per_node,
         cpus_per_task=profile.cpus_per_process,
@@ -156,14 +182,21 @@ def executor_of(order: Order, profile: ClusterProfile, links: Path | None = None
 
 def job_name(order: Order) -> str:
     """Of a run's folder; what a scheduler's listing could stumble over is left out."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{order.run_dir.name}-{order.part or order.kind}")[:100]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{order.run_dir.name}-{order.part or order.kind}")[
+        :100
+    ]
 
 
 def refused(error: str) -> ConfigError:
-    return ConfigError(f"sbatch refused this job: {words_of(error)}: see `sinfo`, and the profile's keys")
+    return ConfigError(
+        f"sbatch refused this job: {words_of(error)}: see `sinfo`, and the profile's keys"
+    )
 
 
 def words_of(error: str) -> str:
     """The scheduler's, out of submitit's traceback of a failed command."""
     lines = [line.strip() for line in error.splitlines() if line.strip().startswith("sbatch:")]
-    return " ".join(line.removeprefix("sbatch:").strip() for line in lines) or error.strip().splitlines()[-1]
+    return (
+        " ".join(line.removeprefix("sbatch:").strip() for line in lines)
+        or error.strip().splitlines()[-1]
+    )

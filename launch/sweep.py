@@ -1,4 +1,6 @@
-"""`--sweep key=value,value`: every combination of the values is a run of its own, named after them, in the folder of the sweep."""
+"""`--sweep key=value,value`: every combination of the values is a run of its own, named after them,
+in the folder of the sweep.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ class Training:
     settings: TrainConfig
 
 
-def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], ranks: int) -> list[Training]:
-    """One, or one for each combination.  Raises ConfigError that says of every wrong one what is wrong with it."""
+def trainings(
+    config: str, overrides: Sequence[str], sweeps: Sequence[str], ranks: int
+) -> list[Training]:
+    """One, or one for each combination.  Raises ConfigError that says of every wrong one what is
+    wrong with it.
+    """
     found, problems = [], []
     for changes in combinations(sweeps):
         try:
@@ -58,26 +64,41 @@ def trainings(config: str, overrides: Sequence[str], sweeps: Sequence[str], rank
 
 
 def keep_apart(folder: Path, sweep: bool) -> None:
-    """Raises ConfigError where a folder would be a run and hold a sweep's runs: commands on it could mean either."""
+    """Raises ConfigError where a folder would be a run and hold a sweep's runs: commands on it
+    could mean either.
+    """
     if sweep and (RunDir(folder).config.is_file() or JobFolder(folder / "launch").facts.is_file()):
-        raise ConfigError(f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=...")
+        raise ConfigError(
+            f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=..."
+        )
     if not sweep and any(folder.glob("*/launch/job.json")):
-        raise ConfigError(f"{folder}: holds the runs of a sweep: give this one a folder among them, run_dir={folder}/NAME")
+        raise ConfigError(
+            f"{folder}: holds the runs of a sweep: give this one a folder among them, "
+            f"run_dir={folder}/NAME"
+        )
 
 
 def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
-    """Overrides of each; the last key changes fastest.  Without a sweep it is one that changes nothing."""
+    """Overrides of each; the last key changes fastest.  Without a sweep it is one that changes
+    nothing.
+    """
     axes = [axis(sweep) for sweep in sweeps]
     keys = [sweep.partition("=")[0] for sweep in sweeps]
     for key in keys:
         if key in NAMED_BY_US:
             raise ConfigError(f"--sweep {key}: not to be swept: each run is named after what is")
         if keys.count(key) > 1:
-            raise ConfigError(f"--sweep {key}: given {keys.count(key)} times; give all its values at once: {key}=1,2")
+            raise ConfigError(
+                f"--sweep {key}: given {keys.count(key)} times; give all its values at once: "
+                f"{key}=1,2"
+            )
     found = list(itertools.product(*axes))
     names = [name_of(changes) for changes in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"--sweep: {names.count(twice)} combinations would be called {twice}: leave all but one out")
+        raise ConfigError(
+            f"--sweep: {names.count(twice)} combinations would be called {twice}: leave all "
+            "but one out"
+        )
     return found
 
 
@@ -86,12 +107,15 @@ def axis(sweep: str) -> list[str]:
     key, _, text = sweep.partition("=")
     values = split(text)
     if not key or not all(values):
-        raise ConfigError(f"--sweep {sweep}: wanted key=value,value, such as lpl.target_share=0.1,0.2")
+        raise ConfigError(
+            f"--sweep {sweep}: wanted key=value,value, such as lpl.target_share=0.1,0.2"
+        )
     return [f"{key}={value}" for value in values]
 
 
 def split(text: str) -> list[str]:
-    """At the commas that are outside of brackets and quotes.  Raises ConfigError where one of these is left open.
+    """At the commas that are outside of brackets and quotes.  Raises ConfigError where one of these
+    is left open.
 
     As in YAML, a quote opens at the beginning of a value only: `it's` has none.
     """
@@ -111,12 +135,17 @@ def split(text: str) -> list[str]:
         else:
             parts[-1] += character
     if depth or quote:
-        raise ConfigError(f"--sweep: {text!r}: {quote or 'a bracket'} is left open: close it, or put the value in quotes")
+        raise ConfigError(
+            f"--sweep: {text!r}: {quote or 'a bracket'} is left open: close it, or put the value "
+            "in quotes"
+        )
     return [part.strip() for part in parts]
 
 
 def name_of(changes: Sequence[str]) -> str:
-    """Of a folder: `lpl.target_share=0.1,optimizer.lr=1e-4`, and whatever could trouble a shell or a file system is `_`."""
+    """Of a folder: `lpl.target_share=0.1,optimizer.lr=1e-4`, and whatever could trouble a shell or
+    a file system is `_`.
+    """
     words = (change.partition("=") for change in changes)
     name = ",".join(f"{plain(key)}={plain(value)}" for key, _, value in words)
     if len(name) > LONGEST_NAME:

@@ -1,7 +1,8 @@
-"""What every process of a job runs: `lpl-pretrain ...` as a child that knows its rank and is told of the scheduler's signals.
+"""What every process of a job runs: `lpl-pretrain ...` as a child that knows its rank and is told
+of the scheduler's signals.
 
-A child, because a scheduler's signals come whenever they like: before there is a handler, inside a collective, while compiling.
-This process has nothing else to do than to pass them on.
+A child, because a scheduler's signals come whenever they like: before there is a handler, inside a
+collective, while compiling. This process has nothing else to do than to pass them on.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from lpl_pretrain.runtime.code import fingerprint
 
 WAIT_S, POLL_S = 300.0, 0.2
 STACKS_POLL_S, GRACE_S = 1.0, 5.0
-"""Between looks for the stacks of a rank that hangs; and from there to its end, so that all ranks have written theirs."""
+"""Between looks for the stacks of a rank that hangs; and from there to its end, so that all ranks
+have written theirs.
+"""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""Passed on to the child.  SIGINT is not: the scheduler gives it to all processes of a step, and a second one would be taken for
-another Ctrl-C."""
+"""Passed on to the child.  SIGINT is not: the scheduler gives it to all processes of a step, and a
+second one would be taken for another Ctrl-C.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Allocation:
 
     @classmethod
     def from_environment(cls) -> Allocation:
-        numbers = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
+        numbers = (
+            int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+        )
         return cls(this_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
 
 
@@ -68,25 +74,45 @@ class Task:
     """Where relative paths begin: the folder of the submission; "" in a job of an older version."""
 
     def __call__(self) -> int:
-        """Ends with the child's exit status; 0 also for one that a signal met before it could listen."""
+        """Ends with the child's exit status; 0 also for one that a signal met before it could
+        listen.
+        """
         stop = Stop()
-        here, folder, host = Allocation.from_environment(), JobFolder(Path(self.folder)), node_name()
+        here, folder, host = (
+            Allocation.from_environment(),
+            JobFolder(Path(self.folder)),
+            node_name(),
+        )
         try:
             os.chdir(self.cwd or os.curdir)
         except OSError as problem:  # the scheduler would go on in another folder
-            print(f"launch: {host} does not see {self.cwd!r}, where the job was submitted: {problem}", flush=True)
+            print(
+                f"launch: {host} does not see {self.cwd!r}, where the job was submitted: {problem}",
+                flush=True,
+            )
             folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
             sys.exit(BAD_INPUT)
         if (now := fingerprint()) != self.code:
-            print(f"launch: the code has changed since this job was submitted ({self.code[:12]} then, {now[:12]} now)", flush=True)
+            print(
+                f"launch: the code has changed since this job was submitted ({self.code[:12]} "
+                f"then, {now[:12]} now)",
+                flush=True,
+            )
             if self.on_changed_code == "refuse":
                 folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
                 sys.exit(BAD_INPUT)
         stacks = folder.stacks(here.job, here.attempt, here.rank, host)
-        environment = {**os.environ, **rendezvous(here, folder, stop), **self.place_of(here), "LPL_STACKS_FILE": str(stacks)}
+        environment = {
+            **os.environ,
+            **rendezvous(here, folder, stop),
+            **self.place_of(here),
+            "LPL_STACKS_FILE": str(stacks),
+        }
         status = 0
         if not stop.asked:
-            child = subprocess.Popen([*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment)
+            child = subprocess.Popen(
+                [*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment
+            )
             stop.pass_on_to(child)
             status = child.wait() if self.patient else wait_or_kill(child, stacks)
         if stop.asked and status in (-stop.asked, 128 + stop.asked):
@@ -99,15 +125,25 @@ class Task:
     def place_of(self, here: Allocation) -> dict[str, str]:
         number, of = self.share
         rank, world_size = number * here.world_size + here.rank, of * here.world_size
-        return {"RANK": str(rank), "LOCAL_RANK": str(here.local_rank), "WORLD_SIZE": str(world_size)}
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(here.local_rank),
+            "WORLD_SIZE": str(world_size),
+        }
 
 
 def wait_or_kill(child: subprocess.Popen[bytes], stacks: Path) -> int:
-    """The child's exit status; or HUNG, when it has written its stacks and did not end well a moment later."""
+    """The child's exit status; or HUNG, when it has written its stacks and did not end well a
+    moment later.
+    """
     while not (stacks.is_file() and stacks.stat().st_size):
         with suppress(subprocess.TimeoutExpired):
             return child.wait(STACKS_POLL_S)
-    print(f"launch: no step for long: killed in {GRACE_S:.0f} s; what its threads were doing: {stacks}", flush=True)
+    print(
+        f"launch: no step for long: killed in {GRACE_S:.0f} s; what its threads were "
+        f"doing: {stacks}",
+        flush=True,
+    )
     time.sleep(GRACE_S)
     child.kill()
     return HUNG if child.wait() else 0
@@ -141,7 +177,9 @@ def node_name() -> str:
 
 
 def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str]:
-    """Variables by which the ranks find each other: rank 0 publishes a port that was free a moment ago."""
+    """Variables by which the ranks find each other: rank 0 publishes a port that was free a moment
+    ago.
+    """
     path = folder.rendezvous(here.job, here.attempt)
     if here.rank == 0:
         with socket.socket() as probe:
@@ -150,7 +188,12 @@ def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str
     deadline = time.monotonic() + WAIT_S
     while not path.is_file() and not stop.asked:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path}: rank 0 has not said where it is in {WAIT_S:.0f} s; does every node see this folder?")
+            raise TimeoutError(
+                f"{path}: rank 0 has not said where it is in {WAIT_S:.0f} s; does every node see "
+                "this folder?"
+            )
         time.sleep(POLL_S)
-    where: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"address": "", "port": 0}
+    where: dict[str, Any] = (
+        json.loads(path.read_text()) if path.is_file() else {"address": "", "port": 0}
+    )
     return {"MASTER_ADDR": where["address"], "MASTER_PORT": str(where["port"])}

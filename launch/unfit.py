@@ -14,9 +14,15 @@ from lpl_pretrain.errors import UNFIT
 
 
 def unfit_nodes(exits: Iterable[dict[str, Any]], run_dir: RunDir) -> dict[str, str]:
-    """Why, by the scheduler's name of the node: ranks say that they are unfit, the preflight's report says why."""
+    """Why, by the scheduler's name of the node: ranks say that they are unfit, the preflight's
+    report says why.
+    """
     nodes = {found["rank"]: found["host"] for found in exits if found["status"] == UNFIT}
-    report = json.loads(run_dir.preflight.read_text()) if nodes and run_dir.preflight.is_file() else {"findings": []}
+    report = (
+        json.loads(run_dir.preflight.read_text())
+        if nodes and run_dir.preflight.is_file()
+        else {"findings": []}
+    )
     reasons = dict.fromkeys(nodes.values(), "see the log")
     for finding in report["findings"]:
         if finding["fault"] == "node" and finding["ranks"][0] in nodes:
@@ -26,14 +32,19 @@ def unfit_nodes(exits: Iterable[dict[str, Any]], run_dir: RunDir) -> dict[str, s
 
 
 def exclude(folder: JobFolder, job: str, nodes: Iterable[str], already: str) -> str | None:
-    """Also when the job is submitted again.  Nothing is excluded where the job could never start then: the scheduler's words.
+    """Also when the job is submitted again.  Nothing is excluded where the job could never start
+    then: the scheduler's words.
 
-    `already`: the scheduler's own list, which a person may have made longer since submission; "" where it says none.
+    `already`: the scheduler's own list, which a person may have made longer since submission; ""
+    where it says none.
     """
     from launch.submit import words_of  # imports submitit
 
     facts = folder.read_facts()
-    facts["profile"]["exclude"] = excluded = [*([already] if already else facts["profile"]["exclude"]), *nodes]
+    facts["profile"]["exclude"] = excluded = [
+        *([already] if already else facts["profile"]["exclude"]),
+        *nodes,
+    ]
     script = folder.path / f"{job}_submission.sh"
     command = ["sbatch", "--test-only", f"--exclude={','.join(excluded)}", str(script)]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -44,11 +55,14 @@ def exclude(folder: JobFolder, job: str, nodes: Iterable[str], already: str) -> 
 
 
 def requeue(job: str, excluded: list[str]) -> None:
-    """The scheduler takes no list of excluded nodes for a job that runs, so it gets one for the job that waits again.
+    """The scheduler takes no list of excluded nodes for a job that runs, so it gets one for the job
+    that waits again.
 
     By then it has begun to end this very process, which has KillWait seconds left.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.run(["scontrol", "requeue", job], check=False)
     if excluded:
-        subprocess.run(["scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(excluded)}"], check=False)
+        subprocess.run(
+            ["scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(excluded)}"], check=False
+        )

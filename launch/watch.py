@@ -1,7 +1,8 @@
-"""Evaluation jobs as checkpoints arrive: one for each, at most so many at a time, until no more can come.
+"""Evaluation jobs as checkpoints arrive: one for each, at most so many at a time, until no more can
+come.
 
-One process of one CPU that looks at files and asks the scheduler: a job of its own, or a terminal on a login node.  What it knows
-is in the run's folder, so it may die and begin again.
+One process of one CPU that looks at files and asks the scheduler: a job of its own, or a terminal
+on a login node.  What it knows is in the run's folder, so it may die and begin again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Watch:
     leases: dict[int, Lease] = field(default_factory=dict)
 
     def run(self, poll_s: float = POLL_S) -> list[int]:
-        """Returns when training has ended and no evaluation can come any more: the steps that have no score."""
+        """Returns when training has ended and no evaluation can come any more: the steps that have
+        no score.
+        """
         forget_own_job()
         try:
             while not self.look():
@@ -60,8 +63,12 @@ class Watch:
 
     def look(self) -> bool:
         """Submits what is due; True when that was all."""
-        over = self.training_is_over()  # asked first: a checkpoint that comes meanwhile is seen below
-        states = {step: self.state(step) for step in self.run_dir.pending_evaluations(self.protocol)}
+        over = (
+            self.training_is_over()
+        )  # asked first: a checkpoint that comes meanwhile is seen below
+        states = {
+            step: self.state(step) for step in self.run_dir.pending_evaluations(self.protocol)
+        }
         self.keep(step for step, state in states.items() if state != "given up")
         free = self.at_most - sum(state == "alive" for state in states.values())
         for step in [step for step, state in states.items() if state == "none"][: max(free, 0)]:
@@ -131,7 +138,9 @@ def ending(folder: JobFolder, job: str) -> str | None:
 
 
 def forget_own_job() -> None:
-    """What the environment says of the job around us would be taken for options of those that we submit."""
+    """What the environment says of the job around us would be taken for options of those that we
+    submit.
+    """
     for name in list(os.environ):
         if name.startswith(OF_A_JOB) and name != "SLURM_CONF":
             del os.environ[name]

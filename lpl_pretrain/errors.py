@@ -1,6 +1,8 @@
-"""The errors a user can act on: each message names the key or path, the value found, the value wanted, and the remedy.
+"""The errors a user can act on: each message names the key or path, the value found, the value
+wanted, and the remedy.
 
-They live at the root of the package because `config`, the lowest room, raises them too.  `assert` is for our own bugs.
+They live at the root of the package because `config`, the lowest room, raises them too.  `assert`
+is for our own bugs.
 """
 
 from __future__ import annotations
@@ -20,25 +22,54 @@ UNFIT = 75
 TRANSIENT_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
-        *("EIO", "ENOSPC", "EDQUOT", "EROFS", "ESTALE", "EBUSY", "EAGAIN", "EINTR", "EMFILE", "ENFILE", "ENOMEM"),
-        *("ETIMEDOUT", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTUNREACH"),
+        *(
+            "EIO",
+            "ENOSPC",
+            "EDQUOT",
+            "EROFS",
+            "ESTALE",
+            "EBUSY",
+            "EAGAIN",
+            "EINTR",
+            "EMFILE",
+            "ENFILE",
+            "ENOMEM",
+        ),
+        *(
+            "ETIMEDOUT",
+            "ENETDOWN",
+            "ENETUNREACH",
+            "ECONNRESET",
+            "ECONNABORTED",
+            "ECONNREFUSED",
+            "EHOSTUNREACH",
+        ),
         *("ENOTCONN", "EREMOTEIO", "ENOLINK", "ECOMM", "ENODEV", "ENXIO"),
     )
     if hasattr(errno, name)
 )
-"""Of storage, memory and networks: what fails with one of these may succeed when it is tried again."""
+"""Of storage, memory and networks: what fails with one of these may succeed when it is tried again.
+"""
 
 
 SYSTEM_ERROR = re.compile(r"\((?:os error )?(\d+)\)")
-"""In the text of errors that are no OSError: those of Rust, in which safetensors is written, and of torch."""
+"""In the text of errors that are no OSError: those of Rust, in which safetensors is written, and of
+torch.
+"""
 
 
-LOST_RANK = re.compile(r"[Cc]onnection (closed by|reset by|was likely closed)|Broken pipe|remote process exited")
-"""In the text of what gloo, NCCL and the store of torch.distributed raise when the process at the other end is gone."""
+LOST_RANK = re.compile(
+    r"[Cc]onnection (closed by|reset by|was likely closed)|Broken pipe|remote process exited"
+)
+"""In the text of what gloo, NCCL and the store of torch.distributed raise when the process at the
+other end is gone.
+"""
 
 
 class LPLError(Exception):
-    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+    """Base of every error that is the input's fault; the command line prints it without a
+    traceback.
+    """
 
     status = BAD_INPUT
 
@@ -60,7 +91,9 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that could not be written: the disk's fault, which may be gone when the run is begun again."""
+    """A checkpoint that could not be written: the disk's fault, which may be gone when the run is
+    begun again.
+    """
 
     status = 1
 
@@ -83,7 +116,9 @@ class PreflightError(LPLError):
 
 
 class StorageError(LPLError):
-    """A file system that refuses a read or write for a reason that may pass: a full disk, a lost server."""
+    """A file system that refuses a read or write for a reason that may pass: a full disk, a lost
+    server.
+    """
 
     status = 1
 
@@ -92,7 +127,10 @@ class StorageError(LPLError):
         """None for an error that no file system has raised, or that another try would meet again."""
         remedy = "look at the file system, then run the same command again"
         if isinstance(error, OSError) and is_transient(error):
-            return cls(f"{error.filename2 or error.filename or file_in_use(error)}: {error.strerror or error}: {remedy}")
+            return cls(
+                f"{error.filename2 or error.filename or file_in_use(error)}: "
+                f"{error.strerror or error}: {remedy}"
+            )
         found = SYSTEM_ERROR.search(str(error))
         if found and int(found[1]) in TRANSIENT_ERRNOS and os.strerror(int(found[1])) in str(error):
             return cls(f"{file_in_use(error)}: {error}: {remedy}")
@@ -100,22 +138,28 @@ class StorageError(LPLError):
 
 
 def file_in_use(error: BaseException) -> str:
-    """Of an error of a descriptor, which names no file: the innermost path or open file on the stack."""
+    """Of an error of a descriptor, which names no file: the innermost path or open file on the
+    stack.
+    """
     found, frame = "a file", error.__traceback__
     while frame is not None:
         for value in frame.tb_frame.f_locals.values():
             if isinstance(value, Path):
                 found = str(value)
-            elif isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
+            elif isinstance(value, io.IOBase) and isinstance(
+                name := getattr(value, "name", None), str
+            ):
                 found = name
         frame = frame.tb_next
     return found
 
 
 def transient_reason(error: BaseException | None) -> str | None:
-    """Why an error may pass, in the system's words: it has its origin in an OSError with one of TRANSIENT_ERRNOS.
+    """Why an error may pass, in the system's words: it has its origin in an OSError with one of
+    TRANSIENT_ERRNOS.
 
-    Of an error of another rank, or of a library that is not written in Python, the text alone arrives here.
+    Of an error of another rank, or of a library that is not written in Python, the text alone
+    arrives here.
     """
     while error is not None:
         found = error.errno if isinstance(error, OSError) else None

@@ -1,4 +1,6 @@
-"""The suite proves everything on the CPU, also on a machine with GPUs: there they are hidden, unless tests/gpu is what runs."""
+"""The suite proves everything on the CPU, also on a machine with GPUs: there they are hidden,
+unless tests/gpu is what runs.
+"""
 
 import os
 from typing import Any
@@ -9,11 +11,14 @@ if not os.environ.get("LPL_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 FIRST = ("slurm", "chaos")
-"""Folders that take longest and wait most: the tests of each stay on one worker, and start first."""
+"""Folders that take longest and wait most: the tests of each stay on one worker, and start first.
+"""
 
 
 def folder_or_file(node_id: str) -> str:
-    """Tests of one such unit run on one worker: a file's share fixtures, all of SLURM's one cluster."""
+    """Tests of one such unit run on one worker: a file's share fixtures, all of SLURM's one
+    cluster.
+    """
     file = node_id.partition("::")[0]
     folder = next((part for part in file.split("/") if part in FIRST), None)
     return folder or file

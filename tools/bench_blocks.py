@@ -1,9 +1,11 @@
-"""Activation checkpointing and compilation of DiT blocks: seconds of forward and backward, FLOPs, peak bytes of activations.
+"""Activation checkpointing and compilation of DiT blocks: seconds of forward and backward, FLOPs,
+peak bytes of activations.
 
     python tools/bench_blocks.py --rounds 5
 
-DiT-S/2 (33 M parameters) on 32x32x4 latents, float32, one process.  Contestants alternate; times are medians, ratios are of paired
-rounds.  Peak bytes are counted, above parameters and gradients; inside compiled code nothing can be counted.
+DiT-S/2 (33 M parameters) on 32x32x4 latents, float32, one process.  Contestants alternate; times
+are medians, ratios are of paired rounds.  Peak bytes are counted, above parameters and gradients;
+inside compiled code nothing can be counted.
 """
 
 from __future__ import annotations
@@ -36,9 +38,17 @@ CONTESTANTS: dict[str, dict[str, object]] = {
 
 class Contestant:
     def __init__(self, options: dict[str, object], batch: int) -> None:
-        self.model = build_denoiser(DiTConfig(width=384, depth=12, heads=6, patch_size=2), LATENT, num_classes=1000)
-        prepare_blocks(self.model, self.model.sharded_blocks(), ParallelConfig.model_validate(options))
-        self.inputs = (torch.randn(batch, 4, 32, 32), torch.rand(batch), Conditioning(torch.arange(batch)))
+        self.model = build_denoiser(
+            DiTConfig(width=384, depth=12, heads=6, patch_size=2), LATENT, num_classes=1000
+        )
+        prepare_blocks(
+            self.model, self.model.sharded_blocks(), ParallelConfig.model_validate(options)
+        )
+        self.inputs = (
+            torch.randn(batch, 4, 32, 32),
+            torch.rand(batch),
+            Conditioning(torch.arange(batch)),
+        )
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -56,11 +66,15 @@ class Contestant:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--batch", type=int, default=8)
     given = arguments.parse_args()
-    contestants = {label: Contestant(options, given.batch) for label, options in CONTESTANTS.items()}
+    contestants = {
+        label: Contestant(options, given.batch) for label, options in CONTESTANTS.items()
+    }
     for contestant in contestants.values():
         contestant.step()  # gradients exist, code is compiled
     for _ in range(given.rounds):
@@ -69,7 +83,9 @@ def main() -> None:
     base = contestants["none"]
     print(f"{'':<24}{'s':>8}{'ratio':>26}{'GFLOP':>10}{'peak MiB':>10}")
     for label, contestant in contestants.items():
-        ratios = [mine / theirs for mine, theirs in zip(contestant.seconds, base.seconds, strict=True)]
+        ratios = [
+            mine / theirs for mine, theirs in zip(contestant.seconds, base.seconds, strict=True)
+        ]
         span = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         counted = f"{'':>10}{'':>10}"
         if not CONTESTANTS[label].get("compile"):

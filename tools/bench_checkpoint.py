@@ -1,11 +1,13 @@
-"""How long training stands still for a checkpoint, and how much slower it is while one is written: asynchronous against not.
+"""How long training stands still for a checkpoint, and how much slower it is while one is written:
+asynchronous against not.
 
     python tools/bench_checkpoint.py [--rounds 5]
     torchrun --nproc-per-node 2 tools/bench_checkpoint.py --strategy fsdp2
 
-A DiT-S/2 (33 M parameters, AdamW, one average: 16 bytes a parameter are saved) on 32x32 latents; both kinds of save in turn, each
-followed by steps until it is published.  Stall: seconds inside `save`.  Delay: seconds from the save to the end of those steps,
-less what as many steps take without one.
+A DiT-S/2 (33 M parameters, AdamW, one average: 16 bytes a parameter are saved) on 32x32 latents;
+both kinds of save in turn, each followed by steps until it is published.  Stall: seconds inside
+`save`.  Delay: seconds from the save to the end of those steps, less what as many steps take
+without one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ MODEL = DiTConfig(width=384, depth=12, heads=6, patch_size=2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="that follow each save")
     parser.add_argument("--strategy", default="local", choices=["local", "ddp", "fsdp2"])
@@ -49,9 +53,15 @@ def main() -> None:
     model = build_denoiser(MODEL, LATENT, num_classes=1000)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = make_strategy(parallel, world, device)
-    denoiser = engine.setup(model, model.sharded_blocks(), lambda found: make_optimizer(OptimizerConfig(), found))
+    denoiser = engine.setup(
+        model, model.sharded_blocks(), lambda found: make_optimizer(OptimizerConfig(), found)
+    )
     ema = EMATracker(engine.local_params(), EMAConfig())
-    z_t, t, labels = torch.randn(2, 4, 32, 32, device=device), torch.rand(2, device=device), torch.tensor([1, 2], device=device)
+    z_t, t, labels = (
+        torch.randn(2, 4, 32, 32, device=device),
+        torch.rand(2, device=device),
+        torch.tensor([1, 2], device=device),
+    )
 
     def step() -> None:
         engine.backward(denoiser(z_t, t, Conditioning(labels)).square().mean(), microbatch=0, of=1)
@@ -61,13 +71,21 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {"synchronous": [], "asynchronous": []}
     folder = Path(dist.broadcast_json(tempfile.mkdtemp(dir=args.folder)))
     keepers = {
-        kind: CheckpointManager(RunDir(folder / kind), CheckpointConfig(asynchronous=kind == "asynchronous", keep_last=1))
+        kind: CheckpointManager(
+            RunDir(folder / kind),
+            CheckpointConfig(asynchronous=kind == "asynchronous", keep_last=1),
+        )
         for kind in found
     }
     for number in range(args.rounds + 1):
         for kind, keeper in keepers.items():
             measured = one_save(
-                step, args.steps, lambda keeper=keeper: keeper.save(engine.optimizer_steps, engine, ema, {}, samples_seen=0), keeper
+                step,
+                args.steps,
+                lambda keeper=keeper: keeper.save(
+                    engine.optimizer_steps, engine, ema, {}, samples_seen=0
+                ),
+                keeper,
             )
             if number:  # the first round allocates
                 found[kind].append(measured)
@@ -77,7 +95,9 @@ def main() -> None:
     dist.leave()
 
 
-def one_save(step: Callable[[], None], steps: int, save: Callable[[], object], keeper: CheckpointManager) -> tuple[float, float]:
+def one_save(
+    step: Callable[[], None], steps: int, save: Callable[[], object], keeper: CheckpointManager
+) -> tuple[float, float]:
     """(stall, delay) in seconds."""
     started = time.perf_counter()
     for _ in range(steps):
@@ -95,12 +115,21 @@ def one_save(step: Callable[[], None], steps: int, save: Callable[[], object], k
 
 
 def tell(found: dict[str, list[tuple[float, float]]], parameters: int, world: World) -> None:
-    print(f"{parameters / 1e6:.1f} M parameters, {16 * parameters / 2**20:.0f} MiB, {world.world_size} ranks, medians")
+    print(
+        f"{parameters / 1e6:.1f} M parameters, {16 * parameters / 2**20:.0f} MiB, "
+        f"{world.world_size} ranks, medians"
+    )
     for kind, values in found.items():
         stalls, delays = zip(*values, strict=True)
-        print(f"{kind:<13} stall {statistics.median(stalls):6.3f} s   delay {statistics.median(delays):6.3f} s")
+        print(
+            f"{kind:<13} stall {statistics.median(stalls):6.3f} s   delay "
+            f"{statistics.median(delays):6.3f} s"
+        )
     ratios = [a[0] / s[0] for a, s in zip(found["asynchronous"], found["synchronous"], strict=True)]
-    print(f"stall: asynchronous / synchronous {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(
+        f"stall: asynchronous / synchronous {statistics.median(ratios):.3f} ({min(ratios):.3f} to "
+        f"{max(ratios):.3f})"
+    )
 
 
 if __name__ == "__main__":

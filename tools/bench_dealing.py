@@ -1,9 +1,11 @@
-"""How much less a gated batch mean varies when t is stratified and dealt out than when every sample draws its own.
+"""How much less a gated batch mean varies when t is stratified and dealt out than when every sample
+draws its own.
 
     python tools/bench_dealing.py
 
-The quantity is the mean over a batch of gate * (0.2 + noise level), a stand-in for LPL whose only randomness is t: rectified flow,
-logit-normal t, `min_snr: 3`.  `sample_share` decodes that share of the gated samples, weighted by its inverse.
+The quantity is the mean over a batch of gate * (0.2 + noise level), a stand-in for LPL whose only
+randomness is t: rectified flow, logit-normal t, `min_snr: 3`.  `sample_share` decodes that share of
+the gated samples, weighted by its inverse.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from lpl_pretrain.trainer.deal import Choice, Dealer
 class Estimator:
     def __init__(self, threshold: float = 3**-0.5, size: int = 32) -> None:
         self.threshold, self.size = threshold, size
-        self.schedule, self.timesteps = make_schedule(ScheduleKind.RECTIFIED_FLOW), TimestepConfig(distribution="logit_normal")
+        self.schedule, self.timesteps = (
+            make_schedule(ScheduleKind.RECTIFIED_FLOW),
+            TimestepConfig(distribution="logit_normal"),
+        )
         self.share = gate_share(threshold, self.schedule, self.timesteps)
 
     def value(self, t: Tensor) -> Tensor:
@@ -30,7 +35,10 @@ class Estimator:
 
     def plain(self, draws: int) -> Tensor:
         """Independent t for every sample: (draws // size,) batch means."""
-        t = quantile(self.timesteps, torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        t = quantile(
+            self.timesteps,
+            torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        )
         return self.value(t).view(-1, self.size).mean(dim=1)
 
     def dealt(self, draws: int, sample_share: float, *, weighted: bool = True) -> Tensor:
@@ -52,7 +60,10 @@ def main() -> None:
         plain = estimator.plain(3_200_000)
         for share in (1.0, 0.5, 0.25):
             dealt = estimator.dealt(draws, share)
-            print(f"{size:5}  {share:12}  {plain.mean():11.4f}  {dealt.mean():11.4f}  {plain.var() / dealt.var():23.1f}")
+            print(
+                f"{size:5}  {share:12}  {plain.mean():11.4f}  {dealt.mean():11.4f}  "
+                f"{plain.var() / dealt.var():23.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Pictures per second of `encode`, from JPEG files to a published folder, against a bare loop over the same autoencoder.
+"""Pictures per second of `encode`, from JPEG files to a published folder, against a bare loop over
+the same autoencoder.
 
     python tools/bench_encode.py --autoencoder sd --resolution-px 128 --pictures 64 --rounds 3
-    python tools/bench_encode.py --autoencoder asset:autoencoder_emoji --resolution-px 64 --pictures 1024 --rounds 3
+    python tools/bench_encode.py --autoencoder asset:autoencoder_emoji --resolution-px 64 --pictures
+    1024 --rounds 3
 
-The bare loop finds its pictures decoded, resized and stacked in memory, and throws its moments away; `encode` reads, decodes,
-resizes, checks, packs, hashes and writes besides.  `sd` is an autoencoder of Stable Diffusion's shape with random weights.
-Both alternate in one process; the ratio's range is over the rounds.
+The bare loop finds its pictures decoded, resized and stacked in memory, and throws its moments
+away; `encode` reads, decodes, resizes, checks, packs, hashes and writes besides.  `sd` is an
+autoencoder of Stable Diffusion's shape with random weights. Both alternate in one process; the
+ratio's range is over the rounds.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ def sd_folder(folder: Path) -> str:
 
 
 def draw(folder: Path, pictures: int, side_px: int) -> None:
-    """Photographs' statistics, roughly: blurred noise, in two classes, as JPEG of twice the resolution."""
+    """Photographs' statistics, roughly: blurred noise, in two classes, as JPEG of twice the
+    resolution.
+    """
     rng = np.random.default_rng(0)
     for n in range(pictures):
         coarse = rng.integers(0, 256, (side_px // 8, side_px // 8, 3), dtype=np.uint8)
@@ -64,7 +69,9 @@ def bare_loop(autoencoder: Autoencoder, batches: list[torch.Tensor]) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--autoencoder", default="sd", help="`sd`, or what `encode` takes")
     arguments.add_argument("--resolution-px", type=int, default=128)
     arguments.add_argument("--pictures", type=int, default=64)
@@ -85,7 +92,10 @@ def main() -> None:
                 batch_size=BATCH,
             )
 
-        pixels = [decode(picture, config("x")).pixels for picture in read_pictures(str(folder / "pictures"))]
+        pixels = [
+            decode(picture, config("x")).pixels
+            for picture in read_pictures(str(folder / "pictures"))
+        ]
         images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
         batches = list(images.split(BATCH))
         bare_loop(autoencoder, batches[:1])
@@ -94,10 +104,15 @@ def main() -> None:
             bare_s = bare_loop(autoencoder, batches)
             started = time.perf_counter()
             encode(config(f"latents{turn}"), autoencoder)
-            rates.append((given.pictures / bare_s, given.pictures / (time.perf_counter() - started)))
+            rates.append(
+                (given.pictures / bare_s, given.pictures / (time.perf_counter() - started))
+            )
     ratios = [ours / bare for bare, ours in rates]
     bare, ours = (statistics.median(values) for values in zip(*rates, strict=True))
-    print(f"{given.autoencoder}, {given.resolution_px} px, {given.pictures} pictures, {torch.get_num_threads()} threads")
+    print(
+        f"{given.autoencoder}, {given.resolution_px} px, {given.pictures} pictures, "
+        f"{torch.get_num_threads()} threads"
+    )
     print(f"bare loop {bare:.2f} pictures/s, encode {ours:.2f} pictures/s")
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 

@@ -1,11 +1,13 @@
-"""Features and statistics of a score: ours against torch-fidelity, on the same pictures and the same Inception weights, in turn.
+"""Features and statistics of a score: ours against torch-fidelity, on the same pictures and the
+same Inception weights, in turn.
 
     python tools/bench_evaluate.py --pictures 256 --rounds 3
     torchrun --nproc-per-node 2 tools/bench_evaluate.py --pictures 256 --rounds 3 --ours-only
 
-Random weights in the published layout unless --weights names the file.  Each tool takes uint8 pictures from memory, extracts
-2,048 features and 1,008 logits, and comes to FID and Inception Score.  Peak: most bytes of tensors alive at once above the
-pictures.  On several processes each takes its share of the batches, and the first one comes to the score.
+Random weights in the published layout unless --weights names the file.  Each tool takes uint8
+pictures from memory, extracts 2,048 features and 1,008 logits, and comes to FID and Inception
+Score.  Peak: most bytes of tensors alive at once above the pictures.  On several processes each
+takes its share of the batches, and the first one comes to the score.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Result = tuple[float, float]  # FID, Inception Score
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
@@ -53,14 +57,24 @@ def main() -> None:
         images = torch.randint(0, 256, (args.pictures, 3, args.side, args.side), dtype=torch.uint8)
         real = FeatureStatistics(2048)
         real.update(torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0)))
-        tools: dict[str, Callable[[], Result]] = {"ours": ours(images, real, path, args.batch, world, device)}
+        tools: dict[str, Callable[[], Result]] = {
+            "ours": ours(images, real, path, args.batch, world, device)
+        }
         if not args.ours_only:
-            tools = {"torch-fidelity": torch_fidelity(images, real, path, args.batch, device), **tools}
+            tools = {
+                "torch-fidelity": torch_fidelity(images, real, path, args.batch, device),
+                **tools,
+            }
         measure(tools, args.rounds, args.pictures, world)
 
 
 def ours(
-    images: Tensor, real: FeatureStatistics, path: Path, batch: int, world: World, device: torch.device
+    images: Tensor,
+    real: FeatureStatistics,
+    path: Path,
+    batch: int,
+    world: World,
+    device: torch.device,
 ) -> Callable[[], Result]:
     extractor = load_extractor(ExtractorConfig(kind="inception", weights=str(path)), device)
     folder = Path(dist.broadcast_json(tempfile.mkdtemp()))
@@ -72,7 +86,10 @@ def ours(
         dist.barrier()
         found = (0.0, 0.0)
         if world.rank == 0:
-            found = frechet_distance(spool.statistics("pooled"), real), inception_score(spool.whole("logits"), seed=None)[0]
+            found = (
+                frechet_distance(spool.statistics("pooled"), real),
+                inception_score(spool.whole("logits"), seed=None)[0],
+            )
             shutil.rmtree(folder / "spool")
         dist.barrier()
         return found
@@ -80,26 +97,40 @@ def ours(
     return run
 
 
-def torch_fidelity(images: Tensor, real: FeatureStatistics, path: Path, batch: int, device: torch.device) -> Callable[[], Result]:
+def torch_fidelity(
+    images: Tensor, real: FeatureStatistics, path: Path, batch: int, device: torch.device
+) -> Callable[[], Result]:
     from torch_fidelity import metric_fid, metric_isc
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     names = ["2048", "logits_unbiased"]
-    network = FeatureExtractorInceptionV3("x", names, feature_extractor_weights_path=str(path)).eval().to(device)
+    network = (
+        FeatureExtractorInceptionV3("x", names, feature_extractor_weights_path=str(path))
+        .eval()
+        .to(device)
+    )
     reference = {"mu": real.mean.float().numpy(), "sigma": real.covariance.numpy()}
 
     @torch.no_grad()
     def run() -> Result:
-        found = [tuple(rows.cpu() for rows in network(some.to(device))) for some in images.split(batch)]
+        found = [
+            tuple(rows.cpu() for rows in network(some.to(device))) for some in images.split(batch)
+        ]
         pooled, logits = (torch.cat(rows) for rows in zip(*found, strict=True))
         mine = metric_fid.fid_features_to_statistics(pooled)
-        fid = metric_fid.fid_statistics_to_metric(mine, reference, verbose=False)["frechet_inception_distance"]
-        return fid, metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)["inception_score_mean"]
+        fid = metric_fid.fid_statistics_to_metric(mine, reference, verbose=False)[
+            "frechet_inception_distance"
+        ]
+        return fid, metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)[
+            "inception_score_mean"
+        ]
 
     return run
 
 
-def measure(tools: dict[str, Callable[[], Result]], rounds: int, pictures: int, world: World) -> None:
+def measure(
+    tools: dict[str, Callable[[], Result]], rounds: int, pictures: int, world: World
+) -> None:
     results, peaks, seconds = {}, {}, {name: list[float]() for name in tools}
     for name, run in tools.items():
         with LiveBytes() as live:
@@ -113,12 +144,18 @@ def measure(tools: dict[str, Callable[[], Result]], rounds: int, pictures: int, 
     if world.rank:
         return
     first = next(iter(tools))
-    print(f"| {world.world_size} process(es) | pictures/s | ratio | peak MiB | FID | Inception Score |\n|---|---|---|---|---|---|")
+    print(
+        f"| {world.world_size} process(es) | pictures/s | ratio | peak MiB | FID | Inception Score "
+        "|\n|---|---|---|---|---|---|"
+    )
     for name in tools:
         ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         fid, score = results[name]
         rate = pictures / statistics.median(seconds[name])
-        print(f"| {name} | {rate:.1f} | {ratio:.2f} | {peaks[name] / 2**20:,.0f} | {fid:.6f} | {score:.6f} |")
+        print(
+            f"| {name} | {rate:.1f} | {ratio:.2f} | {peaks[name] / 2**20:,.0f} | {fid:.6f} | "
+            f"{score:.6f} |"
+        )
 
 
 if __name__ == "__main__":

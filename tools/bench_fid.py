@@ -1,9 +1,10 @@
-"""The Frechet distance: ours and scipy.linalg.sqrtm, in one process, in turn, on the same statistics.
+"""The Frechet distance: ours and scipy.linalg.sqrtm, in one process, in turn, on the same
+statistics.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python tools/bench_fid.py
 
-The features are random, of variances that fall 10,000-fold; the reference has 10,000 pictures.  The last row is the case for which
-ours takes its slow path: both covariances nearly singular.
+The features are random, of variances that fall 10,000-fold; the reference has 10,000 pictures.  The
+last row is the case for which ours takes its slow path: both covariances nearly singular.
 """
 
 from __future__ import annotations
@@ -23,19 +24,35 @@ from lpl_pretrain.evaluation.stats import FeatureStatistics
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dimension", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3, help="timed turns of both, after one of ours that is not counted")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="timed turns of both, after one of ours that is not counted",
+    )
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     full = made(10_000, args.dimension, 1e-4, seed=0)
     cases = {
         "full rank, 10,000 pictures": (made(10_000, args.dimension, 1e-4, seed=1), full),
         "512 pictures": (made(512, args.dimension, 1e-4, seed=2), full),
-        "512 pictures on both sides": (made(512, args.dimension, 1e-4, seed=3), made(512, args.dimension, 1e-4, seed=4)),
-        "nearly singular": (made(10_000, args.dimension, 1e-12, seed=5), made(10_000, args.dimension, 1e-12, seed=6)),
+        "512 pictures on both sides": (
+            made(512, args.dimension, 1e-4, seed=3),
+            made(512, args.dimension, 1e-4, seed=4),
+        ),
+        "nearly singular": (
+            made(10_000, args.dimension, 1e-12, seed=5),
+            made(10_000, args.dimension, 1e-12, seed=6),
+        ),
     }
-    print(f"{torch.get_num_threads()} threads, {args.dimension} features, medians of {args.rounds} rounds\n")
+    print(
+        f"{torch.get_num_threads()} threads, {args.dimension} features, medians of "
+        f"{args.rounds} rounds\n"
+    )
     print("| | ours, s | sqrtm, s | ratio | differ by, of the traces |")
     print("|---|---|---|---|---|")
     for name, (a, b) in cases.items():
@@ -45,7 +62,9 @@ def main() -> None:
 def made(count: int, dimension: int, smallest: float, seed: int) -> FeatureStatistics:
     """`count` pictures whose features have variances from 1 down to `smallest`, in a random basis."""
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)).Q
+    basis = torch.linalg.qr(
+        torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)
+    ).Q
     mix = torch.logspace(0, np.log10(smallest) / 2, dimension, dtype=torch.float64)[:, None] * basis
     result = FeatureStatistics(dimension)
     result.update(torch.randn(count, dimension, generator=generator, dtype=torch.float64) @ mix)
@@ -55,7 +74,12 @@ def made(count: int, dimension: int, smallest: float, seed: int) -> FeatureStati
 def by_scipy(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """The formula of pytorch-fid 0.3.0."""
     product = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
-    return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(product).real)
+    return float(
+        (a.mean - b.mean).square().sum()
+        + a.covariance.trace()
+        + b.covariance.trace()
+        - 2 * np.trace(product).real
+    )
 
 
 def row(name: str, a: FeatureStatistics, b: FeatureStatistics, rounds: int) -> str:
@@ -66,7 +90,9 @@ def row(name: str, a: FeatureStatistics, b: FeatureStatistics, rounds: int) -> s
         theirs.append(timed(lambda: by_scipy(a, b)))
     seconds = [statistics.median(turn[0] for turn in turns) for turns in (ours, theirs)]
     ratio = statistics.median(b[0] / a[0] for a, b in zip(ours, theirs, strict=True))
-    difference = abs(ours[0][1] - theirs[0][1]) / (a.covariance.trace() + b.covariance.trace()).item()
+    difference = (
+        abs(ours[0][1] - theirs[0][1]) / (a.covariance.trace() + b.covariance.trace()).item()
+    )
     return f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {ratio:.1f} | {difference:.1e} |"
 
 

@@ -1,10 +1,12 @@
-"""The Latent Perceptual Loss: the one public implementation and ours, in one process, in turn, on the same decoder and inputs.
+"""The Latent Perceptual Loss: the one public implementation and ours, in one process, in turn, on
+the same decoder and inputs.
 
     python tools/bench_lpl.py --published lpl_loss.py
 
-`--published` is `examples/research_projects/lpl/lpl_loss.py` of huggingface/diffusers, not part of this project.  Its options
-are those its README recommends (shared normalisation, power law, outliers removed, gradient checkpointing on); ours is the preset
-that computes the same numbers, then the same with a bf16 decoder, then the paper's loss.  The decoder has the shape of SD's, random
+`--published` is `examples/research_projects/lpl/lpl_loss.py` of huggingface/diffusers, not part of
+this project.  Its options are those its README recommends (shared normalisation, power law,
+outliers removed, gradient checkpointing on); ours is the preset that computes the same numbers,
+then the same with a bf16 decoder, then the paper's loss.  The decoder has the shape of SD's, random
 weights, and no `post_quant_conv`, which the public implementation would skip.
 """
 
@@ -30,18 +32,35 @@ from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.runtime.device import bf16_is_native
 
-SD = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215}
+SD = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
 Run = Callable[[], tuple[Tensor, Tensor]]  # loss (K,), gradient (K, C, H, W)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", help="path of lpl_loss.py; without it only our rows run, and the first is the reference")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--published",
+        help="path of lpl_loss.py; without it only our rows run, and the first is the reference",
+    )
     parser.add_argument("--samples", type=int, default=8, help="gated samples")
     parser.add_argument("--latent", type=int, default=16, help="side of the latents")
-    parser.add_argument("--rounds", type=int, default=3, help="timed turns of every row, after one that is not counted")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="timed turns of every row, after one that is not counted",
+    )
     parser.add_argument("--chunk-size", type=int, default=1, help="of ours")
-    parser.add_argument("--compile", action="store_true", help="add our rows with compiled decoder pieces")
+    parser.add_argument(
+        "--compile", action="store_true", help="add our rows with compiled decoder pieces"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the table here too")
     args = parser.parse_args()
@@ -54,8 +73,15 @@ def main() -> None:
 def make_runs(args: argparse.Namespace) -> dict[str, Run]:
     torch.manual_seed(0)
     levels = len(SD["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    network = AutoencoderKL(**SD, **blocks, use_post_quant_conv=False, use_quant_conv=False).eval().requires_grad_(False)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    network = (
+        AutoencoderKL(**SD, **blocks, use_post_quant_conv=False, use_quant_conv=False)
+        .eval()
+        .requires_grad_(False)
+    )
     z0 = torch.randn(args.samples, SD["latent_channels"], args.latent, args.latent)
     z0_hat = z0 + 0.3 * torch.randn_like(z0)
     z0, z0_hat, network = z0.to(args.device), z0_hat.to(args.device), network.to(args.device)
@@ -63,8 +89,13 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
     def ours(*, decoder_precision: str = "fp32", compile_pieces: bool = False, **options) -> Run:
         config = LPLConfig(weight=1.0, chunk_size=args.chunk_size, **options)
         dtype = DTYPES[decoder_precision]
-        scaling = LatentScaling(torch.zeros(SD["latent_channels"]), torch.full((SD["latent_channels"],), SD["scaling_factor"]))
-        features = DecoderFeatures(decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype)
+        scaling = LatentScaling(
+            torch.zeros(SD["latent_channels"]),
+            torch.full((SD["latent_channels"],), SD["scaling_factor"]),
+        )
+        features = DecoderFeatures(
+            decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype
+        )
         if compile_pieces:
             features.compile_pieces()
         loss = LatentPerceptualLoss(config, features.to(args.device))
@@ -78,7 +109,10 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
     equal: dict = {"preset": "diffusers_script", "activation_checkpointing": False}
     bf16 = bf16_is_native(torch.device(args.device))
     if not bf16:
-        print("no bf16 in this processor: its rows are left out (emulated, a convolution takes minutes)")
+        print(
+            "no bf16 in this processor: its rows are left out (emulated, a convolution "
+            "takes minutes)"
+        )
     runs: dict[str, Run] = {}
     if args.published:
         runs["published"] = published(args.published, network, z0, z0_hat)
@@ -89,9 +123,13 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
     if args.compile:
         runs["ours, equal math, compiled"] = ours(**equal, compile_pieces=True)
     runs["ours, the paper's loss"] = ours(activation_checkpointing=False)
-    runs["ours, the paper's loss, to up1"] = ours(activation_checkpointing=False, stages=["mid", "up0", "up1"])
+    runs["ours, the paper's loss, to up1"] = ours(
+        activation_checkpointing=False, stages=["mid", "up0", "up1"]
+    )
     if bf16:
-        runs["ours, the paper's loss, bf16 decoder"] = ours(activation_checkpointing=False, decoder_precision="bf16")
+        runs["ours, the paper's loss, bf16 decoder"] = ours(
+            activation_checkpointing=False, decoder_precision="bf16"
+        )
     return runs
 
 
@@ -107,7 +145,9 @@ def published(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) -> 
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    loss = module.LatentPerceptualLoss(network, norm_type="shared", pow_law=True, num_mid_blocks=4, remove_outliers=True)
+    loss = module.LatentPerceptualLoss(
+        network, norm_type="shared", pow_law=True, num_mid_blocks=4, remove_outliers=True
+    )
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = z0_hat.clone().requires_grad_()
@@ -119,7 +159,9 @@ def published(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) -> 
 
 
 def measure(runs: dict[str, Run], rounds: int, device: str) -> list[dict]:
-    """Every row once for its peak, which warms it up, then `rounds` timed turns of all rows one after another."""
+    """Every row once for its peak, which warms it up, then `rounds` timed turns of all rows one
+    after another.
+    """
     results, peaks = {}, {}
     for name, run in runs.items():
         with LiveBytes() as live:
@@ -141,7 +183,9 @@ def measure(runs: dict[str, Run], rounds: int, device: str) -> list[dict]:
             "row": name,
             "seconds": statistics.median(seconds[name]),
             "cpu_seconds": statistics.median(cpu_seconds[name]),
-            "cpu_ratio": statistics.median(a / b for a, b in zip(cpu_seconds[name], cpu_seconds[first], strict=True)),
+            "cpu_ratio": statistics.median(
+                a / b for a, b in zip(cpu_seconds[name], cpu_seconds[first], strict=True)
+            ),
             "peak_mib": peaks[name] / 2**20,
             "peak_ratio": peaks[name] / peaks[first],
             "loss_difference": relative(results[name][0], results[first][0]),
@@ -162,13 +206,16 @@ def synchronize(device: str) -> None:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| | seconds | CPU seconds | ratio | peak MiB above weights | ratio | loss differs by | gradient by |",
+        "| | seconds | CPU seconds | ratio | peak MiB above weights | ratio | loss differs by | "
+        "gradient by |",
         "|---|" + "---|" * 7,
     ]
     for r in rows:
         lines.append(
-            f"| {r['row']} | {r['seconds']:.2f} | {r['cpu_seconds']:.2f} | {r['cpu_ratio']:.2f} | {r['peak_mib']:,.0f} "
-            f"| {r['peak_ratio']:.2f} | {r['loss_difference']:.1e} | {r['gradient_difference']:.1e} |"
+            f"| {r['row']} | {r['seconds']:.2f} | {r['cpu_seconds']:.2f} | {r['cpu_ratio']:.2f} | "
+            f"{r['peak_mib']:,.0f} "
+            f"| {r['peak_ratio']:.2f} | {r['loss_difference']:.1e} | "
+            f"{r['gradient_difference']:.1e} |"
         )
     return "\n".join(lines)
 

@@ -1,17 +1,19 @@
-"""Bytes per parameter that each rank keeps under each strategy, counted from live storages, against what the sharding promises.
+"""Bytes per parameter that each rank keeps under each strategy, counted from live storages, against
+what the sharding promises.
 
     python tools/bench_memory.py --worlds 1 2 4 [--precision bf16]
 
-DiTs of width 256, AdamW, one EMA, gloo ranks on this machine.  Counted after backward, before the update: every tensor storage that
-lives in the process, once, activations being gone; the slope between depths 4 and 12, so that an engine's buffers of fixed size,
-which are told apart in MiB, do not count.  `promised`, per parameter and rank, N the number of ranks:
+DiTs of width 256, AdamW, one EMA, gloo ranks on this machine.  Counted after backward, before the
+update: every tensor storage that lives in the process, once, activations being gone; the slope
+between depths 4 and 12, so that an engine's buffers of fixed size, which are told apart in MiB, do
+not count.  `promised`, per parameter and rank, N the number of ranks:
 
     local    master 4 + gradient 4 + moments 8 + EMA 4
     ddp      master 4 + gradient 4 + moments 8 + EMA 4/N; the same for zero0
     fsdp2    (master 4 + gradient 4 + moments 8 + EMA 4)/N
     zero     as in DeepSpeed's paper (arXiv 1910.02054, figure 1), but for gradients, which are accumulated in float32: the working
-             copy (bf16: 2) is divided in stage 3, the gradient 4 from stage 2 on, master 4 + moments 8 + EMA 4 always; stage 1
-             keeps the bf16 gradient (2) beside its float32 sum
+             copy (bf16: 2) is divided in stage 3, the gradient 4 from stage 2 on, master 4 +
+             moments 8 + EMA 4 always; stage 1 keeps the bf16 gradient (2) beside its float32 sum
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ STATE = 4 + 8 + 4  # master, moments, EMA
 
 
 def promised(strategy: str, ranks: int, working: int) -> float:
-    """Bytes per parameter and rank; `working` is the size of the copy that forward reads, 0 when it is the master."""
+    """Bytes per parameter and rank; `working` is the size of the copy that forward reads, 0 when it
+    is the master.
+    """
     return {
         "local": 4 + STATE,
         "ddp": 4 + 4 + 8 + 4 / ranks,
@@ -63,7 +67,10 @@ def live_bytes() -> int:
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
-            for tensor in (thing, thing.grad if thing.is_leaf else None):  # a gradient may live where Python has not seen it
+            for tensor in (
+                thing,
+                thing.grad if thing.is_leaf else None,
+            ):  # a gradient may live where Python has not seen it
                 if tensor is not None:
                     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
                     storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
@@ -75,20 +82,32 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
     world = World.from_environment()
     raw: dict[str, object] = {"strategy": strategy, "precision": precision}
     if strategy.startswith("zero"):
-        raw = {"strategy": "zero", "zero_config": str(ROOT / f"configs/zero/{strategy}.json"), "precision": precision}
+        raw = {
+            "strategy": "zero",
+            "zero_config": str(ROOT / f"configs/zero/{strategy}.json"),
+            "precision": precision,
+        }
     parallel = ParallelConfig.model_validate(raw)
     device = dist.start(world, group=needs_group(parallel))
     before = live_bytes()
-    model = build_denoiser(DiTConfig(width=256, depth=depth, heads=4, patch_size=2), LATENT, num_classes=10)
+    model = build_denoiser(
+        DiTConfig(width=256, depth=depth, heads=4, patch_size=2), LATENT, num_classes=10
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = make_strategy(parallel, world, device)
     optimizer = OptimizerConfig()
-    denoiser = engine.setup(model, model.sharded_blocks(), lambda found: make_optimizer(optimizer, found))
+    denoiser = engine.setup(
+        model, model.sharded_blocks(), lambda found: make_optimizer(optimizer, found)
+    )
     ema = EMATracker(engine.local_params(), EMAConfig())
 
     def backward() -> None:
         z_t, t = torch.randn(2, 4, 16, 16), torch.rand(2)
-        engine.backward(denoiser(z_t, t, Conditioning(torch.tensor([1, 2]))).float().square().mean(), microbatch=0, of=1)
+        engine.backward(
+            denoiser(z_t, t, Conditioning(torch.tensor([1, 2]))).float().square().mean(),
+            microbatch=0,
+            of=1,
+        )
 
     for step in (1, 2):
         backward()
@@ -105,18 +124,41 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
 def count(strategy: str, precision: str, ranks: int, depth: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*launcher, __file__, "--precision", precision, "--work", strategy, str(depth), str(output)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
+        command = [
+            *launcher,
+            __file__,
+            "--precision",
+            precision,
+            "--work",
+            strategy,
+            str(depth),
+            str(output),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         return json.loads(output.read_text())
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     arguments.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     arguments.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    arguments.add_argument("--work", nargs=3, metavar=("STRATEGY", "DEPTH", "FILE"), help="what the tool starts on each rank")
+    arguments.add_argument(
+        "--work",
+        nargs=3,
+        metavar=("STRATEGY", "DEPTH", "FILE"),
+        help="what the tool starts on each rank",
+    )
     given = arguments.parse_args()
     if given.work:
         work(given.work[0], given.precision, int(given.work[1]), Path(given.work[2]))

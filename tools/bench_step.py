@@ -1,10 +1,12 @@
-"""Our training step against a bare PyTorch loop of the same model, optimizer and precision: one process, alternating, as a ratio.
+"""Our training step against a bare PyTorch loop of the same model, optimizer and precision: one
+process, alternating, as a ratio.
 
     python tools/bench_step.py --config configs/train/emoji_dit.yaml --rounds 8 --steps 20
 
-Bare: latents already in memory, torch.randn noise, autocast, backward, clip, AdamW, EMA.  Ours: everything `train` does in a
-step, that is reading from shards, keyed draws, dealing, metrics, strategy and EMA.  The ratio is the median over rounds.
-Both run after `runtime.dist.start`, which on a CPU keeps freed memory from going back to the system.
+Bare: latents already in memory, torch.randn noise, autocast, backward, clip, AdamW, EMA.  Ours:
+everything `train` does in a step, that is reading from shards, keyed draws, dealing, metrics,
+strategy and EMA.  The ratio is the median over rounds. Both run after `runtime.dist.start`, which
+on a CPU keeps freed memory from going back to the system.
 """
 
 import argparse
@@ -32,7 +34,9 @@ from lpl_pretrain.trainer.optimizer import make_optimizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/train/emoji_dit.yaml")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="steps of each loop in each round")
@@ -51,44 +55,64 @@ def main() -> None:
                     seconds[name].append(elapsed / args.steps)
     for name, values in seconds.items():
         print(
-            f"{name}  {1 / statistics.median(values):8.3f} steps/s   median {1000 * statistics.median(values):8.1f} ms   "
+            f"{name}  {1 / statistics.median(values):8.3f} steps/s   median "
+            f"{1000 * statistics.median(values):8.1f} ms   "
             f"min {1000 * min(values):8.1f} ms   max {1000 * max(values):8.1f} ms"
         )
     ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
-    print(f"ours / bare: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to {max(ratios):.4f}, {len(ratios)} rounds")
+    print(
+        f"ours / bare: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to "
+        f"{max(ratios):.4f}, {len(ratios)} rounds"
+    )
 
 
 def bare_loop(run: Run) -> Callable[[int], None]:
     config = run.config
     batch = run.stream.read(range(config.batch.global_batch_size)).to(run.device)
-    model = build_denoiser(config.model, run.stream.index.latent, run.updater.num_classes).to(run.device)
-    optimizer = make_optimizer(config.optimizer, dict(model.named_parameters()), model.sharded_blocks())
+    model = build_denoiser(config.model, run.stream.index.latent, run.updater.num_classes).to(
+        run.device
+    )
+    optimizer = make_optimizer(
+        config.optimizer, dict(model.named_parameters()), model.sharded_blocks()
+    )
     average = [p.detach().clone() for p in model.parameters()]
     cond = class_conditioning(batch.labels, run.updater.num_classes)
 
     def loop(steps: int) -> None:
         for _ in range(steps):
-            z0 = run.updater.scaling.normalize(sample_posterior(batch.moments, torch.randn_like(batch.moments[:, ::2])))
+            z0 = run.updater.scaling.normalize(
+                sample_posterior(batch.moments, torch.randn_like(batch.moments[:, ::2]))
+            )
             eps, t = torch.randn_like(z0), torch.sigmoid(torch.randn(len(z0), device=run.device))
             z_t = torch.lerp(z0, eps, t.view(-1, 1, 1, 1))
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=config.parallel.precision is Precision.BF16):
+            with torch.autocast(
+                run.device.type, torch.bfloat16, enabled=config.parallel.precision is Precision.BF16
+            ):
                 out = model(z_t, t, cond)
             (out.float() - (eps - z0)).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - config.ema.decay)
+            torch._foreach_lerp_(
+                average, [p.detach() for p in model.parameters()], 1 - config.ema.decay
+            )
 
     return loop
 
 
 def our_loop(run: Run) -> Callable[[int], None]:
-    meter, clock, batches = Meter(run.device), Clock(run.device), run.stream.prefetch(run.requests(0))
+    meter, clock, batches = (
+        Meter(run.device),
+        Clock(run.device),
+        run.stream.prefetch(run.requests(0)),
+    )
     step = iter(range(run.config.steps))
 
     def loop(steps: int) -> None:
         for number in islice(step, steps):
-            run.updater.update(number, run.hands(number), list(islice(batches, run.grad_accum_steps)), meter, clock)
+            run.updater.update(
+                number, run.hands(number), list(islice(batches, run.grad_accum_steps)), meter, clock
+            )
             run.ema.update(number + 1)
         meter.flush()
         clock.flush()

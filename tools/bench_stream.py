@@ -1,10 +1,12 @@
-"""Samples per second of our stream against webdataset's pipeline, StatefulDataLoader over it, and the floor, on the same shards.
+"""Samples per second of our stream against webdataset's pipeline, StatefulDataLoader over it, and
+the floor, on the same shards.
 
     python tools/bench_stream.py --samples 16384 --rounds 5 [--skip 100000] [--json out.json]
 
-Latents of 4x32x32 (moments 8x32x32 in float16) with a class and facts, in shards of 4096 that lie in the page cache.  All give
-shuffled batches of 256.  The floor reads every shard once, front to back, and views the arrays: no shuffling, no copy, no batch.
-Contestants alternate, each round in another order; medians, and the ratio's range over the rounds.
+Latents of 4x32x32 (moments 8x32x32 in float16) with a class and facts, in shards of 4096 that lie
+in the page cache.  All give shuffled batches of 256.  The floor reads every shard once, front to
+back, and views the arrays: no shuffling, no copy, no batch. Contestants alternate, each round in
+another order; medians, and the ratio's range over the rounds.
 """
 
 from __future__ import annotations
@@ -53,8 +55,15 @@ def build(folder: Path, samples: int) -> None:
     writer = PartWriter(folder, "00000-0000", CHANNELS, SHARD, plan="")
     rng = np.random.default_rng(0)
     for n in range(samples):
-        moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE), dtype=np.float32).astype(np.float16)
-        facts = {"class_name": "x", "source_px": (256, 256), "resized_px": (256, 256), "crop_px": (0, 0)}
+        moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE), dtype=np.float32).astype(
+            np.float16
+        )
+        facts = {
+            "class_name": "x",
+            "source_px": (256, 256),
+            "resized_px": (256, 256),
+            "crop_px": (0, 0),
+        }
         writer.add(Sample(f"{n:08d}", moments, n % 1000, facts=facts), moments)
     writer.finish(skipped=[], class_names={}, source=0)
     record = PartRecord.model_validate_json(record_path(folder, "00000-0000").read_bytes())
@@ -64,7 +73,9 @@ def build(folder: Path, samples: int) -> None:
         samples=samples,
         classes=[str(c) for c in range(1000)],
         class_counts=[record.labels.get(c, 0) for c in range(1000)],
-        latent=LatentEntry(channels=CHANNELS, height=SIDE, width=SIDE, mean=[0.0] * CHANNELS, std=[1.0] * CHANNELS),
+        latent=LatentEntry(
+            channels=CHANNELS, height=SIDE, width=SIDE, mean=[0.0] * CHANNELS, std=[1.0] * CHANNELS
+        ),
         buckets=[BucketEntry(height=SIDE, width=SIDE, samples=samples)],
         autoencoder=AutoencoderEntry(identity="none", downscale=8, shift=0.0, scale=1.0),
         resolution_px=8 * SIDE,
@@ -83,7 +94,9 @@ def floor(folder: Path, samples: int) -> int:
         with open(path, "rb", buffering=0) as file:
             raw = file.read()
         for start in offsets.moments.tolist():
-            np.frombuffer(raw, "<f2", 2 * CHANNELS * SIDE * SIDE, start + 128).reshape(2 * CHANNELS, SIDE, SIDE)
+            np.frombuffer(raw, "<f2", 2 * CHANNELS * SIDE * SIDE, start + 128).reshape(
+                2 * CHANNELS, SIDE, SIDE
+            )
             seen += 1
     return seen
 
@@ -97,7 +110,9 @@ def ours(folder: Path, samples: int, workers: int, first: int = 0) -> int:
 
 def pipeline(folder: Path) -> webdataset.WebDataset:
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    shuffled = webdataset.WebDataset(urls, shardshuffle=100, workersplitter=webdataset.split_by_worker).shuffle(1000)
+    shuffled = webdataset.WebDataset(
+        urls, shardshuffle=100, workersplitter=webdataset.split_by_worker
+    ).shuffle(1000)
     return shuffled.decode().to_tuple("moments.npy", "cls").batched(BATCH)
 
 
@@ -111,33 +126,57 @@ def count(batches: Iterator[Any], samples: int) -> int:
 
 
 def webdataset_loader(folder: Path, samples: int, workers: int) -> int:
-    loader = pipeline(folder) if workers == 0 else webdataset.WebLoader(pipeline(folder), batch_size=None, num_workers=workers)
+    loader = (
+        pipeline(folder)
+        if workers == 0
+        else webdataset.WebLoader(pipeline(folder), batch_size=None, num_workers=workers)
+    )
     return count(iter(loader), samples)
 
 
 def stateful_loader(folder: Path, samples: int, workers: int) -> int:
-    return count(iter(StatefulDataLoader(pipeline(folder), batch_size=None, num_workers=workers)), samples)
+    return count(
+        iter(StatefulDataLoader(pipeline(folder), batch_size=None, num_workers=workers)), samples
+    )
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--samples", type=int, default=16384)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--skip", type=int, default=100_000, help="samples that webdataset skips to come back to its place")
+    arguments.add_argument(
+        "--skip",
+        type=int,
+        default=100_000,
+        help="samples that webdataset skips to come back to its place",
+    )
     arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()
     if given.samples < max(WORKERS) * SHARD:
-        arguments.error(f"--samples={given.samples}: wanted at least {max(WORKERS) * SHARD}: a shard of {SHARD} for each worker")
+        arguments.error(
+            f"--samples={given.samples}: wanted at least {max(WORKERS) * SHARD}: a shard of "
+            f"{SHARD} for each worker"
+        )
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="lpl-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="lpl-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as name:
         folder = Path(name)
         build(folder, given.samples)
-        contestants: dict[str, Callable[[], int]] = {"floor: read() and view, in order": partial(floor, folder, given.samples)}
+        contestants: dict[str, Callable[[], int]] = {
+            "floor: read() and view, in order": partial(floor, folder, given.samples)
+        }
         for workers in WORKERS:
             contestants |= {
                 f"ours, {workers} threads": partial(ours, folder, given.samples, workers),
-                f"webdataset, {workers} workers": partial(webdataset_loader, folder, given.samples, workers),
-                f"StatefulDataLoader, {workers} workers": partial(stateful_loader, folder, given.samples, workers),
+                f"webdataset, {workers} workers": partial(
+                    webdataset_loader, folder, given.samples, workers
+                ),
+                f"StatefulDataLoader, {workers} workers": partial(
+                    stateful_loader, folder, given.samples, workers
+                ),
             }
         rates: dict[str, list[float]] = {label: [] for label in contestants}
         for turn in range(given.rounds):
@@ -150,14 +189,21 @@ def main() -> None:
     print(table(rates))
     print(resume["text"])
     if given.json:
-        given.json.write_text(json.dumps({"samples_per_s": rates, "resume": resume}, indent=2) + "\n")
+        given.json.write_text(
+            json.dumps({"samples_per_s": rates, "resume": resume}, indent=2) + "\n"
+        )
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    base, low = statistics.median(rates["webdataset, 0 workers"]), statistics.median(rates["floor: read() and view, in order"])
+    base, low = (
+        statistics.median(rates["webdataset, 0 workers"]),
+        statistics.median(rates["floor: read() and view, in order"]),
+    )
     lines = [f"{'':<36}{'samples/s':>12}{'x webdataset (0 workers)':>28}{'x floor':>10}"]
     for label, found in rates.items():
-        each = [rate / other for rate, other in zip(found, rates["webdataset, 0 workers"], strict=True)]
+        each = [
+            rate / other for rate, other in zip(found, rates["webdataset, 0 workers"], strict=True)
+        ]
         median = statistics.median(found)
         span = f"{median / base:.2f} ({min(each):.2f} to {max(each):.2f})"
         lines.append(f"{label:<36}{median:>12,.0f}{span:>28}{median / low:>10.2f}")
@@ -165,7 +211,9 @@ def table(rates: dict[str, list[float]]) -> str:
 
 
 def compare_resume(folder: Path, skip: int) -> dict[str, Any]:
-    """Seconds to the first batch at sample 10^6: we open a stream there; webdataset has to read what comes before it."""
+    """Seconds to the first batch at sample 10^6: we open a stream there; webdataset has to read
+    what comes before it.
+    """
     opened = []
     for _ in range(5):
         started = time.perf_counter()
@@ -177,10 +225,17 @@ def compare_resume(folder: Path, skip: int) -> dict[str, Any]:
     per_sample_s = (time.perf_counter() - started) / skipped
     ratio = per_sample_s * 10**6 / statistics.median(opened)
     text = (
-        f"first batch at sample 10^6: ours {1000 * statistics.median(opened):.1f} ms; webdataset skipped {skipped:,} samples at "
+        f"first batch at sample 10^6: ours {1000 * statistics.median(opened):.1f} ms; webdataset "
+        f"skipped {skipped:,} samples at "
         f"{1 / per_sample_s:,.0f}/s, {per_sample_s * 10**6:,.0f} s for 10^6: {ratio:,.0f}x"
     )
-    return {"ours_s": opened, "skipped": skipped, "webdataset_s_per_sample": per_sample_s, "ratio": ratio, "text": text}
+    return {
+        "ours_s": opened,
+        "skipped": skipped,
+        "webdataset_s_per_sample": per_sample_s,
+        "ratio": ratio,
+        "text": text,
+    }
 
 
 if __name__ == "__main__":

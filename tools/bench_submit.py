@@ -1,9 +1,11 @@
-"""CPU seconds that a login node spends on submitting a training on ImageNet; the scheduler is a script that takes anything.
+"""CPU seconds that a login node spends on submitting a training on ImageNet; the scheduler is a
+script that takes anything.
 
     python tools/bench_submit.py --nodes 64 --rounds 5 [key=values of a sweep ...]
 
-configs/train/dit_xl2_in256.yaml with 8 processes a node; the index of 1,281,167 samples in 1,252 shards, and an autoencoder whose
-weights weigh what SD's do (335 MB of random bytes), which are hashed to tell that it is the one that made the latents.
+configs/train/dit_xl2_in256.yaml with 8 processes a node; the index of 1,281,167 samples in 1,252
+shards, and an autoencoder whose weights weigh what SD's do (335 MB of random bytes), which are
+hashed to tell that it is the one that made the latents.
 """
 
 from __future__ import annotations
@@ -59,28 +61,55 @@ def build(folder: Path) -> None:
         latent=LatentEntry(channels=4, height=32, width=32, mean=[0.0] * 4, std=[1.0] * 4),
         buckets=[BucketEntry(height=32, width=32, samples=SAMPLES)],
         flipped=True,
-        autoencoder=AutoencoderEntry(identity=autoencoder_identity(autoencoder), downscale=8, shift=0.0, scale=0.18215),
+        autoencoder=AutoencoderEntry(
+            identity=autoencoder_identity(autoencoder), downscale=8, shift=0.0, scale=0.18215
+        ),
         resolution_px=256,
         source_fingerprint="0" * 64,
         fingerprint="",
         shards=[
             ShardEntry(
-                file=f"{n:06d}.tar", bucket=0, samples=size, bytes=size * 40_000, sha256=f"{n:064d}", offsets_sha256=f"{n:064d}"
+                file=f"{n:06d}.tar",
+                bucket=0,
+                samples=size,
+                bytes=size * 40_000,
+                sha256=f"{n:064d}",
+                offsets_sha256=f"{n:064d}",
             )
             for n, size in enumerate(sizes)
         ],
     )
     (latents / INDEX_NAME).write_bytes(index_bytes(sealed(index)))
-    (folder / "sbatch").write_text('#!/bin/sh\n[ "$1" = --parsable ] && echo 4711 || echo Submitted batch job 4711\n')
+    (folder / "sbatch").write_text(
+        '#!/bin/sh\n[ "$1" = --parsable ] && echo 4711 || echo Submitted batch job 4711\n'
+    )
     (folder / "sbatch").chmod(0o755)
 
 
 def submit(folder: Path, number: int, nodes: int, sweeps: list[str]) -> float:
     """CPU seconds, user and system, of the command and its children."""
-    keys = [f"data.folder={folder}/latents", f"autoencoder={folder}/autoencoder", f"run_dir={folder}/run_{number}"]
+    keys = [
+        f"data.folder={folder}/latents",
+        f"autoencoder={folder}/autoencoder",
+        f"run_dir={folder}/run_{number}",
+    ]
     keys.append(f"batch.global_batch_size={8 * nodes}")
-    options = ["--cluster", "configs/cluster/slurm.yaml", "--nodes", str(nodes), *(f"--sweep={sweep}" for sweep in sweeps)]
-    command = [sys.executable, "-m", "launch", "train", "configs/train/dit_xl2_in256.yaml", *keys, *options]
+    options = [
+        "--cluster",
+        "configs/cluster/slurm.yaml",
+        "--nodes",
+        str(nodes),
+        *(f"--sweep={sweep}" for sweep in sweeps),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "train",
+        "configs/train/dit_xl2_in256.yaml",
+        *keys,
+        *options,
+    ]
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -89,15 +118,23 @@ def submit(folder: Path, number: int, nodes: int, sweeps: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweeps", nargs="*")
     parser.add_argument("--nodes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        found = [submit(Path(folder), number, asked.nodes, asked.sweeps) for number in range(asked.rounds)]
-    print(f"{statistics.median(found):.2f} s of CPU time ({min(found):.2f} to {max(found):.2f}, {asked.rounds} rounds)")
+        found = [
+            submit(Path(folder), number, asked.nodes, asked.sweeps)
+            for number in range(asked.rounds)
+        ]
+    print(
+        f"{statistics.median(found):.2f} s of CPU time ({min(found):.2f} to {max(found):.2f}, "
+        f"{asked.rounds} rounds)"
+    )
 
 
 if __name__ == "__main__":

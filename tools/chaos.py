@@ -1,13 +1,15 @@
-"""Disturbs encode, train, evaluate and launch at random moments, and compares what they leave with undisturbed runs.
+"""Disturbs encode, train, evaluate and launch at random moments, and compares what they leave with
+undisturbed runs.
 
     python tools/chaos.py --faults 1000 --json chaos.json
     python tools/chaos.py --series encode --seed 7 --only 42    # one iteration again, as a violation names it
     python tools/chaos.py --merge a.json b.json                 # one table of several runs
 
-Faults: SIGKILL and SIGTERM of one rank or all, SIGSTOP for a while or until the lease is lost, a full disk, and errors, short
-transfers and interruptions of single calls (tools/faults/layer.c).  A fault counts when it met a living process.  After every
-iteration the published bytes must be those of an undisturbed run, the audit clean, no process and no temporary file left; an error
-that ends a process names the path and the reason.  Exit status 1 when anything of this did not hold.
+Faults: SIGKILL and SIGTERM of one rank or all, SIGSTOP for a while or until the lease is lost, a
+full disk, and errors, short transfers and interruptions of single calls (tools/faults/layer.c).  A
+fault counts when it met a living process.  After every iteration the published bytes must be those
+of an undisturbed run, the audit clean, no process and no temporary file left; an error that ends a
+process names the path and the reason.  Exit status 1 when anything of this did not hold.
 """
 
 from __future__ import annotations
@@ -37,15 +39,24 @@ SHARES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=1000, help="in all series together")
     parser.add_argument("--series", default=",".join(SHARES), help="separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this iteration of the series, alone")
-    parser.add_argument("--minutes", type=float, help="end after so many, whatever the number of faults")
+    parser.add_argument(
+        "--minutes", type=float, help="end after so many, whatever the number of faults"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--keep", type=Path, help="work in this new folder, and leave it there")
-    parser.add_argument("--merge", type=Path, nargs="+", help="print the table of these results of --json, and run nothing")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        help="print the table of these results of --json, and run nothing",
+    )
     args = parser.parse_args()
     if args.merge:
         print(table(merged(args.merge)))
@@ -59,8 +70,13 @@ def main() -> int:
         tallies = run(Campaign(args.keep or Path(folder), args.seed, tell=say), names, args)
     print(table(tallies))
     if args.json is not None:
-        found = {name: {**vars(tally), "violations": list(map(str, tally.violations))} for name, tally in tallies.items()}
-        args.json.write_text(json.dumps({"seed": args.seed, "series": found}, indent=1, default=str) + "\n")
+        found = {
+            name: {**vars(tally), "violations": list(map(str, tally.violations))}
+            for name, tally in tallies.items()
+        }
+        args.json.write_text(
+            json.dumps({"seed": args.seed, "series": found}, indent=1, default=str) + "\n"
+        )
     return int(any(tally.violations for tally in tallies.values()))
 
 
@@ -79,7 +95,8 @@ def run(campaign: Campaign, names: list[str], args: argparse.Namespace) -> dict[
             left = min((wanted - made) / rate if rate else 0.0, end - now)
             if tally.iterations:
                 say(
-                    f"{name}: {made} of {wanted} faults, {tally.iterations} iterations, {len(tally.violations)} violations, "
+                    f"{name}: {made} of {wanted} faults, {tally.iterations} iterations, "
+                    f"{len(tally.violations)} violations, "
                     f"{60 * rate:.0f} faults/min, {left / 60:.1f} min left"
                 )
             return made >= wanted or now > end
@@ -111,7 +128,12 @@ def table(tallies: dict[str, Tally]) -> str:
     head = ["series", "iterations", "starts", "faults", *kinds, "recovered", "violations"]
     rows = [head, ["---"] * len(head)]
     for name, tally in tallies.items():
-        counts = [tally.iterations, tally.starts, tally.faults.total(), *(tally.faults[kind] for kind in kinds)]
+        counts = [
+            tally.iterations,
+            tally.starts,
+            tally.faults.total(),
+            *(tally.faults[kind] for kind in kinds),
+        ]
         rows.append([name, *map(str, counts), str(tally.recovered), str(len(tally.violations))])
     sums = [sum(int(row[column]) for row in rows[2:]) for column in range(1, len(head))]
     rows.append(["all", *map(str, sums)])

@@ -1,9 +1,11 @@
-"""Draw docs/pictures/lpl.png: what the Latent Perceptual Loss compares, on one emoji, and which samples it looks at.
+"""Draw docs/pictures/lpl.png: what the Latent Perceptual Loss compares, on one emoji, and which
+samples it looks at.
 
     python tools/figure_lpl.py
 
-No trained model is needed: the one-step estimate is the best linear one, a Wiener filter of the noised latent with the power
-spectrum of the emoji latents.  It blurs what it cannot know, as a denoiser does.
+No trained model is needed: the one-step estimate is the best linear one, a Wiener filter of the
+noised latent with the power spectrum of the emoji latents.  It blurs what it cannot know, as a
+denoiser does.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ SIDE_PX, LEARN_FROM = 64, 400
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/pictures/lpl.png"))
     parser.add_argument("--picture", type=int, default=60, help="number of the held-out picture")
     parser.add_argument("--snr", type=float, default=6.0)
@@ -67,7 +71,9 @@ def pictures(split: str, count: int) -> Tensor:
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Means of the posterior, raw."""
-    return torch.cat([autoencoder.encode_moments(part).chunk(2, dim=1)[0] for part in images.split(50)])
+    return torch.cat(
+        [autoencoder.encode_moments(part).chunk(2, dim=1)[0] for part in images.split(50)]
+    )
 
 
 def learn(autoencoder: Autoencoder) -> tuple[LatentScaling, Tensor, Tensor]:
@@ -75,7 +81,11 @@ def learn(autoencoder: Autoencoder) -> tuple[LatentScaling, Tensor, Tensor]:
     raw = latents(autoencoder, pictures("train", LEARN_FROM))
     scaling = LatentScaling(raw.mean(dim=(0, 2, 3)), 1 / raw.std(dim=(0, 2, 3)))
     z0 = scaling.normalize(raw)
-    return scaling, torch.fft.fft2(z0 - z0.mean(dim=0), norm="ortho").abs().square().mean(dim=0), z0.mean(dim=0)
+    return (
+        scaling,
+        torch.fft.fft2(z0 - z0.mean(dim=0), norm="ortho").abs().square().mean(dim=0),
+        z0.mean(dim=0),
+    )
 
 
 def wiener(noised: Tensor, noise_level: float, spectrum: Tensor, mean: Tensor) -> Tensor:
@@ -85,17 +95,35 @@ def wiener(noised: Tensor, noise_level: float, spectrum: Tensor, mean: Tensor) -
 
 
 @torch.no_grad()
-def compare(figure: plt.Figure, autoencoder: Autoencoder, scaling: LatentScaling, z0: Tensor, z0_hat: Tensor, snr: float) -> None:
+def compare(
+    figure: plt.Figure,
+    autoencoder: Autoencoder,
+    scaling: LatentScaling,
+    z0: Tensor,
+    z0_hat: Tensor,
+    snr: float,
+) -> None:
     """Three rows: the clean branch, the predicted branch, what the loss sees; one column a stage."""
-    loss = LatentPerceptualLoss(LPLConfig(weight=1.0), DecoderFeatures(decoder_stages(autoencoder.network), scaling))
+    loss = LatentPerceptualLoss(
+        LPLConfig(weight=1.0), DecoderFeatures(decoder_stages(autoencoder.network), scaling)
+    )
     maps = loss.error_maps(z0, z0_hat)
     clean, predicted = loss.features(z0), loss.features(z0_hat)
     axes = figure.subplots(3, 1 + len(maps))
     for row, z in enumerate((z0, z0_hat)):
         show(axes[row, 0], pixels(autoencoder.decode(scaling.denormalize(z))))
     axes[2, 0].axis("off")
-    axes[2, 0].text(0.5, 0.5, "what a stage\nadds to the loss,\nby position", ha="center", va="center", fontsize=11)
-    for row, label in enumerate(("clean latent $z_0$\n(no gradient)", f"one-step estimate $\\hat{{z}}_0$\n(SNR {snr:g})")):
+    axes[2, 0].text(
+        0.5,
+        0.5,
+        "what a stage\nadds to the loss,\nby position",
+        ha="center",
+        va="center",
+        fontsize=11,
+    )
+    for row, label in enumerate(
+        ("clean latent $z_0$\n(no gradient)", f"one-step estimate $\\hat{{z}}_0$\n(SNR {snr:g})")
+    ):
         axes[row, 0].set_ylabel(label, fontsize=11)
     for column, name in enumerate(maps, start=1):
         basis = directions(clean[name][0])
@@ -104,7 +132,9 @@ def compare(figure: plt.Figure, autoencoder: Autoencoder, scaling: LatentScaling
         show(axes[2, column], heat([maps[name][0]])[0])
         side = clean[name].shape[-1]
         omega = loss.omega(name, side // z0.shape[-1])
-        axes[0, column].set_title(f"{name}: {clean[name].shape[1]} x {side} x {side}\n$\\omega$ = {omega:g}", fontsize=10)
+        axes[0, column].set_title(
+            f"{name}: {clean[name].shape[1]} x {side} x {side}\n$\\omega$ = {omega:g}", fontsize=10
+        )
     axes[0, 0].set_title("picture", fontsize=10)
 
 
@@ -130,14 +160,20 @@ def show(axes: Axes, picture: np.ndarray) -> None:
 def gates(figure: plt.Figure) -> None:
     """Which samples are looked at: the distribution of t, and the two readings of the number 3."""
     cases = {
-        "flow, logit-normal t": (ScheduleKind.RECTIFIED_FLOW, TimestepConfig(distribution="logit_normal")),
+        "flow, logit-normal t": (
+            ScheduleKind.RECTIFIED_FLOW,
+            TimestepConfig(distribution="logit_normal"),
+        ),
         "SD schedule, uniform t": (ScheduleKind.SCALED_LINEAR, TimestepConfig()),
     }
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     for axes, (title, (kind, timesteps)) in zip(figure.subplots(1, 2), cases.items(), strict=True):
         schedule, t = make_schedule(kind), quantile(timesteps, u)
         axes.hist(t.numpy(), bins=80, range=(0, 1), density=True, color="#c9ced6")
-        for gate, colour in ((GateConfig(min_snr=3), "#2557d6"), (GateConfig(max_noise_level=3), "#d9622b")):
+        for gate, colour in (
+            (GateConfig(min_snr=3), "#2557d6"),
+            (GateConfig(max_noise_level=3), "#d9622b"),
+        ):
             threshold = max_noise_level(gate, schedule)
             share = gate_share(threshold, schedule, timesteps)
             name = "min_snr: 3" if gate.min_snr else "max_noise_level: 3"

@@ -1,4 +1,5 @@
-"""Draws docs/pictures/order.png: where in a data set the samples of an epoch lie, and how far a lane moves between two reads.
+"""Draws docs/pictures/order.png: where in a data set the samples of an epoch lie, and how far a
+lane moves between two reads.
 
 python tools/figure_order.py
 """
@@ -28,10 +29,16 @@ def main() -> None:
     order = LaneOrder([SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, block_samples=BLOCK)
     counts = np.arange(order.samples)
     found = positions(order, counts)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(2, 1), layout="constrained")
-    left.scatter(counts, found / SHARD_SAMPLES, s=0.15, c=counts % LANES, cmap="tab20", rasterized=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.6), width_ratios=(2, 1), layout="constrained"
+    )
+    left.scatter(
+        counts, found / SHARD_SAMPLES, s=0.15, c=counts % LANES, cmap="tab20", rasterized=True
+    )
     left.set(
-        xlabel="n-th sample of the epoch", ylabel="shard", title=f"{LANES} lanes over {SHARDS} shards, blocks of {BLOCK} samples"
+        xlabel="n-th sample of the epoch",
+        ylabel="shard",
+        title=f"{LANES} lanes over {SHARDS} shards, blocks of {BLOCK} samples",
     )
     lane = found.reshape(-1, LANES)
     steps = np.abs(np.diff(lane, axis=0))
@@ -42,12 +49,19 @@ def main() -> None:
         (steps, f"a lane: {steps.mean():.0f} on average"),
         (shuffled, f"one shuffle of all: {shuffled.mean():,.0f}"),
     ):
-        right.hist(values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.7, label=label)
-    right.set(xscale="log", xlabel="samples between two reads", ylabel="share", title="distance to seek")
+        right.hist(
+            values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.7, label=label
+        )
+    right.set(
+        xscale="log", xlabel="samples between two reads", ylabel="share", title="distance to seek"
+    )
     right.set_ylim(0, 0.12)
     right.legend(fontsize=8, loc="upper left")
     figure.savefig(OUTPUT, dpi=110)
-    print(f"{OUTPUT}: a lane moves {steps.mean():.0f} samples between two reads, a whole shuffle {shuffled.mean():,.0f}")
+    print(
+        f"{OUTPUT}: a lane moves {steps.mean():.0f} samples between two reads, a whole shuffle "
+        f"{shuffled.mean():,.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What the Latent Perceptual Loss costs: FLOPs and bytes of every decoder stage and every option, counted on meta tensors.
+"""What the Latent Perceptual Loss costs: FLOPs and bytes of every decoder stage and every option,
+counted on meta tensors.
 
     python tools/lpl_cost.py configs/train/dit_xl2_in256_lpl.yaml --decoder sd --latent 4,32,32
     python tools/lpl_cost.py configs/train/emoji_dit_lpl.yaml lpl.sample_share=0.5
     python tools/lpl_cost.py --decoder flux --latent 32 --denoiser xl2      # with configs/train/dit_xl2_in256_lpl.yaml
 
-Nothing is loaded, nothing is computed: the decoder is built from its config.json alone, or is a named shape (`--decoder`); the
-latents' shape comes from the data folder, or from `--latent`.  FLOP = 2 x multiply-add.  A training step of the denoiser counts
-as three forwards.  Bytes are the peak of one chunk above the weights.
+Nothing is loaded, nothing is computed: the decoder is built from its config.json alone, or is a
+named shape (`--decoder`); the latents' shape comes from the data folder, or from `--latent`.  FLOP
+= 2 x multiply-add.  A training step of the denoiser counts as three forwards.  Bytes are the peak
+of one chunk above the weights.
 
-The first table is the decoder as `decode()` runs it; the second is LPL as it runs, with upsampling merged (models/upsampling.py).
-Attention is counted as plain matrix products: a fused kernel does not hold its positions x positions matrix, which is the peak
-where large latents meet few stages (`mid`).
+The first table is the decoder as `decode()` runs it; the second is LPL as it runs, with upsampling
+merged (models/upsampling.py). Attention is counted as plain matrix products: a fused kernel does
+not hold its positions x positions matrix, which is the peak where large latents meet few stages
+(`mid`).
 """
 
 from __future__ import annotations
@@ -60,34 +63,69 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sana": {"_class_name": "AutoencoderDC"},
     "taesd": {"_class_name": "AutoencoderTiny"},
 }
-DENOISERS = {"s2": (384, 12, 6), "b2": (768, 12, 12), "l2": (1024, 24, 16), "xl2": (1152, 28, 16)}  # width, depth, heads of DiT
+DENOISERS = {
+    "s2": (384, 12, 6),
+    "b2": (768, 12, 12),
+    "l2": (1024, 24, 16),
+    "xl2": (1152, 28, 16),
+}  # width, depth, heads of DiT
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "train" / "dit_xl2_in256_lpl.yaml"
 GIGA, MIB = 1e9, 2**20
 TEXT = TextShape(tokens=154, width=4096, pooled_width=2048)  # of SD3, where the model reads text
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="CONFIG KEY=VALUE", help=f"{CONFIG.name} without CONFIG")
-    parser.add_argument("--decoder", help=f"a config.json, its folder, or one of {', '.join(SHAPES)}; else the configuration's")
-    parser.add_argument("--latent", help="C,H,W, or one side with the decoder's channels; read from the data folder if absent")
-    parser.add_argument("--denoiser", choices=DENOISERS, help="a DiT of this size; else the configuration's")
-    parser.add_argument("--ranks", type=int, default=1, help="microbatches x ranks of a step: all decode equally many")
-    parser.add_argument("--samples", help="such as 1,4,16: a third table, of the peak for so many gated samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG KEY=VALUE", help=f"{CONFIG.name} without CONFIG"
+    )
+    parser.add_argument(
+        "--decoder",
+        help=f"a config.json, its folder, or one of {', '.join(SHAPES)}; else the configuration's",
+    )
+    parser.add_argument(
+        "--latent",
+        help="C,H,W, or one side with the decoder's channels; read from the data folder if absent",
+    )
+    parser.add_argument(
+        "--denoiser", choices=DENOISERS, help="a DiT of this size; else the configuration's"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="microbatches x ranks of a step: all decode equally many",
+    )
+    parser.add_argument(
+        "--samples", help="such as 1,4,16: a third table, of the peak for so many gated samples"
+    )
     parser.add_argument("--json", type=Path, help="write both tables here too")
     args = parser.parse_intermixed_args(arguments)
     config = read_config(args.words, args.denoiser)
     lpl = config.lpl or LPLConfig(target_share=0.2)
     network = build_network(args.decoder or lpl.decoder or config.autoencoder)
-    channels, height, width = latent = latent_shape(args.latent, network.config.latent_channels, config)
+    channels, height, width = latent = latent_shape(
+        args.latent, network.config.latent_channels, config
+    )
     case, decoder = Case(config, lpl, latent, args.ranks), decoder_stages(network)
     stages, options = stage_rows(decoder, case), option_rows(decoder, case)
-    print(f"{config.name}: latents {channels}x{height}x{width}, global batch {config.batch.global_batch_size}, ", end="")
-    print(f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops / GIGA:,.2f} GFLOP a forward\n")
+    print(
+        f"{config.name}: latents {channels}x{height}x{width}, global batch "
+        f"{config.batch.global_batch_size}, ",
+        end="",
+    )
+    print(
+        f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops / GIGA:,.2f} GFLOP a "
+        "forward\n"
+    )
     print(table(stages), "\n", table(options), sep="\n")
     result = {"stages": stages, "options": options}
     if args.samples:
-        result["samples"] = sample_rows(decoder, case, [int(count) for count in args.samples.split(",")])
+        result["samples"] = sample_rows(
+            decoder, case, [int(count) for count in args.samples.split(",")]
+        )
         print("\n", table(result["samples"]), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -104,7 +142,9 @@ class Case:
     def share(self) -> float:
         diffusion = self.config.diffusion
         schedule = make_schedule(diffusion.schedule, zero_terminal_snr=diffusion.zero_terminal_snr)
-        return gate_share(max_noise_level(self.lpl.gate, schedule), schedule, self.config.diffusion.timesteps)
+        return gate_share(
+            max_noise_level(self.lpl.gate, schedule), schedule, self.config.diffusion.timesteps
+        )
 
     def decoded_samples(self, lpl: LPLConfig) -> int:
         """Of one step over all slots, padding included."""
@@ -115,11 +155,20 @@ class Case:
     def denoiser_flops(self) -> int:
         """Of one sample's forward."""
         channels, height, width = self.latent
-        entry = LatentEntry(channels=channels, height=height, width=width, mean=[0.0] * channels, std=[1.0] * channels)
+        entry = LatentEntry(
+            channels=channels,
+            height=height,
+            width=width,
+            mean=[0.0] * channels,
+            std=[1.0] * channels,
+        )
         with torch.device("meta"):
             model = build_denoiser(self.config.model, entry, num_classes=1000, text=TEXT)
         z_t, t, labels = (torch.empty(1, *shape, device="meta") for shape in (self.latent, (), ()))
-        text, pooled = (torch.empty(1, *shape, device="meta") for shape in ((TEXT.tokens, TEXT.width), (TEXT.pooled_width,)))
+        text, pooled = (
+            torch.empty(1, *shape, device="meta")
+            for shape in ((TEXT.tokens, TEXT.width), (TEXT.pooled_width,))
+        )
         return count_flops(lambda: model(z_t, t, Conditioning(labels.long(), text, pooled)))
 
 
@@ -130,19 +179,35 @@ def read_config(words: Sequence[str], denoiser: str | None) -> TrainConfig:
     size: dict[str, float | str] = {}
     if denoiser is not None:
         width, depth, heads = DENOISERS[denoiser]
-        size = {"size": "null", "width": width, "depth": depth, "heads": heads, "patch_size": 2, "mlp_ratio": 4.0}
-    return load_config(TrainConfig, path, [*(f"model.{key}={value}" for key, value in size.items()), *overrides])
+        size = {
+            "size": "null",
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "patch_size": 2,
+            "mlp_ratio": 4.0,
+        }
+    return load_config(
+        TrainConfig, path, [*(f"model.{key}={value}" for key, value in size.items()), *overrides]
+    )
 
 
-def latent_shape(text: str | None, decoder_channels: int, config: TrainConfig) -> tuple[int, int, int]:
+def latent_shape(
+    text: str | None, decoder_channels: int, config: TrainConfig
+) -> tuple[int, int, int]:
     if text is None:
         entry = read_index(config.data.folder).latent
         channels, height, width = entry.channels, entry.height, entry.width
     else:
-        *first, height, width = [int(number) for number in (text.split(",") if "," in text else [text, text])]
+        *first, height, width = [
+            int(number) for number in (text.split(",") if "," in text else [text, text])
+        ]
         channels = first[0] if first else decoder_channels
     if channels != decoder_channels:
-        raise ConfigError(f"latents of {channels} channels, but the decoder takes {decoder_channels}: change --latent or --decoder")
+        raise ConfigError(
+            f"latents of {channels} channels, but the decoder takes {decoder_channels}: change "
+            "--latent or --decoder"
+        )
     return channels, height, width
 
 
@@ -152,21 +217,34 @@ def build_network(name: str) -> Any:
         path = resolve_path(name)
         path = path if path.suffix == ".json" else path / "config.json"
         if not path.is_file():
-            raise ConfigError(f"decoder {name}: {path} not found; give --decoder a folder, or one of {', '.join(SHAPES)}")
+            raise ConfigError(
+                f"decoder {name}: {path} not found; give --decoder a folder, or one of "
+                f"{', '.join(SHAPES)}"
+            )
         settings = json.loads(path.read_text())
     with torch.device("meta"):
-        return getattr(diffusers, settings["_class_name"]).from_config(settings).requires_grad_(False)
+        return (
+            getattr(diffusers, settings["_class_name"]).from_config(settings).requires_grad_(False)
+        )
 
 
 def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
     """The decoder as `decode()` runs it, a sample; entrance and exit are rows of their own."""
     hidden, rows = torch.empty(1, *case.latent, device="meta"), []
-    for name, module in [("entrance", decoder.entrance), *decoder.stages.items(), ("exit", decoder.exit)]:
+    for name, module in [
+        ("entrance", decoder.entrance),
+        *decoder.stages.items(),
+        ("exit", decoder.exit),
+    ]:
         leaf = hidden.detach().requires_grad_()
         seen: list[torch.Tensor] = []
         forward = count_flops(lambda module=module, leaf=leaf, seen=seen: seen.append(module(leaf)))
         hidden = seen[0]
-        backward = count_flops(lambda leaf=leaf, hidden=hidden: torch.autograd.grad(hidden, leaf, torch.empty_like(hidden)))
+        backward = count_flops(
+            lambda leaf=leaf, hidden=hidden: torch.autograd.grad(
+                hidden, leaf, torch.empty_like(hidden)
+            )
+        )
         rows.append(
             {
                 "stage": name,
@@ -177,7 +255,10 @@ def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
                 "parameters M": sum(p.numel() for p in module.parameters()) / 1e6,
             }
         )
-    totals = {key: sum(row[key] for row in rows) for key in ("forward GFLOP", "input gradient GFLOP", "parameters M")}
+    totals = {
+        key: sum(row[key] for row in rows)
+        for key in ("forward GFLOP", "input gradient GFLOP", "parameters M")
+    }
     return [*rows, {"stage": "all", "channels": "", "side": "", **totals}]
 
 
@@ -197,24 +278,40 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
     channels, height, width = case.latent
     crop = {"side": min(height, width) // 2, "halo": 4}
     with torch.device("meta"):
-        tiny = diffusers.AutoencoderTiny(latent_channels=channels, latent_magnitude=3).requires_grad_(False)
+        tiny = diffusers.AutoencoderTiny(
+            latent_channels=channels, latent_magnitude=3
+        ).requires_grad_(False)
     small, half = decoder_stages(tiny), 0.5 * case.lpl.sample_share
     yield "as configured", decoder, case.lpl
     flipped = not case.lpl.activation_checkpointing
-    yield f"activation_checkpointing: {str(flipped).lower()}", decoder, plus(activation_checkpointing=flipped)
+    yield (
+        f"activation_checkpointing: {str(flipped).lower()}",
+        decoder,
+        plus(activation_checkpointing=flipped),
+    )
     for last in range(len(asked) - 1, 0, -1):
         yield f"stages up to {asked[last - 1]}", decoder, plus(stages=asked[:last])
     yield f"crop: {{side: {crop['side']}, halo: {crop['halo']}}}", decoder, plus(crop=crop)
     yield f"sample_share: {half:g}", decoder, plus(sample_share=half)
     early = asked[: max(1, len(asked) - 2)]
-    yield f"stages up to {early[-1]}, crop, share", decoder, plus(stages=early, crop=crop, sample_share=half)
+    yield (
+        f"stages up to {early[-1]}, crop, share",
+        decoder,
+        plus(stages=early, crop=crop, sample_share=half),
+    )
     yield "decoder: of TAESD's size", small, plus(stages=None, depth_weights="uniform")
-    yield "decoder: of TAESD's size, share", small, plus(stages=None, depth_weights="uniform", sample_share=half)
+    yield (
+        "decoder: of TAESD's size, share",
+        small,
+        plus(stages=None, depth_weights="uniform", sample_share=half),
+    )
     everything = plus(stages=None, depth_weights="uniform", crop=crop, sample_share=half)
     yield "decoder: of TAESD's size, crop, share", small, everything
 
 
-def row(name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_step: int) -> dict[str, Any]:
+def row(
+    name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_step: int
+) -> dict[str, Any]:
     loss, decoded = build_loss(decoder, lpl, case), case.decoded_samples(lpl)
     chunk = min(lpl.chunk_size, decoded // case.slots)
     flops, peak = run_loss(loss, case, chunk)
@@ -231,14 +328,21 @@ def row(name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_
 
 
 def sample_rows(decoder: DecoderStages, case: Case, counts: list[int]) -> list[dict[str, Any]]:
-    """Peak bytes for so many gated samples in a microbatch, `chunk_size` of them in the decoder at a time."""
+    """Peak bytes for so many gated samples in a microbatch, `chunk_size` of them in the decoder at
+    a time.
+    """
     loss = build_loss(decoder, case.lpl, case)
-    return [{"gated samples": str(count), "peak MiB": run_loss(loss, case, count)[1] / MIB} for count in counts]
+    return [
+        {"gated samples": str(count), "peak MiB": run_loss(loss, case, count)[1] / MIB}
+        for count in counts
+    ]
 
 
 def build_loss(decoder: DecoderStages, lpl: LPLConfig, case: Case) -> LatentPerceptualLoss:
     scaling = LatentScaling(*torch.ones(2, case.latent[0], device="meta"))
-    return LatentPerceptualLoss(lpl, DecoderFeatures(decoder, scaling, lpl.stages, dtype=DTYPES[lpl.decoder_precision]))
+    return LatentPerceptualLoss(
+        lpl, DecoderFeatures(decoder, scaling, lpl.stages, dtype=DTYPES[lpl.decoder_precision])
+    )
 
 
 def run_loss(loss: LatentPerceptualLoss, case: Case, samples: int) -> tuple[float, int]:
@@ -258,12 +362,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     def text(key: str, value: Any) -> str:
         if not isinstance(value, float):
             return str(value)
-        return f"{value:.1%}" if key.startswith("of the") else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+        return (
+            f"{value:.1%}"
+            if key.startswith("of the")
+            else f"{value:,.2f}"
+            if value < 100
+            else f"{value:,.0f}"
+        )
 
     cells = [list(rows[0]), *([text(key, value) for key, value in row.items()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *rest]) for line, (_, *rest) in zip(cells, aligned, strict=True))
+    aligned = [
+        [cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells
+    ]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *rest])
+        for line, (_, *rest) in zip(cells, aligned, strict=True)
+    )
 
 
 if __name__ == "__main__":

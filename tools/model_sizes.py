@@ -1,4 +1,5 @@
-"""Parameters and multiply-adds of every named model size, counted on meta tensors: the table of docs/models.md.
+"""Parameters and multiply-adds of every named model size, counted on meta tensors: the table of
+docs/models.md.
 
 python tools/model_sizes.py
 """
@@ -10,7 +11,14 @@ from collections.abc import Iterator
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.model import DIT_SIZES, MMDIT_SIZES, UNETS, DiTConfig, MMDiTConfig, UNetConfig
+from lpl_pretrain.config.model import (
+    DIT_SIZES,
+    MMDIT_SIZES,
+    UNETS,
+    DiTConfig,
+    MMDiTConfig,
+    UNetConfig,
+)
 from lpl_pretrain.config.text import TextShape
 from lpl_pretrain.models.build import Section, build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
@@ -25,33 +33,58 @@ def rows() -> Iterator[tuple[str, Section, int, int, TextShape | None]]:
         for patch in (2, 4, 8):
             yield (
                 f"DiT-{size}/{patch}",
-                DiTConfig.model_validate({"size": size, "patch_size": patch, "learned_sigma": True}),
+                DiTConfig.model_validate(
+                    {"size": size, "patch_size": patch, "learned_sigma": True}
+                ),
                 4,
                 32,
                 None,
             )
     for size in MMDIT_SIZES:
         side, channels = (128, 16) if size.endswith("B") and size != "B" else (32, 4)
-        yield f"MMDiT-{size}/2", MMDiTConfig.model_validate({"size": size, "qk_norm": True}), channels, side, SD3
+        yield (
+            f"MMDiT-{size}/2",
+            MMDiTConfig.model_validate({"size": size, "qk_norm": True}),
+            channels,
+            side,
+            SD3,
+        )
     text = {"ldm": None, "sd": TextShape(77, 768, 0), "sdxl": CLIPS}
     for preset in UNETS:
         channels, side = {"ldm": (3, 64), "sd": (4, 64), "sdxl": (4, 128)}[preset]
-        yield f"U-Net {preset}", UNetConfig.model_validate({"preset": preset}), channels, side, text[preset]
+        yield (
+            f"U-Net {preset}",
+            UNetConfig.model_validate({"preset": preset}),
+            channels,
+            side,
+            text[preset],
+        )
 
 
 def main() -> None:
     print("| model | latent | parameters, M | GMAC of a forward |\n|---|---|---|---|")
     for name, section, channels, side, text in rows():
-        latent = LatentEntry(channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels)
+        latent = LatentEntry(
+            channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels
+        )
         with torch.device("meta"):
             model = build_denoiser(section, latent, num_classes=1000, text=text)
-            z_t, t, cond = torch.empty(1, channels, side, side), torch.empty(1), Conditioning(torch.empty(1, dtype=torch.int64))
+            z_t, t, cond = (
+                torch.empty(1, channels, side, side),
+                torch.empty(1),
+                Conditioning(torch.empty(1, dtype=torch.int64)),
+            )
             if text is not None:
-                states, pooled = torch.empty(1, text.tokens, text.width), torch.empty(1, text.pooled_width)
+                states, pooled = (
+                    torch.empty(1, text.tokens, text.width),
+                    torch.empty(1, text.pooled_width),
+                )
                 cond = Conditioning(cond.labels, states, pooled, torch.empty(1, 6))
         flops = count_flops(lambda model=model, z_t=z_t, t=t, cond=cond: model(z_t, t, cond))
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"| {name} | {side}x{side}x{channels} | {parameters / 1e6:,.1f} | {flops / 2e9:,.2f} |")
+        print(
+            f"| {name} | {side}x{side}x{channels} | {parameters / 1e6:,.1f} | {flops / 2e9:,.2f} |"
+        )
 
 
 if __name__ == "__main__":

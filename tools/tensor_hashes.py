@@ -1,12 +1,13 @@
-"""Train reference runs and print the sha256 of every tensor of their last checkpoints: a refactoring must not change them.
+"""Train reference runs and print the sha256 of every tensor of their last checkpoints: a
+refactoring must not change them.
 
     python tools/tensor_hashes.py --output before.json                         # on the commit before
     python tools/tensor_hashes.py --output after.json --compare before.json    # on the commit after, on the same machine
 
-Runs: emoji_dit_lpl for 60 updates under local, ddp, fsdp2 and zero2, LPL from update 20, once in one go
-and once resumed at 30; the emoji MMDiT for 20; and the scores of the first run.  All in fp32, on at
-most 2 ranks.  Data and runs are written to a temporary folder.  Exit status 1 where a hash differs
-from those of --compare.
+Runs: emoji_dit_lpl for 60 updates under local, ddp, fsdp2 and zero2, LPL from update 20, once in
+one go and once resumed at 30; the emoji MMDiT for 20; and the scores of the first run.  All in
+fp32, on at most 2 ranks.  Data and runs are written to a temporary folder.  Exit status 1 where a
+hash differs from those of --compare.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SCORES = ("metric", "value", "weights", "guidance_scale", "images")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--compare", type=Path, help="of another commit")
     args = parser.parse_args()
@@ -42,7 +45,9 @@ def main() -> int:
     if args.compare is None:
         return 0
     wanted = json.loads(args.compare.read_text())
-    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    different = sorted(
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    )
     for name in different[:20]:
         print(f"differs: {name}")
     print(f"{len(different)} of {len(wanted)} differ")
@@ -58,8 +63,16 @@ def all_hashes(folder: Path) -> dict[str, str]:
         run = folder / strategy
         settings = [
             *FP32,
-            *("lpl.decoder_precision=fp32", f"lpl.start_step={LPL_FROM}", "lpl.calibration_steps=10"),
-            *(f"data.folder={folder}/latents", f"steps={STEPS}", f"checkpoint.every_steps={RESUMED_AT}"),
+            *(
+                "lpl.decoder_precision=fp32",
+                f"lpl.start_step={LPL_FROM}",
+                "lpl.calibration_steps=10",
+            ),
+            *(
+                f"data.folder={folder}/latents",
+                f"steps={STEPS}",
+                f"checkpoint.every_steps={RESUMED_AT}",
+            ),
             f"parallel.strategy={strategy}",
         ]
         train = ["train", "configs/train/emoji_dit_lpl.yaml", f"run_dir={run}", *settings]
@@ -69,9 +82,20 @@ def all_hashes(folder: Path) -> dict[str, str]:
         shutil.rmtree(last)
         lpl(*train, ranks=1 if strategy == "local" else 2)
         found |= hashes(last, f"{strategy}, resumed")
-    lpl("evaluate", str(folder / "local"), "configs/evaluate/emoji.yaml", "images=64", "precision=fp32", "--step", str(STEPS))
+    lpl(
+        "evaluate",
+        str(folder / "local"),
+        "configs/evaluate/emoji.yaml",
+        "images=64",
+        "precision=fp32",
+        "--step",
+        str(STEPS),
+    )
     for record in (folder / "local").glob("evaluations/step_*/*.json"):
-        results = [{key: entry[key] for key in SCORES} for entry in json.loads(record.read_text())["results"]]
+        results = [
+            {key: entry[key] for key in SCORES}
+            for entry in json.loads(record.read_text())["results"]
+        ]
         found[f"scores/{record.stem}"] = digest(json.dumps(results).encode())
     settings = [*FP32, f"run_dir={folder}/mmdit", f"data.folder={folder}/text_latents", "steps=20"]
     lpl("train", "configs/train/emoji_mmdit.yaml", *settings)
@@ -90,11 +114,20 @@ def hashes(checkpoint: Path, run: str) -> dict[str, str]:
 
 
 def lpl(*arguments: str, ranks: int = 1) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     command = [sys.executable, *torchrun, "-m", "lpl_pretrain", *arguments]
     print(" ".join(["lpl-pretrain", *arguments]), file=sys.stderr, flush=True)
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)

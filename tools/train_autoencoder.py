@@ -1,16 +1,20 @@
-"""Train the small autoencoder in `lpl_pretrain/assets/autoencoder_emoji/`: a `diffusers.AutoencoderKL`, factor 4, 4 channels.
+"""Train the small autoencoder in `lpl_pretrain/assets/autoencoder_emoji/`: a
+`diffusers.AutoencoderKL`, factor 4, 4 channels.
 
     python tools/train_autoencoder.py --minutes 50                  # sharp first; writes the folder and its quality.json
-    python tools/train_autoencoder.py --start FOLDER --minutes 6 --whole-from 0 --lr 6e-4 --kl 0.25 --ema 0.99
+    python tools/train_autoencoder.py --start FOLDER --minutes 6 --whole-from 0 --lr 6e-4 --kl 0.25
+    --ema 0.99
     python tools/train_autoencoder.py --measure                     # held-out PSNR of the folder as it ships
 
-The second command goes on with a strong KL term: noisy posteriors make a decoder that forgives small errors, which a small
-denoiser cannot avoid.  What was run for the shipped weights stands in quality.json.
+The second command goes on with a strong KL term: noisy posteriors make a decoder that forgives
+small errors, which a small denoiser cannot avoid.  What was run for the shipped weights stands in
+quality.json.
 
-Loss: L1 + `--perceptual` x distance of EfficientNet-Lite0 features + `--kl` x KL(posterior || N(0, 1)) per pixel value.
-Trained on the train pictures only; weights are an exponential moving average; most of the time goes to random 32-px
-crops (4x cheaper than 64 px), the end to whole pictures, because GroupNorm statistics depend on the field of view.
-`scaling_factor` is set to 1 / std of the train latents, as diffusers pipelines expect.
+Loss: L1 + `--perceptual` x distance of EfficientNet-Lite0 features + `--kl` x KL(posterior || N(0,
+1)) per pixel value. Trained on the train pictures only; weights are an exponential moving average;
+most of the time goes to random 32-px crops (4x cheaper than 64 px), the end to whole pictures,
+because GroupNorm statistics depend on the field of view. `scaling_factor` is set to 1 / std of the
+train latents, as diffusers pipelines expect.
 """
 
 import argparse
@@ -39,27 +43,57 @@ CROP_PX = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training loop")
-    parser.add_argument("--whole-from", type=float, default=0.6, help="share of the time after which whole pictures are used")
-    parser.add_argument("--batch", type=int, default=48, help="crops per step; whole pictures come a quarter as many")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=45.0, help="wall time of the training loop"
+    )
+    parser.add_argument(
+        "--whole-from",
+        type=float,
+        default=0.6,
+        help="share of the time after which whole pictures are used",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=48,
+        help="crops per step; whole pictures come a quarter as many",
+    )
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--perceptual", type=float, default=0.02)
     parser.add_argument("--kl", type=float, default=1e-6)
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--start", type=Path, help="go on from the weights in this folder instead of random ones")
+    parser.add_argument(
+        "--start", type=Path, help="go on from the weights in this folder instead of random ones"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--measure", action="store_true", help="train nothing; print the PSNR of --output")
+    parser.add_argument(
+        "--measure", action="store_true", help="train nothing; print the PSNR of --output"
+    )
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(AutoencoderKL.from_pretrained(args.output), read_pictures("held_out")), indent=2))
+        print(
+            json.dumps(
+                measure(AutoencoderKL.from_pretrained(args.output), read_pictures("held_out")),
+                indent=2,
+            )
+        )
         return
     torch.manual_seed(0)
     model = train(read_pictures("train"), args)
     quality = {
         **measure(model, read_pictures("held_out")),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "trained": [*(json.loads((args.start / "quality.json").read_text())["trained"] if args.start else []), " ".join(sys.argv)],
+        "trained": [
+            *(
+                json.loads((args.start / "quality.json").read_text())["trained"]
+                if args.start
+                else []
+            ),
+            " ".join(sys.argv),
+        ],
     }
     model.half().save_pretrained(args.output)
     (args.output / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
@@ -68,7 +102,9 @@ def main() -> None:
 
 def read_pictures(split: str) -> torch.Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
-    samples = webdataset.WebDataset(str(EMOJI / f"{split}.tar"), shardshuffle=False, empty_check=False)
+    samples = webdataset.WebDataset(
+        str(EMOJI / f"{split}.tar"), shardshuffle=False, empty_check=False
+    )
     pixels = [np.asarray(Image.open(io.BytesIO(s["png"]))) for s in samples]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -86,22 +122,41 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
-    model = AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else new_autoencoder()
+    model = (
+        AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
+        if args.start
+        else new_autoencoder()
+    )
     model, average = model.to(memory_format=torch.channels_last), new_autoencoder()
     average.load_state_dict(model.state_dict())
     perceptual = PerceptualDistance()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     started, done, step = time.monotonic(), 0.0, 0
-    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=5) as bar:
+    with tqdm(
+        total=100,
+        unit="%",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        mininterval=5,
+    ) as bar:
         while done < 1.0:
             whole = done > args.whole_from
-            x0 = draw(pictures, args.batch // 4 if whole else args.batch, None if whole else CROP_PX)
+            x0 = draw(
+                pictures, args.batch // 4 if whole else args.batch, None if whole else CROP_PX
+            )
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
+                group["lr"] = (
+                    args.lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
+                )
             with torch.autocast("cpu", torch.bfloat16):
                 posterior = model.encode(x0).latent_dist
                 x0_hat = model.decode(posterior.sample()).sample.float()
-            l1, features, kl = (x0_hat - x0).abs().mean(), perceptual(x0_hat, x0), posterior.kl().mean() / x0[0].numel()
+            l1, features, kl = (
+                (x0_hat - x0).abs().mean(),
+                perceptual(x0_hat, x0),
+                posterior.kl().mean() / x0[0].numel(),
+            )
             loss = l1 + args.perceptual * features + args.kl * kl
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -115,7 +170,9 @@ def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
             done = (time.monotonic() - started) / (60 * args.minutes)
             bar.update(min(100.0, 100 * done) - bar.n)
             if step % 250 == 0:
-                bar.set_postfix(step=step, l1=f"{l1:.4f}", features=f"{features:.3f}", kl=f"{kl:.1f}")
+                bar.set_postfix(
+                    step=step, l1=f"{l1:.4f}", features=f"{features:.3f}", kl=f"{kl:.1f}"
+                )
             if step % 500 == 0:
                 tqdm.write(f"step {step}  held-out {measure(average, read_pictures('held_out'))}")
     with torch.no_grad():
@@ -129,16 +186,25 @@ def draw(pictures: torch.Tensor, count: int, crop_px: int | None) -> torch.Tenso
     batch = pictures[torch.randint(len(pictures), (count,))]
     if crop_px:
         top, left = torch.randint(pictures.shape[2] - crop_px + 1, (2, count)).tolist()
-        batch = torch.stack([x[:, i : i + crop_px, j : j + crop_px] for x, i, j in zip(batch, top, left, strict=True)])
+        batch = torch.stack(
+            [
+                x[:, i : i + crop_px, j : j + crop_px]
+                for x, i, j in zip(batch, top, left, strict=True)
+            ]
+        )
     mirrored = torch.rand(count, 1, 1, 1) < 0.5
     return torch.where(mirrored, batch.flip(3), batch).contiguous(memory_format=torch.channels_last)
 
 
 class PerceptualDistance:
-    """Mean squared distance of unit-normalised EfficientNet-Lite0 features (LPIPS, arXiv 1801.03924, without learned weights)."""
+    """Mean squared distance of unit-normalised EfficientNet-Lite0 features (LPIPS, arXiv
+    1801.03924, without learned weights).
+    """
 
     def __init__(self) -> None:
-        self.network = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2))
+        self.network = timm.create_model(
+            "tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2)
+        )
         self.network.load_state_dict(efficientnet_lite0_weights(), strict=False)
         self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -154,7 +220,9 @@ class PerceptualDistance:
 
 @torch.no_grad()
 def measure(model: AutoencoderKL, pictures: torch.Tensor) -> dict:
-    """PSNR in dB over [0, 255] after rounding to uint8, per picture then averaged; posterior mean, no noise."""
+    """PSNR in dB over [0, 255] after rounding to uint8, per picture then averaged; posterior mean,
+    no noise.
+    """
     model.eval()
     values = []
     for x0 in pictures.split(64):
@@ -164,7 +232,11 @@ def measure(model: AutoencoderKL, pictures: torch.Tensor) -> dict:
         values.append(10 * torch.log10(255.0**2 / mse))
     model.train()
     psnr = torch.cat(values)
-    return {"held_out_psnr_db": round(psnr.mean().item(), 3), "median_db": round(psnr.median().item(), 3), "pictures": len(psnr)}
+    return {
+        "held_out_psnr_db": round(psnr.mean().item(), 3),
+        "median_db": round(psnr.median().item(), 3),
+        "pictures": len(psnr),
+    }
 
 
 if __name__ == "__main__":

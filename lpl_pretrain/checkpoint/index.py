@@ -1,4 +1,5 @@
-"""index.json: which rank's file holds which range of which parameter; its schema, and the headers of the files it describes.
+"""index.json: which rank's file holds which range of which parameter; its schema, and the headers
+of the files it describes.
 
     {kind: {parameter: {dtype, shape, ranges: [[start, stop, rank], ...]}}}
 
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.checkpoint.manifest import INDEX, Manifest, pieces_file, regular_file
-from lpl_pretrain.config.strict_json import JSONError, is_count, key_problem, parse_json, read_json, shown
+from lpl_pretrain.config.strict_json import (
+    JSONError,
+    is_count,
+    key_problem,
+    parse_json,
+    read_json,
+    shown,
+)
 from lpl_pretrain.errors import DamagedCheckpointError
 
 ELEMENT_BYTES = {"F32": 4, "F64": 8}
@@ -40,7 +48,9 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest | None = None) -> Index:
-        """Raises DamagedCheckpointError.  `manifest` bounds the ranks and the bytes that each of them may hold."""
+        """Raises DamagedCheckpointError.  `manifest` bounds the ranks and the bytes that each of
+        them may hold.
+        """
         path = folder / INDEX
         try:
             entries = read_json(regular_file(path), limit_bytes=LIMIT_BYTES)
@@ -54,7 +64,9 @@ class Index:
         return index
 
     def check_header(self, rank: int) -> None:
-        """Raises DamagedCheckpointError unless the file of `rank` holds exactly the ranges that are said to be there."""
+        """Raises DamagedCheckpointError unless the file of `rank` holds exactly the ranges that are
+        said to be there.
+        """
         path = self.folder / pieces_file(rank)
         header = read_header(path)
         for key, (dtype, elements) in header.items():
@@ -62,14 +74,19 @@ class Index:
             entry = self.entries.get(kind, {}).get(name)
             ranges = [] if entry is None else [r for r in entry["ranges"] if r[2] == rank]
             if entry is None or not ranges:
-                raise DamagedCheckpointError(f"{path}: holds {shown(key)}, which {INDEX} does not expect there")
+                raise DamagedCheckpointError(
+                    f"{path}: holds {shown(key)}, which {INDEX} does not expect there"
+                )
             wanted = entry["dtype"], ranges[0][1] - ranges[0][0]
             if (dtype, elements) != wanted:
                 raise DamagedCheckpointError(
-                    f"{path}: {shown(key)} has {elements} elements of {dtype}, {INDEX} says {wanted[1]} of {wanted[0]}"
+                    f"{path}: {shown(key)} has {elements} elements of {dtype}, {INDEX} says "
+                    f"{wanted[1]} of {wanted[0]}"
                 )
         if len(header) != self.tensors.get(rank, 0):
-            raise DamagedCheckpointError(f"{path}: holds {len(header)} tensors, {INDEX} says {self.tensors.get(rank, 0)}")
+            raise DamagedCheckpointError(
+                f"{path}: holds {len(header)} tensors, {INDEX} says {self.tensors.get(rank, 0)}"
+            )
 
     def _problem(self) -> str | None:
         """What is wrong with the index in itself, if anything; counts what each rank holds."""
@@ -78,11 +95,16 @@ class Index:
         shapes: dict[str, list[int]] = {}
         for kind, named in self.entries.items():
             if not KIND.fullmatch(kind) or not isinstance(named, dict) or not named:
-                return f"{shown(kind)}: found {shown(named)}, wanted a kind of tensors and its parameters"
+                return (
+                    f"{shown(kind)}: found {shown(named)}, wanted a kind of tensors and its "
+                    "parameters"
+                )
             for name, entry in named.items():
                 problem = _entry_problem(entry)
                 if problem is None and shapes.setdefault(name, entry["shape"]) != entry["shape"]:
-                    problem = f"shape {shown(entry['shape'])}, another kind has {shown(shapes[name])}"
+                    problem = (
+                        f"shape {shown(entry['shape'])}, another kind has {shown(shapes[name])}"
+                    )
                 if problem is not None:
                     return f"{kind}/{shown(name)}: {problem}"
                 size = ELEMENT_BYTES[entry["dtype"]]
@@ -105,7 +127,10 @@ def tiling_problem(shape: list[int], ranges: list[list[int]]) -> str | None:
     expected, seen = 0, set()
     for start, stop, rank in ranges:
         if start != expected:
-            return f"rank {rank} owns elements {start}..{stop}, wanted a range that starts at {expected}"
+            return (
+                f"rank {rank} owns elements {start}..{stop}, wanted a range that starts at "
+                f"{expected}"
+            )
         if stop <= start:
             return f"rank {rank} owns elements {start}..{stop}, wanted at least one"
         if rank in seen:
@@ -124,7 +149,9 @@ def read_header(path: Path) -> dict[str, tuple[str, int]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, HEADER_LIMIT_BYTES):
-                raise DamagedCheckpointError(f"{path}: is no safetensors file: {size} bytes, a header of {length}")
+                raise DamagedCheckpointError(
+                    f"{path}: is no safetensors file: {size} bytes, a header of {length}"
+                )
             content = parse_json(file.read(length), f"{path}: header")
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: {error.strerror or error}") from None
@@ -139,7 +166,9 @@ def read_header(path: Path) -> dict[str, tuple[str, int]]:
         header[key] = (entry["dtype"], entry["shape"][0])
         expected = entry["data_offsets"][1]
     if expected != size - 8 - length:
-        raise DamagedCheckpointError(f"{path}: {size - 8 - length} bytes of data, the header says {expected}")
+        raise DamagedCheckpointError(
+            f"{path}: {size - 8 - length} bytes of data, the header says {expected}"
+        )
     return header
 
 
@@ -160,7 +189,14 @@ def _is_range(entry: Any) -> bool:
     if type(entry) is not list or len(entry) != 3:
         return False
     start, stop, rank = entry  # written out: there may be millions
-    return type(start) is int and type(stop) is int and type(rank) is int and start >= 0 and stop >= 0 and rank >= 0
+    return (
+        type(start) is int
+        and type(stop) is int
+        and type(rank) is int
+        and start >= 0
+        and stop >= 0
+        and rank >= 0
+    )
 
 
 def _header_problem(entry: Any, expected: int) -> str | None:

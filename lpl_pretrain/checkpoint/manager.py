@@ -1,9 +1,12 @@
-"""When checkpoints are published, removed and restored: temporary name, manifest last, rename; the newest undamaged one wins.
+"""When checkpoints are published, removed and restored: temporary name, manifest last, rename; the
+newest undamaged one wins.
 
-All ranks see one file system.  An error on one rank is raised on all of them, with the same message.
+All ranks see one file system.  An error on one rank is raised on all of them, with the same
+message.
 
-Saving takes three phases: every rank copies its state, every rank writes the copy, rank 0 publishes.  The last two run on a thread,
-which never communicates: ranks agree on the main thread, in `advance`, that all of them are through with a phase.
+Saving takes three phases: every rank copies its state, every rank writes the copy, rank 0
+publishes.  The last two run on a thread, which never communicates: ranks agree on the main thread,
+in `advance`, that all of them are through with a phase.
 """
 
 from __future__ import annotations
@@ -55,13 +58,14 @@ class CheckpointManager:
         *,
         keep_due: bool = False,
     ) -> None:
-        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is refused.
+        """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is
+        refused.
 
         `fence` does not return, on rank 0, where the run is another process's by now.
 
-        `samples_per_step`, the global batch size, says that a training run goes on from what is restored: the
-        trainer's state must be whole, and count as many samples.
-        `keep_due`: the newest checkpoint at a multiple of `every_steps` stays, whatever came after it.
+        `samples_per_step`, the global batch size, says that a training run goes on from what is
+        restored: the trainer's state must be whole, and count as many samples. `keep_due`: the
+        newest checkpoint at a multiple of `every_steps` stays, whatever came after it.
         """
         self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
         self.samples_per_step, self.keep_due = samples_per_step, keep_due
@@ -74,17 +78,51 @@ class CheckpointManager:
         self._damaged: set[int] = set()
         """Steps of checkpoints that `restore_latest` found damaged; the same on all ranks."""
         self.published = 0
-        """Not collective: step of the newest checkpoint that this process knows to be published; the same on all ranks."""
+        """Not collective: step of the newest checkpoint that this process knows to be published;
+        the same on all ranks.
+        """
 
-    def save(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any], *, samples_seen: int) -> Path:
-        """Communicates: the folder that the checkpoint will be; it is there after `finish`, or when `saving` has become False."""
+    def save(
+        self,
+        step: int,
+        strategy: Strategy,
+        ema: HasPieces,
+        state: dict[str, Any],
+        *,
+        samples_seen: int,
+    ) -> Path:
+        """Communicates: the folder that the checkpoint will be; it is there after `finish`, or when
+        `saving` has become False.
+        """
         self.finish()  # of a snapshot, which is not to be announced
         self._newest = step
-        return self._save(self.run_dir.checkpoint(step), strategy, _entries(strategy, ema), state, step, samples_seen)
+        return self._save(
+            self.run_dir.checkpoint(step),
+            strategy,
+            _entries(strategy, ema),
+            state,
+            step,
+            samples_seen,
+        )
 
-    def save_snapshot(self, step: int, strategy: Strategy, ema: HasPieces, state: dict[str, Any], *, samples_seen: int) -> Path:
+    def save_snapshot(
+        self,
+        step: int,
+        strategy: Strategy,
+        ema: HasPieces,
+        state: dict[str, Any],
+        *,
+        samples_seen: int,
+    ) -> Path:
         """Communicates: as `save`, of the power-function averages alone, and for good."""
-        return self._save(self.run_dir.snapshot(step), strategy, ema.pieces(power_only=True), state, step, samples_seen)
+        return self._save(
+            self.run_dir.snapshot(step),
+            strategy,
+            ema.pieces(power_only=True),
+            state,
+            step,
+            samples_seen,
+        )
 
     @property
     def saving(self) -> bool:
@@ -97,9 +135,11 @@ class CheckpointManager:
         return bool(self._phases) and self._phases[0].running
 
     def advance(self) -> None:
-        """Communicates while `saving`: waits until all ranks are through with this phase, and starts the next one.
+        """Communicates while `saving`: waits until all ranks are through with this phase, and
+        starts the next one.
 
-        Raises on all ranks what went wrong on one; what was written until then is removed, for a full disk is full for others too.
+        Raises on all ranks what went wrong on one; what was written until then is removed, for a
+        full disk is full for others too.
         """
         if not self._phases:
             return
@@ -127,25 +167,33 @@ class CheckpointManager:
         *,
         only_due: bool = False,
     ) -> dict[str, Any] | None:
-        """Communicates: fills parameters, moments and EMA from the newest undamaged checkpoint; returns its state, or None.
+        """Communicates: fills parameters, moments and EMA from the newest undamaged checkpoint;
+        returns its state, or None.
 
-        A damaged one is passed over with a warning.  When all are damaged nothing is restored and CheckpointError says so: a run
-        never starts again from nothing by itself.  `only_due`, for a rollback: among those at multiples of `every_steps`; one that
-        cannot be read for a reason that may pass is then not passed over, since an older one would lead to other parameters.
+        A damaged one is passed over with a warning.  When all are damaged nothing is restored and
+        CheckpointError says so: a run never starts again from nothing by itself.  `only_due`, for a
+        rollback: among those at multiples of `every_steps`; one that cannot be read for a reason
+        that may pass is then not passed over, since an older one would lead to other parameters.
         """
         rank0 = strategy.world.rank == 0
-        _together(f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=rank0)
+        _together(
+            f"{self.run_dir.checkpoints}: leftovers cannot be removed", self._sweep, act=rank0
+        )
         complete = broadcast_json(self.run_dir.complete_checkpoints())
         steps = [step for step in complete if not only_due or self._is_due(step)]
         unusable = broadcast_json(self.run_dir.unusable_checkpoints())
         for name in unusable:
-            log.warning("%s: is no complete checkpoint (no %s of that step): passed over", name, MANIFEST)
+            log.warning(
+                "%s: is no complete checkpoint (no %s of that step): passed over", name, MANIFEST
+            )
         problem = ""
         for step in reversed(steps):
             opened = self._open(self.run_dir.checkpoint(step), strategy.world)
             if isinstance(opened, Checkpoint):
                 return self._restore(opened, strategy, ema)
-            if only_due and is_transient(error := CheckpointError(f"{opened}: the same command tries again")):
+            if only_due and is_transient(
+                error := CheckpointError(f"{opened}: the same command tries again")
+            ):
                 raise error
             warn_passed_over(self.run_dir.checkpoint(step), opened)
             self._damaged.add(step)
@@ -154,7 +202,8 @@ class CheckpointManager:
             raise all_damaged(self.run_dir, len(steps), problem)
         if unusable:
             raise CheckpointError(
-                f"{self.run_dir.checkpoints}: holds {', '.join(unusable[:5])} and no complete checkpoint: "
+                f"{self.run_dir.checkpoints}: holds {', '.join(unusable[:5])} and no complete "
+                "checkpoint: "
                 "bring one back, or remove these folders to start again"
             )
         return None
@@ -162,7 +211,8 @@ class CheckpointManager:
     def _open(self, folder: Path, world: World) -> Checkpoint | str:
         """Communicates: a sound checkpoint, or what any rank found wrong with it.
 
-        Every rank reads its share of the files.  Raises CheckpointError on all ranks where one refuses.
+        Every rank reads its share of the files.  Raises CheckpointError on all ranks where one
+        refuses.
         """
         checkpoint, damaged, refused = None, None, None
         try:
@@ -203,8 +253,12 @@ class CheckpointManager:
             error=SaveError,
         )
 
-    def _restore(self, checkpoint: Checkpoint, strategy: Strategy, ema: HasPieces) -> dict[str, Any]:
-        """Communicates: fills parameters, moments and EMA from a checkpoint, saved by any strategy at any world size."""
+    def _restore(
+        self, checkpoint: Checkpoint, strategy: Strategy, ema: HasPieces
+    ) -> dict[str, Any]:
+        """Communicates: fills parameters, moments and EMA from a checkpoint, saved by any strategy
+        at any world size.
+        """
         reader = checkpoint.reader
 
         def fill() -> None:
@@ -238,7 +292,9 @@ class CheckpointManager:
             files = merge_parts(temporary, world.world_size)
             files[STATE] = write_json(temporary / STATE, state)
             kind = type(strategy).__name__
-            Manifest(step, samples_seen, updates, kind, world.world_size, self.identity, files).write(temporary)
+            Manifest(
+                step, samples_seen, updates, kind, world.world_size, self.identity, files
+            ).write(temporary)
             sync_folder(temporary)
             self.fence()
             self._remove(final)
@@ -250,10 +306,17 @@ class CheckpointManager:
 
         rank0 = world.rank == 0
         self._temporary = temporary if rank0 else None
-        _together(f"{temporary}: cannot be made", lambda: self._start(temporary), act=rank0, error=SaveError)
+        _together(
+            f"{temporary}: cannot be made",
+            lambda: self._start(temporary),
+            act=rank0,
+            error=SaveError,
+        )
         copies = self._copies.of(live, strategy.device) if self.config.asynchronous else list(live)
         self._phases = [
-            Task(f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, copies)),
+            Task(
+                f"{temporary}: cannot be written", lambda: write_rank(temporary, world.rank, copies)
+            ),
             Task(f"{final}: cannot be published", publish if rank0 else lambda: None),
         ]
         self._phases[0].start()
@@ -263,8 +326,10 @@ class CheckpointManager:
 
     @cached_property
     def _own_name(self) -> str:
-        """Communicates when first asked for: of this process group, so that ranks of an earlier one which live on, cut off on a
-        node that nobody can reach, write into a folder of their own, which the heirs' first sweep has removed."""
+        """Communicates when first asked for: of this process group, so that ranks of an earlier one
+        which live on, cut off on a node that nobody can reach, write into a folder of their own,
+        which the heirs' first sweep has removed.
+        """
         return broadcast_json(secrets.token_hex(4))
 
     def _start(self, temporary: Path) -> None:
@@ -281,7 +346,9 @@ class CheckpointManager:
                 self._remove(folder)
 
     def _retain(self) -> None:
-        """Remove what is older than the `keep_last` newest checkpoints that look sound, and not wanted otherwise."""
+        """Remove what is older than the `keep_last` newest checkpoints that look sound, and not
+        wanted otherwise.
+        """
         steps, every = self.run_dir.complete_checkpoints(), self.config.keep_every_steps
         sound = islice(filter(self._looks_sound, reversed(steps)), self.config.keep_last)
         newest = list(sound)
@@ -307,7 +374,9 @@ class CheckpointManager:
         return scored | best_steps(self.run_dir.best_files(), log.warning)
 
     def _remove(self, folder: Path) -> None:
-        """By rename first, so that a checkpoint is never seen half removed, and nobody begins a file in it meanwhile."""
+        """By rename first, so that a checkpoint is never seen half removed, and nobody begins a
+        file in it meanwhile.
+        """
         if os.path.lexists(folder):
             doomed = folder.with_name(REMOVING + folder.name)
             folder.rename(doomed)
@@ -331,7 +400,13 @@ def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:
     yield from ema.pieces()
 
 
-def _together(what: str, action: Callable[[], None], *, act: bool = True, error: type[CheckpointError] = CheckpointError) -> None:
+def _together(
+    what: str,
+    action: Callable[[], None],
+    *,
+    act: bool = True,
+    error: type[CheckpointError] = CheckpointError,
+) -> None:
     """Communicates: run `action` on the ranks that `act`; an error on any of them is raised on all."""
     task = Task(what, action if act else lambda: None)
     task.run()

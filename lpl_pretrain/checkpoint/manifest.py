@@ -1,7 +1,9 @@
-"""What makes a checkpoint folder complete: manifest.json, written last, with the size and sha256 of every other file.
+"""What makes a checkpoint folder complete: manifest.json, written last, with the size and sha256 of
+every other file.
 
-A folder without a manifest is no checkpoint; one whose files disagree with it is damaged; one of a newer format is refused.
-Format 3 added `digest`, the sha256 of the manifest's other keys.  Format 2 has none and is still read.
+A folder without a manifest is no checkpoint; one whose files disagree with it is damaged; one of a
+newer format is refused. Format 3 added `digest`, the sha256 of the manifest's other keys.  Format 2
+has none and is still read.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises DamagedCheckpointError, or CheckpointError for a format that this version does not know."""
+        """Raises DamagedCheckpointError, or CheckpointError for a format that this version does not
+        know.
+        """
         path = folder / MANIFEST
         try:
             content = read_json(regular_file(path))
@@ -74,36 +78,63 @@ class Manifest:
             raise DamagedCheckpointError(str(error)) from None
         found = content.get("format") if isinstance(content, dict) else None
         if type(found) is int and found not in READABLE:
-            remedy = "update lpl_pretrain" if found > FORMAT else "go on with the version that saved it"
+            remedy = (
+                "update lpl_pretrain" if found > FORMAT else "go on with the version that saved it"
+            )
             known = " and ".join(map(str, READABLE))
-            raise CheckpointError(f"{folder}: checkpoint format {found}, this version reads {known}: {remedy}")
+            raise CheckpointError(
+                f"{folder}: checkpoint format {found}, this version reads {known}: {remedy}"
+            )
         digest = content.pop(DIGEST, None) if found == FORMAT else None
         problem = _problem(content)
         if problem is None and found == FORMAT and digest != digest_of(content):
-            problem = f"{DIGEST}: found {shown(digest)}, its content has another one: it was changed after it was written"
-        if problem is None and STEP_NAME.fullmatch(folder.name) and folder.name != step_name(content["step"]):
-            problem = f"step: found {content['step']}, the folder is called {folder.name}: it was renamed or copied"
+            problem = (
+                f"{DIGEST}: found {shown(digest)}, its content has another one: it was "
+                "changed after it was written"
+            )
+        if (
+            problem is None
+            and STEP_NAME.fullmatch(folder.name)
+            and folder.name != step_name(content["step"])
+        ):
+            problem = (
+                f"step: found {content['step']}, the folder is called {folder.name}: it was "
+                "renamed or copied"
+            )
         if problem is not None:
             raise DamagedCheckpointError(f"{path}: {problem}")
         if found == WITHOUT_DIGEST:
             _note_old_format(str(folder))
-        return cls(**{**content, "files": {name: FileRecord(**record) for name, record in content["files"].items()}})
+        return cls(
+            **{
+                **content,
+                "files": {name: FileRecord(**record) for name, record in content["files"].items()},
+            }
+        )
 
     def check_sizes(self, folder: Path) -> None:
-        """Raises DamagedCheckpointError unless every file is there, is no link, and has its size.  Reads no content."""
+        """Raises DamagedCheckpointError unless every file is there, is no link, and has its size.
+        Reads no content.
+        """
         for name, record in self.files.items():
             found = regular_file(folder / name).stat().st_size
             if found != record.bytes:
-                raise DamagedCheckpointError(f"{folder / name}: {found} bytes, the manifest says {record.bytes}")
+                raise DamagedCheckpointError(
+                    f"{folder / name}: {found} bytes, the manifest says {record.bytes}"
+                )
 
 
 def digest_of(content: dict[str, Any]) -> str:
     """sha256 of the keys of a manifest, without its `digest`, in one order and spacing."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def regular_file(path: Path) -> Path:
-    """`path`.  Raises DamagedCheckpointError for what is missing, a link, a directory, or anything else that is no file."""
+    """`path`.  Raises DamagedCheckpointError for what is missing, a link, a directory, or anything
+    else that is no file.
+    """
     try:
         mode = path.lstat().st_mode
     except (OSError, ValueError) as error:
@@ -173,7 +204,10 @@ def _files_problem(files: Any, world_size: int) -> str | None:
     if not isinstance(files, dict):
         return f"files: found {shown(files)}, wanted an object"
     if world_size < 1 or len(files) != world_size + 2:
-        return f"files: {len(files)} are listed, wanted {INDEX}, {STATE} and one for each of {world_size} ranks"
+        return (
+            f"files: {len(files)} are listed, wanted {INDEX}, {STATE} and one for each of "
+            f"{world_size} ranks"
+        )
     for name in expected_files(world_size):
         record = files.get(name)
         if record is None:
@@ -183,7 +217,10 @@ def _files_problem(files: Any, world_size: int) -> str | None:
         if not is_count(record["bytes"]):
             return f"files.{name}.bytes: found {shown(record['bytes'])}, wanted an integer from 0"
         if not (isinstance(record["sha256"], str) and SHA256.fullmatch(record["sha256"])):
-            return f"files.{name}.sha256: found {shown(record['sha256'])}, wanted 64 hexadecimal digits"
+            return (
+                f"files.{name}.sha256: found {shown(record['sha256'])}, wanted 64 "
+                "hexadecimal digits"
+            )
     return None
 
 
@@ -194,4 +231,7 @@ def _once(message: str) -> None:
 
 def _note_old_format(folder: str) -> None:
     """Log once in a process that manifests without a digest are read."""
-    _once(f"checkpoint format {WITHOUT_DIGEST} has no digest of its manifest: its fields are checked instead")
+    _once(
+        f"checkpoint format {WITHOUT_DIGEST} has no digest of its manifest: its fields are "
+        "checked instead"
+    )

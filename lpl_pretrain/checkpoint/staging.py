@@ -1,4 +1,6 @@
-"""What lets training go on while a checkpoint is written: copies of the state in the host's memory, and work on a thread."""
+"""What lets training go on while a checkpoint is written: copies of the state in the host's memory,
+and work on a thread.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ from lpl_pretrain.parallel.strategy import Piece
 
 
 class HostCopies:
-    """Buffers that are filled anew for every save: their memory is asked for once, pinned where there is a device to copy from."""
+    """Buffers that are filled anew for every save: their memory is asked for once, pinned where
+    there is a device to copy from.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
-    def of(self, entries: Iterable[tuple[str, Piece]], device: torch.device) -> list[tuple[str, Piece]]:
+    def of(
+        self, entries: Iterable[tuple[str, Piece]], device: torch.device
+    ) -> list[tuple[str, Piece]]:
         """The same pieces on the host; they are valid until the next call."""
         cuda, copies = device.type == "cuda", []
         for kind, piece in entries:
@@ -28,7 +34,9 @@ class HostCopies:
             if buffer is None or buffer.shape != piece.tensor.shape:
                 buffer = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=cuda)
                 self._buffers[kind, piece.name] = buffer
-            copies.append((kind, replace(piece, tensor=buffer.copy_(piece.tensor, non_blocking=cuda))))
+            copies.append(
+                (kind, replace(piece, tensor=buffer.copy_(piece.tensor, non_blocking=cuda)))
+            )
         if cuda:
             torch.cuda.synchronize(device)
         return copies

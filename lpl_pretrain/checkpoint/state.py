@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.checkpoint.manifest import STATE, Manifest, regular_file
-from lpl_pretrain.config.strict_json import JSONError, is_count, is_number, key_problem, read_json, shown
+from lpl_pretrain.config.strict_json import (
+    JSONError,
+    is_count,
+    is_number,
+    key_problem,
+    read_json,
+    shown,
+)
 from lpl_pretrain.errors import DamagedCheckpointError
 
 Check = Callable[[Any], bool]
@@ -22,7 +29,9 @@ def _is_digests(value: Any) -> bool:
 
 
 def _is_window(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, list) and all(map(_optional_number, row)) for row in value)
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(map(_optional_number, row)) for row in value
+    )
 
 
 SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
@@ -69,7 +78,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_state(folder: Path, state: dict[str, Any], manifest: Manifest, *, whole: bool) -> None:
-    """Raises DamagedCheckpointError for values that no trainer writes.  `whole`: all of its keys must be there."""
+    """Raises DamagedCheckpointError for values that no trainer writes.  `whole`: all of its keys
+    must be there.
+    """
     problem = _problem(state, manifest)
     if problem is None and whole and (missing := sorted(TRAINER_KEYS - state.keys())):
         problem = f"has no {', '.join(missing)}"
@@ -85,7 +96,9 @@ def _problem(state: dict[str, Any], manifest: Manifest) -> str | None:
         values: Any = state.get(section)
         if section not in state or (section in NULLABLE and values is None):
             continue
-        needed = checks.keys() - (LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS)
+        needed = checks.keys() - (
+            LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS
+        )
         if (problem := key_problem(values, frozenset(needed))) is not None:
             return f"{section}: {problem}"
         for key in sorted(needed):
@@ -96,7 +109,10 @@ def _problem(state: dict[str, Any], manifest: Manifest) -> str | None:
         return f"step: found {state['step']}, the manifest says {manifest.step}"
     skipped, updates = state.get("skipped_updates", 0), manifest.optimizer_steps
     if updates + skipped > manifest.step:
-        return f"skipped_updates: found {skipped} beside {updates} updates, wanted {manifest.step} steps at most"
+        return (
+            f"skipped_updates: found {skipped} beside {updates} updates, wanted {manifest.step} "
+            "steps at most"
+        )
     seen = state.get("stream", {}).get("samples_seen", manifest.samples_seen)
     if seen != manifest.samples_seen:
         return f"stream.samples_seen: found {seen}, the manifest says {manifest.samples_seen}"

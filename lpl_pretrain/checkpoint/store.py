@@ -1,13 +1,14 @@
-"""The files of a checkpoint: every rank writes the ranges it owns, and any range can be read back by any other layout.
+"""The files of a checkpoint: every rank writes the ranges it owns, and any range can be read back
+by any other layout.
 
     pieces_00000.safetensors   one file a rank; tensor `<kind>/<parameter>` is the 1-D range which that rank owns
     index.json                 {kind: {parameter: {dtype, shape, ranges: [[start, stop, rank], ...]}}}
     state.json                 what the trainer wants to find again
     manifest.json              see manifest.py
 
-Kinds: `param` (masters), `ema`, `ema_power_<sigma_rel>`, `optimizer.<state name>`.  Ranges are in elements of the row-major
-flattened parameter and tile it.
-Nothing is pickled; nothing here communicates.
+Kinds: `param` (masters), `ema`, `ema_power_<sigma_rel>`, `optimizer.<state name>`.  Ranges are in
+elements of the row-major flattened parameter and tile it. Nothing is pickled; nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def write_rank(folder: Path, rank: int, entries: Iterable[tuple[str, Piece]]) ->
     tensors = {f"{kind}/{piece.name}": piece.tensor.detach() for kind, piece in entries}
     assert len(tensors) == len(entries), "a rank owns one range of a parameter"
     record = _write_safetensors(folder / pieces_file(rank), tensors)
-    listing = [[kind, p.name, DTYPES[p.tensor.dtype], list(p.shape), p.start, p.stop] for kind, p in entries]
+    listing = [
+        [kind, p.name, DTYPES[p.tensor.dtype], list(p.shape), p.start, p.stop]
+        for kind, p in entries
+    ]
     write_json(folder / part_file(rank), {"file": vars(record), "entries": listing})
 
 
@@ -54,13 +58,17 @@ def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
         part = json.loads((folder / part_file(rank)).read_text())
         files[pieces_file(rank)] = FileRecord(**part["file"])
         for kind, name, dtype, shape, start, stop in part["entries"]:
-            entry = index.setdefault(kind, {}).setdefault(name, {"dtype": dtype, "shape": shape, "ranges": []})
+            entry = index.setdefault(kind, {}).setdefault(
+                name, {"dtype": dtype, "shape": shape, "ranges": []}
+            )
             entry["ranges"].append([start, stop, rank])
     for kind, entries in index.items():
         for name, entry in entries.items():
             entry["ranges"].sort()
             if (problem := tiling_problem(entry["shape"], entry["ranges"])) is not None:
-                raise CheckpointError(f"{kind}/{name}: {problem}")  # a strategy has misread its engine
+                raise CheckpointError(
+                    f"{kind}/{name}: {problem}"
+                )  # a strategy has misread its engine
     files[INDEX] = write_json(folder / INDEX, index)
     for rank in range(world_size):
         (folder / part_file(rank)).unlink()
@@ -87,22 +95,32 @@ class Reader:
         return self.entries[kind]
 
     def check(self, kind: str, shapes: dict[str, tuple[int, ...]], wanted: set[str]) -> None:
-        """CheckpointError unless `kind` covers the `wanted` parameters, and none that are not of these shapes."""
+        """CheckpointError unless `kind` covers the `wanted` parameters, and none that are not of
+        these shapes.
+        """
         if kind not in self.entries:
             raise CheckpointError(
-                f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}: it was saved with another "
+                f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}: it was saved "
+                "with another "
                 "optimizer.kind; resume with that one, or start a new run directory"
             )
         saved = {name: tuple(entry["shape"]) for name, entry in self.entries[kind].items()}
         reshaped = [name for name in shapes if saved.get(name, shapes[name]) != shapes[name]]
         complaints = [
-            _list("missing from the checkpoint", [name for name in shapes if name in wanted and name not in saved]),
+            _list(
+                "missing from the checkpoint",
+                [name for name in shapes if name in wanted and name not in saved],
+            ),
             _list("unknown to the model", [name for name in saved if name not in shapes]),
-            _list("of another shape", [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped]),
+            _list(
+                "of another shape",
+                [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped],
+            ),
         ]
         if any(complaints):
             raise CheckpointError(
-                f"{self.folder}: {kind} does not fit this model: {'; '.join(filter(None, complaints))}. "
+                f"{self.folder}: {kind} does not fit this model: "
+                f"{'; '.join(filter(None, complaints))}. "
                 "Resume with the configuration that it was saved with, or start a new run directory"
             )
 
@@ -122,7 +140,10 @@ class Reader:
                 piece.tensor[first - piece.start : last - piece.start].copy_(saved)
                 filled += last - first
         if filled != piece.tensor.numel():
-            raise CheckpointError(f"{self.folder}: {kind}/{piece.name} holds {filled} of elements {piece.start}..{piece.stop}")
+            raise CheckpointError(
+                f"{self.folder}: {kind}/{piece.name} holds {filled} of elements "
+                f"{piece.start}..{piece.stop}"
+            )
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(parameter, whole tensor) of one kind.  Raises CheckpointError."""

@@ -1,4 +1,6 @@
-"""The one way in which a checkpoint is opened, wherever it is read: everything is checked before anything is used."""
+"""The one way in which a checkpoint is opened, wherever it is read: everything is checked before
+anything is used.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +34,24 @@ def open_checkpoint(
     share: int = 0,
     shares: int = 1,
 ) -> Checkpoint:
-    """Not collective.  Compares all sizes and small files, and the content of every `shares`-th file from `share` on.
+    """Not collective.  Compares all sizes and small files, and the content of every `shares`-th
+    file from `share` on.
 
-    `identity` of the run that it should belong to (config/check.py); `samples_per_step` of a run that wants to go on from it.
-    Raises DamagedCheckpointError, and CheckpointError for another run's or another version's checkpoint.
+    `identity` of the run that it should belong to (config/check.py); `samples_per_step` of a run
+    that wants to go on from it. Raises DamagedCheckpointError, and CheckpointError for another
+    run's or another version's checkpoint.
     """
     manifest = Manifest.read(folder)
     if identity is not None and manifest.identity != identity:
         raise CheckpointError(
-            f"{folder}: was saved by a run with another configuration ({manifest.identity[:12]}, this one is {identity[:12]}): "
+            f"{folder}: was saved by a run with another configuration ({manifest.identity[:12]}, "
+            f"this one is {identity[:12]}): "
             "it belongs in the directory of that run"
         )
     if samples_per_step is not None and manifest.samples_seen != manifest.step * samples_per_step:
         raise DamagedCheckpointError(
-            f"{folder}: samples_seen={manifest.samples_seen} after {manifest.step} steps of {samples_per_step} samples"
+            f"{folder}: samples_seen={manifest.samples_seen} after {manifest.step} steps of "
+            f"{samples_per_step} samples"
         )
     manifest.check_sizes(folder)
     names = sorted(manifest.files)[share::shares]
@@ -83,15 +89,20 @@ def looks_sound(folder: Path) -> bool:
 
 
 def open_step(run_dir: RunDir, step: int | None, identity: str | None = None) -> Checkpoint:
-    """`step`, or else the newest sound checkpoint of a run: damaged ones are passed over with a warning.
+    """`step`, or else the newest sound checkpoint of a run: damaged ones are passed over with a
+    warning.
 
     Raises CheckpointError when `step` is missing or damaged, or when none is sound.
     """
     if step is not None:
         try:
-            return open_checkpoint(run_dir.checkpoint(run_dir.complete_step(step)), identity=identity)
+            return open_checkpoint(
+                run_dir.checkpoint(run_dir.complete_step(step)), identity=identity
+            )
         except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(f"{error}: bring it back, or name another --step") from None
+            raise DamagedCheckpointError(
+                f"{error}: bring it back, or name another --step"
+            ) from None
     run_dir.complete_step(None)
     steps, problem = run_dir.complete_checkpoints(), ""
     for found in reversed(steps):
@@ -110,6 +121,7 @@ def warn_passed_over(folder: Path, problem: str) -> None:
 def all_damaged(run_dir: RunDir, count: int, problem: str) -> CheckpointError:
     """`problem`: what is wrong with the oldest; an I/O error in it lets a scheduler try again."""
     return CheckpointError(
-        f"{run_dir.checkpoints}: all {count} checkpoints are damaged ({problem}; see the warnings above): "
+        f"{run_dir.checkpoints}: all {count} checkpoints are damaged ({problem}; see the "
+        "warnings above): "
         "bring one back, or remove them to start again"
     )

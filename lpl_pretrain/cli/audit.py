@@ -1,4 +1,6 @@
-"""`lpl-pretrain audit RUN`: was every update made of the samples that it should have been made of, whatever happened to the run?"""
+"""`lpl-pretrain audit RUN`: was every update made of the samples that it should have been made of,
+whatever happened to the run?
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,27 @@ def run(run: str) -> None:
     run_dir = RunDir(expand(run))
     config = load_run_config(run_dir)
     size, data = config.batch.global_batch_size, config.data
-    order = SampleOrder(read_data(data.folder), config.seed, size, lanes=data.lanes, block_samples=data.block_samples)
+    order = SampleOrder(
+        read_data(data.folder),
+        config.seed,
+        size,
+        lanes=data.lanes,
+        block_samples=data.block_samples,
+    )
     found = audit(run_dir, order, size)
     if found.problems:
         raise DataError("\n".join([f"{run}: {found.steps} updates were logged", *found.problems]))
-    print(f"{found.steps:,} updates of {size} samples, {found.starts} starts, {found.made_again} updates made again after one")
+    print(
+        f"{found.steps:,} updates of {size} samples, {found.starts} starts, {found.made_again} "
+        "updates made again after one"
+    )
     if found.rollbacks:
         print(
             f"{found.rollbacks} of the starts are rollbacks after a spike; the samples of "
             f"{found.jump_updates:,} updates were jumped over"
         )
     print("no sample of an update was missed, none was seen twice")
-    print(f"a sample of the data was seen {found.least} to {found.most} times; {found.stand_ins} stood in for damaged ones")
+    print(
+        f"a sample of the data was seen {found.least} to {found.most} times; {found.stand_ins} "
+        "stood in for damaged ones"
+    )

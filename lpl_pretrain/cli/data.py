@@ -1,4 +1,6 @@
-"""`lpl-pretrain data show FOLDER`: what is in a data folder, and a sheet of its pictures; `data seal`: its checksums."""
+"""`lpl-pretrain data show FOLDER`: what is in a data folder, and a sheet of its pictures; `data
+seal`: its checksums.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ def show(folder: str, *, autoencoder: str | None, output: str | None, pictures: 
     print(describe(folder))
     if pictures == 0:
         return
-    path = expand(output or ("contact_sheet.png" if is_url(folder) else f"{folder}/contact_sheet.png"))
-    contact_sheet(folder, load_autoencoder(autoencoder or read_index(folder).autoencoder.name), path, pictures)
+    path = expand(
+        output or ("contact_sheet.png" if is_url(folder) else f"{folder}/contact_sheet.png")
+    )
+    contact_sheet(
+        folder, load_autoencoder(autoencoder or read_index(folder).autoencoder.name), path, pictures
+    )
     print(f"  pictures     {path}")
 
 
@@ -29,4 +35,7 @@ def seal(folder: str) -> None:
     if was == index.format_version:
         print(f"{folder}: has its checksums already (format {was}); left alone")
     else:
-        print(f"{folder}: {index.samples} samples compared with the index; format {was} is now {index.format_version}")
+        print(
+            f"{folder}: {index.samples} samples compared with the index; format {was} is now "
+            f"{index.format_version}"
+        )

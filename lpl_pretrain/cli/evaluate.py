@@ -1,4 +1,6 @@
-"""`lpl-pretrain evaluate RUN PROTOCOL`: scores what is not scored yet, now or as checkpoints arrive, and a small table."""
+"""`lpl-pretrain evaluate RUN PROTOCOL`: scores what is not scored yet, now or as checkpoints
+arrive, and a small table.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,16 @@ def run(
     poll_s: float = 30.0,
 ) -> None:
     """On several processes (torchrun) they share the pictures of each score."""
-    settings, run_dir, world = load_config(EvaluateConfig, protocol, overrides), RunDir(expand(run)), World.from_environment()
+    settings, run_dir, world = (
+        load_config(EvaluateConfig, protocol, overrides),
+        RunDir(expand(run)),
+        World.from_environment(),
+    )
     check_protocol(settings)
     if watch and step is not None:
-        raise ConfigError(f"--watch with --step={step}: one step is scored at once; leave one of them out")
+        raise ConfigError(
+            f"--watch with --step={step}: one step is scored at once; leave one of them out"
+        )
     while watch and not run_dir.config.is_file():  # training has not begun
         time.sleep(poll_s)
     from lpl_pretrain.evaluation.job import evaluate  # torch: not for --help
@@ -50,7 +58,9 @@ def run(
         waiting = watch and not left(run_dir, settings.name, passed_over)
         if not dist.broadcast_json(waiting):
             steps = None if step is None else [step]
-            for record in evaluate(run_dir, settings, device, steps, world, again=not pending, passed_over=passed_over):
+            for record in evaluate(
+                run_dir, settings, device, steps, world, again=not pending, passed_over=passed_over
+            ):
                 records.append(record)
                 if mirror is not None:
                     mirror.scores(record)
@@ -61,16 +71,23 @@ def run(
         time.sleep(poll_s)
     if mirror is not None:
         mirror.close()
-    damaged = [text for number, text in sorted(passed_over.items()) if number in run_dir.complete_checkpoints()]
+    damaged = [
+        text
+        for number, text in sorted(passed_over.items())
+        if number in run_dir.complete_checkpoints()
+    ]
     if damaged and not records:
         raise CheckpointError("nothing was scored:\n" + "\n".join(damaged))
     if world.rank == 0:
         unscored = (
-            f"{run}: every complete checkpoint has its score by protocol {settings.name}, or is being scored; --step N scores again"
+            f"{run}: every complete checkpoint has its score by protocol {settings.name}, "
+            "or is being scored; --step N scores again"
         )
         print("\n".join(table(records)) if records else unscored)
         print("\n".join(f"not scored: {text}" for text in damaged), end="\n" if damaged else "")
-    again = any(is_transient(CheckpointError(text)) for text in damaged)  # the same command may score them
+    again = any(
+        is_transient(CheckpointError(text)) for text in damaged
+    )  # the same command may score them
     if world.world_size > 1:
         dist.leave(int(again))
     if again:
@@ -100,16 +117,26 @@ def over(run_dir: RunDir, protocol: str, passed_over: Container[int] = ()) -> bo
 
 
 def one_line(record: dict[str, Any]) -> str:
-    found = (f"{r['metric']} {r['value']:.4g} (w={r['guidance_scale']:g}, {r['weights']})" for r in record["results"])
+    found = (
+        f"{r['metric']} {r['value']:.4g} (w={r['guidance_scale']:g}, {r['weights']})"
+        for r in record["results"]
+    )
     return f"step {record['step']:,}: {', '.join(found)}"
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:
-    """For each metric a line for each step and a column for each kind of weights and guidance scale, with standard errors."""
+    """For each metric a line for each step and a column for each kind of weights and guidance
+    scale, with standard errors.
+    """
     lines: list[str] = []
-    for metric in dict.fromkeys(entry["metric"] for record in records for entry in record["results"]):
+    for metric in dict.fromkeys(
+        entry["metric"] for record in records for entry in record["results"]
+    ):
         first = [entry for entry in records[0]["results"] if entry["metric"] == metric]
-        lines += [f"{metric}, {first[0]['images']} pictures", f"{'step':>10}" + "".join(f"{column(entry):>20}" for entry in first)]
+        lines += [
+            f"{metric}, {first[0]['images']} pictures",
+            f"{'step':>10}" + "".join(f"{column(entry):>20}" for entry in first),
+        ]
         for record in records:
             cells = [cell(entry) for entry in record["results"] if entry["metric"] == metric]
             lines.append(f"{record['step']:>10,}" + "".join(f"{text:>20}" for text in cells))

@@ -1,4 +1,6 @@
-"""`lpl-pretrain export RUN`: whole weights as one safetensors file, or a folder for diffusers; one process, no engine."""
+"""`lpl-pretrain export RUN`: whole weights as one safetensors file, or a folder for diffusers; one
+process, no engine.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,23 @@ POSTHOC = "posthoc_"
 WEIGHTS = re.compile(r"ema|raw|ema_power_0\.[0-9]{3}|posthoc_0?\.[0-9]+")
 
 
-def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel: float | None, format: str, output: str) -> None:
+def run(
+    run: str,
+    *,
+    weights: str,
+    step: int | None,
+    best: str | None,
+    sigma_rel: float | None,
+    format: str,
+    output: str,
+) -> None:
     run_dir = RunDir(expand(run))
     config, target = load_run_config(run_dir), expand(output)
     if best is not None:
         if step is not None or sigma_rel is not None:
-            raise ConfigError(f"--best={best} with --step or --sigma-rel: it names both; leave the others out")
+            raise ConfigError(
+                f"--best={best} with --step or --sigma-rel: it names both; leave the others out"
+            )
         step, weights = best_of(run_dir, best)
     sigma_rel = length_of(weights, sigma_rel)
     check_output(target, folder=format == "diffusers")
@@ -36,7 +49,9 @@ def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel
     if sigma_rel is None:
         tensors, facts = stored(run_dir, weights, step, run_identity(config))
     else:
-        tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step, run_identity(config))
+        tensors, facts = reconstructed(
+            run_dir, config.ema.power, sigma_rel, step, run_identity(config)
+        )
     parameters = sum(tensor.numel() for tensor in tensors.values())
     try:
         if format == "diffusers":
@@ -44,12 +59,16 @@ def run(run: str, *, weights: str, step: int | None, best: str | None, sigma_rel
         else:
             write_file(target, config, tensors, facts)
     except OSError as error:
-        raise ConfigError(f"--output={output}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(
+            f"--output={output}: cannot be written: {error.strerror or error}"
+        ) from None
     print(f"{output}: {parameters:,} parameters; {facts}")
 
 
 def length_of(weights: str, sigma_rel: float | None) -> float | None:
-    """Of the power-function average to rebuild from snapshots; None where `weights` lie in a checkpoint.  Raises ConfigError."""
+    """Of the power-function average to rebuild from snapshots; None where `weights` lie in a
+    checkpoint.  Raises ConfigError.
+    """
     if not WEIGHTS.fullmatch(weights):
         raise ConfigError(f"--weights={weights}: wanted ema, raw, ema_power_0.050 or posthoc_0.080")
     return float(weights.removeprefix(POSTHOC)) if weights.startswith(POSTHOC) else sigma_rel
@@ -67,14 +86,22 @@ def best_of(run_dir: RunDir, protocol: str) -> tuple[int, str]:
     """Step and weights.  Raises ConfigError or DataError."""
     path = run_dir.best(protocol)
     if not path.is_file():
-        raise ConfigError(f"--best={protocol}: {path} is not there: evaluate with a protocol of this name that sets `best`")
+        raise ConfigError(
+            f"--best={protocol}: {path} is not there: evaluate with a protocol of this name that "
+            "sets `best`"
+        )
     found = load_best(path, log.warning)
     if found is None:
-        raise DataError(f"--best={protocol}: {path} is damaged (see the warning above): evaluate again, or name --step")
+        raise DataError(
+            f"--best={protocol}: {path} is damaged (see the warning above): evaluate again, or "
+            "name --step"
+        )
     return found["step"], found["weights"]
 
 
-def write_file(output: Path, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:
+def write_file(
+    output: Path, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]
+) -> None:
     from lpl_pretrain.runtime.files import published
     from lpl_pretrain.runtime.tensors import safetensors_blocks
 
@@ -82,7 +109,13 @@ def write_file(output: Path, config: TrainConfig, tensors: dict[str, Any], facts
         file.writelines(safetensors_blocks(tensors, {"run": config.name, **facts}))
 
 
-def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]) -> None:
+def write_folder(
+    output: Path,
+    run_dir: RunDir,
+    config: TrainConfig,
+    tensors: dict[str, Any],
+    facts: dict[str, str],
+) -> None:
     """Whole or not at all."""
     from lpl_pretrain.config.mix import read_data
     from lpl_pretrain.models.pipeline_folder import write_pipeline
@@ -92,7 +125,13 @@ def write_folder(output: Path, run_dir: RunDir, config: TrainConfig, tensors: di
     leaves_traces()
     temporary.mkdir(parents=True)
     try:
-        write_pipeline(temporary, config, read_data(config.data.folder).merged, tensors, {**facts, **scores(run_dir)})
+        write_pipeline(
+            temporary,
+            config,
+            read_data(config.data.folder).merged,
+            tensors,
+            {**facts, **scores(run_dir)},
+        )
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,6 +147,9 @@ def scores(run_dir: RunDir) -> dict[str, str]:
             log.warning("%s: this score is left out", error)
             continue
         if record["format_version"] == FORMAT_VERSION:
-            values = ", ".join(f"{r['metric']} {r['value']:.4g} (w = {r['guidance_scale']:g})" for r in record["results"])
+            values = ", ".join(
+                f"{r['metric']} {r['value']:.4g} (w = {r['guidance_scale']:g})"
+                for r in record["results"]
+            )
             found[f"score by {path.stem}"] = f"{values}, step {record['step']}"
     return found

@@ -1,4 +1,6 @@
-"""The command line: parse, then call one function.  No torch here, so that `--help` answers at once."""
+"""The command line: parse, then call one function.  No torch here, so that `--help` answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,21 @@ def commands() -> None:
 @click.argument("config")
 @OVERRIDES
 @click.option(
-    "--verify", is_flag=True, help="Re-read the finished folder and compare it with its source; exit status 1 when unsound."
+    "--verify",
+    is_flag=True,
+    help="Re-read the finished folder and compare it with its source; exit status 1 when unsound.",
 )
-@click.option("--pictures", type=int, default=32, show_default=True, help="How many --verify decodes and compares.")
+@click.option(
+    "--pictures",
+    type=int,
+    default=32,
+    show_default=True,
+    help="How many --verify decodes and compares.",
+)
 def encode(config: str, overrides: tuple[str, ...], verify: bool, pictures: int) -> None:
-    """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says; killed and started again, it goes on."""
+    """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says; killed and
+    started again, it goes on.
+    """
     from lpl_pretrain.cli import encode as command
     from lpl_pretrain.config.encode import EncodeConfig
     from lpl_pretrain.config.load import load_config
@@ -67,8 +79,13 @@ def data() -> None:
 
 @data.command()
 @click.argument("folder")
-@click.option("--autoencoder", help="The one that made the latents; where the index says when absent.")
-@click.option("--output", help="PNG with pictures decoded from the latents; FOLDER/contact_sheet.png when absent.")
+@click.option(
+    "--autoencoder", help="The one that made the latents; where the index says when absent."
+)
+@click.option(
+    "--output",
+    help="PNG with pictures decoded from the latents; FOLDER/contact_sheet.png when absent.",
+)
 @click.option("--pictures", type=int, default=64, show_default=True, help="0 writes no PNG.")
 def show(folder: str, autoencoder: str | None, output: str | None, pictures: int) -> None:
     """Print counts, classes, buckets, statistics and disk use of FOLDER, and draw a contact sheet."""
@@ -80,7 +97,9 @@ def show(folder: str, autoencoder: str | None, output: str | None, pictures: int
 @data.command()
 @click.argument("folder")
 def seal(folder: str) -> None:
-    """Compare FOLDER's index with its shards, and give an index of an earlier version its checksums."""
+    """Compare FOLDER's index with its shards, and give an index of an earlier version its
+    checksums.
+    """
     from lpl_pretrain.cli import data as command
 
     command.seal(folder)
@@ -103,19 +122,47 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--images", type=int, default=64, show_default=True)
 @click.option("--sampler", help="ddim or dpmpp_2m (eps, v); euler or heun (flow).")
 @click.option("--sampler-steps", type=int, default=50, show_default=True)
-@click.option("--shift", type=float, default=1.0, show_default=True, help="Of the times that euler and heun visit.")
-@click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH", help="Noise levels between which to guide.")
-@click.option("--guide", metavar="RUN", help="A weaker run to be guided away from, instead of from the null class.")
-@click.option("--guide-step", type=int, help="Its checkpoint; the newest when absent.")
-@click.option("--prompt", "prompts", multiple=True, help="Instead of captions of the data; several for several pictures.")
 @click.option(
-    "--text-encoder", "text_encoders", multiple=True, metavar="NAME=FOLDER", help="For --prompt where embeddings were stored."
+    "--shift",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of the times that euler and heun visit.",
+)
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="LOW HIGH",
+    help="Noise levels between which to guide.",
+)
+@click.option(
+    "--guide",
+    metavar="RUN",
+    help="A weaker run to be guided away from, instead of from the null class.",
+)
+@click.option("--guide-step", type=int, help="Its checkpoint; the newest when absent.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Instead of captions of the data; several for several pictures.",
+)
+@click.option(
+    "--text-encoder",
+    "text_encoders",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="For --prompt where embeddings were stored.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--format", type=click.Choice(["grid", "png", "tar"]), default="grid", show_default=True)
+@click.option(
+    "--format", type=click.Choice(["grid", "png", "tar"]), default="grid", show_default=True
+)
 @click.option("--output", help="File or folder to write; in the run's samples/ when absent.")
 def sample(run: str, **options: Any) -> None:
-    """Draw pictures from the EMA weights of RUN: one sheet, a folder of PNGs that say where they come from, or a WebDataset tar."""
+    """Draw pictures from the EMA weights of RUN: one sheet, a folder of PNGs that say where they
+    come from, or a WebDataset tar.
+    """
     from lpl_pretrain.cli import sample as command
 
     sampler = sampler_of(options)
@@ -124,7 +171,12 @@ def sample(run: str, **options: Any) -> None:
 
 def sampler_of(options: dict[str, Any]) -> dict[str, Any]:
     """Takes the keys of SamplerConfig that were given out of the options of `sample`."""
-    asked = {"kind": "sampler", "steps": "sampler_steps", "shift": "shift", "guidance_interval": "guidance_interval"}
+    asked = {
+        "kind": "sampler",
+        "steps": "sampler_steps",
+        "shift": "shift",
+        "guidance_interval": "guidance_interval",
+    }
     found = {key: options.pop(name) for key, name in asked.items()}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -133,10 +185,23 @@ def sampler_of(options: dict[str, Any]) -> dict[str, Any]:
 @click.argument("run")
 @click.argument("protocol")
 @OVERRIDES
-@click.option("--step", type=int, help="Checkpoint to score, again if it has a score; all that have none when absent.")
+@click.option(
+    "--step",
+    type=int,
+    help="Checkpoint to score, again if it has a score; all that have none when absent.",
+)
 @click.option("--pending", is_flag=True, help="With --step: not again.")
-@click.option("--watch", is_flag=True, help="Go on until training has ended and everything is scored.")
-def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | None, pending: bool, watch: bool) -> None:
+@click.option(
+    "--watch", is_flag=True, help="Go on until training has ended and everything is scored."
+)
+def evaluate(
+    run: str,
+    protocol: str,
+    overrides: tuple[str, ...],
+    step: int | None,
+    pending: bool,
+    watch: bool,
+) -> None:
     """Score the checkpoints of RUN that PROTOCOL (configs/evaluate/*.yaml) has not scored yet."""
     from lpl_pretrain.cli import evaluate as command
 
@@ -148,9 +213,16 @@ def evaluate(run: str, protocol: str, overrides: tuple[str, ...], step: int | No
 @click.argument("protocol")
 @click.argument("output")
 @OVERRIDES
-@click.option("--resolution-px", type=int, required=True, help="Of the pictures, as of the run that will be compared with them.")
+@click.option(
+    "--resolution-px",
+    type=int,
+    required=True,
+    help="Of the pictures, as of the run that will be compared with them.",
+)
 def reference(protocol: str, output: str, overrides: tuple[str, ...], resolution_px: int) -> None:
-    """Write statistics of the real pictures of PROTOCOL to OUTPUT (.safetensors), for its `reference`."""
+    """Write statistics of the real pictures of PROTOCOL to OUTPUT (.safetensors), for its
+    `reference`.
+    """
     from lpl_pretrain.cli import reference as command
 
     command.run(protocol, output, overrides=list(overrides), resolution_px=resolution_px)
@@ -158,14 +230,31 @@ def reference(protocol: str, output: str, overrides: tuple[str, ...], resolution
 
 @commands.command()
 @click.argument("run")
-@click.option("--weights", default="ema", show_default=True, help="ema, raw, or an average that the run tracks: ema_power_0.050.")
-@click.option("--sigma-rel", type=float, help="Make the power-function average of this length from the run's snapshots instead.")
+@click.option(
+    "--weights",
+    default="ema",
+    show_default=True,
+    help="ema, raw, or an average that the run tracks: ema_power_0.050.",
+)
+@click.option(
+    "--sigma-rel",
+    type=float,
+    help="Make the power-function average of this length from the run's snapshots instead.",
+)
 @click.option("--step", type=int, help="Checkpoint, or last snapshot; the newest when absent.")
-@click.option("--best", metavar="PROTOCOL", help="The checkpoint and the weights that this protocol found best.")
-@click.option("--format", type=click.Choice(["file", "diffusers"]), default="file", show_default=True)
+@click.option(
+    "--best",
+    metavar="PROTOCOL",
+    help="The checkpoint and the weights that this protocol found best.",
+)
+@click.option(
+    "--format", type=click.Choice(["file", "diffusers"]), default="file", show_default=True
+)
 @click.option("--output", required=True, help="Safetensors file, or folder, to write.")
 def export(run: str, **options: Any) -> None:
-    """Write the weights of RUN as one safetensors file in our names, or as a pipeline folder that diffusers loads."""
+    """Write the weights of RUN as one safetensors file in our names, or as a pipeline folder that
+    diffusers loads.
+    """
     from lpl_pretrain.cli import export as command
 
     command.run(run, **options)
@@ -173,11 +262,15 @@ def export(run: str, **options: Any) -> None:
 
 @commands.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--output", help="HTML file to write; in the run, or in the folder that holds all the runs, when absent.")
+@click.option(
+    "--output",
+    help="HTML file to write; in the run, or in the folder that holds all the runs, when absent.",
+)
 def report(runs: tuple[str, ...], output: str | None) -> None:
     """Write RUN/report.html: one self-contained page with curves, scores, pictures and provenance.
 
-    Of several runs, or of a folder that holds them: comparison.html, one page on which they stand side by side.
+    Of several runs, or of a folder that holds them: comparison.html, one page on which they stand
+    side by side.
     """
     from lpl_pretrain.cli import report as command
 
@@ -187,7 +280,9 @@ def report(runs: tuple[str, ...], output: str | None) -> None:
 @commands.command()
 @click.argument("run")
 def audit(run: str) -> None:
-    """Check that every update of RUN, trained with log.samples=true, was made of its samples: none missed, none seen twice."""
+    """Check that every update of RUN, trained with log.samples=true, was made of its samples: none
+    missed, none seen twice.
+    """
     from lpl_pretrain.cli import audit as command
 
     command.run(run)
@@ -195,11 +290,15 @@ def audit(run: str) -> None:
 
 @commands.command("zero-config")
 @click.argument("file")
-@click.option("--output", metavar="FILE", help="JSON to write, which must not exist; stdout when absent.")
+@click.option(
+    "--output", metavar="FILE", help="JSON to write, which must not exist; stdout when absent."
+)
 def zero_config(file: str, output: str | None) -> None:
-    """Write what is accepted of FILE, a DeepSpeed JSON that was written elsewhere, for parallel.zero_config.
+    """Write what is accepted of FILE, a DeepSpeed JSON that was written elsewhere, for
+    parallel.zero_config.
 
-    Each key that was taken out is printed with its value and with the key of our configuration that says it instead.
+    Each key that was taken out is printed with its value and with the key of our configuration that
+    says it instead.
     """
     from lpl_pretrain.cli import zero_config as command
 
@@ -219,13 +318,17 @@ def main() -> None:
 
 
 def run(group: click.Group) -> None:
-    """Errors that a user can act on are printed without a traceback; so is Ctrl-C, with the exit status 130.
+    """Errors that a user can act on are printed without a traceback; so is Ctrl-C, with the exit
+    status 130.
 
     What is written is not for all the world to change.
     """
     os.umask(os.umask(0o077) | 0o002)
     stop, file = stop_request(), World.error_file()
-    stop.torchrun, stop.peer_failed = World.by_torchrun(), lambda: file is not None and peer_failed(file)
+    stop.torchrun, stop.peer_failed = (
+        World.by_torchrun(),
+        lambda: file is not None and peer_failed(file),
+    )
     with suppress(LPLError):  # a command that needs ranks says what is wrong with them
         stop.speaks = World.from_environment().rank == 0
     try:
@@ -237,7 +340,9 @@ def run(group: click.Group) -> None:
 
 
 def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> None:
-    """Raises Interrupted, and what is a mistake of this program's; ends the process where the input is at fault."""
+    """Raises Interrupted, and what is a mistake of this program's; ends the process where the input
+    is at fault.
+    """
     try:
         group(standalone_mode=file is None)
     except LPLError as error:
@@ -251,8 +356,13 @@ def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> Non
             raise Interrupted(f"{stop.farewell} ({consequence})") from error
         if stop.peer_failed():  # the connection to that rank is gone
             end(1)
-        if is_lost_rank(error) and file is None:  # torchrun's own report tells of the rank that has ended
-            say(f"another rank has ended or cannot be reached any more; its own error says why ({consequence})")
+        if (
+            is_lost_rank(error) and file is None
+        ):  # torchrun's own report tells of the rank that has ended
+            say(
+                "another rank has ended or cannot be reached any more; its own error says why "
+                f"({consequence})"
+            )
             end(1)
         if (refused := StorageError.of(error)) is not None:
             refuse(f"StorageError: {refused}", StorageError.status, file)
@@ -264,7 +374,9 @@ def first_line(error: Exception) -> str:
 
 
 def refuse(text: str, status: int, file: Path | None) -> NoReturn:
-    """Prints an error; under torchrun leaves that to torchrun, which speaks last (runtime/torchrun.py)."""
+    """Prints an error; under torchrun leaves that to torchrun, which speaks last
+    (runtime/torchrun.py).
+    """
     if file is None:
         click.echo(text, err=True)
         sys.exit(status)

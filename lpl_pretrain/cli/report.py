@@ -1,4 +1,6 @@
-"""`lpl-pretrain report RUN`: one self-contained page from a run's files, or from those of several runs side by side."""
+"""`lpl-pretrain report RUN`: one self-contained page from a run's files, or from those of several
+runs side by side.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from lpl_pretrain.config.rundir import RunDir
 
 
 def run(runs: Sequence[str], output: str | None = None) -> None:
-    from lpl_pretrain.report.compare import find_runs, write_comparison  # matplotlib: not for --help
+    from lpl_pretrain.report.compare import (
+        find_runs,
+        write_comparison,
+    )  # matplotlib: not for --help
     from lpl_pretrain.report.page import is_run, write_report
 
     folders, target = [expand(given) for given in runs], expand(output) if output else None

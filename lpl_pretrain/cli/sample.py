@@ -1,4 +1,6 @@
-"""`lpl-pretrain sample RUN`: pictures from a checkpoint's weights, as a grid, as single PNGs, or as a WebDataset tar."""
+"""`lpl-pretrain sample RUN`: pictures from a checkpoint's weights, as a grid, as single PNGs, or as
+a WebDataset tar.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def run(
 ) -> None:
     """`sampler`: keys of SamplerConfig; without `kind` the first that suits what the run predicts."""
     run_dir = RunDir(expand(run))
-    _, chosen, weak, folders = check(run_dir, step, images, sampler, guide, guide_step, text_encoders)
+    _, chosen, weak, folders = check(
+        run_dir, step, images, sampler, guide, guide_step, text_encoders
+    )
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.captions import Prompts
@@ -46,11 +50,19 @@ def run(
     with progress(images, "img", f"step {step}") as bar:
         for first in range(0, images, BATCH_SIZE):
             batch = range(first, min(first + BATCH_SIZE, images))
-            found.append(trained.generator.pixels(batch, seed=seed, sampler=chosen, guidance_scale=guidance_scale).cpu())
+            found.append(
+                trained.generator.pixels(
+                    batch, seed=seed, sampler=chosen, guidance_scale=guidance_scale
+                ).cpu()
+            )
             bar.update(len(batch))
     pixels = torch.cat(found)
     default = run_dir.samples(step, f"sample_w{guidance_scale:g}_seed{seed}")
-    path = expand(output) if output else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
+    path = (
+        expand(output)
+        if output
+        else default.with_name(default.name.removesuffix(".png") + SUFFIX[format])
+    )
     try:
         if format == "grid":
             publish_grid(path, pixels)
@@ -65,7 +77,9 @@ def run(
             facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
             (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
     except OSError as error:
-        raise ConfigError(f"--output={path}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(
+            f"--output={path}: cannot be written: {error.strerror or error}"
+        ) from None
     print(path)
 
 
@@ -78,7 +92,8 @@ def check(
     guide_step: int | None,
     text_encoders: tuple[str, ...],
 ) -> tuple[int, SamplerConfig, GuideConfig | None, dict[str, str]]:
-    """What was asked for: (checkpoint, sampler, guide, folders of text encoders).  Raises ConfigError or CheckpointError.
+    """What was asked for: (checkpoint, sampler, guide, folders of text encoders).  Raises
+    ConfigError or CheckpointError.
 
     Whether the checkpoint is sound is seen when it is read.
     """
@@ -87,14 +102,25 @@ def check(
     prediction = load_run_config(run_dir).diffusion.prediction
     chosen = validate(SamplerConfig, {"kind": SAMPLERS[prediction][0], **sampler}, where="sample")
     check_sampler(prediction, chosen)
-    weak = None if guide is None else validate(GuideConfig, {"run": guide, "step": guide_step}, where="--guide")
-    return run_dir.complete_step(step), chosen, weak, dict(_name_and_folder(given) for given in text_encoders)
+    weak = (
+        None
+        if guide is None
+        else validate(GuideConfig, {"run": guide, "step": guide_step}, where="--guide")
+    )
+    return (
+        run_dir.complete_step(step),
+        chosen,
+        weak,
+        dict(_name_and_folder(given) for given in text_encoders),
+    )
 
 
 def _name_and_folder(given: str) -> tuple[str, str]:
     name, equals, folder = given.partition("=")
     if not (name and equals and folder):
-        raise ConfigError(f"--text-encoder {given}: wanted NAME=FOLDER, as in clip_l=/data/models/clip-l")
+        raise ConfigError(
+            f"--text-encoder {given}: wanted NAME=FOLDER, as in clip_l=/data/models/clip-l"
+        )
     if problem := name_problem(name):
         raise ConfigError(f"--text-encoder {given}: its name {problem}")
     return name, str(expand(folder))

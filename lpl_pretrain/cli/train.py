@@ -1,4 +1,6 @@
-"""`lpl-pretrain train`: everything that can be refused without torch is refused first; then train or go on."""
+"""`lpl-pretrain train`: everything that can be refused without torch is refused first; then train
+or go on.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,20 @@ from lpl_pretrain.errors import CheckpointError, ConfigError, LPLError
 from lpl_pretrain.runtime.command import command_line
 from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.lease import STALE_S, Lease, holder_of
-from lpl_pretrain.runtime.preempt import INTERRUPTED, SIGNALS, Interrupted, StopRequest, stop_request
+from lpl_pretrain.runtime.preempt import (
+    INTERRUPTED,
+    SIGNALS,
+    Interrupted,
+    StopRequest,
+    stop_request,
+)
 from lpl_pretrain.runtime.world import World
 
 
 def run(config_path: str, overrides: Sequence[str]) -> None:
-    """Ends the process, but for a run that is complete: what engines leave running would otherwise abort it."""
+    """Ends the process, but for a run that is complete: what engines leave running would otherwise
+    abort it.
+    """
     stop = listen()
     config = load_config(TrainConfig, config_path, overrides)
     run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
@@ -40,7 +50,9 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     missing = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
     try:
         data, protocol = accepted(config, run_dir, world)
-        from lpl_pretrain.models.build import check_model_runs  # torch: only for what is accepted without
+        from lpl_pretrain.models.build import (
+            check_model_runs,
+        )  # torch: only for what is accepted without
 
         check_model_runs(config, data.merged)
     except LPLError as refusal:
@@ -57,7 +69,9 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     from lpl_pretrain.runtime.log import log, set_up_logging
     from lpl_pretrain.trainer.loop import train
 
-    device = start(config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel)))
+    device = start(
+        config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel))
+    )
     with (
         hold(run_dir, world, missing) as lease,
         begun(config, run_dir, world, data, str(device), new=bool(missing)) as begin,
@@ -65,7 +79,8 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
         set_up_logging(world.rank, run_dir.log(world.rank))
         if uses_bf16(config) and not bf16_is_native(device):
             log.warning(
-                "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 lpl.decoder_precision=fp32",
+                "bf16 is emulated on this %s, far slower than float32: add parallel.precision=fp32 "
+                "lpl.decoder_precision=fp32",
                 device.type,
             )
         for note in start_notes(config, data.merged) if world.rank == 0 else []:
@@ -74,7 +89,9 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
         if protocol is not None:
             from lpl_pretrain.evaluation.job import evaluate
 
-            score = partial(evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__)
+            score = partial(
+                evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__
+            )
         fence = lease.check if lease else lambda: None
         complete = train(config, run_dir, world, device, stop, score, fence, begin)
         fence()  # a process that was suspended may find that its heir has made all steps
@@ -88,7 +105,9 @@ def listen() -> StopRequest:
     stop.how_to_go_on = "the same command goes on from there"
     if not World.scheduler_job():  # whose job goes on by itself
         stop.how_to_go_on += f": {command_line()}"
-    stop.farewell = f"interrupted: nothing was saved now; {stop.how_to_go_on.replace(' from there', '')}"
+    stop.farewell = (
+        f"interrupted: nothing was saved now; {stop.how_to_go_on.replace(' from there', '')}"
+    )
     return stop
 
 
@@ -106,7 +125,8 @@ def unscored(config: TrainConfig, run_dir: RunDir) -> str:
 def begun(
     config: TrainConfig, run_dir: RunDir, world: World, data: DataFolders, device: str, *, new: bool
 ) -> Iterator[Callable[[int], None]]:
-    """Communicates.  Writes what a start leaves in the run's folder; gives what is to be called when steps begin.
+    """Communicates.  Writes what a start leaves in the run's folder; gives what is to be called
+    when steps begin.
 
     A start that is refused before that leaves what it found; `new`: the folder was not there.
     """
@@ -121,7 +141,9 @@ def begun(
         nonlocal steps_begin
         steps_begin = True
         if world.rank == 0:
-            facts = provenance.describe(config, data.merged, step=first_step, hosts=hosts, device=device, changes=changes)
+            facts = provenance.describe(
+                config, data.merged, step=first_step, hosts=hosts, device=device, changes=changes
+            )
             provenance.append(run_dir.provenance, facts)
 
     try:
@@ -160,8 +182,12 @@ def write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def accepted(config: TrainConfig, run_dir: RunDir, world: World) -> tuple[DataFolders, EvaluateConfig | None]:
-    """What a run needs, as far as this rank sees it without torch: its data, and the protocol that scores it inline."""
+def accepted(
+    config: TrainConfig, run_dir: RunDir, world: World
+) -> tuple[DataFolders, EvaluateConfig | None]:
+    """What a run needs, as far as this rank sees it without torch: its data, and the protocol that
+    scores it inline.
+    """
     data = read_data(config.data.folder)
     check_start(config, run_dir, data.merged, world.world_size)
     return data, inline_protocol(config)
@@ -169,13 +195,19 @@ def accepted(config: TrainConfig, run_dir: RunDir, world: World) -> tuple[DataFo
 
 @contextmanager
 def hold(run_dir: RunDir, world: World, missing: Sequence[Path] = ()) -> Iterator[Lease | None]:
-    """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.  Raises CheckpointError.
+    """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.
+    Raises CheckpointError.
 
-    A process that has lost it ends.  Folders that were `missing`, and are empty in the end, are removed.
+    A process that has lost it ends.  Folders that were `missing`, and are empty in the end, are
+    removed.
     """
     from lpl_pretrain.runtime.dist import first_over_ranks
 
-    lease = Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir)) if world.rank == 0 else None
+    lease = (
+        Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir))
+        if world.rank == 0
+        else None
+    )
     try:
         trouble = None if lease is None else taken_by_another(lease, run_dir)
         if (trouble := first_over_ranks(trouble)) is not None:
@@ -197,13 +229,16 @@ def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
     except CheckpointError as error:
         return str(error)
     return (
-        f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give this one "
+        f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give "
+        "this one "
         f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
     )
 
 
 def clean_finished_run(run_dir: RunDir, world: World) -> None:
-    """Remove the lease and half-removed checkpoints of a process that was killed after the last checkpoint."""
+    """Remove the lease and half-removed checkpoints of a process that was killed after the last
+    checkpoint.
+    """
     if run_dir.live.exists() or run_dir.interrupted():
         with suppress(CheckpointError), Lease(run_dir.live, job=world.scheduler_job()) as lease:
             for folder in run_dir.interrupted() if lease.held else []:
@@ -211,10 +246,16 @@ def clean_finished_run(run_dir: RunDir, world: World) -> None:
 
 
 def give_way(run_dir: RunDir) -> NoReturn:
-    """The run goes on elsewhere. At once: this process's other threads may wait for ranks that are no more."""
+    """The run goes on elsewhere. At once: this process's other threads may wait for ranks that are
+    no more.
+    """
     from lpl_pretrain.runtime.log import log
 
-    log.error("%s: is being trained by another process now: this one, which was cut off or suspended, ends", run_dir.path)
+    log.error(
+        "%s: is being trained by another process now: this one, which was cut off or "
+        "suspended, ends",
+        run_dir.path,
+    )
     os._exit(1)
 
 

@@ -26,7 +26,9 @@ def run(file: str, output: str | None) -> None:
             with published(Path(output)) as temporary:
                 temporary.write_text(adapted.dump())
         except OSError as error:
-            raise ConfigError(f"--output {output}: {error.strerror}; name a file that can be written") from error
+            raise ConfigError(
+                f"--output {output}: {error.strerror}; name a file that can be written"
+            ) from error
     for line in [*map(str, adapted.changes), use(adapted, output)]:
         click.echo(line, err=output is None)
 
@@ -34,5 +36,11 @@ def run(file: str, output: str | None) -> None:
 def use(adapted: Adapted, output: str | None) -> str:
     """What to write in a run's configuration for the accepted file."""
     if adapted.is_builtin:
-        return f"use it as parallel.strategy=zero{adapted.stage}, whose built-in tuning it is: no file is needed"
-    return f"use it as parallel.strategy=zero parallel.zero_config={output or 'FILE'} (stage {adapted.stage})"
+        return (
+            f"use it as parallel.strategy=zero{adapted.stage}, whose built-in tuning it is: no "
+            "file is needed"
+        )
+    return (
+        f"use it as parallel.strategy=zero parallel.zero_config={output or 'FILE'} (stage "
+        f"{adapted.stage})"
+    )

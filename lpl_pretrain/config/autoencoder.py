@@ -1,6 +1,8 @@
-"""What an autoencoder's config.json says, read without torch: its family, its latents, and the stages of its decoder.
+"""What an autoencoder's config.json says, read without torch: its family, its latents, and the
+stages of its decoder.
 
-Stages are named in the order they run: `mid` at the latent's own resolution, then `up0`, `up1`, ... (models/decoder.py).
+Stages are named in the order they run: `mid` at the latent's own resolution, then `up0`, `up1`, ...
+(models/decoder.py).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ class AutoencoderFacts:
     family: str  # diffusers class
     latent_channels: int
     downscale: int  # pixels per latent position along one side
-    upscales: dict[str, int]  # stage -> side of its output / side of the latent, in the order in which they run
+    upscales: dict[
+        str, int
+    ]  # stage -> side of its output / side of the latent, in the order in which they run
     shift: float
     scale: float | None  # z0 = (raw latent - shift) * scale; None: not in config.json
 
@@ -32,25 +36,34 @@ class AutoencoderFacts:
 
 
 def read_autoencoder(folder: str, path: Path) -> AutoencoderFacts:
-    """`folder` is what the user wrote, `path` where it lies.  Raises ConfigError for a family that is not known."""
+    """`folder` is what the user wrote, `path` where it lies.  Raises ConfigError for a family that
+    is not known.
+    """
     where, config = f"autoencoder={folder}", path / "config.json"
     if not os.path.isfile(config):
-        raise ConfigError(f"{where}: {config} not found; wanted a folder as diffusers' save_pretrained writes it")
+        raise ConfigError(
+            f"{where}: {config} not found; wanted a folder as diffusers' save_pretrained writes it"
+        )
     settings = read_model_json(where, config)
     if not settings.one_of("_class_name", list(FAMILIES)):
         raise ConfigError(
             f"{where}: its decoder is a {short(settings.get('_class_name'))}, which is not known; "
-            f"known are {', '.join(FAMILIES)} (a family is added in config/autoencoder.py and models/decoder.py)"
+            f"known are {', '.join(FAMILIES)} (a family is added in config/autoencoder.py and "
+            "models/decoder.py)"
         )
     return FAMILIES[settings.text("_class_name")](settings)
 
 
 def _kl(settings: ModelJSON) -> AutoencoderFacts:
-    """SD, SDXL, SD3, FLUX and FLUX.2: `mid_block`, then `up_blocks`, all but the last of which double the side."""
+    """SD, SDXL, SD3, FLUX and FLUX.2: `mid_block`, then `up_blocks`, all but the last of which
+    double the side.
+    """
     blocks = settings.listed("up_block_types", str)
     if unknown := sorted(set(blocks) - set(UP_BLOCKS)):
         listed = one_line(", ".join(unknown), 200)
-        raise ConfigError(f"{settings.where}: has up blocks of type {listed}; known are {', '.join(UP_BLOCKS)}")
+        raise ConfigError(
+            f"{settings.where}: has up blocks of type {listed}; known are {', '.join(UP_BLOCKS)}"
+        )
     last = len(blocks) - 1
     return AutoencoderFacts(
         settings.text("_class_name"),
@@ -63,7 +76,9 @@ def _kl(settings: ModelJSON) -> AutoencoderFacts:
 
 
 def _tiny(settings: ModelJSON) -> AutoencoderFacts:
-    """TAESD and its relatives: blocks at the latent's resolution, then (upsample, convolution, blocks) again and again."""
+    """TAESD and its relatives: blocks at the latent's resolution, then (upsample, convolution,
+    blocks) again and again.
+    """
     factor = settings.count("upsampling_scaling_factor", most=16)
     stages = len(settings.listed("num_decoder_blocks", int))
     return AutoencoderFacts(
@@ -77,7 +92,9 @@ def _tiny(settings: ModelJSON) -> AutoencoderFacts:
 
 
 def _dc(settings: ModelJSON) -> AutoencoderFacts:
-    """SANA: the deepest block keeps the resolution, each of the others doubles it; one without layers is part of the exit."""
+    """SANA: the deepest block keeps the resolution, each of the others doubles it; one without
+    layers is part of the exit.
+    """
     stages = sum(count > 0 for count in settings.listed("decoder_layers_per_block", int))
     return AutoencoderFacts(
         settings.text("_class_name"),

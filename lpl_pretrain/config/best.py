@@ -1,4 +1,5 @@
-"""The best checkpoint by a protocol's scores: evaluations/best_<protocol>.json, read strictly, and found in records.
+"""The best checkpoint by a protocol's scores: evaluations/best_<protocol>.json, read strictly, and
+found in records.
 
 {step, metric, value, weights, guidance_scale}
 """
@@ -10,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.evaluation import higher_is_better
-from lpl_pretrain.config.records import Record, Warn, entry_problem, is_scored, read_record, read_records
+from lpl_pretrain.config.records import (
+    Record,
+    Warn,
+    entry_problem,
+    is_scored,
+    read_record,
+    read_records,
+)
 from lpl_pretrain.config.steps import step_name
 from lpl_pretrain.config.strict_json import JSONError, is_count, key_problem, read_json, shown
 from lpl_pretrain.errors import DataError
@@ -19,7 +27,9 @@ BEST_KEYS = frozenset({"step", "metric", "value", "weights", "guidance_scale"})
 
 
 def read_best(path: Path) -> Record:
-    """The content of evaluations/best_<protocol>.json.  Raises DataError, also where the record of its step disagrees."""
+    """The content of evaluations/best_<protocol>.json.  Raises DataError, also where the record of
+    its step disagrees.
+    """
     try:
         best = read_json(path)
     except JSONError as error:
@@ -34,18 +44,30 @@ def read_best(path: Path) -> Record:
     if is_scored(record):
         wanted = {key: best[key] for key in BEST_KEYS - {"step"}}
         if not any(wanted.items() <= entry.items() for entry in read_record(record)["results"]):
-            raise DataError(f"{path}: {best['metric']}={best['value']:.4g} of step {best['step']} is not what {record} says")
+            raise DataError(
+                f"{path}: {best['metric']}={best['value']:.4g} of step {best['step']} is not what "
+                f"{record} says"
+            )
     return best
 
 
 def find_best(records: list[Record], metric: str) -> Record | None:
-    """The content of a best-checkpoint file, of the records' entries of this metric; the earliest of equal ones."""
+    """The content of a best-checkpoint file, of the records' entries of this metric; the earliest
+    of equal ones.
+    """
     sign = -1 if higher_is_better(metric) else 1
-    found = [(record["step"], entry) for record in records if (entry := best_entry(record, metric)) is not None]
+    found = [
+        (record["step"], entry)
+        for record in records
+        if (entry := best_entry(record, metric)) is not None
+    ]
     if not found:
         return None
     step, entry = min(found, key=lambda pair: (sign * pair[1]["value"], pair[0]))
-    return {"step": step, **{key: entry[key] for key in ("metric", "value", "weights", "guidance_scale")}}
+    return {
+        "step": step,
+        **{key: entry[key] for key in ("metric", "value", "weights", "guidance_scale")},
+    }
 
 
 def best_entry(record: Record, metric: str) -> dict[str, Any] | None:
@@ -67,7 +89,11 @@ def load_best(path: Path, warn: Warn) -> Record | None:
         metrics = [record["protocol"].get("best") for record in records]
         metric = next((name for name in reversed(metrics) if isinstance(name, str)), None)
         best = None if metric is None else find_best(records, metric)
-        source = "no record names the best step" if best is None else f"the records say step {best['step']}"
+        source = (
+            "no record names the best step"
+            if best is None
+            else f"the records say step {best['step']}"
+        )
         warn(f"{error}: this file does not count; {source}")
         return best
 

@@ -1,6 +1,8 @@
-"""Relations between sections, the data folder and the machines: whatever one value alone cannot get wrong.
+"""Relations between sections, the data folder and the machines: whatever one value alone cannot get
+wrong.
 
-All problems are listed at once.  Nothing here needs torch, so that a run is refused before it costs an allocation.
+All problems are listed at once.  Nothing here needs torch, so that a run is refused before it costs
+an allocation.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from lpl_pretrain.config.lpl_check import FIRST_BETA as FIRST_BETA
 from lpl_pretrain.config.lpl_check import lpl_problems
 from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.online import online_problems, stored_encoders, text_entries
-from lpl_pretrain.config.schema import DataConfig, ParallelConfig, Prediction, ScheduleKind, StrategyKind, TrainConfig
+from lpl_pretrain.config.schema import (
+    DataConfig,
+    ParallelConfig,
+    Prediction,
+    ScheduleKind,
+    StrategyKind,
+    TrainConfig,
+)
 from lpl_pretrain.config.text import caption_problems, text_problems
 from lpl_pretrain.config.zero import zero_settings
 from lpl_pretrain.errors import ConfigError, DataError
@@ -50,8 +59,10 @@ FREE_TO_CHANGE = (
     "lpl.activation_checkpointing",
     "lpl.compile",
 )
-"""Keys that a run may change when it is continued: none of them changes what is learned up to a given step (a folder may
-move; what lies in it is compared by fingerprint).  `steps` moves the end of a cosine, so it is free only without one."""
+"""Keys that a run may change when it is continued: none of them changes what is learned up to a
+given step (a folder may move; what lies in it is compared by fingerprint).  `steps` moves the end
+of a cosine, so it is free only without one.
+"""
 
 
 def grad_accum_steps(config: TrainConfig, dp_world_size: int) -> int:
@@ -71,7 +82,8 @@ def micro_batch_size(config: TrainConfig, dp_world_size: int) -> int:
         return config.batch.micro_batch_size
     if config.batch.global_batch_size % dp_world_size:
         raise ConfigError(
-            f"batch.global_batch_size={config.batch.global_batch_size} is not a multiple of dp_world_size={dp_world_size}"
+            f"batch.global_batch_size={config.batch.global_batch_size} is not a multiple of "
+            f"dp_world_size={dp_world_size}"
         )
     return config.batch.global_batch_size // dp_world_size
 
@@ -85,9 +97,17 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
         *data_problems(config.data, index, stored_encoders(config.conditioning)),
         *online_problems(config.conditioning, config.data.folder, index.captions),
         *text_problems(
-            config.conditioning.text, text_entries(config.conditioning, index.text), config.data.folder, model=config.model
+            config.conditioning.text,
+            text_entries(config.conditioning, index.text),
+            config.data.folder,
+            model=config.model,
         ),
-        *caption_problems(config.conditioning.text, config.data.folder, captions=index.captions, samples=index.samples),
+        *caption_problems(
+            config.conditioning.text,
+            config.data.folder,
+            captions=index.captions,
+            samples=index.samples,
+        ),
         *initial_problems(config.init_from),
         *objective_problems(config),
         *optimizer_problems(config),
@@ -101,13 +121,23 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
 
 
 def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> None:
-    """Raises ConfigError naming the keys that make `wanted` another run than the one that lies in `where`."""
-    changed = {key: values for key, values in differences(stored, wanted).items() if not _is_free(key, stored)}
+    """Raises ConfigError naming the keys that make `wanted` another run than the one that lies in
+    `where`.
+    """
+    changed = {
+        key: values
+        for key, values in differences(stored, wanted).items()
+        if not _is_free(key, stored)
+    }
     if changed:
-        lines = [f"  {key}: the run has {old!r}, you ask for {new!r}" for key, (old, new) in changed.items()]
+        lines = [
+            f"  {key}: the run has {old!r}, you ask for {new!r}"
+            for key, (old, new) in changed.items()
+        ]
         if "lpl.start_step" in changed and stored.steps != wanted.steps:
             lines.append(
-                f"  (a start as a fraction moves with steps, {stored.steps} then and {wanted.steps} now: "
+                f"  (a start as a fraction moves with steps, {stored.steps} then and "
+                f"{wanted.steps} now: "
                 f"write lpl.start_step={changed['lpl.start_step'][0]})"
             )
         raise ConfigError(
@@ -118,7 +148,8 @@ def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> Non
 
 
 def run_identity(config: TrainConfig) -> str:
-    """sha256 over what the run learns by: all keys that may not change when it goes on and that are not at their default.
+    """sha256 over what the run learns by: all keys that may not change when it goes on and that are
+    not at their default.
 
     A key that a later version adds does not change it.
     """
@@ -136,39 +167,62 @@ def _is_free(key: str, config: TrainConfig) -> bool:
 def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = ()) -> list[str]:
     """What a run asks for and the folder does not hold; `text`: names of text encoders."""
     problems = [
-        f"data.folder={data.folder}: has no embeddings by {name!r}, it has {sorted(index.text) or 'none'}: "
+        f"data.folder={data.folder}: has no embeddings by {name!r}, it has "
+        f"{sorted(index.text) or 'none'}: "
         "encode it with that text encoder"
         for name in text
         if name not in index.text
     ]
     if data.flips and not index.flipped:
         problems.append(
-            f"data.flips=true: {data.folder} holds no flipped latents: encode it with flips: true, or set data.flips=false"
+            f"data.flips=true: {data.folder} holds no flipped latents: encode it with flips: true, "
+            "or set data.flips=false"
         )
     return problems
 
 
 def objective_problems(config: TrainConfig) -> list[str]:
     diffusion = config.diffusion
-    prediction, schedule, shift = diffusion.prediction, diffusion.schedule, diffusion.timesteps.shift
+    prediction, schedule, shift = (
+        diffusion.prediction,
+        diffusion.schedule,
+        diffusion.timesteps.shift,
+    )
     problems = []
     if (prediction is Prediction.FLOW) != (schedule is ScheduleKind.RECTIFIED_FLOW):
         problems.append(
-            f"diffusion.schedule={schedule.value} with diffusion.prediction={prediction.value}: flow goes with rectified_flow; "
+            f"diffusion.schedule={schedule.value} with diffusion.prediction={prediction.value}: "
+            "flow goes with rectified_flow; "
             "eps and v go with linear, scaled_linear or cosine"
         )
-    if prediction is Prediction.EPS and (schedule is ScheduleKind.COSINE or diffusion.zero_terminal_snr):
+    if prediction is Prediction.EPS and (
+        schedule is ScheduleKind.COSINE or diffusion.zero_terminal_snr
+    ):
         ending = "zero_terminal_snr=true" if diffusion.zero_terminal_snr else "schedule=cosine"
         problems.append(
-            f"diffusion.prediction=eps with diffusion.{ending}: the last timesteps hold next to nothing of the data, so that "
+            f"diffusion.prediction=eps with diffusion.{ending}: the last timesteps hold next to "
+            "nothing of the data, so that "
             "no estimate of it follows from eps and sampling cannot start: use v"
         )
     if diffusion.zero_terminal_snr and schedule is ScheduleKind.RECTIFIED_FLOW:
-        problems.append("diffusion.zero_terminal_snr=true with schedule=rectified_flow: it ends in pure noise anyway; remove it")
-    if isinstance(config.model, DiTConfig) and config.model.learned_sigma and schedule is ScheduleKind.RECTIFIED_FLOW:
-        problems.append("model.learned_sigma=true with diffusion.schedule=rectified_flow: its steps have no variance; set false")
+        problems.append(
+            "diffusion.zero_terminal_snr=true with schedule=rectified_flow: it ends in pure noise "
+            "anyway; remove it"
+        )
+    if (
+        isinstance(config.model, DiTConfig)
+        and config.model.learned_sigma
+        and schedule is ScheduleKind.RECTIFIED_FLOW
+    ):
+        problems.append(
+            "model.learned_sigma=true with diffusion.schedule=rectified_flow: its steps have no "
+            "variance; set false"
+        )
     if shift != 1.0 and schedule is not ScheduleKind.RECTIFIED_FLOW:
-        problems.append(f"diffusion.timesteps.shift={shift} with schedule={schedule.value}: it is for rectified_flow; set it to 1")
+        problems.append(
+            f"diffusion.timesteps.shift={shift} with schedule={schedule.value}: it is for "
+            "rectified_flow; set it to 1"
+        )
     return problems
 
 
@@ -183,24 +237,39 @@ def optimizer_problems(config: TrainConfig) -> list[str]:
         ]
     if parallel.cpu_offload:
         return [
-            "optimizer.kind='muon' with parallel.cpu_offload=true: its matrix products belong on the device: set one of them back"
+            "optimizer.kind='muon' with parallel.cpu_offload=true: its matrix products belong on "
+            "the device: set one of them back"
         ]
     return []
 
 
 def model_problems(config: TrainConfig, index: DatasetIndex) -> list[str]:
     multiple, kind = config.model.smallest_multiple, config.model.kind
-    what = f"model.kind=unet halves latents to 1/{multiple}, which" if kind == "unet" else f"model.patch_size={multiple}"
+    what = (
+        f"model.kind=unet halves latents to 1/{multiple}, which"
+        if kind == "unet"
+        else f"model.patch_size={multiple}"
+    )
     return [
-        f"{what} does not divide the latent {side}={size} of {config.data.folder}: wanted a divisor of {size}"
-        for side, size in sorted({(side, getattr(bucket, side)) for bucket in index.buckets for side in ("height", "width")})
+        f"{what} does not divide the latent {side}={size} of {config.data.folder}: wanted a "
+        f"divisor of {size}"
+        for side, size in sorted(
+            {
+                (side, getattr(bucket, side))
+                for bucket in index.buckets
+                for side in ("height", "width")
+            }
+        )
         if size % multiple
     ]
 
 
 def _strategy(config: TrainConfig, dp_world_size: int) -> list[str]:
     if config.parallel.strategy is StrategyKind.LOCAL and dp_world_size > 1:
-        return [f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero2, or start one process"]
+        return [
+            f"parallel.strategy=local with {dp_world_size} processes: use ddp, fsdp2 or zero2, or "
+            "start one process"
+        ]
     try:
         check_shard_size(config.parallel, dp_world_size)
     except ConfigError as problem:
@@ -213,19 +282,24 @@ def check_shard_size(parallel: ParallelConfig, dp_world_size: int) -> None:
     if parallel.shard_size is not None and dp_world_size % parallel.shard_size:
         divisors = [size for size in range(1, dp_world_size + 1) if dp_world_size % size == 0]
         raise ConfigError(
-            f"parallel.shard_size={parallel.shard_size} does not divide the {dp_world_size} processes into equal groups: "
+            f"parallel.shard_size={parallel.shard_size} does not divide the {dp_world_size} "
+            "processes into equal groups: "
             f"use one of {', '.join(map(str, divisors))}"
         )
 
 
 def _autoencoder(config: TrainConfig, index: DatasetIndex) -> None:
-    facts, stored = read_autoencoder(config.autoencoder, resolve_path(config.autoencoder)), index.autoencoder
+    facts, stored = (
+        read_autoencoder(config.autoencoder, resolve_path(config.autoencoder)),
+        index.autoencoder,
+    )
     found = autoencoder_identity(resolve_path(config.autoencoder))
     made = f"data.folder={config.data.folder} was encoded by autoencoder {stored.identity[:12]}"
     remedy = "name the autoencoder that made it, or encode again"
     if facts.scale is not None and (facts.shift, facts.scale) != (stored.shift, stored.scale):
         raise ConfigError(
-            f"{made} with shift {stored.shift} and scale {stored.scale}, but autoencoder={config.autoencoder} ({found[:12]}) has "
+            f"{made} with shift {stored.shift} and scale {stored.scale}, but "
+            f"autoencoder={config.autoencoder} ({found[:12]}) has "
             f"shift {facts.shift} and scale {facts.scale}: {remedy}"
         )
     if found != stored.identity:

@@ -1,4 +1,6 @@
-"""Reads a data folder's `index.json`: written last by `encode`, read first by everything that uses the folder."""
+"""Reads a data folder's `index.json`: written last by `encode`, read first by everything that uses
+the folder.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ __all__ = [
 INDEX_NAME = "index.json"
 MAX_INDEX_BYTES = 256 << 20
 MIX_CYCLE_SAMPLES = 4096
-"""Folders that are mixed by weight have their exact shares in every so many samples (data/mixture.py)."""
+"""Folders that are mixed by weight have their exact shares in every so many samples
+(data/mixture.py).
+"""
 DAMAGED = "copy the file again from where it is whole, or encode the folder again"
 PROBLEMS_SHOWN = 8
 _WANTED = {
@@ -81,12 +85,17 @@ _WANTED = {
 def read_index(folder: str | Path) -> DatasetIndex:
     """Of a local folder or an fsspec URL.  Raises DataError when it is no finished data set."""
     path = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
-    missing = f"{path}: not found; a folder without it is not a data set: run `lpl-pretrain encode` to its end"
+    missing = (
+        f"{path}: not found; a folder without it is not a data set: run `lpl-pretrain "
+        "encode` to its end"
+    )
     return parse_index(read_bytes(path, MAX_INDEX_BYTES, missing), path)
 
 
 def parse_index(raw: bytes, path: str) -> DatasetIndex:
-    """`path` names the file in errors.  Raises DataError unless every field is there, is what was written, and makes sense."""
+    """`path` names the file in errors.  Raises DataError unless every field is there, is what was
+    written, and makes sense.
+    """
     try:
         fields = parse_json(raw, path)
     except JSONError as problem:
@@ -94,7 +103,10 @@ def parse_index(raw: bytes, path: str) -> DatasetIndex:
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is not int or version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
-        raise DataError(f"{path}: format_version is {_shown(version)}, this version reads {readable}: encode the folder again")
+        raise DataError(
+            f"{path}: format_version is {_shown(version)}, this version reads {readable}: encode "
+            "the folder again"
+        )
     _check_digest(fields, version, path)
     try:
         index = DatasetIndex.model_validate(fields, strict=True)
@@ -139,7 +151,8 @@ def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
         raise DataError(missing) from None
     except Exception as problem:  # drivers behind fsspec raise errors of their own
         raise DataError(
-            f"{path}: cannot be read ({type(problem).__name__}: {problem}): check the path or address, the permissions or "
+            f"{path}: cannot be read ({type(problem).__name__}: {problem}): check the path or "
+            "address, the permissions or "
             "credentials, and fsspec's driver"
         ) from None
     if max(size, len(raw)) > most_bytes:
@@ -150,7 +163,10 @@ def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
 def _check_digest(fields: dict[str, Any], version: int, path: str) -> None:
     if version < 3:
         if found := [name for name in SINCE_VERSION_3 if name in fields]:
-            raise DataError(f"{path}: format_version is {version}, but {found[0]} belongs to a later one: {DAMAGED}")
+            raise DataError(
+                f"{path}: format_version is {version}, but {found[0]} belongs to a later one: "
+                f"{DAMAGED}"
+            )
         return
     if absent := [name for name in SINCE_VERSION_3 if name not in fields]:
         raise DataError(f"{path}: {absent[0]} is missing: {DAMAGED}")
@@ -159,20 +175,33 @@ def _check_digest(fields: dict[str, Any], version: int, path: str) -> None:
     except (ValueError, RecursionError) as problem:
         raise DataError(f"{path}: not valid JSON ({problem}): {DAMAGED}") from None
     if fields["digest"] != wanted:
-        raise DataError(f"{path}: digest is {_shown(fields['digest'])}, its fields give {wanted!r}: a field was changed: {DAMAGED}")
+        raise DataError(
+            f"{path}: digest is {_shown(fields['digest'])}, its fields give {wanted!r}: a field "
+            f"was changed: {DAMAGED}"
+        )
 
 
 def _defaults(fields: dict[str, Any], index: DatasetIndex) -> list[str]:
     """Fields that are not there and would be read as their default: `encode` writes every one."""
-    return [f"{key}: a field is missing" for key, value in index.model_dump(mode="json").items() if fields.get(key) != value]
+    return [
+        f"{key}: a field is missing"
+        for key, value in index.model_dump(mode="json").items()
+        if fields.get(key) != value
+    ]
 
 
 def _explain(error: Any) -> str:
     key, kind = ".".join(map(str, error["loc"])), error["type"]
     if kind == "literal_error":
         return f"{key}={_shown(error['input'])}: wanted {error['ctx']['expected']}"
-    wanted = next((text for start, text in _WANTED.items() if kind.startswith(start)), "wanted another value")
-    return f"{key}: {wanted}" if kind in ("missing", "extra_forbidden") else f"{key}={_shown(error['input'])}: {wanted}"
+    wanted = next(
+        (text for start, text in _WANTED.items() if kind.startswith(start)), "wanted another value"
+    )
+    return (
+        f"{key}: {wanted}"
+        if kind in ("missing", "extra_forbidden")
+        else f"{key}={_shown(error['input'])}: {wanted}"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Whether the fields of an `index.json` make sense together.
 
-An index may come from anybody: no file name may lead out of its folder, and no number may ask for absurd memory.
+An index may come from anybody: no file name may lead out of its folder, and no number may ask for
+absurd memory.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def _classes(index: DatasetIndex) -> Iterator[str]:
     for number, count in enumerate(index.class_counts):
         yield from _in_range(f"class_counts.{number}", count, 0)
     if index.classes and sum(index.class_counts) != index.samples:
-        yield f"class_counts: their sum is {sum(index.class_counts)}, wanted samples={index.samples}"
+        yield (
+            f"class_counts: their sum is {sum(index.class_counts)}, wanted samples={index.samples}"
+        )
 
 
 def _latent(index: DatasetIndex) -> Iterator[str]:
@@ -83,7 +86,9 @@ def _latent(index: DatasetIndex) -> Iterator[str]:
             yield f"latent.{name}: {len(values)} numbers for {_short(latent.channels)} channels"
         for number, value in enumerate(values):
             yield from _finite(f"latent.{name}.{number}", value, positive=name == "std")
-    if (latent.height, latent.width) not in {(bucket.height, bucket.width) for bucket in index.buckets}:
+    if (latent.height, latent.width) not in {
+        (bucket.height, bucket.width) for bucket in index.buckets
+    }:
         yield f"latent: {_short(latent.height)}x{_short(latent.width)} is not the shape of a bucket"
 
 
@@ -99,10 +104,14 @@ def _buckets(index: DatasetIndex) -> Iterator[str]:
         yield from _in_range(f"{name}.width", bucket.width, 1, MAX_SIDE)
         area = bucket.height * bucket.width
         if 4 * index.latent.channels * area > MAX_LATENT_BYTES:
-            yield f"{name}: a latent of {_short(area)} positions takes more than {MAX_LATENT_BYTES} bytes"
+            yield (
+                f"{name}: a latent of {_short(area)} positions takes more than "
+                f"{MAX_LATENT_BYTES} bytes"
+            )
         if area * side**2 > index.resolution_px**2:
             yield (
-                f"{name}: {_short(bucket.height)}x{_short(bucket.width)} positions of {_short(side)} px are more than the "
+                f"{name}: {_short(bucket.height)}x{_short(bucket.width)} positions of "
+                f"{_short(side)} px are more than the "
                 f"square of resolution_px={_short(index.resolution_px)}"
             )
 
@@ -126,7 +135,10 @@ def _text(index: DatasetIndex) -> Iterator[str]:
         if entry.pooled_width is not None:
             yield from _in_range(f"text.{name}.pooled_width", entry.pooled_width, 1, MAX_WIDTH)
     if index.format_version >= 3 and index.null_text.keys() != index.text.keys():
-        yield f"null_text: is of {_short(sorted(index.null_text))}, wanted {_short(sorted(index.text))}, as text has"
+        yield (
+            f"null_text: is of {_short(sorted(index.null_text))}, wanted "
+            f"{_short(sorted(index.text))}, as text has"
+        )
     for name, file in index.null_text.items():
         yield from _in_range(f"null_text.{name}.bytes", file.bytes, 1)
         yield from _hex(f"null_text.{name}.sha256", file.sha256)
@@ -174,7 +186,10 @@ def _fingerprints(index: DatasetIndex) -> Iterator[str]:
     if index.order_key != shards:
         yield f"fingerprint of the shards is {_short(index.order_key)}, theirs is {shards}"
     elif index.fingerprint not in (shards, fingerprint_of(index)):
-        yield f"fingerprint is {_short(index.fingerprint)}, that of its fields is {fingerprint_of(index)}"
+        yield (
+            f"fingerprint is {_short(index.fingerprint)}, that of its fields is "
+            f"{fingerprint_of(index)}"
+        )
 
 
 def _short(value: object) -> str:

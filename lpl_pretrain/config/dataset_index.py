@@ -47,12 +47,16 @@ class AutoencoderEntry(Section):
 class LatentEntry(Section):
     channels: int
     height: int
-    """Of the square bucket, or of the one with the most samples, in latent positions: what a run generates."""
+    """Of the square bucket, or of the one with the most samples, in latent positions: what a run
+    generates.
+    """
     width: int
     mean: list[float]
     """Per channel, over all samples and positions of the posterior's mean."""
     std: list[float]
-    """Per channel, of a draw from the posterior: square root of variance of means + mean of variances."""
+    """Per channel, of a draw from the posterior: square root of variance of means + mean of
+    variances.
+    """
 
 
 class BucketEntry(Section):
@@ -80,7 +84,9 @@ class DatasetIndex(Section):
     """sha256 over all other fields (`digest_of`); absent in format 2."""
     samples: int
     skipped: int = 0
-    """Pictures that could not be read and were left out, because the configuration said `on_error: skip`."""
+    """Pictures that could not be read and were left out, because the configuration said `on_error:
+    skip`.
+    """
     classes: list[str]
     """Name of class i; empty when the pictures have no classes."""
     class_counts: list[int]
@@ -97,15 +103,21 @@ class DatasetIndex(Section):
     autoencoder: AutoencoderEntry
     resolution_px: int
     plan: str = ""
-    """Hash of what was encoded and how, as far as the source's listing and last bytes tell (encoding/plan.py)."""
+    """Hash of what was encoded and how, as far as the source's listing and last bytes tell
+    (encoding/plan.py).
+    """
     config: str = "{}"
     """The configuration of `encode`, JSON; for people, and for messages."""
     source_fingerprint: str
-    """Sum modulo 2^256 of the sha256 of each picture's (key, sha256 of its bytes, class id, class name, caption)."""
+    """Sum modulo 2^256 of the sha256 of each picture's (key, sha256 of its bytes, class id, class
+    name, caption).
+    """
     fingerprint: str
-    """Identity of this data set (`fingerprint_of`): of its shards, statistics, classes, shapes, encoders and embeddings.
+    """Identity of this data set (`fingerprint_of`): of its shards, statistics, classes, shapes,
+    encoders and embeddings.
 
-    In format 2, and in folders that `data seal` brought from there to format 3: equal to `shards_fingerprint`.
+    In format 2, and in folders that `data seal` brought from there to format 3: equal to
+    `shards_fingerprint`.
     """
     shards_fingerprint: str = ""
     """sha256 over the shards' sha256, in order; absent in format 2."""
@@ -143,7 +155,10 @@ def contents_of(index: DatasetIndex) -> dict[str, str]:
         **{f"text.{name}": entry.model_dump(mode="json") for name, entry in index.text.items()},
         **{f"null_text.{name}": entry.sha256 for name, entry in index.null_text.items()},
     }
-    return {"shards": index.order_key, **{name: canonical_sha256(value) for name, value in values.items()}}
+    return {
+        "shards": index.order_key,
+        **{name: canonical_sha256(value) for name, value in values.items()},
+    }
 
 
 def fingerprint_of(index: DatasetIndex) -> str:

@@ -38,7 +38,9 @@ def _max_noise_level(gate: GateConfig, levels: tuple[float, ...]) -> float:
     assert gate.max_timestep is not None
     if not levels:
         return 0.0
-    last_in, first_out = (min(step, TIMESTEPS - 1) for step in (gate.max_timestep - 1, gate.max_timestep))
+    last_in, first_out = (
+        min(step, TIMESTEPS - 1) for step in (gate.max_timestep - 1, gate.max_timestep)
+    )
     return (levels[last_in] + levels[first_out]) / 2
 
 
@@ -69,12 +71,19 @@ def _noise_levels(kind: ScheduleKind, zero_terminal_snr: bool) -> tuple[float, .
         return ()
     steps = range(TIMESTEPS)
     if kind is ScheduleKind.COSINE:
-        squared = [math.cos((step / TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(TIMESTEPS + 1)]
+        squared = [
+            math.cos((step / TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2
+            for step in range(TIMESTEPS + 1)
+        ]
         betas = [min(1 - squared[step + 1] / squared[step], 0.999) for step in steps]
     else:
-        power, first, last = {ScheduleKind.LINEAR: (1, 1e-4, 0.02)}.get(kind, (2, 0.00085**0.5, 0.012**0.5))
+        power, first, last = {ScheduleKind.LINEAR: (1, 1e-4, 0.02)}.get(
+            kind, (2, 0.00085**0.5, 0.012**0.5)
+        )
         betas = [(first + (last - first) * step / (TIMESTEPS - 1)) ** power for step in steps]
-    alphas = [product**0.5 for product in accumulate((1 - beta for beta in betas), lambda a, b: a * b)]
+    alphas = [
+        product**0.5 for product in accumulate((1 - beta for beta in betas), lambda a, b: a * b)
+    ]
     if zero_terminal_snr:
         first, last = alphas[0], alphas[-1]
         alphas = [(alpha - last) * first / (first - last) for alpha in alphas]

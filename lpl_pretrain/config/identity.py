@@ -18,12 +18,15 @@ DESCRIPTIVE = ("_class_name", "_diffusers_version", "_name_or_path")
 
 @lru_cache(maxsize=8)
 def autoencoder_identity(folder: Path) -> str:
-    """sha256 over config.json (without the keys that only describe the file) and the weights.  Raises ConfigError."""
+    """sha256 over config.json (without the keys that only describe the file) and the weights.
+    Raises ConfigError.
+    """
     config, weights = folder / "config.json", folder / WEIGHTS
     for path in (config, weights):
         if not os.path.isfile(path):
             raise ConfigError(
-                f"autoencoder {folder}: {path.name} not found; wanted a folder as diffusers' save_pretrained writes it"
+                f"autoencoder {folder}: {path.name} not found; wanted a folder as diffusers' "
+                "save_pretrained writes it"
             )
     values = read_model_json(f"autoencoder {folder}", config).values
     settings = {key: value for key, value in values.items() if key not in DESCRIPTIVE}
@@ -48,7 +51,9 @@ TEXT_ENCODER_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".bin")
 
 @lru_cache(maxsize=8)
 def text_encoder_identity(folder: Path, where: str) -> str:
-    """sha256 over the files that transformers may read.  `where` is the key, for errors.  Raises ConfigError."""
+    """sha256 over the files that transformers may read.  `where` is the key, for errors.  Raises
+    ConfigError.
+    """
     if not os.path.isfile(folder / "config.json"):
         raise ConfigError(
             f"{where}.folder={folder}: config.json not found; wanted a text encoder "

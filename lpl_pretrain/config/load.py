@@ -1,7 +1,9 @@
-"""From a YAML file, its `base:` chain and `key=value` overrides to a frozen, fully resolved configuration.
+"""From a YAML file, its `base:` chain and `key=value` overrides to a frozen, fully resolved
+configuration.
 
-A file may name another one as its `base:` (path relative to itself) and say only what differs: mappings merge, unless their
-`kind` differs; anything else replaces.  A section set to null is switched off.  Overrides come last: `optimizer.lr=3e-4 lpl=null`.
+A file may name another one as its `base:` (path relative to itself) and say only what differs:
+mappings merge, unless their `kind` differs; anything else replaces.  A section set to null is
+switched off.  Overrides come last: `optimizer.lr=3e-4 lpl=null`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ ALTERNATIVES = {
     "lpl.gate": frozenset({"min_snr", "max_noise_level", "max_timestep"}),
     "init_from": frozenset({"run", "file", "diffusers"}),
 }
-"""By section: keys of which exactly one is set.  A file over its base, or an override, replaces the one that was there."""
+"""By section: keys of which exactly one is set.  A file over its base, or an override, replaces the
+one that was there.
+"""
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
@@ -56,7 +60,8 @@ def load_run_config(run_dir: RunDir) -> TrainConfig:
     """The resolved configuration that a run was started with."""
     if not os.path.isfile(run_dir.config):
         raise ConfigError(
-            f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with `lpl-pretrain train`"
+            f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with "
+            "`lpl-pretrain train`"
         )
     return load_config(TrainConfig, run_dir.config)
 
@@ -76,7 +81,11 @@ def dump(config: Section) -> str:
 def differences(stored: Section, wanted: Section) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ: key -> (stored, wanted)."""
     old, new = flatten(stored.model_dump(mode="json")), flatten(wanted.model_dump(mode="json"))
-    return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
 
 
 def _read_with_base(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -85,7 +94,9 @@ def _read_with_base(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         chain = " -> ".join(one_line(name, 60) for name in (*seen, real))
         raise ConfigError(f"{one_line(str(path))}: its `base:` chain comes back to itself: {chain}")
     if len(seen) > MAX_BASES:
-        raise ConfigError(f"{one_line(str(path))}: is the end of a chain of more than {MAX_BASES} `base:` files")
+        raise ConfigError(
+            f"{one_line(str(path))}: is the end of a chain of more than {MAX_BASES} `base:` files"
+        )
     raw = read_mapping(path)
     base = raw.pop("base", None)
     if base is None:
@@ -105,20 +116,28 @@ def _merge(base: dict[str, Any], delta: dict[str, Any], section: str = "") -> di
     merged = {key: value for key, value in base.items() if key not in replaced}
     for key, value in delta.items():
         old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+        if (
+            isinstance(value, dict)
+            and isinstance(old, dict)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
             value = _merge(old, value, f"{section}.{key}" if section else key)
         merged[key] = value
     return merged
 
 
 def _apply_override(raw: dict[str, Any], override: str, given: set[str]) -> None:
-    """`given`: the keys of all overrides; two alternatives among them are left to the section's own check."""
+    """`given`: the keys of all overrides; two alternatives among them are left to the section's own
+    check.
+    """
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
         raise ConfigError(f"{short(override)}: an override is key=value, such as optimizer.lr=3e-4")
     if len(parts) > MAX_DEPTH:
-        raise ConfigError(f"{short(override)}: its key has {len(parts)} parts, wanted at most {MAX_DEPTH}")
+        raise ConfigError(
+            f"{short(override)}: its key has {len(parts)} parts, wanted at most {MAX_DEPTH}"
+        )
     section = raw
     for number, part in enumerate(parts[:-1]):
         inner = section.get(part)
@@ -126,7 +145,10 @@ def _apply_override(raw: dict[str, Any], override: str, given: set[str]) -> None
             section[part] = inner = {}
         if not isinstance(inner, dict):
             parent = one_line(".".join(parts[: number + 1]), 80)
-            raise ConfigError(f"{short(override)}: {parent}={short(inner)} is a value and no section; set {parent} itself")
+            raise ConfigError(
+                f"{short(override)}: {parent}={short(inner)} is a value and no section; set "
+                f"{parent} itself"
+            )
         section = inner
     try:
         section[parts[-1]] = read_value(text)

@@ -1,4 +1,6 @@
-"""Relations of the `lpl` section with the rest of a run: LPL that never runs, and decoders that do not fit."""
+"""Relations of the `lpl` section with the rest of a run: LPL that never runs, and decoders that do
+not fit.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from lpl_pretrain.config.schema import ScheduleKind, TrainConfig
 FIRST_BETA = {
     ScheduleKind.LINEAR: 1e-4,
     ScheduleKind.SCALED_LINEAR: 0.00085,
-    ScheduleKind.COSINE: 1 - (math.cos(0.009 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2,
+    ScheduleKind.COSINE: 1
+    - (math.cos(0.009 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2,
 }
 """sigma^2 of the least noisy timestep of each discrete schedule (diffusion/schedule.py)."""
 
@@ -25,15 +28,21 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
     if lpl is None:
         return []
     problems = _never_runs(config, lpl)
-    if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
+    if (
+        lpl.gate.max_timestep is not None
+        and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW
+    ):
         problems.append(
-            f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer timesteps; "
+            f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer "
+            "timesteps; "
             "use lpl.gate.min_snr or lpl.gate.max_noise_level"
         )
     limit = lpl.gate.max_noise_level or (lpl.gate.min_snr**-0.5 if lpl.gate.min_snr else math.inf)
     beta = FIRST_BETA.get(config.diffusion.schedule, 0.0)
     if limit < (least := (beta / (1 - beta)) ** 0.5):
-        problems = [problem for problem in problems if "lpl.gate" not in problem]  # said in more detail here
+        problems = [
+            problem for problem in problems if "lpl.gate" not in problem
+        ]  # said in more detail here
         problems.append(
             f"lpl.gate: no sample can pass a noise level of {limit:.4g}; the least noisy one of "
             f"{config.diffusion.schedule.value} has {least:.4g}: open the gate, or set lpl=null"
@@ -43,17 +52,20 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
     problems += _stage_problems(lpl, folder, decoder.stages)
     if decoder.latent_channels != index.latent.channels:
         problems.append(
-            f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, {config.data.folder} has "
+            f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, "
+            f"{config.data.folder} has "
             f"{index.latent.channels}: name a decoder for the same latents"
         )
     smallest = min(min(bucket.height, bucket.width) for bucket in index.buckets)
     if lpl.crop is not None and lpl.crop.side > smallest:
         problems.append(
-            f"lpl.crop.side={lpl.crop.side}: latents of {config.data.folder} have {smallest} positions a side: use less"
+            f"lpl.crop.side={lpl.crop.side}: latents of {config.data.folder} have {smallest} "
+            "positions a side: use less"
         )
     if lpl.normalize is not None and lpl.normalize.over == "batch" and microbatches > 1:
         problems.append(
-            f"lpl.normalize.over=batch with {microbatches} microbatches an update: statistics would "
+            f"lpl.normalize.over=batch with {microbatches} microbatches an update: "
+            "statistics would "
             "depend on how the batch is split; raise batch.micro_batch_size, or use over=space"
         )
     return problems
@@ -64,22 +76,29 @@ def _never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
     steps, start = config.steps, lpl.start_step
     if start >= steps:
         return [
-            f"lpl.start_step={start} with steps={steps}: LPL never runs; start below steps, such as "
+            f"lpl.start_step={start} with steps={steps}: LPL never runs; start below "
+            "steps, such as "
             f"lpl.start_step={steps * 7 // 8} or a fraction such as 0.875, or set lpl=null"
         ]
     if lpl.first_weighted_step >= steps:
         return [
-            f"lpl.start_step={start} with lpl.calibration_steps={lpl.calibration_steps} and steps={steps}: the weight of "
-            f"lpl.target_share={lpl.target_share} is known after step {lpl.first_weighted_step}, so that LPL never is a part "
+            f"lpl.start_step={start} with lpl.calibration_steps={lpl.calibration_steps} and "
+            f"steps={steps}: the weight of "
+            f"lpl.target_share={lpl.target_share} is known after step {lpl.first_weighted_step}, "
+            "so that LPL never is a part "
             "of the loss; start earlier, calibrate over fewer steps, or set lpl.weight"
         ]
-    if lpl.gate.max_timestep is not None and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW:
+    if (
+        lpl.gate.max_timestep is not None
+        and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW
+    ):
         return []  # refused for that
     fraction = gate_fraction(lpl.gate, config.diffusion)
     expected = fraction * config.batch.global_batch_size * (steps - lpl.first_weighted_step)
     if expected < 1:
         return [
-            f"lpl.gate: {fraction:.2g} of the samples pass it under diffusion.timesteps, {expected:.2g} over all steps with LPL, "
+            f"lpl.gate: {fraction:.2g} of the samples pass it under diffusion.timesteps, "
+            f"{expected:.2g} over all steps with LPL, "
             "so that LPL never runs: open the gate, or set lpl=null"
         ]
     return []
@@ -94,14 +113,19 @@ def _stage_problems(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]
     compared = [stage for stage in stages if lpl.stages is None or stage in lpl.stages]
     if isinstance(lpl.depth_weights, tuple) and len(lpl.depth_weights) != len(compared):
         problems.append(
-            f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for the {len(compared)} compared "
+            f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for "
+            f"the {len(compared)} compared "
             f"stages {', '.join(compared)}: give one for each"
         )
     if isinstance(lpl.depth_weights, tuple) and not any(lpl.depth_weights):
-        problems.append(f"lpl.depth_weights={list(lpl.depth_weights)}: nothing is left of the loss; set lpl=null instead")
+        problems.append(
+            f"lpl.depth_weights={list(lpl.depth_weights)}: nothing is left of the loss; set "
+            "lpl=null instead"
+        )
     if lpl.outliers is not None and lpl.outliers.first_stage >= len(stages):
         problems.append(
-            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has {len(stages)} stages; "
+            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has "
+            f"{len(stages)} stages; "
             "use a smaller number, or lpl.outliers=null"
         )
     return problems

@@ -1,4 +1,6 @@
-"""Text of error messages: one line a problem, bounded in number and length, with everything unprintable escaped."""
+"""Text of error messages: one line a problem, bounded in number and length, with everything
+unprintable escaped.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def one_line(text: str, limit: int = MAX_LINE) -> str:
 
 
 def listed(where: str, problems: Sequence[str]) -> str:
-    """One line a problem, `where` before each; the first MAX_PROBLEMS of them, and how many more there are."""
+    """One line a problem, `where` before each; the first MAX_PROBLEMS of them, and how many more
+    there are.
+    """
     prefix = f"{one_line(where, 200)}: " if where else ""
     lines: list[str] = []
     length = 0

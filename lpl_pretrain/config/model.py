@@ -1,4 +1,6 @@
-"""Which network is trained, and how large: one line of configuration each, all off or absent by default."""
+"""Which network is trained, and how large: one line of configuration each, all off or absent by
+default.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,12 @@ class TransformerConfig(Section):
     patch_size: Annotated[int, Field(ge=1, le=256)] = 2
     mlp_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = 4.0
     qk_norm: bool = False
-    """Normalise queries and keys of each head (arXiv 2302.05442): large models stay stable in bf16."""
+    """Normalise queries and keys of each head (arXiv 2302.05442): large models stay stable in bf16.
+    """
     position_side: Optional[PositiveInt] = None
-    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into the same range."""
+    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into
+    the same range.
+    """
 
     @property
     def smallest_multiple(self) -> int:
@@ -44,15 +49,24 @@ class TransformerConfig(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TransformerConfig:
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: choose a width that is")
+            raise ValueError(
+                f"width={self.width} is not a multiple of heads={self.heads}: choose a "
+                "width that is"
+            )
         if self.width % 4:
-            raise ValueError(f"width={self.width}: rows and columns have a sine and a cosine each: wanted a multiple of 4")
+            raise ValueError(
+                f"width={self.width}: rows and columns have a sine and a cosine each: wanted a "
+                "multiple of 4"
+            )
         return self
 
     @model_validator(mode="after")
     def _mlp_has_channels(self) -> TransformerConfig:
         if self.mlp_channels < 1:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio} with width={self.width}: leaves the MLP no channel; raise it")
+            raise ValueError(
+                f"mlp_ratio={self.mlp_ratio} with width={self.width}: leaves the MLP no "
+                "channel; raise it"
+            )
         return self
 
     @property
@@ -63,7 +77,9 @@ class TransformerConfig(Section):
 
 
 class DiTConfig(TransformerConfig):
-    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); without further options the published one."""
+    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); without further options the
+    published one.
+    """
 
     SIZES = DIT_SIZES
 
@@ -71,17 +87,24 @@ class DiTConfig(TransformerConfig):
     size: Optional[Literal["S", "B", "L", "XL"]] = None
     """Stands for width, depth and heads."""
     rope: bool = False
-    """Rotate queries and keys by row and column (arXiv 2104.09864), beside the absolute embedding."""
+    """Rotate queries and keys by row and column (arXiv 2104.09864), beside the absolute embedding.
+    """
     swiglu: bool = False
     """Gated MLP (arXiv 2002.05202) of two thirds of the hidden width: as many parameters."""
     rms_norm: bool = False
     """RMSNorm (arXiv 1910.07467) for LayerNorm."""
     text: Optional[Literal["in_context", "cross_attention"]] = None
-    """Read the encoders of `conditioning.text`: as tokens before those of the picture, or by an attention of every block."""
+    """Read the encoders of `conditioning.text`: as tokens before those of the picture, or by an
+    attention of every block.
+    """
     learned_sigma: bool = False
-    """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the published checkpoints do."""
+    """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the
+    published checkpoints do.
+    """
     timestep_rates: Literal["dit", "diffusers"] = "dit"
-    """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for export wants its."""
+    """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for
+    export wants its.
+    """
 
     @property
     def reads_text(self) -> bool:
@@ -98,12 +121,17 @@ class DiTConfig(TransformerConfig):
     @model_validator(mode="after")
     def _heads_can_rotate(self) -> DiTConfig:
         if self.rope and self.width // self.heads % 4:
-            raise ValueError(f"rope=true with heads of {self.width // self.heads} channels: rows and columns want a multiple of 4")
+            raise ValueError(
+                f"rope=true with heads of {self.width // self.heads} channels: rows and columns "
+                "want a multiple of 4"
+            )
         return self
 
 
 class MMDiTConfig(TransformerConfig):
-    """Multimodal diffusion transformer (SD3, arXiv 2403.03206): conditioned on the text encoders of `conditioning.text`."""
+    """Multimodal diffusion transformer (SD3, arXiv 2403.03206): conditioned on the text encoders of
+    `conditioning.text`.
+    """
 
     SIZES = MMDIT_SIZES
 
@@ -127,15 +155,35 @@ class MMDiTConfig(TransformerConfig):
 UNETS: dict[str, dict[str, Any]] = {
     "ldm": {  # LDM-4, class-conditional (arXiv 2112.10752, table 12)
         "block_out_channels": (192, 384, 576, 960),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": (
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+        ),
+        "up_block_types": (
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+            "UpBlock2D",
+        ),
         "attention_head_dim": 1,
         "cross_attention_dim": 512,
     },
     "sd": {
         "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": (
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        "up_block_types": (
+            "UpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+        ),
         "attention_head_dim": 8,
     },
     "sdxl": {  # arXiv 2307.01952, table 1
@@ -149,16 +197,21 @@ UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
     },
 }
-"""Arguments of diffusers' UNet2DConditionModel; `attention_head_dim` is the number of heads there."""
+"""Arguments of diffusers' UNet2DConditionModel; `attention_head_dim` is the number of heads there.
+"""
 
 
 class UNetConfig(Section):
-    """diffusers' UNet2DConditionModel: ldm is conditioned on classes, sd on text states, sdxl on pooled text and sizes too."""
+    """diffusers' UNet2DConditionModel: ldm is conditioned on classes, sd on text states, sdxl on
+    pooled text and sizes too.
+    """
 
     kind: Literal["unet"] = "unet"
     preset: Literal["ldm", "sd", "sdxl"]
     settings: dict[str, Any] = {}
-    """Arguments of UNet2DConditionModel that replace the preset's; widths of latents and text follow from the data."""
+    """Arguments of UNet2DConditionModel that replace the preset's; widths of latents and text
+    follow from the data.
+    """
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -194,12 +247,19 @@ class UNetConfig(Section):
 
 def spell_out(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
     """`size` as width, depth and heads, which may be given too when they agree."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("size"), str) or raw["size"] not in sizes:
+    if (
+        not isinstance(raw, dict)
+        or not isinstance(raw.get("size"), str)
+        or raw["size"] not in sizes
+    ):
         return raw
     meant = dict(zip(("width", "depth", "heads"), sizes[raw["size"]], strict=True))
     for key, value in meant.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"{key}={short(raw[key])} with size={raw['size']}, which has {value}: leave one of the two out")
+            raise ValueError(
+                f"{key}={short(raw[key])} with size={raw['size']}, which has {value}: leave one of "
+                "the two out"
+            )
     return {**raw, **meant}
 
 
@@ -209,7 +269,11 @@ def _kind(raw: Any) -> Any:
 
 
 ModelConfig = Annotated[
-    Union[Annotated[DiTConfig, Tag("dit")], Annotated[MMDiTConfig, Tag("mmdit")], Annotated[UNetConfig, Tag("unet")]],
+    Union[
+        Annotated[DiTConfig, Tag("dit")],
+        Annotated[MMDiTConfig, Tag("mmdit")],
+        Annotated[UNetConfig, Tag("unet")],
+    ],
     Discriminator(_kind),
 ]
 """By `kind`, which is dit when absent."""

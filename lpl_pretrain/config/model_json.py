@@ -1,4 +1,6 @@
-"""A network's config.json, as diffusers and transformers write it: read strictly, values with their types checked."""
+"""A network's config.json, as diffusers and transformers write it: read strictly, values with their
+types checked.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NUMBER = (int, float)
 
 
 def read_model_json(where: str, path: Path) -> ModelJSON:
-    """The settings in a file; `where`: the key that names the network, and its value.  Raises ConfigError."""
+    """The settings in a file; `where`: the key that names the network, and its value.  Raises
+    ConfigError.
+    """
     where = one_line(where, 200)
     try:
         values = read_json(path, limit_bytes=MAX_BYTES)
@@ -90,7 +94,9 @@ class ModelJSON:
         return found
 
     def wrong(self, key: str, wanted: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {key}={short(self.values.get(key))}: wanted {wanted}; save it again")
+        return ConfigError(
+            f"{self.where}: {key}={short(self.values.get(key))}: wanted {wanted}; save it again"
+        )
 
     def one_of(self, key: str, known: Sequence[str]) -> bool:
         return isinstance(found := self.values.get(key), str) and found in known

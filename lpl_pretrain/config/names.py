@@ -1,17 +1,23 @@
-"""What a name or a path may be, whoever gives it: text that a file system, a script and a log can hold as it is."""
+"""What a name or a path may be, whoever gives it: text that a file system, a script and a log can
+hold as it is.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 
 MAX_NAME_BYTES = 200
-"""File names that are derived from a name, such as best_<name>.json, stay below the 255 bytes that file systems allow."""
+"""File names that are derived from a name, such as best_<name>.json, stay below the 255 bytes that
+file systems allow.
+"""
 MAX_COMPONENT_BYTES = 255
 MAX_PATH_BYTES = 4000
 
 
 def is_url(path: object) -> bool:
-    """Something that fsspec opens (s3://, gs://, https://, memory:// ...), rather than a path of this machine."""
+    """Something that fsspec opens (s3://, gs://, https://, memory:// ...), rather than a path of
+    this machine.
+    """
     return "://" in str(path)
 
 
@@ -49,6 +55,12 @@ def path_problem(text: str) -> str | None:
         return "is empty; wanted a path"
     if (size := len(text.encode())) > MAX_PATH_BYTES:
         return f"has {size} bytes; wanted a path of at most {MAX_PATH_BYTES}"
-    if not is_url(text) and max(len(part.encode()) for part in text.split("/")) > MAX_COMPONENT_BYTES:
-        return f"has a part of more than {MAX_COMPONENT_BYTES} bytes between slashes; wanted a shorter one"
+    if (
+        not is_url(text)
+        and max(len(part.encode()) for part in text.split("/")) > MAX_COMPONENT_BYTES
+    ):
+        return (
+            f"has a part of more than {MAX_COMPONENT_BYTES} bytes between slashes; wanted a "
+            "shorter one"
+        )
     return None

@@ -17,7 +17,10 @@ def start_notes(config: TrainConfig, index: DatasetIndex) -> list[str]:
 def _data_notes(config: TrainConfig, index: DatasetIndex) -> Iterator[str]:
     model = config.model
     if index.flipped and not config.data.flips:
-        yield "data.flips=false: the flipped latents that the data hold are not used; data.flips=true uses them"
+        yield (
+            "data.flips=false: the flipped latents that the data hold are not used; "
+            "data.flips=true uses them"
+        )
     if model.reads_text:
         unused = sorted(set(index.text) - set(stored_encoders(config.conditioning)))
         if unused:
@@ -25,14 +28,21 @@ def _data_notes(config: TrainConfig, index: DatasetIndex) -> Iterator[str]:
         if index.captions < index.samples:
             missing = 1 - index.captions / index.samples
             yield (
-                f"captions: {missing:.2%} of the samples ({index.samples - index.captions} of {index.samples}) have none; "
+                f"captions: {missing:.2%} of the samples ({index.samples - index.captions} of "
+                f"{index.samples}) have none; "
                 "they are trained with the null text"
             )
     elif index.text or index.captions:
         stored = f"embeddings by {', '.join(sorted(index.text))}" if index.text else "captions"
-        yield f"model.kind={model.kind}: this model reads no text; the {stored} that the data hold are not used"
+        yield (
+            f"model.kind={model.kind}: this model reads no text; the {stored} that the data hold "
+            "are not used"
+        )
     if index.classes and not model.reads_classes:
-        yield f"model.kind={model.kind}: this model reads no classes; the {len(index.classes)} classes of the data are not used"
+        yield (
+            f"model.kind={model.kind}: this model reads no classes; the {len(index.classes)} "
+            "classes of the data are not used"
+        )
 
 
 def _lpl_notes(config: TrainConfig) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""Text encoders that run beside the model, known from their folders alone: what a run with them looks like before one is loaded."""
+"""Text encoders that run beside the model, known from their folders alone: what a run with them
+looks like before one is loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,14 @@ def stored_encoders(conditioning: ConditioningConfig) -> tuple[str, ...]:
     return tuple(name for name in encoders(conditioning.text) if name not in conditioning.encoders)
 
 
-def text_entries(conditioning: ConditioningConfig, stored: dict[str, TextEntry]) -> dict[str, TextEntry]:
+def text_entries(
+    conditioning: ConditioningConfig, stored: dict[str, TextEntry]
+) -> dict[str, TextEntry]:
     """`stored`, of the data folder, and those that run beside the model.  Raises ConfigError."""
-    online = {name: text_entry(settings, f"conditioning.encoders.{name}") for name, settings in conditioning.encoders.items()}
+    online = {
+        name: text_entry(settings, f"conditioning.encoders.{name}")
+        for name, settings in conditioning.encoders.items()
+    }
     return {**stored, **online}
 
 
@@ -33,15 +40,31 @@ def text_entry(config: TextEncoderConfig, where: str) -> TextEntry:
     width = inner.count("d_model" if inner.get("d_model") is not None else "hidden_size")
     pooled = None
     if config.pooled:
-        projection = next((part for part in (settings, inner) if part.get("projection_dim") is not None), None)
-        pooled = projection.count("projection_dim") if projected and projection is not None else width
-    return TextEntry(identity=identity, width=width, max_tokens=config.max_tokens, pooled_width=pooled, storage="fp16")
+        projection = next(
+            (part for part in (settings, inner) if part.get("projection_dim") is not None), None
+        )
+        pooled = (
+            projection.count("projection_dim") if projected and projection is not None else width
+        )
+    return TextEntry(
+        identity=identity,
+        width=width,
+        max_tokens=config.max_tokens,
+        pooled_width=pooled,
+        storage="fp16",
+    )
 
 
 def online_problems(conditioning: ConditioningConfig, folder: object, captions: int) -> list[str]:
     """`captions`: how many samples of the data folder have one."""
     unused = sorted(set(conditioning.encoders) - set(encoders(conditioning.text)))
-    problems = [f"conditioning.encoders.{name}: not named in conditioning.text={list(conditioning.text)}" for name in unused]
+    problems = [
+        f"conditioning.encoders.{name}: not named in conditioning.text={list(conditioning.text)}"
+        for name in unused
+    ]
     if conditioning.encoders and not captions:
-        problems.append(f"conditioning.encoders: {folder} holds no captions to encode; encode a source that has some")
+        problems.append(
+            f"conditioning.encoders: {folder} holds no captions to encode; encode a source "
+            "that has some"
+        )
     return problems

@@ -13,7 +13,9 @@ def as_override(key: str, value: str) -> str:
     Characters beyond U+FFFF stay as they are: JSON would write a pair of escapes, which YAML does
     not join.
     """
-    written = "".join(c if c.isprintable() or ord(c) > 0xFFFF else _escaped(c) for c in _quoted(value))
+    written = "".join(
+        c if c.isprintable() or ord(c) > 0xFFFF else _escaped(c) for c in _quoted(value)
+    )
     return f'{key}="{written}"'
 
 

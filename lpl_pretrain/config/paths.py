@@ -1,6 +1,8 @@
-"""From what a user writes for a path to a path of this machine.  `~` is expanded here and nowhere else.
+"""From what a user writes for a path to a path of this machine.  `~` is expanded here and nowhere
+else.
 
-Fields of a configuration are expanded as they are read (PathText in config/section.py), arguments of the command line by `expand`.
+Fields of a configuration are expanded as they are read (PathText in config/section.py), arguments
+of the command line by `expand`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 class ExpandedPath(str):
-    """A path whose `~` is expanded; what is saved of it, and compared between starts of a run, is what was written."""
+    """A path whose `~` is expanded; what is saved of it, and compared between starts of a run, is
+    what was written.
+    """
 
     written: str
 
@@ -51,7 +55,9 @@ def expand(text: str | Path) -> Path:
 
 
 def resolve_path(text: str) -> Path:
-    """`asset:NAME` ships with this package, `package:NAME/PATH` with an installed one; others are paths.  Imports nothing."""
+    """`asset:NAME` ships with this package, `package:NAME/PATH` with an installed one; others are
+    paths.  Imports nothing.
+    """
     if text.startswith("package:"):
         return _in_package(text)
     if text.startswith("asset:"):

@@ -11,7 +11,9 @@ from lpl_pretrain.config.section import Section
 
 class PreflightConfig(Section):
     min_free_gib: Optional[NonNegativeFloat] = None
-    """Room in the run's folder; absent: what the checkpoints that are still to be written and kept will take."""
+    """Room in the run's folder; absent: what the checkpoints that are still to be written and kept
+    will take.
+    """
     max_clock_skew_s: PositiveFloat = 5.0
     """Between a node's clock and the median of all."""
     slow_node_factor: Annotated[float, Field(gt=1.0)] = 4.0

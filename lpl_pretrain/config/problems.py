@@ -42,8 +42,12 @@ OF_ITS_KIND: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "string_pattern_mismatch": lambda ctx: f"wanted text of the form {ctx['pattern']}",
     "string_too_short": lambda ctx: f"wanted at least {ctx['min_length']} characters",
     "string_too_long": lambda ctx: f"wanted at most {ctx['max_length']} characters",
-    "too_short": lambda ctx: f"has {ctx['actual_length']} values, wanted at least {ctx['min_length']}",
-    "too_long": lambda ctx: f"has {ctx['actual_length'] or 'too many'} values, wanted {ctx['max_length']}",
+    "too_short": lambda ctx: (
+        f"has {ctx['actual_length']} values, wanted at least {ctx['min_length']}"
+    ),
+    "too_long": lambda ctx: (
+        f"has {ctx['actual_length'] or 'too many'} values, wanted {ctx['max_length']}"
+    ),
     "literal_error": lambda ctx: f"wanted {ctx['expected']}",
     "enum": lambda ctx: f"wanted {ctx['expected']}",
     "recursion_loop": lambda ctx: "holds itself",
@@ -61,7 +65,9 @@ class Location:
     section: type[BaseModel]
     """The section that the last key is in, or should be in."""
     union: Any = None
-    """Annotation with several members that is at `keys`, when the error is about one of its members."""
+    """Annotation with several members that is at `keys`, when the error is about one of its
+    members.
+    """
     beyond: tuple[str, ...] = ()
     """Keys below `keys` in that member."""
     is_key: bool = False
@@ -77,12 +83,16 @@ def problems_of(cls: type[BaseModel], error: ValidationError) -> list[str]:
     groups: dict[Any, list[tuple[Location, Any]]] = {}
     for number, problem in enumerate(error.errors(include_url=False)):
         place = locate(cls, problem["loc"])
-        groups.setdefault(number if place.union is None else place.keys, []).append((place, problem))
+        groups.setdefault(number if place.union is None else place.keys, []).append(
+            (place, problem)
+        )
     return [line for group in groups.values() for line in dict.fromkeys(_lines(group))]
 
 
 def _lines(group: list[tuple[Location, Any]]) -> list[str]:
-    """Of one value: what is wrong with it as the member of a union whose kind it has, or that it is none of them."""
+    """Of one value: what is wrong with it as the member of a union whose kind it has, or that it is
+    none of them.
+    """
     place, problem = group[0]
     if place.union is None:
         return [_explain(place, problem)]
@@ -108,10 +118,16 @@ def _explain(place: Location, problem: Any) -> str:
     if kind == "value_error":
         message = str(context["error"])
         return f"{path}: {message}" if path else message
-    wanted = OTHER_KIND.get(kind) or OF_ITS_KIND.get(kind, lambda ctx: "not a value of this key")(context)
+    wanted = OTHER_KIND.get(kind) or OF_ITS_KIND.get(kind, lambda ctx: "not a value of this key")(
+        context
+    )
     if place.is_key:
         return f"{path}: its key {wanted}"
-    return f"{path}={short(problem['input'])}: {wanted}" if path else f"found {short(problem['input'])}: {wanted}"
+    return (
+        f"{path}={short(problem['input'])}: {wanted}"
+        if path
+        else f"found {short(problem['input'])}: {wanted}"
+    )
 
 
 def _hint(key: str, section: type[BaseModel]) -> str:
@@ -133,7 +149,13 @@ def locate(cls: type[BaseModel], location: Iterable[str | int]) -> Location:
             if not (tagged := _tagged(members)):
                 beyond = parts[number + 1 :]
                 is_key = beyond[-1:] == ["[key]"]
-                return Location(tuple(keys), section, annotation, tuple(map(str, beyond[:-1] if is_key else beyond)), is_key)
+                return Location(
+                    tuple(keys),
+                    section,
+                    annotation,
+                    tuple(map(str, beyond[:-1] if is_key else beyond)),
+                    is_key,
+                )
             annotation = tagged.get(part)
             continue
         keys.append(str(part))
@@ -155,7 +177,12 @@ def _members(annotation: Any) -> list[Any]:
     """The alternatives of a union but null; anything else is its own."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return [annotation]
-    return [member for part in get_args(annotation) if part is not type(None) for member in _members(_bare(part))]
+    return [
+        member
+        for part in get_args(annotation)
+        if part is not type(None)
+        for member in _members(_bare(part))
+    ]
 
 
 def _tagged(members: list[Any]) -> dict[Any, type[BaseModel]]:
@@ -167,7 +194,10 @@ def _tagged(members: list[Any]) -> dict[Any, type[BaseModel]]:
 
 def _element(annotation: Any, part: str | int) -> Any:
     """Annotation of what a list or mapping holds."""
-    origin, inner = get_origin(annotation), [arg for arg in get_args(annotation) if arg is not Ellipsis]
+    origin, inner = (
+        get_origin(annotation),
+        [arg for arg in get_args(annotation) if arg is not Ellipsis],
+    )
     if not inner:
         return None
     if origin is tuple and isinstance(part, int) and part < len(inner):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Optional, Union
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from lpl_pretrain.config.section import Name, PathText, Section
 
@@ -15,17 +22,26 @@ class SamplerConfig(Section):
     shift: PositiveFloat = 1.0
     """euler, heun: as diffusion.timesteps.shift, of the times that are visited."""
     guidance_interval: Optional[tuple[NonNegativeFloat, NonNegativeFloat]] = None
-    """Guide only where the noise level sigma_t / alpha_t lies between the two (arXiv 2404.07724)."""
+    """Guide only where the noise level sigma_t / alpha_t lies between the two (arXiv 2404.07724).
+    """
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> SamplerConfig:
-        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
-            raise ValueError(f"guidance_interval={list(self.guidance_interval)}: the lower noise level comes first")
+        if (
+            self.guidance_interval is not None
+            and self.guidance_interval[0] >= self.guidance_interval[1]
+        ):
+            raise ValueError(
+                f"guidance_interval={list(self.guidance_interval)}: the lower noise level "
+                "comes first"
+            )
         return self
 
 
 class GuideConfig(Section):
-    """A weaker model of the same data, away from which samples are guided, instead of from the null class (arXiv 2406.02507)."""
+    """A weaker model of the same data, away from which samples are guided, instead of from the null
+    class (arXiv 2406.02507).
+    """
 
     run: PathText
     """Run directory; an earlier step of the same run will do."""
@@ -35,9 +51,19 @@ class GuideConfig(Section):
 
 
 Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3}|posthoc_0\.[0-9]{3})$")]
-"""The average, the parameters themselves, a power-function average that the run tracks, or one rebuilt from its snapshots."""
+"""The average, the parameters themselves, a power-function average that the run tracks, or one
+rebuilt from its snapshots.
+"""
 Metric = Literal[
-    "fd", "spatial_fd", "fd_infinity", "kid", "precision_recall", "density_coverage", "inception_score", "cmmd", "clip_score"
+    "fd",
+    "spatial_fd",
+    "fd_infinity",
+    "kid",
+    "precision_recall",
+    "density_coverage",
+    "inception_score",
+    "cmmd",
+    "clip_score",
 ]
 OF_FEATURES = frozenset({"kid", "precision_recall", "density_coverage", "cmmd"})
 """Metrics that compare pictures one by one, and not by mean and covariance alone."""
@@ -47,14 +73,19 @@ class ExtractorConfig(Section):
     """A network whose features are compared."""
 
     kind: Literal["efficientnet_lite0", "inception", "timm", "clip"]
-    """efficientnet_lite0 ships with the package; inception is FID's; timm any network of timm; clip a CLIPModel of transformers."""
+    """efficientnet_lite0 ships with the package; inception is FID's; timm any network of timm; clip
+    a CLIPModel of transformers.
+    """
     name: Optional[Annotated[Name, Field(pattern=r"^[a-z0-9_]+$")]] = None
     """In the names of its scores: fd_<name>; absent: its kind, or timm's name of the network."""
     weights: Optional[PathText] = None
-    """A file (inception: .pth; timm: .safetensors), or CLIP's folder as transformers' save_pretrained writes it."""
+    """A file (inception: .pth; timm: .safetensors), or CLIP's folder as transformers'
+    save_pretrained writes it.
+    """
     network: Optional[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.]+$")]] = None
-    """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675).  No source before it, such as `hf-hub:`, which
-    would download something."""
+    """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675).  No source
+    before it, such as `hf-hub:`, which would download something.
+    """
     side_px: PositiveInt = 224
     """timm: pictures are resized to this (bicubic, antialiased)."""
 
@@ -71,9 +102,13 @@ class EvaluateConfig(Section):
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
     repeats: PositiveInt = 1
-    """So many sets of pictures, with seeds from `seed` on: a score is their mean, and its error bar their standard deviation."""
+    """So many sets of pictures, with seeds from `seed` on: a score is their mean, and its error bar
+    their standard deviation.
+    """
     weights: list[Weights] = ["ema"]
-    """Each is scored; `ema_power_0.050` is one that the run tracks, `posthoc_0.080` one rebuilt from its snapshots."""
+    """Each is scored; `ema_power_0.050` is one that the run tracks, `posthoc_0.080` one rebuilt
+    from its snapshots.
+    """
     sampler: SamplerConfig
     guide: Optional[GuideConfig] = None
     guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
@@ -81,19 +116,28 @@ class EvaluateConfig(Section):
     extractors: list[ExtractorConfig] = [ExtractorConfig(kind="efficientnet_lite0")]
     """One pass through the pictures serves them all."""
     metrics: list[Metric] = ["fd"]
-    """fd, fd_infinity, kid, precision_recall and density_coverage of every extractor but clip; spatial_fd and inception_score of
-    inception; cmmd and clip_score of clip."""
+    """fd, fd_infinity, kid, precision_recall and density_coverage of every extractor but clip;
+    spatial_fd and inception_score of inception; cmmd and clip_score of clip.
+    """
     best: Optional[Name] = None
-    """The score that the best checkpoint is chosen by, as the record calls it, such as fid; that checkpoint is not removed."""
+    """The score that the best checkpoint is chosen by, as the record calls it, such as fid; that
+    checkpoint is not removed.
+    """
     patience: PositiveInt = 3
     """Warn when `best` has been worse than its best for so many evaluations."""
     reference: Union[PathText, list[PathText]]
-    """Real pictures: an image folder or WebDataset tars, as in encode; or statistics: a .safetensors of `lpl-pretrain reference`,
-    or the usual .npz with mu and sigma (fd of inception only)."""
+    """Real pictures: an image folder or WebDataset tars, as in encode; or statistics: a
+    .safetensors of `lpl-pretrain reference`, or the usual .npz with mu and sigma (fd of inception
+    only).
+    """
     reference_features: PositiveInt = 50_000
-    """At most so many real pictures, evenly spaced, are compared one by one (kid, precision_recall, density_coverage, cmmd)."""
+    """At most so many real pictures, evenly spaced, are compared one by one (kid, precision_recall,
+    density_coverage, cmmd).
+    """
     bootstrap: NonNegativeInt = 0
-    """Resamplings for the standard error of fd; 0: none.  With `repeats` the error bars come from those."""
+    """Resamplings for the standard error of fd; 0: none.  With `repeats` the error bars come from
+    those.
+    """
     kid_subsets: PositiveInt = 100
     kid_subset_size: PositiveInt = 1000
     few_images: Literal["warn", "refuse"] = "warn"

@@ -1,4 +1,6 @@
-"""Evaluation records, evaluations/step_*/<protocol>.json, read strictly: a damaged one is named and never trusted."""
+"""Evaluation records, evaluations/step_*/<protocol>.json, read strictly: a damaged one is named and
+never trusted.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,13 @@ def read_record(path: Path) -> Record:
     except JSONError as error:
         raise DataError(str(error)) from None
     if not isinstance(record, dict) or not is_count(record.get("format_version")):
-        raise DataError(f"{path}: found {shown(record)}, wanted an evaluation record with a format_version")
-    if record["format_version"] == FORMAT_VERSION and (problem := _record_problem(record, path)) is not None:
+        raise DataError(
+            f"{path}: found {shown(record)}, wanted an evaluation record with a format_version"
+        )
+    if (
+        record["format_version"] == FORMAT_VERSION
+        and (problem := _record_problem(record, path)) is not None
+    ):
         raise DataError(f"{path}: {problem}")
     return record
 
@@ -76,7 +83,10 @@ def entry_problem(entry: Any) -> str | None:
         return f"found {shown(entry)}, wanted an object"
     for key in ("metric", "weights"):
         if not (isinstance(entry.get(key), str) and NAME.fullmatch(entry[key])):
-            return f"{key}: found {shown(entry.get(key))}, wanted a name of letters, digits, '_', '-' and '.'"
+            return (
+                f"{key}: found {shown(entry.get(key))}, wanted a name of letters, digits, '_', "
+                "'-' and '.'"
+            )
     for key in ("value", "guidance_scale"):
         if not is_number(entry.get(key)):
             return f"{key}: found {shown(entry.get(key))}, wanted a finite number"

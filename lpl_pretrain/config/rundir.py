@@ -1,8 +1,9 @@
-"""The name of every file in a run, which checkpoints are complete, and which evaluations are pending.
+"""The name of every file in a run, which checkpoints are complete, and which evaluations are
+pending.
 
 runs/<name>/  config.yaml  provenance.json  preflight.json  metrics.jsonl  report.html
-              checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors, state.json}
-              snapshots/step_00010000/ (power-function averages, as a checkpoint)
+              checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors,
+              state.json} snapshots/step_00010000/ (power-function averages, as a checkpoint)
               evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
               logs/stacks_rank_00000.txt (of a hang)
               evaluations/best_<protocol>.json   lpl/step_00010000.png
@@ -88,14 +89,19 @@ class RunDir:
 
     def evaluation_leases(self) -> list[tuple[int, Path]]:
         """(step, file) of all, stale ones included."""
-        found = ((step_of(path.parent.name), path) for path in (self.path / "evaluations").glob("step_*/*.lease"))
+        found = (
+            (step_of(path.parent.name), path)
+            for path in (self.path / "evaluations").glob("step_*/*.lease")
+        )
         return [(step, path) for step, path in found if step is not None]
 
     def samples(self, step: int, protocol: str) -> Path:
         return self.path / "samples" / f"{step_name(step)}_{protocol}.png"
 
     def lpl_picture(self, step: int) -> Path:
-        """What LPL compared at a checkpoint: x0, its one-step estimate, and where each stage sees them differ."""
+        """What LPL compared at a checkpoint: x0, its one-step estimate, and where each stage sees
+        them differ.
+        """
         return self.path / "lpl" / f"{step_name(step)}.png"
 
     def lpl_pictures(self) -> dict[int, Path]:
@@ -119,9 +125,16 @@ class RunDir:
         return _complete(self.checkpoints)
 
     def interrupted(self) -> list[Path]:
-        """Folders of checkpoints and snapshots that are being saved or removed, or whose saving or removal was interrupted."""
+        """Folders of checkpoints and snapshots that are being saved or removed, or whose saving or
+        removal was interrupted.
+        """
         parents = (self.checkpoints, self.path / "snapshots")
-        return [folder for parent in parents for kind in (WRITING, REMOVING) for folder in parent.glob(f"{kind}*")]
+        return [
+            folder
+            for parent in parents
+            for kind in (WRITING, REMOVING)
+            for folder in parent.glob(f"{kind}*")
+        ]
 
     def unusable_checkpoints(self) -> list[str]:
         """Names of step folders that are no complete checkpoint.
@@ -129,20 +142,27 @@ class RunDir:
         Checkpoints are published whole, so such a folder lost its manifest or was renamed.
         """
         complete = set(map(step_name, self.complete_checkpoints()))
-        return [name for name in _names(self.checkpoints) if name.startswith("step_") and name not in complete]
+        return [
+            name
+            for name in _names(self.checkpoints)
+            if name.startswith("step_") and name not in complete
+        ]
 
     def complete_step(self, step: int | None) -> int:
         """`step`, or the newest, when its checkpoint is complete.  Raises CheckpointError."""
         complete = self.complete_checkpoints()
         if not complete:
             raise CheckpointError(
-                f"{self.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train until the first one is saved"
+                f"{self.checkpoints}: no complete checkpoint (one with a manifest.json) yet; train "
+                "until the first one is saved"
             )
         if step is None:
             return complete[-1]
         if step not in complete:
             steps = ", ".join(map(str, complete))
-            raise CheckpointError(f"{self.checkpoint(step)}: not a complete checkpoint; complete steps: {steps}")
+            raise CheckpointError(
+                f"{self.checkpoint(step)}: not a complete checkpoint; complete steps: {steps}"
+            )
         return step
 
     def has_logged_steps(self) -> bool:
@@ -154,7 +174,11 @@ class RunDir:
 
     def pending_evaluations(self, protocol: str) -> list[int]:
         """Complete checkpoints without a sound score by `protocol`, ascending."""
-        return [step for step in self.complete_checkpoints() if not is_scored(self.evaluation(step, protocol))]
+        return [
+            step
+            for step in self.complete_checkpoints()
+            if not is_scored(self.evaluation(step, protocol))
+        ]
 
 
 def _is_step(line: str) -> bool:

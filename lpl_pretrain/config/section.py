@@ -6,7 +6,15 @@ import re
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PlainSerializer, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+    PositiveFloat,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from lpl_pretrain.config.names import name_problem, path_problem
@@ -44,11 +52,19 @@ def _as_written(path: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
-"""A name that becomes a file or folder name: one component of a path, printable, of at most 200 bytes in UTF-8."""
+"""A name that becomes a file or folder name: one component of a path, printable, of at most 200
+bytes in UTF-8.
+"""
 UnexpandedPath = Annotated[str, AfterValidator(_checked_path)]
-"""As PathText, for a path that every machine has in its configuration and few use: `expand` replaces its `~` then."""
-PathText = Annotated[str, AfterValidator(_expanded_path), PlainSerializer(_as_written, when_used="json")]
-"""A path or URL: printable, not empty, no longer than file systems allow; `~` is expanded, and saved as it was written."""
+"""As PathText, for a path that every machine has in its configuration and few use: `expand`
+replaces its `~` then.
+"""
+PathText = Annotated[
+    str, AfterValidator(_expanded_path), PlainSerializer(_as_written, when_used="json")
+]
+"""A path or URL: printable, not empty, no longer than file systems allow; `~` is expanded, and
+saved as it was written.
+"""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -91,13 +107,20 @@ def _exact(schema: Any) -> Any:
         return core_schema.no_info_before_validator_function(READERS[kind], finite)
     if kind == "function-before" and schema["function"]["function"] in READERS.values():
         return schema  # of a section inside this one, which has been through here
-    return {key: part if key in ("default", "metadata") else _exact(part) for key, part in schema.items()}
+    return {
+        key: part if key in ("default", "metadata") else _exact(part)
+        for key, part in schema.items()
+    }
 
 
 class Section(BaseModel):
-    """Frozen; unknown keys are refused; numbers, text, true and false are never converted into one another."""
+    """Frozen; unknown keys are refused; numbers, text, true and false are never converted into one
+    another.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -110,7 +133,9 @@ class Section(BaseModel):
 
 
 class OnError(str, Enum):
-    """What becomes of a sample that cannot be read: an error that names it, or another sample in its place, counted and logged."""
+    """What becomes of a sample that cannot be read: an error that names it, or another sample in
+    its place, counted and logged.
+    """
 
     STOP = "stop"
     SKIP = "skip"

@@ -1,7 +1,9 @@
-"""Strict reading of JSON files: whatever `json.loads` would accept in silence is an error that names the file.
+"""Strict reading of JSON files: whatever `json.loads` would accept in silence is an error that
+names the file.
 
-Refused: repeated keys, NaN and infinity, integers of more than 40 digits, deep nesting, text that is not UTF-8, empty files,
-files above a size, and everything that is no regular file (a directory, a pipe).
+Refused: repeated keys, NaN and infinity, integers of more than 40 digits, deep nesting, text that
+is not UTF-8, empty files, files above a size, and everything that is no regular file (a directory,
+a pipe).
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def parse_json(data: bytes, where: str) -> Any:
             parse_float=_finite,
             parse_int=_bounded,
         )
-        if "\\ud" in text.lower():  # the only way to half of a surrogate pair, which no file or log can hold
+        if (
+            "\\ud" in text.lower()
+        ):  # the only way to half of a surrogate pair, which no file or log can hold
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeDecodeError as error:
@@ -86,7 +90,9 @@ def key_problem(content: Any, wanted: Mapping[str, object] | frozenset[str]) -> 
     """What is wrong with the keys of an object that should have exactly these, if anything."""
     if not isinstance(content, dict):
         return f"found {shown(content)}, wanted an object"
-    if missing := sorted(wanted - content.keys() if isinstance(wanted, frozenset) else wanted.keys() - content.keys()):
+    if missing := sorted(
+        wanted - content.keys() if isinstance(wanted, frozenset) else wanted.keys() - content.keys()
+    ):
         return f"has no {', '.join(missing)}"
     if unknown := sorted(content.keys() - set(wanted)):
         return f"has unknown keys: {', '.join(map(shown, unknown[:3]))}"
@@ -107,7 +113,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} is there twice")
+        raise ValueError(
+            f"the key {shown(next(key for key in keys if keys.count(key) > 1))} is there twice"
+        )
     return content
 
 

@@ -1,4 +1,6 @@
-"""How the embeddings of several text encoders become one sequence and one vector: sizes, from the names alone."""
+"""How the embeddings of several text encoders become one sequence and one vector: sizes, from the
+names alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from typing import Any, Union
 from lpl_pretrain.config.dataset import TextEntry
 
 Layout = tuple[Union[str, tuple[str, ...]], ...]
-"""Encoders behind each other along the sequence; those in a group side by side along the channels, as SD3 does with its CLIPs."""
+"""Encoders behind each other along the sequence; those in a group side by side along the channels,
+as SD3 does with its CLIPs.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,32 +42,49 @@ def text_shape(layout: Layout, entries: dict[str, TextEntry]) -> TextShape:
     )
 
 
-def text_problems(layout: Layout, entries: dict[str, TextEntry], folder: object, *, model: Any) -> list[str]:
-    """What a model that reads text misses, and what one that reads none is told in vain; `model`: its section."""
+def text_problems(
+    layout: Layout, entries: dict[str, TextEntry], folder: object, *, model: Any
+) -> list[str]:
+    """What a model that reads text misses, and what one that reads none is told in vain; `model`:
+    its section.
+    """
     names, kind = encoders(layout), model.kind
     if not names:
-        missing = f"conditioning.text=[]: model.kind={kind} reads text; name encoders of {folder}: {sorted(entries)}"
+        missing = (
+            f"conditioning.text=[]: model.kind={kind} reads text; name encoders of {folder}: "
+            f"{sorted(entries)}"
+        )
         return [missing] if model.reads_text else []
     if not model.reads_text:
         return [
-            f"conditioning.text={list(names)}: this model reads no text; use mmdit, model.text=cross_attention, or leave it out"
+            f"conditioning.text={list(names)}: this model reads no text; use mmdit, "
+            "model.text=cross_attention, or leave it out"
         ]
     if len(set(names)) < len(names):
         return [f"conditioning.text={list(names)}: an encoder is named twice"]
-    if model.needs_pooled and all(name in entries for name in names) and not any(entries[name].pooled_width for name in names):
+    if (
+        model.needs_pooled
+        and all(name in entries for name in names)
+        and not any(entries[name].pooled_width for name in names)
+    ):
         return [
-            f"conditioning.text={list(names)}: none of them has a pooled vector, which this model is conditioned on: "
+            f"conditioning.text={list(names)}: none of them has a pooled vector, which this model "
+            "is conditioned on: "
             "encode with pooled: true for one of them"
         ]
     return []
 
 
 def caption_problems(layout: Layout, folder: object, *, captions: int, samples: int) -> list[str]:
-    """What is wrong with the captions of a data folder for a model that reads the text encoders of `layout`."""
+    """What is wrong with the captions of a data folder for a model that reads the text encoders of
+    `layout`.
+    """
     if not layout or captions:
         return []
     return [
-        f"conditioning.text={list(encoders(layout))}: {folder} holds no captions, 100 % of its {samples} samples have none, so "
-        "that every one would be trained with the null text: encode a source with captions (.txt, or in .json), or train a "
+        f"conditioning.text={list(encoders(layout))}: {folder} holds no captions, 100 % of its "
+        f"{samples} samples have none, so "
+        "that every one would be trained with the null text: encode a source with captions (.txt, "
+        "or in .json), or train a "
         "model that reads no text"
     ]

@@ -1,4 +1,6 @@
-"""Arguments of diffusers' UNet2DConditionModel that `model.settings` may set: their types, and rules between them."""
+"""Arguments of diffusers' UNet2DConditionModel that `model.settings` may set: their types, and
+rules between them.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,21 @@ class UNetArguments(Section):
     down_block_types: Optional[Annotated[tuple[Name, ...], Field(**OfLevels)]] = None
     mid_block_type: Optional[Name] = None
     up_block_types: Optional[Annotated[tuple[Name, ...], Field(**OfLevels)]] = None
-    layers_per_block: Optional[Union[Layers, Annotated[tuple[Layers, ...], Field(**OfLevels)]]] = None
+    layers_per_block: Optional[Union[Layers, Annotated[tuple[Layers, ...], Field(**OfLevels)]]] = (
+        None
+    )
     transformer_layers_per_block: Optional[
         Union[Layers, Annotated[tuple[Union[Layers, tuple[Layers, ...]], ...], Field(**OfLevels)]]
     ] = None
-    reverse_transformer_layers_per_block: Optional[tuple[Union[Layers, tuple[Layers, ...]], ...]] = None
+    reverse_transformer_layers_per_block: Optional[
+        tuple[Union[Layers, tuple[Layers, ...]], ...]
+    ] = None
     attention_head_dim: Optional[Heads] = None
     num_attention_heads: Optional[Heads] = None
     cross_attention_dim: Optional[Channels] = None
-    only_cross_attention: Optional[Union[bool, Annotated[tuple[bool, ...], Field(**OfLevels)]]] = None
+    only_cross_attention: Optional[Union[bool, Annotated[tuple[bool, ...], Field(**OfLevels)]]] = (
+        None
+    )
     mid_block_only_cross_attention: Optional[bool] = None
     dual_cross_attention: Optional[bool] = None
     use_linear_projection: Optional[bool] = None
@@ -75,12 +83,16 @@ def argument_problems(arguments: dict[str, Any]) -> list[str]:
     """What does not fit together; `arguments`: the preset's, replaced by the settings."""
     channels, groups = list(arguments["block_out_channels"]), arguments.get("norm_num_groups") or 32
     problems = [
-        f"{key}={short(list(arguments[key]))}: wanted {len(channels)} values, one for each of block_out_channels"
+        f"{key}={short(list(arguments[key]))}: wanted {len(channels)} values, one for each of "
+        "block_out_channels"
         for key, value in arguments.items()
-        if isinstance(value, list | tuple) and len(value) != len(channels) and not key.startswith("reverse")
+        if isinstance(value, list | tuple)
+        and len(value) != len(channels)
+        and not key.startswith("reverse")
     ]
     if uneven := [count for count in channels if count % groups]:
         problems.append(
-            f"block_out_channels={short(channels)}: {uneven[0]} channels are not a multiple of norm_num_groups={groups}"
+            f"block_out_channels={short(channels)}: {uneven[0]} channels are not a multiple of "
+            f"norm_num_groups={groups}"
         )
     return problems

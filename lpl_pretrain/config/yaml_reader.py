@@ -1,8 +1,9 @@
 """The one reader of YAML: plain data, or a ConfigError with file and line, whatever the bytes are.
 
-A file holds one mapping with text as keys.  Not accepted: repeated keys, tags, several documents, deep nesting, more than
-MAX_NODES values after aliases are expanded.  Scalars are read as PyYAML's safe loader reads them, with three exceptions, each of
-which would be something else than what was written: 12:30 is text and not 750, 010 is text and not 8, a date is text.
+A file holds one mapping with text as keys.  Not accepted: repeated keys, tags, several documents,
+deep nesting, more than MAX_NODES values after aliases are expanded.  Scalars are read as PyYAML's
+safe loader reads them, with three exceptions, each of which would be something else than what was
+written: 12:30 is text and not 750, 010 is text and not 8, a date is text.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MAX_DIGITS = 20
 NULL = re.compile(r"~|null|Null|NULL|")
 BOOL = re.compile(r"(yes|Yes|YES|true|True|TRUE|on|On|ON)|(no|No|NO|false|False|FALSE|off|Off|OFF)")
 INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)")
-FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+FLOAT = re.compile(
+    r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that YAML does not allow."""
 TAGS = {
@@ -47,12 +50,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise ConfigError(f"{one_line(str(path))}: holds a {kind}, wanted a mapping of keys to values")
+        raise ConfigError(
+            f"{one_line(str(path))}: holds a {kind}, wanted a mapping of keys to values"
+        )
     return content
 
 
 def read_value(text: str) -> Any:
-    """The value of an override: a flow collection, a quoted text, a number, true, false or null; else the text as it is typed.
+    """The value of an override: a flow collection, a quoted text, a number, true, false or null;
+    else the text as it is typed.
 
     Raises ConfigError for a bracket or quote that does not close.
     """
@@ -93,15 +99,22 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def parse(text: str, where: str) -> Any:
-    """Plain data of the one document in `text`; None when it is empty.  Raises ConfigError that begins with `where`."""
+    """Plain data of the one document in `text`; None when it is empty.  Raises ConfigError that
+    begins with `where`.
+    """
     if found := UNPRINTABLE.search(text):
         line = text[: found.start()].count("\n") + 1
-        raise ConfigError(f"{where}, line {line}: has the character {found[0]!r}, which YAML does not allow; remove it")
+        raise ConfigError(
+            f"{where}, line {line}: has the character {found[0]!r}, which YAML does not allow; "
+            "remove it"
+        )
     try:
         return _Document(text, where).read()
     except yaml.MarkedYAMLError as error:
         at = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ConfigError(f"{where}{at}: not valid YAML: {one_line(error.problem or str(error))}") from None
+        raise ConfigError(
+            f"{where}{at}: not valid YAML: {one_line(error.problem or str(error))}"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise ConfigError(f"{where}: not valid YAML: {one_line(str(error))}") from None
 
@@ -115,7 +128,10 @@ def plain_scalar(text: str, where: str) -> Any:
     if INT.fullmatch(text):
         digits = text.replace("_", "")
         if len(digits) > MAX_DIGITS:
-            raise ConfigError(f"{where}: {short(text)}: an integer of {len(digits)} digits, wanted at most {MAX_DIGITS}")
+            raise ConfigError(
+                f"{where}: {short(text)}: an integer of {len(digits)} digits, wanted at most "
+                f"{MAX_DIGITS}"
+            )
         return int(digits, 0)
     if FLOAT.fullmatch(text):
         return float(re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
@@ -150,7 +166,9 @@ class _Document:
         self.count(event, 1)
         before = self.nodes
         if event.tag is not None and event.tag not in TAGS[type(event)]:
-            self.refuse(event, f"has the tag {short(event.tag)}; tags are not read: write the value alone")
+            self.refuse(
+                event, f"has the tag {short(event.tag)}; tags are not read: write the value alone"
+            )
         if isinstance(event, yaml.ScalarEvent):
             value = self.scalar(event)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -195,7 +213,9 @@ class _Document:
 
     def alias(self, event: Any) -> Any:
         if event.anchor not in self.anchors:
-            self.refuse(event, f"*{short(event.anchor)[1:-1]} stands for nothing that is complete before it")
+            self.refuse(
+                event, f"*{short(event.anchor)[1:-1]} stands for nothing that is complete before it"
+            )
         value, nodes = self.anchors[event.anchor]
         self.count(event, nodes)
         return copy.deepcopy(value)
@@ -203,7 +223,9 @@ class _Document:
     def count(self, event: Any, nodes: int) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
-            self.refuse(event, f"more than {MAX_NODES} values (aliases count as what they stand for)")
+            self.refuse(
+                event, f"more than {MAX_NODES} values (aliases count as what they stand for)"
+            )
 
     def refuse(self, event: Any, problem: str) -> NoReturn:
         raise ConfigError(f"{self.where}, line {event.start_mark.line + 1}: {problem}")

@@ -1,4 +1,6 @@
-"""Work done ahead of its consumer: `map` on threads, in order, bounded, with errors where the consumer stands."""
+"""Work done ahead of its consumer: `map` on threads, in order, bounded, with errors where the
+consumer stands.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Result = TypeVar("Result")
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Generator[Result, None, None]:
-    """`items` is consumed on the caller's thread, `ahead` items early; closing the iterator joins the threads."""
+    """`items` is consumed on the caller's thread, `ahead` items early; closing the iterator joins
+    the threads.
+    """
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
         try:

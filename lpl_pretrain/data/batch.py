@@ -1,7 +1,8 @@
-"""What the trainer gets from the data: latents as stored, not yet sampled or normalised, and what is known about them.
+"""What the trainer gets from the data: latents as stored, not yet sampled or normalised, and what
+is known about them.
 
-Shapes: moments (B, 2C, H, W), the posterior's mean then its standard deviation;  labels, sample_indices (B,) int64;
-sizes (B, 6) int64.
+Shapes: moments (B, 2C, H, W), the posterior's mean then its standard deviation;  labels,
+sample_indices (B,) int64; sizes (B, 6) int64.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ class TextBatch:
     pooled: Tensor | None = None  # (B, P) float16
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TextBatch:
-        return TextBatch(function(self.states), function(self.lengths), None if self.pooled is None else function(self.pooled))
+        return TextBatch(
+            function(self.states),
+            function(self.lengths),
+            None if self.pooled is None else function(self.pooled),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,10 @@ class LatentBatch:
     sample_indices: Tensor
     """Global sample counts: they name the random draws of each sample (runtime/rng.py)."""
     sizes: Tensor
-    """(height, width) of the source, (top, left) of the crop in the resized picture, (height, width) of the crop, in pixels: what
-    SDXL is conditioned on (arXiv 2307.01952, section 2.2).  -1: not recorded.  For flipped samples, of the mirrored picture."""
+    """(height, width) of the source, (top, left) of the crop in the resized picture, (height,
+    width) of the crop, in pixels: what SDXL is conditioned on (arXiv 2307.01952, section 2.2).  -1:
+    not recorded.  For flipped samples, of the mirrored picture.
+    """
     captions: list[str] | None = None
     """Only when asked for; "" for a picture without one."""
     text: dict[str, TextBatch] = field(default_factory=dict)
@@ -46,7 +53,9 @@ class LatentBatch:
     """(folder, shard, row) that each sample was read from."""
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """Does not wait for the copy when the batch is pinned; moments become float32 on the other side."""
+        """Does not wait for the copy when the batch is pinned; moments become float32 on the other
+        side.
+        """
         moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, moments=moved.moments.float())
 
@@ -65,8 +74,11 @@ class LatentBatch:
         )
 
 
-def on_device(batches: Generator[LatentBatch, None, None], device: torch.device) -> Generator[LatentBatch, None, None]:
-    """`batches`, on `device`.  On CUDA each is copied on a stream of its own while the one before it is worked on.
+def on_device(
+    batches: Generator[LatentBatch, None, None], device: torch.device
+) -> Generator[LatentBatch, None, None]:
+    """`batches`, on `device`.  On CUDA each is copied on a stream of its own while the one before
+    it is worked on.
 
     Closing this closes `batches`.
     """
@@ -85,7 +97,9 @@ def on_device(batches: Generator[LatentBatch, None, None], device: torch.device)
             yield batch
 
 
-def _copies(batches: Iterator[LatentBatch], device: torch.device) -> Iterator[tuple[LatentBatch, torch.cuda.Event]]:
+def _copies(
+    batches: Iterator[LatentBatch], device: torch.device
+) -> Iterator[tuple[LatentBatch, torch.cuda.Event]]:
     stream = torch.cuda.Stream(device)
     for batch in batches:
         with torch.cuda.stream(stream):

@@ -1,6 +1,8 @@
-"""Where the files of a data folder lie on this machine: as they are, or copies of a remote folder's in a cache of limited size.
+"""Where the files of a data folder lie on this machine: as they are, or copies of a remote folder's
+in a cache of limited size.
 
-The cache is named by content (sha256), shared by all processes of a machine, and holds nothing that cannot be fetched again.
+The cache is named by content (sha256), shared by all processes of a machine, and holds nothing that
+cannot be fetched again.
 """
 
 from __future__ import annotations
@@ -50,15 +52,19 @@ class CachedStore:
     """Threads and processes may ask for the same file: one fetches it, the others wait."""
 
     def __init__(self, url: str, config: CacheConfig, *, largest_bytes: int, at_once: int) -> None:
-        """`at_once` files of up to `largest_bytes` are read side by side.  Raises ConfigError when they do not fit."""
+        """`at_once` files of up to `largest_bytes` are read side by side.  Raises ConfigError when
+        they do not fit.
+        """
         self.url, self.config = url.rstrip("/"), config
         self.max_bytes = int(config.max_gib * 2**30)
         self.folder = expand(config.folder)
         wanted_gib = 2 * at_once * largest_bytes / 2**30
         if wanted_gib > config.max_gib:
             raise ConfigError(
-                f"data.cache.max_gib={config.max_gib}: {at_once} shards of up to {largest_bytes / 2**30:.3g} GiB are read "
-                f"side by side, and the next ones fetched meanwhile: wanted at least {wanted_gib:.3g}, or fewer lanes"
+                f"data.cache.max_gib={config.max_gib}: {at_once} shards of up to "
+                f"{largest_bytes / 2**30:.3g} GiB are read "
+                "side by side, and the next ones fetched meanwhile: wanted at least "
+                f"{wanted_gib:.3g}, or fewer lanes"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
@@ -75,7 +81,9 @@ class CachedStore:
 
     def ahead(self, file: str, sha256: str, size: int) -> None:
         if file not in self._asked or self._asked[file].done():
-            self._asked[file] = self._pool.submit(self.path, file, sha256, size)  # an error shows when the file is needed
+            self._asked[file] = self._pool.submit(
+                self.path, file, sha256, size
+            )  # an error shows when the file is needed
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

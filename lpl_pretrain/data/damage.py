@@ -1,4 +1,6 @@
-"""What cannot be read, and what the configuration says to do about it: stop at the first, or go on while it is little."""
+"""What cannot be read, and what the configuration says to do about it: stop at the first, or go on
+while it is little.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,17 @@ class DamageLog:
         return self.found.get((folder, shard, None)) or self.found.get((folder, shard, row))
 
     def note(self, folder: int, shard: int, row: int | None, reason: str) -> None:
-        """Raises DataError with this reason when the configuration says stop, or when it is too much by now."""
+        """Raises DataError with this reason when the configuration says stop, or when it is too
+        much by now.
+        """
         if self.stops:
             raise DataError(reason)
         self.mark([(folder, shard, row, reason)])
 
     def mark(self, damaged: Iterable[Sequence]) -> None:
-        """(folder, shard, row, reason) of what is not to be read again, as one rank told the others."""
+        """(folder, shard, row, reason) of what is not to be read again, as one rank told the
+        others.
+        """
         with self._lock:
             for folder, shard, row, reason in damaged:
                 if self.reason(folder, shard, row) is None:
@@ -44,7 +50,8 @@ class DamageLog:
             total = sum(index.samples for index in self._indexes)
             if (lost := self.lost_samples()) > self.max_fraction * total:
                 raise DataError(
-                    f"{lost} of {total} samples cannot be read, more than data.max_skipped_fraction={self.max_fraction}; "
+                    f"{lost} of {total} samples cannot be read, more than "
+                    f"data.max_skipped_fraction={self.max_fraction}; "
                     f"the last: {next(reversed(self.found.values()))}"
                 )
 

@@ -1,14 +1,17 @@
-"""What a shard of latents is: a plain tar, which webdataset reads too, whose latents our own reader views in place.
+"""What a shard of latents is: a plain tar, which webdataset reads too, whose latents our own reader
+views in place.
 
 Samples stand in the order of their keys, and the members of one in the order of their names:
     <key>.cls                    class id in ASCII; -1 when the picture has no class
     <key>.json                   facts about the picture (see encoding/encode.py)
     <key>.moments.npy            (2C, H, W): the posterior's mean, then its standard deviation; float16, or the bits of bfloat16
-                                 as uint16, a type that numpy lacks: torch.from_numpy(bits).view(torch.bfloat16)
+                                 as uint16, a type that numpy lacks:
+                                 torch.from_numpy(bits).view(torch.bfloat16)
     <key>.moments_flipped.npy    the same of the mirrored picture, when there is one
     <key>.text_<name>.npy        (T, D) states of the caption's T tokens by encoder <name>: float16, or int8 to be multiplied by
     <key>.text_<name>_scale.npy  (T,) float16
-    <key>.text_<name>_pooled.npy (P,) float16, when the encoder gives one and the configuration asks for it
+    <key>.text_<name>_pooled.npy (P,) float16, when the encoder gives one and the configuration asks
+    for it
     <key>.txt                    caption in UTF-8, when there is one
 A key has no dot after its last slash, because webdataset starts the extension at that dot.
 """
@@ -80,15 +83,23 @@ class Sample:
         if self.flipped is not None:
             members[FLIPPED] = _npy_bytes(self.flipped)
         for name, text in self.text.items():
-            arrays = dict(zip(text_members(name), (text.tokens, text.scale, text.pooled), strict=True))
-            members |= {extension: _npy_bytes(array) for extension, array in arrays.items() if array is not None}
+            arrays = dict(
+                zip(text_members(name), (text.tokens, text.scale, text.pooled), strict=True)
+            )
+            members |= {
+                extension: _npy_bytes(array)
+                for extension, array in arrays.items()
+                if array is not None
+            }
         if self.caption is not None:
             members[CAPTION] = self.caption.encode()
         return dict(sorted(members.items()))
 
 
 def null_text_name(name: str) -> str:
-    """File of a folder with the embedding of the empty caption: `tokens` (T, D) float32, and `pooled` (P,) where there is one."""
+    """File of a folder with the embedding of the empty caption: `tokens` (T, D) float32, and
+    `pooled` (P,) where there is one.
+    """
     return f"text_{name}.null.safetensors"
 
 
@@ -114,23 +125,35 @@ def split_member_name(name: str, where: str) -> tuple[str, str]:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or _UNSAFE.search(name):
         raise DataError(
-            f"{where}: the member name {name[:200]!r} is not a plain relative path: pack the tar again without "
+            f"{where}: the member name {name[:200]!r} is not a plain relative path: pack the tar "
+            "again without "
             "absolute paths, `..`, backslashes, control characters or names that are not UTF-8"
         )
     if len(name.encode()) > MAX_NAME_BYTES:
-        raise DataError(f"{where}: the member name {name[:60]!r}... has more than {MAX_NAME_BYTES} bytes: shorten it")
+        raise DataError(
+            f"{where}: the member name {name[:60]!r}... has more than {MAX_NAME_BYTES} bytes: "
+            "shorten it"
+        )
     stem, dot, extension = parts[-1].partition(".")
     if not stem or not dot or not extension:
-        raise DataError(f"{where}: the member name {name[:200]!r} is not <key>.<extension>: remove it from the tar or rename it")
+        raise DataError(
+            f"{where}: the member name {name[:200]!r} is not <key>.<extension>: remove it from the "
+            "tar or rename it"
+        )
     return "/".join([*parts[:-1], stem]), extension.lower()
 
 
 def pack_sample(sample: Sample) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The bytes of one sample in a shard, and where in them each member's content lies: extension -> (offset, size)."""
+    """The bytes of one sample in a shard, and where in them each member's content lies: extension
+    -> (offset, size).
+    """
     packed, places = bytearray(), {}
     for extension, content in sample.members().items():
         member = _tar_member(f"{sample.key}.{extension}", content)
-        places[extension] = (len(packed) + len(member) - len(content) - -len(content) % BLOCK, len(content))
+        places[extension] = (
+            len(packed) + len(member) - len(content) - -len(content) % BLOCK,
+            len(content),
+        )
         packed += member
     return bytes(packed), places
 
@@ -146,11 +169,17 @@ def scan_shard(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
             key, extension = split_member_name(name, f"{path}")
             members = samples.setdefault(key, {})
             if extension in members:
-                raise DataError(f"{path}: sample {key!r} is there twice ({name}), wanted unique keys: encode the folder again")
+                raise DataError(
+                    f"{path}: sample {key!r} is there twice ({name}), wanted unique keys: encode "
+                    "the folder again"
+                )
             members[extension] = (offset, size)
     for key, members in samples.items():
         if missing := [extension for extension in REQUIRED if extension not in members]:
-            raise DataError(f"{path}: sample {key!r} has {', '.join(members)}, but no {missing[0]}: encode the folder again")
+            raise DataError(
+                f"{path}: sample {key!r} has {', '.join(members)}, but no {missing[0]}: encode the "
+                "folder again"
+            )
     return samples
 
 
@@ -165,16 +194,25 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 def _tar_member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode, info.uname, info.gname = len(data), 0, 0o444, "lpl", "lpl"
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)
+    return (
+        info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+        + data
+        + bytes(-len(data) % BLOCK)
+    )
 
 
 def walk_tar(fd: int, path: Path, position: int = 0) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each member from `position` on; GNU tar's long names are understood, other extensions are not."""
+    """(name, offset, size) of each member from `position` on; GNU tar's long names are understood,
+    other extensions are not.
+    """
     long_name = None
     while True:
         block = os.pread(fd, BLOCK, position)
         if len(block) < BLOCK:
-            raise DataError(f"{path}: truncated: {os.fstat(fd).st_size} bytes and no end mark of a tar: {DAMAGED}")
+            raise DataError(
+                f"{path}: truncated: {os.fstat(fd).st_size} bytes and no end mark of a tar: "
+                f"{DAMAGED}"
+            )
         if not any(block):
             return
         name, size, kind = _parse_header(block, f"{path}: byte {position}")
@@ -188,7 +226,10 @@ def walk_tar(fd: int, path: Path, position: int = 0) -> Iterator[tuple[str, int,
             yield long_name or name, start, size
             long_name = None
         else:
-            raise DataError(f"{path}: member {name!r} has type {kind!r}, wanted a plain file: encode the folder again")
+            raise DataError(
+                f"{path}: member {name!r} has type {kind!r}, wanted a plain file: encode the "
+                "folder again"
+            )
 
 
 def _parse_header(block: bytes, where: str) -> tuple[str, int, bytes]:
@@ -196,7 +237,10 @@ def _parse_header(block: bytes, where: str) -> tuple[str, int, bytes]:
     checksum, size = (int(text, 8) if _OCTAL.fullmatch(text) else -1 for text in fields)
     if size < 0 or checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
         raise DataError(f"{where}: no tar header, or a damaged one: {DAMAGED}")
-    name, prefix = (block[field].split(b"\0", 1)[0].decode(errors="surrogateescape") for field in (slice(0, 100), slice(345, 500)))
+    name, prefix = (
+        block[field].split(b"\0", 1)[0].decode(errors="surrogateescape")
+        for field in (slice(0, 100), slice(345, 500))
+    )
     is_ustar = block[257:263] == b"ustar\0"
     return f"{prefix}/{name}" if is_ustar and prefix else name, size, block[156:157]
 

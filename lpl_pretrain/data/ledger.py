@@ -1,10 +1,13 @@
-"""Which stored samples every update was made of: written by each rank as it trains, and checked afterwards against the order.
+"""Which stored samples every update was made of: written by each rank as it trains, and checked
+afterwards against the order.
 
-A line names its start and (global sample count, folder, shard, row) of what was read for one update.  An update made again after
-a restart is in the files twice, and the later one counts.  About 25 bytes a sample.
+A line names its start and (global sample count, folder, shard, row) of what was read for one
+update.  An update made again after a restart is in the files twice, and the later one counts.
+About 25 bytes a sample.
 
-A rollback after a spike (trainer/rollback.py) is a start too.  The line of a start says how many updates'
-samples were jumped over until then, and a rollback's also why, so that the number can be checked.
+A rollback after a spike (trainer/rollback.py) is a start too.  The line of a start says how many
+updates' samples were jumped over until then, and a rollback's also why, so that the number can be
+checked.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ MOST_TOLD = 20
 
 
 class Ledger:
-    """Of one rank.  `start` is a word that all ranks of this start have in common, and no other start has."""
+    """Of one rank.  `start` is a word that all ranks of this start have in common, and no other
+    start has.
+    """
 
     def __init__(
         self,
@@ -52,10 +57,14 @@ class Ledger:
     def note(self, step: int, batches: Sequence[LatentBatch]) -> None:
         """Update number `step` (from 1) was made of these."""
         places = [
-            [count, *place] for batch in batches for count, place in zip(batch.sample_indices.tolist(), batch.places, strict=True)
+            [count, *place]
+            for batch in batches
+            for count, place in zip(batch.sample_indices.tolist(), batch.places, strict=True)
         ]
         with naming(self.path):
-            self.file.write(json.dumps({"start": self.start, "step": step, "samples": places}) + "\n")
+            self.file.write(
+                json.dumps({"start": self.start, "step": step, "samples": places}) + "\n"
+            )
 
     def close(self) -> None:
         with naming(self.path):
@@ -95,10 +104,14 @@ class Audit:
 
 
 def audit(run_dir: RunDir, order: SampleOrder, global_batch_size: int) -> Audit:
-    """Compares what was read for every update with what it should have been.  Raises DataError where nothing was written."""
+    """Compares what was read for every update with what it should have been.  Raises DataError
+    where nothing was written.
+    """
     files = sorted(run_dir.path.glob("logs/samples_rank_*.jsonl"))
     if not files:
-        raise DataError(f"{run_dir.path}/logs: no samples_rank_*.jsonl: train with log.samples=true")
+        raise DataError(
+            f"{run_dir.path}/logs: no samples_rank_*.jsonl: train with log.samples=true"
+        )
     starts = _starts(files[0])
     read: dict[int, list[list[int]]] = {}
     jump_of: dict[int, int] = {}
@@ -108,7 +121,9 @@ def audit(run_dir: RunDir, order: SampleOrder, global_batch_size: int) -> Audit:
             if "samples" not in line:
                 continue
             if start not in starts:
-                raise DataError(f"{path}: a start that {files[0].name} does not have: was that file removed?")
+                raise DataError(
+                    f"{path}: a start that {files[0].name} does not have: was that file removed?"
+                )
             step, end = line["step"], starts[start].end
             if end is not None and step > end:
                 made_again.add((start, step))
@@ -122,8 +137,12 @@ def audit(run_dir: RunDir, order: SampleOrder, global_batch_size: int) -> Audit:
         problems += _wrong(step, step - 1 + jump, found, global_batch_size)
         seen.update(tuple(place) for _, *place in found)
         places = order.locate([count for count, *_ in found])
-        wanted = zip(places.folder.tolist(), places.shard.tolist(), places.row.tolist(), strict=True)
-        stand_ins += sum(tuple(place) != should for (_, *place), should in zip(found, wanted, strict=True))
+        wanted = zip(
+            places.folder.tolist(), places.shard.tolist(), places.row.tolist(), strict=True
+        )
+        stand_ins += sum(
+            tuple(place) != should for (_, *place), should in zip(found, wanted, strict=True)
+        )
     samples = sum(pool.order.samples for pools in order.pools for pool in pools)
     least = min(seen.values(), default=0) if len(seen) == samples else 0
     return Audit(
@@ -168,7 +187,10 @@ def _wrong_jumps(starts: list[_Start]) -> list[str]:
             wanted = start.spike - 1 + there + max(1, start.skip_updates) - start.step
             if before and before[-1].last != start.spike:
                 last = before[-1].last
-                problems.append(f"rollback to step {start.step}: of update {start.spike}, but {last} was the last")
+                problems.append(
+                    f"rollback to step {start.step}: of update {start.spike}, but {last} "
+                    "was the last"
+                )
         if start.jump != wanted:
             what = f"{start.jump} updates jumped over, wanted {wanted}"
             problems.append(f"start at step {start.step}: {what}")
@@ -183,13 +205,18 @@ def _wrong(step: int, position: int, found: list[list[int]], size: int) -> list[
     twice = [count for count, times in counts.items() if times > 1]
     foreign = [count for count in counts if count not in wanted]
     told = {"missed": missed, "seen twice": twice, "of another update": foreign}
-    return [f"update {step}: {len(counts)} samples {what}, such as {counts[0]}" for what, counts in told.items() if counts]
+    return [
+        f"update {step}: {len(counts)} samples {what}, such as {counts[0]}"
+        for what, counts in told.items()
+        if counts
+    ]
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(start, line) of all whole lines.
 
-    A line names its start, because a rank that was suspended may write one after those of a later start; older versions' did not.
+    A line names its start, because a rank that was suspended may write one after those of a later
+    start; older versions' did not.
     """
     start = ""
     for text in path.read_text().splitlines():

@@ -1,6 +1,8 @@
-"""Shares of streams, exactly: which folder gives a sample, which bucket a global batch is of, in closed form.
+"""Shares of streams, exactly: which folder gives a sample, which bucket a global batch is of, in
+closed form.
 
-Both answer for any count without looking at those before it, so that opening a run at sample 10^9 costs what the first costs.
+Both answer for any count without looking at those before it, so that opening a run at sample 10^9
+costs what the first costs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from lpl_pretrain.data.lanes import permutation
 
 
 class Mixture:
-    """Samples of several streams by weight: every cycle of MIX_CYCLE_SAMPLES holds the same number of each, shuffled."""
+    """Samples of several streams by weight: every cycle of MIX_CYCLE_SAMPLES holds the same number
+    of each, shuffled.
+    """
 
     def __init__(self, weights: Sequence[Fraction], seed: int, name: str) -> None:
         self.quotas = quotas(weights)
@@ -43,14 +47,20 @@ class Mixture:
 
 
 class BucketSchedule:
-    """The bucket of each global batch, when buckets differ in shape: all ranks alike, every bucket by its share.
+    """The bucket of each global batch, when buckets differ in shape: all ranks alike, every bucket
+    by its share.
 
-    Epoch e of bucket b ends with its batch number floor((e + 1) * samples_b / global_batch_size): what does not fill a batch is
-    served at the start of its next epoch, so that over time every sample is served equally often.
+    Epoch e of bucket b ends with its batch number floor((e + 1) * samples_b / global_batch_size):
+    what does not fill a batch is served at the start of its next epoch, so that over time every
+    sample is served equally often.
     """
 
-    def __init__(self, bucket_samples: Sequence[Fraction], global_batch_size: int, seed: int, name: str) -> None:
-        """`bucket_samples`: samples of each bucket in one epoch; fractions, when folders are mixed by weight."""
+    def __init__(
+        self, bucket_samples: Sequence[Fraction], global_batch_size: int, seed: int, name: str
+    ) -> None:
+        """`bucket_samples`: samples of each bucket in one epoch; fractions, when folders are mixed
+        by weight.
+        """
         self.samples, self.global_batch_size = list(bucket_samples), global_batch_size
         self.seed, self.name = seed, name
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
@@ -90,7 +100,9 @@ class BucketSchedule:
 
 
 def quotas(weights: Sequence[Fraction]) -> np.ndarray:
-    """Samples of each stream in a cycle: weights to the nearest whole samples, by largest remainder."""
+    """Samples of each stream in a cycle: weights to the nearest whole samples, by largest
+    remainder.
+    """
     exact = [weight * MIX_CYCLE_SAMPLES / sum(weights) for weight in weights]
     whole = np.array([int(share) for share in exact], dtype=np.int64)
     remainders = sorted(range(len(exact)), key=lambda i: (int(exact[i]) - exact[i], i))

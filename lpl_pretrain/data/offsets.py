@@ -1,6 +1,8 @@
-"""Where in a shard everything lies: a small file beside each tar, so that nobody walks headers to find a sample.
+"""Where in a shard everything lies: a small file beside each tar, so that nobody walks headers to
+find a sample.
 
-`latents-....offsets.safetensors` holds one row per sample, in the order of the tar.  It can be made again from the tar alone.
+`latents-....offsets.safetensors` holds one row per sample, in the order of the tar.  It can be made
+again from the tar alone.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ SUFFIX = ".offsets.safetensors"
 MAX_BYTES_PER_SAMPLE, MAX_HEADER_BYTES = 4096, 1 << 20
 """Of an offsets file."""
 MICRO = ("source_px", "resized_px", "crop_px")
-"""Facts that SDXL conditions on (arXiv 2307.01952, section 2.2): (height, width) before and after resizing, (top, left) of the
-crop."""
+"""Facts that SDXL conditions on (arXiv 2307.01952, section 2.2): (height, width) before and after
+resizing, (top, left) of the crop.
+"""
 
 
 FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -58,21 +61,32 @@ class Offsets:
     crc32: np.ndarray  # (N,) uint32, of these bytes
     label: np.ndarray  # (N,) int32, NO_CLASS without one
     micro: np.ndarray  # (N, 6) int32, as MICRO; -1 unknown
-    key_hash: np.ndarray  # (N,) uint64, first bytes of BLAKE2b of the key: finds keys that are there twice in a data set
+    # (N,) uint64, first bytes of BLAKE2b of the key: finds keys that are there twice in a data set
+    key_hash: np.ndarray
     moments: np.ndarray  # (N,) int64, first byte of the .npy
-    members: dict[str, np.ndarray]  # extension -> (N, 2) int64 (first byte, size), size -1 where a sample has none
+    members: dict[
+        str, np.ndarray
+    ]  # extension -> (N, 2) int64 (first byte, size), size -1 where a sample has none
 
     def __len__(self) -> int:
         return len(self.start)
 
     def to_bytes(self) -> bytes:
         fixed = {name: getattr(self, name) for name in FIXED}
-        return save(fixed | {f"member/{extension}": places for extension, places in sorted(self.members.items())})
+        return save(
+            fixed
+            | {f"member/{extension}": places for extension, places in sorted(self.members.items())}
+        )
 
     @classmethod
     def read(cls, path: Path, entry: ShardEntry) -> Offsets:
-        """Raises DataError unless the file is the one that index.json means, and describes a shard like `entry`."""
-        sha256, most_bytes = entry.offsets_sha256, MAX_HEADER_BYTES + MAX_BYTES_PER_SAMPLE * entry.samples
+        """Raises DataError unless the file is the one that index.json means, and describes a shard
+        like `entry`.
+        """
+        sha256, most_bytes = (
+            entry.offsets_sha256,
+            MAX_HEADER_BYTES + MAX_BYTES_PER_SAMPLE * entry.samples,
+        )
         try:
             if (size := path.stat().st_size) > most_bytes:
                 raise DataError(f"{path}: has {size} bytes, wanted at most {most_bytes}: {DAMAGED}")
@@ -87,7 +101,11 @@ class Offsets:
             raise DataError(f"{path}: not a safetensors file ({error}): {DAMAGED}") from None
         if problem := _array_problem(arrays, entry):
             raise DataError(f"{path}: {problem}: encode the folder again")
-        members = {name.removeprefix("member/"): arrays.pop(name) for name in list(arrays) if name.startswith("member/")}
+        members = {
+            name.removeprefix("member/"): arrays.pop(name)
+            for name in list(arrays)
+            if name.startswith("member/")
+        }
         offsets = cls(**arrays, members=members)
         if problem := offsets.range_problem(entry.bytes):
             raise DataError(f"{path}: {problem}: encode the folder again")
@@ -96,13 +114,22 @@ class Offsets:
     def range_problem(self, shard_bytes: int) -> str | None:
         """What lies outside the shard, or outside its sample."""
         ends = np.concatenate([np.zeros(1, np.int64), self.end])
-        if (self.start < ends[:-1]).any() or (self.end <= self.start).any() or ends[-1] > shard_bytes:
+        if (
+            (self.start < ends[:-1]).any()
+            or (self.end <= self.start).any()
+            or ends[-1] > shard_bytes
+        ):
             return f"samples overlap, or lie behind the {shard_bytes} bytes of the shard"
         if (self.moments < self.start).any() or (self.moments >= self.end).any():
             return "moments lie outside their sample"
         for extension, places in self.members.items():
             there = places[:, 1] >= 0
-            first, size, start, end = places[there, 0], places[there, 1], self.start[there], self.end[there]
+            first, size, start, end = (
+                places[there, 0],
+                places[there, 1],
+                self.start[there],
+                self.end[there],
+            )
             if (first < start).any() or (first > end).any() or (size > end - first).any():
                 return f"{extension} lies outside its sample"
         return None
@@ -126,25 +153,41 @@ class ShardBytes:
             packed, inside = pack_sample(sample)
             pieces.append(packed)
             starts.append(position)
-            places.append({extension: (position + offset, size) for extension, (offset, size) in inside.items()})
+            places.append(
+                {
+                    extension: (position + offset, size)
+                    for extension, (offset, size) in inside.items()
+                }
+            )
             position += len(packed)
         start = np.array(starts, dtype=np.int64)
-        extensions = sorted({name for sample in places for name in sample} - {LABEL, FACTS, MOMENTS})
+        extensions = sorted(
+            {name for sample in places for name in sample} - {LABEL, FACTS, MOMENTS}
+        )
         offsets = Offsets(
             start=start,
             end=np.append(start[1:], position).astype(np.int64),
             crc32=np.array([zlib.crc32(piece) for piece in pieces], dtype=np.uint32),
-            label=np.array([NO_CLASS if sample.label is None else sample.label for sample in ordered], dtype=np.int32),
+            label=np.array(
+                [NO_CLASS if sample.label is None else sample.label for sample in ordered],
+                dtype=np.int32,
+            ),
             micro=np.array([_micro(sample) for sample in ordered], dtype=np.int32),
             key_hash=key_hashes([sample.key for sample in ordered]),
             moments=np.array([sample[MOMENTS][0] for sample in places], dtype=np.int64),
-            members={name: np.array([sample.get(name, (-1, -1)) for sample in places], dtype=np.int64) for name in extensions},
+            members={
+                name: np.array([sample.get(name, (-1, -1)) for sample in places], dtype=np.int64)
+                for name in extensions
+            },
         )
         return [*pieces, END_OF_ARCHIVE], offsets
 
 
 def key_hashes(keys: list[str]) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest() for key in keys)
+    digests = b"".join(
+        hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
+        for key in keys
+    )
     return np.frombuffer(digests, dtype=np.uint64)
 
 
@@ -170,7 +213,9 @@ def _array_problem(arrays: dict[str, np.ndarray], entry: ShardEntry) -> str | No
             return f"holds {name[:80]!r}, which is no array of offsets"
         dtype, width = FIXED.get(name, ("int64", (2,)))
         if array.dtype != dtype or array.ndim != 1 + len(width) or array.shape[1:] != width:
-            return f"{name} is {array.dtype} {array.shape}, wanted {dtype} {(entry.samples, *width)}"
+            return (
+                f"{name} is {array.dtype} {array.shape}, wanted {dtype} {(entry.samples, *width)}"
+            )
         if len(array) != entry.samples:
             return f"has {len(array)} samples, index.json says {entry.samples} in {entry.file}"
     return None

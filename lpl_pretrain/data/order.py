@@ -1,8 +1,9 @@
-"""Which sample comes n-th: a pure function of (seed, fingerprints, n), the same for any ranks, workers and restarts.
+"""Which sample comes n-th: a pure function of (seed, fingerprints, n), the same for any ranks,
+workers and restarts.
 
-n counts samples over all ranks since the start of training.  Three questions, each with an answer in closed form:
-which bucket is the global batch of (BucketSchedule), which folder gives the sample (Mixture), where in it does it lie (LaneOrder).
-A pool is the samples of one bucket in one folder.
+n counts samples over all ranks since the start of training.  Three questions, each with an answer
+in closed form: which bucket is the global batch of (BucketSchedule), which folder gives the sample
+(Mixture), where in it does it lie (LaneOrder). A pool is the samples of one bucket in one folder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ class Pool:
 
 
 class SampleOrder:
-    def __init__(self, data: DataFolders, seed: int, global_batch_size: int, *, lanes: int, block_samples: int) -> None:
+    def __init__(
+        self,
+        data: DataFolders,
+        seed: int,
+        global_batch_size: int,
+        *,
+        lanes: int,
+        block_samples: int,
+    ) -> None:
         name = data.merged.order_key
         self.shapes = [(bucket.height, bucket.width) for bucket in data.merged.buckets]
         self.pools: list[list[Pool]] = []  # by bucket
@@ -44,13 +53,26 @@ class SampleOrder:
         for shape in self.shapes:
             pools, weights = [], []
             for folder, (index, weight) in enumerate(zip(data.indexes, data.weights, strict=True)):
-                numbers = {i for i, bucket in enumerate(index.buckets) if (bucket.height, bucket.width) == shape}
-                shards = np.array([i for i, entry in enumerate(index.shards) if entry.bucket in numbers], dtype=np.int64)
+                numbers = {
+                    i
+                    for i, bucket in enumerate(index.buckets)
+                    if (bucket.height, bucket.width) == shape
+                }
+                shards = np.array(
+                    [i for i, entry in enumerate(index.shards) if entry.bucket in numbers],
+                    dtype=np.int64,
+                )
                 if not shards.size:
                     continue
                 sizes = [index.shards[i].samples for i in shards]
                 label = f"{index.order_key}/{shape[0]}x{shape[1]}"
-                pools.append(Pool(folder, shards, LaneOrder(sizes, seed, label, lanes=lanes, block_samples=block_samples)))
+                pools.append(
+                    Pool(
+                        folder,
+                        shards,
+                        LaneOrder(sizes, seed, label, lanes=lanes, block_samples=block_samples),
+                    )
+                )
                 weights.append(weight * sum(sizes) / index.samples)
             self.pools.append(pools)
             self._mixtures.append(Mixture(weights, seed, f"{name}/{shape[0]}x{shape[1]}"))
@@ -74,14 +96,24 @@ class SampleOrder:
         return places
 
     def shards_at_once(self, folder: int) -> int:
-        """How many shards of a folder are read side by side: one for each lane of each bucket, all of a pool without lanes."""
+        """How many shards of a folder are read side by side: one for each lane of each bucket, all
+        of a pool without lanes.
+        """
         pools = [pool for pools in self.pools for pool in pools if pool.folder == folder]
-        return sum(len(pool.shards) if pool.order.is_whole else min(pool.order.lanes, len(pool.shards)) for pool in pools)
+        return sum(
+            len(pool.shards) if pool.order.is_whole else min(pool.order.lanes, len(pool.shards))
+            for pool in pools
+        )
 
     def drawn_from_pool(self, place: tuple[int, int, int], key: int) -> tuple[int, int, int]:
         """(folder, shard, row) of a sample of the same pool, picked by 64 random bits."""
         folder, shard, _ = place
-        pool = next(pool for pools in self.pools for pool in pools if pool.folder == folder and (pool.shards == shard).any())
+        pool = next(
+            pool
+            for pools in self.pools
+            for pool in pools
+            if pool.folder == folder and (pool.shards == shard).any()
+        )
         position, ends = key % pool.order.samples, np.cumsum(pool.order.sizes)
         turn = int(np.searchsorted(ends, position, side="right"))
         return folder, int(pool.shards[turn]), int(position - ends[turn] + pool.order.sizes[turn])

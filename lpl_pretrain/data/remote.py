@@ -1,4 +1,6 @@
-"""Files behind URLs: fetched whole, checked, under their name only when complete; tried again when the network fails."""
+"""Files behind URLs: fetched whole, checked, under their name only when complete; tried again when
+the network fails.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ import shutil
 from pathlib import Path
 
 import fsspec
-from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    Retrying,
+    before_sleep_log,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
 from lpl_pretrain.data.format import file_sha256
 from lpl_pretrain.errors import DataError
@@ -23,11 +31,15 @@ class _Damaged(OSError):
 
 def _may_pass(problem: BaseException) -> bool:
     """Networks recover; what is not there, or not allowed, stays so."""
-    return isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError | PermissionError)
+    return isinstance(problem, OSError) and not isinstance(
+        problem, FileNotFoundError | PermissionError
+    )
 
 
 def download(url: str, path: Path, sha256: str | None = None, retries: int = 6) -> Path:
-    """`path`, holding what `url` holds.  Waits 1, 2, 4 ... s (with jitter) between tries.  Raises DataError in the end."""
+    """`path`, holding what `url` holds.  Waits 1, 2, 4 ... s (with jitter) between tries.  Raises
+    DataError in the end.
+    """
     attempts = Retrying(
         retry=retry_if_exception(_may_pass),
         stop=stop_after_attempt(1 + retries),
@@ -38,9 +50,14 @@ def download(url: str, path: Path, sha256: str | None = None, retries: int = 6) 
     try:
         attempts(_download_once, url, path, sha256)
     except FileNotFoundError:
-        raise DataError(f"{url}: not found: copy it there again, or encode the folder again") from None
+        raise DataError(
+            f"{url}: not found: copy it there again, or encode the folder again"
+        ) from None
     except Exception as problem:  # drivers behind fsspec raise errors of their own
-        raise DataError(f"{url}: cannot be fetched ({problem}): check address, credentials, and room on {path.parent}") from None
+        raise DataError(
+            f"{url}: cannot be fetched ({problem}): check address, credentials, and room on "
+            f"{path.parent}"
+        ) from None
     return path
 
 

@@ -1,4 +1,6 @@
-"""One shard, open for reading: any sample's members, at one read each, checked for what they claim to be."""
+"""One shard, open for reading: any sample's members, at one read each, checked for what they claim
+to be.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,22 @@ class Damage:
 
 
 class OpenShard:
-    def __init__(self, path: Path, offsets_path: Path, entry: ShardEntry, index: DatasetIndex) -> None:
-        """Raises DataError for a file of the wrong size, offsets that are not the index's, class ids out of range."""
+    def __init__(
+        self, path: Path, offsets_path: Path, entry: ShardEntry, index: DatasetIndex
+    ) -> None:
+        """Raises DataError for a file of the wrong size, offsets that are not the index's, class
+        ids out of range.
+        """
         self.path, self.entry = path, entry
         self._fd = -1
         check_size(path, entry)
         self.offsets = Offsets.read(offsets_path, entry)
         mirrored = self.offsets.members.get(FLIPPED)
         if index.flipped and (mirrored is None or (mirrored[:, 1] < 0).any()):
-            raise DataError(f"{path}: has samples without {FLIPPED}, index.json says flipped: encode the folder again")
+            raise DataError(
+                f"{path}: has samples without {FLIPPED}, index.json says flipped: encode the "
+                "folder again"
+            )
         labels, classes = self.offsets.label, len(index.classes)
         wrong = np.flatnonzero((labels < (0 if classes else NO_CLASS)) | (labels >= classes))
         if wrong.size:
@@ -52,7 +61,9 @@ class OpenShard:
                 f"index.json has {classes} classes: encode the folder again"
             )
         bucket = index.buckets[entry.bucket]
-        self._header = npy_header(DTYPES[index.moments_dtype], (2 * index.latent.channels, bucket.height, bucket.width))
+        self._header = npy_header(
+            DTYPES[index.moments_dtype], (2 * index.latent.channels, bucket.height, bucket.width)
+        )
         self._fd = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -63,7 +74,9 @@ class OpenShard:
         return f"{self.path}: sample {key_at(self.path, self.offsets, row)!r}"
 
     def read_moments(self, row: int, flipped: bool, into: memoryview) -> None:
-        """`into`: the bytes of one sample's moments.  Reads move no file position, so threads may share the file."""
+        """`into`: the bytes of one sample's moments.  Reads move no file position, so threads may
+        share the file.
+        """
         if flipped:
             offset, size = (int(value) for value in self.offsets.members[FLIPPED][row])
         else:
@@ -72,7 +85,8 @@ class OpenShard:
         read = os.preadv(self._fd, [header, into], offset)
         if header != self._header or read != size:
             raise DataError(
-                f"{self.where(row)}: {FLIPPED if flipped else MOMENTS} is not the array that index.json describes "
+                f"{self.where(row)}: {FLIPPED if flipped else MOMENTS} is not the array that "
+                "index.json describes "
                 f"({read} bytes, starts with {bytes(header[:100])!r}): {DAMAGED}"
             )
 
@@ -82,7 +96,9 @@ class OpenShard:
         try:
             return "" if raw is None else raw.decode()
         except UnicodeDecodeError as problem:
-            raise DataError(f"{self.where(row)}: .{CAPTION} is not UTF-8 ({problem}): {DAMAGED}") from None
+            raise DataError(
+                f"{self.where(row)}: .{CAPTION} is not UTF-8 ({problem}): {DAMAGED}"
+            ) from None
 
     def read_text(self, row: int, name: str, entry: TextEntry) -> EncodedText:
         states, scale, pooled = text_members(name)
@@ -98,7 +114,9 @@ class OpenShard:
         return found
 
     def verify(self) -> list[Damage]:
-        """Reads every byte.  Empty when they are those that index.json means; else what is wrong, as closely as can be said."""
+        """Reads every byte.  Empty when they are those that index.json means; else what is wrong,
+        as closely as can be said.
+        """
         if (found := file_sha256(self.path)) == self.entry.sha256:
             return []
         reason = f"{self.path}: sha256 is {found}, index.json says {self.entry.sha256}: {DAMAGED}"
@@ -106,11 +124,21 @@ class OpenShard:
             scan_shard(self.path)
         except DataError as problem:
             reason = str(problem)
-        spans = zip(self.offsets.start.tolist(), self.offsets.end.tolist(), self.offsets.crc32.tolist(), strict=True)
-        rows = [row for row, (start, end, crc) in enumerate(spans) if zlib.crc32(os.pread(self._fd, end - start, start)) != crc]
-        return [Damage(row, f"sample {key_at(self.path, self.offsets, row)!r}, in {reason}") for row in rows] or [
-            Damage(None, reason)
+        spans = zip(
+            self.offsets.start.tolist(),
+            self.offsets.end.tolist(),
+            self.offsets.crc32.tolist(),
+            strict=True,
+        )
+        rows = [
+            row
+            for row, (start, end, crc) in enumerate(spans)
+            if zlib.crc32(os.pread(self._fd, end - start, start)) != crc
         ]
+        return [
+            Damage(row, f"sample {key_at(self.path, self.offsets, row)!r}, in {reason}")
+            for row in rows
+        ] or [Damage(None, reason)]
 
     def _read_member(self, row: int, extension: str) -> bytes | None:
         places = self.offsets.members.get(extension)
@@ -119,17 +147,26 @@ class OpenShard:
         offset, size = (int(value) for value in places[row])
         return os.pread(self._fd, size, offset)
 
-    def _read_array(self, row: int, extension: str, dtype: np.dtype, width: int | None = None) -> np.ndarray:
+    def _read_array(
+        self, row: int, extension: str, dtype: np.dtype, width: int | None = None
+    ) -> np.ndarray:
         """(n, width), or (n,): n follows from the member's size."""
         raw = self._read_member(row, extension)
         if raw is None:
-            raise DataError(f"{self.where(row)}: has no {extension}, though index.json lists it: encode the folder again")
+            raise DataError(
+                f"{self.where(row)}: has no {extension}, though index.json lists it: encode the "
+                "folder again"
+            )
         head = len(npy_header(dtype.str, (1, width) if width else (1,)))
         count = max(0, len(raw) - head) // (dtype.itemsize * (width or 1))
         shape = (count, width) if width else (count,)
         header = npy_header(dtype.str, shape)
-        if not raw.startswith(header) or len(raw) != len(header) + dtype.itemsize * int(np.prod(shape)):
-            raise DataError(f"{self.where(row)}: {extension} is not a {dtype} array of width {width}: {DAMAGED}")
+        if not raw.startswith(header) or len(raw) != len(header) + dtype.itemsize * int(
+            np.prod(shape)
+        ):
+            raise DataError(
+                f"{self.where(row)}: {extension} is not a {dtype} array of width {width}: {DAMAGED}"
+            )
         return np.frombuffer(raw, dtype, offset=len(header)).reshape(shape)
 
 
@@ -140,7 +177,11 @@ def _text_problem(text: EncodedText, entry: TextEntry) -> str | None:
         return f"has {len(text.scale)} scales for {len(text.tokens)} tokens"
     if text.pooled is not None and len(text.pooled) != entry.pooled_width:
         return f"has a pooled vector of {len(text.pooled)}, wanted {entry.pooled_width}"
-    halves = [array for array in (text.tokens, text.scale, text.pooled) if array is not None and array.dtype == np.float16]
+    halves = [
+        array
+        for array in (text.tokens, text.scale, text.pooled)
+        if array is not None and array.dtype == np.float16
+    ]
     if any(((array.view("<i2") & 0x7FFF) >= 0x7C00).any() for array in halves):
         return "holds NaN or infinity"
     return None
@@ -150,4 +191,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     found = path.stat().st_size if path.is_file() else None
     if found != entry.bytes:
         state = "missing" if found is None else f"has {found} bytes"
-        raise DataError(f"{path}: {state}, index.json says {entry.bytes} bytes: copy it again, or encode the folder again")
+        raise DataError(
+            f"{path}: {state}, index.json says {entry.bytes} bytes: copy it again, or encode the "
+            "folder again"
+        )

@@ -1,8 +1,9 @@
 """Latents by global sample count: any batch, at any point of training, without state.
 
-The trainer decides who asks for which counts; the stream knows neither ranks nor steps, so resuming is asking for the next counts.
-A sample that cannot be read stops the run, or, when the configuration says so, another one stands in for it: the same one on
-every layout, drawn from the same pool by (seed, count).
+The trainer decides who asks for which counts; the stream knows neither ranks nor steps, so resuming
+is asking for the next counts. A sample that cannot be read stops the run, or, when the
+configuration says so, another one stands in for it: the same one on every layout, drawn from the
+same pool by (seed, count).
 """
 
 from __future__ import annotations
@@ -62,19 +63,31 @@ class Row:
 
 
 class LatentStream:
-    """One or several finished folders, opened for reading.  Raises DataError that names shard and key."""
+    """One or several finished folders, opened for reading.  Raises DataError that names shard and
+    key.
+    """
 
-    def __init__(self, config: DataConfig, seed: int, global_batch_size: int, wants: Wants | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, seed: int, global_batch_size: int, wants: Wants | None = None
+    ) -> None:
         self.config, self.seed, self.wants = config, seed, wants or Wants()
         self.folders = read_data(config.folder)
         self.index = self.folders.merged
         warn_without_digests(self.folders)
         if problems := data_problems(config, self.index, self.wants.text):
             raise ConfigError("\n".join(problems))
-        self.order = SampleOrder(self.folders, seed, global_batch_size, lanes=config.lanes, block_samples=config.block_samples)
+        self.order = SampleOrder(
+            self.folders,
+            seed,
+            global_batch_size,
+            lanes=config.lanes,
+            block_samples=config.block_samples,
+        )
         at_once = [self.order.shards_at_once(folder) for folder in range(len(self.folders.paths))]
         self._most_open = min(2 * sum(at_once), MOST_OPEN_SHARDS)
-        self._stores = [self._store(path, i, at_once[i]) for i, path in enumerate(self.folders.paths)]
+        self._stores = [
+            self._store(path, i, at_once[i]) for i, path in enumerate(self.folders.paths)
+        ]
         self._open: dict[tuple[int, int], OpenShard] = {}
         self._lock = threading.Lock()
         self.damage = DamageLog(config, self.folders.indexes)
@@ -96,7 +109,8 @@ class LatentStream:
         return f"{inside}{file} row {row}"
 
     def state(self, samples_seen: int, jumped: int = 0) -> dict:
-        """Where in the data a run is, once it has seen so many samples: JSON, the same on every rank.
+        """Where in the data a run is, once it has seen so many samples: JSON, the same on every
+        rank.
 
         `jumped`: samples that it passed without seeing them.
         """
@@ -113,20 +127,36 @@ class LatentStream:
         counts = np.asarray(sample_indices, dtype=np.int64)
         found = self.order.locate(counts)
         self._fetch_ahead(counts)
-        places = list(zip(found.folder.tolist(), found.shard.tolist(), found.row.tolist(), strict=True))
+        places = list(
+            zip(found.folder.tolist(), found.shard.tolist(), found.row.tolist(), strict=True)
+        )
         flips = self._flips(counts)
         buckets = {self._bucket(folder, shard) for folder, shard in {place[:2] for place in places}}
-        assert len(buckets) <= 1, f"samples {sample_indices} are of different global batches, in buckets {sorted(buckets)}"
+        assert len(buckets) <= 1, (
+            f"samples {sample_indices} are of different global batches, in buckets "
+            f"{sorted(buckets)}"
+        )
         height, width = next(iter(buckets), (self.index.latent.height, self.index.latent.width))
-        stored = np.empty((len(places), 2 * self.index.latent.channels, height, width), dtype=DTYPES[self.index.moments_dtype])
+        stored = np.empty(
+            (len(places), 2 * self.index.latent.channels, height, width),
+            dtype=DTYPES[self.index.moments_dtype],
+        )
         raw = stored.reshape(len(places), -1).view(np.uint8)
-        rows = [self._read_row(*row) for row in zip(counts.tolist(), places, flips.tolist(), raw, strict=True)]
+        rows = [
+            self._read_row(*row)
+            for row in zip(counts.tolist(), places, flips.tolist(), raw, strict=True)
+        ]
         for row in np.flatnonzero(self._not_finite(raw)).tolist():
-            rows[row] = self._read_row(int(counts[row]), places[row], bool(flips[row]), raw[row], look=True)
+            rows[row] = self._read_row(
+                int(counts[row]), places[row], bool(flips[row]), raw[row], look=True
+            )
         return self._collate(stored, rows, flips, counts)
 
-    def prefetch(self, requests: Iterable[Sequence[int]], device: torch.device | None = None) -> Generator[LatentBatch, None, None]:
-        """`read` of each request, ahead of the consumer on `workers` threads; brought to `device`, through pinned memory if CUDA.
+    def prefetch(
+        self, requests: Iterable[Sequence[int]], device: torch.device | None = None
+    ) -> Generator[LatentBatch, None, None]:
+        """`read` of each request, ahead of the consumer on `workers` threads; brought to `device`,
+        through pinned memory if CUDA.
 
         `requests` is consumed a few batches early; closing the iterator joins the threads.
         """
@@ -140,12 +170,17 @@ class LatentStream:
         return batches if device is None else on_device(batches, device)
 
     def verify(self, *, share: int = 0, shares: int = 1) -> list[tuple[int, int, int | None, str]]:
-        """Reads every byte of every `shares`-th shard and compares checksums: (folder, shard, row or None, reason) of damage.
+        """Reads every byte of every `shares`-th shard and compares checksums: (folder, shard, row
+        or None, reason) of damage.
 
         Raises DataError for the first when the configuration says `stop`.
         """
         damaged = []
-        shards = [(folder, shard) for folder, index in enumerate(self.folders.indexes) for shard in range(len(index.shards))]
+        shards = [
+            (folder, shard)
+            for folder, index in enumerate(self.folders.indexes)
+            for shard in range(len(index.shards))
+        ]
         for folder, shard in shards[share::shares]:
             if self.damage.reason(folder, shard, None):
                 continue
@@ -158,10 +193,19 @@ class LatentStream:
             damaged += [(folder, shard, problem.row, problem.reason) for problem in problems]
         return damaged
 
-    def _read_row(self, count: int, place: tuple[int, int, int], flipped: bool, into: np.ndarray, look: bool = False) -> Row:
-        """What was read: the sample at `place`, or another of its pool when that is damaged and may be skipped.
+    def _read_row(
+        self,
+        count: int,
+        place: tuple[int, int, int],
+        flipped: bool,
+        into: np.ndarray,
+        look: bool = False,
+    ) -> Row:
+        """What was read: the sample at `place`, or another of its pool when that is damaged and may
+        be skipped.
 
-        `look` into the latent for NaN and infinity; without, the whole batch is looked at afterwards, which is faster.
+        `look` into the latent for NaN and infinity; without, the whole batch is looked at
+        afterwards, which is faster.
         """
         folder, shard, row = place
         for substitute in range(SUBSTITUTES):
@@ -169,19 +213,37 @@ class LatentStream:
                 return self._try_row(folder, shard, row, flipped, into, look)
             except DataError as problem:
                 self.damage.note(folder, shard, row, str(problem))
-            folder, shard, row = self.order.drawn_from_pool(place, rng.key(self.seed, "substitute", count, substitute))
-        raise DataError(f"{self.folders.paths[folder]}: {SUBSTITUTES} samples in a row cannot be read: encode the folder again")
+            folder, shard, row = self.order.drawn_from_pool(
+                place, rng.key(self.seed, "substitute", count, substitute)
+            )
+        raise DataError(
+            f"{self.folders.paths[folder]}: {SUBSTITUTES} samples in a row cannot be read: encode "
+            "the folder again"
+        )
 
-    def _try_row(self, folder: int, shard: int, row: int, flipped: bool, into: np.ndarray, look: bool) -> Row:
+    def _try_row(
+        self, folder: int, shard: int, row: int, flipped: bool, into: np.ndarray, look: bool
+    ) -> Row:
         if known := self.damage.reason(folder, shard, row):
             raise DataError(known)
         opened = self._shard(folder, shard)
         opened.read_moments(row, flipped, memoryview(into))  # type: ignore[arg-type]
         if look and self._not_finite(into[None])[0]:
-            raise DataError(f"{opened.where(row)}: NaN or infinity in its latent, wanted finite values: encode the folder again")
+            raise DataError(
+                f"{opened.where(row)}: NaN or infinity in its latent, wanted finite values: encode "
+                "the folder again"
+            )
         caption = opened.read_caption(row) if self.wants.captions else None
-        text = {name: opened.read_text(row, name, self.index.text[name]) for name in self.wants.text}
-        return Row(int(opened.offsets.label[row]), opened.offsets.micro[row], caption, text, (folder, shard, row))
+        text = {
+            name: opened.read_text(row, name, self.index.text[name]) for name in self.wants.text
+        }
+        return Row(
+            int(opened.offsets.label[row]),
+            opened.offsets.micro[row],
+            caption,
+            text,
+            (folder, shard, row),
+        )
 
     def _not_finite(self, raw: np.ndarray) -> np.ndarray:
         """(B, bytes) of latents as stored -> (B,) bool"""
@@ -193,7 +255,9 @@ class LatentStream:
             return np.zeros(len(counts), dtype=bool)
         return (rng.uniform(self.seed, "flip", counts.tolist()) < 0.5).numpy()
 
-    def _collate(self, stored: np.ndarray, rows: list[Row], flips: np.ndarray, counts: np.ndarray) -> LatentBatch:
+    def _collate(
+        self, stored: np.ndarray, rows: list[Row], flips: np.ndarray, counts: np.ndarray
+    ) -> LatentBatch:
         dtype = torch.float16 if self.index.moments_dtype == "fp16" else torch.bfloat16
         return LatentBatch(
             torch.from_numpy(stored.view("<i2")).view(dtype),
@@ -201,7 +265,10 @@ class LatentStream:
             torch.from_numpy(counts),
             self._sizes(rows, flips, stored.shape[2:]),
             [row.caption or "" for row in rows] if self.wants.captions else None,
-            {name: _text_batch([row.text[name] for row in rows], self.index.text[name].width) for name in self.wants.text},
+            {
+                name: _text_batch([row.text[name] for row in rows], self.index.text[name].width)
+                for name in self.wants.text
+            },
             [row.place for row in rows],
         )
 
@@ -211,7 +278,9 @@ class LatentStream:
         target = np.array(latent, dtype=np.int64) * self.index.autoencoder.downscale
         mirrored = flips & (crop[:, 1] >= 0)
         crop[mirrored, 1] = resized[mirrored, 1] - target[1] - crop[mirrored, 1]
-        return torch.from_numpy(np.concatenate([source, crop, np.broadcast_to(target, source.shape)], axis=1))
+        return torch.from_numpy(
+            np.concatenate([source, crop, np.broadcast_to(target, source.shape)], axis=1)
+        )
 
     def _bucket(self, folder: int, shard: int) -> tuple[int, int]:
         index = self.folders.indexes[folder]
@@ -232,18 +301,31 @@ class LatentStream:
         with self._lock:
             self._open[folder, shard] = opened
             if len(self._open) > self._most_open:
-                del self._open[next(iter(self._open))]  # the one opened first; closed once nobody reads it
+                del self._open[
+                    next(iter(self._open))
+                ]  # the one opened first; closed once nobody reads it
         return opened
 
     def _fetch_ahead(self, counts: np.ndarray) -> None:
-        """Remote shards that will be read before every lane has moved on by a block are asked for now."""
+        """Remote shards that will be read before every lane has moved on by a block are asked for
+        now.
+        """
         horizon, lanes = self.config.lanes * self.config.block_samples, self.config.lanes
         now = int(counts.max(initial=0))
-        if not any(isinstance(store, CachedStore) for store in self._stores) or now + horizon * 3 // 4 < self._fetched_to:
+        if (
+            not any(isinstance(store, CachedStore) for store in self._stores)
+            or now + horizon * 3 // 4 < self._fetched_to
+        ):
             return
         self._fetched_to = now + horizon
-        coming = self.order.locate((now + np.arange(0, horizon + 1, max(1, horizon // 4))[:, None] + np.arange(lanes)).ravel())
-        for folder, shard in dict.fromkeys(zip(coming.folder.tolist(), coming.shard.tolist(), strict=True)):
+        coming = self.order.locate(
+            (
+                now + np.arange(0, horizon + 1, max(1, horizon // 4))[:, None] + np.arange(lanes)
+            ).ravel()
+        )
+        for folder, shard in dict.fromkeys(
+            zip(coming.folder.tolist(), coming.shard.tolist(), strict=True)
+        ):
             for file in _files(self.folders.indexes[folder].shards[shard]):
                 self._stores[folder].ahead(*file)
 
@@ -254,7 +336,9 @@ class LatentStream:
         return CachedStore(path, self.config.cache, largest_bytes=largest, at_once=at_once)
 
     def _check_sizes(self) -> None:
-        for folder, (store, index) in enumerate(zip(self._stores, self.folders.indexes, strict=True)):
+        for folder, (store, index) in enumerate(
+            zip(self._stores, self.folders.indexes, strict=True)
+        ):
             for shard, entry in enumerate(index.shards):
                 if isinstance(store, LocalStore):
                     try:
@@ -269,7 +353,8 @@ def warn_without_digests(folders: DataFolders) -> None:
         if index.format_version < 3 and path not in _warned:
             _warned.add(path)
             log.warning(
-                "%s: format 2: its index.json and null text have no checksums, so damage to them goes unnoticed; "
+                "%s: format 2: its index.json and null text have no checksums, so damage to them "
+                "goes unnoticed; "
                 "`lpl-pretrain data seal %s` checks the folder and adds them (runs on it go on)",
                 path,
                 path,
@@ -282,7 +367,11 @@ def _text_batch(found: list[EncodedText], width: int) -> TextBatch:
     for i, text in enumerate(found):
         states[i, : lengths[i]] = text.floats()
     pooled = [text.pooled for text in found if text.pooled is not None]
-    return TextBatch(torch.from_numpy(states), torch.tensor(lengths), torch.from_numpy(np.stack(pooled)) if pooled else None)
+    return TextBatch(
+        torch.from_numpy(states),
+        torch.tensor(lengths),
+        torch.from_numpy(np.stack(pooled)) if pooled else None,
+    )
 
 
 def _files(entry: ShardEntry) -> list[tuple[str, str, int]]:

@@ -23,13 +23,24 @@ class Denoising:
     z0_hat: Tensor  # (B, C, H, W)  the model's estimate of z0
     noise_level: Tensor  # (B,)          sigma_t / alpha_t
     loss: Tensor  # (B,)          mean squared error per sample, unweighted, unreduced
-    spread: Tensor | None = None  # (B, C, H, W)  what a model with learned_sigma says of its variance
+    spread: Tensor | None = (
+        None  # (B, C, H, W)  what a model with learned_sigma says of its variance
+    )
 
 
 def denoise(
-    model: Callable[..., Tensor], kind: Prediction, z0: Tensor, eps: Tensor, t: Tensor, alpha_t: Tensor, sigma_t: Tensor, cond: Any
+    model: Callable[..., Tensor],
+    kind: Prediction,
+    z0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    alpha_t: Tensor,
+    sigma_t: Tensor,
+    cond: Any,
 ) -> Denoising:
-    """Noise `z0`, ask `model`, and compare.  Sources: eps 2006.11239 (14), v 2202.00512 (appendix D), flow 2209.03003."""
+    """Noise `z0`, ask `model`, and compare.  Sources: eps 2006.11239 (14), v 2202.00512 (appendix
+    D), flow 2209.03003.
+    """
     a, s = (c.view(-1, 1, 1, 1) for c in (alpha_t, sigma_t))
     z_t = a * z0 + s * eps
     out, spread = model(z_t, t, cond).to(z0.dtype), None  # loss math is fp32 under any autocast
@@ -40,4 +51,6 @@ def denoise(
         Prediction.V: lambda: (a * eps - s * z0, a * z_t - s * out),  # needs alpha^2 + sigma^2 = 1
         Prediction.FLOW: lambda: (eps - z0, z_t - s * out),  # needs alpha + sigma = 1; u = dz_t/dt
     }[kind]()
-    return Denoising(z0, z0_hat, sigma_t / alpha_t, (out - target).square().mean(dim=(1, 2, 3)), spread)
+    return Denoising(
+        z0, z0_hat, sigma_t / alpha_t, (out - target).square().mean(dim=(1, 2, 3)), spread
+    )

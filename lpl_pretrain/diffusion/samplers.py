@@ -1,6 +1,7 @@
 """From noise to latents along the probability-flow ODE: the only address of diffusers' schedulers.
 
-Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser always sees t, never a scheduler's own timestep.
+Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser always sees t, never a scheduler's own
+timestep.
 Shapes:      noise, z_t, z0 (B, C, H, W) float32;  t (B,) float32.
 Steps:       `ddim`, `dpmpp_2m` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its last, tiny step is an Euler step).
 """
@@ -51,7 +52,8 @@ def sample(
     guidance_scale: float = 1.0,
     guide: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`noise` to z0.  Where `guidance_scale` is not 1, away from `model`'s answer to `uncond`, or from `guide`'s to `cond`.
+    """`noise` to z0.  Where `guidance_scale` is not 1, away from `model`'s answer to `uncond`, or
+    from `guide`'s to `cond`.
 
     Raises ConfigError for a sampler that does not fit.
     """
@@ -80,10 +82,12 @@ def plan_walk(prediction: Prediction, schedule: Schedule, sampler: SamplerConfig
 
 
 def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Walk:
-    """DDIM (arXiv 2010.02502, equation 12, eta 0) on the `steps` timesteps of trailing spacing (arXiv 2305.08891, table 2).
+    """DDIM (arXiv 2010.02502, equation 12, eta 0) on the `steps` timesteps of trailing spacing
+    (arXiv 2305.08891, table 2).
 
-    The scheduler is built on those timesteps alone.  Built on all 1,000 it steps from t to t - 1000 // steps, which is not the next
-    timestep unless `steps` divides 1,000, and it multiplies betas up in float32; ours are float64 and taken as they are.
+    The scheduler is built on those timesteps alone.  Built on all 1,000 it steps from t to t - 1000
+    // steps, which is not the next timestep unless `steps` divides 1,000, and it multiplies betas
+    up in float32; ours are float64 and taken as they are.
     """
     kept = [round(TIMESTEPS * (i + 1) / steps) - 1 for i in range(steps)]
     scheduler: Any = DDIMScheduler(
@@ -106,20 +110,27 @@ def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wa
         final_sigmas_type="zero",
         prediction_type=PREDICTION_TYPES[prediction],
     )
-    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=2.0**-24)  # it takes the logarithm, of pure noise too
+    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(
+        min=2.0**-24
+    )  # it takes the logarithm, of pure noise too
     scheduler.set_timesteps(steps)
     return Walk(scheduler, [timestep / TIMESTEPS for timestep in scheduler.timesteps.tolist()])
 
 
 def _euler(steps: int, shift: float) -> Walk:
-    """Equal steps from t = 1 to 0, before the shift; diffusers' default would spend the last one on t = 0.001."""
+    """Equal steps from t = 1 to 0, before the shift; diffusers' default would spend the last one on
+    t = 0.001.
+    """
     scheduler: Any = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=shifted(1 - torch.arange(steps, dtype=torch.float64) / steps, shift).tolist())
+    scheduler.set_timesteps(
+        sigmas=shifted(1 - torch.arange(steps, dtype=torch.float64) / steps, shift).tolist()
+    )
     return Walk(scheduler, _times(scheduler))
 
 
 def _heun(steps: int, shift: float) -> Walk:
-    """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001 before the shift, then one Euler step to 0.
+    """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001 before the shift, then one
+    Euler step to 0.
 
     The scheduler's own shift is applied twice to the times in between.
     """
@@ -131,4 +142,6 @@ def _heun(steps: int, shift: float) -> Walk:
 
 
 def _times(scheduler: Any) -> list[float]:
-    return [timestep / scheduler.config.num_train_timesteps for timestep in scheduler.timesteps.tolist()]
+    return [
+        timestep / scheduler.config.num_train_timesteps for timestep in scheduler.timesteps.tolist()
+    ]

@@ -20,7 +20,9 @@ TIMESTEPS = 1000
 class Schedule(ABC):
     @abstractmethod
     def place(self, t: Tensor) -> Tensor:
-        """Times that the schedule has, for times in [0, 1]: itself when continuous, rounded down to a timestep when discrete."""
+        """Times that the schedule has, for times in [0, 1]: itself when continuous, rounded down to
+        a timestep when discrete.
+        """
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,9 @@ class RectifiedFlow(Schedule):
 
 
 class DiscreteSchedule(Schedule):
-    """Variance preserving: alpha^2 = alphas_cumprod, sigma^2 = 1 - alphas_cumprod (arXiv 2006.11239, equation 4)."""
+    """Variance preserving: alpha^2 = alphas_cumprod, sigma^2 = 1 - alphas_cumprod (arXiv
+    2006.11239, equation 4).
+    """
 
     def __init__(self, betas: Tensor) -> None:
         """`betas`: (1000,) float64."""
@@ -55,7 +59,13 @@ class DiscreteSchedule(Schedule):
         return (t * TIMESTEPS).round().long().clamp(0, TIMESTEPS - 1)
 
     def place(self, t: Tensor) -> Tensor:
-        return (t.double() * TIMESTEPS + 1e-4).floor().clamp(0, TIMESTEPS - 1).div(TIMESTEPS).to(t.dtype)
+        return (
+            (t.double() * TIMESTEPS + 1e-4)
+            .floor()
+            .clamp(0, TIMESTEPS - 1)
+            .div(TIMESTEPS)
+            .to(t.dtype)
+        )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alphas_cumprod = self.alphas_cumprod.to(t.device)[self.timestep(t)]
@@ -70,7 +80,9 @@ def make_schedule(kind: ScheduleKind, *, zero_terminal_snr: bool = False) -> Sch
 
 
 def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """(1000,) betas whose first sqrt(alphas_cumprod) is as before and whose last is 0 (arXiv 2305.08891, algorithm 1)."""
+    """(1000,) betas whose first sqrt(alphas_cumprod) is as before and whose last is 0 (arXiv
+    2305.08891, algorithm 1).
+    """
     alpha = torch.cumprod(1 - betas, dim=0).sqrt()
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     alphas_cumprod = alpha.square()
@@ -86,4 +98,6 @@ def _betas(kind: ScheduleKind) -> Tensor:
     squared_cosine = torch.cos(
         (torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2
     ).square()
-    return (1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(max=0.999)  # arXiv 2102.09672, equation 17
+    return (1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(
+        max=0.999
+    )  # arXiv 2102.09672, equation 17

@@ -1,7 +1,8 @@
 """How much each noise level counts in the diffusion loss.
 
-Every kind is a weight on the squared error of eps or of z0: the first is SNR = alpha^2 / sigma^2 times the second.  The error of
-what is predicted becomes that of z0 by 1 / SNR for eps, 1 / (SNR + 1) for v, and sigma^2 for the flow velocity (alpha = 1 - sigma).
+Every kind is a weight on the squared error of eps or of z0: the first is SNR = alpha^2 / sigma^2
+times the second.  The error of what is predicted becomes that of z0 by 1 / SNR for eps, 1 / (SNR +
+1) for v, and sigma^2 for the flow velocity (alpha = 1 - sigma).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Keeps exponential moving averages of the parameter pieces that this rank owns.
 
-The averages have the pieces' own precision (float32 masters, never their bf16 copies, so they move however small the updates are)
-and their ranges, so nothing is ever gathered.  A piece is any dataclass with a live `tensor`: this room knows no strategy, no file.
+The averages have the pieces' own precision (float32 masters, never their bf16 copies, so they move
+however small the updates are) and their ranges, so nothing is ever gathered.  A piece is any
+dataclass with a live `tensor`: this room knows no strategy, no file.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ class EMATracker:
         self.config = config
         self._live = list(pieces)
         kinds = [MAIN, *(power_kind(sigma_rel) for sigma_rel in config.power)]
-        self._averages = {kind: [replace(piece, tensor=piece.tensor.detach().clone()) for piece in self._live] for kind in kinds}
+        self._averages = {
+            kind: [replace(piece, tensor=piece.tensor.detach().clone()) for piece in self._live]
+            for kind in kinds
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Not collective: average <- average + (1 - decay) (parameter - average), after update number `step` (1 is the first)."""
+        """Not collective: average <- average + (1 - decay) (parameter - average), after update
+        number `step` (1 is the first).
+        """
         decays = {MAIN: decay_at(step, self.config.decay, self.config.warmup)}
-        decays |= {power_kind(sigma_rel): power_decay_at(step, sigma_rel) for sigma_rel in self.config.power}
+        decays |= {
+            power_kind(sigma_rel): power_decay_at(step, sigma_rel)
+            for sigma_rel in self.config.power
+        }
         if not self._live:
             return
         for kind, decay in decays.items():
@@ -38,7 +47,9 @@ class EMATracker:
             torch._foreach_lerp_(averages, [piece.tensor for piece in self._live], 1.0 - decay)
 
     def pieces(self, *, power_only: bool = False) -> Iterator[tuple[str, Any]]:
-        """(kind, piece of that average), on the ranges of the live pieces; writing to the tensors restores it."""
+        """(kind, piece of that average), on the ranges of the live pieces; writing to the tensors
+        restores it.
+        """
         for kind, averages in self._averages.items():
             if kind != MAIN or not power_only:
                 yield from ((kind, piece) for piece in averages)

@@ -1,4 +1,6 @@
-"""Which classes a source has: ids and names agree over all of it, or the first that does not is named."""
+"""Which classes a source has: ids and names agree over all of it, or the first that does not is
+named.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,24 @@ class ClassTable:
         if label >= MAX_CLASSES:
             raise _out_of_range(where, label, MAX_CLASSES)
         self._first_of.setdefault(label, where)
-        if name is not None and (self._names.setdefault(label, name), self._ids.setdefault(name, label)) != (name, label):
+        if name is not None and (
+            self._names.setdefault(label, name),
+            self._ids.setdefault(name, label),
+        ) != (name, label):
             raise DataError(
-                f"{where}: class id {label} is named {name!r}; before, id {label} was {self._names[label]!r} "
+                f"{where}: class id {label} is named {name!r}; before, id {label} was "
+                f"{self._names[label]!r} "
                 f"and {name!r} was id {self._ids[name]}: give all sources the same classes"
             )
 
     def names(self) -> list[str]:
-        """Name of class i, `str(i)` where the source gives none; empty when the pictures have no classes."""
+        """Name of class i, `str(i)` where the source gives none; empty when the pictures have no
+        classes.
+        """
         if self._unlabelled and self._first_of:
-            raise DataError(f"{self._unlabelled} has no class, others do: add it, or encode them apart")
+            raise DataError(
+                f"{self._unlabelled} has no class, others do: add it, or encode them apart"
+            )
         count = 1 + max(self._names or self._first_of, default=-1)
         if self._first_of and max(self._first_of) >= count:
             raise _out_of_range(self._first_of[max(self._first_of)], max(self._first_of), count)
@@ -45,4 +55,7 @@ class ClassTable:
 
 
 def _out_of_range(where: str, label: int, classes: int) -> DataError:
-    return DataError(f"{where} has class id {label}, wanted 0 to {classes - 1} ({classes} classes): correct its .cls")
+    return DataError(
+        f"{where} has class id {label}, wanted 0 to {classes - 1} ({classes} classes): "
+        "correct its .cls"
+    )

@@ -1,7 +1,7 @@
 """Colour profiles: pixels of any ICC profile to sRGB, which is what the encoders expect.
 
-A profile that cannot be used (broken, or of another colour space than the picture) is ignored, as browsers do, with a
-warning.  A profile that is sRGB in all but name changes no pixel.
+A profile that cannot be used (broken, or of another colour space than the picture) is ignored, as
+browsers do, with a warning.  A profile that is sRGB in all but name changes no pixel.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 """Pillow's mode -> the colour space that a profile names."""
 MAX_PROFILE_BYTES = 16 << 20
 SAME_LEVELS = 2
-"""A profile that moves no colour by more levels of 255 than this is sRGB: profiles of it differ in their rounding."""
+"""A profile that moves no colour by more levels of 255 than this is sRGB: profiles of it differ in
+their rounding.
+"""
 _warned: set[tuple[str, int]] = set()
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, origin: str) -> Image.Image:
-    """`image` of mode RGB, L or CMYK without alpha; perceptual intent.  `origin` names the picture in warnings."""
+    """`image` of mode RGB, L or CMYK without alpha; perceptual intent.  `origin` names the picture
+    in warnings.
+    """
     if not profile:
         return image
     transform, reason = _transform(profile, image.mode)

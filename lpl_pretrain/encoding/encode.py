@@ -1,9 +1,10 @@
-"""Pictures to latents: each part of the plan is decoded ahead on threads, encoded in batches, and written by itself.
+"""Pictures to latents: each part of the plan is decoded ahead on threads, encoded in batches, and
+written by itself.
 
-Killed at any moment and started again, parts that have a record stand, the others are made again, and the folder ends up
-byte for byte the same.  Batches never cross a part, so the bytes do not depend on how many processes share the work.
-The .json of a sample says `image_sha256`, `class_name`, and in pixels (height, width) or (top, left): `source_px`, `resized_px`,
-`crop_px`.
+Killed at any moment and started again, parts that have a record stand, the others are made again,
+and the folder ends up byte for byte the same.  Batches never cross a part, so the bytes do not
+depend on how many processes share the work. The .json of a sample says `image_sha256`,
+`class_name`, and in pixels (height, width) or (top, left): `source_px`, `resized_px`, `crop_px`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.format import Sample
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.encoding.finish import begin, check_captions, publish_index, remove_records
-from lpl_pretrain.encoding.images import Fit, apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit
+from lpl_pretrain.encoding.images import (
+    Fit,
+    apply_fit,
+    aspect_buckets,
+    decode_picture,
+    nearest_bucket,
+    plan_fit,
+)
 from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
 from lpl_pretrain.encoding.pictures import Picture, Problem
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
@@ -67,10 +75,11 @@ def encode(
     text_encoders: dict[str, TextEncoder] | None = None,
     world: World | None = None,
 ) -> DatasetIndex | None:
-    """Encodes this process's parts into config.output, and publishes its index when no part is missing.
+    """Encodes this process's parts into config.output, and publishes its index when no part is
+    missing.
 
-    None: other processes have parts left.  A folder that was finished from the same inputs is left alone.
-    Raises ConfigError, DataError.
+    None: other processes have parts left.  A folder that was finished from the same inputs is left
+    alone. Raises ConfigError, DataError.
     """
     world = world or World()
     networks = Networks.load(config, autoencoder, text_encoders)
@@ -81,14 +90,24 @@ def encode(
     if plan.samples is not None:
         check_captions(config, plan.readable, plan.captioned, warn=True)
     begin(folder, plan)
-    if (folder / INDEX_NAME).exists():  # another process finished it meanwhile, whose records are gone
+    if (
+        folder / INDEX_NAME
+    ).exists():  # another process finished it meanwhile, whose records are gone
         return _accept_finished(config, plan)
-    mine = [part for part in plan.parts[world.rank :: world.world_size] if not record_path(folder, part.name).exists()]
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    mine = [
+        part
+        for part in plan.parts[world.rank :: world.world_size]
+        if not record_path(folder, part.name).exists()
+    ]
+    device = (
+        torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )
     PartEncoder(config, networks.to(device), plan, device).run(mine)
     missing = [part for part in plan.parts if not record_path(folder, part.name).exists()]
     if missing and not (folder / INDEX_NAME).exists():
-        log.info("%s: %d of %d parts are left to other processes", folder, len(missing), len(plan.parts))
+        log.info(
+            "%s: %d of %d parts are left to other processes", folder, len(missing), len(plan.parts)
+        )
         return None
     index = None if missing else publish_index(config, plan, networks)
     return index or _accept_finished(config, plan)
@@ -101,14 +120,16 @@ def check_shapes(config: EncodeConfig, downscale: int) -> None:
         sides = {"buckets.step_px": config.buckets.step_px}
         if config.buckets.step_px > config.resolution_px:
             raise ConfigError(
-                f"buckets.step_px={config.buckets.step_px} with resolution_px={config.resolution_px}: no bucket; use a smaller step"
+                f"buckets.step_px={config.buckets.step_px} with "
+                f"resolution_px={config.resolution_px}: no bucket; use a smaller step"
             )
     for name, side in sides.items():
         if side % downscale:
             above = -(-side // downscale) * downscale
             raise ConfigError(
                 f"{name}={side} is not a multiple of {downscale}, the pixels per "
-                f"latent position of autoencoder={config.autoencoder}: choose one that is, such as {above}"
+                f"latent position of autoencoder={config.autoencoder}: choose one that is, such "
+                f"as {above}"
             )
 
 
@@ -125,11 +146,16 @@ def decode(picture: Picture, config: EncodeConfig) -> Decoded:
     pixels = decode_picture(encoded, picture.origin)
     place = None
     if config.crop == "random":
-        row, column = (rng.key(config.seed, f"{purpose}/{picture.key}") / 2.0**64 for purpose in ("crop_row", "crop_column"))
+        row, column = (
+            rng.key(config.seed, f"{purpose}/{picture.key}") / 2.0**64
+            for purpose in ("crop_row", "crop_column")
+        )
         place = (row, column)
     source_px = (pixels.shape[0], pixels.shape[1])
     fit = plan_fit(source_px, nearest_bucket(source_px, shapes(config)), place)
-    return Decoded(picture, hashlib.sha256(encoded).hexdigest(), source_px, fit, apply_fit(pixels, fit))
+    return Decoded(
+        picture, hashlib.sha256(encoded).hexdigest(), source_px, fit, apply_fit(pixels, fit)
+    )
 
 
 def _accept_finished(config: EncodeConfig, plan: Plan) -> DatasetIndex:
@@ -137,20 +163,32 @@ def _accept_finished(config: EncodeConfig, plan: Plan) -> DatasetIndex:
     remove_records(Path(config.output))
     if index.plan not in (plan.identity, plan.earlier_identity):
         raise DataError(
-            f"output={config.output}: holds a data set made from other inputs ({_difference(config, index)}): "
+            f"output={config.output}: holds a data set made from other inputs "
+            f"({_difference(config, index)}): "
             "name another output, or remove that folder"
         )
     if index.format_version < FORMAT_VERSION:
-        log.warning("%s: format %d, without checksums of its index: %s", config.output, index.format_version, SEAL)
+        log.warning(
+            "%s: format %d, without checksums of its index: %s",
+            config.output,
+            index.format_version,
+            SEAL,
+        )
     if index.plan == plan.earlier_identity:
-        log.warning("%s: was encoded by an earlier version, which ignored colour profiles", config.output)
+        log.warning(
+            "%s: was encoded by an earlier version, which ignored colour profiles", config.output
+        )
     log.info("%s: encoded already from this source; left alone", config.output)
     return index
 
 
 def _difference(config: EncodeConfig, index: DatasetIndex) -> str:
     stored, asked = json.loads(index.config), settings_of_bytes(config)
-    changed = [f"{key} {stored.get(key)!r} there, {value!r} now" for key, value in asked.items() if stored.get(key) != value]
+    changed = [
+        f"{key} {stored.get(key)!r} there, {value!r} now"
+        for key, value in asked.items()
+        if stored.get(key) != value
+    ]
     return "; ".join(changed) or "source or encoders have changed"
 
 
@@ -164,7 +202,11 @@ class PartEncoder:
 
     def run(self, parts: list[Part]) -> None:
         """One pass over all parts, so that decoding never waits for a part to end."""
-        total = None if any(part.samples is None for part in parts) else sum(part.samples or 0 for part in parts)
+        total = (
+            None
+            if any(part.samples is None for part in parts)
+            else sum(part.samples or 0 for part in parts)
+        )
         leaves_traces()
         remote = any(part.unit.is_remote_tar for part in parts)
         with scratch_folder("lpl-encode") if remote else nullcontext(Path()) as scratch:
@@ -190,11 +232,21 @@ class PartEncoder:
                 raise
             return Problem(item.origin, str(problem))
 
-    def _encode_part(self, part: Part, items: Iterator[Decoded | Problem | None], advance: Callable[[float], object]) -> None:
+    def _encode_part(
+        self,
+        part: Part,
+        items: Iterator[Decoded | Problem | None],
+        advance: Callable[[float], object],
+    ) -> None:
         """`items` of this part, up to the None behind them."""
         mine = iter(partial(next, items), None)
-        channels, shard_samples = self.networks.autoencoder.latent_channels, self.config.shard_samples
-        writer = PartWriter(Path(self.config.output), part.name, channels, shard_samples, self.plan.identity)
+        channels, shard_samples = (
+            self.networks.autoencoder.latent_channels,
+            self.config.shard_samples,
+        )
+        writer = PartWriter(
+            Path(self.config.output), part.name, channels, shard_samples, self.plan.identity
+        )
         try:
             self._fill(writer, mine, advance)
         except Superseded as part_name:
@@ -206,7 +258,12 @@ class PartEncoder:
             writer.discard()
             raise
 
-    def _fill(self, writer: PartWriter, items: Iterable[Decoded | Problem | None], advance: Callable[[float], object]) -> None:
+    def _fill(
+        self,
+        writer: PartWriter,
+        items: Iterable[Decoded | Problem | None],
+        advance: Callable[[float], object],
+    ) -> None:
         source, skipped, class_names = 0, list[str](), dict[int, str]()
         waiting: dict[tuple[int, int], list[Decoded]] = {}
         for item in items:
@@ -232,15 +289,19 @@ class PartEncoder:
         pixels = np.stack([item.pixels for item in batch])
         encoded = [self.networks.moments(pixels, self.config)]
         if self.config.flips:
-            encoded.append(self.networks.moments(np.ascontiguousarray(pixels[:, :, ::-1]), self.config))
+            encoded.append(
+                self.networks.moments(np.ascontiguousarray(pixels[:, :, ::-1]), self.config)
+            )
         texts = self.networks.texts([item.picture.caption or "" for item in batch])
         for row, item in enumerate(batch):
             picture = item.picture
             wrong = [version.reach[row] for version in encoded if not version.finite[row]]
             if wrong:
                 self._skip(
-                    f"{picture.origin}: sample {picture.key!r}: its moments reach {wrong[0]:g}, wanted finite values within "
-                    f"{self.config.moments_dtype}: remove the picture, or set moments_dtype=bf16 or precision=fp32",
+                    f"{picture.origin}: sample {picture.key!r}: its moments reach {wrong[0]:g}, "
+                    "wanted finite values within "
+                    f"{self.config.moments_dtype}: remove the picture, or set moments_dtype=bf16 "
+                    "or precision=fp32",
                     skipped,
                 )
                 continue
@@ -263,13 +324,16 @@ class PartEncoder:
         count, total = self._skipped_before + len(skipped), self.plan.samples or 0
         if total and count > self.config.max_skipped_fraction * total:
             raise DataError(
-                f"{count} of {total} pictures cannot be read, more than max_skipped_fraction={self.config.max_skipped_fraction}; "
+                f"{count} of {total} pictures cannot be read, more than "
+                f"max_skipped_fraction={self.config.max_skipped_fraction}; "
                 f"the last: {reason}"
             )
 
 
 def _work(parts: Sequence[Part], scratch: Path) -> Iterator[Picture | Problem | None]:
-    """What each part holds, and None at its end.  A remote tar is brought here and lies in `scratch` under its part's name."""
+    """What each part holds, and None at its end.  A remote tar is brought here and lies in
+    `scratch` under its part's name.
+    """
     for part in parts:
         yield from part.items(partial(download, path=scratch / part.name))
         yield None
@@ -277,4 +341,6 @@ def _work(parts: Sequence[Part], scratch: Path) -> Iterator[Picture | Problem | 
 
 def _entry(item: Decoded) -> str:
     picture = item.picture
-    return json.dumps([picture.key, item.image_sha256, picture.label, picture.class_name, picture.caption])
+    return json.dumps(
+        [picture.key, item.image_sha256, picture.label, picture.class_name, picture.caption]
+    )

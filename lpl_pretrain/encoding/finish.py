@@ -1,7 +1,8 @@
-"""The first and the last file of an encode: the plan's, and index.json, which makes a folder a data set.
+"""The first and the last file of an encode: the plan's, and index.json, which makes a folder a data
+set.
 
-Both are created exclusively: a folder is one plan's from its first file on.  Any process may write the index, and two at once
-would write the same: it is a function of the records.
+Both are created exclusively: a folder is one plan's from its first file on.  Any process may write
+the index, and two at once would write the same: it is a function of the records.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ _STRAY = re.compile(r"latents-\d+-\d+-\d+-\d+x\d+\.(tar|offsets\.safetensors)")
 def begin(folder: Path, plan: Plan) -> None:
     """Creates the plan's file, exclusively, before anything else lies in the folder.
 
-    Raises DataError when another plan's is there: what another configuration began is never mixed in.
+    Raises DataError when another plan's is there: what another configuration began is never mixed
+    in.
     """
     for _ in range(PLAN_TRIES):
         try:
@@ -68,7 +70,9 @@ def begin(folder: Path, plan: Plan) -> None:
         except FileNotFoundError:
             continue  # another process finished this folder, and was removing its records
         except OSError as problem:
-            raise DataError(f"output={folder}: cannot be written ({problem}): name another output") from None
+            raise DataError(
+                f"output={folder}: cannot be written ({problem}): name another output"
+            ) from None
     check_plan(folder, plan)
 
 
@@ -89,7 +93,8 @@ def check_plan(folder: Path, plan: Plan) -> None:
     if found == plan.earlier_identity:
         whose = "an earlier version, which ignored colour profiles"
     raise DataError(
-        f"output={folder}: holds the unfinished work of {whose} (plan {found[:12]} there, {plan.identity[:12]} now): "
+        f"output={folder}: holds the unfinished work of {whose} (plan {found[:12]} there, "
+        f"{plan.identity[:12]} now): "
         "go on with those, name another output, or remove that folder"
     )
 
@@ -97,7 +102,8 @@ def check_plan(folder: Path, plan: Plan) -> None:
 def publish_index(config: EncodeConfig, plan: Plan, networks: Networks) -> DatasetIndex | None:
     """Wants a record of every part.  None when another process has finished the folder meanwhile.
 
-    Raises DataError for what only the whole shows: repeated keys, contradicting classes, records of another plan.
+    Raises DataError for what only the whole shows: repeated keys, contradicting classes, records of
+    another plan.
     """
     folder = Path(config.output)
     try:
@@ -109,9 +115,17 @@ def publish_index(config: EncodeConfig, plan: Plan, networks: Networks) -> Datas
         return None  # another process was faster, and has removed them
     index = make_index(config, plan, networks, records, null_text)
     _check_keys(folder, index.shards)
-    check_captions(config, index.samples, index.captions - sum(record.blank_captions for record in records), warn=not plan.readable)
+    check_captions(
+        config,
+        index.samples,
+        index.captions - sum(record.blank_captions for record in records),
+        warn=not plan.readable,
+    )
     if problems := index_problems(index):
-        raise DataError(f"{folder}: what was encoded is no data set: {'; '.join(problems[:3])}: encode the folder again")
+        raise DataError(
+            f"{folder}: what was encoded is no data set: {'; '.join(problems[:3])}: encode the "
+            "folder again"
+        )
     _remove_strays(folder, {entry.file for entry in index.shards})
     check_plan(folder, plan)
     if not publish_new(folder / INDEX_NAME, [index_bytes(index)]):
@@ -121,18 +135,23 @@ def publish_index(config: EncodeConfig, plan: Plan, networks: Networks) -> Datas
 
 
 def check_captions(config: EncodeConfig, samples: int, captions: int, *, warn: bool) -> None:
-    """Raises DataError when `text` has no caption to read; logs the fraction when some pictures have none."""
+    """Raises DataError when `text` has no caption to read; logs the fraction when some pictures
+    have none.
+    """
     without = samples - captions
     if not config.text or not without:
         return
     if without == samples:
         raise DataError(
-            f"text={sorted(config.text)}: none of the {samples} pictures of source={config.source} has a caption (100 % lack one), "
-            "wanted .txt members, or `caption` in .json, beside pictures in tars: add captions, or leave text out"
+            f"text={sorted(config.text)}: none of the {samples} pictures of source={config.source} "
+            "has a caption (100 % lack one), "
+            "wanted .txt members, or `caption` in .json, beside pictures in tars: add captions, or "
+            "leave text out"
         )
     if warn:
         log.warning(
-            "source=%s: %d of %d pictures (%.3g %%) have no caption and get the embedding of the empty one",
+            "source=%s: %d of %d pictures (%.3g %%) have no caption and get the embedding of the "
+            "empty one",
             config.source,
             without,
             samples,
@@ -141,7 +160,9 @@ def check_captions(config: EncodeConfig, samples: int, captions: int, *, warn: b
 
 
 def _publish_null_text(folder: Path, networks: Networks, name: str) -> FileEntry:
-    """Of several processes the first says which bytes count.  Raises FileNotFoundError when the folder is finished."""
+    """Of several processes the first says which bytes count.  Raises FileNotFoundError when the
+    folder is finished.
+    """
     chosen = folder / RECORDS / null_text_name(name)
     is_first = publish_new(chosen, [save(null_text_arrays(networks, name))])
     if is_first and (folder / INDEX_NAME).exists():
@@ -152,7 +173,9 @@ def _publish_null_text(folder: Path, networks: Networks, name: str) -> FileEntry
 
 
 def _remove_strays(folder: Path, files: set[str]) -> None:
-    """Shards that an earlier data set left here when its index was removed; temporary files of earlier versions."""
+    """Shards that an earlier data set left here when its index was removed; temporary files of
+    earlier versions.
+    """
     wanted = files | {offsets_path(folder / file).name for file in files}
     for path in [*folder.glob("latents-*"), *folder.glob(".latents-*.tmp")]:
         if path.name not in wanted and (path.suffix == ".tmp" or _STRAY.fullmatch(path.name)):
@@ -165,7 +188,11 @@ def remove_records(folder: Path) -> None:
 
 
 def make_index(
-    config: EncodeConfig, plan: Plan, networks: Networks, records: list[PartRecord], null_text: dict[str, FileEntry]
+    config: EncodeConfig,
+    plan: Plan,
+    networks: Networks,
+    records: list[PartRecord],
+    null_text: dict[str, FileEntry],
 ) -> DatasetIndex:
     labels: Counter[int] = Counter()
     for record in records:
@@ -173,13 +200,21 @@ def make_index(
     samples, skipped = labels.total(), sum(len(record.skipped) for record in records)
     _check_skipped(config, samples, [reason for record in records for reason in record.skipped])
     classes = _classes(plan, records)
-    mean, std = LatentStatistics.total(record.statistics for record in records if record.samples).mean_and_std()
+    mean, std = LatentStatistics.total(
+        record.statistics for record in records if record.samples
+    ).mean_and_std()
     per_bucket: Counter[tuple[int, int]] = Counter()
     for bucket, entry in (shard for record in records for shard in record.shards):
         per_bucket[bucket] += entry.samples
     buckets = sorted(per_bucket)
-    height, width = max(buckets, key=lambda bucket: (bucket[0] == bucket[1], per_bucket[bucket], bucket))
-    shards = [entry.model_copy(update={"bucket": buckets.index(bucket)}) for record in records for bucket, entry in record.shards]
+    height, width = max(
+        buckets, key=lambda bucket: (bucket[0] == bucket[1], per_bucket[bucket], bucket)
+    )
+    shards = [
+        entry.model_copy(update={"bucket": buckets.index(bucket)})
+        for record in records
+        for bucket, entry in record.shards
+    ]
     autoencoder = networks.autoencoder
     index = DatasetIndex(
         format_version=FORMAT_VERSION,
@@ -190,7 +225,13 @@ def make_index(
         captions=sum(record.captions for record in records),
         text={name: text_entry(config, networks, name) for name in networks.text},
         null_text=null_text,
-        latent=LatentEntry(channels=autoencoder.latent_channels, height=height, width=width, mean=mean.tolist(), std=std.tolist()),
+        latent=LatentEntry(
+            channels=autoencoder.latent_channels,
+            height=height,
+            width=width,
+            mean=mean.tolist(),
+            std=std.tolist(),
+        ),
         buckets=[BucketEntry(height=h, width=w, samples=per_bucket[h, w]) for h, w in buckets],
         moments_dtype=config.moments_dtype,
         flipped=config.flips,
@@ -232,7 +273,11 @@ def _classes(plan: Plan, records: list[PartRecord]) -> list[str]:
     table = ClassTable()
     for part, record in zip(plan.parts, records, strict=True):
         for label in record.labels:
-            table.add(f"{part.unit.origin}: a sample", None if label == NO_CLASS else label, record.class_names.get(label))
+            table.add(
+                f"{part.unit.origin}: a sample",
+                None if label == NO_CLASS else label,
+                record.class_names.get(label),
+            )
     return table.names()
 
 
@@ -241,7 +286,8 @@ def _check_skipped(config: EncodeConfig, samples: int, reasons: list[str]) -> No
     if len(reasons) > config.max_skipped_fraction * found or not samples:
         raise DataError(
             f"source={config.source}: {len(reasons)} of {found} pictures cannot be read, more than "
-            f"max_skipped_fraction={config.max_skipped_fraction}; the first: {reasons[0] if reasons else 'there is none'}"
+            f"max_skipped_fraction={config.max_skipped_fraction}; the first: "
+            f"{reasons[0] if reasons else 'there is none'}"
         )
 
 
@@ -249,5 +295,12 @@ def _check_keys(folder: Path, shards: list[ShardEntry]) -> None:
     """Over all parts: those of remote tars could not be compared before."""
     hashes = [Offsets.read(offsets_path(folder / entry.file), entry).key_hash for entry in shards]
     if (repeated := first_repeated(np.concatenate(hashes))) is not None:
-        files = [entry.file for entry, mine in zip(shards, hashes, strict=True) if (mine == repeated).any()]
-        raise DataError(f"{folder}: a key is there twice, in {' and '.join(files)}, wanted unique keys: rename it in the source")
+        files = [
+            entry.file
+            for entry, mine in zip(shards, hashes, strict=True)
+            if (mine == repeated).any()
+        ]
+        raise DataError(
+            f"{folder}: a key is there twice, in {' and '.join(files)}, wanted unique keys: rename "
+            "it in the source"
+        )

@@ -1,6 +1,8 @@
-"""From the bytes of a picture to RGB of the wanted shape: decoding, resizing, cropping, aspect buckets.
+"""From the bytes of a picture to RGB of the wanted shape: decoding, resizing, cropping, aspect
+buckets.
 
-Pixels are uint8 (H, W, 3).  No torch here: `evaluation` brings its reference pictures into shape through this file too.
+Pixels are uint8 (H, W, 3).  No torch here: `evaluation` brings its reference pictures into shape
+through this file too.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from lpl_pretrain.errors import DataError
 
 MAX_PIXELS = 64_000_000
 PIXELS_VERSION = 2
-"""Of how bytes become pixels: 2 converts colour profiles to sRGB, and knows every kind of transparency.
+"""Of how bytes become pixels: 2 converts colour profiles to sRGB, and knows every kind of
+transparency.
 
 Part of an encode's plan: what one version began is not finished by another.
 """
@@ -28,7 +31,9 @@ _PNG_BITS = 24
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a picture comes into a shape: resized to cover it, then cropped.  All are (height, width) or (top, left) in pixels."""
+    """How a picture comes into a shape: resized to cover it, then cropped.  All are (height, width)
+    or (top, left) in pixels.
+    """
 
     resized_px: tuple[int, int]
     crop_px: tuple[int, int]
@@ -37,7 +42,8 @@ class Fit:
 
 
 def decode_picture(encoded: bytes, origin: str) -> np.ndarray:
-    """uint8 (H, W, 3) in sRGB: the first frame, EXIF orientation applied, transparency composited on white.
+    """uint8 (H, W, 3) in sRGB: the first frame, EXIF orientation applied, transparency composited
+    on white.
 
     The size is checked before decoding.  Raises DataError.
     """
@@ -50,15 +56,27 @@ def decode_picture(encoded: bytes, origin: str) -> np.ndarray:
             bits = encoded[_PNG_BITS] if image.format == "PNG" else 8
             return _to_rgb(image, bits, origin)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
-        raise DataError(f"{origin}: too large ({problem}), wanted at most {MAX_PIXELS:,} pixels: shrink or remove it") from None
-    except Exception as problem:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error, EOFError ...
-        raise DataError(f"{origin}: not a readable picture ({problem}): replace or remove it") from problem
+        raise DataError(
+            f"{origin}: too large ({problem}), wanted at most {MAX_PIXELS:,} pixels: shrink or "
+            "remove it"
+        ) from None
+    # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error, EOFError ...
+    except Exception as problem:
+        raise DataError(
+            f"{origin}: not a readable picture ({problem}): replace or remove it"
+        ) from problem
 
 
-def plan_fit(source_px: tuple[int, int], shape_px: tuple[int, int], place: tuple[float, float] | None = None) -> Fit:
-    """`place` in [0, 1) says where the crop lies between its first and last possible row and column; None is the centre."""
+def plan_fit(
+    source_px: tuple[int, int], shape_px: tuple[int, int], place: tuple[float, float] | None = None
+) -> Fit:
+    """`place` in [0, 1) says where the crop lies between its first and last possible row and
+    column; None is the centre.
+    """
     scale = max(wanted / found for wanted, found in zip(shape_px, source_px, strict=True))
-    resized = [max(wanted, round(found * scale)) for wanted, found in zip(shape_px, source_px, strict=True)]
+    resized = [
+        max(wanted, round(found * scale)) for wanted, found in zip(shape_px, source_px, strict=True)
+    ]
     spare = [found - wanted for found, wanted in zip(resized, shape_px, strict=True)]
     if place is None:
         top, left = spare[0] // 2, spare[1] // 2
@@ -68,22 +86,32 @@ def plan_fit(source_px: tuple[int, int], shape_px: tuple[int, int], place: tuple
 
 
 def apply_fit(pixels: np.ndarray, fit: Fit) -> np.ndarray:
-    """Lanczos, antialiased; pixels as they are when the size is right already.  Only the part that is kept is computed."""
+    """Lanczos, antialiased; pixels as they are when the size is right already.  Only the part that
+    is kept is computed.
+    """
     (top, left), (height, width) = fit.crop_px, fit.shape_px
     if pixels.shape[:2] == fit.resized_px:
         return pixels[top : top + height, left : left + width]
-    y, x = (found / resized for found, resized in zip(pixels.shape[:2], fit.resized_px, strict=True))
+    y, x = (
+        found / resized for found, resized in zip(pixels.shape[:2], fit.resized_px, strict=True)
+    )
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    )
 
 
 def to_square(pixels: np.ndarray, resolution_px: int) -> np.ndarray:
     """The central square at this size."""
-    return apply_fit(pixels, plan_fit((pixels.shape[0], pixels.shape[1]), (resolution_px, resolution_px)))
+    return apply_fit(
+        pixels, plan_fit((pixels.shape[0], pixels.shape[1]), (resolution_px, resolution_px))
+    )
 
 
 def aspect_buckets(resolution_px: int, max_aspect: float, step_px: int) -> list[tuple[int, int]]:
-    """(height, width) of every bucket: multiples of `step_px`, as close below the area of the square as the step allows."""
+    """(height, width) of every bucket: multiples of `step_px`, as close below the area of the
+    square as the step allows.
+    """
     shapes = set()
     for short in range(step_px, resolution_px + 1, step_px):
         long = resolution_px**2 // short // step_px * step_px
@@ -104,11 +132,15 @@ def _to_rgb(image: Image.Image, bits: int, origin: str) -> np.ndarray:
     is_adobe = "adobe" in image.info
     colour, alpha = _colour_and_alpha(ImageOps.exif_transpose(image), transparency, bits)
     if colour.mode == "CMYK" and not is_adobe:
-        colour = ImageChops.invert(colour)  # Pillow takes every CMYK JPEG for one by Adobe, whose inks are inverted
+        colour = ImageChops.invert(
+            colour
+        )  # Pillow takes every CMYK JPEG for one by Adobe, whose inks are inverted
     colour = to_srgb(colour, profile, origin).convert("RGB")
     if alpha is not None:
         colour.putalpha(alpha)
-        colour = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+        colour = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert(
+            "RGB"
+        )
     return np.asarray(colour)
 
 
@@ -116,7 +148,9 @@ def _colour_and_alpha(
     image: Image.Image, transparency: int | bytes | tuple[int, ...] | None, bits: int
 ) -> tuple[Image.Image, Image.Image | None]:
     """(L, RGB or CMYK with 8 bits; L, or None for a picture without transparency)"""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips it instead of scaling
+    if image.mode.startswith(
+        "I"
+    ):  # 16-bit grey: Pillow's own conversion clips it instead of scaling
         samples = np.asarray(image).astype(np.int64)
         grey = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
         return grey, _opaque(samples != transparency) if isinstance(transparency, int) else None
@@ -125,11 +159,17 @@ def _colour_and_alpha(
         if not isinstance(transparency, int):
             return grey, None
         largest = 2**bits - 1
-        level = (255 if transparency else 0) if image.mode == "1" else (transparency & largest) * 255 // largest
+        level = (
+            (255 if transparency else 0)
+            if image.mode == "1"
+            else (transparency & largest) * 255 // largest
+        )
         return grey, _opaque(np.asarray(grey) != level)
     if image.mode == "RGB" and isinstance(transparency, tuple):
         if bits > 8:
-            raise ValueError("a transparent colour of 16 bits a channel: use an alpha channel, or 8 bits")
+            raise ValueError(
+                "a transparent colour of 16 bits a channel: use an alpha channel, or 8 bits"
+            )
         return image, _opaque((np.asarray(image) != np.array(transparency) % 256).any(axis=2))
     if image.mode in ("RGB", "CMYK"):
         return image, None

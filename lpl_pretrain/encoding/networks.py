@@ -1,6 +1,7 @@
 """The frozen networks of an encode, and how their answers are stored.
 
-Pixels are uint8 (B, H_px, W_px, 3); images float (B, 3, H_px, W_px) in [-1, 1]; moments (B, 2C, H, W).
+Pixels are uint8 (B, H_px, W_px, 3); images float (B, 3, H_px, W_px) in [-1, 1]; moments (B, 2C, H,
+W).
 """
 
 from __future__ import annotations
@@ -56,16 +57,26 @@ class Networks:
     device: torch.device
 
     @classmethod
-    def load(cls, config: EncodeConfig, autoencoder: Autoencoder | None, text: dict[str, TextEncoder] | None) -> Networks:
+    def load(
+        cls,
+        config: EncodeConfig,
+        autoencoder: Autoencoder | None,
+        text: dict[str, TextEncoder] | None,
+    ) -> Networks:
         """Those that are given are taken as they are."""
         if autoencoder is None:
-            from lpl_pretrain.models.autoencoder import load_autoencoder  # imports diffusers: seconds that a given one need not pay
+            from lpl_pretrain.models.autoencoder import (
+                load_autoencoder,
+            )  # imports diffusers: seconds that a given one need not pay
 
             autoencoder = load_autoencoder(config.autoencoder)
         if text is None and config.text:
             from lpl_pretrain.models.text import load_text_encoder  # imports transformers
 
-            text = {name: load_text_encoder(entry, where=f"text.{name}") for name, entry in config.text.items()}
+            text = {
+                name: load_text_encoder(entry, where=f"text.{name}")
+                for name, entry in config.text.items()
+            }
         storage: dict[str, str] = {name: entry.storage for name, entry in config.text.items()}
         return cls(autoencoder, text or {}, storage, torch.device("cpu"))
 
@@ -85,7 +96,12 @@ class Networks:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             moments = self.autoencoder.encode_moments(images).float()
         height, width = (side // self.autoencoder.downscale for side in images.shape[-2:])
-        assert moments.shape == (len(pixels), 2 * self.autoencoder.latent_channels, height, width), moments.shape
+        assert moments.shape == (
+            len(pixels),
+            2 * self.autoencoder.latent_channels,
+            height,
+            width,
+        ), moments.shape
         rounded = moments.to(torch.float16 if config.moments_dtype == "fp16" else torch.bfloat16)
         return StoredMoments(
             rounded.view(torch.int16).cpu().numpy().view(DTYPES[config.moments_dtype]),
@@ -98,13 +114,18 @@ class Networks:
     def texts(self, captions: list[str]) -> dict[str, list[EncodedText]]:
         """By encoder, one for each caption."""
         return {
-            name: [stored_text(states, pooled, self.storage[name]) for states, pooled in encoder.encode(captions)]
+            name: [
+                stored_text(states, pooled, self.storage[name])
+                for states, pooled in encoder.encode(captions)
+            ]
             for name, encoder in self.text.items()
         }
 
 
 def stored_text(states: Tensor, pooled: Tensor | None, storage: str) -> EncodedText:
-    """`states` (T, D) of the true tokens.  int8: each token is divided by its largest absolute value / 127."""
+    """`states` (T, D) of the true tokens.  int8: each token is divided by its largest absolute
+    value / 127.
+    """
     tokens, vector = states.float().cpu(), None if pooled is None else pooled.half().cpu().numpy()
     if storage == "fp16":
         return EncodedText(tokens.half().numpy(), None, vector)

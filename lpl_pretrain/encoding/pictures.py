@@ -20,7 +20,9 @@ MAX_PICTURE_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture and what its source says about it; its bytes are read when asked for, from any thread."""
+    """One picture and what its source says about it; its bytes are read when asked for, from any
+    thread.
+    """
 
     key: str
     origin: str
@@ -38,10 +40,16 @@ class Picture:
     def read_bytes(self) -> bytes:
         """Raises DataError."""
         if self.size > MAX_PICTURE_BYTES:
-            raise DataError(f"{self.origin}: has {self.size} bytes, wanted at most {MAX_PICTURE_BYTES}: shrink or remove it")
+            raise DataError(
+                f"{self.origin}: has {self.size} bytes, wanted at most {MAX_PICTURE_BYTES}: shrink "
+                "or remove it"
+            )
         encoded = self._read(self.offset, self.size)
         if len(encoded) != self.size:
-            raise DataError(f"{self.origin}: read {len(encoded)} bytes, wanted {self.size}: the file changed meanwhile; run again")
+            raise DataError(
+                f"{self.origin}: read {len(encoded)} bytes, wanted {self.size}: the file changed "
+                "meanwhile; run again"
+            )
         return encoded
 
     def load(self) -> np.ndarray:
@@ -52,17 +60,31 @@ class Picture:
         return hashlib.sha256(self.read_bytes()).hexdigest()
 
     def stamp(self) -> str:
-        """Changes with what the source says and, as far as size and last bytes tell, with the picture."""
-        tail = b"" if is_url(self.path) else self._read(self.offset + max(0, self.size - STAMP_BYTES), min(self.size, STAMP_BYTES))
-        return json.dumps([self.key, self.size, tail.hex(), self.label, self.class_name, self.caption])
+        """Changes with what the source says and, as far as size and last bytes tell, with the
+        picture.
+        """
+        tail = (
+            b""
+            if is_url(self.path)
+            else self._read(
+                self.offset + max(0, self.size - STAMP_BYTES), min(self.size, STAMP_BYTES)
+            )
+        )
+        return json.dumps(
+            [self.key, self.size, tail.hex(), self.label, self.class_name, self.caption]
+        )
 
     def _read(self, offset: int, size: int) -> bytes:
         try:
-            with fsspec.open(self.path, "rb") if is_url(self.path) else open(self.path, "rb") as file:
+            with (
+                fsspec.open(self.path, "rb") if is_url(self.path) else open(self.path, "rb") as file
+            ):
                 file.seek(offset)
                 return file.read(size)
         except Exception as problem:  # drivers behind fsspec raise errors of their own
-            raise DataError(f"{self.origin}: cannot be read ({problem}): check the file, or run again") from None
+            raise DataError(
+                f"{self.origin}: cannot be read ({problem}): check the file, or run again"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
-"""How an encode is cut into parts before it begins: the same parts for any number of processes, on every start.
+"""How an encode is cut into parts before it begins: the same parts for any number of processes, on
+every start.
 
-A part is a run of pictures of one unit: of a local tar, or of an image folder in an order drawn once; a remote tar is one part.
-Process r of n takes parts r, r + n, r + 2n ...; nobody talks to anybody.
+A part is a run of pictures of one unit: of a local tar, or of an image folder in an order drawn
+once; a remote tar is one part. Process r of n takes parts r, r + n, r + 2n ...; nobody talks to
+anybody.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Plan:
     identity: str
-    """Hash of all that the encoded bytes depend on: the listing of the source, the encoders, the configuration."""
+    """Hash of all that the encoded bytes depend on: the listing of the source, the encoders, the
+    configuration.
+    """
     parts: list[Part]
     earlier_identity: str = ""
     """What versions before PIXELS_VERSION 2 called the same inputs."""
@@ -66,9 +70,11 @@ class Plan:
 
 
 def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
-    """Reads the headers of everything that is local.  `encoders`: identity of each network.  Raises DataError.
+    """Reads the headers of everything that is local.  `encoders`: identity of each network.  Raises
+    DataError.
 
-    Repeated keys and classes that contradict each other are found here, before anything is encoded; in remote tars, afterwards.
+    Repeated keys and classes that contradict each other are found here, before anything is encoded;
+    in remote tars, afterwards.
     """
     stamp, classes, hashes = _Stamp(config, encoders), ClassTable(), []
     parts: list[Part] = []
@@ -101,20 +107,33 @@ def make_plan(config: EncodeConfig, encoders: dict[str, str]) -> Plan:
     if hashes and (repeated := first_repeated(np.concatenate(hashes))) is not None:
         raise _repeated_key(config, repeated)
     is_local = all(part.samples is not None for part in parts)
-    return Plan(stamp.identity(), parts, stamp.earlier_identity(), readable, captioned, names if is_local else None)
+    return Plan(
+        stamp.identity(),
+        parts,
+        stamp.earlier_identity(),
+        readable,
+        captioned,
+        names if is_local else None,
+    )
 
 
 def settings_of_bytes(config: EncodeConfig) -> dict[str, Any]:
-    """What the encoded bytes depend on: all but where things lie (they are known by content) and what is done about damage."""
+    """What the encoded bytes depend on: all but where things lie (they are known by content) and
+    what is done about damage.
+    """
     return {**_configured(config), "pixels": PIXELS_VERSION}
 
 
 class _Stamp:
-    """Hashes of the configuration, the encoders and the listing, as this version and earlier ones make them."""
+    """Hashes of the configuration, the encoders and the listing, as this version and earlier ones
+    make them.
+    """
 
     def __init__(self, config: EncodeConfig, encoders: dict[str, str]) -> None:
         self._hashes = [hashlib.sha256(), hashlib.sha256()]
-        for stamp, settings in zip(self._hashes, (settings_of_bytes(config), _configured(config)), strict=True):
+        for stamp, settings in zip(
+            self._hashes, (settings_of_bytes(config), _configured(config)), strict=True
+        ):
             stamp.update(f"{json.dumps(settings)} {sorted(encoders.items())}\n".encode())
 
     def update(self, text: str) -> None:
@@ -129,7 +148,9 @@ class _Stamp:
 
 
 def _configured(config: EncodeConfig) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"source", "output", "autoencoder", "on_error", "max_skipped_fraction"})
+    settings = config.model_dump(
+        mode="json", exclude={"source", "output", "autoencoder", "on_error", "max_skipped_fraction"}
+    )
     settings["text"] = {name: {**entry, "folder": ""} for name, entry in settings["text"].items()}
     return settings
 
@@ -152,14 +173,23 @@ def _cut(name: str, unit: Unit, starts: list[int | None], shard_samples: int) ->
         while ends[i] < count and starts[ends[i]] is None:
             ends[i] += 1
     spans = [(first, end) for first, end in zip(ends, ends[1:], strict=False) if first < end]
-    return [Part(f"{name}-{i:04d}", unit, first, end - first, starts[first] or 0) for i, (first, end) in enumerate(spans)]
+    return [
+        Part(f"{name}-{i:04d}", unit, first, end - first, starts[first] or 0)
+        for i, (first, end) in enumerate(spans)
+    ]
 
 
 def _shuffled(unit: Unit, seed: int) -> Unit:
-    """An image folder comes class by class: its pictures are dealt to parts at random, so that every shard has all classes."""
+    """An image folder comes class by class: its pictures are dealt to parts at random, so that
+    every shard has all classes.
+    """
     if unit.files is None:
         return unit
-    return Unit(unit.origin, tuple(sorted(unit.files, key=lambda p: (rng.key(seed, f"shard_of/{p.key}"), p.origin))), unit.size)
+    return Unit(
+        unit.origin,
+        tuple(sorted(unit.files, key=lambda p: (rng.key(seed, f"shard_of/{p.key}"), p.origin))),
+        unit.size,
+    )
 
 
 def _repeated_key(config: EncodeConfig, wanted: int) -> DataError:
@@ -172,6 +202,7 @@ def _repeated_key(config: EncodeConfig, wanted: int) -> DataError:
         if isinstance(item, Picture) and int(key_hashes([item.key])[0]) == wanted
     ]
     return DataError(
-        f"{found[-1].origin}: key {found[-1].key!r} is there twice over all sources (also {found[0].origin}), wanted unique keys: "
+        f"{found[-1].origin}: key {found[-1].key!r} is there twice over all sources (also "
+        f"{found[0].origin}), wanted unique keys: "
         "rename one"
     )

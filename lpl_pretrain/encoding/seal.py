@@ -1,4 +1,5 @@
-"""Brings a finished folder of format 2 to the present format, which has digests over its index and null texts.
+"""Brings a finished folder of format 2 to the present format, which has digests over its index and
+null texts.
 
 Runs that were started on the folder go on: what the order of samples is drawn from stays.
 """
@@ -27,18 +28,22 @@ from lpl_pretrain.errors import DataError
 def seal(folder: str) -> DatasetIndex:
     """Compares the whole index with the shards first, statistics included.
 
-    Null texts are taken as they are, if they have the right shape and finite numbers: only `encode --verify` can compare
-    them, with the encoder.  Raises DataError when the folder is not sound.
+    Null texts are taken as they are, if they have the right shape and finite numbers: only `encode
+    --verify` can compare them, with the encoder.  Raises DataError when the folder is not sound.
     """
     if is_url(folder):
-        raise DataError(f"{folder}: only a local folder can be sealed: seal it where it lies, and copy its index.json")
+        raise DataError(
+            f"{folder}: only a local folder can be sealed: seal it where it lies, and copy its "
+            "index.json"
+        )
     index, path = read_index(folder), Path(folder)
     if index.format_version >= FORMAT_VERSION:
         return index
     problems = [problem for check in check_shards(path, index) for problem in check.problems]
     if problems:
         raise DataError(
-            f"{folder}: not sealed, its index and its shards differ: " + "".join(f"\n  {line}" for line in problems[:10])
+            f"{folder}: not sealed, its index and its shards differ: "
+            + "".join(f"\n  {line}" for line in problems[:10])
         )
     read_empty_captions(folder, index, list(index.text))
     null_text = {name: (path / null_text_name(name)).read_bytes() for name in index.text}
@@ -47,7 +52,8 @@ def seal(folder: str) -> DatasetIndex:
             "format_version": FORMAT_VERSION,
             "shards_fingerprint": index.fingerprint,
             "null_text": {
-                name: FileEntry(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest()) for name, raw in null_text.items()
+                name: FileEntry(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
+                for name, raw in null_text.items()
             },
         }
     )

@@ -1,4 +1,6 @@
-"""Is a folder what its index says?  Every byte of its shards is read, and everything the index counts is counted again."""
+"""Is a folder what its index says?  Every byte of its shards is read, and everything the index
+counts is counted again.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +46,20 @@ def check_shards(folder: Path, index: DatasetIndex) -> list[Check]:
             except DataError as problem:
                 bytes_wrong.append(str(problem))
             bar.update(entry.samples)
-    counted = f"{index.samples} samples, {len(index.classes)} classes, {index.captions} captions, {len(index.buckets)} buckets"
+    counted = (
+        f"{index.samples} samples, {len(index.classes)} classes, {index.captions} captions, "
+        f"{len(index.buckets)} buckets"
+    )
     total_mib = sum(entry.bytes for entry in index.shards) / 2**20
     return [
         Check("checksums", f"{len(index.shards)} shards, {total_mib:.1f} MiB", bytes_wrong),
         Check("shapes and finite values", f"{tally.arrays} arrays", values_wrong),
         Check("counts", counted, tally.problems()),
-        Check("statistics", f"mean and std of {index.latent.channels} channels", tally.statistics_problems()),
+        Check(
+            "statistics",
+            f"mean and std of {index.latent.channels} channels",
+            tally.statistics_problems(),
+        ),
     ]
 
 
@@ -62,7 +71,9 @@ def open_shard(folder: Path, entry: ShardEntry, index: DatasetIndex) -> OpenShar
 def moments_as_floats(shard: OpenShard, index: DatasetIndex, row: int, flipped: bool) -> np.ndarray:
     """(2C, H, W) float32"""
     bucket = index.buckets[shard.entry.bucket]
-    stored = np.empty((2 * index.latent.channels, bucket.height, bucket.width), DTYPES[index.moments_dtype])
+    stored = np.empty(
+        (2 * index.latent.channels, bucket.height, bucket.width), DTYPES[index.moments_dtype]
+    )
     shard.read_moments(row, flipped, memoryview(stored.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
     if index.moments_dtype == "fp16":
         return stored.astype(np.float32)
@@ -91,14 +102,27 @@ class _Tally:
             class_name = facts.get("class_name")
             entry = json.dumps([key, facts.get("image_sha256"), label, class_name, caption])
             self.source += int.from_bytes(hashlib.sha256(entry.encode()).digest(), "big")
-            if class_name is not None and label is not None and self.index.classes[label : label + 1] != [class_name]:
-                self.wrong_names.append(f"{shard.path}: sample {key!r} is of class {str(class_name)[:80]!r}, number {label}")
+            if (
+                class_name is not None
+                and label is not None
+                and self.index.classes[label : label + 1] != [class_name]
+            ):
+                self.wrong_names.append(
+                    f"{shard.path}: sample {key!r} is of class {str(class_name)[:80]!r}, "
+                    f"number {label}"
+                )
 
     def problems(self) -> list[str]:
-        index, different = self.index, len(np.unique(np.concatenate(self.key_hashes))) if self.key_hashes else 0
+        index, different = (
+            self.index,
+            len(np.unique(np.concatenate(self.key_hashes))) if self.key_hashes else 0,
+        )
         found = {
             "samples": (self.labels.total(), index.samples),
-            "class counts": ([self.labels[c] for c in range(len(index.classes))], index.class_counts),
+            "class counts": (
+                [self.labels[c] for c in range(len(index.classes))],
+                index.class_counts,
+            ),
             "captions": (self.captions, index.captions),
             "bucket counts": (
                 [self.per_bucket[b] for b in range(len(index.buckets))],
@@ -107,9 +131,16 @@ class _Tally:
             "different keys": (different, index.samples),
             "source_fingerprint": (f"{self.source % 2**256:064x}", index.source_fingerprint),
         }
-        lines = [f"{what}: {there} in the shards, index.json says {said}" for what, (there, said) in found.items() if there != said]
+        lines = [
+            f"{what}: {there} in the shards, index.json says {said}"
+            for what, (there, said) in found.items()
+            if there != said
+        ]
         if self.wrong_names:
-            lines.append(f"classes: index.json names them otherwise than {len(self.wrong_names)} samples: {self.wrong_names[0]}")
+            lines.append(
+                f"classes: index.json names them otherwise than {len(self.wrong_names)} samples: "
+                f"{self.wrong_names[0]}"
+            )
         return lines
 
     def statistics_problems(self) -> list[str]:
@@ -138,9 +169,14 @@ def _read_facts(path: Path) -> Iterator[tuple[str, int | None, str | None, dict[
                 label, facts = int(texts[LABEL]), json.loads(texts[FACTS])
                 caption = texts[CAPTION].decode() if CAPTION in texts else None
             except (ValueError, RecursionError) as problem:
-                raise DataError(f"{path}: sample {key!r}: its texts cannot be read ({problem}): encode the folder again") from None
+                raise DataError(
+                    f"{path}: sample {key!r}: its texts cannot be read ({problem}): encode the "
+                    "folder again"
+                ) from None
             if not isinstance(facts, dict):
-                raise DataError(f"{path}: sample {key!r}: its .json is no mapping: encode the folder again")
+                raise DataError(
+                    f"{path}: sample {key!r}: its .json is no mapping: encode the folder again"
+                )
             yield key, None if label == NO_CLASS else label, caption, facts
 
 
@@ -151,7 +187,10 @@ def _wrong_values(shard: OpenShard, index: DatasetIndex, tally: _Tally) -> list[
             for flipped in (False, True)[: 1 + index.flipped]:
                 moments = moments_as_floats(shard, index, row, flipped)
                 if not np.isfinite(moments).all():
-                    problems.append(f"{shard.where(row)}: NaN or infinity in its {FLIPPED if flipped else 'latent'}")
+                    problems.append(
+                        f"{shard.where(row)}: NaN or infinity in its "
+                        f"{FLIPPED if flipped else 'latent'}"
+                    )
                 elif not flipped:
                     tally.statistics.add(moments)
             shard.read_caption(row)

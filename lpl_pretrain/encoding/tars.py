@@ -1,4 +1,6 @@
-"""Pictures out of a WebDataset tar: members joined to samples, whatever is damaged told in its place."""
+"""Pictures out of a WebDataset tar: members joined to samples, whatever is damaged told in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _CLASS_ID = re.compile(rb"-?[0-9]{1,18}")
 
 
 def read_tar(path: Path, origin: str, start: int = 0) -> Iterator[Picture | Problem]:
-    """`origin` names the tar in errors; `path` is where it lies now.  What is wrong beside a sample is told behind it."""
+    """`origin` names the tar in errors; `path` is where it lies now.  What is wrong beside a sample
+    is told behind it.
+    """
     key, members, beside = "", dict[str, tarfile.TarInfo](), list[Problem]()
     with open(path, "rb") as file:
         file.seek(start)
@@ -44,18 +48,29 @@ def read_tar(path: Path, origin: str, start: int = 0) -> Iterator[Picture | Prob
                     yield from finished()
                     key, members, beside = new_key, {}, []
                 if extension in members:
-                    beside.append(Problem(origin, f"{origin}: member {name!r} is there twice: keys are unique; pack the tar again"))
+                    beside.append(
+                        Problem(
+                            origin,
+                            f"{origin}: member {name!r} is there twice: keys are unique; pack the "
+                            "tar again",
+                        )
+                    )
                 else:
                     members[extension] = info
-        except DataError as problem:  # nothing behind this place can be found; the sample before it may not be whole
+        # nothing behind this place can be found; the sample before it may not be whole
+        except DataError as problem:
             yield from beside
             yield Problem(origin, str(problem))
             return
         yield from finished()
 
 
-def _walk_tar(file: io.BufferedReader, path: Path, origin: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Members.  `tarfile` takes a damaged header, or a file cut between members, for the end: that is checked here."""
+def _walk_tar(
+    file: io.BufferedReader, path: Path, origin: str
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Members.  `tarfile` takes a damaged header, or a file cut between members, for the end: that
+    is checked here.
+    """
     size = path.stat().st_size
     try:
         with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
@@ -69,9 +84,11 @@ def _walk_tar(file: io.BufferedReader, path: Path, origin: str) -> Iterator[tupl
             end = tar.offset
     except DataError:
         raise
-    except Exception as problem:  # tarfile meets arbitrary bytes, and raises more than TarError: RecursionError, ValueError ...
+    # tarfile meets arbitrary bytes, and raises more than TarError: RecursionError, ValueError ...
+    except Exception as problem:
         raise DataError(
-            f"{origin}: truncated, or not a tar ({problem}): fetch it again; decompress it if it is compressed"
+            f"{origin}: truncated, or not a tar ({problem}): fetch it again; decompress it if it "
+            "is compressed"
         ) from None
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
         raise DataError(
@@ -80,7 +97,8 @@ def _walk_tar(file: io.BufferedReader, path: Path, origin: str) -> Iterator[tupl
         )
     if (position := _first_byte_behind(file.fileno(), end)) is not None:
         raise DataError(
-            f"{origin}: its end mark is at byte {end} of {size}, but there is more at byte {position}: archives put behind each "
+            f"{origin}: its end mark is at byte {end} of {size}, but there is more at byte "
+            f"{position}: archives put behind each "
             "other are read up to the first end mark only: pack them again as one"
         )
 
@@ -111,7 +129,9 @@ def _parse_member(name: str, info: tarfile.TarInfo, origin: str) -> tuple[str, s
     """(key, extension)"""
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.sparse is not None:  # type: ignore[attr-defined]
         return Problem(
-            origin, f"{origin}: member {name[:80]!r} is a link, a device or sparse, wanted a plain file: pack the tar again"
+            origin,
+            f"{origin}: member {name[:80]!r} is a link, a device or sparse, wanted a plain file: "
+            "pack the tar again",
         )
     try:
         return split_member_name(name, origin)
@@ -119,13 +139,16 @@ def _parse_member(name: str, info: tarfile.TarInfo, origin: str) -> tuple[str, s
         return Problem(origin, str(problem))
 
 
-def _tar_picture(path: Path, origin: str, fd: int, key: str, members: dict[str, tarfile.TarInfo]) -> Picture | Problem:
+def _tar_picture(
+    path: Path, origin: str, fd: int, key: str, members: dict[str, tarfile.TarInfo]
+) -> Picture | Problem:
     where = f"{origin}: sample {key!r}"
     found = [extension for extension in PICTURE_EXTENSIONS if extension in members]
     if len(found) != 1:
         return Problem(
             where,
-            f"{where}: has {len(found)} pictures (members: {', '.join(sorted(members))}), wanted one of "
+            f"{where}: has {len(found)} pictures (members: {', '.join(sorted(members))}), "
+            "wanted one of "
             f"{', '.join(PICTURE_EXTENSIONS)}: complete or remove the sample",
         )
     info = members[found[0]]
@@ -134,7 +157,9 @@ def _tar_picture(path: Path, origin: str, fd: int, key: str, members: dict[str, 
     except DataError as problem:
         return Problem(where, str(problem))
     start = min(member.offset for member in members.values())
-    return Picture(key, f"{origin}:{key}.{found[0]}", str(path), info.offset_data, info.size, *said, start)
+    return Picture(
+        key, f"{origin}:{key}.{found[0]}", str(path), info.offset_data, info.size, *said, start
+    )
 
 
 def _read_texts(fd: int, members: dict[str, tarfile.TarInfo], where: str) -> dict[str, bytes]:
@@ -143,13 +168,18 @@ def _read_texts(fd: int, members: dict[str, tarfile.TarInfo], where: str) -> dic
         if (member := members.get(extension)) is None:
             continue
         if member.size > most_bytes:
-            raise DataError(f"{where}: its .{extension} has {member.size} bytes, wanted at most {most_bytes}: shorten it")
+            raise DataError(
+                f"{where}: its .{extension} has {member.size} bytes, wanted at most {most_bytes}: "
+                "shorten it"
+            )
         texts[extension] = os.pread(fd, member.size, member.offset_data)
     return texts
 
 
 def _parse_texts(texts: dict[str, bytes], where: str) -> tuple[int | None, str | None, str | None]:
-    """(label, class_name, caption); the caption is .txt, or else what img2dataset writes into .json."""
+    """(label, class_name, caption); the caption is .txt, or else what img2dataset writes into
+    .json.
+    """
     facts: Any = {}
     try:
         label = parse_class_id(texts["cls"]) if "cls" in texts else None
@@ -159,19 +189,29 @@ def _parse_texts(texts: dict[str, bytes], where: str) -> tuple[int | None, str |
         facts = facts if isinstance(facts, dict) else {}
         class_name, told = _text_of(facts, "class_name"), _text_of(facts, "caption")
     except (ValueError, RecursionError) as problem:
-        raise DataError(f"{where}: .cls, .json or .txt is not an integer, JSON, UTF-8 ({problem}): correct the member") from None
-    if label is not None and label < 0:
-        raise DataError(f"{where}: class id {label} is out of range, wanted 0 or more: correct its .cls")
-    if class_name is not None and (not class_name.isprintable() or len(class_name) > MAX_CLASS_NAME):
         raise DataError(
-            f"{where}: class_name {class_name[:80]!r} is too long or has control characters, wanted at most {MAX_CLASS_NAME} "
+            f"{where}: .cls, .json or .txt is not an integer, JSON, UTF-8 ({problem}): correct "
+            "the member"
+        ) from None
+    if label is not None and label < 0:
+        raise DataError(
+            f"{where}: class id {label} is out of range, wanted 0 or more: correct its .cls"
+        )
+    if class_name is not None and (
+        not class_name.isprintable() or len(class_name) > MAX_CLASS_NAME
+    ):
+        raise DataError(
+            f"{where}: class_name {class_name[:80]!r} is too long or has control characters, "
+            f"wanted at most {MAX_CLASS_NAME} "
             "printable ones: correct its .json"
         )
     return label, class_name, told if caption is None else caption
 
 
 def parse_class_id(raw: bytes) -> int:
-    """Digits in ASCII, white space around them.  Raises ValueError for the rest that `int` accepts: 1_0, +1, other digits."""
+    """Digits in ASCII, white space around them.  Raises ValueError for the rest that `int` accepts:
+    1_0, +1, other digits.
+    """
     text = raw.strip(b" \t\r\n")
     if not _CLASS_ID.fullmatch(text):
         raise ValueError(f".cls is {raw[:40]!r}")

@@ -1,4 +1,6 @@
-"""Is a finished folder what its index and its source say?  Every byte is read; some pictures are decoded and compared."""
+"""Is a finished folder what its index and its source say?  Every byte is read; some pictures are
+decoded and compared.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.files import scratch_folder
 
 WORSE_DB = 1.0
-"""A stored latent may decode so much worse than one encoded afresh, for its rounding and for other hardware."""
+"""A stored latent may decode so much worse than one encoded afresh, for its rounding and for other
+hardware.
+"""
 SHARDS_WITH_PICTURES = 8
 NULL_TEXT_TOLERANCE = 0.02
 """Of the largest absolute value: for int8, and for other hardware."""
@@ -52,7 +56,10 @@ class Report:
         width = max(len(check.name) for check in self.checks)
         lines = [f"{self.folder}: {'sound' if self.is_sound else 'NOT SOUND'}"]
         for check in self.checks:
-            lines.append(f"  {check.name:<{width}}  {'ok ' if not check.problems else 'BAD'}  {check.looked_at}")
+            lines.append(
+                f"  {check.name:<{width}}  {'ok ' if not check.problems else 'BAD'}  "
+                f"{check.looked_at}"
+            )
             lines += [f"  {'':<{width}}       {problem}" for problem in check.problems[:10]]
             if len(check.problems) > 10:
                 lines.append(f"  {'':<{width}}       ... and {len(check.problems) - 10} more")
@@ -76,7 +83,10 @@ def verify(
     try:
         plan = make_plan(config, networks.identities())
     except DataError as problem:
-        return Report(config.output, [*checks, Check("source and encoders", "as they are now", [str(problem)])])
+        return Report(
+            config.output,
+            [*checks, Check("source and encoders", "as they are now", [str(problem)])],
+        )
     problems = _check_settings(config, index, networks, plan)
     if index.plan not in (plan.identity, plan.earlier_identity):
         problems.insert(0, "source, encoders or configuration are not those that made this folder")
@@ -86,14 +96,21 @@ def verify(
     return Report(config.output, checks)
 
 
-def _check_settings(config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan) -> list[str]:
+def _check_settings(
+    config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan
+) -> list[str]:
     """What the index repeats of the configuration, the encoders and the source."""
     autoencoder = networks.autoencoder
     stored = {name: value for name, value in json.loads(index.config).items() if name != "pixels"}
     asked = {name: value for name, value in settings_of_bytes(config).items() if name != "pixels"}
     compared = {
         "autoencoder": (
-            (index.autoencoder.identity, index.autoencoder.downscale, index.autoencoder.shift, index.autoencoder.scale),
+            (
+                index.autoencoder.identity,
+                index.autoencoder.downscale,
+                index.autoencoder.shift,
+                index.autoencoder.scale,
+            ),
             (autoencoder.identity, autoencoder.downscale, autoencoder.shift, autoencoder.scale),
         ),
         "latent.channels": (index.latent.channels, autoencoder.latent_channels),
@@ -105,7 +122,11 @@ def _check_settings(config: EncodeConfig, index: DatasetIndex, networks: Network
     }
     if plan.classes is not None and not index.skipped:
         compared["classes"] = (index.classes, plan.classes)
-    return [f"{name}: index.json says {said}, wanted {wanted}" for name, (said, wanted) in compared.items() if said != wanted]
+    return [
+        f"{name}: index.json says {said}, wanted {wanted}"
+        for name, (said, wanted) in compared.items()
+        if said != wanted
+    ]
 
 
 @torch.inference_mode()
@@ -119,45 +140,70 @@ def _check_null_text(config: EncodeConfig, index: DatasetIndex, networks: Networ
             continue
         for part, fresh in null_text_arrays(networks, name).items():
             found = stored[part].numpy()
-            if found.shape != fresh.shape or np.abs(found - fresh).max() > NULL_TEXT_TOLERANCE * np.abs(fresh).max():
+            if (
+                found.shape != fresh.shape
+                or np.abs(found - fresh).max() > NULL_TEXT_TOLERANCE * np.abs(fresh).max()
+            ):
                 problems.append(
-                    f"text_{name}: its {part} are not what the encoder makes of the empty caption: encode the folder again"
+                    f"text_{name}: its {part} are not what the encoder makes of the empty caption: "
+                    "encode the folder again"
                 )
     return Check("empty captions", f"{len(index.text)} encoders", problems)
 
 
 @torch.inference_mode()
-def _check_pictures(config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan, count: int) -> Check:
+def _check_pictures(
+    config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan, count: int
+) -> Check:
     problems, stored_db, fresh_db = [], [], []
     with scratch_folder("lpl-verify") as scratch:
         for shard, row, item in _find_pictures(config, index, plan, count, scratch):
             where = shard.where(row)
-            if shard.offsets.micro[row].tolist() != [*item.source_px, *item.fit.resized_px, *item.fit.crop_px]:
-                problems.append(f"{where}: its recorded sizes are not those of {item.picture.origin}")
+            if shard.offsets.micro[row].tolist() != [
+                *item.source_px,
+                *item.fit.resized_px,
+                *item.fit.crop_px,
+            ]:
+                problems.append(
+                    f"{where}: its recorded sizes are not those of {item.picture.origin}"
+                )
                 continue
             fresh = networks.moments(item.pixels[None], config).floats[0]
-            stored_db.append(_psnr(networks, moments_as_floats(shard, index, row, False), item.pixels))
+            stored_db.append(
+                _psnr(networks, moments_as_floats(shard, index, row, False), item.pixels)
+            )
             fresh_db.append(_psnr(networks, fresh, item.pixels))
             if stored_db[-1] < fresh_db[-1] - WORSE_DB:
                 problems.append(
-                    f"{where}: decodes at {stored_db[-1]:.1f} dB, {item.picture.origin} encoded afresh at {fresh_db[-1]:.1f} dB: "
+                    f"{where}: decodes at {stored_db[-1]:.1f} dB, {item.picture.origin} encoded "
+                    f"afresh at {fresh_db[-1]:.1f} dB: "
                     "the latent belongs to another picture"
                 )
     if not stored_db:
         return Check("pictures", "none could be compared", problems)
-    means = f"PSNR {np.mean(stored_db):.2f} dB (lowest {min(stored_db):.2f}); encoded afresh {np.mean(fresh_db):.2f} dB"
+    means = (
+        f"PSNR {np.mean(stored_db):.2f} dB (lowest {min(stored_db):.2f}); encoded afresh "
+        f"{np.mean(fresh_db):.2f} dB"
+    )
     return Check("pictures", f"{len(stored_db)} decoded: {means}", problems)
 
 
 def _find_pictures(
     config: EncodeConfig, index: DatasetIndex, plan: Plan, count: int, scratch: Path
 ) -> Iterator[tuple[OpenShard, int, Decoded]]:
-    """Samples spread over a few shards, with their pictures: a shard's name says which part of the source made it."""
+    """Samples spread over a few shards, with their pictures: a shard's name says which part of the
+    source made it.
+    """
     parts, total_shards = {part.name: part for part in plan.parts}, len(index.shards)
     few = min(SHARDS_WITH_PICTURES, total_shards, max(1, count))
-    shards = [open_shard(Path(config.output), index.shards[i * total_shards // few], index) for i in range(few)]
+    shards = [
+        open_shard(Path(config.output), index.shards[i * total_shards // few], index)
+        for i in range(few)
+    ]
     each = -(-count // len(shards))
-    for name, group in groupby(shards, key=lambda shard: shard.entry.file.removeprefix("latents-")[:10]):
+    for name, group in groupby(
+        shards, key=lambda shard: shard.entry.file.removeprefix("latents-")[:10]
+    ):
         wanted: dict[str, tuple[OpenShard, int]] = {}
         for shard in group:
             total = len(shard.offsets)

@@ -1,7 +1,9 @@
-"""How a part of the pictures becomes finished shards: files in a folder of their own, then the part's record, then their place.
+"""How a part of the pictures becomes finished shards: files in a folder of their own, then the
+part's record, then their place.
 
-A part is what one process encodes without asking anybody: it goes to shards of its own, whose bytes depend on the part alone.
-So any number of processes write one folder, and a part without a record is simply done again.
+A part is what one process encodes without asking anybody: it goes to shards of its own, whose bytes
+depend on the part alone. So any number of processes write one folder, and a part without a record
+is simply done again.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class PartRecord(BaseModel):
     plan: str
     """Identity of the plan that the part belongs to."""
     staging: str
-    """Folder, inside RECORDS, that its files were written to; they are moved to their place after this record is there."""
+    """Folder, inside RECORDS, that its files were written to; they are moved to their place after
+    this record is there.
+    """
     samples: int
     skipped: list[str]
     """Why each picture was left out."""
@@ -51,14 +55,18 @@ class PartRecord(BaseModel):
     blank_captions: int
     """Captions of spaces only."""
     source: str
-    """Sum modulo 2^256 of the sha256 of each picture's facts, in hexadecimal: it does not depend on how parts are cut."""
+    """Sum modulo 2^256 of the sha256 of each picture's facts, in hexadecimal: it does not depend on
+    how parts are cut.
+    """
     statistics: dict[str, list[float]]
     shards: list[tuple[tuple[int, int], ShardEntry]]
     """((height, width) in latent positions, entry) of each."""
 
 
 class LatentStatistics:
-    """Per-channel sums in float64 over samples and positions; sums, so that parts made apart can be added."""
+    """Per-channel sums in float64 over samples and positions; sums, so that parts made apart can be
+    added.
+    """
 
     def __init__(self, channels: int) -> None:
         self.positions = 0.0
@@ -73,13 +81,20 @@ class LatentStatistics:
         self.variance += np.square(std).sum(axis=(1, 2))
 
     def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of a draw from the posterior: its variance is the variance of the means plus the mean of the variances."""
+        """Of a draw from the posterior: its variance is the variance of the means plus the mean of
+        the variances.
+        """
         mean = self.mean / self.positions
-        return mean, np.sqrt(self.mean_square / self.positions - np.square(mean) + self.variance / self.positions)
+        return mean, np.sqrt(
+            self.mean_square / self.positions - np.square(mean) + self.variance / self.positions
+        )
 
     def to_lists(self) -> dict[str, list[float]]:
         sums = {"mean": self.mean, "mean_square": self.mean_square, "variance": self.variance}
-        return {"positions": [self.positions], **{name: values.tolist() for name, values in sums.items()}}
+        return {
+            "positions": [self.positions],
+            **{name: values.tolist() for name, values in sums.items()},
+        }
 
     @classmethod
     def total(cls, parts: Iterable[dict[str, list[float]]]) -> LatentStatistics:
@@ -95,18 +110,24 @@ class LatentStatistics:
 
 
 class Superseded(Exception):
-    """Another process has recorded this part, or finished the folder: what was made of it here is not needed."""
+    """Another process has recorded this part, or finished the folder: what was made of it here is
+    not needed.
+    """
 
 
 class PartWriter:
-    """`add` every sample of a part, then `finish`.  Shards are put together in memory, one for each bucket at a time.
+    """`add` every sample of a part, then `finish`.  Shards are put together in memory, one for each
+    bucket at a time.
 
-    Files are written to a folder of this writer alone.  The part's record is created exclusively and names that folder; only
-    then do the files go to their place.  So of two processes that encode one part by mistake, the first to finish counts,
-    and a file that a record or an index describes is never written again.
+    Files are written to a folder of this writer alone.  The part's record is created exclusively
+    and names that folder; only then do the files go to their place.  So of two processes that
+    encode one part by mistake, the first to finish counts, and a file that a record or an index
+    describes is never written again.
     """
 
-    def __init__(self, folder: Path, part: str, channels: int, shard_samples: int, plan: str) -> None:
+    def __init__(
+        self, folder: Path, part: str, channels: int, shard_samples: int, plan: str
+    ) -> None:
         self.folder, self.part, self.shard_samples, self.plan = folder, part, shard_samples, plan
         self.staging = folder / RECORDS / f"{part}.{secrets.token_hex(4)}"
         self.statistics = LatentStatistics(channels)
@@ -119,7 +140,10 @@ class PartWriter:
     def add(self, sample: Sample, moments: np.ndarray) -> None:
         """`moments`: those of the sample as floating-point numbers, for the statistics."""
         if sample.key in self._keys:
-            raise DataError(f"part {self.part}: key {sample.key!r} is there twice, wanted unique keys: rename one")
+            raise DataError(
+                f"part {self.part}: key {sample.key!r} is there twice, wanted unique keys: "
+                "rename one"
+            )
         self._keys.add(sample.key)
         bucket = moments.shape[1:]
         shard = self._open.setdefault(bucket, ShardBytes())
@@ -148,15 +172,21 @@ class PartWriter:
             shards=self._shards,
         )
         with self._superseded_when_gone():
-            is_first = publish_new(record_path(self.folder, self.part), [record.model_dump_json().encode()])
-        if not is_first or (self.folder / INDEX_NAME).exists():  # records disappear after the index is there
+            is_first = publish_new(
+                record_path(self.folder, self.part), [record.model_dump_json().encode()]
+            )
+        if (
+            not is_first or (self.folder / INDEX_NAME).exists()
+        ):  # records disappear after the index is there
             raise Superseded(self.part)
         place_shards(self.folder, record)
         for leftover in (self.folder / RECORDS).glob(f"{self.part}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove what was written, unless the part's record names it: then it is what `place_shards` has still to move."""
+        """Remove what was written, unless the part's record names it: then it is what
+        `place_shards` has still to move.
+        """
         try:
             recorded = self.staging.name in record_path(self.folder, self.part).read_text()
         except FileNotFoundError:
@@ -169,7 +199,9 @@ class PartWriter:
     def _write(self, bucket: tuple[int, int]) -> None:
         pieces, offsets = self._open.pop(bucket).finish()
         raw_offsets = offsets.to_bytes()
-        name = shard_name(self.part, sum(other == bucket for other, _ in self._shards), f"{bucket[0]}x{bucket[1]}")
+        name = shard_name(
+            self.part, sum(other == bucket for other, _ in self._shards), f"{bucket[0]}x{bucket[1]}"
+        )
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
@@ -207,7 +239,10 @@ def read_record(folder: Path, part: str, plan: str) -> PartRecord:
     except ValidationError as problem:
         raise DataError(f"{path}: damaged ({problem.error_count()} fields): {remedy}") from None
     if record.plan != plan:
-        raise DataError(f"{path}: belongs to plan {record.plan[:12]}, wanted {plan[:12]}: name another output, or {remedy}")
+        raise DataError(
+            f"{path}: belongs to plan {record.plan[:12]}, wanted {plan[:12]}: name another output, "
+            f"or {remedy}"
+        )
     names = [entry.file for _, entry in record.shards]
     if not re.fullmatch(rf"{part}\.[0-9a-f]{{8}}", record.staging) or not all(
         re.fullmatch(rf"latents-{part}-[0-9]+-[0-9]+x[0-9]+\.tar", name) for name in names
@@ -217,7 +252,8 @@ def read_record(folder: Path, part: str, plan: str) -> PartRecord:
 
 
 def place_shards(folder: Path, record: PartRecord) -> None:
-    """Moves what a record describes to its place; the rest of it, when another process was killed or is at it.
+    """Moves what a record describes to its place; the rest of it, when another process was killed
+    or is at it.
 
     Raises DataError when something is missing.
     """
@@ -229,7 +265,8 @@ def place_shards(folder: Path, record: PartRecord) -> None:
             except FileNotFoundError:
                 if not (folder / name).is_file():
                     raise DataError(
-                        f"{folder / name}: missing, though a part that is recorded has it: remove {folder / RECORDS} and run "
+                        f"{folder / name}: missing, though a part that is recorded has it: remove "
+                        f"{folder / RECORDS} and run "
                         "the same command again"
                     ) from None
             except OSError as problem:
@@ -254,7 +291,8 @@ def publish(path: Path, pieces: list[bytes]) -> None:
 
 
 def publish_new(path: Path, pieces: list[bytes]) -> bool:
-    """Creates a whole file unless there is one already, which stays: then False.  Of several processes one succeeds.
+    """Creates a whole file unless there is one already, which stays: then False.  Of several
+    processes one succeeds.
 
     Raises FileNotFoundError when the folder is gone, DataError when there is no room.
     """
@@ -265,7 +303,9 @@ def publish_new(path: Path, pieces: list[bytes]) -> bool:
         try:
             os.link(temporary, path)  # atomic on NFS too
         except FileExistsError:
-            return os.stat(temporary).st_nlink > 1  # NFS may say so of a link that its first try has made
+            return (
+                os.stat(temporary).st_nlink > 1
+            )  # NFS may say so of a link that its first try has made
         except OSError as problem:
             if problem.errno not in NO_LINKS:
                 raise
@@ -280,7 +320,9 @@ def publish_new(path: Path, pieces: list[bytes]) -> bool:
 
 
 def _create(path: Path, pieces: list[bytes]) -> bool:
-    """As `publish_new`, where there are no hard links; a kill here leaves a part of the file, which its reader refuses."""
+    """As `publish_new`, where there are no hard links; a kill here leaves a part of the file, which
+    its reader refuses.
+    """
     try:
         with open(path, "xb", buffering=0) as file:
             file.write(b"".join(pieces))
@@ -302,6 +344,7 @@ def write_file(path: Path, pieces: list[bytes]) -> None:
 
 def _no_room(path: Path, problem: OSError, size: int) -> DataError:
     return DataError(
-        f"{path}: {problem.strerror} while writing {size / 2**20:.1f} MiB: make room and run the same command again; "
+        f"{path}: {problem.strerror} while writing {size / 2**20:.1f} MiB: make room and run the "
+        "same command again; "
         "finished parts are kept"
     )

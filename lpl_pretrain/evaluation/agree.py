@@ -12,7 +12,9 @@ Result = TypeVar("Result")
 
 
 def together(action: Callable[[], Result], *, act: bool = True) -> Result | None:
-    """Collective. The result of `action` on the ranks that `act`; the CheckpointError of one is raised on all ranks."""
+    """Collective. The result of `action` on the ranks that `act`; the CheckpointError of one is
+    raised on all ranks.
+    """
     result, problem = None, None
     try:
         result = action() if act else None

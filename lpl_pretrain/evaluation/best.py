@@ -15,7 +15,9 @@ from lpl_pretrain.runtime.log import log
 
 
 def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
-    """Write evaluations/best_<protocol>.json from all sound records; returns warnings.  Order of arrival does not matter."""
+    """Write evaluations/best_<protocol>.json from all sound records; returns warnings.  Order of
+    arrival does not matter.
+    """
     if protocol.best is None:
         return []
     warnings: list[str] = []
@@ -23,20 +25,30 @@ def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
     best = find_best(records, protocol.best)
     if best is None:
         metrics = sorted({entry["metric"] for record in records for entry in record["results"]})
-        return [*warnings, f"best={protocol.best}: no score is called so; there are {', '.join(metrics)}"]
+        return [
+            *warnings,
+            f"best={protocol.best}: no score is called so; there are {', '.join(metrics)}",
+        ]
     if not holds(run_dir.best(protocol.name), best):
         publish_json(run_dir.best(protocol.name), best)
-    later = [record["step"] for record in records if record["step"] > best["step"] and best_entry(record, protocol.best)]
+    later = [
+        record["step"]
+        for record in records
+        if record["step"] > best["step"] and best_entry(record, protocol.best)
+    ]
     if len(later) >= protocol.patience:
         warnings.append(
-            f"{protocol.best} has been worse than {best['value']:.4g} of step {best['step']} for {len(later)} evaluations "
+            f"{protocol.best} has been worse than {best['value']:.4g} of step {best['step']} for "
+            f"{len(later)} evaluations "
             f"(now step {later[-1]}): the run may be diverging or overfitting"
         )
     return warnings
 
 
 def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
-    """Rewrite the best-checkpoint file where the records disagree: an evaluator may have ended before it wrote it."""
+    """Rewrite the best-checkpoint file where the records disagree: an evaluator may have ended
+    before it wrote it.
+    """
     path = run_dir.best(protocol.name)
     if protocol.best is not None and os.path.lexists(path):
         try:

@@ -1,4 +1,6 @@
-"""What a text-conditioned model is told for picture i: a training sample's caption, a function of (seed, i) alone, or a prompt."""
+"""What a text-conditioned model is told for picture i: a training sample's caption, a function of
+(seed, i) alone, or a prompt.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,19 @@ class Prompts:
 
 
 class Captions:
-    def __init__(self, config: TrainConfig, device: torch.device, prompts: Prompts | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, prompts: Prompts | None = None
+    ) -> None:
         """Of `config.data.folder`, by the encoders of `config.conditioning`.  Raises ConfigError."""
         self.prompts, conditioning = prompts, config.conditioning
-        self._stream = LatentStream(config.data, config.seed, 1, Wants(captions=True, text=stored_encoders(conditioning)))
+        self._stream = LatentStream(
+            config.data, config.seed, 1, Wants(captions=True, text=stored_encoders(conditioning))
+        )
         folders, index = self._stream.folders, self._stream.index
         entries = text_entries(conditioning, index.text)
-        empty = read_empty_captions(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
+        empty = read_empty_captions(
+            folders.paths[0], folders.indexes[0], stored_encoders(conditioning)
+        )
         here = dict(conditioning.encoders)
         if prompts is not None:
             here |= _encoders_of(index, conditioning, prompts.folders)
@@ -46,7 +54,10 @@ class Captions:
 
             online = OnlineText.load(here, device)
         self.conditioner = TextConditioner(conditioning.text, entries, empty, online)
-        side = [count * index.autoencoder.downscale for count in (index.latent.height, index.latent.width)]
+        side = [
+            count * index.autoencoder.downscale
+            for count in (index.latent.height, index.latent.width)
+        ]
         self.sizes = torch.tensor([[*side, 0, 0, *side]])
         """(1, 6): pictures drawn are whole and of the size that they ask for."""
 
@@ -54,9 +65,16 @@ class Captions:
         """Captions, and their (N, T, J) and (N, P) embeddings."""
         if self.prompts is not None:
             captions = [self.prompts.texts[i % len(self.prompts.texts)] for i in indices]
-            return captions, *self.conditioner({}, torch.zeros(len(captions), dtype=torch.bool), captions)
+            return captions, *self.conditioner(
+                {}, torch.zeros(len(captions), dtype=torch.bool), captions
+            )
         samples = self._stream.index.samples
-        numbers = (rng.uniform(seed, "sample_caption", indices) * samples).long().clamp(max=samples - 1).tolist()
+        numbers = (
+            (rng.uniform(seed, "sample_caption", indices) * samples)
+            .long()
+            .clamp(max=samples - 1)
+            .tolist()
+        )
         captions, states, pooled = [], [], []
         for number in numbers:  # one at a time: neighbours may be of different buckets
             batch = self._stream.read([number])
@@ -67,16 +85,24 @@ class Captions:
         return captions, torch.cat(states), torch.cat(pooled)
 
 
-def _encoders_of(index: DatasetIndex, conditioning: ConditioningConfig, folders: dict[str, str]) -> dict[str, TextEncoderConfig]:
+def _encoders_of(
+    index: DatasetIndex, conditioning: ConditioningConfig, folders: dict[str, str]
+) -> dict[str, TextEncoderConfig]:
     """The encoders that made a folder's embeddings, found again in `folders`.  Raises ConfigError."""
     found = {}
     for name in stored_encoders(conditioning):
         if name not in folders:
-            raise ConfigError(f"--prompt: the run reads embeddings by {name!r}: name its encoder, --text-encoder {name}=FOLDER")
+            raise ConfigError(
+                f"--prompt: the run reads embeddings by {name!r}: name its encoder, --text-encoder "
+                f"{name}=FOLDER"
+            )
         settings = json.loads(index.config)["text"][name]
         found[name] = TextEncoderConfig.model_validate({**settings, "folder": folders[name]})
-        if (here := text_entry(found[name], f"--text-encoder {name}").identity) != (stored := index.text[name].identity):
+        if (here := text_entry(found[name], f"--text-encoder {name}").identity) != (
+            stored := index.text[name].identity
+        ):
             raise ConfigError(
-                f"--text-encoder {name}={folders[name]}: is {here[:12]}, the data's embeddings are by {stored[:12]}: name that one"
+                f"--text-encoder {name}={folders[name]}: is {here[:12]}, the data's embeddings are "
+                f"by {stored[:12]}: name that one"
             )
     return found

@@ -1,4 +1,6 @@
-"""CLIP as an extractor: embeddings of pictures for CMMD (arXiv 2401.09603), and of captions for CLIPScore (arXiv 2104.08718)."""
+"""CLIP as an extractor: embeddings of pictures for CMMD (arXiv 2401.09603), and of captions for
+CLIPScore (arXiv 2104.08718).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.features import Extractor, Features, resized, sha256_of
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pictures
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of OpenAI's pictures
 
 
 def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extractor:
@@ -28,16 +33,26 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
             output_loading_info=True,
         )
         network, loaded = found
-        if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random, with a warning
+        if missing := sorted(
+            loaded["missing_keys"]
+        ):  # transformers draws them at random, with a warning
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         weights_sha256 = sha256_of(folder / "model.safetensors")
-    except Exception as problem:  # transformers, tokenizers and safetensors have errors of many kinds
+    except (
+        Exception
+    ) as problem:  # transformers, tokenizers and safetensors have errors of many kinds
         raise ConfigError(
-            f"extractors.{config.label}.weights={folder}: transformers cannot load it: {str(problem)[:300]}"
+            f"extractors.{config.label}.weights={folder}: transformers cannot load it: "
+            f"{str(problem)[:300]}"
         ) from None
     network = network.eval().requires_grad_(False).to(device)
-    side, longest = network.config.vision_config.image_size, network.config.text_config.max_position_embeddings
+    side, longest = (
+        network.config.vision_config.image_size,
+        network.config.text_config.max_position_embeddings,
+    )
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
     def answer(network: Any, pixels: Tensor) -> Features:
@@ -46,7 +61,9 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
 
     @torch.no_grad()
     def embed_text(captions: list[str]) -> Tensor:
-        tokens = tokenizer(captions, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        tokens = tokenizer(
+            captions, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(device)
         return _embedding(network.get_text_features(**tokens))
 
     return Extractor(
@@ -62,7 +79,9 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
 
 
 def clip_score(pictures: Tensor, captions: Tensor) -> float:
-    """Mean of 100 max(cos, 0) of (N, D) embeddings, float64 (arXiv 2104.08718, equation 1, in the scale that tools print)."""
+    """Mean of 100 max(cos, 0) of (N, D) embeddings, float64 (arXiv 2104.08718, equation 1, in the
+    scale that tools print).
+    """
     cosine = torch.nn.functional.cosine_similarity(pictures.double(), captions.double(), dim=1)
     return 100 * cosine.clamp(min=0).mean().item()
 

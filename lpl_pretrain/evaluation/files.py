@@ -1,4 +1,6 @@
-"""How evaluation writes: under a temporary name, then renamed, so that a file that exists is whole; pictures as a grid."""
+"""How evaluation writes: under a temporary name, then renamed, so that a file that exists is whole;
+pictures as a grid.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def publish_pictures(folder: Path, pixels: Iterable[Tensor], facts: list[dict[st
 
 def publish_tar(path: Path, pixels: Iterable[Tensor], facts: list[dict[str, Any]]) -> None:
     """A WebDataset shard of `<key>.png` and `<key>.json`; the same bytes for the same pictures."""
-    with published(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        published(path) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for name, (picture, told) in _named(pixels, facts):
             for suffix, data in (("png", picture), ("json", told)):
                 member = tarfile.TarInfo(f"{name}.{suffix}")
@@ -50,7 +55,9 @@ def publish_tar(path: Path, pixels: Iterable[Tensor], facts: list[dict[str, Any]
 
 
 def publish_npz(path: Path, pixels: Iterable[Tensor], shape: tuple[int, int, int, int]) -> None:
-    """`arr_0`, uint8 (N, H, W, 3) of this `shape`, as OpenAI's evaluator and its kin read it; written batch by batch."""
+    """`arr_0`, uint8 (N, H, W, 3) of this `shape`, as OpenAI's evaluator and its kin read it;
+    written batch by batch.
+    """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
         published(path) as temporary,
@@ -62,7 +69,9 @@ def publish_npz(path: Path, pixels: Iterable[Tensor], shape: tuple[int, int, int
             file.write(batch.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
 
 
-def _named(batches: Iterable[Tensor], facts: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
+def _named(
+    batches: Iterable[Tensor], facts: list[dict[str, Any]]
+) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
     """(name, (PNG, JSON)) of every picture of `batches` (N, 3, H, W)."""
     pictures = (picture for batch in batches for picture in batch.permute(0, 2, 3, 1).cpu().numpy())
     for number, (picture, fact) in enumerate(zip(pictures, facts, strict=True)):
@@ -76,7 +85,11 @@ def grid(pixels: Tensor) -> Image.Image:
     count, _, height, width = pixels.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    canvas = np.full((rows * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX, 3), 255, dtype=np.uint8)
+    canvas = np.full(
+        (rows * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX, 3),
+        255,
+        dtype=np.uint8,
+    )
     for i, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = i // columns * (height + GAP_PX), i % columns * (width + GAP_PX)
         canvas[top : top + height, left : left + width] = picture

@@ -1,7 +1,9 @@
-"""Pictures from a trained denoiser: picture i is a function of (seed, i), whatever the batch, the rank or the other pictures.
+"""Pictures from a trained denoiser: picture i is a function of (seed, i), whatever the batch, the
+rank or the other pictures.
 
-Noise: rng.normal(seed, "sample_noise", i).  Class: a keyed uniform through the training class frequencies.
-Shapes: z0 (B, C, H, W) float32; images (B, 3, H_px, W_px) float32, about [-1, 1]; pixels the same in uint8.
+Noise: rng.normal(seed, "sample_noise", i).  Class: a keyed uniform through the training class
+frequencies. Shapes: z0 (B, C, H, W) float32; images (B, 3, H_px, W_px) float32, about [-1, 1];
+pixels the same in uint8.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from lpl_pretrain.runtime import rng
 RULES = {
     "noise": "standard normal float32, keyed by (seed, 'sample_noise', i)",
     "classes": "training class frequencies, drawn by a uniform keyed by (seed, 'sample_class', i)",
-    "captions": "of training sample number floor(samples * u), u a uniform keyed by (seed, 'sample_caption', i)",
+    "captions": "of training sample number floor(samples * u), u a uniform keyed by (seed, "
+    "'sample_caption', i)",
     "uint8": "round(clamp((x + 1) * 127.5, 0, 255)), half to even",
 }
 """What a score depends on besides its protocol; recorded with every score."""
@@ -50,16 +53,28 @@ class Generator:
 
     @torch.no_grad()
     def images(
-        self, indices: Sequence[int], *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"
+        self,
+        indices: Sequence[int],
+        *,
+        seed: int,
+        sampler: SamplerConfig,
+        guidance_scale: float,
+        precision: str = "fp32",
     ) -> Tensor:
-        """Pictures `indices` as float images.  `precision` is the denoiser's; the decoder stays in float32."""
+        """Pictures `indices` as float images.  `precision` is the denoiser's; the decoder stays in
+        float32.
+        """
         noise = rng.normal(seed, "sample_noise", indices, self.latent_shape).to(self.device)
         cond, uncond = self._conditions(seed, indices)
 
         def at_precision(denoiser: nn.Module) -> Callable[..., Tensor]:
             def answer(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                    return denoiser(z_t, t, cond)[:, : self.latent_shape[0]]  # behind it lies a learned sigma, if any
+                with torch.autocast(
+                    self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"
+                ):
+                    return denoiser(z_t, t, cond)[
+                        :, : self.latent_shape[0]
+                    ]  # behind it lies a learned sigma, if any
 
             return answer
 
@@ -80,36 +95,57 @@ class Generator:
     def _conditions(self, seed: int, indices: Sequence[int]) -> tuple[Conditioning, Conditioning]:
         """Of these pictures, and the null condition as many times."""
         labels = draw_classes(seed, indices, self.class_counts).to(self.device)
-        null = torch.full_like(labels, len(self.class_counts))  # the null class comes after the last one
+        null = torch.full_like(
+            labels, len(self.class_counts)
+        )  # the null class comes after the last one
         if self.captions is None:
             return Conditioning(labels), Conditioning(null)
         _, text, pooled = self.captions.draw(seed, indices)
         nothing = self.captions.conditioner.nothing(len(indices), self.device)
         sizes = self.captions.sizes.to(self.device).expand(len(indices), -1)
-        return Conditioning(labels, text.to(self.device), pooled.to(self.device), sizes), Conditioning(null, *nothing, sizes)
+        return Conditioning(
+            labels, text.to(self.device), pooled.to(self.device), sizes
+        ), Conditioning(null, *nothing, sizes)
 
     def pixels(
-        self, indices: range, *, seed: int, sampler: SamplerConfig, guidance_scale: float, precision: str = "fp32"
+        self,
+        indices: range,
+        *,
+        seed: int,
+        sampler: SamplerConfig,
+        guidance_scale: float,
+        precision: str = "fp32",
     ) -> Tensor:
-        """Pictures `indices` as uint8, on this device.  Raises NonFiniteError that names those that are not finite."""
-        images = self.images(indices, seed=seed, sampler=sampler, guidance_scale=guidance_scale, precision=precision)
+        """Pictures `indices` as uint8, on this device.  Raises NonFiniteError that names those that
+        are not finite.
+        """
+        images = self.images(
+            indices, seed=seed, sampler=sampler, guidance_scale=guidance_scale, precision=precision
+        )
         return to_uint8(images, indices.start)
 
 
 def draw_classes(seed: int, indices: Sequence[int], class_counts: Sequence[int]) -> Tensor:
-    """(len(indices),) int64; class k with probability class_counts[k] / sum.  Without classes: all 0, the null class then."""
+    """(len(indices),) int64; class k with probability class_counts[k] / sum.  Without classes: all
+    0, the null class then.
+    """
     if sum(class_counts) == 0:
         return torch.full((len(indices),), len(class_counts), dtype=torch.int64)
     edges = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
-    return torch.searchsorted(edges, rng.uniform(seed, "sample_class", indices) * edges[-1], right=True)
+    return torch.searchsorted(
+        edges, rng.uniform(seed, "sample_class", indices) * edges[-1], right=True
+    )
 
 
 def to_uint8(images: Tensor, first: int = 0) -> Tensor:
-    """The one rounding of this project (RULES["uint8"]).  Raises NonFiniteError naming pictures, counted from `first`."""
+    """The one rounding of this project (RULES["uint8"]).  Raises NonFiniteError naming pictures,
+    counted from `first`.
+    """
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteError(
-            f"generated pictures {[first + i for i in bad[:8]]} hold NaN or infinity: these weights cannot be "
+            f"generated pictures {[first + i for i in bad[:8]]} hold NaN or infinity: these "
+            "weights cannot be "
             "scored; try precision=fp32, or an earlier checkpoint"
         )
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)

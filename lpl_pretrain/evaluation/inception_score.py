@@ -1,4 +1,6 @@
-"""The Inception Score (arXiv 1606.03498, section 4), in float64: exp of the mean KL(p(y|x) || p(y))."""
+"""The Inception Score (arXiv 1606.03498, section 4), in float64: exp of the mean KL(p(y|x) ||
+p(y)).
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,22 @@ from lpl_pretrain.evaluation.kernel import checked
 from lpl_pretrain.runtime import rng
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
+def inception_score(
+    logits: Tensor, *, splits: int = 10, seed: int | None = 0
+) -> tuple[float, float]:
     """Mean and standard deviation over `splits` equal parts of logits (N, classes).
 
     The order is shuffled, so that no part holds neighbouring classes; `seed` None keeps it.
     """
     logits = checked(logits, at_least=splits)
     if seed is not None:
-        logits = logits[torch.from_numpy(rng.numpy_generator(seed, "inception_score").permutation(len(logits)))]
+        logits = logits[
+            torch.from_numpy(rng.numpy_generator(seed, "inception_score").permutation(len(logits)))
+        ]
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
-    scores = torch.stack([score(logits[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)])
+    scores = torch.stack(
+        [score(logits[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+    )
     return scores.mean().item(), scores.std(correction=0).item()
 
 

@@ -1,7 +1,8 @@
 """One evaluation: which checkpoints a protocol has still to score, and what a score is made of.
 
-It meets the trainer in files only: complete checkpoints in, evaluations/step_*/<protocol>.json out, written last and whole.  Any
-number of evaluators may work on a run: a lease on every (step, protocol) keeps them apart, and the checkpoint from being removed.
+It meets the trainer in files only: complete checkpoints in, evaluations/step_*/<protocol>.json out,
+written last and whole.  Any number of evaluators may work on a run: a lease on every (step,
+protocol) keeps them apart, and the checkpoint from being removed.
 """
 
 from __future__ import annotations
@@ -61,20 +62,27 @@ def evaluate(
     passed_over: dict[int, str] | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
-    """Collective. Scores every complete checkpoint that has no score by this protocol, or `steps`, `again` if they have one.
+    """Collective. Scores every complete checkpoint that has no score by this protocol, or `steps`,
+    `again` if they have one.
 
-    Yields each record when it is written; a step that another evaluator works on is left to it.  Raises ConfigError,
-    CheckpointError or DataError before anything is generated.  A checkpoint that is damaged or gone is refused when it is one
-    of `steps`; otherwise it is named in the log and in `passed_over`, by step, and the others are scored.  Ends early when
-    `stopping` on a rank.
+    Yields each record when it is written; a step that another evaluator works on is left to it.
+    Raises ConfigError, CheckpointError or DataError before anything is generated.  A checkpoint
+    that is damaged or gone is refused when it is one of `steps`; otherwise it is named in the log
+    and in `passed_over`, by step, and the others are scored.  Ends early when `stopping` on a rank.
     """
     passed_over = {} if passed_over is None else passed_over
     world = world or World()
     check_protocol(protocol)
     check_sampler(load_run_config(run_dir).diffusion.prediction, protocol.sampler)
     run_dir.complete_step(None)
-    pending = [step for step in run_dir.pending_evaluations(protocol.name) if step not in passed_over]
-    wanted = pending if steps is None else [run_dir.complete_step(step) for step in steps if again or step in pending]
+    pending = [
+        step for step in run_dir.pending_evaluations(protocol.name) if step not in passed_over
+    ]
+    wanted = (
+        pending
+        if steps is None
+        else [run_dir.complete_step(step) for step in steps if again or step in pending]
+    )
     wanted = broadcast_json(wanted)
     check_same_protocol(run_dir, protocol)
     if world.rank == 0:
@@ -82,7 +90,10 @@ def evaluate(
         clean_scored_steps(run_dir, protocol.name)
     if not wanted:
         return
-    run, extractors = open_run(run_dir, device, protocol.guide), [load_extractor(entry, device) for entry in protocol.extractors]
+    run, extractors = (
+        open_run(run_dir, device, protocol.guide),
+        [load_extractor(entry, device) for entry in protocol.extractors],
+    )
     check_enough(protocol, extractors)
     reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
     job = Job(run, protocol, extractors, reference, world, stopping)
@@ -116,19 +127,30 @@ class Job:
         world: World,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.run, self.protocol, self.extractors, self.reference, self.world = run, protocol, extractors, reference, world
+        self.run, self.protocol, self.extractors, self.reference, self.world = (
+            run,
+            protocol,
+            extractors,
+            reference,
+            world,
+        )
         self.stopping = stopping
 
     def score(self, step: int, *, again: bool) -> dict[str, Any] | None:
         """Collective. The record of one step, once it is written; None when that is not ours to do.
 
-        Raises CheckpointError on all ranks, for a checkpoint that is damaged, or was removed in the meantime.
+        Raises CheckpointError on all ranks, for a checkpoint that is damaged, or was removed in the
+        meantime.
         """
         run_dir, protocol, rank0 = self.run.run_dir, self.protocol, self.world.rank == 0
         lease = Lease(run_dir.evaluation_lease(step, protocol.name))
         together(lease.take, act=rank0)
         with lease if rank0 else nullcontext():
-            done = not again and step not in run_dir.pending_evaluations(protocol.name) and self._is_there(step)
+            done = (
+                not again
+                and step not in run_dir.pending_evaluations(protocol.name)
+                and self._is_there(step)
+            )
             if not broadcast_json(lease.held and not done):
                 return None
             manifest = together(partial(self._manifest, step)) or b""
@@ -146,7 +168,9 @@ class Job:
                 "checkpoint_manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                 "data_fingerprint": self.run.index.fingerprint,
                 "autoencoder_identity": self.run.index.autoencoder.identity,
-                "extractors": {extractor.config.label: extractor.identity() for extractor in self.extractors},
+                "extractors": {
+                    extractor.config.label: extractor.identity() for extractor in self.extractors
+                },
                 "reference": self.reference.facts,
                 "versions": {name: _version(name) for name in PACKAGES},
                 "device": self.run.generator.device.type,
@@ -180,11 +204,19 @@ class Job:
         except CheckpointError:
             if self._is_there(step):
                 raise
-            raise CheckpointError(f"{self.run.run_dir.checkpoint(step)}: was removed during its evaluation") from None
+            raise CheckpointError(
+                f"{self.run.run_dir.checkpoint(step)}: was removed during its evaluation"
+            ) from None
 
     def _work(self, step: int, manifest: bytes) -> Path:
-        """Where features wait until the record is written; of another protocol or checkpoint they are not taken up again."""
-        facts = [self.protocol.model_dump(mode="json"), [e.identity() for e in self.extractors], self.run.index.fingerprint]
+        """Where features wait until the record is written; of another protocol or checkpoint they
+        are not taken up again.
+        """
+        facts = [
+            self.protocol.model_dump(mode="json"),
+            [e.identity() for e in self.extractors],
+            self.run.index.fingerprint,
+        ]
         key = hashlib.sha256(json.dumps(facts).encode() + manifest).hexdigest()[:KEY_LENGTH]
         return self.run.run_dir.evaluation(step, self.protocol.name).with_suffix(f".{key}.partial")
 
@@ -196,11 +228,17 @@ class Job:
             for scale in protocol.guidance_scales:
                 started, made = time.monotonic(), 0
                 spools = [
-                    Spool(work / f"{weights}_w{scale:g}_seed{protocol.seed + i}", protocol.images, protocol.batch_size)
+                    Spool(
+                        work / f"{weights}_w{scale:g}_seed{protocol.seed + i}",
+                        protocol.images,
+                        protocol.batch_size,
+                    )
                     for i in range(protocol.repeats)
                 ]
                 for seed, spool in enumerate(spools, start=protocol.seed):
-                    made += self._generate(spool, seed, scale, f"step {step}, {weights}, guidance {scale:g}")
+                    made += self._generate(
+                        spool, seed, scale, f"step {step}, {weights}, guidance {scale:g}"
+                    )
                 if any_over_ranks(self.stopping())[0]:  # waits for all ranks
                     raise Stopped
                 if self.world.rank != 0:
@@ -212,14 +250,22 @@ class Job:
                 shown = spools[0]
                 if protocol.keep_images != "none":
                     keep_images(self.run, step, protocol, weights, scale, shown.rows(PIXELS))
-                if protocol.grid_images and samples is None and scale == max(protocol.guidance_scales):
+                if (
+                    protocol.grid_images
+                    and samples is None
+                    and scale == max(protocol.guidance_scales)
+                ):
                     path = self.run.run_dir.samples(step, protocol.name)
                     publish_grid(path, shown.first(PIXELS, protocol.grid_images))
                     samples = str(path.relative_to(self.run.run_dir.path))
         return results, samples
 
     def _scores(self, spool: Spool) -> list[dict[str, Any]]:
-        return [entry for extractor in self.extractors for entry in scores(self.protocol, extractor, spool, self.reference)]
+        return [
+            entry
+            for extractor in self.extractors
+            for entry in scores(self.protocol, extractor, spool, self.reference)
+        ]
 
     def _generate(self, spool: Spool, seed: int, scale: float, desc: str) -> int:
         """This rank's share of the pictures, and their features; how many there were left to make."""
@@ -230,15 +276,25 @@ class Job:
                 if self.stopping():
                     break
                 pixels = self.run.generator.pixels(
-                    batch, seed=seed, sampler=protocol.sampler, guidance_scale=scale, precision=protocol.precision
+                    batch,
+                    seed=seed,
+                    sampler=protocol.sampler,
+                    guidance_scale=scale,
+                    precision=protocol.precision,
                 )
                 tensors: dict[str, Tensor] = {}
                 for extractor in self.extractors:
                     label = extractor.config.label
                     tensors |= {f"{label}/{kind}": rows for kind, rows in extractor(pixels).items()}
                     if extractor.embed_text is not None and "clip_score" in protocol.metrics:
-                        tensors[f"{label}/text"] = extractor.embed_text(self.run.captions(seed, batch))
-                shown = len(pixels) if protocol.keep_images != "none" else max(protocol.grid_images - batch.start, 0)
+                        tensors[f"{label}/text"] = extractor.embed_text(
+                            self.run.captions(seed, batch)
+                        )
+                shown = (
+                    len(pixels)
+                    if protocol.keep_images != "none"
+                    else max(protocol.grid_images - batch.start, 0)
+                )
                 shown *= seed == protocol.seed
                 if shown:
                     tensors[PIXELS] = pixels[:shown]
@@ -255,8 +311,10 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
     for extractor in extractors:
         if extractor.config.kind != "clip" and protocol.images <= extractor.dimension:
             text = (
-                f"images={protocol.images} for the {extractor.dimension} features of {extractor.config.label}: a Frechet distance "
-                "is biased upwards; compare only scores of the same protocol, or use kid, which is not"
+                f"images={protocol.images} for the {extractor.dimension} features of "
+                f"{extractor.config.label}: a Frechet distance "
+                "is biased upwards; compare only scores of the same protocol, or use kid, "
+                "which is not"
             )
             if protocol.few_images == "refuse":
                 raise ConfigError(f"{text} (few_images=refuse)")
@@ -264,7 +322,9 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
 
 
 def clean_scored_steps(run_dir: RunDir, protocol: str) -> None:
-    """Remove leases and features of scored steps whose evaluator was killed, or could not remove them."""
+    """Remove leases and features of scored steps whose evaluator was killed, or could not remove
+    them.
+    """
     for record in run_dir.path.glob(f"evaluations/step_*/{protocol}.json"):
         lease = Lease(record.with_suffix(".lease"))
         features = list(record.parent.glob(f"{protocol}.{'[0-9a-f]' * KEY_LENGTH}.partial"))
@@ -275,7 +335,8 @@ def clean_scored_steps(run_dir: RunDir, protocol: str) -> None:
 
 
 def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:
-    """Raises ConfigError when scores of this name were made by other settings: one curve must not mix two protocols.
+    """Raises ConfigError when scores of this name were made by other settings: one curve must not
+    mix two protocols.
 
     A record that cannot be read is named in the log; it counts as not there.
     """
@@ -287,13 +348,22 @@ def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:
             continue
         if record["format_version"] != FORMAT_VERSION:
             raise ConfigError(
-                f"{path}: was written by another version (format {record['format_version']}, this one {FORMAT_VERSION}): "
-                f"give the protocol another name, such as name={protocol.name}_2, or remove the old scores"
+                f"{path}: was written by another version (format {record['format_version']}, this "
+                f"one {FORMAT_VERSION}): "
+                f"give the protocol another name, such as name={protocol.name}_2, or remove the "
+                "old scores"
             )
         stored = validate(EvaluateConfig, record["protocol"], where=str(path))
-        changed = {key: values for key, values in differences(stored, protocol).items() if key not in FREE_TO_CHANGE}
+        changed = {
+            key: values
+            for key, values in differences(stored, protocol).items()
+            if key not in FREE_TO_CHANGE
+        }
         if changed:
-            lines = [f"  {key}: scored with {old!r}, you ask for {new!r}" for key, (old, new) in changed.items()]
+            lines = [
+                f"  {key}: scored with {old!r}, you ask for {new!r}"
+                for key, (old, new) in changed.items()
+            ]
             raise ConfigError(
                 f"{path} was scored by another protocol of the same name:\n"
                 + "\n".join(lines)

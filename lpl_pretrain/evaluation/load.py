@@ -1,4 +1,6 @@
-"""From a run directory to something that generates: the run's configuration, data index and autoencoder, the weights of a step."""
+"""From a run directory to something that generates: the run's configuration, data index and
+autoencoder, the weights of a step.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class TrainedRun:
     generator: Generator
 
     def load(self, step: int | None, weights: str) -> int:
-        """Puts weights of a step (`ema`, `raw`, `ema_power_...`, `posthoc_...`) into the denoiser; returns the step.
+        """Puts weights of a step (`ema`, `raw`, `ema_power_...`, `posthoc_...`) into the denoiser;
+        returns the step.
 
         None is the newest step whose checkpoint is sound.  Raises CheckpointError.
         """
@@ -46,20 +49,30 @@ class TrainedRun:
         if self.generator.captions is not None:
             return self.generator.captions.draw(seed, indices)[0]
         names = [*self.index.classes, ""]
-        return [names[label] for label in draw_classes(seed, indices, self.index.class_counts).tolist()]
+        return [
+            names[label] for label in draw_classes(seed, indices, self.index.class_counts).tolist()
+        ]
 
     def told(self, seed: int, indices: Sequence[int]) -> list[dict[str, object]]:
-        """What the model was asked for in each of these pictures: index, class and, where it reads text, caption."""
+        """What the model was asked for in each of these pictures: index, class and, where it reads
+        text, caption.
+        """
         names = [*self.index.classes, ""]
         labels = draw_classes(seed, indices, self.index.class_counts).tolist()
-        facts: list[dict[str, object]] = [{"index": i, "class": names[label]} for i, label in zip(indices, labels, strict=True)]
+        facts: list[dict[str, object]] = [
+            {"index": i, "class": names[label]} for i, label in zip(indices, labels, strict=True)
+        ]
         if self.generator.captions is not None:
-            for fact, caption in zip(facts, self.generator.captions.draw(seed, indices)[0], strict=True):
+            for fact, caption in zip(
+                facts, self.generator.captions.draw(seed, indices)[0], strict=True
+            ):
                 fact["caption"] = caption
         return facts
 
 
-def load_weights(denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step: int | None, weights: str) -> int:
+def load_weights(
+    denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step: int | None, weights: str
+) -> int:
     """As `TrainedRun.load`, into any denoiser."""
     identity = run_identity(config)
     if weights.startswith(POSTHOC):
@@ -72,7 +85,8 @@ def load_weights(denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step
         denoiser.load_state_dict(tensors)
     except RuntimeError as problem:
         raise CheckpointError(
-            f"{run_dir.checkpoint(found)}: its {weights} weights do not fit the model in {run_dir.config}: {str(problem)[:500]}"
+            f"{run_dir.checkpoint(found)}: its {weights} weights do not fit the model in "
+            f"{run_dir.config}: {str(problem)[:500]}"
         ) from None
     return found
 
@@ -80,39 +94,65 @@ def load_weights(denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step
 def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
     """With weights still to be loaded, frozen."""
     conditioning = config.conditioning
-    text = text_shape(conditioning.text, text_entries(conditioning, index.text)) if conditioning.text else None
-    return build_denoiser(config.model, index.latent, len(index.classes), text=text).eval().requires_grad_(False)
+    text = (
+        text_shape(conditioning.text, text_entries(conditioning, index.text))
+        if conditioning.text
+        else None
+    )
+    return (
+        build_denoiser(config.model, index.latent, len(index.classes), text=text)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
-def open_guide(guide: GuideConfig, config: TrainConfig, index: DatasetIndex, device: torch.device) -> nn.Module:
-    """The weaker denoiser, with its weights.  Raises ConfigError when it was trained for something else than `config`."""
+def open_guide(
+    guide: GuideConfig, config: TrainConfig, index: DatasetIndex, device: torch.device
+) -> nn.Module:
+    """The weaker denoiser, with its weights.  Raises ConfigError when it was trained for something
+    else than `config`.
+    """
     run_dir = RunDir(Path(guide.run))
     theirs = load_run_config(run_dir)
     asked, found = (some.diffusion.model_dump(mode="json") for some in (config, theirs))
     if theirs.conditioning.text != config.conditioning.text:
-        raise ConfigError(f"guide.run={guide.run}: reads {theirs.conditioning.text}, this run {config.conditioning.text}")
+        raise ConfigError(
+            f"guide.run={guide.run}: reads {theirs.conditioning.text}, this run "
+            f"{config.conditioning.text}"
+        )
     for key in ("prediction", "schedule", "zero_terminal_snr"):
         mine, other = asked[key], found[key]
         if mine != other:
-            raise ConfigError(f"guide.run={guide.run}: trained with diffusion.{key}={other}, this run with {mine}: use one like it")
+            raise ConfigError(
+                f"guide.run={guide.run}: trained with diffusion.{key}={other}, this run with "
+                f"{mine}: use one like it"
+            )
     if read_data(theirs.data.folder).merged.fingerprint != index.fingerprint:
         raise ConfigError(
-            f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on {config.data.folder}: use one like it"
+            f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on "
+            f"{config.data.folder}: use one like it"
         )
     denoiser = new_denoiser(theirs, index).to(device)
     load_weights(denoiser, run_dir, theirs, guide.step, guide.weights)
     return denoiser
 
 
-def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = None, prompts: Prompts | None = None) -> TrainedRun:
+def open_run(
+    run_dir: RunDir,
+    device: torch.device,
+    guide: GuideConfig | None = None,
+    prompts: Prompts | None = None,
+) -> TrainedRun:
     """Raises ConfigError or DataError; `load` a step before generating."""
     config = load_run_config(run_dir)
     index = read_data(config.data.folder).merged
     autoencoder = load_autoencoder(config.autoencoder).to(device)
     if autoencoder.identity != index.autoencoder.identity:
         raise DataError(
-            f"autoencoder={config.autoencoder} is {autoencoder.identity[:12]}, but data.folder={config.data.folder} "
-            f"was encoded by {index.autoencoder.identity[:12]}: put the autoencoder that made the data back"
+            f"autoencoder={config.autoencoder} is {autoencoder.identity[:12]}, but "
+            f"data.folder={config.data.folder} "
+            f"was encoded by {index.autoencoder.identity[:12]}: put the autoencoder that made the "
+            "data back"
         )
     scaling = latent_scaling(config.data.scaling, index)
 
@@ -121,13 +161,17 @@ def open_run(run_dir: RunDir, device: torch.device, guide: GuideConfig | None = 
 
     denoiser = new_denoiser(config, index).to(device)
     shape = (index.latent.channels, index.latent.height, index.latent.width)
-    schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
+    schedule = make_schedule(
+        config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr
+    )
     weak = None if guide is None else open_guide(guide, config, index, device)
     if prompts is not None and not config.conditioning.text:
         raise ConfigError(f"--prompt: {run_dir.path} was trained without text")
     captions = Captions(config, device, prompts) if config.conditioning.text else None
     prediction, counts = config.diffusion.prediction, index.class_counts
-    generator = Generator(denoiser, decode, prediction, schedule, shape, counts, device, weak, captions)
+    generator = Generator(
+        denoiser, decode, prediction, schedule, shape, counts, device, weak, captions
+    )
     return TrainedRun(run_dir, config, index, generator)
 
 

@@ -1,7 +1,8 @@
 """Fidelity and diversity by nearest neighbours, in float64: precision, recall, density, coverage.
 
-Features (N, D) of any float type.  A set's manifold is the union of balls about its pictures, each of which reaches to the k-th
-nearest other picture of the set.  Balls are taken CHUNK at a time: the memory is that of CHUNK x N numbers.
+Features (N, D) of any float type.  A set's manifold is the union of balls about its pictures, each
+of which reaches to the k-th nearest other picture of the set.  Balls are taken CHUNK at a time: the
+memory is that of CHUNK x N numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from lpl_pretrain.evaluation.kernel import CHUNK, paired
 
 
 def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991, equation 2): the share of pictures inside the other set's manifold."""
+    """Improved precision and recall (arXiv 1904.06991, equation 2): the share of pictures inside
+    the other set's manifold.
+    """
     generated, real = prepared(generated, real, k)
     return share_inside(real, generated, k), share_inside(generated, real, k)
 
@@ -23,8 +26,9 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
 def density_coverage(generated: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
     """Density and coverage (arXiv 2002.09797, section 3).
 
-    Density: how many real balls a generated picture is inside, over k.  Coverage: the share of real balls that hold a generated
-    picture.  As in the authors' code, a picture on the surface is outside.
+    Density: how many real balls a generated picture is inside, over k.  Coverage: the share of real
+    balls that hold a generated picture.  As in the authors' code, a picture on the surface is
+    outside.
     """
     generated, real = prepared(generated, real, k)
     pairs = covered = 0
@@ -44,7 +48,9 @@ def share_inside(centres: Tensor, points: Tensor, k: int) -> float:
 
 
 def balls(centres: Tensor, points: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each chunk of centres (N, D): squared distances to points (M, D), of (C, M), and the balls' squared radii (C, 1)."""
+    """For each chunk of centres (N, D): squared distances to points (M, D), of (C, M), and the
+    balls' squared radii (C, 1).
+    """
     for start in range(0, len(centres), CHUNK):
         rows = centres[start : start + CHUNK]
         others = without_self(squared_distances(rows, centres), start)

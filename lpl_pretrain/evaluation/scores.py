@@ -1,4 +1,6 @@
-"""From features of generated and of real pictures to the entries of a record: one function for each metric of a protocol."""
+"""From features of generated and of real pictures to the entries of a record: one function for each
+metric of a protocol.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from lpl_pretrain.evaluation.reference import Reference
 from lpl_pretrain.evaluation.spool import Spool
 
 Entry = dict[str, Any]
-"""`metric`, `value`, its `std`, `low` and `high` where known, and `at_half`, the Frechet distance of half of the pictures.
+"""`metric`, `value`, its `std`, `low` and `high` where known, and `at_half`, the Frechet distance
+of half of the pictures.
 
 With `repeats` also `values`, one for each seed."""
 
@@ -48,7 +51,9 @@ class Case:
         return {"metric": self.extractor.named(metric), "value": value, **more}
 
 
-def scores(protocol: EvaluateConfig, extractor: Extractor, made: Spool, real: Reference) -> Iterator[Entry]:
+def scores(
+    protocol: EvaluateConfig, extractor: Extractor, made: Spool, real: Reference
+) -> Iterator[Entry]:
     """All that `protocol` asks of this extractor."""
     case = Case(protocol, extractor, made, real)
     for metric in metrics_of(extractor.config, protocol.metrics):
@@ -56,13 +61,20 @@ def scores(protocol: EvaluateConfig, extractor: Extractor, made: Spool, real: Re
 
 
 def over_seeds(repeats: list[list[Entry]]) -> list[Entry]:
-    """One entry for each score of several sets of pictures: the mean, and what one set more would differ from it by."""
+    """One entry for each score of several sets of pictures: the mean, and what one set more would
+    differ from it by.
+    """
     if len(repeats) == 1:
         return repeats[0]
     found = []
     for same in zip(*repeats, strict=True):
         values = [entry["value"] for entry in same]
-        entry = {"metric": same[0]["metric"], "value": statistics.fmean(values), "std": statistics.stdev(values), "values": values}
+        entry = {
+            "metric": same[0]["metric"],
+            "value": statistics.fmean(values),
+            "std": statistics.stdev(values),
+            "values": values,
+        }
         if "at_half" in same[0]:
             entry["at_half"] = statistics.fmean(entry["at_half"] for entry in same)
         found.append(entry)
@@ -75,7 +87,9 @@ def _frechet(case: Case, metric: str, kind: str) -> Entry:
     if len(case.made.batches) > 1:
         entry["at_half"] = frechet_distance(case.made.statistics(name, share=0.5), real)
     if case.protocol.bootstrap:
-        entry["std"] = bootstrap(case.made_rows(kind), real, repeats=case.protocol.bootstrap, seed=case.protocol.seed)[1]
+        entry["std"] = bootstrap(
+            case.made_rows(kind), real, repeats=case.protocol.bootstrap, seed=case.protocol.seed
+        )[1]
     return entry
 
 
@@ -89,7 +103,9 @@ def _spatial_fd(case: Case) -> Iterator[Entry]:
 
 def _fd_infinity(case: Case) -> Iterator[Entry]:
     real = case.real.statistics[f"{case.label}/pooled"]
-    yield case.entry("fd_infinity", frechet_infinity(case.made_rows("pooled"), real, seed=case.protocol.seed))
+    yield case.entry(
+        "fd_infinity", frechet_infinity(case.made_rows("pooled"), real, seed=case.protocol.seed)
+    )
 
 
 def _kid(case: Case) -> Iterator[Entry]:

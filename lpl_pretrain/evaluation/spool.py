@@ -1,7 +1,9 @@
-"""Features on their way to scores: one file for each batch of pictures, filled by any number of processes, read in order.
+"""Features on their way to scores: one file for each batch of pictures, filled by any number of
+processes, read in order.
 
-A batch is the same pictures whoever makes it, so scores do not depend on the number of processes, and a killed one loses the batch
-that it was working on.  About 16 KiB a picture and extractor, until the scores are written.
+A batch is the same pictures whoever makes it, so scores do not depend on the number of processes,
+and a killed one loses the batch that it was working on.  About 16 KiB a picture and extractor,
+until the scores are written.
 """
 
 from __future__ import annotations
@@ -28,29 +30,41 @@ class Spool:
 
     @property
     def batches(self) -> list[range]:
-        return [range(first, min(first + self.batch_size, self.count)) for first in range(0, self.count, self.batch_size)]
+        return [
+            range(first, min(first + self.batch_size, self.count))
+            for first in range(0, self.count, self.batch_size)
+        ]
 
     def missing(self, rank: int, world_size: int) -> list[range]:
         """Batches of this rank that are still to be made."""
-        return [batch for batch in self.batches[rank::world_size] if not self._file(batch).is_file()]
+        return [
+            batch for batch in self.batches[rank::world_size] if not self._file(batch).is_file()
+        ]
 
     def put(self, batch: range, tensors: dict[str, Tensor]) -> None:
-        """Rows of one batch, by name.  Raises DataError for features that are not finite: they would make every score NaN."""
+        """Rows of one batch, by name.  Raises DataError for features that are not finite: they
+        would make every score NaN.
+        """
         for name, rows in tensors.items():
             bad = (~rows.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
             if bad:
                 raise DataError(
-                    f"{name} features of pictures {[batch[i] for i in bad[:8]]} are not finite: the pictures, or the network"
+                    f"{name} features of pictures {[batch[i] for i in bad[:8]]} are not finite: "
+                    "the pictures, or the network"
                 )
         save_tensors(self._file(batch), tensors)
 
     def rows(self, name: str, batches: list[range] | None = None) -> Iterator[Tensor]:
-        """Batch by batch; a batch that holds no `name` is passed over.  Raises DataError for a damaged file."""
+        """Batch by batch; a batch that holds no `name` is passed over.  Raises DataError for a
+        damaged file.
+        """
         for batch in self.batches if batches is None else batches:
             try:
                 tensors, _ = load_tensors(self._file(batch), [name])
             except DataError as error:
-                raise DataError(f"{error}; remove this file, and the same command makes it again") from None
+                raise DataError(
+                    f"{error}; remove this file, and the same command makes it again"
+                ) from None
             yield from tensors.values()
 
     def whole(self, name: str) -> Tensor:

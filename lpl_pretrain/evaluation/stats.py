@@ -1,6 +1,8 @@
-"""Mean and covariance of features, streamed and merged: the same to rounding for any batches, any split, any order of merging.
+"""Mean and covariance of features, streamed and merged: the same to rounding for any batches, any
+split, any order of merging.
 
-Features (N, D) of any float type; everything kept is float64 on CPU (float32 covariances give wrong scores: torcheval issue 192).
+Features (N, D) of any float type; everything kept is float64 on CPU (float32 covariances give wrong
+scores: torcheval issue 192).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class FeatureStatistics:
         bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise DataError(
-                f"features of pictures {[self.count + i for i in bad[:8]]} are not finite: the pictures, or the "
+                f"features of pictures {[self.count + i for i in bad[:8]]} are not finite: the "
+                "pictures, or the "
                 "extractor, hold NaN or infinity"
             )
         if len(rows) == 0:
@@ -42,7 +45,9 @@ class FeatureStatistics:
         if count == 0:
             return
         delta = other.mean - self.mean
-        self.scatter += other.scatter + torch.outer(delta, delta) * (self.count * other.count / count)
+        self.scatter += other.scatter + torch.outer(delta, delta) * (
+            self.count * other.count / count
+        )
         self.mean += delta * (other.count / count)
         self.count = count
 
@@ -62,12 +67,29 @@ class FeatureStatistics:
         """Raises DataError for tensors that `tensors` cannot have given."""
         count, mean, scatter = (tensors[name] for name in ("count", "mean", "scatter"))
         wanted = (torch.int64, torch.float64, torch.float64)
-        if (count.dtype, mean.dtype, scatter.dtype) != wanted or count.dim() or mean.dim() != 1 or not len(mean):
-            raise DataError(f"count {count.dtype} {tuple(count.shape)}, mean {mean.dtype} {tuple(mean.shape)}: wanted () and (D,)")
+        if (
+            (count.dtype, mean.dtype, scatter.dtype) != wanted
+            or count.dim()
+            or mean.dim() != 1
+            or not len(mean)
+        ):
+            raise DataError(
+                f"count {count.dtype} {tuple(count.shape)}, mean {mean.dtype} {tuple(mean.shape)}: "
+                "wanted () and (D,)"
+            )
         if scatter.shape != 2 * mean.shape:
-            raise DataError(f"scatter {tuple(scatter.shape)}, mean {tuple(mean.shape)}: wanted (D, D) and (D,)")
-        if int(count) < 2 or not mean.isfinite().all() or not scatter.isfinite().all() or (scatter.diagonal() < 0).any():
-            raise DataError(f"count {int(count)}: wanted 2 at least, finite numbers, and no negative variance")
+            raise DataError(
+                f"scatter {tuple(scatter.shape)}, mean {tuple(mean.shape)}: wanted (D, D) and (D,)"
+            )
+        if (
+            int(count) < 2
+            or not mean.isfinite().all()
+            or not scatter.isfinite().all()
+            or (scatter.diagonal() < 0).any()
+        ):
+            raise DataError(
+                f"count {int(count)}: wanted 2 at least, finite numbers, and no negative variance"
+            )
         statistics = cls(len(mean))
         statistics.count, statistics.mean, statistics.scatter = int(count), mean, scatter
         return statistics

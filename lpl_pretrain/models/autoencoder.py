@@ -1,6 +1,8 @@
-"""The frozen autoencoder: pictures to posterior moments, latents to pictures; the families of config/autoencoder.py.
+"""The frozen autoencoder: pictures to posterior moments, latents to pictures; the families of
+config/autoencoder.py.
 
-Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale is what the denoiser sees.
+Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale is what the denoiser
+sees.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Autoencoder(nn.Module):
         self.shift, self.scale = _shift_and_scale(network, facts)
 
     def encode_moments(self, images: Tensor) -> Tensor:
-        """(B, 3, H_px, W_px) in [-1, 1] -> (B, 2C, H, W) float32: the posterior's mean, then its standard deviation.
+        """(B, 3, H_px, W_px) in [-1, 1] -> (B, 2C, H, W) float32: the posterior's mean, then its
+        standard deviation.
 
         Families without a posterior (tiny, DC) have a standard deviation of 0.
         """
@@ -52,7 +55,9 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError, for NaN in it too."""
+    """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError, for
+    NaN in it too.
+    """
     path = resolve_path(folder)
     facts, identity = read_autoencoder(folder, path), autoencoder_identity(path)
     import diffusers  # seconds, for nothing in a run without LPL
@@ -63,23 +68,29 @@ def load_autoencoder(folder: str) -> Autoencoder:
             local_files_only=True,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
-            disable_mmap=True,  # safetensors' own reader takes every error for a file that is missing
+            # safetensors' own reader takes every error for a file that is missing
+            disable_mmap=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError) as problem:
         reason = transient_reason(problem)  # which diffusers does not tell
         told = f"{problem}" if reason is None or reason in str(problem) else f"{reason} ({problem})"
-        raise ConfigError(f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {told}") from None
+        raise ConfigError(
+            f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {told}"
+        ) from None
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise ConfigError(
-            f"autoencoder={folder}: NaN or infinity in {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}: "
+            f"autoencoder={folder}: NaN or infinity in "
+            f"{', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}: "
             "copy the file again from where it is whole"
         )
     return Autoencoder(network, identity, facts)
 
 
 def _shift_and_scale(network: Any, facts: AutoencoderFacts) -> tuple[float, float]:
-    """FLUX.2 has no scaling factor but running statistics of its patched latents: their overall mean and deviation stand in."""
+    """FLUX.2 has no scaling factor but running statistics of its patched latents: their overall
+    mean and deviation stand in.
+    """
     if facts.family != "AutoencoderKLFlux2":
         return facts.shift, 1.0 if facts.scale is None else float(facts.scale)
     mean, variance = network.bn.running_mean.double(), network.bn.running_var.double()
@@ -98,22 +109,33 @@ class LatentScaling:
         return LatentScaling(self.shift.to(device), self.scale.to(device))
 
     def normalize(self, raw: Tensor) -> Tensor:
-        return (raw - self.shift.to(raw)[None, :, None, None]) * self.scale.to(raw)[None, :, None, None]
+        return (raw - self.shift.to(raw)[None, :, None, None]) * self.scale.to(raw)[
+            None, :, None, None
+        ]
 
     def denormalize(self, z0: Tensor) -> Tensor:
         return z0 / self.scale.to(z0)[None, :, None, None] + self.shift.to(z0)[None, :, None, None]
 
 
 def latent_scaling(kind: str, index: DatasetIndex) -> LatentScaling:
-    """`autoencoder`: one shift and scale, as diffusers pipelines use; `per_channel`: mean 0 and std 1 for every channel."""
+    """`autoencoder`: one shift and scale, as diffusers pipelines use; `per_channel`: mean 0 and std
+    1 for every channel.
+    """
     if kind == "per_channel":
         return LatentScaling(torch.tensor(index.latent.mean), 1 / torch.tensor(index.latent.std))
     channels = index.latent.channels
-    return LatentScaling(torch.full((channels,), index.autoencoder.shift), torch.full((channels,), index.autoencoder.scale))
+    return LatentScaling(
+        torch.full((channels,), index.autoencoder.shift),
+        torch.full((channels,), index.autoencoder.scale),
+    )
 
 
-def chained(scaling: LatentScaling, own: Autoencoder | AutoencoderEntry, other: Autoencoder) -> LatentScaling:
-    """From z0 of `scaling` to the raw latents of `other`, when z0 of `own` are z0 of `other`: TAESD takes what SD scales."""
+def chained(
+    scaling: LatentScaling, own: Autoencoder | AutoencoderEntry, other: Autoencoder
+) -> LatentScaling:
+    """From z0 of `scaling` to the raw latents of `other`, when z0 of `own` are z0 of `other`: TAESD
+    takes what SD scales.
+    """
     shift = (scaling.shift - own.shift) * own.scale / other.scale + other.shift
     return LatentScaling(shift, scaling.scale * other.scale / own.scale)
 

@@ -25,7 +25,12 @@ Section = DiTConfig | MMDiTConfig | UNetConfig
 
 
 def build_denoiser(
-    config: Section, latent: LatentEntry, num_classes: int, seed: int = 0, *, text: TextShape | None = None
+    config: Section,
+    latent: LatentEntry,
+    num_classes: int,
+    seed: int = 0,
+    *,
+    text: TextShape | None = None,
 ) -> Denoiser:
     """Initial weights depend on `seed` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -40,7 +45,9 @@ def build_denoiser(
         return DiT(config, latent.channels, latent.height, latent.width, num_classes, text)
 
 
-def build_on_meta(config: Section, index: DatasetIndex, text: TextShape | None = None) -> tuple[Denoiser, Conditioning]:
+def build_on_meta(
+    config: Section, index: DatasetIndex, text: TextShape | None = None
+) -> tuple[Denoiser, Conditioning]:
     """The denoiser and the conditions of one sample, on meta tensors, which hold no data."""
     with torch.device("meta"):
         model = build_denoiser(config, index.latent, len(index.classes), text=text)
@@ -52,22 +59,28 @@ def build_on_meta(config: Section, index: DatasetIndex, text: TextShape | None =
 
 
 def check_model_runs(config: TrainConfig, index: DatasetIndex) -> None:
-    """Run one forward and loss on meta tensors, for the smallest and the largest bucket.  Raises ConfigError.
+    """Run one forward and loss on meta tensors, for the smallest and the largest bucket.  Raises
+    ConfigError.
 
-    It finds what rules in `config` do not, such as blocks of a U-Net that do not fit together.  A transformer is checked at a
-    depth of 2: all its blocks but the last are alike.
+    It finds what rules in `config` do not, such as blocks of a U-Net that do not fit together.  A
+    transformer is checked at a depth of 2: all its blocks but the last are alike.
     """
     layout, conditioning = config.conditioning.text, config.conditioning
     text = text_shape(layout, text_entries(conditioning, index.text)) if layout else None
     check_denoiser_runs(config.model, index, text)
 
 
-def check_denoiser_runs(config: Section, index: DatasetIndex, text: TextShape | None = None) -> None:
+def check_denoiser_runs(
+    config: Section, index: DatasetIndex, text: TextShape | None = None
+) -> None:
     """As `check_model_runs`."""
     if not isinstance(config, UNetConfig):
         config = config.model_copy(update={"depth": min(config.depth, 2)})
     what = f"model.settings={short(config.settings)}" if isinstance(config, UNetConfig) else "model"
-    shapes = sorted({(bucket.height, bucket.width) for bucket in index.buckets}, key=lambda side: side[0] * side[1])
+    shapes = sorted(
+        {(bucket.height, bucket.width) for bucket in index.buckets},
+        key=lambda side: side[0] * side[1],
+    )
     try:
         model, cond = build_on_meta(config, index, text)
         for name in model.sharded_blocks():
@@ -77,16 +90,24 @@ def check_denoiser_runs(config: Section, index: DatasetIndex, text: TextShape | 
             _check_loss(model, z_t, cond)
     except ConfigError:
         raise
-    except Exception as error:  # whatever torch, timm or diffusers raise for arguments that do not fit
+    except (
+        Exception
+    ) as error:  # whatever torch, timm or diffusers raise for arguments that do not fit
         reason = one_line(f"{type(error).__name__}: {error}", 300)
-        raise ConfigError(f"{what}: a {config.kind} of these settings does not run: {reason}; change them") from None
+        raise ConfigError(
+            f"{what}: a {config.kind} of these settings does not run: {reason}; change them"
+        ) from None
 
 
 def _check_loss(model: Denoiser, z_t: torch.Tensor, cond: Conditioning) -> None:
-    """`z_t` (1, C, H, W).  The answer has its shape, or twice its channels where the model predicts a variance too."""
+    """`z_t` (1, C, H, W).  The answer has its shape, or twice its channels where the model predicts
+    a variance too.
+    """
     output = model(z_t, torch.empty(len(z_t), device="meta"), cond)
     channels = z_t.shape[1] * (2 if getattr(model.config, "learned_sigma", False) else 1)
     wanted = (len(z_t), channels, *z_t.shape[2:])
     if tuple(output.shape) != wanted:
-        raise ConfigError(f"model: gives {tuple(output.shape)} for latents of {tuple(z_t.shape)}, wanted {wanted}")
+        raise ConfigError(
+            f"model: gives {tuple(output.shape)} for latents of {tuple(z_t.shape)}, wanted {wanted}"
+        )
     output.float().square().mean()

@@ -1,7 +1,9 @@
-"""DiT weights in other people's layouts: the published files, and diffusers' `DiTTransformer2DModel`; as dictionaries, both ways.
+"""DiT weights in other people's layouts: the published files, and diffusers'
+`DiTTransformer2DModel`; as dictionaries, both ways.
 
-The published layout is ours with the fixed position embedding beside it.  diffusers splits queries, keys and values, and keeps a
-copy of the time and class embedders in every block.  What diffusers' model cannot express is refused.
+The published layout is ours with the fixed position embedding beside it.  diffusers splits queries,
+keys and values, and keeps a copy of the time and class embedders in every block.  What diffusers'
+model cannot express is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +21,17 @@ EMBEDDERS = {
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
     "y_embedder.embedding_table": "class_embedder.embedding_table",
 }
-BLOCK = {"attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear"}
-AROUND = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1", "final_layer.linear": "proj_out_2"}
+BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+AROUND = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
 QKV = ("to_q", "to_k", "to_v")
 ENDS = ("weight", "bias")
 State = dict[str, Tensor]
@@ -31,14 +42,25 @@ def from_published(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name != "pos_embed"}
 
 
-def to_diffusers(state: State, config: DiTConfig, *, channels: int, side: int, num_classes: int) -> tuple[dict[str, Any], State]:
-    """(config, state) of a DiTTransformer2DModel for square latents with the same answers.  Raises ConfigError."""
-    own = [name for name in ("qk_norm", "rope", "swiglu", "rms_norm", "position_side", "text") if getattr(config, name)]
+def to_diffusers(
+    state: State, config: DiTConfig, *, channels: int, side: int, num_classes: int
+) -> tuple[dict[str, Any], State]:
+    """(config, state) of a DiTTransformer2DModel for square latents with the same answers.  Raises
+    ConfigError.
+    """
+    own = [
+        name
+        for name in ("qk_norm", "rope", "swiglu", "rms_norm", "position_side", "text")
+        if getattr(config, name)
+    ]
     if own:
-        raise ConfigError(f"model.{own[0]}: diffusers' DiT has no such thing; export without --format diffusers")
+        raise ConfigError(
+            f"model.{own[0]}: diffusers' DiT has no such thing; export without --format diffusers"
+        )
     if config.timestep_rates != "diffusers":
         raise ConfigError(
-            "model.timestep_rates=dit: diffusers' DiT embeds time at other frequencies, so its pictures would differ; "
+            "model.timestep_rates=dit: diffusers' DiT embeds time at other frequencies, so its "
+            "pictures would differ; "
             "train with model.timestep_rates=diffusers to export there"
         )
     settings = {
@@ -57,40 +79,68 @@ def to_diffusers(state: State, config: DiTConfig, *, channels: int, side: int, n
     for i in range(config.depth):
         mine, block = f"blocks.{i}", f"transformer_blocks.{i}"
         for name, other in EMBEDDERS.items():
-            theirs |= {f"{block}.norm1.emb.{other}.{end}": state[f"{name}.{end}"].clone() for end in _ends(state, name)}
+            theirs |= {
+                f"{block}.norm1.emb.{other}.{end}": state[f"{name}.{end}"].clone()
+                for end in _ends(state, name)
+            }
         for name, other in BLOCK.items():
             theirs |= {f"{block}.{other}.{end}": state[f"{mine}.{name}.{end}"] for end in ENDS}
         for end in ENDS:
             parts = state[f"{mine}.attn.qkv.{end}"].chunk(3)
-            theirs |= {f"{block}.attn1.{name}.{end}": part.contiguous() for name, part in zip(QKV, parts, strict=True)}
+            theirs |= {
+                f"{block}.attn1.{name}.{end}": part.contiguous()
+                for name, part in zip(QKV, parts, strict=True)
+            }
     return settings, theirs
 
 
 def from_diffusers(settings: dict[str, Any], state: State) -> tuple[DiTConfig, State]:
-    """(model section, state) of ours.  Raises ConfigError for another variant, CheckpointError for copies that differ."""
-    if settings.get("activation_fn") != "gelu-approximate" or settings.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
-        raise ConfigError(f"DiTTransformer2DModel with {settings}: wanted activation_fn gelu-approximate, norm_type ada_norm_zero")
-    heads, width = settings["num_attention_heads"], settings["num_attention_heads"] * settings["attention_head_dim"]
+    """(model section, state) of ours.  Raises ConfigError for another variant, CheckpointError for
+    copies that differ.
+    """
+    if (
+        settings.get("activation_fn") != "gelu-approximate"
+        or settings.get("norm_type", "ada_norm_zero") != "ada_norm_zero"
+    ):
+        raise ConfigError(
+            f"DiTTransformer2DModel with {settings}: wanted activation_fn gelu-approximate, "
+            "norm_type ada_norm_zero"
+        )
+    heads, width = (
+        settings["num_attention_heads"],
+        settings["num_attention_heads"] * settings["attention_head_dim"],
+    )
     config = DiTConfig(
         width=width,
         depth=settings["num_layers"],
         heads=heads,
         patch_size=settings["patch_size"],
-        learned_sigma=(settings.get("out_channels") or settings["in_channels"]) == 2 * settings["in_channels"],
+        learned_sigma=(settings.get("out_channels") or settings["in_channels"])
+        == 2 * settings["in_channels"],
         timestep_rates="diffusers",
     )
     ours = {f"{name}.{end}": state[f"{AROUND[name]}.{end}"] for name in AROUND for end in ENDS}
     for name, other in EMBEDDERS.items():
         for end in _ends(state, f"transformer_blocks.0.norm1.emb.{other}"):
-            copies = [state[f"transformer_blocks.{i}.norm1.emb.{other}.{end}"] for i in range(config.depth)]
+            copies = [
+                state[f"transformer_blocks.{i}.norm1.emb.{other}.{end}"]
+                for i in range(config.depth)
+            ]
             if not all(torch.equal(copy, copies[0]) for copy in copies):
-                raise CheckpointError(f"transformer_blocks.*.norm1.emb.{other}.{end}: blocks hold different copies")
+                raise CheckpointError(
+                    f"transformer_blocks.*.norm1.emb.{other}.{end}: blocks hold different copies"
+                )
             ours[f"{name}.{end}"] = copies[0]
     for i in range(config.depth):
         mine, block = f"blocks.{i}", f"transformer_blocks.{i}"
         for end in ENDS:
-            ours |= {f"{mine}.{name}.{end}": state[f"{block}.{other}.{end}"] for name, other in BLOCK.items()}
-            ours[f"{mine}.attn.qkv.{end}"] = torch.cat([state[f"{block}.attn1.{name}.{end}"] for name in QKV])
+            ours |= {
+                f"{mine}.{name}.{end}": state[f"{block}.{other}.{end}"]
+                for name, other in BLOCK.items()
+            }
+            ours[f"{mine}.attn.qkv.{end}"] = torch.cat(
+                [state[f"{block}.attn1.{name}.{end}"] for name in QKV]
+            )
     return config, ours
 
 

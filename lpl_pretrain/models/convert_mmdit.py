@@ -1,7 +1,8 @@
 """MMDiT weights to and from diffusers' `SD3Transformer2DModel`; dictionaries of tensors both ways.
 
-diffusers splits queries, keys and values, and has scale before shift where a modulation has two parts only (the last text stream
-and the output).  Its position embedding is fixed; ours is that of a grid no larger than the picture.
+diffusers splits queries, keys and values, and has scale before shift where a modulation has two
+parts only (the last text stream and the output).  Its position embedding is fixed; ours is that of
+a grid no larger than the picture.
 """
 
 from __future__ import annotations
@@ -30,13 +31,21 @@ QKV = {"image": ("to_q", "to_k", "to_v"), "text": ("add_q_proj", "add_k_proj", "
 NORMS = {"image": ("norm_q", "norm_k"), "text": ("norm_added_q", "norm_added_k")}
 STREAM = {
     "image": {"proj": "attn.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"},
-    "text": {"proj": "attn.to_add_out", "mlp.fc1": "ff_context.net.0.proj", "mlp.fc2": "ff_context.net.2"},
+    "text": {
+        "proj": "attn.to_add_out",
+        "mlp.fc1": "ff_context.net.0.proj",
+        "mlp.fc2": "ff_context.net.2",
+    },
 }
 MODULATION = {"image": "norm1.linear", "text": "norm1_context.linear"}
 
 
-def to_diffusers(state: State, config: MMDiTConfig, *, channels: int, side: int, text: TextShape) -> tuple[dict[str, Any], State]:
-    """(config, state) of an SD3Transformer2DModel for square latents of this side with the same answers."""
+def to_diffusers(
+    state: State, config: MMDiTConfig, *, channels: int, side: int, text: TextShape
+) -> tuple[dict[str, Any], State]:
+    """(config, state) of an SD3Transformer2DModel for square latents of this side with the same
+    answers.
+    """
     settings = {
         "sample_size": side,
         "patch_size": config.patch_size,
@@ -56,17 +65,32 @@ def to_diffusers(state: State, config: MMDiTConfig, *, channels: int, side: int,
         theirs[f"norm_out.linear.{end}"] = _swapped(state[f"final_modulation.1.{end}"])
     for i in range(config.depth):
         for stream in QKV:
-            mine, block, last = f"blocks.{i}.{stream}", f"transformer_blocks.{i}", _ends(i, config.depth, stream)
+            mine, block, last = (
+                f"blocks.{i}.{stream}",
+                f"transformer_blocks.{i}",
+                _ends(i, config.depth, stream),
+            )
             for end in ENDS:
                 modulation = state[f"{mine}.adaLN_modulation.1.{end}"]
-                theirs[f"{block}.{MODULATION[stream]}.{end}"] = _swapped(modulation) if last else modulation
+                theirs[f"{block}.{MODULATION[stream]}.{end}"] = (
+                    _swapped(modulation) if last else modulation
+                )
                 parts = state[f"{mine}.qkv.{end}"].chunk(3)
-                theirs |= {f"{block}.attn.{name}.{end}": part.contiguous() for name, part in zip(QKV[stream], parts, strict=True)}
+                theirs |= {
+                    f"{block}.attn.{name}.{end}": part.contiguous()
+                    for name, part in zip(QKV[stream], parts, strict=True)
+                }
                 if not last:
-                    theirs |= {f"{block}.{other}.{end}": state[f"{mine}.{name}.{end}"] for name, other in STREAM[stream].items()}
+                    theirs |= {
+                        f"{block}.{other}.{end}": state[f"{mine}.{name}.{end}"]
+                        for name, other in STREAM[stream].items()
+                    }
             if config.qk_norm:
                 pairs = zip(("q_norm", "k_norm"), NORMS[stream], strict=True)
-                theirs |= {f"{block}.attn.{other}.weight": state[f"{mine}.{name}.weight"] for name, other in pairs}
+                theirs |= {
+                    f"{block}.attn.{other}.weight": state[f"{mine}.{name}.weight"]
+                    for name, other in pairs
+                }
     return settings, theirs
 
 
@@ -75,7 +99,8 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[MMDiTConfig,
     if settings.get("dual_attention_layers") or settings.get("qk_norm") not in (None, "rms_norm"):
         found = {key: settings.get(key) for key in ("dual_attention_layers", "qk_norm")}
         raise ConfigError(
-            f"SD3Transformer2DModel with {found}: wanted no dual attention (as in SD3.5 medium), qk_norm rms_norm or null"
+            f"SD3Transformer2DModel with {found}: wanted no dual attention (as in SD3.5 medium), "
+            "qk_norm rms_norm or null"
         )
     heads = settings["num_attention_heads"]
     config = MMDiTConfig(
@@ -90,16 +115,30 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[MMDiTConfig,
         ours[f"final_modulation.1.{end}"] = _swapped(state[f"norm_out.linear.{end}"])
     for i in range(config.depth):
         for stream in QKV:
-            mine, block, last = f"blocks.{i}.{stream}", f"transformer_blocks.{i}", _ends(i, config.depth, stream)
+            mine, block, last = (
+                f"blocks.{i}.{stream}",
+                f"transformer_blocks.{i}",
+                _ends(i, config.depth, stream),
+            )
             for end in ENDS:
                 modulation = state[f"{block}.{MODULATION[stream]}.{end}"]
-                ours[f"{mine}.adaLN_modulation.1.{end}"] = _swapped(modulation) if last else modulation
-                ours[f"{mine}.qkv.{end}"] = torch.cat([state[f"{block}.attn.{name}.{end}"] for name in QKV[stream]])
+                ours[f"{mine}.adaLN_modulation.1.{end}"] = (
+                    _swapped(modulation) if last else modulation
+                )
+                ours[f"{mine}.qkv.{end}"] = torch.cat(
+                    [state[f"{block}.attn.{name}.{end}"] for name in QKV[stream]]
+                )
                 if not last:
-                    ours |= {f"{mine}.{name}.{end}": state[f"{block}.{other}.{end}"] for name, other in STREAM[stream].items()}
+                    ours |= {
+                        f"{mine}.{name}.{end}": state[f"{block}.{other}.{end}"]
+                        for name, other in STREAM[stream].items()
+                    }
             if config.qk_norm:
                 pairs = zip(("q_norm", "k_norm"), NORMS[stream], strict=True)
-                ours |= {f"{mine}.{name}.weight": state[f"{block}.attn.{other}.weight"] for name, other in pairs}
+                ours |= {
+                    f"{mine}.{name}.weight": state[f"{block}.attn.{other}.weight"]
+                    for name, other in pairs
+                }
     return config, ours
 
 

@@ -1,8 +1,10 @@
-"""A frozen decoder as a list of stages: what to run between the latent and the picture, piece by piece.
+"""A frozen decoder as a list of stages: what to run between the latent and the picture, piece by
+piece.
 
-Every family of autoencoders comes down to an entrance, stages `mid`, `up0`, `up1`, ... (named in config/autoencoder.py) made of
-pieces that run one after another, and an exit to pixels.  Going through all of them is exactly `decode()`.  A piece is the unit
-of activation checkpointing and of torch.compile: a resnet, an attention, an upsampler.
+Every family of autoencoders comes down to an entrance, stages `mid`, `up0`, `up1`, ... (named in
+config/autoencoder.py) made of pieces that run one after another, and an exit to pixels.  Going
+through all of them is exactly `decode()`.  A piece is the unit of activation checkpointing and of
+torch.compile: a resnet, an attention, an upsampler.
 """
 
 from __future__ import annotations
@@ -15,12 +17,18 @@ from torch import Tensor, nn
 
 
 class DecoderStages(nn.Module):
-    """Raw latents (B, C, H, W) -> `entrance` -> each of `stages` in order -> `exit` -> pictures (B, 3, H_px, W_px)."""
+    """Raw latents (B, C, H, W) -> `entrance` -> each of `stages` in order -> `exit` -> pictures (B,
+    3, H_px, W_px).
+    """
 
-    def __init__(self, entrance: nn.Module, stages: dict[str, list[nn.Module]], exit_: nn.Module) -> None:
+    def __init__(
+        self, entrance: nn.Module, stages: dict[str, list[nn.Module]], exit_: nn.Module
+    ) -> None:
         super().__init__()
         self.entrance, self.exit = entrance, exit_
-        self.stages = nn.ModuleDict({name: nn.Sequential(*pieces) for name, pieces in stages.items()})
+        self.stages = nn.ModuleDict(
+            {name: nn.Sequential(*pieces) for name, pieces in stages.items()}
+        )
 
     def forward(self, raw: Tensor) -> Tensor:
         hidden = self.entrance(raw)
@@ -36,13 +44,21 @@ class DecoderStages(nn.Module):
 
     def changed(self, change: Callable[[list[nn.Module]], list[Any]]) -> DecoderStages:
         """The same with other pieces in each stage."""
-        return DecoderStages(self.entrance, {name: change(list(run.children())) for name, run in self.stages.items()}, self.exit)
+        return DecoderStages(
+            self.entrance,
+            {name: change(list(run.children())) for name, run in self.stages.items()},
+            self.exit,
+        )
 
 
 class Call(nn.Module):
-    """A piece that diffusers calls with further arguments, or a piece of its `forward` that it has no module for."""
+    """A piece that diffusers calls with further arguments, or a piece of its `forward` that it has
+    no module for.
+    """
 
-    def __init__(self, function: Callable[[Any, Tensor], Tensor], module: nn.Module | None = None) -> None:
+    def __init__(
+        self, function: Callable[[Any, Tensor], Tensor], module: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.module, self.function = module, function
 
@@ -61,23 +77,32 @@ def decoder_stages(network: Any) -> DecoderStages:
 
 
 def _kl(network: Any) -> DecoderStages:
-    """`post_quant_conv`, where there is one, is part of `decode()`: SD and SDXL have it, SD3 and FLUX do not."""
+    """`post_quant_conv`, where there is one, is part of `decode()`: SD and SDXL have it, SD3 and
+    FLUX do not.
+    """
     decoder = network.decoder
     entrance = nn.Sequential(network.post_quant_conv or nn.Identity(), decoder.conv_in)
-    bodies = {"mid": decoder.mid_block, **{f"up{i}": block for i, block in enumerate(decoder.up_blocks)}}
+    bodies = {
+        "mid": decoder.mid_block,
+        **{f"up{i}": block for i, block in enumerate(decoder.up_blocks)},
+    }
     exit_ = nn.Sequential(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
     return DecoderStages(entrance, {name: _kl_pieces(body) for name, body in bodies.items()}, exit_)
 
 
 def _kl_pieces(body: Any) -> list[nn.Module]:
-    """In the order in which diffusers runs them: the mid block starts with a resnet more than it has attentions."""
+    """In the order in which diffusers runs them: the mid block starts with a resnet more than it
+    has attentions.
+    """
     resnets: list[nn.Module] = [Call(_without_embedding, resnet) for resnet in body.resnets]
     attentions = list(getattr(body, "attentions", []))
     surplus = len(resnets) - len(attentions) if attentions else len(resnets)
     pieces = resnets[:surplus]
     for attention, resnet in zip(attentions, resnets[surplus:], strict=True):
         pair = [attention, resnet] if surplus else [resnet, attention]
-        pieces += [piece for piece in pair if piece is not None]  # an autoencoder may have been built without attention
+        pieces += [
+            piece for piece in pair if piece is not None
+        ]  # an autoencoder may have been built without attention
     return [*pieces, *(getattr(body, "upsamplers", None) or [])]
 
 
@@ -86,7 +111,9 @@ def _without_embedding(resnet: Any, hidden: Tensor) -> Tensor:
 
 
 def _tiny(network: Any) -> DecoderStages:
-    """Stages end before each upsampling, after the blocks; the last convolution is the exit, stretched from [0, 1]."""
+    """Stages end before each upsampling, after the blocks; the last convolution is the exit,
+    stretched from [0, 1].
+    """
     layers = list(network.decoder.layers)
     entrance = nn.Sequential(Call(_clamp), *layers[:2])
     runs: list[list[nn.Module]] = [[]]
@@ -95,7 +122,9 @@ def _tiny(network: Any) -> DecoderStages:
             runs.append([])
         runs[-1].append(layer)
     names = ["mid", *(f"up{i}" for i in range(len(runs) - 1))]
-    return DecoderStages(entrance, dict(zip(names, runs, strict=True)), nn.Sequential(layers[-1], Call(_to_signed)))
+    return DecoderStages(
+        entrance, dict(zip(names, runs, strict=True)), nn.Sequential(layers[-1], Call(_to_signed))
+    )
 
 
 def _clamp(_: None, raw: Tensor) -> Tensor:
@@ -111,9 +140,13 @@ def _dc(network: Any) -> DecoderStages:
     decoder = network.decoder
     runs = [list(block) for block in reversed(decoder.up_blocks) if len(block)]
     names = ["mid", *(f"up{i}" for i in range(len(runs) - 1))]
-    exit_ = nn.Sequential(Call(_norm_over_channels, decoder.norm_out), decoder.conv_act, decoder.conv_out)
+    exit_ = nn.Sequential(
+        Call(_norm_over_channels, decoder.norm_out), decoder.conv_act, decoder.conv_out
+    )
     repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
-    return DecoderStages(_DCEntrance(decoder.conv_in, repeats), dict(zip(names, runs, strict=True)), exit_)
+    return DecoderStages(
+        _DCEntrance(decoder.conv_in, repeats), dict(zip(names, runs, strict=True)), exit_
+    )
 
 
 class _DCEntrance(nn.Module):

@@ -1,7 +1,9 @@
-"""The diffusion transformer with adaLN-Zero (arXiv 2212.09748), with the published names; conditioned on classes, and on text.
+"""The diffusion transformer with adaLN-Zero (arXiv 2212.09748), with the published names;
+conditioned on classes, and on text.
 
-Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the shape of z_t, with `learned_sigma`
-twice its channels (the second half: diffusion/learned_sigma.py).  At initialisation the answer is exactly zero.
+Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the
+shape of z_t, with `learned_sigma` twice its channels (the second half: diffusion/learned_sigma.py).
+At initialisation the answer is exactly zero.
 """
 
 from __future__ import annotations
@@ -30,12 +32,22 @@ class DiT(PatchTransformer):
     config: DiTConfig
 
     def __init__(
-        self, config: DiTConfig, channels: int, height: int, width: int, num_classes: int, text: TextShape | None = None
+        self,
+        config: DiTConfig,
+        channels: int,
+        height: int,
+        width: int,
+        num_classes: int,
+        text: TextShape | None = None,
     ) -> None:
         super().__init__()
         self.place(config, height, width)
-        self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
-        self.t_embedder = TimestepEmbedder(config.width, last_rate_is_slowest=config.timestep_rates == "diffusers")
+        self.x_embedder = PatchEmbed(
+            None, config.patch_size, channels, config.width, strict_img_size=False
+        )
+        self.t_embedder = TimestepEmbedder(
+            config.width, last_rate_is_slowest=config.timestep_rates == "diffusers"
+        )
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         self.text_embedder = self.pooled_embedder = None
         if config.text is not None:
@@ -44,20 +56,28 @@ class DiT(PatchTransformer):
             if text.pooled_width:
                 self.pooled_embedder = nn.Linear(text.pooled_width, config.width)
         before = text.tokens if text is not None and config.text == "in_context" else 0
-        self.blocks = nn.ModuleList(Block(config, tokens_before=before) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config, config.patch_size**2 * channels * (1 + config.learned_sigma))
+        self.blocks = nn.ModuleList(
+            Block(config, tokens_before=before) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(
+            config, config.patch_size**2 * channels * (1 + config.learned_sigma)
+        )
         self._initialise()
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
-        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self.positions(rows, columns)
+        tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self.positions(
+            rows, columns
+        )
         condition = self.t_embedder(t) + self.y_embedder(cond.labels)
         rope, text = self._rotations(rows, columns, tokens), None
         if self.text_embedder is not None:
             assert cond.text is not None and cond.pooled is not None
             text = self.text_embedder(cond.text.to(self.text_embedder.weight.dtype))
             if self.pooled_embedder is not None:
-                condition = condition + self.pooled_embedder(cond.pooled.to(self.pooled_embedder.weight.dtype))
+                condition = condition + self.pooled_embedder(
+                    cond.pooled.to(self.pooled_embedder.weight.dtype)
+                )
             if self.config.text == "in_context":
                 tokens, text = torch.cat([text.to(tokens.dtype), tokens], dim=1), None
         for block in self.blocks:
@@ -68,10 +88,14 @@ class DiT(PatchTransformer):
     def _rotations(self, rows: int, columns: int, tokens: Tensor) -> Tensor | None:
         if not self.config.rope:
             return None
-        return rotary_embedding(self.config.width // self.config.heads, rows, columns, tokens.device).to(tokens.dtype)
+        return rotary_embedding(
+            self.config.width // self.config.heads, rows, columns, tokens.device
+        ).to(tokens.dtype)
 
     def _initialise(self) -> None:
-        """As published: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""
+        """As published: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and
+        for the output.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -80,10 +104,18 @@ class DiT(PatchTransformer):
         parameters = dict(self.named_parameters())
         nn.init.xavier_uniform_(parameters["x_embedder.proj.weight"].data.flatten(1))
         nn.init.zeros_(parameters["x_embedder.proj.bias"])
-        for name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+        for name in (
+            "y_embedder.embedding_table.weight",
+            "t_embedder.mlp.0.weight",
+            "t_embedder.mlp.2.weight",
+        ):
             nn.init.normal_(parameters[name], std=0.02)
         for name, parameter in parameters.items():
-            if "adaLN_modulation" in name or "cross_attn.proj" in name or name.startswith("final_layer.linear"):
+            if (
+                "adaLN_modulation" in name
+                or "cross_attn.proj" in name
+                or name.startswith("final_layer.linear")
+            ):
                 nn.init.zeros_(parameter)
 
 
@@ -93,17 +125,36 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.norm1 = norm(width, rms=config.rms_norm)
-        self.attn = attention(width, config.heads, qk_norm=config.qk_norm, rms=config.rms_norm, tokens_before=tokens_before)
+        self.attn = attention(
+            width,
+            config.heads,
+            qk_norm=config.qk_norm,
+            rms=config.rms_norm,
+            tokens_before=tokens_before,
+        )
         self.norm_cross = self.cross_attn = None
         if config.text == "cross_attention":
-            self.norm_cross, self.cross_attn = norm(width, rms=config.rms_norm), CrossAttention(width, config.heads)
+            self.norm_cross, self.cross_attn = (
+                norm(width, rms=config.rms_norm),
+                CrossAttention(width, config.heads),
+            )
         self.norm2 = norm(width, rms=config.rms_norm)
         self.mlp = mlp(width, config.mlp_ratio, swiglu=config.swiglu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, condition: Tensor, rope: Tensor | None = None, text: Tensor | None = None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
-        tokens = tokens + gate_a[:, None] * self.attn(modulate(self.norm1(tokens), shift_a, scale_a), rope=rope)
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        rope: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(
+            6, dim=1
+        )
+        tokens = tokens + gate_a[:, None] * self.attn(
+            modulate(self.norm1(tokens), shift_a, scale_a), rope=rope
+        )
         if self.norm_cross is not None and self.cross_attn is not None and text is not None:
             tokens = tokens + self.cross_attn(self.norm_cross(tokens), text)
         return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift_m, scale_m))

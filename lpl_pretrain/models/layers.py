@@ -1,4 +1,5 @@
-"""The pieces that transformers are built of: timm's patch embedding, attention and MLP, under one roof.
+"""The pieces that transformers are built of: timm's patch embedding, attention and MLP, under one
+roof.
 
 Tokens are (B, N, D); images of tokens are row-major.
 """
@@ -33,16 +34,26 @@ __all__ = [
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of 1000 t, then an MLP (arXiv 2006.11239, appendix B; frequencies as in arXiv 2212.09748)."""
+    """Sinusoids of 1000 t, then an MLP (arXiv 2006.11239, appendix B; frequencies as in arXiv
+    2212.09748).
+    """
 
     rates: Tensor  # (frequencies / 2,)
 
-    def __init__(self, width: int, frequencies: int = 256, *, last_rate_is_slowest: bool = False) -> None:
-        """Rates fall from 1 towards 1/10,000, which the last one reaches if `last_rate_is_slowest` (diffusers' DiT)."""
+    def __init__(
+        self, width: int, frequencies: int = 256, *, last_rate_is_slowest: bool = False
+    ) -> None:
+        """Rates fall from 1 towards 1/10,000, which the last one reaches if `last_rate_is_slowest`
+        (diffusers' DiT).
+        """
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         half = frequencies // 2
-        rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / (half - last_rate_is_slowest))
+        rates = torch.exp(
+            -math.log(10_000)
+            * torch.arange(half, dtype=torch.float64)
+            / (half - last_rate_is_slowest)
+        )
         self.register_buffer("rates", rates.float(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -52,7 +63,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Where the patches of a picture are, and which blocks there are: what DiT and MMDiT have in common."""
+    """Where the patches of a picture are, and which blocks there are: what DiT and MMDiT have in
+    common.
+    """
 
     config: TransformerConfig
     blocks: nn.ModuleList
@@ -63,14 +76,18 @@ class PatchTransformer(nn.Module):
         self.config, self.patch = config, config.patch_size
         self.rows, self.columns = height // config.patch_size, width // config.patch_size
         # a buffer, not a parameter: sharding would pad it to the world size
-        self.register_buffer("pos_embed", self._positions_of(self.rows, self.columns), persistent=False)
+        self.register_buffer(
+            "pos_embed", self._positions_of(self.rows, self.columns), persistent=False
+        )
 
     def sharded_blocks(self) -> list[str]:
         """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
         return [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """(1, rows * columns, width); buckets of other shapes count their patches from the same corner, at the same distance."""
+        """(1, rows * columns, width); buckets of other shapes count their patches from the same
+        corner, at the same distance.
+        """
         if (rows, columns) == (self.rows, self.columns):
             return self.pos_embed
         return self._positions_of(rows, columns).to(self.pos_embed)
@@ -85,29 +102,48 @@ def norm(width: int, *, rms: bool) -> nn.Module:
     return (nn.RMSNorm if rms else nn.LayerNorm)(width, elementwise_affine=False, eps=1e-6)
 
 
-def attention(width: int, heads: int, *, qk_norm: bool, rms: bool, tokens_before: int = 0) -> AttentionRope:
+def attention(
+    width: int, heads: int, *, qk_norm: bool, rms: bool, tokens_before: int = 0
+) -> AttentionRope:
     """When `rope` is given to its forward, all tokens but the first `tokens_before` rotate."""
     per_head: Any = partial(nn.RMSNorm if rms else nn.LayerNorm, eps=1e-6)
-    return AttentionRope(width, heads, num_prefix_tokens=tokens_before, qk_norm=qk_norm, norm_layer=per_head)
+    return AttentionRope(
+        width, heads, num_prefix_tokens=tokens_before, qk_norm=qk_norm, norm_layer=per_head
+    )
 
 
 class CrossAttention(nn.Module):
-    """Of the picture's tokens to the text's, all of one width (as in PixArt, arXiv 2310.00426, section 2.3)."""
+    """Of the picture's tokens to the text's, all of one width (as in PixArt, arXiv 2310.00426,
+    section 2.3).
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q, self.kv, self.proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
         query = self.q(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key, value = self.kv(text.to(tokens.dtype)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        key, value = (
+            self.kv(text.to(tokens.dtype))
+            .unflatten(-1, (2, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         return self.proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 def mlp(width: int, ratio: float, *, swiglu: bool) -> nn.Module:
     hidden = int(width * ratio)
-    return SwiGLU(width, hidden * 2 // 3, align_to=16) if swiglu else Mlp(width, hidden, act_layer=GELUTanh)
+    return (
+        SwiGLU(width, hidden * 2 // 3, align_to=16)
+        if swiglu
+        else Mlp(width, hidden, act_layer=GELUTanh)
+    )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -116,7 +152,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def sincos_position_embedding(width: int, rows: int, columns: int, distance: float = 1.0) -> Tensor:
-    """(1, rows * columns, width) float32: half of the width encodes the column, half the row, as in the published DiT.
+    """(1, rows * columns, width) float32: half of the width encodes the column, half the row, as in
+    the published DiT.
 
     `distance` between neighbours; below 1, more of them lie in the range that a model has learnt.
     """
@@ -124,13 +161,19 @@ def sincos_position_embedding(width: int, rows: int, columns: int, distance: flo
     rates = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     along = [distance * torch.arange(count, dtype=torch.float64) for count in (rows, columns)]
     row, column = torch.meshgrid(*along, indexing="ij")
-    parts = [f(axis.reshape(-1, 1) * rates) for axis in (column, row) for f in (torch.sin, torch.cos)]
+    parts = [
+        f(axis.reshape(-1, 1) * rates) for axis in (column, row) for f in (torch.sin, torch.cos)
+    ]
     return torch.cat(parts, dim=1).float()[None]
 
 
 def rotary_embedding(head_width: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows * columns, 2 * head_width), as timm's attention takes it: half of a head turns with the row, half with the column."""
-    sine, cosine = build_rotary_pos_embed([rows, columns], dim=head_width, in_pixels=False, device=device)
+    """(rows * columns, 2 * head_width), as timm's attention takes it: half of a head turns with the
+    row, half with the column.
+    """
+    sine, cosine = build_rotary_pos_embed(
+        [rows, columns], dim=head_width, in_pixels=False, device=device
+    )
     return torch.cat([sine, cosine], dim=-1)
 
 
@@ -138,4 +181,6 @@ def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
     """(B, rows * columns, patch * patch * C) -> (B, C, rows * patch, columns * patch)."""
     channels = tokens.shape[-1] // patch**2
     grid = tokens.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, channels))
-    return torch.einsum("brcpqz->bzrpcq", grid).reshape(len(tokens), channels, rows * patch, columns * patch)
+    return torch.einsum("brcpqz->bzrpcq", grid).reshape(
+        len(tokens), channels, rows * patch, columns * patch
+    )

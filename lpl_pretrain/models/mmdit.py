@@ -1,8 +1,9 @@
-"""The multimodal diffusion transformer of SD3 (arXiv 2403.03206): streams of their own for image and text, one attention over both.
+"""The multimodal diffusion transformer of SD3 (arXiv 2403.03206): streams of their own for image
+and text, one attention over both.
 
-Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1], cond.text (B, T, J), cond.pooled (B, P); the answer
-has the shape of z_t and is exactly zero at initialisation.  Padding tokens are attended to, as in SD3: the conditioner makes T the
-same for every batch.
+Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1], cond.text (B, T, J),
+cond.pooled (B, P); the answer has the shape of z_t and is exactly zero at initialisation.  Padding
+tokens are attended to, as in SD3: the conditioner makes T the same for every batch.
 """
 
 from __future__ import annotations
@@ -28,16 +29,24 @@ from lpl_pretrain.models.layers import (
 class MMDiT(PatchTransformer):
     config: MMDiTConfig
 
-    def __init__(self, config: MMDiTConfig, channels: int, height: int, width: int, text: TextShape) -> None:
+    def __init__(
+        self, config: MMDiTConfig, channels: int, height: int, width: int, text: TextShape
+    ) -> None:
         super().__init__()
         self.place(config, height, width)
-        self.x_embedder = PatchEmbed(None, config.patch_size, channels, config.width, strict_img_size=False)
+        self.x_embedder = PatchEmbed(
+            None, config.patch_size, channels, config.width, strict_img_size=False
+        )
         self.t_embedder = TimestepEmbedder(config.width)
         self.text_embedder = nn.Linear(text.width, config.width)
         self.pooled_embedder = nn.Sequential(
-            nn.Linear(text.pooled_width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+            nn.Linear(text.pooled_width, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, config.width),
         )
-        self.blocks = nn.ModuleList(JointBlock(config, last=i == config.depth - 1) for i in range(config.depth))
+        self.blocks = nn.ModuleList(
+            JointBlock(config, last=i == config.depth - 1) for i in range(config.depth)
+        )
         self.final_norm = norm(config.width, rms=False)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
         self.final_linear = nn.Linear(config.width, config.patch_size**2 * channels)
@@ -53,10 +62,17 @@ class MMDiT(PatchTransformer):
         for block in self.blocks:
             image, text = block(image, text, condition)
         shift, scale = self.final_modulation(condition).chunk(2, dim=1)
-        return unpatchify(self.final_linear(modulate(self.final_norm(image), shift, scale)), self.patch, rows, columns)
+        return unpatchify(
+            self.final_linear(modulate(self.final_norm(image), shift, scale)),
+            self.patch,
+            rows,
+            columns,
+        )
 
     def _initialise(self) -> None:
-        """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output."""
+        """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the
+        output.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -72,7 +88,9 @@ class MMDiT(PatchTransformer):
 
 
 class JointBlock(nn.Module):
-    """In the last one nothing is read from the text any more, so its stream ends with the attention."""
+    """In the last one nothing is read from the text any more, so its stream ends with the
+    attention.
+    """
 
     def __init__(self, config: MMDiTConfig, *, last: bool) -> None:
         super().__init__()
@@ -91,7 +109,9 @@ class JointBlock(nn.Module):
 
 
 class Stream(nn.Module):
-    """What a block holds for one kind of tokens; `ends`: it is attended to, and not changed any more."""
+    """What a block holds for one kind of tokens; `ends`: it is attended to, and not changed any
+    more.
+    """
 
     def __init__(self, config: MMDiTConfig, *, ends: bool = False) -> None:
         super().__init__()
@@ -101,22 +121,36 @@ class Stream(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if ends else 6) * width))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(width, (2 if ends else 6) * width)
+        )
         if not ends:
             self.proj = nn.Linear(width, width)
             self.norm2 = norm(width, rms=False)
             self.mlp = mlp(width, config.mlp_ratio, swiglu=False)
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """(B, width) each: shift and scale before attention; then its gate, shift, scale and gate of the MLP, unless it ends."""
+        """(B, width) each: shift and scale before attention; then its gate, shift, scale and gate
+        of the MLP, unless it ends.
+        """
         return self.adaLN_modulation(condition).chunk(2 if self.ends else 6, dim=1)
 
     def look(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value (B, heads, N, width / heads)."""
-        mixed = self.qkv(modulate(self.norm1(tokens), shift, scale)).unflatten(-1, (3, self.heads, -1))
+        mixed = self.qkv(modulate(self.norm1(tokens), shift, scale)).unflatten(
+            -1, (3, self.heads, -1)
+        )
         query, key, value = mixed.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
 
-    def answer(self, tokens: Tensor, attended: Tensor, gate_a: Tensor, shift: Tensor, scale: Tensor, gate_m: Tensor) -> Tensor:
+    def answer(
+        self,
+        tokens: Tensor,
+        attended: Tensor,
+        gate_a: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate_m: Tensor,
+    ) -> Tensor:
         tokens = tokens + gate_a[:, None] * self.proj(attended)
         return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift, scale))

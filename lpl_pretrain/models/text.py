@@ -1,4 +1,6 @@
-"""Frozen text encoders of transformers (CLIP, T5, BERT and their kin): captions to the states of their true tokens."""
+"""Frozen text encoders of transformers (CLIP, T5, BERT and their kin): captions to the states of
+their true tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT
 class TextEncoder(nn.Module):
     """Frozen, in eval mode, float32 unless moved."""
 
-    def __init__(self, network: Any, tokenizer: Any, identity: str, config: TextEncoderConfig) -> None:
+    def __init__(
+        self, network: Any, tokenizer: Any, identity: str, config: TextEncoderConfig
+    ) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.tokenizer, self.identity, self.config = tokenizer, identity, config
@@ -32,21 +36,40 @@ class TextEncoder(nn.Module):
         if config.pooled:
             _, pooled = self.encode([""])[0]
             if pooled is None:
-                raise ConfigError(f"{config.folder}: {type(network).__name__} has no pooled output: set pooled=false")
+                raise ConfigError(
+                    f"{config.folder}: {type(network).__name__} has no pooled output: set "
+                    "pooled=false"
+                )
             self.pooled_width = len(pooled)
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[tuple[Tensor, Tensor | None]]:
-        """For each caption (T, width) states of its T tokens, special ones included, padding not, and (P,) pooled, if asked for."""
+        """For each caption (T, width) states of its T tokens, special ones included, padding not,
+        and (P,) pooled, if asked for.
+        """
         tokens = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.config.max_tokens, padding_side="right", return_tensors="pt"
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=self.config.max_tokens,
+            padding_side="right",
+            return_tensors="pt",
         ).to(next(self.network.parameters()).device)
         mask = tokens["attention_mask"]
-        out = self.network(input_ids=tokens["input_ids"], attention_mask=mask, output_hidden_states=True)
-        states = out.last_hidden_state if self.config.layer == -1 else out.hidden_states[self.config.layer]
+        out = self.network(
+            input_ids=tokens["input_ids"], attention_mask=mask, output_hidden_states=True
+        )
+        states = (
+            out.last_hidden_state
+            if self.config.layer == -1
+            else out.hidden_states[self.config.layer]
+        )
         pooled = out.get("text_embeds", out.get("pooler_output")) if self.config.pooled else None
         lengths = mask.sum(dim=1).tolist()
-        return [(states[i, :length], None if pooled is None else pooled[i]) for i, length in enumerate(lengths)]
+        return [
+            (states[i, :length], None if pooled is None else pooled[i])
+            for i, length in enumerate(lengths)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +89,10 @@ class OnlineText:
     @classmethod
     def load(cls, settings: dict[str, TextEncoderConfig], device: torch.device) -> OnlineText:
         """Raises ConfigError."""
-        found = {name: load_text_encoder(config, f"conditioning.encoders.{name}") for name, config in settings.items()}
+        found = {
+            name: load_text_encoder(config, f"conditioning.encoders.{name}")
+            for name, config in settings.items()
+        }
         return cls({name: encoder.to(device) for name, encoder in found.items()})
 
     def __call__(self, captions: list[str]) -> dict[str, Embedded]:
@@ -90,10 +116,15 @@ def load_text_encoder(config: TextEncoderConfig, where: str) -> TextEncoder:
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, KeyError) as problem:
-        raise ConfigError(f"{where}.folder={config.folder}: transformers cannot load it: {problem}") from None
+        raise ConfigError(
+            f"{where}.folder={config.folder}: transformers cannot load it: {problem}"
+        ) from None
     layers = getattr(getattr(settings, "text_config", settings), "num_hidden_layers", None)
     if layers is not None and not -layers - 1 <= config.layer <= layers:
-        raise ConfigError(f"{where}.layer={config.layer}: the encoder has {layers} layers: use {-layers - 1} to {layers}")
+        raise ConfigError(
+            f"{where}.layer={config.layer}: the encoder has {layers} layers: use {-layers - 1} "
+            f"to {layers}"
+        )
     return TextEncoder(network, tokenizer, identity, config)
 
 
@@ -101,6 +132,9 @@ def _class_name(settings: Any) -> str:
     if settings.model_type in ENCODER_HALVES:
         return ENCODER_HALVES[settings.model_type]
     if settings.model_type in ("clip", "clip_text_model"):
-        projected = "CLIPTextModelWithProjection" in (settings.architectures or []) or settings.model_type == "clip"
+        projected = (
+            "CLIPTextModelWithProjection" in (settings.architectures or [])
+            or settings.model_type == "clip"
+        )
         return "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
     return "AutoModel"

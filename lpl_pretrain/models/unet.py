@@ -1,7 +1,9 @@
-"""diffusers' UNet2DConditionModel behind our interface: t in [0, 1], our conditions, blocks by name.
+"""diffusers' UNet2DConditionModel behind our interface: t in [0, 1], our conditions, blocks by
+name.
 
-Shapes: z_t (B, C, H, W) with sides that the levels halve evenly, t (B,); the answer has the shape of z_t.  ldm reads cond.labels as
-one token, sd cond.text (B, T, J), sdxl also cond.pooled (B, P) and cond.sizes (B, 6) (arXiv 2307.01952, sections 2.1 and 2.2).
+Shapes: z_t (B, C, H, W) with sides that the levels halve evenly, t (B,); the answer has the shape
+of z_t.  ldm reads cond.labels as one token, sd cond.text (B, T, J), sdxl also cond.pooled (B, P)
+and cond.sizes (B, 6) (arXiv 2307.01952, sections 2.1 and 2.2).
 """
 
 from __future__ import annotations
@@ -20,15 +22,24 @@ SIZES = 6
 
 
 class UNet(nn.Module):
-    def __init__(self, config: UNetConfig, channels: int, side: int, num_classes: int, text: TextShape | None) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, side: int, num_classes: int, text: TextShape | None
+    ) -> None:
         super().__init__()
         self.config = config
-        settings = {**config.arguments, "in_channels": channels, "out_channels": channels, "sample_size": side}
+        settings = {
+            **config.arguments,
+            "in_channels": channels,
+            "out_channels": channels,
+            "sample_size": side,
+        }
         if text is not None:
             settings["cross_attention_dim"] = text.width
         if config.preset == "sdxl":
             assert text is not None
-            settings["projection_class_embeddings_input_dim"] = text.pooled_width + SIZES * settings["addition_time_embed_dim"]
+            settings["projection_class_embeddings_input_dim"] = (
+                text.pooled_width + SIZES * settings["addition_time_embed_dim"]
+            )
         network: Any = UNet2DConditionModel(**settings)
         self.network = network
         if not config.reads_text:
@@ -37,7 +48,11 @@ class UNet(nn.Module):
     def sharded_blocks(self) -> list[str]:
         """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
         levels = range(len(self.network.down_blocks))
-        return [f"network.down_blocks.{i}" for i in levels] + ["network.mid_block"] + [f"network.up_blocks.{i}" for i in levels]
+        return (
+            [f"network.down_blocks.{i}" for i in levels]
+            + ["network.mid_block"]
+            + [f"network.up_blocks.{i}" for i in levels]
+        )
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype = self.network.conv_in.weight.dtype
@@ -50,4 +65,6 @@ class UNet(nn.Module):
             context = cond.text.to(dtype)
         else:
             context = self.class_embedding(cond.labels)[:, None]
-        return self.network(z_t.to(dtype), 1000 * t.float(), encoder_hidden_states=context, added_cond_kwargs=added).sample
+        return self.network(
+            z_t.to(dtype), 1000 * t.float(), encoder_hidden_states=context, added_cond_kwargs=added
+        ).sample

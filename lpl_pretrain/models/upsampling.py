@@ -1,7 +1,9 @@
-"""A nearest upsampling by two and the 3x3 convolution after it, as one transposed convolution: the same map, 4/9 of the FLOPs.
+"""A nearest upsampling by two and the 3x3 convolution after it, as one transposed convolution: the
+same map, 4/9 of the FLOPs.
 
-Repeating every position twice is a transposed convolution with a 2x2 box, so both together are one with the convolution of box and
-kernel: 4x4, stride 2, padding 1.  Zero padding at the border agrees.  28 % of an SD decoder's FLOPs are in such convolutions.
+Repeating every position twice is a transposed convolution with a 2x2 box, so both together are one
+with the convolution of box and kernel: 4x4, stride 2, padding 1.  Zero padding at the border
+agrees.  28 % of an SD decoder's FLOPs are in such convolutions.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from torch import nn
 
 
 def merge_upsampling(pieces: list[nn.Module]) -> list[nn.Module]:
-    """`pieces` of a decoder stage with every such pair merged, in the weights' own precision; the others as they are."""
+    """`pieces` of a decoder stage with every such pair merged, in the weights' own precision; the
+    others as they are.
+    """
     merged: list[nn.Module] = []
     for piece in pieces:
         before = merged[-1] if merged else None
@@ -45,14 +49,27 @@ def _is_plain(module: Any) -> bool:
     """A 3x3 convolution that keeps the side."""
     if not isinstance(module, nn.Conv2d):
         return False
-    shape = module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    shape = (
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        module.padding_mode,
+    )
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 def _transposed(convolution: Any) -> nn.ConvTranspose2d:
     outputs, inputs = convolution.weight.shape[:2]
     merged = nn.ConvTranspose2d(
-        inputs, outputs, 4, stride=2, padding=1, bias=convolution.bias is not None, device=convolution.weight.device
+        inputs,
+        outputs,
+        4,
+        stride=2,
+        padding=1,
+        bias=convolution.bias is not None,
+        device=convolution.weight.device,
     ).to(convolution.weight.dtype)
     flipped = convolution.weight.detach().transpose(0, 1).flip(2, 3)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Data parallelism with whole replicas: every rank holds all parameters and owns, for EMA and checkpoints, an equal share of each.
+"""Data parallelism with whole replicas: every rank holds all parameters and owns, for EMA and
+checkpoints, an equal share of each.
 
 A share is ceil(numel / world_size) elements, so small parameters belong to the first ranks alone.
 """
@@ -37,10 +38,12 @@ class ReplicatedStrategy(NativeStrategy):
 class DDPStrategy(ReplicatedStrategy):
     def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
         self._ddp = DistributedDataParallel(door, init_sync=False, gradient_as_bucket_view=True)
-        # Reduction is armed in `_backward`: DDP would arm it in forward, which does not know whether its micro-batch is the last.
+        # Reduction is armed in `_backward`: DDP would arm it in forward, which does not know
+        # whether its micro-batch is the last.
         self._ddp.require_backward_grad_sync = False
-        # Forward goes past DDP, which would sort its buckets anew after the first step: sums over four ranks and more would then
-        # be made in another order after a restart, and a resumed run would differ in the last bits.
+        # Forward goes past DDP, which would sort its buckets anew after the first step: sums over
+        # four ranks and more would then be made in another order after a restart, and a resumed run
+        # would differ in the last bits.
         return door
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:

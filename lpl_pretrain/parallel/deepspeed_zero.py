@@ -1,10 +1,13 @@
-"""ZeRO stages 1, 2 and 3: DeepSpeed's engine behind the strategy door, and the only file that imports deepspeed.
+"""ZeRO stages 1, 2 and 3: DeepSpeed's engine behind the strategy door, and the only file that
+imports deepspeed.
 
-The engine is told one micro-batch, one accumulation step and no clipping; accumulation, clipping and learning rate are set here at
-each call.  Checkpoints do not go through the engine: pieces are views of its float32 partitions.  Where those lie is not public, so
-versions that were not read are refused, and `setup` checks every piece against its parameter.
+The engine is told one micro-batch, one accumulation step and no clipping; accumulation, clipping
+and learning rate are set here at each call.  Checkpoints do not go through the engine: pieces are
+views of its float32 partitions.  Where those lie is not public, so versions that were not read are
+refused, and `setup` checks every piece against its parameter.
 
-Stage 0 shards nothing.  There the engine averages gradients and no more: its own updates count Adam's steps one too high in bf16.
+Stage 0 shards nothing.  There the engine averages gradients and no more: its own updates count
+Adam's steps one too high in bf16.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ ENGINE = {
     "gradient_clipping": 0.0,
     "communication_data_type": "fp32",
     "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam is compiled on the spot, for minutes
+    # DeepSpeed's own CPU Adam is compiled on the spot, for minutes
+    "zero_force_ds_cpu_optimizer": False,
 }
 
 
@@ -44,7 +48,9 @@ class ZeroStage0Strategy(ReplicatedStrategy):
         self.recipe = recipe(StrategyKind.DDP, config.precision)
 
     def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
-        never_steps = torch.optim.SGD(model.parameters(), lr=0.0)  # an engine without an optimizer refuses to run backward
+        never_steps = torch.optim.SGD(
+            model.parameters(), lr=0.0
+        )  # an engine without an optimizer refuses to run backward
         self._engine = _make_engine(self.config, door, never_steps, self.world, ENGINE)
         return self._engine
 
@@ -58,12 +64,16 @@ class ZeroStrategy(Strategy):
         super().__init__(config, world, device)
         self._stage = zero_stage(config)
 
-    def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
+    def _shard(
+        self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
+    ) -> nn.Module:
         self._parameters = dict(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._optimizer = make_optimizer(self._parameters)
         plain = nn.functional.linear
-        engine = _make_engine(self.config, door, self._optimizer, self.world, {**ENGINE, **self._narrow()})
+        engine = _make_engine(
+            self.config, door, self._optimizer, self.world, {**ENGINE, **self._narrow()}
+        )
         self._linear = _LentLinear(plain, to_model=not self.config.compile)
         door.register_forward_pre_hook(lambda *_: self._linear.__enter__())
         door.register_forward_hook(lambda *_: self._linear.__exit__(), always_call=True)
@@ -73,7 +83,9 @@ class ZeroStrategy(Strategy):
         return engine
 
     def _narrow(self) -> dict[str, Any]:
-        """What tells the engine of bf16 or fp16; the scale of fp16 is ours, handed over before every backward."""
+        """What tells the engine of bf16 or fp16; the scale of fp16 is ours, handed over before
+        every backward.
+        """
         if self.recipe.working is None:
             return {}
         sums = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -94,14 +106,18 @@ class ZeroStrategy(Strategy):
         max_grad_norm: float,
         check: UpdateCheck | None,
     ) -> tuple[float, bool]:
-        """The engine computes the norm before its update, on all ranks alike, and skips the update when it is not finite."""
+        """The engine computes the norm before its update, on all ranks alike, and skips the update
+        when it is not finite.
+        """
         self._zero.clip_grad = max_grad_norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = self._checked_step(check)
         if self._engine.was_step_applied():
             return float(self._engine.get_global_grad_norm()) if norm is None else norm, True
-        if getattr(self._zero, "cpu_offload", False):  # stages 1 and 2 would add the next gradient to the refused one
+        if getattr(
+            self._zero, "cpu_offload", False
+        ):  # stages 1 and 2 would add the next gradient to the refused one
             self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
         return math.nan if norm is None else norm, False
 
@@ -162,24 +178,41 @@ class ZeroStrategy(Strategy):
             yield Piece(name, self.shapes[name], start, source.narrow(0, offset, numel))
 
     def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """(flat float32 partition, offset in it, start in the parameter, elements), or None if this rank owns nothing of it."""
+        """(flat float32 partition, offset in it, start in the parameter, elements), or None if this
+        rank owns nothing of it.
+        """
         if self._stage == 3:
             group, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
             start = min(self.world.rank * padded, parameter.ds_numel)
             numel = min(padded, parameter.ds_numel - start)
-            return (self._zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel else None
+            return (
+                (self._zero.fp32_partitioned_groups_flat[group], offset, start, numel)
+                if numel
+                else None
+            )
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
-        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        return (
+            flat,
+            mapping.hp_fragment_address.start,
+            mapping.lp_fragment_address.start,
+            mapping.lp_fragment_address.numel,
+        )
 
     def _state_names(self, parameter: nn.Parameter) -> list[str]:
         located = self._locate(parameter)
-        return [] if located is None else [key for key in self._optimizer.state[located[0]] if key != STEP]
+        return (
+            []
+            if located is None
+            else [key for key in self._optimizer.state[located[0]] if key != STEP]
+        )
 
     def _with_partitions(self, action: Any, *args: Any) -> None:
-        """`action(torch optimizer, *args)` while its groups hold the flat partitions; stage 3 lends them only during a step."""
+        """`action(torch optimizer, *args)` while its groups hold the flat partitions; stage 3 lends
+        them only during a step.
+        """
         if self._stage == 3:
             self._zero._set_fp32_optimizer_param_groups()
         action(self._optimizer, *args)
@@ -188,14 +221,20 @@ class ZeroStrategy(Strategy):
 
     @torch.no_grad()
     def _start_from(self, initial: dict[str, Tensor]) -> None:
-        """Give the masters their float32 start, which the engine has rounded to bf16; and prove that pieces lie where we think."""
+        """Give the masters their float32 start, which the engine has rounded to bf16; and prove
+        that pieces lie where we think.
+        """
         for piece in self.local_params():
-            wanted = initial[piece.name].view(-1)[piece.start : piece.stop].to(piece.tensor.device)  # the host's, if offloaded
+            wanted = (
+                initial[piece.name].view(-1)[piece.start : piece.stop].to(piece.tensor.device)
+            )  # the host's, if offloaded
             rounded = wanted.to(self.recipe.working or wanted.dtype).to(wanted.dtype)
             if not torch.equal(piece.tensor, rounded):
                 raise ConfigError(
-                    f"{_source(self.config)}: elements {piece.start}..{piece.stop} of {piece.name} are not where "
-                    f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use another strategy"
+                    f"{_source(self.config)}: elements {piece.start}..{piece.stop} of {piece.name} "
+                    "are not where "
+                    f"DeepSpeed {VERSION}x keeps them: remove unusual keys from the JSON, or use "
+                    "another strategy"
                 )
             piece.tensor.copy_(wanted)
         self._refresh_working_copies()
@@ -212,10 +251,12 @@ class ZeroStrategy(Strategy):
 
 
 class _LentLinear:
-    """Stage 3 replaces `torch.nn.functional.linear` in the whole process, by one that does not hold on to gathered weights.
+    """Stage 3 replaces `torch.nn.functional.linear` in the whole process, by one that does not hold
+    on to gathered weights.
 
-    Here that lasts while the model runs: other networks, such as LPL's decoder, keep torch's, and so do compiled blocks.  Compiled
-    for a GPU by torch 2.11, DeepSpeed's gave input gradients that were a third off (docs/log.md).
+    Here that lasts while the model runs: other networks, such as LPL's decoder, keep torch's, and
+    so do compiled blocks.  Compiled for a GPU by torch 2.11, DeepSpeed's gave input gradients that
+    were a third off (docs/log.md).
     """
 
     def __init__(self, plain: Callable[..., Tensor], *, to_model: bool) -> None:
@@ -240,28 +281,46 @@ def _source(config: ParallelConfig) -> str:
     return config.zero_config or f"parallel.strategy={config.strategy.value}"
 
 
-def _make_engine(config: ParallelConfig, door: Door, optimizer: torch.optim.Optimizer, world: World, ours: dict[str, Any]) -> Any:
+def _make_engine(
+    config: ParallelConfig,
+    door: Door,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    ours: dict[str, Any],
+) -> Any:
     settings = {**zero_settings(config), **ours}
     deepspeed = _import_deepspeed(config)
     world.to_environment()
     try:
         return deepspeed.initialize(model=door, optimizer=optimizer, config=settings)[0]
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # such as fp16 on a device without
+    except (
+        ValueError,
+        AssertionError,
+        deepspeed.DeepSpeedConfigError,
+    ) as error:  # such as fp16 on a device without
         raise ConfigError(f"{_source(config)}: DeepSpeed refuses it: {error}") from error
 
 
 def _import_deepspeed(config: ParallelConfig) -> Any:
-    """Quietly, and without the shared-memory collective that it would compile for a minute on CPU, or die without a compiler."""
+    """Quietly, and without the shared-memory collective that it would compile for a minute on CPU,
+    or die without a compiler.
+    """
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(f"parallel.strategy={config.strategy.value}: deepspeed is not installed: {REMEDY}") from error
+        raise ConfigError(
+            f"parallel.strategy={config.strategy.value}: deepspeed is not installed: {REMEDY}"
+        ) from error
     if not deepspeed.__version__.startswith(VERSION):
         raise ConfigError(
-            f"parallel.strategy={config.strategy.value}: deepspeed {deepspeed.__version__} is installed, wanted {VERSION}x, "
+            f"parallel.strategy={config.strategy.value}: deepspeed {deepspeed.__version__} is "
+            f"installed, wanted {VERSION}x, "
             f"whose memory layout is known: {REMEDY}"
         )
-    deepspeed.ops.__compatible_ops__ = {}  # left alone, its first reader asks a compiler about every operator
+    # left alone, its first reader asks a compiler about every operator
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # what deepspeed calls, every step
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\..* is deprecated", FutureWarning
+    )  # what deepspeed calls, every step
     return deepspeed

@@ -13,7 +13,8 @@ class LocalStrategy(NativeStrategy):
     def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
         if self.world.world_size > 1:
             raise ConfigError(
-                f"parallel.strategy='local' with {self.world.world_size} processes: each would train its own model; "
+                f"parallel.strategy='local' with {self.world.world_size} processes: each would "
+                "train its own model; "
                 "use ddp, fsdp2 or zero, or start one process"
             )
         return door

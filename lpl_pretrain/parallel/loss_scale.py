@@ -1,7 +1,9 @@
-"""The scale of fp16 losses: lifts gradients that float16 would round to zero; it is taken out again in float32, before clipping.
+"""The scale of fp16 losses: lifts gradients that float16 would round to zero; it is taken out again
+in float32, before clipping.
 
-As in arXiv 1710.03740, section 3.2, with the constants of `torch.amp.GradScaler`.  It lives on the host, where the gradient norm is
-read anyway, and is the same on every rank.  Without fp16 it is 1 and stays so.
+As in arXiv 1710.03740, section 3.2, with the constants of `torch.amp.GradScaler`.  It lives on the
+host, where the gradient norm is read anyway, and is the same on every rank.  Without fp16 it is 1
+and stays so.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class LossScale:
         return cls(FIRST, dynamic=True)
 
     def update(self, *, finite: bool) -> bool:
-        """After an update was applied, or refused because its gradient was not finite; True when the scale was lowered."""
+        """After an update was applied, or refused because its gradient was not finite; True when
+        the scale was lowered.
+        """
         if not self.dynamic:
             return False
         if not finite:

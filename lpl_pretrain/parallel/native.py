@@ -1,6 +1,8 @@
-"""What local, DDP and FSDP2 share: a torch optimizer that steps the module's own parameters, clipped by one global norm.
+"""What local, DDP and FSDP2 share: a torch optimizer that steps the module's own parameters,
+clipped by one global norm.
 
-Also `materialize_state`, which gives any torch optimizer its moments before the first update: a checkpoint is read into them.
+Also `materialize_state`, which gives any torch optimizer its moments before the first update: a
+checkpoint is read into them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ STEP = "step"
 
 
 class NativeStrategy(Strategy):
-    def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
+    def _shard(
+        self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
+    ) -> nn.Module:
         wrapped = self._wrap(door, model, blocks)
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters)
@@ -75,7 +79,9 @@ class NativeStrategy(Strategy):
     @torch.no_grad()
     def accept_loaded(self, optimizer_steps: int) -> None:
         for parameter in self._parameters.values():
-            moments = [value for key, value in self._optimizer.state[parameter].items() if key != STEP]
+            moments = [
+                value for key, value in self._optimizer.state[parameter].items() if key != STEP
+            ]
             for tensor in [parameter.detach(), *moments]:
                 self._complete(tensor)
         set_steps(self._optimizer, optimizer_steps)
@@ -92,7 +98,9 @@ class NativeStrategy(Strategy):
 
     @abstractmethod
     def _owned(self, tensor: Tensor) -> tuple[int, Tensor]:
-        """Start and live 1-D view of this rank's range of a parameter, or of a moment laid out like it."""
+        """Start and live 1-D view of this rank's range of a parameter, or of a moment laid out like
+        it.
+        """
 
     def _local(self, tensor: Tensor) -> Tensor:
         """The part of a reduced gradient, or of a parameter, that is in this rank's memory."""
@@ -107,16 +115,27 @@ class NativeStrategy(Strategy):
 
 
 def _squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares, () float64: the sums of single tensors keep their own precision, their total must not depend on the order."""
+    """Sum of squares, () float64: the sums of single tensors keep their own precision, their total
+    must not depend on the order.
+    """
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()])
-    return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    return (
+        torch.stack(norms).double().square().sum()
+        if norms
+        else torch.zeros((), dtype=torch.float64, device=device)
+    )
 
 
 @torch.no_grad()
 def materialize_state(optimizer: Optimizer) -> None:
-    """Create the moments as the first update would, at zero, and change nothing else: a zero gradient at a zero learning rate."""
+    """Create the moments as the first update would, at zero, and change nothing else: a zero
+    gradient at a zero learning rate.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    rates, gradients = [group["lr"] for group in optimizer.param_groups], [parameter.grad for parameter in parameters]
+    rates, gradients = (
+        [group["lr"] for group in optimizer.param_groups],
+        [parameter.grad for parameter in parameters],
+    )
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:

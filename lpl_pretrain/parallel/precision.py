@@ -1,4 +1,5 @@
-"""Which number format each strategy holds, computes and communicates in, for every `parallel.precision`.
+"""Which number format each strategy holds, computes and communicates in, for every
+`parallel.precision`.
 
     precision  strategy            master, moments, EMA   forward weights     matmuls          gradient sum, reduction
     fp32       all                 float32                float32             float32          float32
@@ -9,8 +10,8 @@
     fp8        as bf16, not zero   as bf16                as bf16             e4m3, e5m2 in blocks, else bf16   float32
     fp64       all but zero        float64                float64             float64          float64   (parity tests)
 
-Scaled losses: loss_scale.py; e4m3 and e5m2: float8.py.  Autocast is on in every narrow row, so that the model's inputs stay float32
-at the door: a timestep rounded to bf16 has 8 bits.
+Scaled losses: loss_scale.py; e4m3 and e5m2: float8.py.  Autocast is on in every narrow row, so that
+the model's inputs stay float32 at the door: a timestep rounded to bf16 has 8 bits.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ def recipe(strategy: StrategyKind, precision: Precision) -> Recipe:
     if precision is Precision.FP32:
         return Recipe(torch.float32)
     narrow = torch.float16 if precision is Precision.FP16 else torch.bfloat16
-    return Recipe(torch.float32, narrow, narrow if strategy is StrategyKind.FSDP2 or strategy.is_zero else None)
+    return Recipe(
+        torch.float32,
+        narrow,
+        narrow if strategy is StrategyKind.FSDP2 or strategy.is_zero else None,
+    )
 
 
 class Door(nn.Module):
-    """What every engine wraps instead of the model: autocast is entered inside it, because DeepSpeed switches off an outer one."""
+    """What every engine wraps instead of the model: autocast is entered inside it, because
+    DeepSpeed switches off an outer one.
+    """
 
     def __init__(self, model: nn.Module, recipe: Recipe, device_type: str) -> None:
         super().__init__()
@@ -54,7 +61,11 @@ class Door(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         if self._recipe.master is torch.float64:
             inputs = tuple(_to_float64(value) for value in inputs)
-        with torch.autocast(self._device_type, dtype=self._recipe.autocast, enabled=self._recipe.autocast is not None):
+        with torch.autocast(
+            self._device_type,
+            dtype=self._recipe.autocast,
+            enabled=self._recipe.autocast is not None,
+        ):
             return self.model(*inputs)
 
 
@@ -63,5 +74,8 @@ def _to_float64(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _to_float64(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        return dataclasses.replace(
+            value,
+            **{f.name: _to_float64(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        )
     return value

@@ -1,8 +1,10 @@
-"""The one door to local, DDP, FSDP2 and DeepSpeed ZeRO training: what a strategy promises, whatever it shards.
+"""The one door to local, DDP, FSDP2 and DeepSpeed ZeRO training: what a strategy promises, whatever
+it shards.
 
-Every sharding behind it gives a rank a contiguous range of the row-major flattened parameter; a `Piece` is such a range, and EMA
-and checkpoints are built on pieces alone, so they know no strategy.  Master weights, gradients' accumulation and optimizer moments
-are float32 (float64 under fp64).
+Every sharding behind it gives a rank a contiguous range of the row-major flattened parameter; a
+`Piece` is such a range, and EMA and checkpoints are built on pieces alone, so they know no
+strategy.  Master weights, gradients' accumulation and optimizer moments are float32 (float64 under
+fp64).
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class UpdateCheck:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of one flattened parameter, or of a tensor that goes with it (a moment, an average)."""
+    """Elements [start, stop) of one flattened parameter, or of a tensor that goes with it (a
+    moment, an average).
+    """
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
@@ -60,9 +64,13 @@ class StepReport:
     applied: bool
     """False when the gradient was not finite or was rejected: nothing but the norm is new."""
     grad_norm: float
-    """L2 norm of the whole gradient of the global batch, before clipping; NaN when it was not finite."""
+    """L2 norm of the whole gradient of the global batch, before clipping; NaN when it was not
+    finite.
+    """
     scale_lowered: bool = False
-    """fp16: the loss was scaled too high for float16, which happens now and then; the next update tries half of it."""
+    """fp16: the loss was scaled too high for float16, which happens now and then; the next update
+    tries half of it.
+    """
 
     @property
     def rejected(self) -> bool:
@@ -74,9 +82,12 @@ class Strategy(ABC):
     """Contract, the same for every implementation (tests/distributed/test_strategies.py):
 
     - after `step`, parameters equal those of one process that saw the whole global batch;
-    - `backward` takes the MEAN loss of one micro-batch; dividing by accumulation and by ranks is done here, once;
-    - a loss or gradient that is not finite, on any rank, is found before the update, which is then left out on all of them;
-    - every method is collective unless it says otherwise: all ranks call it, in the same order, or none does.
+    - `backward` takes the MEAN loss of one micro-batch; dividing by accumulation and by ranks is
+      done here, once;
+    - a loss or gradient that is not finite, on any rank, is found before the update, which is then
+      left out on all of them;
+    - every method is collective unless it says otherwise: all ranks call it, in the same order, or
+      none does.
     """
 
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
@@ -84,21 +95,31 @@ class Strategy(ABC):
         self.recipe: Recipe = recipe(config.strategy, config.precision)
         self.loss_scale = LossScale.fp16() if config.precision is Precision.FP16 else LossScale()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Name and shape of every parameter, in the model's order: the same on all ranks and under all strategies."""
+        """Name and shape of every parameter, in the model's order: the same on all ranks and under
+        all strategies.
+        """
         self.optimizer_steps = 0
         """Updates applied; a refused one does not count."""
 
-    def setup(self, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
-        """Shard at the sub-modules named in `blocks`, which the model names; returns what to call in forward.
+    def setup(
+        self, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
+    ) -> nn.Module:
+        """Shard at the sub-modules named in `blocks`, which the model names; returns what to call
+        in forward.
 
-        Training starts from rank 0's weights.  Only trainable parameters may be inside: frozen networks stay outside a strategy.
-        `make_optimizer` gets the parameters by name, in the order of `shapes`.
+        Training starts from rank 0's weights.  Only trainable parameters may be inside: frozen
+        networks stay outside a strategy. `make_optimizer` gets the parameters by name, in the order
+        of `shapes`.
         """
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        frozen = [
+            name for name, parameter in model.named_parameters() if not parameter.requires_grad
+        ]
         if frozen:
             raise ConfigError(
-                f"model: {len(frozen)} parameters do not require gradients ({', '.join(frozen[:3])} ...); a strategy "
-                "shards trainable ones only: register fixed tensors as buffers, keep frozen networks outside"
+                f"model: {len(frozen)} parameters do not require gradients "
+                f"({', '.join(frozen[:3])} ...); a strategy "
+                "shards trainable ones only: register fixed tensors as buffers, keep frozen "
+                "networks outside"
             )
         model.to(device=self.device, dtype=self.recipe.master)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -108,12 +129,17 @@ class Strategy(ABC):
         if self.config.precision is Precision.FP8:
             use_float8(model, blocks, self.device)
         prepare_blocks(model, blocks, self.config)
-        return self._shard(Door(model, self.recipe, self.device.type), model, blocks, make_optimizer)
+        return self._shard(
+            Door(model, self.recipe, self.device.type), model, blocks, make_optimizer
+        )
 
     def backward(self, loss: Tensor, *, microbatch: int, of: int) -> None:
-        """Add the gradient of micro-batch `microbatch` (0 .. of-1) of this update; `loss` is its mean over this rank's samples."""
+        """Add the gradient of micro-batch `microbatch` (0 .. of-1) of this update; `loss` is its
+        mean over this rank's samples.
+        """
         assert loss.ndim == 0 and 0 <= microbatch < of, (loss.shape, microbatch, of)
-        # A loss can overflow where its gradient does not; NaN in the gradient is what every rank will find, in one check.
+        # A loss can overflow where its gradient does not; NaN in the gradient is what every rank
+        # will find, in one check.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._backward(loss / of, last=microbatch == of - 1)
 
@@ -124,7 +150,8 @@ class Strategy(ABC):
         max_grad_norm: float,
         check: UpdateCheck | None = None,
     ) -> StepReport:
-        """Clip to the global norm `max_grad_norm` and update; or change nothing, on every rank, and say so.
+        """Clip to the global norm `max_grad_norm` and update; or change nothing, on every rank, and
+        say so.
 
         `check` may reject a finite gradient: one reduction more, no further wait for the device.
         """
@@ -135,23 +162,33 @@ class Strategy(ABC):
 
     @abstractmethod
     def local_params(self) -> Iterator[Piece]:
-        """Not collective: the pieces of master parameters that this rank owns, in the order of `shapes`; all ranks' tile them."""
+        """Not collective: the pieces of master parameters that this rank owns, in the order of
+        `shapes`; all ranks' tile them.
+        """
 
     @abstractmethod
     def local_optimizer_state(self) -> Iterator[tuple[str, Piece]]:
-        """Not collective: (state name, piece), as ("exp_avg", ...), on the ranges of `local_params`; exists from setup on."""
+        """Not collective: (state name, piece), as ("exp_avg", ...), on the ranges of
+        `local_params`; exists from setup on.
+        """
 
     @abstractmethod
     def accept_loaded(self, optimizer_steps: int) -> None:
-        """Call after writing into the pieces: working copies of parameters and moments follow them, and so does the step count."""
+        """Call after writing into the pieces: working copies of parameters and moments follow them,
+        and so does the step count.
+        """
 
     @abstractmethod
-    def _shard(self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer) -> nn.Module:
+    def _shard(
+        self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
+    ) -> nn.Module:
         """Wrap `door` (which holds `model`), make the optimizer and its state."""
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backward, at `loss_scale`, of a loss that is already divided by the number of micro-batches; averages over ranks."""
+        """Backward, at `loss_scale`, of a loss that is already divided by the number of
+        micro-batches; averages over ranks.
+        """
 
     @abstractmethod
     def _update(

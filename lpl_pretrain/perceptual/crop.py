@@ -1,7 +1,9 @@
-"""The same random window of both latents, with a halo that gives its inside the surroundings it has in the whole latent.
+"""The same random window of both latents, with a halo that gives its inside the surroundings it has
+in the whole latent.
 
-`side` positions are compared; `halo` more on each side go through the decoder and are cut off every feature map.  At the latent's
-border the window is shifted inwards: there the decoder's own padding is the right surrounding.  Places are given, not drawn.
+`side` positions are compared; `halo` more on each side go through the decoder and are cut off every
+feature map.  At the latent's border the window is shifted inwards: there the decoder's own padding
+is the right surrounding.  Places are given, not drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class Windows:
 
     @classmethod
     def at(cls, places: Tensor, config: CropConfig, height: int, width: int) -> Windows:
-        """`places` (K, 2) in [0, 1): where in the range of possible positions the compared part begins."""
+        """`places` (K, 2) in [0, 1): where in the range of possible positions the compared part
+        begins.
+        """
         outer = config.side + 2 * config.halo
         sizes = torch.tensor([height, width], device=places.device)
         first = (places * (sizes - config.side + 1)).long()
@@ -50,7 +54,9 @@ class Windows:
 
     def split(self, size: int) -> list[Windows]:
         pairs = zip(self.start.split(size), self.inside.split(size), strict=True)
-        return [Windows(start, inside, self.height, self.width, self.side) for start, inside in pairs]
+        return [
+            Windows(start, inside, self.height, self.width, self.side) for start, inside in pairs
+        ]
 
 
 def _take(x: Tensor, start: Tensor, height: int, width: int) -> Tensor:
@@ -60,5 +66,8 @@ def _take(x: Tensor, start: Tensor, height: int, width: int) -> Tensor:
 def _index(start: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """(sample, row, column), broadcast to (K, height, width)."""
     sample = torch.arange(len(start), device=start.device)[:, None, None]
-    row, column = (start[:, i, None] + torch.arange(n, device=start.device) for i, n in enumerate((height, width)))
+    row, column = (
+        start[:, i, None] + torch.arange(n, device=start.device)
+        for i, n in enumerate((height, width))
+    )
     return sample, row[:, :, None], column[:, None, :]

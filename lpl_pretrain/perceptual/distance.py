@@ -1,6 +1,7 @@
 """How far apart two feature maps of one decoder stage are: normalise, mask, subtract, average.
 
-Shapes: features (B, C, H, W) in the decoder's dtype, computed with in float32 at least; distance (B,).
+Shapes: features (B, C, H, W) in the decoder's dtype, computed with in float32 at least; distance
+(B,).
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ class Difference:
     """Predicted minus target features, normalised: `values * factor`."""
 
     values: Tensor  # (B, C, H, W)
-    factor: Tensor | None  # (B or 1, C, 1, 1); one number per channel can wait until its positions are summed
+    factor: (
+        Tensor | None
+    )  # (B or 1, C, 1, 1); one number per channel can wait until its positions are summed
     keep: Tensor | None  # (B, C, H, W) bool; None: every position is kept
-    std_ratio: Tensor  # (B,) std over space of predicted / target features, mean over channels: LPL counters its shrinking
+    # (B,) std over space of predicted / target features, mean over channels: LPL counters its
+    # shrinking
+    std_ratio: Tensor
 
     def keep_fraction(self) -> Tensor:
         """(B,)"""
@@ -33,19 +38,29 @@ class Difference:
         return self.keep.mean(dim=(1, 2, 3), dtype=self.std_ratio.dtype)
 
 
-def difference(config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, batch: Pair | None = None) -> Difference:
-    """With gradient at `predicted`.  `batch`: statistics over the batch, where `normalize.over` asks for them."""
+def difference(
+    config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, batch: Pair | None = None
+) -> Difference:
+    """With gradient at `predicted`.  `batch`: statistics over the batch, where `normalize.over`
+    asks for them.
+    """
     wide = torch.promote_types(predicted.dtype, torch.float32)
     # plain memory order: statistics, quantiles and masks all run along the positions of a channel
-    predicted, target = (x.to(wide, memory_format=torch.contiguous_format) for x in (predicted, target))
+    predicted, target = (
+        x.to(wide, memory_format=torch.contiguous_format) for x in (predicted, target)
+    )
     space = Statistics.of(predicted), Statistics.of(target)
     keep = _keep(config, stage, predicted, target, space)
     ratio = space[0].std.mean(dim=(1, 2, 3)) / space[1].std.mean(dim=(1, 2, 3)).clamp(min=1e-12)
     if config.normalize is None:
         return Difference(predicted - target, None, keep, ratio)
-    of_predicted, of_target = scales(config.normalize, *(batch or _own_statistics(config, predicted, target, keep, space)))
+    of_predicted, of_target = scales(
+        config.normalize, *(batch or _own_statistics(config, predicted, target, keep, space))
+    )
     if of_predicted is not of_target:
-        values = (predicted - of_predicted.shift) * of_predicted.inverse() - (target - of_target.shift) * of_target.inverse()
+        values = (predicted - of_predicted.shift) * of_predicted.inverse() - (
+            target - of_target.shift
+        ) * of_target.inverse()
         return Difference(values, None, keep, ratio)
     factor = of_predicted.inverse()
     if config.normalize.over == "channels":  # one number per position
@@ -67,7 +82,9 @@ def distance(config: LPLConfig, of: Difference) -> Tensor:
     return (total / positions).mean(dim=(1, 2, 3))
 
 
-def _keep(config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, space: Pair) -> Tensor | None:
+def _keep(
+    config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, space: Pair
+) -> Tensor | None:
     outliers = config.outliers
     if outliers is None or stage < outliers.first_stage:
         return None
@@ -76,7 +93,9 @@ def _keep(config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, spac
     return keep_mask(predicted.detach(), space[0].std, outliers, stage)
 
 
-def _own_statistics(config: LPLConfig, predicted: Tensor, target: Tensor, keep: Tensor | None, space: Pair) -> Pair:
+def _own_statistics(
+    config: LPLConfig, predicted: Tensor, target: Tensor, keep: Tensor | None, space: Pair
+) -> Pair:
     """Of these two feature maps; `space` is reused when it is what is asked for."""
     normalize, outliers = config.normalize, config.outliers
     assert normalize is not None
@@ -87,7 +106,9 @@ def _own_statistics(config: LPLConfig, predicted: Tensor, target: Tensor, keep: 
             predicted = predicted * keep
     elif (normalize.over, normalize.kind) == ("space", "std"):
         return space
-    of_predicted, of_target = (Statistics.of(x, normalize.over, normalize.kind) for x in (predicted, target))
+    of_predicted, of_target = (
+        Statistics.of(x, normalize.over, normalize.kind) for x in (predicted, target)
+    )
     return of_predicted, of_target
 
 

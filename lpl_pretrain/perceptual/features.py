@@ -1,8 +1,9 @@
-"""Where features come from: the stages of a frozen decoder, from the latent up to the deepest stage asked for.
+"""Where features come from: the stages of a frozen decoder, from the latent up to the deepest stage
+asked for.
 
-An SD decoder of latent side H has stages `mid`, `up0` .. `up3` of sides H, 2H, 4H, 8H, 8H.  What runs after the deepest stage asked
-for is not kept, and neither is the encoder.  Upsampling is merged into the convolution after it (models/upsampling.py): equal up to
-rounding, and cheaper.
+An SD decoder of latent side H has stages `mid`, `up0` .. `up3` of sides H, 2H, 4H, 8H, 8H.  What
+runs after the deepest stage asked for is not kept, and neither is the encoder.  Upsampling is
+merged into the convolution after it (models/upsampling.py): equal up to rounding, and cheaper.
 """
 
 from __future__ import annotations
@@ -41,19 +42,29 @@ class DecoderFeatures(nn.Module):
 
     def compile_pieces(self) -> DecoderFeatures:
         """In place; they are compiled when they first run."""
-        # pieces of a kind share their code, which is compiled for each of them, with gradient and without, and for a last chunk
-        limits, pieces = torch._dynamo.config, sum(len(list(run.children())) for run in self.decoder.stages.values())
+        # pieces of a kind share their code, which is compiled for each of them, with gradient and
+        # without, and for a last chunk
+        limits, pieces = (
+            torch._dynamo.config,
+            sum(len(list(run.children())) for run in self.decoder.stages.values()),
+        )
         limits.recompile_limit = max(limits.recompile_limit, 4 * pieces)
-        self.decoder = self.decoder.changed(lambda run: [torch.compile(piece, dynamic=False) for piece in run])
+        self.decoder = self.decoder.changed(
+            lambda run: [torch.compile(piece, dynamic=False) for piece in run]
+        )
         return self
 
     def enter(self, z0: Tensor) -> Tensor:
-        """The first piece: back to raw latents, into the decoder's dtype and layout, through its entrance."""
+        """The first piece: back to raw latents, into the decoder's dtype and layout, through its
+        entrance.
+        """
         raw = LatentScaling(self.shift, self.scale).denormalize(z0)
         return self.decoder.entrance(raw.to(self.dtype, memory_format=torch.channels_last))
 
     def walk(self) -> Iterator[tuple[str | None, Piece]]:
-        """All pieces in order; each with the name of the stage that it completes, if that stage was asked for."""
+        """All pieces in order; each with the name of the stage that it completes, if that stage was
+        asked for.
+        """
         yield None, self.enter
         for name, pieces in self.decoder.stages.items():
             *inner, last = pieces.children()
@@ -74,8 +85,12 @@ class DecoderFeatures(nn.Module):
 
     @torch.no_grad()
     def check(self, channels: int, height: int, width: int) -> None:
-        """Raises ConfigError when a stage is not finite for the most ordinary latent there is, z0 = 0."""
-        for name, features in self(torch.zeros(1, channels, height, width, device=self.scale.device)).items():
+        """Raises ConfigError when a stage is not finite for the most ordinary latent there is, z0 =
+        0.
+        """
+        for name, features in self(
+            torch.zeros(1, channels, height, width, device=self.scale.device)
+        ).items():
             if not features.isfinite().all():
                 raise ConfigError(
                     f"lpl: stage {name} of the decoder is not finite for z0 = 0 in {self.dtype}: "

@@ -1,10 +1,13 @@
-"""The Latent Perceptual Loss (arXiv 2411.04873): decoder features of the one-step estimate against those of the clean latent.
+"""The Latent Perceptual Loss (arXiv 2411.04873): decoder features of the one-step estimate against
+those of the clean latent.
 
-    L_LPL = mean over samples of  gate * mean over stages l of  omega_l * mean over channels and positions of
+    L_LPL = mean over samples of  gate * mean over stages l of  omega_l * mean over channels and
+    positions of
             ( rho_l * (phi'_l - phihat'_l) )^2
 
-phi are features of z0, phihat those of z0_hat, prime is normalisation, rho the keep mask, omega_l = H / H_l.  Means
-everywhere, and gated-out samples count as zeros, so that the weight means the same for any batch and number of ranks.
+phi are features of z0, phihat those of z0_hat, prime is normalisation, rho the keep mask, omega_l =
+H / H_l.  Means everywhere, and gated-out samples count as zeros, so that the weight means the same
+for any batch and number of ranks.
 
 Shapes: z0, z0_hat (K, C, H, W) float32; weights, loss (K,).
 """
@@ -33,7 +36,8 @@ class StageReport:
 
     contribution: Tensor  # omega_l * distance / number of stages
     keep_fraction: Tensor  # share of positions that the outlier mask kept
-    std_ratio: Tensor  # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
+    # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
+    std_ratio: Tensor
 
     @classmethod
     def concatenate(cls, parts: list[StageReport]) -> StageReport:
@@ -59,18 +63,25 @@ class LatentPerceptualLoss(nn.Module):
     """Holds the frozen decoder; knows nothing of schedules, steps or ranks."""
 
     def __init__(
-        self, config: LPLConfig, features: DecoderFeatures, sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+        self,
+        config: LPLConfig,
+        features: DecoderFeatures,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
-        """`sum_over_ranks` is called only for `normalize.over: batch`, the same number of times on every rank."""
+        """`sum_over_ranks` is called only for `normalize.over: batch`, the same number of times on
+        every rank.
+        """
         super().__init__()
         self.config, self.features, self.sum_over_ranks = config, features, sum_over_ranks
 
-    def forward(self, z0: Tensor, z0_hat: Tensor, weights: Tensor, places: Tensor | None = None) -> PerceptualTerm:
+    def forward(
+        self, z0: Tensor, z0_hat: Tensor, weights: Tensor, places: Tensor | None = None
+    ) -> PerceptualTerm:
         """Loss and its gradient at `z0_hat`, `chunk_size` samples inside the decoder at a time.
 
-        z0_hat is taken as a leaf: the caller sends `gradient` through the denoiser in its one backward.  `weights` (K,) are 0
-        where the gate is shut: there a sample is compared with itself, finite and exactly 0.  `places` (K, 2) in [0, 1) say
-        where `lpl.crop` cuts.
+        z0_hat is taken as a leaf: the caller sends `gradient` through the denoiser in its one
+        backward.  `weights` (K,) are 0 where the gate is shut: there a sample is compared with
+        itself, finite and exactly 0.  `places` (K, 2) in [0, 1) say where `lpl.crop` cuts.
         """
         z0_hat = torch.where((weights > 0).view(-1, 1, 1, 1), z0_hat.detach(), z0)
         height, width = z0.shape[-2:]
@@ -81,17 +92,23 @@ class LatentPerceptualLoss(nn.Module):
             z0, z0_hat = windows.cut(z0), windows.cut(z0_hat)
         chunks = self._chunks(z0, z0_hat, weights, windows)
         batch = self._batch_statistics(chunks)
-        losses, gradients, reports = zip(*(self._differentiate(chunk, batch) for chunk in chunks), strict=True)
+        losses, gradients, reports = zip(
+            *(self._differentiate(chunk, batch) for chunk in chunks), strict=True
+        )
         gradient = torch.cat(gradients)
         return PerceptualTerm(
             torch.cat(losses),
             gradient if windows is None else windows.spread(gradient, height, width),
-            {name: StageReport.concatenate([report[name] for report in reports]) for name in self.features.stages},
+            {
+                name: StageReport.concatenate([report[name] for report in reports])
+                for name in self.features.stages
+            },
         )
 
     @torch.no_grad()
     def error_maps(self, z0: Tensor, z0_hat: Tensor) -> dict[str, Tensor]:
-        """For pictures: {stage: (1, H_l, W_l)}, mean over channels of what every position of ONE whole latent contributes.
+        """For pictures: {stage: (1, H_l, W_l)}, mean over channels of what every position of ONE
+        whole latent contributes.
 
         Without `crop` and depth weights; statistics over a batch are taken over this sample.
         """
@@ -100,8 +117,17 @@ class LatentPerceptualLoss(nn.Module):
         maps = {}
         for name in self.features.stages:
             pair = predicted[name], clean[name]
-            own = [Statistics.of(x.to(torch.promote_types(x.dtype, torch.float32)), "batch") for x in pair] if batch else None
-            of = difference(self.config, stage_number(name), *pair, None if own is None else (own[0], own[1]))
+            own = (
+                [
+                    Statistics.of(x.to(torch.promote_types(x.dtype, torch.float32)), "batch")
+                    for x in pair
+                ]
+                if batch
+                else None
+            )
+            of = difference(
+                self.config, stage_number(name), *pair, None if own is None else (own[0], own[1])
+            )
             maps[name] = pointwise(self.config, of).mean(dim=1)
         return maps
 
@@ -112,10 +138,15 @@ class LatentPerceptualLoss(nn.Module):
             return weights[self.features.stages.index(name)]
         return 1.0 / upscale if weights == "inverse_resolution" else 1.0
 
-    def _chunks(self, z0: Tensor, z0_hat: Tensor, weights: Tensor, windows: Windows | None) -> list[_Chunk]:
+    def _chunks(
+        self, z0: Tensor, z0_hat: Tensor, weights: Tensor, windows: Windows | None
+    ) -> list[_Chunk]:
         size = self.config.chunk_size
         split = [None] * -(-len(z0) // size) if windows is None else windows.split(size)
-        return [_Chunk(*parts) for parts in zip(*(x.split(size) for x in (z0, z0_hat, weights)), split, strict=True)]
+        return [
+            _Chunk(*parts)
+            for parts in zip(*(x.split(size) for x in (z0, z0_hat, weights)), split, strict=True)
+        ]
 
     def _batch_statistics(self, chunks: list[_Chunk]) -> dict[str, BatchStatistics]:
         """Communicates when `normalize.over` is batch; empty otherwise."""
@@ -123,7 +154,11 @@ class LatentPerceptualLoss(nn.Module):
         if normalize is None or normalize.over != "batch":
             return {}
         through = normalize.gradient and normalize.source != "target"
-        return measure(lambda: self._observe(chunks), through_statistics=through, sum_over_ranks=self.sum_over_ranks)
+        return measure(
+            lambda: self._observe(chunks),
+            through_statistics=through,
+            sum_over_ranks=self.sum_over_ranks,
+        )
 
     def _observe(self, chunks: list[_Chunk]) -> Iterator[Observation]:
         for chunk in chunks:
@@ -133,14 +168,26 @@ class LatentPerceptualLoss(nn.Module):
                     hidden, clean = piece(hidden), piece(clean)
                 if name is not None:
                     pair = self._visible(chunk, hidden, clean)
-                    yield Observation(name, *pair, chunk.weights, partial(self._loss_under, name, chunk, pair))
+                    yield Observation(
+                        name, *pair, chunk.weights, partial(self._loss_under, name, chunk, pair)
+                    )
 
-    def _loss_under(self, name: str, chunk: _Chunk, pair: tuple[Tensor, Tensor], batch: BatchStatistics) -> Tensor:
+    def _loss_under(
+        self, name: str, chunk: _Chunk, pair: tuple[Tensor, Tensor], batch: BatchStatistics
+    ) -> Tensor:
         return (self._compare(name, chunk, *pair, batch)[0] * chunk.weights).sum()
 
-    def _differentiate(self, chunk: _Chunk, batch: dict[str, BatchStatistics]) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
-        """Both branches stage by stage; each stage is compared, and its gradient taken, before the next one runs."""
-        tape, hidden, clean = Tape(recompute=self.config.activation_checkpointing), chunk.z0_hat, chunk.z0
+    def _differentiate(
+        self, chunk: _Chunk, batch: dict[str, BatchStatistics]
+    ) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
+        """Both branches stage by stage; each stage is compared, and its gradient taken, before the
+        next one runs.
+        """
+        tape, hidden, clean = (
+            Tape(recompute=self.config.activation_checkpointing),
+            chunk.z0_hat,
+            chunk.z0,
+        )
         loss = torch.zeros_like(chunk.weights)
         reports: dict[str, StageReport] = {}
         for name, piece in self.features.walk():
@@ -166,7 +213,12 @@ class LatentPerceptualLoss(nn.Module):
         return chunk.windows.interior(hidden), chunk.windows.interior(clean)
 
     def _compare(
-        self, name: str, chunk: _Chunk, predicted: Tensor, target: Tensor, batch: BatchStatistics | None
+        self,
+        name: str,
+        chunk: _Chunk,
+        predicted: Tensor,
+        target: Tensor,
+        batch: BatchStatistics | None,
     ) -> tuple[Tensor, StageReport]:
         """(K,) contribution of one stage, with gradient at `predicted`, and what it did."""
         side = chunk.z0.shape[-1] if chunk.windows is None else chunk.windows.side

@@ -1,9 +1,12 @@
-"""On which scale two feature maps are compared: both branches shifted and divided by statistics of one, or each by its own.
+"""On which scale two feature maps are compared: both branches shifted and divided by statistics of
+one, or each by its own.
 
-Shapes: features (B, C, H, W) float32; statistics broadcast against them.  The paper's choice is mean and standard deviation over
-the space of each channel, of the PREDICTED features, for both branches, with gradient through them (arXiv 2411.04873; a replication
-that detached them kept 16-39 % of the gain).  The public implementation divides by the L2 norm over channels at each position.
-When both branches share their statistics the shift cancels in the difference, so it is never subtracted.
+Shapes: features (B, C, H, W) float32; statistics broadcast against them.  The paper's choice is
+mean and standard deviation over the space of each channel, of the PREDICTED features, for both
+branches, with gradient through them (arXiv 2411.04873; a replication that detached them kept 16-39
+% of the gain).  The public implementation divides by the L2 norm over channels at each position.
+When both branches share their statistics the shift cancels in the difference, so it is never
+subtracted.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from torch import Tensor
 from lpl_pretrain.config.lpl import NormalizeConfig
 
 FLOOR = 1e-8
-"""Where the variance, or the squared norm, is below this there is nothing to compare: the contribution is exactly 0."""
+"""Where the variance, or the squared norm, is below this there is nothing to compare: the
+contribution is exactly 0.
+"""
 DIMS = {"space": (2, 3), "channels": (1,), "batch": (0, 2, 3)}
 
 
@@ -49,7 +54,9 @@ class Statistics:
         return torch.where(informative, self.square, 1.0).rsqrt() * informative
 
 
-def scales(config: NormalizeConfig, predicted: Statistics, target: Statistics) -> tuple[Statistics, Statistics]:
+def scales(
+    config: NormalizeConfig, predicted: Statistics, target: Statistics
+) -> tuple[Statistics, Statistics]:
     """The statistics that (prediction, target) are normalised by."""
     if not config.gradient:
         predicted, target = predicted.detach(), target.detach()

@@ -1,8 +1,10 @@
-"""Which positions of a feature map are kept: decoders hide a few huge values in their maps, which would drown the rest.
+"""Which positions of a feature map are kept: decoders hide a few huge values in their maps, which
+would drown the rest.
 
-Per sample and channel keep q1 - m < f < q2 + m, with q1 and q2 the k-th smallest values, k = int(0.02 N) and int(0.98 N), and
-m = margin x standard deviation; then holes of one or two positions are closed (dilation) and larger ones widened (erosion)
-(second-hand reading of arXiv 2411.04873; see docs/lpl.md).
+Per sample and channel keep q1 - m < f < q2 + m, with q1 and q2 the k-th smallest values, k =
+int(0.02 N) and int(0.98 N), and m = margin x standard deviation; then holes of one or two positions
+are closed (dilation) and larger ones widened (erosion) (second-hand reading of arXiv 2411.04873;
+see docs/lpl.md).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ def keep_mask(features: Tensor, std: Tensor, config: OutlierConfig, stage: int) 
     """(B, C, H, W) features and their (B, C, 1, 1) biased std over space -> True where kept."""
     with torch.no_grad():
         count = features[0, 0].numel()
-        reach = config.margin * std * math.sqrt(count / max(1, count - 1))  # the unbiased standard deviation
+        reach = (
+            config.margin * std * math.sqrt(count / max(1, count - 1))
+        )  # the unbiased standard deviation
         q1, q2 = (q[..., None] for q in _quantiles(features.flatten(2), *config.quantiles))
         keep = (features > q1 - reach) & (features < q2 + reach)
         dilate, erode = config.kernels[min(stage, len(config.kernels) - 1)]
@@ -27,11 +31,15 @@ def keep_mask(features: Tensor, std: Tensor, config: OutlierConfig, stage: int) 
 
 
 def _quantiles(flat: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """(B, C, N) -> the k-th smallest values, k = int(low N) and int(high N), at least 1; (B, C, 1) as a full sort gives them."""
+    """(B, C, N) -> the k-th smallest values, k = int(low N) and int(high N), at least 1; (B, C, 1)
+    as a full sort gives them.
+    """
     count = flat.shape[-1]
     low_rank, high_rank = max(1, int(low * count)), max(1, int(high * count))
     q1 = flat.topk(low_rank, dim=-1, largest=False, sorted=False).values.amax(dim=-1, keepdim=True)
-    q2 = flat.topk(count - high_rank + 1, dim=-1, largest=True, sorted=False).values.amin(dim=-1, keepdim=True)
+    q2 = flat.topk(count - high_rank + 1, dim=-1, largest=True, sorted=False).values.amin(
+        dim=-1, keepdim=True
+    )
     return q1, q2
 
 

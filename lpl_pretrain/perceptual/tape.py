@@ -1,7 +1,8 @@
 """Backward through a chain of frozen pieces, by hand, with gradients that enter between them.
 
-Autograd would keep every feature map and every mask of a whole decoder until the last stage is done.  Here a stage hands in its
-gradient as soon as it is known, so what stays is the input of each piece (recomputed in backward), or its graph.
+Autograd would keep every feature map and every mask of a whole decoder until the last stage is
+done.  Here a stage hands in its gradient as soon as it is known, so what stays is the input of each
+piece (recomputed in backward), or its graph.
 """
 
 from __future__ import annotations

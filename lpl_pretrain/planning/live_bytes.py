@@ -1,6 +1,8 @@
-"""How many bytes of tensors a piece of code has alive at its peak: counted, not sampled, on any device, meta included.
+"""How many bytes of tensors a piece of code has alive at its peak: counted, not sampled, on any
+device, meta included.
 
-What counts is storage that was allocated inside the block, views not twice.  Scratch memory inside a kernel is not seen.
+What counts is storage that was allocated inside the block, views not twice.  Scratch memory inside
+a kernel is not seen.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
@@ -33,7 +37,9 @@ class LiveBytes(TorchDispatchMode):
         return results
 
     def _meet(self, tensor: torch.Tensor, *, fresh: bool) -> None:
-        """An argument that was never seen came from outside the block; a result that was never seen was allocated in it."""
+        """An argument that was never seen came from outside the block; a result that was never seen
+        was allocated in it.
+        """
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:

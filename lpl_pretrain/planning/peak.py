@@ -20,7 +20,9 @@ PEAKS: dict[str, dict[str, float]] = {
     "V100": {"fp32": 15.7, "fp16": 125},
     "T4": {"fp32": 8.1, "fp16": 65},
 }
-"""Part of the device's name, the more special one first -> TFLOP/s by precision, without sparsity and with float32 sums."""
+"""Part of the device's name, the more special one first -> TFLOP/s by precision, without sparsity
+and with float32 sums.
+"""
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:

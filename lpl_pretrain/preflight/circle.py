@@ -1,4 +1,6 @@
-"""Ranks that talk through a store, before there is a group or beside it: rank 0 hears all, and all hear rank 0."""
+"""Ranks that talk through a store, before there is a group or beside it: rank 0 hears all, and all
+hear rank 0.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Circle:
         self._say(f"host/{world.rank}", host)
 
     def gather(self, name: str, mine: Any) -> list[Any]:
-        """Communicates: on rank 0 what all ranks say, elsewhere nothing.  Raises PreflightError that names silent ones."""
+        """Communicates: on rank 0 what all ranks say, elsewhere nothing.  Raises PreflightError
+        that names silent ones.
+        """
         self._say(f"{name}/{self.world.rank}", mine)
         if self.world.rank:
             return []
@@ -32,9 +36,15 @@ class Circle:
             self.store.wait(keys, PATIENCE)
         except DistStoreError:
             silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            hosts = {self._heard(f"host/{rank}") if self.store.check([f"host/{rank}"]) else "an unknown node" for rank in silent}
+            hosts = {
+                self._heard(f"host/{rank}")
+                if self.store.check([f"host/{rank}"])
+                else "an unknown node"
+                for rank in silent
+            }
             raise PreflightError(
-                f"preflight: nothing heard for {PATIENCE} from ranks {silent} on {', '.join(sorted(hosts))}: "
+                f"preflight: nothing heard for {PATIENCE} from ranks {silent} on "
+                f"{', '.join(sorted(hosts))}: "
                 "do they see the data and the run's folder?",
                 status=1,
             ) from None

@@ -1,4 +1,6 @@
-"""What a rank finds out about its node by itself: nothing here communicates, and nothing here raises for what the node lacks."""
+"""What a rank finds out about its node by itself: nothing here communicates, and nothing here
+raises for what the node lacks.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,13 @@ class Facts:
     clock_accuracy_s: float = 0.0
 
 
-def observe(config: TrainConfig, run_dir: RunDir, world: World, data: DataFolders | None, refusal: LPLError | None = None) -> Facts:
+def observe(
+    config: TrainConfig,
+    run_dir: RunDir,
+    world: World,
+    data: DataFolders | None,
+    refusal: LPLError | None = None,
+) -> Facts:
     """`data` is None where `refusal` says why."""
     free_gib, run_dir_trouble = probe_folder(run_dir)
     in_use = run_in_use(run_dir, world) if world.rank == 0 and refusal is None else None
@@ -110,17 +118,25 @@ def probe_folder(run_dir: RunDir) -> tuple[float | None, str | None]:
 def run_in_use(run_dir: RunDir, world: World) -> str | None:
     """Words about the process that trains the run now; None when none does."""
     holder = Lease(run_dir.live, job=world.scheduler_job()).other_holder()
-    return f"it is being trained by process {holder.get('pid')} on {holder.get('host')}" if holder else None
+    return (
+        f"it is being trained by process {holder.get('pid')} on {holder.get('host')}"
+        if holder
+        else None
+    )
 
 
 def probe_shard(data: DataFolders, local_rank: int) -> tuple[str, str | None]:
     """(name, trouble) of the shard that processes of this number read, on every node the same."""
     folders = zip(data.paths, data.indexes, strict=True)
-    shards = [f"{path.rstrip('/')}/{shard.file}" for path, index in folders for shard in index.shards]
+    shards = [
+        f"{path.rstrip('/')}/{shard.file}" for path, index in folders for shard in index.shards
+    ]
     shard = shards[local_rank % len(shards)]
     try:
         with fsspec.open(shard, "rb") as file:
-            return shard, None if len(file.read(PROBE_BYTES)) == PROBE_BYTES else f"{shard}: shorter than a header"
+            return shard, None if len(
+                file.read(PROBE_BYTES)
+            ) == PROBE_BYTES else f"{shard}: shorter than a header"
     except Exception as problem:  # drivers of object stores have errors of their own
         return shard, _words(problem)
 
@@ -130,7 +146,10 @@ def probe_device(local_rank: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"device_trouble": wrong_product(torch.device("cpu"))}
     if local_rank >= (count := torch.cuda.device_count()):
-        return {"device": torch.cuda.get_device_name(0), "no_device": f"{count} for process {local_rank}, counted from 0"}
+        return {
+            "device": torch.cuda.get_device_name(0),
+            "no_device": f"{count} for process {local_rank}, counted from 0",
+        }
     device = torch.device("cuda", local_rank)
     try:
         return {
@@ -150,17 +169,35 @@ def wrong_product(device: torch.device) -> str | None:
 
 
 def checkpoints_gib(config: TrainConfig, run_dir: RunDir, data: DataFolders) -> float:
-    """What the checkpoints that are still to come, and that will be kept, take; one is written before another is removed."""
-    from lpl_pretrain.models.build import build_denoiser  # imports timm: seconds that a rank need not spend to be refused
+    """What the checkpoints that are still to come, and that will be kept, take; one is written
+    before another is removed.
+    """
+    from lpl_pretrain.models.build import (
+        build_denoiser,
+    )  # imports timm: seconds that a rank need not spend to be refused
 
     index, complete = data.merged, run_dir.complete_checkpoints()
-    text = text_shape(config.conditioning.text, text_entries(config.conditioning, index.text)) if config.conditioning.text else None
+    text = (
+        text_shape(config.conditioning.text, text_entries(config.conditioning, index.text))
+        if config.conditioning.text
+        else None
+    )
     with torch.device("meta"):
         model = build_denoiser(config.model, index.latent, len(index.classes), text=text)
-    copies = 2 + MOMENTS[config.optimizer.kind] + len(config.ema.power)  # of parameters: themselves, their average, the rest
-    size = copies * sum(p.numel() for p in model.parameters()) * (8 if config.parallel.precision is Precision.FP64 else 4)
-    to_come = -(-(config.steps - (complete[-1] if complete else 0)) // config.checkpoint.every_steps)
-    return size * min(max(to_come, 0), max(1, config.checkpoint.keep_last + 1 - len(complete))) / 2**30
+    copies = (
+        2 + MOMENTS[config.optimizer.kind] + len(config.ema.power)
+    )  # of parameters: themselves, their average, the rest
+    size = (
+        copies
+        * sum(p.numel() for p in model.parameters())
+        * (8 if config.parallel.precision is Precision.FP64 else 4)
+    )
+    to_come = -(
+        -(config.steps - (complete[-1] if complete else 0)) // config.checkpoint.every_steps
+    )
+    return (
+        size * min(max(to_come, 0), max(1, config.checkpoint.keep_last + 1 - len(complete))) / 2**30
+    )
 
 
 def _words(problem: BaseException) -> str:

@@ -1,7 +1,9 @@
-"""Which nodes cannot train, decided from what their ranks have found: no clock, no file, no process group.
+"""Which nodes cannot train, decided from what their ranks have found: no clock, no file, no process
+group.
 
-A node is at fault where it differs from most others, or cannot do what another one can.  What no node can do, and what as many
-nodes have one way as another, is no node's fault but the run's; data that nobody can read are left to `data.on_error`.
+A node is at fault where it differs from most others, or cannot do what another one can.  What no
+node can do, and what as many nodes have one way as another, is no node's fault but the run's; data
+that nobody can read are left to `data.on_error`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ class Finding:
 
     def __str__(self) -> str:
         ranks = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}"
-        return f"{self.host} ({ranks}): {self.check}: found {self.found}, wanted {self.wanted}: {self.remedy}"
+        return (
+            f"{self.host} ({ranks}): {self.check}: found {self.found}, wanted {self.wanted}: "
+            f"{self.remedy}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +59,73 @@ def judge(facts: Sequence[Facts], config: PreflightConfig) -> list[Finding]:
     def room(found: Facts) -> str | None:
         wanted = found.wanted_gib if config.min_free_gib is None else config.min_free_gib
         short = found.free_gib is not None and found.free_gib < wanted
-        return f"{found.free_gib:.2f} GiB free where checkpoints need {wanted:.2f}" if short else None
+        return (
+            f"{found.free_gib:.2f} GiB free where checkpoints need {wanted:.2f}" if short else None
+        )
 
     def versions(found: Facts) -> str:
         return ", ".join(f"{name} {version}" for name, version in found.versions.items())
 
     def no_device(found: Facts) -> str | None:
-        absent = found.device is None and found.device_trouble is None and any(other.device for other in facts)
+        absent = (
+            found.device is None
+            and found.device_trouble is None
+            and any(other.device for other in facts)
+        )
         return found.no_device or ("none" if absent else None)
 
     return [
-        *_lacking("input", facts, lambda f: f.refusal, "what other nodes accept", "see what this node has mounted"),
+        *_lacking(
+            "input",
+            facts,
+            lambda f: f.refusal,
+            "what other nodes accept",
+            "see what this node has mounted",
+        ),
         *_odd("code", facts, lambda f: f.code[:12], "let all nodes see one copy of this package"),
         *_odd("versions", facts, versions, "install the same on all nodes"),
-        *_lacking("run folder", facts, lambda f: f.run_dir_trouble, "to write in it", "mount it there, or set run_dir"),
-        *_lacking("run", facts, lambda f: f.in_use, "a run that nobody trains", "wait for its end", alike=lambda f: f.rank),
-        *_lacking("disk", facts, room, "that much", "make room, keep fewer checkpoints, or set preflight.min_free_gib"),
-        *_lacking("data", facts, lambda f: f.shard_trouble, "to read it", "mount it there", alike=lambda f: f.shard, of_all="none"),
-        *_lacking("devices", facts, no_device, "one for each process", "start fewer processes on a node"),
-        *_lacking("arithmetic", facts, lambda f: f.device_trouble, "the right product", "have the node repaired", of_all="node"),
+        *_lacking(
+            "run folder",
+            facts,
+            lambda f: f.run_dir_trouble,
+            "to write in it",
+            "mount it there, or set run_dir",
+        ),
+        *_lacking(
+            "run",
+            facts,
+            lambda f: f.in_use,
+            "a run that nobody trains",
+            "wait for its end",
+            alike=lambda f: f.rank,
+        ),
+        *_lacking(
+            "disk",
+            facts,
+            room,
+            "that much",
+            "make room, keep fewer checkpoints, or set preflight.min_free_gib",
+        ),
+        *_lacking(
+            "data",
+            facts,
+            lambda f: f.shard_trouble,
+            "to read it",
+            "mount it there",
+            alike=lambda f: f.shard,
+            of_all="none",
+        ),
+        *_lacking(
+            "devices", facts, no_device, "one for each process", "start fewer processes on a node"
+        ),
+        *_lacking(
+            "arithmetic",
+            facts,
+            lambda f: f.device_trouble,
+            "the right product",
+            "have the node repaired",
+            of_all="node",
+        ),
         *_odd("device", facts, lambda f: f.device, "use nodes of one kind"),
         *_memory(facts),
         *_clocks(facts, config),
@@ -89,7 +142,10 @@ def judge_links(links: Sequence[Link], config: PreflightConfig) -> list[Finding]
     fault: Fault = "node" if config.strict and len(slow) < len(links) else "none"
     found = [(link, f"{link.mib_per_s:.0f} MiB/s to its neighbours") for link in slow]
     remedy = "look at its network, or at NCCL_SOCKET_IFNAME"
-    return [Finding("network", link.host, link.ranks, text, f"{wanted:.0f}", remedy, fault) for link, text in found]
+    return [
+        Finding("network", link.host, link.ranks, text, f"{wanted:.0f}", remedy, fault)
+        for link, text in found
+    ]
 
 
 def by_host(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
@@ -109,28 +165,47 @@ def _lacking(
     alike: Callable[[Facts], Hashable] = lambda found: None,
     of_all: Fault = "run",
 ) -> list[Finding]:
-    """Ranks in `trouble`: their nodes are at fault where one that tried the same (`alike`) is in none, else it is `of_all`."""
+    """Ranks in `trouble`: their nodes are at fault where one that tried the same (`alike`) is in
+    none, else it is `of_all`.
+    """
     well = {alike(found) for found in facts if trouble(found) is None}
     findings = []
     for host, ranks in by_host(facts).items():
         troubles = [(found, text) for found in ranks if (text := trouble(found)) is not None]
         if troubles:
             fault: Fault = "node" if any(alike(found) in well for found, _ in troubles) else of_all
-            findings.append(Finding(check, host, [found.rank for found, _ in troubles], troubles[0][1], wanted, remedy, fault))
+            findings.append(
+                Finding(
+                    check,
+                    host,
+                    [found.rank for found, _ in troubles],
+                    troubles[0][1],
+                    wanted,
+                    remedy,
+                    fault,
+                )
+            )
     return findings
 
 
-def _odd(check: str, facts: Sequence[Facts], value: Callable[[Facts], str | None], remedy: str) -> list[Finding]:
+def _odd(
+    check: str, facts: Sequence[Facts], value: Callable[[Facts], str | None], remedy: str
+) -> list[Finding]:
     """Nodes whose `value`, where they have one, is not the commonest; all of them, where none is."""
     hosts = by_host(facts)
-    seen = {host: {text for found in ranks if (text := value(found))} for host, ranks in hosts.items()}
+    seen = {
+        host: {text for found in ranks if (text := value(found))} for host, ranks in hosts.items()
+    }
     values = {host: " and ".join(sorted(texts)) for host, texts in seen.items() if texts}
     most = max(Counter(values.values()).values(), default=0)
     usual = [found for found, nodes in Counter(values.values()).items() if nodes == most]
     fault: Fault = "node" if len(usual) == 1 else "run"
     wanted = f"{usual[0]}, as on {most} nodes" if len(usual) == 1 else "the same on all nodes"
     odd = {host: found for host, found in values.items() if [found] != usual}
-    return [Finding(check, host, [f.rank for f in hosts[host]], found, wanted, remedy, fault) for host, found in odd.items()]
+    return [
+        Finding(check, host, [f.rank for f in hosts[host]], found, wanted, remedy, fault)
+        for host, found in odd.items()
+    ]
 
 
 def _memory(facts: Sequence[Facts]) -> list[Finding]:
@@ -138,7 +213,11 @@ def _memory(facts: Sequence[Facts]) -> list[Finding]:
     least = {
         host: min(free)
         for host, ranks in by_host(facts).items()
-        if (free := [(found.memory_gib, found.rank) for found in ranks if found.memory_gib is not None])
+        if (
+            free := [
+                (found.memory_gib, found.rank) for found in ranks if found.memory_gib is not None
+            ]
+        )
     }
     if not least:
         return []

@@ -1,7 +1,8 @@
 """How fast ranks reach each other, measured on the group that training will use.
 
-All ranks reduce one tensor, which says how fast the slowest part of the network is; then each node's first rank sends to the next
-node's, all at once in a ring, which says whose part that is.  The first round pays for connections: the best of a few counts.
+All ranks reduce one tensor, which says how fast the slowest part of the network is; then each
+node's first rank sends to the next node's, all at once in a ring, which says whose part that is.
+The first round pays for connections: the best of a few counts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def all_reduce_mib_per_s(device: torch.device) -> float:
 
 
 def ring_mib_per_s(leaders: Sequence[int], device: torch.device) -> float | None:
-    """Communicates: into this rank, from the leader before it; None on ranks that are none, and where there is one only."""
+    """Communicates: into this rank, from the leader before it; None on ranks that are none, and
+    where there is one only.
+    """
     rank, mib = dist.get_rank(), MIB[device.type]
     place = leaders.index(rank) if rank in leaders and len(leaders) > 1 else None
 

@@ -1,7 +1,8 @@
-"""How a quantity over training steps is drawn: small inline SVG that takes its colours from the page, so that dark mode works.
+"""How a quantity over training steps is drawn: small inline SVG that takes its colours from the
+page, so that dark mode works.
 
-matplotlib draws in marker colours; `_inline` replaces each by a CSS variable (page.css defines them) and strips what only a
-file of its own needs.
+matplotlib draws in marker colours; `_inline` replaces each by a CSS variable (page.css defines
+them) and strips what only a file of its own needs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ DASHES: list[tuple[float, ...]] = [(), (4, 1.6), (1.2, 1.4), (5, 1.4, 1.2, 1.4)]
 """Units: line widths.  Once all colours are used they begin again with other dashes."""
 WIDTH = 1.6
 COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
-VARIABLES = {INK: "--muted", GRID: "--line", EVENT: "--event", **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)}}
+VARIABLES = {
+    INK: "--muted",
+    GRID: "--line",
+    EVENT: "--event",
+    **{colour: f"--series-{i + 1}" for i, colour in enumerate(COLOURS)},
+}
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -62,7 +68,9 @@ SIZE_IN = (5.2, 2.5)
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: what the legend calls each series.  `smooth`: raw values faint, a running mean on top."""
+    """`lines`: what the legend calls each series.  `smooth`: raw values faint, a running mean on
+    top.
+    """
 
     title: str
     lines: dict[str, Series]
@@ -100,7 +108,9 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
                 columnspacing=1.4,
             )
         markup = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(markup, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(figure).print_svg(
+            markup, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     return _inline(markup.getvalue(), chart.title)
 
 
@@ -108,8 +118,14 @@ def swatch(number: int) -> str:
     """SVG markup: a piece of the line of the chart's series of that number."""
     colour, dashes = _look(number)
     pattern = " ".join(f"{WIDTH * length:g}" for length in dashes) or "none"
-    look = f'stroke="var({VARIABLES[colour]})" stroke-width="{WIDTH + 0.6:g}" stroke-dasharray="{pattern}"'
-    return f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="M0 4H26" {look}/></svg>'
+    look = (
+        f'stroke="var({VARIABLES[colour]})" stroke-width="{WIDTH + 0.6:g}" '
+        f'stroke-dasharray="{pattern}"'
+    )
+    return (
+        '<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="M0 4H26" '
+        f"{look}/></svg>"
+    )
 
 
 def _look(number: int) -> tuple[str, tuple[float, ...]]:
@@ -118,7 +134,9 @@ def _look(number: int) -> tuple[str, tuple[float, ...]]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over about a fortieth of the series on both sides, shorter at the ends; not-finite values do not spread."""
+    """Running mean over about a fortieth of the series on both sides, shorter at the ends;
+    not-finite values do not spread.
+    """
     half, sums, counts = max(1, len(values) // 40), [0.0], [0]
     for value in values:
         finite = math.isfinite(value)
@@ -126,7 +144,9 @@ def smoothed(values: Sequence[float]) -> list[float]:
         counts.append(counts[-1] + finite)
     ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
     return [
-        (sums[stop] - sums[start]) / (counts[stop] - counts[start]) if counts[stop] > counts[start] else math.nan
+        (sums[stop] - sums[start]) / (counts[stop] - counts[start])
+        if counts[stop] > counts[start]
+        else math.nan
         for start, stop in ends
     ]
 
@@ -134,7 +154,11 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, number: int) -> None:
     steps, raw = series.steps, series.values
     colour, dashes = _look(number)
-    line: dict[str, Any] = {"color": colour, "label": name, "linestyle": (0, dashes) if dashes else "-"}
+    line: dict[str, Any] = {
+        "color": colour,
+        "label": name,
+        "linestyle": (0, dashes) if dashes else "-",
+    }
     stride = max(1, math.ceil(len(steps) / MOST_POINTS))
     if chart.markers or not chart.smooth or len(steps) < 12:
         axes.plot(
@@ -144,10 +168,22 @@ def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, number: in
             marker="o" if chart.markers or len(steps) < 3 else None,
             markersize=4,
         )
-        known = [(step, value, bar) for step, value, bar in zip(steps, raw, series.bars or (), strict=False) if bar is not None]
+        known = [
+            (step, value, bar)
+            for step, value, bar in zip(steps, raw, series.bars or (), strict=False)
+            if bar is not None
+        ]
         if known:
             at, values, bars = zip(*known, strict=True)
-            axes.errorbar(at, values, yerr=list(zip(*bars, strict=True)), fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5)
+            axes.errorbar(
+                at,
+                values,
+                yerr=list(zip(*bars, strict=True)),
+                fmt="none",
+                ecolor=colour,
+                elinewidth=1.0,
+                capsize=2.5,
+            )
         return
     if chart.raw:
         axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
@@ -155,22 +191,32 @@ def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, number: in
 
 
 def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
-    finite = [value for series in chart.lines.values() for value in series.values if math.isfinite(value)]
+    finite = [
+        value for series in chart.lines.values() for value in series.values if math.isfinite(value)
+    ]
     if chart.log and finite and min(finite) > 0:
         axes.set_yscale("log")
         decades = math.log10(max(finite) / min(finite))
-        axes.yaxis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.yaxis.set_major_locator(
+            MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,))
+        )
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%" if chart.percent else f"{value:,.6g}"))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(
+                lambda value, _: f"{100 * value:.3g}%" if chart.percent else f"{value:,.6g}"
+            )
+        )
         if chart.from_zero and finite:
             axes.set_ylim(0, max(finite) * 1.08 or 1)
     axes.set_xlim(0, last_step * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     in_thousands = last_step >= 10_000
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if in_thousands else f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:g}k" if in_thousands else f"{value:,.0f}")
+    )
 
 
 def _inline(markup: str, title: str) -> str:
@@ -179,9 +225,13 @@ def _inline(markup: str, title: str) -> str:
     markup = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", markup, flags=re.S)
     markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(r"<[^>]*>", lambda tag: _plain_tag(tag[0]), markup)  # never the text between tags
+    markup = re.sub(
+        r"<[^>]*>", lambda tag: _plain_tag(tag[0]), markup
+    )  # never the text between tags
     label = title.replace("&", "and").replace('"', "").replace("<", "").replace(">", "")
-    return re.sub(r"\n\s*", "\n", markup.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)).strip()
+    return re.sub(
+        r"\n\s*", "\n", markup.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    ).strip()
 
 
 def _plain_tag(tag: str) -> str:

@@ -73,7 +73,9 @@ class Evaluation(_Part):
 
 
 def evaluation(raw: dict[str, Any]) -> dict[str, Any]:
-    """A record as the report uses it, without keys that are null.  Raises ValueError that says what is wrong in one line."""
+    """A record as the report uses it, without keys that are null.  Raises ValueError that says what
+    is wrong in one line.
+    """
     try:
         found = Evaluation.model_validate(raw).model_dump(exclude_none=True)
     except ValidationError as problems:
@@ -94,7 +96,9 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data with text for keys, as JSON has it.  Raises ValueError for what is not YAML, or too large."""
+    """Plain data with text for keys, as JSON has it.  Raises ValueError for what is not YAML, or
+    too large.
+    """
     try:
         value = bounded(yaml.safe_load(text), MOST_SETTINGS)
         return json.loads(json.dumps(value, default=str, ensure_ascii=False).encode())
@@ -105,7 +109,9 @@ def parse_yaml(text: str) -> Any:
 
 
 def bounded(value: Any, most: int = MOST_VALUES) -> Any:
-    """Return `value`.  Raises ValueError when it has more parts, aliases counted each time, or levels than a report takes."""
+    """Return `value`.  Raises ValueError when it has more parts, aliases counted each time, or
+    levels than a report takes.
+    """
     level, parts = [value], 0
     for _ in range(MOST_DEPTH):
         parts += len(level)
@@ -129,4 +135,10 @@ def is_step(value: Any) -> bool:
 
 
 def _children(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple, set)) else []
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, (list, tuple, set))
+        else []
+    )

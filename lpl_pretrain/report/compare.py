@@ -1,4 +1,5 @@
-"""One page on which several runs stand side by side: what differs in their configurations, and what came of it.
+"""One page on which several runs stand side by side: what differs in their configurations, and what
+came of it.
 
 A run keeps its colour and dashes throughout; what it lacks is left empty.
 """
@@ -40,8 +41,18 @@ NAMES_OF_RUNS = ("name", "run_dir")
 MOST_COLUMNS, LONGEST_LABEL = 6, 60
 NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 CURVES = {
-    "loss/diffusion": Chart("Diffusion loss", {}, log=True, note="mean squared error, weighted as each run is configured"),
-    "loss/total": Chart("Total loss", {}, log=True, note="what the optimizer minimises; its scale moves with LPL's weight"),
+    "loss/diffusion": Chart(
+        "Diffusion loss",
+        {},
+        log=True,
+        note="mean squared error, weighted as each run is configured",
+    ),
+    "loss/total": Chart(
+        "Total loss",
+        {},
+        log=True,
+        note="what the optimizer minimises; its scale moves with LPL's weight",
+    ),
     "loss/lpl": Chart("LPL", {}, log=True, note="unweighted, mean over the batch"),
     "lpl/weighted_share": Chart("LPL's share of the total loss", {}, percent=True, from_zero=True),
     "grad_norm": Chart("Gradient norm", {}, log=True, note="before clipping"),
@@ -51,20 +62,30 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Column:
-    """A key in which configurations differ, and its value in each run: None where a run has no such key."""
+    """A key in which configurations differ, and its value in each run: None where a run has no such
+    key.
+    """
 
     key: str
     values: list[str | None]
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunDir]:
-    """Each once; a folder that is no run stands for the runs in it.  Raises ConfigError where there are none."""
+    """Each once; a folder that is no run stands for the runs in it.  Raises ConfigError where there
+    are none.
+    """
     found: dict[Path, RunDir] = {}
     for folder in (folder.resolve() for folder in folders):
-        inner = sorted(folder.iterdir(), key=natural) if folder.is_dir() and not is_run(RunDir(folder)) else [folder]
+        inner = (
+            sorted(folder.iterdir(), key=natural)
+            if folder.is_dir() and not is_run(RunDir(folder))
+            else [folder]
+        )
         runs = [RunDir(path) for path in inner if is_run(RunDir(path))]
         if not runs:
-            raise ConfigError(f"{folder}: no run and no folder of runs: none has a config.yaml or metrics.jsonl")
+            raise ConfigError(
+                f"{folder}: no run and no folder of runs: none has a config.yaml or metrics.jsonl"
+            )
         found |= {run.path: run for run in runs}
     return list(found.values())
 
@@ -99,22 +120,38 @@ def render(records: Sequence[RunRecord]) -> str:
         ],
         columns=columns[:MOST_COLUMNS],
         more=columns[MOST_COLUMNS:],
-        scores=[summary(name, [record.protocols().get(name, []) for record in records]) for name in scored],
+        scores=[
+            summary(name, [record.protocols().get(name, []) for record in records])
+            for name in scored
+        ],
         protocols=[protocol(name, records, labels) for name in scored],
-        charts=drawn([replace(chart, lines=lines(records, labels, key)) for key, chart in CURVES.items()], records),
-        problems=[f"{name}: {text}" for name, record in zip(names, records, strict=True) for text in record.problems],
+        charts=drawn(
+            [replace(chart, lines=lines(records, labels, key)) for key, chart in CURVES.items()],
+            records,
+        ),
+        problems=[
+            f"{name}: {text}"
+            for name, record in zip(names, records, strict=True)
+            for text in record.problems
+        ],
         source=parent,
     )
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[Column]:
-    """A key is compared among the runs that have it; a section that some have switched off counts as a key: off or on."""
+    """A key is compared among the runs that have it; a section that some have switched off counts
+    as a key: off or on.
+    """
     flat = [flatten(each) if each else {} for each in settings]
     found = []
     for key in sorted({key for each in flat for key in each}):
         sections = [any(other.startswith(f"{key}.") for other in each) for each in flat]
         values = [
-            ("on" if section else None) if key not in each else "off" if any(sections) else words(each[key])
+            ("on" if section else None)
+            if key not in each
+            else "off"
+            if any(sections)
+            else words(each[key])
             for each, section in zip(flat, sections, strict=True)
         ]
         if key not in NAMES_OF_RUNS and len({value for value in values if value is not None}) > 1:
@@ -131,11 +168,16 @@ def words(value: Any) -> str:
 def labels_of(columns: Sequence[Column], names: Sequence[str]) -> list[str]:
     """By what differs, if that is short and tells all runs apart; their names otherwise."""
     last = [column.key.rpartition(".")[2] for column in columns]
-    short = [word if last.count(word) == 1 else column.key for word, column in zip(last, columns, strict=True)]
+    short = [
+        word if last.count(word) == 1 else column.key
+        for word, column in zip(last, columns, strict=True)
+    ]
     said = []
     for i in range(len(names)):
         values = zip(short, (column.values[i] for column in columns), strict=True)
-        said.append(", ".join(f"{word} {value}" for word, value in values if value not in (None, "on")))
+        said.append(
+            ", ".join(f"{word} {value}" for word, value in values if value not in (None, "on"))
+        )
     good = all(said) and len(set(said)) == len(said) and max(map(len, said)) <= LONGEST_LABEL
     return said if good else list(names)
 
@@ -161,9 +203,17 @@ def lines(records: Sequence[RunRecord], labels: Sequence[str], key: str) -> dict
 
 def drawn(charts: Sequence[Chart], records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Those in which any run has a line."""
-    last = max(max(last_step(record), *(score["step"] for score in record.evaluations), 0) for record in records)
-    shown = [replace(chart, raw=False, legend=False) for chart in charts if any(chart.lines.values())]
-    return [{"title": chart.title, "note": chart.note, "svg": Markup(draw(chart, [], last))} for chart in shown]
+    last = max(
+        max(last_step(record), *(score["step"] for score in record.evaluations), 0)
+        for record in records
+    )
+    shown = [
+        replace(chart, raw=False, legend=False) for chart in charts if any(chart.lines.values())
+    ]
+    return [
+        {"title": chart.title, "note": chart.note, "svg": Markup(draw(chart, [], last))}
+        for chart in shown
+    ]
 
 
 def summary(name: str, runs: Sequence[scores.Records]) -> dict[str, Any]:
@@ -172,23 +222,37 @@ def summary(name: str, runs: Sequence[scores.Records]) -> dict[str, Any]:
     cells, best = [], []
     for records in runs:
         asked = [record for record in records if metric in scores.metrics([record])]
-        newest, found = (scores.best_entry(some, metric) if some else None for some in (asked[-1:], asked))
+        newest, found = (
+            scores.best_entry(some, metric) if some else None for some in (asked[-1:], asked)
+        )
         cells.append([cell(newest), cell(found)])
         best.append(found[1]["value"] if found else None)
     known = [value for value in best if value is not None]
     first = (max if scores.higher_is_better(metric) else min)(known)
-    return {"protocol": name, "metric": metric, "cells": cells, "first": [value == first for value in best]}
+    return {
+        "protocol": name,
+        "metric": metric,
+        "cells": cells,
+        "first": [value == first for value in best],
+    }
 
 
 def cell(found: tuple[dict[str, Any], dict[str, Any]] | None) -> dict[str, Any] | None:
     if found is None:
         return None
     record, entry = found
-    return {"value": entry["value"], "std": entry.get("std"), "scale": entry["guidance_scale"], "step": record["step"]}
+    return {
+        "value": entry["value"],
+        "std": entry.get("std"),
+        "scale": entry["guidance_scale"],
+        "step": record["step"],
+    }
 
 
 def protocol(name: str, records: Sequence[RunRecord], labels: Sequence[str]) -> dict[str, Any]:
-    """Scores over steps, a chart for each metric and guidance scale, and the sample grids of all runs."""
+    """Scores over steps, a chart for each metric and guidance scale, and the sample grids of all
+    runs.
+    """
     runs = [record.protocols().get(name, []) for record in records]
     together = [score for scored in runs for score in scored]
     asked = scores.columns(together)
@@ -196,16 +260,38 @@ def protocol(name: str, records: Sequence[RunRecord], labels: Sequence[str]) -> 
     for metric in scores.metrics(together):
         chart = scores.chart(together, metric)
         for column in asked:
-            found = {label: scores.series(scored, metric, column) for label, scored in zip(labels, runs, strict=True)}
-            title = f"{chart.title}, {scores.heading(column, asked)}" if len(asked) > 1 else chart.title
-            charts.append(replace(chart, title=title, lines=found, note=chart.note.replace(" by guidance scale w", "")))
+            found = {
+                label: scores.series(scored, metric, column)
+                for label, scored in zip(labels, runs, strict=True)
+            }
+            title = (
+                f"{chart.title}, {scores.heading(column, asked)}" if len(asked) > 1 else chart.title
+            )
+            charts.append(
+                replace(
+                    chart,
+                    title=title,
+                    lines=found,
+                    note=chart.note.replace(" by guidance scale w", ""),
+                )
+            )
     settings = {json.dumps(score["protocol"], sort_keys=True) for score in together}
     grids, step = newest_grids(records, runs)
-    return {"name": name, "charts": drawn(charts, records), "grids": grids, "step": step, "unlike": len(settings) > 1}
+    return {
+        "name": name,
+        "charts": drawn(charts, records),
+        "grids": grids,
+        "step": step,
+        "unlike": len(settings) > 1,
+    }
 
 
-def newest_grids(records: Sequence[RunRecord], runs: Sequence[scores.Records]) -> tuple[list[dict[str, Any] | None], int | None]:
-    """(grid of each run, the newest step at which all that have grids have one); without such a step each shows its own newest."""
+def newest_grids(
+    records: Sequence[RunRecord], runs: Sequence[scores.Records]
+) -> tuple[list[dict[str, Any] | None], int | None]:
+    """(grid of each run, the newest step at which all that have grids have one); without such a
+    step each shows its own newest.
+    """
     found = [
         {score["step"]: score for score in scored if samples_file(record, score) is not None}
         for record, scored in zip(records, runs, strict=True)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from lpl_pretrain.report.charts import Chart
 from lpl_pretrain.report.record import RunRecord, Series
 
-PHASES = ("data", "forward", "lpl", "backward", "optimizer", "checkpoint")  # as many as there are colours
+PHASES = (
+    "data",
+    "forward",
+    "lpl",
+    "backward",
+    "optimizer",
+    "checkpoint",
+)  # as many as there are colours
 Section = tuple[str, str, list[Chart]]
 """Title, what to say when no chart has a line, charts."""
 
@@ -30,7 +37,10 @@ def losses(record: RunRecord) -> Section:
 
 def perceptual(record: RunRecord) -> Section:
     one = record.series
-    shares = {"of the loss": one("lpl/weighted_share"), "of samples, gated in": one("lpl/gated_share")}
+    shares = {
+        "of the loss": one("lpl/weighted_share"),
+        "of samples, gated in": one("lpl/gated_share"),
+    }
     spread = "standard deviation over space; below 1 the estimate is blurrier than the data"
     return (
         "Latent Perceptual Loss",
@@ -38,7 +48,9 @@ def perceptual(record: RunRecord) -> Section:
         if record.settings.get("lpl")
         else "This run trains without the Latent Perceptual Loss (lpl: null).",
         [
-            Chart("LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"),
+            Chart(
+                "LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"
+            ),
             Chart(
                 "Shares",
                 _present(shares),
@@ -47,8 +59,15 @@ def perceptual(record: RunRecord) -> Section:
                 note="LPL's share of the total loss; share of samples that pass the gate",
             ),
             Chart("Contribution of each decoder stage", record.stages("contribution"), log=True),
-            Chart("Feature spread, predicted / clean", record.stages("std_ratio"), baseline=1.0, note=spread),
-            Chart("Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True),
+            Chart(
+                "Feature spread, predicted / clean",
+                record.stages("std_ratio"),
+                baseline=1.0,
+                note=spread,
+            ),
+            Chart(
+                "Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True
+            ),
         ],
     )
 
@@ -61,14 +80,31 @@ def optimisation(record: RunRecord) -> Section:
         "No gradient norms or rates logged.",
         [
             Chart("Gradient norm", {"norm": one("grad_norm")}, log=True, note="before clipping"),
-            Chart("Throughput", {"samples / s": one("samples_per_s")}, from_zero=True, note="samples per second, all ranks"),
             Chart(
-                "Seconds a step", phases, from_zero=True, note="by phase: data and checkpoints on the host, the rest on the device"
+                "Throughput",
+                {"samples / s": one("samples_per_s")},
+                from_zero=True,
+                note="samples per second, all ranks",
             ),
             Chart(
-                "Arithmetic", {"TFLOP / s": one("tflops_per_s")}, from_zero=True, note="of one device; recomputation not counted"
+                "Seconds a step",
+                phases,
+                from_zero=True,
+                note="by phase: data and checkpoints on the host, the rest on the device",
             ),
-            Chart("Model FLOPs utilisation", {"MFU": one("mfu")}, percent=True, from_zero=True, note="of the device's peak"),
+            Chart(
+                "Arithmetic",
+                {"TFLOP / s": one("tflops_per_s")},
+                from_zero=True,
+                note="of one device; recomputation not counted",
+            ),
+            Chart(
+                "Model FLOPs utilisation",
+                {"MFU": one("mfu")},
+                percent=True,
+                from_zero=True,
+                note="of the device's peak",
+            ),
         ],
     )
 

@@ -1,4 +1,6 @@
-"""What a page may hold of a run's files: pictures and text that lie inside the run, of bounded size."""
+"""What a page may hold of a run's files: pictures and text that lie inside the run, of bounded
+size.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def picture(run: Path, folder: str, name: Any, source: str, problems: list[str])
     return None
 
 
-def find_picture(run: Path, folder: str, name: Any, source: str, problems: list[str]) -> Path | None:
+def find_picture(
+    run: Path, folder: str, name: Any, source: str, problems: list[str]
+) -> Path | None:
     """The file that `picture` would show, as far as that is known without reading it."""
     if not name:
         return None
@@ -42,7 +46,11 @@ def find_picture(run: Path, folder: str, name: Any, source: str, problems: list[
                 return None
             if path is not None and path.stat().st_size <= MOST_PICTURE_BYTES:
                 return path
-            problem = f"larger than {MOST_PICTURE_BYTES // MIB} MiB" if path else f"lies outside of the run's {folder}/"
+            problem = (
+                f"larger than {MOST_PICTURE_BYTES // MIB} MiB"
+                if path
+                else f"lies outside of the run's {folder}/"
+            )
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({error})"
     _note(problems, source, name, problem)
@@ -50,13 +58,18 @@ def find_picture(run: Path, folder: str, name: Any, source: str, problems: list[
 
 
 def _note(problems: list[str], source: str, name: Any, problem: str) -> None:
-    text = f"{source}: picture {brief(repr(name), LONGEST_NAME)}: {brief(problem, LONGEST_NAME)}; not shown"
+    text = (
+        f"{source}: picture {brief(repr(name), LONGEST_NAME)}: {brief(problem, LONGEST_NAME)}; "
+        "not shown"
+    )
     if text not in problems:
         problems.append(text)
 
 
 def inside(run: Path, path: Path, folder: str = "") -> Path | None:
-    """`path` without symbolic links; None when it lies outside of `folder` in the run.  Raises OSError or ValueError."""
+    """`path` without symbolic links; None when it lies outside of `folder` in the run.  Raises
+    OSError or ValueError.
+    """
     try:
         found = path.resolve()
         return found if found.is_relative_to(run.resolve() / folder) else None
@@ -65,7 +78,9 @@ def inside(run: Path, path: Path, folder: str = "") -> Path | None:
 
 
 def read_text(run: Path, path: Path, problems: list[str], most: int = MOST_TEXT_BYTES) -> str:
-    """The text of a file of the run; "" where there is none, or where `problems` says why it is not read."""
+    """The text of a file of the run; "" where there is none, or where `problems` says why it is not
+    read.
+    """
     where = path.relative_to(run)
     try:
         found = inside(run, path)

@@ -1,6 +1,8 @@
-"""What the report says and in which order: from a run's record to one HTML page that needs nothing else.
+"""What the report says and in which order: from a run's record to one HTML page that needs nothing
+else.
 
-Every section is either drawn or says in one line what is missing.  Text is escaped by the template engine; only our own SVG is not.
+Every section is either drawn or says in one line what is missing.  Text is escaped by the template
+engine; only our own SVG is not.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def write_report(run_dir: RunDir, output: Path | None = None) -> Path:
     """Writes report.html, or `output`; returns its path.  Raises ConfigError where there is no run."""
     if not is_run(run_dir):
         raise ConfigError(
-            f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; start one with `lpl-pretrain train`"
+            f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; "
+            "start one with `lpl-pretrain train`"
         )
     return write_page(output or run_dir.report, render(read_run(run_dir)))
 
@@ -53,7 +56,9 @@ def write_page(path: Path, page: str) -> Path:
         with published(path) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as problem:
-        raise ConfigError(f"{path}: cannot be written ({problem}): name another file with --output") from None
+        raise ConfigError(
+            f"{path}: cannot be written ({problem}): name another file with --output"
+        ) from None
     return path
 
 
@@ -82,8 +87,12 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(when=when, score="{:.4g}".format, brief=lambda value: brief(str(value), LONGEST_VALUE))
-    environment.globals.update(style=Markup((HERE / STYLE_SHEET).read_text()), written_at=datetime.now(timezone.utc))
+    environment.filters.update(
+        when=when, score="{:.4g}".format, brief=lambda value: brief(str(value), LONGEST_VALUE)
+    )
+    environment.globals.update(
+        style=Markup((HERE / STYLE_SHEET).read_text()), written_at=datetime.now(timezone.utc)
+    )
     return environment.get_template(name)
 
 
@@ -133,7 +142,12 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
     """Titles with their charts, or with the one line that says why there are none."""
     if not record.lines:
         return [
-            {"title": "Training", "charts": [], "pictures": [], "missing": "Nothing logged yet: metrics.jsonl is missing or empty."}
+            {
+                "title": "Training",
+                "charts": [],
+                "pictures": [],
+                "missing": "Nothing logged yet: metrics.jsonl is missing or empty.",
+            }
         ]
     events = interruptions(record)
 
@@ -143,7 +157,10 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
         return {
             "title": title,
             "missing": "" if drawn else missing,
-            "charts": [{"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))} for c in drawn],
+            "charts": [
+                {"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))}
+                for c in drawn
+            ],
             "pictures": [],
         }
 
@@ -156,25 +173,45 @@ def lpl_pictures(record: RunRecord) -> list[dict[str, Any]]:
     """What LPL compared at some checkpoints."""
     folder, found = record.run_dir.path, list(record.run_dir.lpl_pictures().items())
     return [
-        {"step": step, "picture": picture(folder, "lpl", str(path.relative_to(folder)), "lpl", record.problems)}
+        {
+            "step": step,
+            "picture": picture(
+                folder, "lpl", str(path.relative_to(folder)), "lpl", record.problems
+            ),
+        }
         for step, path in spread(found, MOST_LPL_PICTURES)
     ]
 
 
 def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One evaluation protocol: a chart and a table of each metric, sample grids over steps, real pictures beside the last one."""
+    """One evaluation protocol: a chart and a table of each metric, sample grids over steps, real
+    pictures beside the last one.
+    """
     last, folder = records[-1], record.run_dir.path
-    asked, events, end = scores.columns(records), interruptions(record), max(last_step(record), last["step"])
+    asked, events, end = (
+        scores.columns(records),
+        interruptions(record),
+        max(last_step(record), last["step"]),
+    )
     shown = []
     for metric in scores.metrics(records):
         chart = scores.chart(records, metric)
         rows = scores.table(records, metric)
         shown.append(
-            {"name": metric, "title": chart.title, "svg": Markup(draw(chart, events, end)), "note": chart.note, "rows": rows}
+            {
+                "name": metric,
+                "title": chart.title,
+                "svg": Markup(draw(chart, events, end)),
+                "note": chart.note,
+                "rows": rows,
+            }
         )
     dimensions = [extractor["dimension"] for extractor in last.get("extractors", {}).values()]
     images, reference = last["results"][0]["images"], last.get("reference", {})
-    grids = [{"step": each["step"], "picture": samples(record, each)} for each in spread(records, MOST_GRIDS)]
+    grids = [
+        {"step": each["step"], "picture": samples(record, each)}
+        for each in spread(records, MOST_GRIDS)
+    ]
     real = reference.get("grid") and f"evaluations/{reference['grid']}"
     return {
         "name": name,
@@ -193,18 +230,29 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
 
 
 def samples(record: RunRecord, score: dict[str, Any]) -> str | None:
-    """The sample grid of one evaluation as a data URI; None where there is none, or where the page's problems say why."""
-    return picture(record.run_dir.path, "samples", score.get("samples"), score.get("file", "evaluations"), record.problems)
+    """The sample grid of one evaluation as a data URI; None where there is none, or where the
+    page's problems say why.
+    """
+    return picture(
+        record.run_dir.path,
+        "samples",
+        score.get("samples"),
+        score.get("file", "evaluations"),
+        record.problems,
+    )
 
 
 def samples_file(record: RunRecord, score: dict[str, Any]) -> Path | None:
     """The file of that grid, before it is read."""
     source = score.get("file", "evaluations")
-    return find_picture(record.run_dir.path, "samples", score.get("samples"), source, record.problems)
+    return find_picture(
+        record.run_dir.path, "samples", score.get("samples"), source, record.problems
+    )
 
 
 def provenance(record: RunRecord) -> dict[str, Any]:
-    """What provenance.json holds, sorted for reading; keys that this version does not know are shown as they are.
+    """What provenance.json holds, sorted for reading; keys that this version does not know are
+    shown as they are.
 
     All starts in a table, and the newest one in detail.
     """
@@ -217,7 +265,10 @@ def provenance(record: RunRecord) -> dict[str, Any]:
         "diff": diff[:MOST_DIFF_CHARACTERS],
         "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
         "starts": [start_row(start) for start in record.starts],
-        "facts": {key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items()},
+        "facts": {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in rest.items()
+        },
     }
 
 
@@ -299,13 +350,23 @@ def number(value: float | None) -> str:
 
 def clock(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min"
+        if seconds >= 60
+        else f"{seconds:.0f} s"
+    )
 
 
 def when(timestamp: Any) -> str:
     """A time in UTC; "" for what is none."""
     try:
-        moment = timestamp if isinstance(timestamp, datetime) else datetime.fromtimestamp(timestamp, timezone.utc)
+        moment = (
+            timestamp
+            if isinstance(timestamp, datetime)
+            else datetime.fromtimestamp(timestamp, timezone.utc)
+        )
     except (TypeError, ValueError, OverflowError, OSError):
         return ""
     return moment.strftime("%Y-%m-%d %H:%M:%S UTC")

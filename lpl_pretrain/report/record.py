@@ -1,8 +1,8 @@
 """What a run directory says, read for people: missing or damaged parts are named, never fatal.
 
-metrics.jsonl: after a resume, a rollback, or a restart from step 0, the steps beyond it are trained again, so
-what was logged beyond it before is dropped; of equal steps the last line counts.  A line cut by a kill is
-skipped and counted.
+metrics.jsonl: after a resume, a rollback, or a restart from step 0, the steps beyond it are trained
+again, so what was logged beyond it before is dropped; of equal steps the last line counts.  A line
+cut by a kill is skipped and counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.report.checked import LONGEST_TEXT, evaluation, is_number, is_step, parse_json, parse_yaml
+from lpl_pretrain.report.checked import (
+    LONGEST_TEXT,
+    evaluation,
+    is_number,
+    is_step,
+    parse_json,
+    parse_yaml,
+)
 from lpl_pretrain.report.embed import MOST_CONFIG_BYTES, brief, read_text
 
 MOST_STAGES, LONGEST_PROBLEM = 24, 300
@@ -53,7 +60,9 @@ class RunRecord:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Of the newest start; the uncommitted changes stand in the newest start in which they were not as in the one before."""
+        """Of the newest start; the uncommitted changes stand in the newest start in which they were
+        not as in the one before.
+        """
         if not self.starts:
             return {}
         diffs = [start["git_diff"] for start in self.starts if "git_diff" in start]
@@ -64,14 +73,23 @@ class RunRecord:
         return Series([step for step, _ in found], [float(value) for _, value in found])
 
     def stages(self, quantity: str) -> dict[str, Series]:
-        """Decoder stage -> its `lpl/stage/<stage>/<quantity>`, in the order in which they are logged."""
+        """Decoder stage -> its `lpl/stage/<stage>/<quantity>`, in the order in which they are
+        logged.
+        """
         names = dict.fromkeys(key for line in self.lines for key in line)
-        found = [name for name in names if name.startswith("lpl/stage/") and name.endswith(f"/{quantity}")]
+        found = [
+            name
+            for name in names
+            if name.startswith("lpl/stage/") and name.endswith(f"/{quantity}")
+        ]
         return {name.split("/")[2]: self.series(name) for name in found[:MOST_STAGES]}
 
     def protocols(self) -> dict[str, list[dict[str, Any]]]:
         names = dict.fromkeys(record["protocol"]["name"] for record in self.evaluations)
-        return {name: [record for record in self.evaluations if record["protocol"]["name"] == name] for name in names}
+        return {
+            name: [record for record in self.evaluations if record["protocol"]["name"] == name]
+            for name in names
+        }
 
 
 def read_run(run_dir: RunDir) -> RunRecord:
@@ -80,7 +98,9 @@ def read_run(run_dir: RunDir) -> RunRecord:
     starts = read_starts(run_dir, problems)
     lines, events, resumes = read_metrics(run_dir.metrics, problems)
     evaluations = read_evaluations(run_dir, problems)
-    return RunRecord(run_dir, settings, config_text, starts, lines, events, evaluations, problems, resumes)
+    return RunRecord(
+        run_dir, settings, config_text, starts, lines, events, evaluations, problems, resumes
+    )
 
 
 def read_starts(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:
@@ -89,7 +109,10 @@ def read_starts(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any]]:
     if isinstance(found, dict):
         return [found] if found else []
     if odd := sum(not isinstance(start, dict) for start in found):
-        problems.append(f"{run_dir.provenance.name}: not valid: {odd} of {len(found)} starts are no JSON objects; not shown")
+        problems.append(
+            f"{run_dir.provenance.name}: not valid: {odd} of {len(found)} starts are no JSON "
+            "objects; not shown"
+        )
     return [start for start in found if isinstance(start, dict)]
 
 
@@ -99,13 +122,19 @@ def read_config(run_dir: RunDir, problems: list[str]) -> tuple[dict[str, Any], s
     try:
         settings = parse_yaml(text)
     except ValueError as problem:
-        problems.append(f"{run_dir.config.name}: not valid YAML ({brief(str(problem), LONGEST_PROBLEM)})")
+        problems.append(
+            f"{run_dir.config.name}: not valid YAML ({brief(str(problem), LONGEST_PROBLEM)})"
+        )
         return {}, text
     return settings if isinstance(settings, dict) else {}, text
 
 
-def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """(metric lines with what can be drawn, event lines, how often training was taken up again and made steps)."""
+def read_metrics(
+    path: Path, problems: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """(metric lines with what can be drawn, event lines, how often training was taken up again and
+    made steps).
+    """
     by_step: dict[int, dict[str, Any]] = {}
     events, skipped, resumes = [], 0, 0
     taken_up: int | None = None
@@ -128,7 +157,11 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
             if (kept := last_kept(line)) is not None:
                 by_step = {step: metrics for step, metrics in by_step.items() if step <= kept}
         else:
-            by_step[line["step"]] = {name: value for name, value in line.items() if is_number(value) and len(name) <= LONGEST_TEXT}
+            by_step[line["step"]] = {
+                name: value
+                for name, value in line.items()
+                if is_number(value) and len(name) <= LONGEST_TEXT
+            }
     if skipped:
         problems.append(
             f"{path.name}: {skipped} unreadable {'line' if skipped == 1 else 'lines'} skipped "
@@ -151,7 +184,9 @@ def read_evaluations(run_dir: RunDir, problems: list[str]) -> list[dict[str, Any
             try:
                 records.append({**evaluation(raw), "file": file})
             except ValueError as problem:
-                problems.append(f"{file}: damaged: {brief(str(problem), LONGEST_PROBLEM)}; not shown")
+                problems.append(
+                    f"{file}: damaged: {brief(str(problem), LONGEST_PROBLEM)}; not shown"
+                )
         elif raw:
             problems.append(f"{file}: holds no score; evaluate that step again")
     return sorted(records, key=lambda record: (record["protocol"]["name"], record["step"]))
@@ -165,7 +200,9 @@ def _parse_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and is_step(line.get("step")) else None
 
 
-def _read_json(run_dir: RunDir, path: Path, problems: list[str], wanted: tuple[type, ...] = (dict,)) -> Any:
+def _read_json(
+    run_dir: RunDir, path: Path, problems: list[str], wanted: tuple[type, ...] = (dict,)
+) -> Any:
     """{} where there is no such file, or where `problems` says what is wrong with it."""
     before = len(problems)
     text = read_text(run_dir.path, path, problems)
@@ -174,9 +211,15 @@ def _read_json(run_dir: RunDir, path: Path, problems: list[str], wanted: tuple[t
     try:
         value = parse_json(text)
     except ValueError as problem:
-        problems.append(f"{path.relative_to(run_dir.path)}: not valid JSON ({brief(str(problem), LONGEST_PROBLEM)})")
+        problems.append(
+            f"{path.relative_to(run_dir.path)}: not valid JSON "
+            f"({brief(str(problem), LONGEST_PROBLEM)})"
+        )
         return {}
     if not isinstance(value, wanted):
-        problems.append(f"{path.relative_to(run_dir.path)}: not valid: holds a {type(value).__name__}, wanted a JSON object")
+        problems.append(
+            f"{path.relative_to(run_dir.path)}: not valid: holds a {type(value).__name__}, wanted "
+            "a JSON object"
+        )
         return {}
     return value

@@ -1,4 +1,6 @@
-"""What a report shows of the scores by one evaluation protocol: a chart and a table for each metric."""
+"""What a report shows of the scores by one evaluation protocol: a chart and a table for each
+metric.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +10,82 @@ from lpl_pretrain.config.evaluation import higher_is_better
 from lpl_pretrain.report.charts import Chart
 from lpl_pretrain.report.record import Series
 
-NAMES = {"fid": "Frechet inception distance", "sfid": "spatial FID", "kid": "Kernel inception distance"}
+NAMES = {
+    "fid": "Frechet inception distance",
+    "sfid": "spatial FID",
+    "kid": "Kernel inception distance",
+}
 Records = list[dict[str, Any]]
 MOST_METRICS = 60
 
 
 def metrics(records: Records) -> list[str]:
     """At most MOST_METRICS, of which each takes a chart."""
-    return list(dict.fromkeys(entry["metric"] for record in records for entry in record["results"]))[:MOST_METRICS]
+    return list(
+        dict.fromkeys(entry["metric"] for record in records for entry in record["results"])
+    )[:MOST_METRICS]
 
 
 def columns(records: Records) -> list[tuple[str, float]]:
     """(weights, guidance scale) of every curve."""
-    return sorted({(entry.get("weights", "ema"), entry["guidance_scale"]) for record in records for entry in record["results"]})
+    return sorted(
+        {
+            (entry.get("weights", "ema"), entry["guidance_scale"])
+            for record in records
+            for entry in record["results"]
+        }
+    )
 
 
 def heading(column: tuple[str, float], among: list[tuple[str, float]]) -> str:
     weights, scale = column
-    return f"w = {scale:g}" if len({name for name, _ in among}) == 1 else f"{weights}, w = {scale:g}"
+    return (
+        f"w = {scale:g}" if len({name for name, _ in among}) == 1 else f"{weights}, w = {scale:g}"
+    )
 
 
-def entry_of(record: dict[str, Any], metric: str, column: tuple[str, float]) -> dict[str, Any] | None:
-    found = (e for e in record["results"] if e["metric"] == metric and (e.get("weights", "ema"), e["guidance_scale"]) == column)
+def entry_of(
+    record: dict[str, Any], metric: str, column: tuple[str, float]
+) -> dict[str, Any] | None:
+    found = (
+        e
+        for e in record["results"]
+        if e["metric"] == metric and (e.get("weights", "ema"), e["guidance_scale"]) == column
+    )
     return next(found, None)
 
 
 def chart(records: Records, metric: str) -> Chart:
-    """Scores over steps; bars are 95 % intervals where the record has them, one standard error otherwise."""
+    """Scores over steps; bars are 95 % intervals where the record has them, one standard error
+    otherwise.
+    """
     asked = columns(records)
     lines = {heading(column, asked): series(records, metric, column) for column in asked}
     better = "higher" if higher_is_better(metric) else "lower"
-    bars = "; bars show its uncertainty" if any(any(line.bars or ()) for line in lines.values()) else ""
-    return Chart(title(metric), lines, markers=True, note=f"{metric} by guidance scale w; {better} is better{bars}")
+    bars = (
+        "; bars show its uncertainty"
+        if any(any(line.bars or ()) for line in lines.values())
+        else ""
+    )
+    return Chart(
+        title(metric),
+        lines,
+        markers=True,
+        note=f"{metric} by guidance scale w; {better} is better{bars}",
+    )
 
 
 def series(records: Records, metric: str, column: tuple[str, float]) -> Series:
-    found = [(record["step"], entry) for record in records if (entry := entry_of(record, metric, column)) is not None]
-    return Series([step for step, _ in found], [entry["value"] for _, entry in found], [bar(entry) for _, entry in found])
+    found = [
+        (record["step"], entry)
+        for record in records
+        if (entry := entry_of(record, metric, column)) is not None
+    ]
+    return Series(
+        [step for step, _ in found],
+        [entry["value"] for _, entry in found],
+        [bar(entry) for _, entry in found],
+    )
 
 
 def title(metric: str) -> str:
@@ -65,7 +106,10 @@ def bar(entry: dict[str, Any]) -> tuple[float, float] | None:
 def table(records: Records, metric: str) -> list[dict[str, Any]]:
     """A row for each step; a cell is None where that step has no such score."""
     asked = columns(records)
-    return [{"step": record["step"], "entries": [entry_of(record, metric, column) for column in asked]} for record in records]
+    return [
+        {"step": record["step"], "entries": [entry_of(record, metric, column) for column in asked]}
+        for record in records
+    ]
 
 
 def main_metric(records: Records) -> str:
@@ -78,7 +122,12 @@ def main_metric(records: Records) -> str:
 def best_entry(records: Records, metric: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(record, entry) of the best score at whatever step, weights and guidance scale."""
     sign = -1 if higher_is_better(metric) else 1
-    found = [(record, entry) for record in records for entry in record["results"] if entry["metric"] == metric]
+    found = [
+        (record, entry)
+        for record in records
+        for entry in record["results"]
+        if entry["metric"] == metric
+    ]
     return min(found, key=lambda pair: sign * pair[1]["value"], default=None)
 
 
@@ -89,4 +138,8 @@ def best_column(records: Records) -> tuple[tuple[str, float], list[float]]:
     entries = [entry for entry in records[-1]["results"] if entry["metric"] == metric]
     best = min(entries, key=lambda entry: sign * entry["value"])
     column = (best.get("weights", "ema"), best["guidance_scale"])
-    return column, [entry["value"] for record in records if (entry := entry_of(record, metric, column)) is not None]
+    return column, [
+        entry["value"]
+        for record in records
+        if (entry := entry_of(record, metric, column)) is not None
+    ]

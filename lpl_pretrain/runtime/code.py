@@ -1,4 +1,6 @@
-"""Which code this is: a requeued job finds whatever lies on the disk by then, and nodes may not see the same."""
+"""Which code this is: a requeued job finds whatever lies on the disk by then, and nodes may not see
+the same.
+"""
 
 from __future__ import annotations
 

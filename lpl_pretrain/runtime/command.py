@@ -31,4 +31,6 @@ def shortened(arguments: Sequence[str]) -> list[str]:
     if first.startswith("-"):
         return ["python", *arguments]
     module = "/".join(Path(first).parts[-2:])
-    return ["python", "-m", MODULES[module], *rest] if module in MODULES else [Path(first).name, *rest]
+    return (
+        ["python", "-m", MODULES[module], *rest] if module in MODULES else [Path(first).name, *rest]
+    )

@@ -10,7 +10,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """False where bf16 is emulated: on a CPU without the instructions a convolution takes a hundred times longer."""
+    """False where bf16 is emulated: on a CPU without the instructions a convolution takes a hundred
+    times longer.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
@@ -22,14 +24,22 @@ def name_of(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """`peak_gib`: the most that tensors have taken of a GPU since the process began; nothing on a CPU."""
-    return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+    """`peak_gib`: the most that tensors have taken of a GPU since the process began; nothing on a
+    CPU.
+    """
+    return (
+        {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+        if device.type == "cuda"
+        else {}
+    )
 
 
 def keep_freed_memory() -> None:
-    """For training on a CPU: keep what a step has freed for the next one, instead of giving it back and faulting it in again.
+    """For training on a CPU: keep what a step has freed for the next one, instead of giving it back
+    and faulting it in again.
 
-    glibc decides that by what lies at the top of its heap; where it went wrong, a tenth of a step was page faults.
+    glibc decides that by what lies at the top of its heap; where it went wrong, a tenth of a step
+    was page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library does as it likes

@@ -1,7 +1,7 @@
 """Starting and ending the process group, and the few collectives that rooms above `parallel` use.
 
-gloo on CPU, nccl on CUDA.  Without a group (one process, strategy local) every collective is the identity, so callers never ask.
-Objects travel as JSON: nothing is pickled.
+gloo on CPU, nccl on CUDA.  Without a group (one process, strategy local) every collective is the
+identity, so callers never ask. Objects travel as JSON: nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,17 +27,33 @@ HOST_BYTES = 64
 
 
 def meet(world: World) -> dist.Store:
-    """Communicates when there is more than one rank: where ranks leave word for each other before there is a group."""
-    return dist.HashStore() if world.world_size == 1 else next(rendezvous("env://", world.rank, world.world_size))[0]
-
-
-def start(world: World, *, group: bool = False, store: dist.Store | None = None, patience: timedelta | None = None) -> torch.device:
-    """Communicates when there is more than one rank: picks this rank's device and joins the process group.
-
-    `group` asks for a group on one process too: DDP, FSDP2 and ZeRO need one.  Ranks meet at `store`, or where torchrun says.
-    `patience`: how long a rank may wait for another before the run counts as hung; absent: the backend's 10 or 30 minutes.
+    """Communicates when there is more than one rank: where ranks leave word for each other before
+    there is a group.
     """
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        dist.HashStore()
+        if world.world_size == 1
+        else next(rendezvous("env://", world.rank, world.world_size))[0]
+    )
+
+
+def start(
+    world: World,
+    *,
+    group: bool = False,
+    store: dist.Store | None = None,
+    patience: timedelta | None = None,
+) -> torch.device:
+    """Communicates when there is more than one rank: picks this rank's device and joins the process
+    group.
+
+    `group` asks for a group on one process too: DDP, FSDP2 and ZeRO need one.  Ranks meet at
+    `store`, or where torchrun says. `patience`: how long a rank may wait for another before the run
+    counts as hung; absent: the backend's 10 or 30 minutes.
+    """
+    device = (
+        torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -46,21 +62,27 @@ def start(world: World, *, group: bool = False, store: dist.Store | None = None,
         if store is None and world.world_size == 1:
             store = dist.HashStore()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=patience, rank=world.rank, world_size=world.world_size, store=store)
+        dist.init_process_group(
+            backend, timeout=patience, rank=world.rank, world_size=world.world_size, store=store
+        )
     return device
 
 
 def stop() -> None:
-    """Communicates: waits for all ranks, then leaves the group.  Call it after success only: a failed rank never arrives."""
+    """Communicates: waits for all ranks, then leaves the group.  Call it after success only: a
+    failed rank never arrives.
+    """
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
 
 
 def leave(status: int = 0) -> NoReturn:
-    """Communicates, then ends the process without running destructors: the last line of a command started by torchrun.
+    """Communicates, then ends the process without running destructors: the last line of a command
+    started by torchrun.
 
-    Of ranks that exit normally after all work is done, one in a dozen dies of SIGABRT (gloo's threads); none that left so did.
+    Of ranks that exit normally after all work is done, one in a dozen dies of SIGABRT (gloo's
+    threads); none that left so did.
     """
     stop()
     logging.shutdown()
@@ -91,7 +113,9 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def rows_over_ranks(row: Tensor) -> Tensor:
-    """Communicates: (ranks, n) on the CPU, the `row` (n,) of every rank; all have one length and type."""
+    """Communicates: (ranks, n) on the CPU, the `row` (n,) of every rank; all have one length and
+    type.
+    """
     if not dist.is_initialized():
         return row[None].cpu()
     rows = torch.zeros(dist.get_world_size(), len(row), dtype=row.dtype, device=_device())
@@ -116,16 +140,26 @@ def any_over_ranks(*values: bool) -> list[bool]:
 
 
 def first_over_ranks(message: str | None) -> str | None:
-    """Communicates: the message of the lowest rank that has one, on all ranks; so that all raise the same error, or none does."""
+    """Communicates: the message of the lowest rank that has one, on all ranks; so that all raise
+    the same error, or none does.
+    """
     if not dist.is_initialized():
         return message
-    source = torch.tensor([dist.get_world_size() if message is None else dist.get_rank()], device=_device())
+    source = torch.tensor(
+        [dist.get_world_size() if message is None else dist.get_rank()], device=_device()
+    )
     dist.all_reduce(source, op=dist.ReduceOp.MIN)
-    return None if int(source) == dist.get_world_size() else broadcast_json(message, source=int(source))
+    return (
+        None
+        if int(source) == dist.get_world_size()
+        else broadcast_json(message, source=int(source))
+    )
 
 
 def broadcast_json(value: Any, *, source: int = 0) -> Any:
-    """Communicates: the value of rank `source` on all ranks, after a round through JSON (so tuples are lists everywhere)."""
+    """Communicates: the value of rank `source` on all ranks, after a round through JSON (so tuples
+    are lists everywhere).
+    """
     if not dist.is_initialized():
         return json.loads(json.dumps(value))
     text = json.dumps(value).encode() if dist.get_rank() == source else b""
@@ -137,4 +171,8 @@ def broadcast_json(value: Any, *, source: int = 0) -> Any:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

@@ -20,7 +20,8 @@ LEFTOVER = re.compile(r"^\..*\.(?P<host>[^.]+)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` when the block ends, and nothing is left when it raises.
+    """A name beside `path` to write to; it becomes `path` when the block ends, and nothing is left
+    when it raises.
 
     What killed processes of this machine left in the folder is removed.  An OSError names `path`.
     """
@@ -39,13 +40,17 @@ def published(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Beside `path`, unique on a file system that several nodes share; it says whose it is (see remove_leftovers)."""
+    """Beside `path`, unique on a file system that several nodes share; it says whose it is (see
+    remove_leftovers).
+    """
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that passes through here and names no file names `path`: write and fsync know descriptors only."""
+    """An OSError that passes through here and names no file names `path`: write and fsync know
+    descriptors only.
+    """
     try:
         yield
     except OSError as error:
@@ -56,7 +61,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """A folder in TMPDIR, which is removed at the end.  Those that killed processes of this machine left are removed first."""
+    """A folder in TMPDIR, which is removed at the end.  Those that killed processes of this machine
+    left are removed first.
+    """
     parent = Path(tempfile.gettempdir())
     leaves_traces()
     with suppress(OSError):  # those of other users
@@ -70,7 +77,9 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Temporary files and folders whose process was on this machine and is gone; looked for once by each process and folder."""
+    """Temporary files and folders whose process was on this machine and is gone; looked for once by
+    each process and folder.
+    """
     _remove_leftovers(folder, os.getpid())
 
 

@@ -1,15 +1,17 @@
-"""One worker for one piece of work, on a file system that several nodes share, whatever kills the worker.
+"""One worker for one piece of work, on a file system that several nodes share, whatever kills the
+worker.
 
-A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches it now and then.  One that was
-not touched for `STALE_S`, or whose process on this host is gone, or that this very job held before it was requeued, belongs to
-nobody and is taken over, by a rename, and so by one worker only.  Times are compared on the file system's own clock.
+A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches
+it now and then.  One that was not touched for `STALE_S`, or whose process on this host is gone, or
+that this very job held before it was requeued, belongs to nobody and is taken over, by a rename,
+and so by one worker only.  Times are compared on the file system's own clock.
 
-A file that does not hold what a worker writes (empty, cut, edited, a link or a pipe) belongs to nobody at once, because a lease
-appears whole; so does one that was touched far in the future.  One that cannot be read (no permission, an I/O error) is left alone
-until it is stale.
+A file that does not hold what a worker writes (empty, cut, edited, a link or a pipe) belongs to
+nobody at once, because a lease appears whole; so does one that was touched far in the future.  One
+that cannot be read (no permission, an I/O error) is left alone until it is stale.
 
-Nobody can know that a worker is dead on a node that does not answer: one that was cut off, or suspended, and is succeeded, finds
-out when it touches the lease, or asks, and is told by `on_loss`.
+Nobody can know that a worker is dead on a node that does not answer: one that was cut off, or
+suspended, and is succeeded, finds out when it touches the lease, or asks, and is told by `on_loss`.
 """
 
 from __future__ import annotations
@@ -48,8 +50,16 @@ class Lease:
         stale_s: float = STALE_S,
         touch_s: float = TOUCH_S,
     ) -> None:
-        """`job`: of a scheduler, which runs it once at a time.  `on_loss` may be called by a thread."""
-        self.path, self.job, self.on_loss, self.stale_s, self.touch_s = path, job, on_loss, stale_s, touch_s
+        """`job`: of a scheduler, which runs it once at a time.  `on_loss` may be called by a
+        thread.
+        """
+        self.path, self.job, self.on_loss, self.stale_s, self.touch_s = (
+            path,
+            job,
+            on_loss,
+            stale_s,
+            touch_s,
+        )
         self.token = secrets.token_hex(8)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -60,22 +70,32 @@ class Lease:
         return self._thread is not None and (_read(self.path) or {}).get("token") == self.token
 
     def check(self) -> None:
-        """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's way.
+        """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's
+        way.
 
-        Raises SaveError once it was released, for what still saves in the background while an error ends the training.
+        Raises SaveError once it was released, for what still saves in the background while an error
+        ends the training.
         """
         if self._over.is_set():
-            raise SaveError(f"{self.path}: was released, for training has ended: nothing is saved any more")
+            raise SaveError(
+                f"{self.path}: was released, for training has ended: nothing is saved any more"
+            )
         if not self.held:
             self.on_loss()
 
     def other_holder(self) -> dict:
         """Who holds it so that it cannot be taken now; {} when nobody does."""
         holder = read_lease(self.path)
-        return {} if not holder or is_stale(self.path, self.stale_s) or self._is_dead(holder) else holder
+        return (
+            {}
+            if not holder or is_stale(self.path, self.stale_s) or self._is_dead(holder)
+            else holder
+        )
 
     def take(self) -> bool:
-        """Now, or not at all; once taken it stays so until this context is left.  Raises CheckpointError where it cannot be."""
+        """Now, or not at all; once taken it stays so until this context is left.  Raises
+        CheckpointError where it cannot be.
+        """
         leaves_traces()
         try:
             with uninterrupted():
@@ -87,13 +107,19 @@ class Lease:
     def _taken(self) -> bool:
         try:
             if self.path.is_dir() and not self.path.is_symlink():
-                raise CheckpointError(f"{self.path}: is a directory, wanted a lease file or nothing: remove it")
+                raise CheckpointError(
+                    f"{self.path}: is a directory, wanted a lease file or nothing: remove it"
+                )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path.parent)
-            taken = self._thread is None and (self._take() or (self._clear_stale() and self._take()))
+            taken = self._thread is None and (
+                self._take() or (self._clear_stale() and self._take())
+            )
         except OSError as error:
             kind = SaveError if is_transient(error) else CheckpointError
-            raise kind(f"{self.path}: the lease cannot be taken: {error.strerror or error}") from None
+            raise kind(
+                f"{self.path}: the lease cannot be taken: {error.strerror or error}"
+            ) from None
         if taken:
             self._thread = threading.Thread(target=self._keep_touching, daemon=True)
             self._thread.start()
@@ -121,7 +147,13 @@ class Lease:
         self._thread = None
 
     def _take(self) -> bool:
-        holder = {"token": self.token, "job": self.job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        holder = {
+            "token": self.token,
+            "job": self.job,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.time(),
+        }
         mine = temporary_name(self.path)
         try:
             with naming(mine):
@@ -141,7 +173,9 @@ class Lease:
         seen, aside = holder.get("token"), temporary_name(self.path)
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            if read_lease(aside).get("token") != seen:  # another worker had taken it over in the meantime: back with it
+            if (
+                read_lease(aside).get("token") != seen
+            ):  # another worker had taken it over in the meantime: back with it
                 with suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
@@ -166,7 +200,9 @@ class Lease:
 
 
 def is_stale(path: Path, stale_s: float = STALE_S) -> bool:
-    """Whether this lease is nobody's, as far as the file tells.  False for a lease that is not there."""
+    """Whether this lease is nobody's, as far as the file tells.  False for a lease that is not
+    there.
+    """
     try:
         touched = path.lstat().st_mtime
         if (content := _read(path)) is None:
@@ -197,7 +233,9 @@ def holder_of(path: Path) -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """The content of a lease; None when it is not there, {} when it is not what a worker writes.  Raises OSError."""
+    """The content of a lease; None when it is not there, {} when it is not what a worker writes.
+    Raises OSError.
+    """
     try:
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
@@ -209,14 +247,22 @@ def _read(path: Path) -> dict | None:
         return None
     except JSONError:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), str) for key in ("token", "host")):
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), str) for key in ("token", "host")
+    ):
         return {}
-    sound = isinstance(content.get("job", ""), str) and is_count(content.get("pid")) and content["pid"] > 0
+    sound = (
+        isinstance(content.get("job", ""), str)
+        and is_count(content.get("pid"))
+        and content["pid"] > 0
+    )
     return content if sound else {}
 
 
 def _now(folder: Path) -> float:
-    """By the clock of the file system, which is not this machine's; by this machine's where nothing can be written."""
+    """By the clock of the file system, which is not this machine's; by this machine's where nothing
+    can be written.
+    """
     probe = temporary_name(folder / "now")
     try:
         probe.touch()

@@ -1,4 +1,6 @@
-"""How long work speaks: a progress bar on a terminal, plain lines in a log; one file per rank in the run directory."""
+"""How long work speaks: a progress bar on a terminal, plain lines in a log; one file per rank in
+the run directory.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,23 @@ log = logging.getLogger("lpl_pretrain")
 
 
 def progress(total: int | None, unit: str, desc: str, *, initial: int = 0) -> tqdm:
-    """A tqdm with rate and time left; when stderr is no terminal it writes a plain line every 15 s instead of redrawing."""
+    """A tqdm with rate and time left; when stderr is no terminal it writes a plain line every 15 s
+    instead of redrawing.
+    """
     if sys.stderr.isatty():
-        return tqdm(total=total, unit=unit, desc=desc, initial=initial, dynamic_ncols=True, smoothing=0.1)
-    return tqdm(total=total, unit=unit, desc=desc, initial=initial, file=_Lines(), mininterval=LINE_EVERY_S, ncols=100, ascii=True)
+        return tqdm(
+            total=total, unit=unit, desc=desc, initial=initial, dynamic_ncols=True, smoothing=0.1
+        )
+    return tqdm(
+        total=total,
+        unit=unit,
+        desc=desc,
+        initial=initial,
+        file=_Lines(),
+        mininterval=LINE_EVERY_S,
+        ncols=100,
+        ascii=True,
+    )
 
 
 def set_up_logging(rank: int, file: Path | None = None) -> None:
@@ -33,7 +48,9 @@ def set_up_logging(rank: int, file: Path | None = None) -> None:
 
 
 class _File(logging.FileHandler):
-    """Is made with its folder when there is something to write.  A line that cannot be written does not end the work."""
+    """Is made with its folder when there is something to write.  A line that cannot be written does
+    not end the work.
+    """
 
     refused: str | None = None
     """The reason why the last line could not be written: told once, and not for every line."""
@@ -46,7 +63,9 @@ class _File(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif self.refused != (reason := f"{self.baseFilename}: {error.strerror}: lines of the log are lost"):
+        elif self.refused != (
+            reason := f"{self.baseFilename}: {error.strerror}: lines of the log are lost"
+        ):
             self.refused = reason
             sys.stderr.write(f"StorageError: {reason}\n")
 

@@ -1,7 +1,8 @@
 """What is logged, mirrored to Weights & Biases: the run's files stay the truth.
 
-Training and evaluations, which may come late and out of order, have step metrics of their own, so that nothing is dropped.  Several
-processes may write to one run; offline each leaves a folder, which `wandb sync` joins by the run's id.
+Training and evaluations, which may come late and out of order, have step metrics of their own, so
+that nothing is dropped.  Several processes may write to one run; offline each leaves a folder,
+which `wandb sync` joins by the run's id.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ class Mirror:
         import wandb
 
         self._run = wandb.init(
-            project=project, entity=entity, name=name, id=name, resume="allow", mode=mode, dir=str(folder), config=settings
+            project=project,
+            entity=entity,
+            name=name,
+            id=name,
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=settings,
         )
         for metric in (TRAINING, EVALUATION):
             self._run.define_metric(metric, hidden=True)
@@ -41,7 +49,10 @@ class Mirror:
         """Of one evaluation's record."""
         protocol = record["protocol"]["name"]
         values = {
-            f"evaluation/{protocol}/{e['metric']}/{e['weights']}_w{e['guidance_scale']:g}": e["value"] for e in record["results"]
+            f"evaluation/{protocol}/{e['metric']}/{e['weights']}_w{e['guidance_scale']:g}": e[
+                "value"
+            ]
+            for e in record["results"]
         }
         self._run.log({EVALUATION: record["step"], **values})
 

@@ -1,12 +1,16 @@
-"""When to stop early: SIGTERM (torchrun, schedulers) and SIGUSR2 (submitit) only set a flag; the loop asks between steps.
+"""When to stop early: SIGTERM (torchrun, schedulers) and SIGUSR2 (submitit) only set a flag; the
+loop asks between steps.
 
-A handler runs between two bytecodes of whatever is going on, a collective included, so for those two it does nothing itself.
+A handler runs between two bytecodes of whatever is going on, a collective included, so for those
+two it does nothing itself.
 
-Ctrl-C (SIGINT) is such a flag while training makes steps.  Everywhere else the process ends with the status 130: at once while
-there is nothing to remove; later by Interrupted, which is raised in the main thread.  A second Ctrl-C ends the process at once.
+Ctrl-C (SIGINT) is such a flag while training makes steps.  Everywhere else the process ends with
+the status 130: at once while there is nothing to remove; later by Interrupted, which is raised in
+the main thread.  A second Ctrl-C ends the process at once.
 
-The main thread may be blocked in C, where no Python handler runs: a thread that reads signals from a pipe, which the C handler
-writes to, counts them and ends the process.  torchrun gives the first Ctrl-C to its workers as SIGINT and the second as SIGTERM.
+The main thread may be blocked in C, where no Python handler runs: a thread that reads signals from
+a pipe, which the C handler writes to, counts them and ends the process.  torchrun gives the first
+Ctrl-C to its workers as SIGINT and the second as SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ INTERRUPTED = 130
 GRACE_S = 5.0
 """From a Ctrl-C to the end of a process that does not come to it by itself."""
 DELIVERY_S = 1.0
-"""Within this time a SIGINT that all processes got, and the copy that torchrun passes on, are one Ctrl-C."""
+"""Within this time a SIGINT that all processes got, and the copy that torchrun passes on, are one
+Ctrl-C.
+"""
 WAITS = "Ctrl-C: the step under way ends and is saved; a second Ctrl-C leaves at once"
 
 
@@ -34,7 +40,9 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Set by a signal; each rank may learn of it at another moment, so ranks must agree before they act on it."""
+    """Set by a signal; each rank may learn of it at another moment, so ranks must agree before they
+    act on it.
+    """
 
     def __init__(self) -> None:
         self.torchrun = False
@@ -42,10 +50,14 @@ class StopRequest:
         self.speaks = True
         """This rank is the one that writes lines."""
         self.peer_failed: Callable[[], bool] = lambda: False
-        """A rank beside this one has ended with an error that it recorded, so that torchrun ends the others."""
+        """A rank beside this one has ended with an error that it recorded, so that torchrun ends
+        the others.
+        """
         self.signal_name: str | None = None
         self.unwinds = False
-        """There may be temporary files or a lease: Ctrl-C raises Interrupted, so that they are removed."""
+        """There may be temporary files or a lease: Ctrl-C raises Interrupted, so that they are
+        removed.
+        """
         self.finishes_step = False
         """Ctrl-C waits for the end of a step: set once this start has made one."""
         self.how_to_go_on = "the same command goes on from there"
@@ -90,8 +102,14 @@ class StopRequest:
         self.unwind()
 
     def unwind(self) -> None:
-        """Raises Interrupted once, after Ctrl-C, where there is something to remove and no step to finish."""
-        if self._sigint and self.unwinds and not (self.finishes_step or self.defers or self._raised):
+        """Raises Interrupted once, after Ctrl-C, where there is something to remove and no step to
+        finish.
+        """
+        if (
+            self._sigint
+            and self.unwinds
+            and not (self.finishes_step or self.defers or self._raised)
+        ):
             self._raised = True
             raise Interrupted(self.farewell)
 
@@ -141,8 +159,12 @@ def leaves_traces() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C raises Interrupted behind this block instead of inside.  For short work that must not end half done."""
-    if threading.current_thread() is not threading.main_thread():  # which is the one that is interrupted
+    """Ctrl-C raises Interrupted behind this block instead of inside.  For short work that must not
+    end half done.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # which is the one that is interrupted
         yield
         return
     stop = _current
@@ -155,5 +177,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line on stderr, below a progress bar, without the locks that an interrupted thread may hold."""
+    """A line on stderr, below a progress bar, without the locks that an interrupted thread may
+    hold.
+    """
     os.write(2, ("\n" * os.isatty(2) + text + "\n").encode())

@@ -1,6 +1,8 @@
-"""Every random draw is a function of (seed, purpose, ids): the same on any number of ranks, workers and restarts.
+"""Every random draw is a function of (seed, purpose, ids): the same on any number of ranks, workers
+and restarts.
 
-No generator state is ever saved.  An id is a global sample index, a step, an epoch: whatever names the draw.
+No generator state is ever saved.  An id is a global sample index, a step, an epoch: whatever names
+the draw.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import Tensor
 
 def key(seed: int, purpose: str, *ids: int) -> int:
     """64 bits that name one draw."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{'/'.join(map(str, ids))}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"{seed}/{purpose}/{'/'.join(map(str, ids))}".encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "big")
 
 
@@ -32,4 +36,6 @@ def normal(seed: int, purpose: str, ids: Iterable[int], shape: tuple[int, ...]) 
 
 def uniform(seed: int, purpose: str, ids: Iterable[int]) -> Tensor:
     """(len(ids),) float64 in [0, 1); element i depends on ids[i] alone."""
-    return torch.tensor([key(seed, purpose, i) / 2.0**64 for i in ids], dtype=torch.float64).clamp_(max=1 - 2.0**-53)
+    return torch.tensor([key(seed, purpose, i) / 2.0**64 for i in ids], dtype=torch.float64).clamp_(
+        max=1 - 2.0**-53
+    )

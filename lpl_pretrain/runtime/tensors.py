@@ -1,6 +1,7 @@
 """Safetensors files whose bytes depend on their content alone.
 
-The safetensors library orders the metadata at random in each process, and writes to a temporary file that a kill leaves behind.
+The safetensors library orders the metadata at random in each process, and writes to a temporary
+file that a kill leaves behind.
 """
 
 from __future__ import annotations
@@ -25,13 +26,21 @@ DTYPES = {
 }
 
 
-def safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """The parts of a safetensors file, one tensor at a time in memory, for `writelines`.  Raises KeyError for other dtypes."""
+def safetensors_blocks(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file, one tensor at a time in memory, for `writelines`.  Raises
+    KeyError for other dtypes.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8

@@ -11,7 +11,9 @@ import torch
 
 
 class DeviceTimer:
-    """`with timer:` around the part; `flush()` waits for the device, says the seconds since the last flush, and starts anew."""
+    """`with timer:` around the part; `flush()` waits for the device, says the seconds since the
+    last flush, and starts anew.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -20,7 +22,12 @@ class DeviceTimer:
     def __enter__(self) -> None:
         self._spans.append((self._mark(),))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._spans[-1] += (self._mark(),)
 
     def flush(self) -> float:
@@ -39,7 +46,9 @@ class DeviceTimer:
 
 
 class Clock:
-    """Seconds by name since the last flush: `phase` is what the host spends, `part` what the device does."""
+    """Seconds by name since the last flush: `phase` is what the host spends, `part` what the device
+    does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,7 +68,9 @@ class Clock:
         return self._parts[name]
 
     def flush(self) -> dict[str, float]:
-        """Also `all`: the seconds since the last flush, whatever they were spent on.  What did not happen is absent."""
+        """Also `all`: the seconds since the last flush, whatever they were spent on.  What did not
+        happen is absent.
+        """
         parts = {name: seconds for name, timer in self._parts.items() if (seconds := timer.flush())}
         now = time.perf_counter()
         found = {"all": now - self._started, **self._phases, **parts}

@@ -1,7 +1,9 @@
-"""Writes the stacks of all threads when no step ends for long: what this rank was doing when the run hung.
+"""Writes the stacks of all threads when no step ends for long: what this rank was doing when the
+run hung.
 
-A thread in C does it (faulthandler), so it works while Python waits in a collective or for a lock that never opens.  A process that
-is stopped, or whose machine is, writes nothing: of several ranks the silent one is the suspect.
+A thread in C does it (faulthandler), so it works while Python waits in a collective or for a lock
+that never opens.  A process that is stopped, or whose machine is, writes nothing: of several ranks
+the silent one is the suspect.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from lpl_pretrain.config.schema import HangConfig
 from lpl_pretrain.runtime.log import log
 
 AT_FIRST, REMEMBERED = 5, 101
-"""Steps to be timed before anything counts as a hang, for the first ones compile; and those of which the median is taken."""
+"""Steps to be timed before anything counts as a hang, for the first ones compile; and those of
+which the median is taken.
+"""
 
 
 class Watchdog:
-    """Not collective; 0.05 ms a step, 0.2 on a busy machine.  `path` is appended to, and removed at the end if it is empty."""
+    """Not collective; 0.05 ms a step, 0.2 on a busy machine.  `path` is appended to, and removed at
+    the end if it is empty.
+    """
 
     def __init__(self, config: HangConfig | None, path: Path) -> None:
         self.config, self.path = config, path
@@ -37,13 +43,19 @@ class Watchdog:
             self._written = size_of(self._file)
 
     def step_done(self) -> None:
-        """The last step of training is over, whatever it held; the next one has its time from now on."""
+        """The last step of training is over, whatever it held; the next one has its time from now
+        on.
+        """
         now = time.monotonic()
         if self._last is not None:
             self._seconds.append(now - self._last)
             if self._file is not None and (size := size_of(self._file)) > self._written:
                 self._written = size
-                log.warning("went on after %.0f s without a step; stacks of that time: %s", self._seconds[-1], self.path)
+                log.warning(
+                    "went on after %.0f s without a step; stacks of that time: %s",
+                    self._seconds[-1],
+                    self.path,
+                )
         self._last = now
         self._arm()
 

@@ -1,4 +1,6 @@
-"""Which process this is among all: the only place in the package that reads ranks from the environment."""
+"""Which process this is among all: the only place in the package that reads ranks from the
+environment.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ class World:
         bad = [f"{name}={value!r}" for name, value in found.items() if not value.isdigit()]
         if missing or bad:
             raise ConfigError(
-                f"environment: {', '.join(bad + [f'{name} is not set' for name in missing])}; wanted three integers: "
+                f"environment: {', '.join(bad + [f'{name} is not set' for name in missing])}; "
+                "wanted three integers: "
                 "start with torchrun, or unset all three for one process"
             )
         rank, local_rank, world_size = (int(found[name]) for name in NAMES)
         if not rank < world_size:
-            raise ConfigError(f"environment: RANK={rank} is not below WORLD_SIZE={world_size}: start with torchrun")
+            raise ConfigError(
+                f"environment: RANK={rank} is not below WORLD_SIZE={world_size}: start "
+                "with torchrun"
+            )
         return cls(rank, local_rank, world_size)
 
     @staticmethod
@@ -56,4 +62,6 @@ class World:
 
     def to_environment(self) -> None:
         """For engines that look there themselves (DeepSpeed wants LOCAL_RANK even on one process)."""
-        os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.local_rank), WORLD_SIZE=str(self.world_size))
+        os.environ.update(
+            RANK=str(self.rank), LOCAL_RANK=str(self.local_rank), WORLD_SIZE=str(self.world_size)
+        )

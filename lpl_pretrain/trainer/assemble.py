@@ -74,7 +74,9 @@ class Run:
         return dealt[self.world.rank :: self.world.world_size]
 
     def requests(self, first_step: int) -> Iterator[list[int]]:
-        """Sample indices of every microbatch of this rank from `first_step` to the end, for reading ahead."""
+        """Sample indices of every microbatch of this rank from `first_step` to the end, for reading
+        ahead.
+        """
         for step in range(first_step, self.config.steps):
             for hand in self.hands(step):
                 yield hand.sample_indices
@@ -84,11 +86,15 @@ class Run:
         return step * self.config.batch.global_batch_size
 
     def state(self, step: int) -> dict:
-        """What a checkpoint holds besides parameters, moments and averages: plain JSON, the same on every rank."""
+        """What a checkpoint holds besides parameters, moments and averages: plain JSON, the same on
+        every rank.
+        """
         weight = self.updater.perceptual and self.updater.perceptual.weight.state()
         return {
             "step": step,
-            "stream": self.stream.state(self.samples_seen(step), self.samples_seen(self.jump_updates)),
+            "stream": self.stream.state(
+                self.samples_seen(step), self.samples_seen(self.jump_updates)
+            ),
             "lpl_weight": weight,
             "loss_scale": self.strategy.loss_scale.state(),
             "skipped_updates": self.updater.health.skipped_updates,
@@ -108,28 +114,40 @@ class Run:
 
 
 def assemble(
-    config: TrainConfig, run_dir: RunDir, world: World, device: torch.device, fence: Callable[[], None] = lambda: None
+    config: TrainConfig,
+    run_dir: RunDir,
+    world: World,
+    device: torch.device,
+    fence: Callable[[], None] = lambda: None,
 ) -> Run:
     """Collective: strategies shard as they are built.  `fence`: as CheckpointManager has it."""
-    wants = Wants(captions=bool(config.conditioning.encoders), text=stored_encoders(config.conditioning))
+    wants = Wants(
+        captions=bool(config.conditioning.encoders), text=stored_encoders(config.conditioning)
+    )
     stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, wants)
     text = text_conditioner(config.conditioning, stream.folders, device)
     shape = None if text is None else text.shape
     if config.data.verify == "full":
         verify(stream, world)
-    schedule = make_schedule(config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr)
+    schedule = make_schedule(
+        config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr
+    )
     accumulation = grad_accum_steps(config, world.world_size)
     scaling = latent_scaling(config.data.scaling, stream.index).to(device)
     slots = accumulation * world.world_size
     perceptual, choice = build_perceptual(config, schedule, stream.index, scaling, slots, device)
-    dealer = Dealer(config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice)
+    dealer = Dealer(
+        config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice
+    )
     num_classes, seed = len(stream.index.classes), rng.key(config.seed, "initial_weights") >> 1
     model = build_denoiser(config.model, stream.index.latent, num_classes, seed, text=shape)
     if config.init_from is not None and not broadcast_json(run_dir.complete_checkpoints()):
         begin_with(config.init_from, model, world)
     strategy = make_strategy(config.parallel, world, device)
     blocks = model.sharded_blocks()
-    denoiser = strategy.setup(model, blocks, lambda parameters: make_optimizer(config.optimizer, parameters, blocks))
+    denoiser = strategy.setup(
+        model, blocks, lambda parameters: make_optimizer(config.optimizer, parameters, blocks)
+    )
     return Run(
         config,
         run_dir,
@@ -162,8 +180,12 @@ def assemble(
         ),
         grad_accum_steps=accumulation,
         effort=Effort(
-            denoiser=config.batch.global_batch_size / world.world_size * denoiser_flops(config, stream.index, shape),
-            lpl=accumulation * perceptual.prefix * perceptual.flops if perceptual is not None else 0.0,
+            denoiser=config.batch.global_batch_size
+            / world.world_size
+            * denoiser_flops(config, stream.index, shape),
+            lpl=accumulation * perceptual.prefix * perceptual.flops
+            if perceptual is not None
+            else 0.0,
             peak=peak_flops(name_of(device), config.parallel.precision),
         ),
     )
@@ -184,7 +206,9 @@ def build_spike_guard(
 
 
 def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
-    """Communicates: rank 0 loads, because a strategy starts from its weights; its error is raised on all ranks."""
+    """Communicates: rank 0 loads, because a strategy starts from its weights; its error is raised
+    on all ranks.
+    """
     trouble = None
     if world.rank == 0:
         try:
@@ -192,28 +216,42 @@ def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
         except (CheckpointError, ConfigError) as error:
             trouble = str(error)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            trouble = f"init_from: {init.model_dump(exclude_defaults=True)} cannot be read: {type(error).__name__}: {error}"
+            trouble = (
+                f"init_from: {init.model_dump(exclude_defaults=True)} cannot be read: "
+                f"{type(error).__name__}: {error}"
+            )
     trouble = first_over_ranks(trouble)
     if trouble is not None:
         raise CheckpointError(trouble)
 
 
-def text_conditioner(conditioning: ConditioningConfig, folders: DataFolders, device: torch.device) -> TextConditioner | None:
-    """None for models that read no text.  The empty caption is that of the first folder: all were encoded by the same encoder."""
+def text_conditioner(
+    conditioning: ConditioningConfig, folders: DataFolders, device: torch.device
+) -> TextConditioner | None:
+    """None for models that read no text.  The empty caption is that of the first folder: all were
+    encoded by the same encoder.
+    """
     if not conditioning.text:
         return None
     empty = read_empty_captions(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
-    there = {name: {key: tensor.to(device) for key, tensor in found.items()} for name, found in empty.items()}
+    there = {
+        name: {key: tensor.to(device) for key, tensor in found.items()}
+        for name, found in empty.items()
+    }
     online = None
     if conditioning.encoders:
         from lpl_pretrain.models.text import OnlineText  # imports transformers
 
         online = OnlineText.load(conditioning.encoders, device)
-    return TextConditioner(conditioning.text, text_entries(conditioning, folders.merged.text), there, online)
+    return TextConditioner(
+        conditioning.text, text_entries(conditioning, folders.merged.text), there, online
+    )
 
 
 def verify(stream: LatentStream, world: World) -> None:
-    """Communicates: every rank reads its share of the shards; what one finds wrong is raised, or skipped, on all."""
+    """Communicates: every rank reads its share of the shards; what one finds wrong is raised, or
+    skipped, on all.
+    """
     trouble, damaged = None, []
     try:
         damaged = stream.verify(share=world.rank, shares=world.world_size)
@@ -227,9 +265,16 @@ def verify(stream: LatentStream, world: World) -> None:
 
 
 def build_perceptual(
-    config: TrainConfig, schedule: Schedule, index: DatasetIndex, scaling: LatentScaling, slots: int, device: torch.device
+    config: TrainConfig,
+    schedule: Schedule,
+    index: DatasetIndex,
+    scaling: LatentScaling,
+    slots: int,
+    device: torch.device,
 ) -> tuple[Perceptual | None, Choice]:
-    """(None, nobody chosen) without an `lpl` section.  Only the decoder's stages that are asked for stay in memory."""
+    """(None, nobody chosen) without an `lpl` section.  Only the decoder's stages that are asked for
+    stay in memory.
+    """
     lpl = config.lpl
     if lpl is None:
         return None, Choice(0, 0)
@@ -248,7 +293,9 @@ def build_perceptual(
     return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, flops, LastSeen()), choice
 
 
-def build_features(config: TrainConfig, lpl: LPLConfig, index: DatasetIndex, scaling: LatentScaling) -> DecoderFeatures:
+def build_features(
+    config: TrainConfig, lpl: LPLConfig, index: DatasetIndex, scaling: LatentScaling
+) -> DecoderFeatures:
     """From `lpl.decoder` where there is one: a smaller network for the same latents.  Not compiled."""
     autoencoder = load_autoencoder(lpl.decoder or config.autoencoder)
     if lpl.decoder is not None:

@@ -1,8 +1,10 @@
-"""Who trains on what: which samples at which noise levels make up a step, and which rank takes them in which microbatch.
+"""Who trains on what: which samples at which noise levels make up a step, and which rank takes them
+in which microbatch.
 
-The first is a function of (seed, step) alone.  The second sorts the global batch by noise level and deals it out like
-cards to the slots (microbatch, rank), so that every slot holds the same number of samples for LPL (to within one), and holds
-them FIRST: LPL runs on a fixed prefix of each microbatch, on every rank alike.
+The first is a function of (seed, step) alone.  The second sorts the global batch by noise level and
+deals it out like cards to the slots (microbatch, rank), so that every slot holds the same number of
+samples for LPL (to within one), and holds them FIRST: LPL runs on a fixed prefix of each
+microbatch, on every rank alike.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Hand:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How many of a global batch LPL looks at: `chosen` at random of the `candidates` that a gate can pass."""
+    """How many of a global batch LPL looks at: `chosen` at random of the `candidates` that a gate
+    can pass.
+    """
 
     candidates: int
     chosen: int
@@ -46,7 +50,9 @@ class Choice:
         return self.chosen / self.candidates
 
     def prefix(self, slots: int) -> int:
-        """Samples of each hand that go through the decoder: the same number everywhere, the last may be padding."""
+        """Samples of each hand that go through the decoder: the same number everywhere, the last
+        may be padding.
+        """
         return math.ceil(self.chosen / slots)
 
 
@@ -75,12 +81,16 @@ class Dealer:
         ]
 
     def _chosen_first(self, order: Tensor, step: int) -> Tensor:
-        """Systematic sampling: every candidate has the same chance, and those that are chosen cover the noise levels evenly."""
+        """Systematic sampling: every candidate has the same chance, and those that are chosen cover
+        the noise levels evenly.
+        """
         candidates, chosen = self.choice.candidates, self.choice.chosen
         if chosen == candidates:
             return order
         offset = rng.numpy_generator(self.seed, "lpl_samples", step).random()
-        picked = torch.tensor([min(int((i + offset) * candidates / chosen), candidates - 1) for i in range(chosen)])
+        picked = torch.tensor(
+            [min(int((i + offset) * candidates / chosen), candidates - 1) for i in range(chosen)]
+        )
         rest = torch.ones(len(order), dtype=torch.bool)
         rest[picked] = False
         return torch.cat([order[picked], order[rest]])

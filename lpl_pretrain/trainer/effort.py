@@ -1,7 +1,9 @@
-"""How much arithmetic an update is, and what share of the device's peak a run reaches (MFU, arXiv 2204.02311, appendix B).
+"""How much arithmetic an update is, and what share of the device's peak a run reaches (MFU, arXiv
+2204.02311, appendix B).
 
-Counted once, on meta tensors: forward and backward of the denoiser, and what LPL needs of the decoder.  What activation
-checkpointing computes a second time is not counted, so it lowers the share.
+Counted once, on meta tensors: forward and backward of the denoiser, and what LPL needs of the
+decoder.  What activation checkpointing computes a second time is not counted, so it lowers the
+share.
 """
 
 from __future__ import annotations
@@ -40,23 +42,34 @@ class Effort:
     def rates(self, seconds: float, *, updates: int, with_lpl: int) -> dict[str, float]:
         """Of one device, over `updates` updates, `with_lpl` of them with LPL."""
         achieved = (updates * self.denoiser + with_lpl * self.lpl) / seconds
-        return {"tflops_per_s": achieved / 1e12, **({} if self.peak is None else {"mfu": achieved / self.peak})}
+        return {
+            "tflops_per_s": achieved / 1e12,
+            **({} if self.peak is None else {"mfu": achieved / self.peak}),
+        }
 
 
-def denoiser_flops(config: TrainConfig, index: DatasetIndex, text: TextShape | None = None) -> float:
+def denoiser_flops(
+    config: TrainConfig, index: DatasetIndex, text: TextShape | None = None
+) -> float:
     """Of forward and backward of a sample, on average over the buckets' samples."""
     model, cond = build_on_meta(config.model, index, text)
     t = torch.empty(1, device="meta")
 
     def sample(height: int, width: int) -> None:
-        model(torch.empty(1, index.latent.channels, height, width, device="meta"), t, cond).sum().backward()
+        model(
+            torch.empty(1, index.latent.channels, height, width, device="meta"), t, cond
+        ).sum().backward()
 
     return _mean(index, sample)
 
 
 def lpl_flops(config: LPLConfig, features: DecoderFeatures, index: DatasetIndex) -> float:
-    """Of both branches and the gradient at z0_hat of a sample, on average over the buckets' samples; `features` uncompiled."""
-    loss = LatentPerceptualLoss(config.model_copy(update={"activation_checkpointing": False}), on_meta(features))
+    """Of both branches and the gradient at z0_hat of a sample, on average over the buckets'
+    samples; `features` uncompiled.
+    """
+    loss = LatentPerceptualLoss(
+        config.model_copy(update={"activation_checkpointing": False}), on_meta(features)
+    )
     weights, places = torch.empty(1, device="meta"), torch.empty(1, 2, device="meta")
 
     def sample(height: int, width: int) -> None:
@@ -71,7 +84,9 @@ def on_meta(module: AnyModule) -> AnyModule:
     meta = {}
     for tensor in chain(module.parameters(), module.buffers()):
         empty = tensor.detach().to("meta")
-        meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        meta[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
     return deepcopy(module, meta)
 
 

@@ -1,4 +1,6 @@
-"""Fresh weights replaced by those that `init_from` names; what was loaded, left and missing is told, and a mismatch is an error."""
+"""Fresh weights replaced by those that `init_from` names; what was loaded, left and missing is
+told, and a mismatch is an error.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,30 @@ CAUSES = {
 
 
 def load_initial(init: InitConfig, model: Denoiser) -> None:
-    """Not collective. Overwrites the parameters of `model` in place.  Raises ConfigError or CheckpointError."""
+    """Not collective. Overwrites the parameters of `model` in place.  Raises ConfigError or
+    CheckpointError.
+    """
     state, source = read_initial(init, model)
     own = dict(model.named_parameters())
     missing = [name for name in own if name not in state]
     reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
     unknown = [name for name in state if name not in own]
-    differing = [name for name in (*missing, *reshaped, *unknown) if not name.startswith(init.may_differ or ("\0",))]
+    differing = [
+        name
+        for name in (*missing, *reshaped, *unknown)
+        if not name.startswith(init.may_differ or ("\0",))
+    ]
     if differing:
         told = {**dict.fromkeys(missing, "missing"), **dict.fromkeys(unknown, "not in this model")}
-        told |= {name: f"{tuple(state[name].shape)}, wanted {tuple(own[name].shape)}" for name in reshaped}
+        told |= {
+            name: f"{tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
+            for name in reshaped
+        }
         lines = [f"  {name}: {told[name]}" for name in differing[:LISTED]]
         more = f"\n  and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
         raise CheckpointError(
-            f"{source} does not fit this model in {len(differing)} parameters ({likely_cause(differing, state)}):\n"
+            f"{source} does not fit this model in {len(differing)} parameters "
+            f"({likely_cause(differing, state)}):\n"
             + "\n".join(lines)
             + more
             + "\nchange the model section, or allow it by name: init_from.may_differ=[...]"
@@ -63,7 +75,9 @@ def load_initial(init: InitConfig, model: Denoiser) -> None:
     kept = sorted({*missing, *reshaped})
     log.info("initial weights: %d of %d parameters from %s", len(own) - len(kept), len(own), source)
     if kept or unknown:
-        log.info("kept fresh: %s; not used: %s", ", ".join(kept) or "none", ", ".join(unknown) or "none")
+        log.info(
+            "kept fresh: %s; not used: %s", ", ".join(kept) or "none", ", ".join(unknown) or "none"
+        )
 
 
 def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
@@ -73,7 +87,9 @@ def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
         state, facts = stored(run_dir, init.weights, init.step, identity_of(run_dir))
         return state, f"{init.run} step {facts['step']} {init.weights}"
     if init.file is not None:
-        return convert_dit.from_published(read_tensors(Path(init.file), "init_from.file")), init.file
+        return convert_dit.from_published(
+            read_tensors(Path(init.file), "init_from.file")
+        ), init.file
     return read_diffusers(Path(init.diffusers or ""), model)
 
 
@@ -93,7 +109,10 @@ def read_tensors(path: Path, key: str) -> State:
         raise CheckpointError(f"{key}={path}: cannot be read as safetensors: {error}") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise CheckpointError(f"{key}={path}: {name} is {tensor.dtype}, or holds NaN or infinity: wanted finite weights")
+            raise CheckpointError(
+                f"{key}={path}: {name} is {tensor.dtype}, or holds NaN or infinity: wanted "
+                "finite weights"
+            )
     return tensors
 
 
@@ -104,7 +123,10 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
         raise ConfigError(f"init_from.diffusers: {error}") from None
     name = settings.get("_class_name") if isinstance(settings, dict) else None
     if name not in (*CONVERTERS, UNET):
-        raise ConfigError(f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join((*CONVERTERS, UNET))}")
+        raise ConfigError(
+            f"init_from.diffusers={folder}: is a {name}, wanted one of "
+            f"{', '.join((*CONVERTERS, UNET))}"
+        )
     theirs: State = {}
     for path in diffusers_files(folder):
         theirs |= read_tensors(path, "init_from.diffusers")
@@ -114,14 +136,24 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
         section, state = CONVERTERS[name](settings, theirs)
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"init_from.diffusers={folder}: {error}") from None
-    except Exception as error:  # of any kind, for settings and tensors that are not those of this class
+    except (
+        Exception
+    ) as error:  # of any kind, for settings and tensors that are not those of this class
         reason = f"{type(error).__name__}: {str(error)[:300]}"
-        raise ConfigError(f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})") from None
+        raise ConfigError(
+            f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})"
+        ) from None
     here = {"size", "mlp_ratio", "position_side"}
     mine = model.config.model_dump(exclude=here)
-    for key, value in {"kind": section.kind, **section.model_dump(exclude=here)}.items():  # the kind explains the rest
+    for key, value in {
+        "kind": section.kind,
+        **section.model_dump(exclude=here),
+    }.items():  # the kind explains the rest
         if mine.get(key) != value:
-            raise ConfigError(f"init_from.diffusers={folder}: has {key}={value}, model.{key} is {mine.get(key)}: set it so")
+            raise ConfigError(
+                f"init_from.diffusers={folder}: has {key}={value}, model.{key} is {mine.get(key)}: "
+                "set it so"
+            )
     return state, str(folder)
 
 

@@ -1,7 +1,7 @@
 """The training loop: resume, update, average, log, save, stop when asked, in words.
 
-Steps are counted as updates applied: after the first update `step` is 1.  A checkpoint named after a step holds the state
-after that many updates.
+Steps are counted as updates applied: after the first update `step` is 1.  A checkpoint named after
+a step holds the state after that many updates.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ def train(
     fence: Callable[[], None] = lambda: None,
     begin: Callable[[int], None] = lambda first_step: None,
 ) -> bool:
-    """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run is complete.
+    """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run
+    is complete.
 
-    `score` is called after every published checkpoint, and training waits for it.  `fence` does not return where the run is
-    another process's by now; it is called before writing to what the two would share.  `begin` is called when steps begin.
+    `score` is called after every published checkpoint, and training waits for it.  `fence` does not
+    return where the run is another process's by now; it is called before writing to what the two
+    would share.  `begin` is called when steps begin.
     """
     run = assemble(config, run_dir, world, device, fence)
     sinks = Sinks(run_dir, config, world.rank, fence)
@@ -66,15 +68,23 @@ def train(
         sinks.close()
 
 
-def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopRequest, score: Score | None) -> bool | Start:
+def loop(
+    run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopRequest, score: Score | None
+) -> bool | Start:
     """Collective. The loop itself: whether all steps are done, or where to start after a rollback."""
     first_step = logged = start.step
     config, meter, clock = run.config, Meter(run.device), Clock(run.device)
-    stragglers = Stragglers(run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks)
+    stragglers = Stragglers(
+        run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks
+    )
     batches = run.stream.prefetch(run.requests(first_step), run.device)
     ledger = open_ledger(run, start) if config.log.samples else None
     scored = first_step
-    bar = progress(config.steps, "step", config.name, initial=first_step) if run.world.rank == 0 else None
+    bar = (
+        progress(config.steps, "step", config.name, initial=first_step)
+        if run.world.rank == 0
+        else None
+    )
     for step in range(first_step, config.steps):
         done = step + 1
         with clock.phase("data"):
@@ -97,7 +107,15 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopReq
         if done % config.log.every_steps == 0 or done == config.steps:
             means, seconds = meter.flush(), clock.flush()
             ranks = stragglers.look(done, seconds, done - logged)
-            sinks.metrics(done, {**means, **settings(run, step, means, outcome), **speed(run, logged, done, seconds), **ranks})
+            sinks.metrics(
+                done,
+                {
+                    **means,
+                    **settings(run, step, means, outcome),
+                    **speed(run, logged, done, seconds),
+                    **ranks,
+                },
+            )
             logged = done
             if bar is not None and means:
                 bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
@@ -120,7 +138,9 @@ def loop(run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopReq
                 bar.close()
             signal = stop.signal_name or "signal to another rank"
             sinks.event("stopped", done, signal=signal)
-            log.info("%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.how_to_go_on)
+            log.info(
+                "%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.how_to_go_on
+            )
             return False
     if bar is not None:
         bar.close()
@@ -137,14 +157,20 @@ def open_ledger(run: Run, start: Start) -> Ledger:
 
 
 def save(run: Run, done: int, *, last: bool) -> None:
-    """Collective. What is due after this step; `last`: nothing comes after it, so wait until it is published."""
+    """Collective. What is due after this step; `last`: nothing comes after it, so wait until it is
+    published.
+    """
     config, seen = run.config, run.samples_seen(done)
     if config.ema.snapshot_every_steps and done % config.ema.snapshot_every_steps == 0:
-        run.checkpoints.save_snapshot(done, run.strategy, run.ema, run.state(done), samples_seen=seen)
+        run.checkpoints.save_snapshot(
+            done, run.strategy, run.ema, run.state(done), samples_seen=seen
+        )
     if last or done % config.checkpoint.every_steps == 0:
         run.checkpoints.save(done, run.strategy, run.ema, run.state(done), samples_seen=seen)
         if run.world.rank == 0 and run.updater.perceptual is not None:
-            picture_lpl(config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done))
+            picture_lpl(
+                config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done)
+            )
     if last:
         run.checkpoints.finish()
 
@@ -159,7 +185,10 @@ def tell(run: Run, sinks: Sinks, done: int, outcome: Outcome) -> None:
 
 def settings(run: Run, step: int, means: dict[str, float], outcome: Outcome) -> dict[str, float]:
     """What was in force in update number `step` (from 0), beside what was measured."""
-    values = {"lr": learning_rate(run.config.optimizer, step, run.config.steps), "samples_seen": run.samples_seen(step + 1)}
+    values = {
+        "lr": learning_rate(run.config.optimizer, step, run.config.steps),
+        "samples_seen": run.samples_seen(step + 1),
+    }
     if outcome.left_out is None:
         values["grad_norm"] = outcome.grad_norm
     if run.jump_updates:
@@ -177,9 +206,15 @@ def settings(run: Run, step: int, means: dict[str, float], outcome: Outcome) -> 
 
 
 def speed(run: Run, before: int, done: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Of the updates since the last log line: seconds of each by phase, samples a second, arithmetic of one device."""
+    """Of the updates since the last log line: seconds of each by phase, samples a second,
+    arithmetic of one device.
+    """
     updates, perceptual = done - before, run.updater.perceptual
-    with_lpl = 0 if perceptual is None else sum(perceptual.weight.active(step) for step in range(before, done))
+    with_lpl = (
+        0
+        if perceptual is None
+        else sum(perceptual.weight.active(step) for step in range(before, done))
+    )
     return {
         **peak_memory(run.device),
         "samples_per_s": updates * run.config.batch.global_batch_size / seconds["all"],

@@ -1,4 +1,6 @@
-"""The learning rate of a step: linear warm-up, then constant, a cosine to zero, or falling with the root of the step."""
+"""The learning rate of a step: linear warm-up, then constant, a cosine to zero, or falling with the
+root of the step.
+"""
 
 from __future__ import annotations
 

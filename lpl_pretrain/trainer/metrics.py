@@ -1,4 +1,6 @@
-"""What happened since the last log line: weighted sums kept on the device, reduced over ranks and read once per log step."""
+"""What happened since the last log line: weighted sums kept on the device, reduced over ranks and
+read once per log step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from lpl_pretrain.runtime.dist import mean_over_ranks
 
 
 class Meter:
-    """Every rank adds the same names in the same order, so that one collective over one tensor reduces them all."""
+    """Every rank adds the same names in the same order, so that one collective over one tensor
+    reduces them all.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -18,22 +22,35 @@ class Meter:
         """Of the update that is being made."""
 
     def add(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
-        """Weighted mean over everything added; a mean over weights that sum to 0 is reported as absent."""
+        """Weighted mean over everything added; a mean over weights that sum to 0 is reported as
+        absent.
+        """
         values = values.detach().double()
         weights = torch.ones_like(values) if weights is None else weights.detach().double()
         pair = torch.stack([torch.where(weights > 0, values * weights, 0.0).sum(), weights.sum()])
         self.update[name] = self.update[name] + pair if name in self.update else pair
 
     def end_update(self, *, applied: bool) -> None:
-        """What was added since the last call counts, or is forgotten: a left-out update would make every mean NaN."""
+        """What was added since the last call counts, or is forgotten: a left-out update would make
+        every mean NaN.
+        """
         if applied:
-            self.sums |= {name: self.sums[name] + pair if name in self.sums else pair for name, pair in self.update.items()}
+            self.sums |= {
+                name: self.sums[name] + pair if name in self.sums else pair
+                for name, pair in self.update.items()
+            }
         self.update = {}
 
     def flush(self) -> dict[str, float]:
-        """Collective. Means over the global batches since the last flush; the host waits for the device."""
+        """Collective. Means over the global batches since the last flush; the host waits for the
+        device.
+        """
         if not self.sums:
             return {}
         reduced = mean_over_ranks(torch.stack(list(self.sums.values()))).tolist()
         names, self.sums = list(self.sums), {}
-        return {name: total / weight for name, (total, weight) in zip(names, reduced, strict=True) if weight > 0}
+        return {
+            name: total / weight
+            for name, (total, weight) in zip(names, reduced, strict=True)
+            if weight > 0
+        }

@@ -1,7 +1,8 @@
 """The optimizers that a run can ask for, all behind torch's interface.
 
-Muon is for the matrices of the blocks; biases, norms, embeddings, convolutions and the layers around the blocks stay with AdamW.
-Its updates are scaled to the root mean square of AdamW's, so that one learning rate and one weight decay serve both.
+Muon is for the matrices of the blocks; biases, norms, embeddings, convolutions and the layers
+around the blocks stay with AdamW. Its updates are scaled to the root mean square of AdamW's, so
+that one learning rate and one weight decay serve both.
 """
 
 from __future__ import annotations
@@ -22,28 +23,42 @@ from lpl_pretrain.errors import ConfigError
 NEWTON_SCHULZ, STEPS = (3.4445, -4.7750, 2.0315), 5
 
 
-def make_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter], blocks: Iterable[str] = ()) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, parameters: dict[str, nn.Parameter], blocks: Iterable[str] = ()
+) -> Optimizer:
     """`blocks`: names of the modules whose matrices Muon takes."""
     if config.kind == "sgd":
         return SGD(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     if config.kind == "adamw":
         return _adamw(config, parameters.values())
     inside = tuple(f"{block}." for block in blocks)
-    matrices = {name: tensor for name, tensor in parameters.items() if tensor.ndim == 2 and name.startswith(inside)}
+    matrices = {
+        name: tensor
+        for name, tensor in parameters.items()
+        if tensor.ndim == 2 and name.startswith(inside)
+    }
     others = [tensor for name, tensor in parameters.items() if name not in matrices]
     if not matrices:
-        raise ConfigError("optimizer.kind='muon': the blocks of this model hold no matrices: use adamw")
-    return Both(Muon(matrices.values(), config.lr, config.momentum, config.weight_decay), _adamw(config, others))
+        raise ConfigError(
+            "optimizer.kind='muon': the blocks of this model hold no matrices: use adamw"
+        )
+    return Both(
+        Muon(matrices.values(), config.lr, config.momentum, config.weight_decay),
+        _adamw(config, others),
+    )
 
 
 class Muon(Optimizer):
     """Nesterov's momentum, made orthogonal (arXiv 2502.16982, equations 1 and 4).
 
-    Every rank makes whole matrices orthogonal, gathered once in bf16, and takes its own rows: sharded or not, the numbers are the
-    same.  torch.optim.Muon runs its products on the shards: their sums differ with the layout, and between replicas.
+    Every rank makes whole matrices orthogonal, gathered once in bf16, and takes its own rows:
+    sharded or not, the numbers are the same.  torch.optim.Muon runs its products on the shards:
+    their sums differ with the layout, and between replicas.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -62,7 +77,9 @@ class Muon(Optimizer):
         direction = gradient.lerp(average, group["momentum"]).bfloat16()
         if isinstance(direction, DTensor):
             whole = orthogonal(direction.full_tensor())
-            direction = distribute_tensor(whole, direction.device_mesh, direction.placements, src_data_rank=None)
+            direction = distribute_tensor(
+                whole, direction.device_mesh, direction.placements, src_data_rank=None
+            )
         else:
             direction = orthogonal(direction)
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -70,7 +87,9 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(M, N) bfloat16: the same singular vectors, singular values around 1; Newton-Schulz steps (arXiv 2502.16982, equation 2)."""
+    """(M, N) bfloat16: the same singular vectors, singular values around 1; Newton-Schulz steps
+    (arXiv 2502.16982, equation 2).
+    """
     a, b, c = NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
@@ -82,7 +101,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Both(Optimizer):
-    """Two optimizers of different parameters as one: their groups behind each other, their states side by side."""
+    """Two optimizers of different parameters as one: their groups behind each other, their states
+    side by side.
+    """
 
     def __init__(self, first: Optimizer, second: Optimizer) -> None:
         """Optimizer.__init__ is not called: all that it would keep is kept by the two."""
@@ -107,4 +128,6 @@ class Both(Optimizer):
 
 def _adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
     decay = config.weight_decay
-    return AdamW(parameters, config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
+    return AdamW(
+        parameters, config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True
+    )

@@ -1,7 +1,8 @@
-"""What LPL compared last, for people: the picture, the model's one-step estimate of it, and where each stage sees them differ.
+"""What LPL compared last, for people: the picture, the model's one-step estimate of it, and where
+each stage sees them differ.
 
-One row a sample, from little noise to much; a column for x0, x0_hat and every stage.  A stage's maps share a scale, black to white.
-Not collective: rank 0 draws what its last microbatch held.
+One row a sample, from little noise to much; a column for x0, x0_hat and every stage.  A stage's
+maps share a scale, black to white. Not collective: rank 0 draws what its last microbatch held.
 """
 
 from __future__ import annotations
@@ -25,18 +26,28 @@ BRIGHTEST = 0.995
 
 
 @torch.no_grad()
-def picture_lpl(config: TrainConfig, perceptual: Perceptual, scaling: LatentScaling, path: Path) -> None:
-    """Writes a PNG to `path`; nothing when no sample has been inside the gate yet.  Loads the whole autoencoder for a moment."""
+def picture_lpl(
+    config: TrainConfig, perceptual: Perceptual, scaling: LatentScaling, path: Path
+) -> None:
+    """Writes a PNG to `path`; nothing when no sample has been inside the gate yet.  Loads the whole
+    autoencoder for a moment.
+    """
     rows = choose_rows(perceptual.seen)
     if not rows:
         return
-    z0, z0_hat, noise_level = perceptual.seen.z0, perceptual.seen.z0_hat, perceptual.seen.noise_level
+    z0, z0_hat, noise_level = (
+        perceptual.seen.z0,
+        perceptual.seen.z0_hat,
+        perceptual.seen.noise_level,
+    )
     assert z0 is not None and z0_hat is not None and noise_level is not None
     autoencoder = load_autoencoder(config.autoencoder).to(z0.device)
     columns: dict[str, list[np.ndarray]] = {"x0": [], "x0_hat": []}
     for row in rows:
         for name, z in (("x0", z0), ("x0_hat", z0_hat)):
-            columns[name].append(pixels(autoencoder.decode(scaling.denormalize(z[row : row + 1].float()))))
+            columns[name].append(
+                pixels(autoencoder.decode(scaling.denormalize(z[row : row + 1].float())))
+            )
     maps = [perceptual.loss.error_maps(z0[row : row + 1], z0_hat[row : row + 1]) for row in rows]
     for name in maps[0]:
         columns[name] = heat([one[name][0] for one in maps])
@@ -74,11 +85,15 @@ def sheet(columns: dict[str, list[np.ndarray]], labels: list[str]) -> Image.Imag
     canvas = Image.new("RGB", (LEFT_PX + len(columns) * step, TOP_PX + len(labels) * step), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
     for row, label in enumerate(labels):
-        draw.text((4, TOP_PX + row * step + CELL_PX // 2), label, fill="black", font=font, anchor="lm")
+        draw.text(
+            (4, TOP_PX + row * step + CELL_PX // 2), label, fill="black", font=font, anchor="lm"
+        )
     for column, (name, cells) in enumerate(columns.items()):
         left = LEFT_PX + column * step
         draw.text((left + CELL_PX // 2, TOP_PX // 2), name, fill="black", font=font, anchor="mm")
         for row, cell in enumerate(cells):
             kind = Image.Resampling.LANCZOS if cell.shape[0] > CELL_PX else Image.Resampling.NEAREST
-            canvas.paste(Image.fromarray(cell).resize((CELL_PX, CELL_PX), kind), (left, TOP_PX + row * step))
+            canvas.paste(
+                Image.fromarray(cell).resize((CELL_PX, CELL_PX), kind), (left, TOP_PX + row * step)
+            )
     return canvas

@@ -1,7 +1,9 @@
-"""Where a run came from: provenance.json lists its starts, each with code, versions, command, machines and data.
+"""Where a run came from: provenance.json lists its starts, each with code, versions, command,
+machines and data.
 
-A start is listed once it makes steps.  The file is replaced as a whole, by the process that holds the run's lease, so no kill
-leaves part of it.  Older versions wrote one object, about the first start: it stays as the first entry.
+A start is listed once it makes steps.  The file is replaced as a whole, by the process that holds
+the run's lease, so no kill leaves part of it.  Older versions wrote one object, about the first
+start: it stays as the first entry.
 """
 
 from __future__ import annotations
@@ -28,9 +30,17 @@ DIFF = "git_diff"
 
 
 def describe(
-    config: TrainConfig, index: DatasetIndex, *, step: int, hosts: Sequence[str], device: str, changes: dict[str, Any]
+    config: TrainConfig,
+    index: DatasetIndex,
+    *,
+    step: int,
+    hosts: Sequence[str],
+    device: str,
+    changes: dict[str, Any],
 ) -> dict[str, Any]:
-    """A start: `step` updates were made before it; `hosts` has one name a rank; `changes` in the configuration since the last."""
+    """A start: `step` updates were made before it; `hosts` has one name a rank; `changes` in the
+    configuration since the last.
+    """
     return {
         "time_s": time.time(),
         "step": step,
@@ -43,7 +53,10 @@ def describe(
         "code": fingerprint(),
         "git_commit": _git("rev-parse", "HEAD"),
         DIFF: _git("diff", "HEAD"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
         "platform": platform.platform(),
         "data_fingerprint": index.fingerprint,
         "data_samples": index.samples,
@@ -57,7 +70,11 @@ def append(path: Path, start: dict[str, Any]) -> None:
     if path.is_file():
         try:
             found = json.loads(path.read_text())
-            starts = [found] if isinstance(found, dict) else [entry for entry in found if isinstance(entry, dict)]
+            starts = (
+                [found]
+                if isinstance(found, dict)
+                else [entry for entry in found if isinstance(entry, dict)]
+            )
         except (ValueError, TypeError) as problem:
             aside = path.with_name(f"{path.stem}.unreadable.{int(time.time())}.json")
             path.rename(aside)
@@ -73,7 +90,9 @@ def _git(*arguments: str) -> str | None:
     """Of the checkout that this code runs from; None for an installed package."""
     here = Path(__file__).resolve().parent
     try:
-        return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=here, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -10,7 +10,9 @@ from lpl_pretrain.trainer.sinks import Sinks
 
 
 def restore(run: Run, sinks: Sinks) -> int:
-    """Collective. Loads the newest complete checkpoint, if there is one; returns the number of updates it holds."""
+    """Collective. Loads the newest complete checkpoint, if there is one; returns the number of
+    updates it holds.
+    """
     state = run.checkpoints.restore_latest(run.strategy, run.ema)
     if state is None:
         if sinks.begun_before:
@@ -19,12 +21,15 @@ def restore(run: Run, sinks: Sinks) -> int:
     seen, now = state["stream"], run.stream.index.fingerprint
     if changed := changed_contents(seen, run.stream.index):
         raise CheckpointError(
-            f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but data.folder="
-            f"{run.config.data.folder} is {now[:12]} (different: {', '.join(changed)}): name the folder it was trained on"
+            f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but "
+            "data.folder="
+            f"{run.config.data.folder} is {now[:12]} (different: {', '.join(changed)}): name the "
+            "folder it was trained on"
         )
     if (run.updater.perceptual is None) != (state["lpl_weight"] is None):
         raise CheckpointError(
-            f"{run.run_dir.checkpoints}: state.json of step {state['step']} has lpl_weight={state['lpl_weight']}, "
+            f"{run.run_dir.checkpoints}: state.json of step {state['step']} has "
+            f"lpl_weight={state['lpl_weight']}, "
             f"the run trains {'without' if run.updater.perceptual is None else 'with'} LPL"
         )
     run.load_state(state)

@@ -1,14 +1,16 @@
 """Goes back before a spike, and on without the samples up to and with those of the spike.
 
-Update number `step` (from 0) is made of the samples at position `step + jump_updates` of the order, and
-all its draws are keyed by that position.  A rollback from position p to a checkpoint of c updates sets
-jump_updates = p + skip_updates - c, so that the next update begins behind the spike.  The number
-is in every checkpoint, so the order stays a function of the count and a resumed run needs
-nothing else.  The samples between the checkpoint and the spike are not used in this epoch either.
+Update number `step` (from 0) is made of the samples at position `step + jump_updates` of the order,
+and all its draws are keyed by that position.  A rollback from position p to a checkpoint of c
+updates sets jump_updates = p + skip_updates - c, so that the next update begins behind the spike.
+The number is in every checkpoint, so the order stays a function of the count and a resumed run
+needs nothing else.  The samples between the checkpoint and the spike are not used in this epoch
+either.
 
-Only checkpoints at multiples of checkpoint.every_steps are gone back to: those that a stop left behind
-would make a run that was interrupted differ from one that was not.  A process that ends after a
-rollback and before the next checkpoint resumes before it, meets the same spike and decides the same.
+Only checkpoints at multiples of checkpoint.every_steps are gone back to: those that a stop left
+behind would make a run that was interrupted differ from one that was not.  A process that ends
+after a rollback and before the next checkpoint resumes before it, meets the same spike and decides
+the same.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Start:
 
 
 def recover(run: Run, sinks: Sinks, spike: Spike) -> Start | None:
-    """Collective.  Does what optimizer.on_spike says, and writes it down; raises SpikeError to stop.
+    """Collective.  Does what optimizer.on_spike says, and writes it down; raises SpikeError to
+    stop.
 
     None: the update is left out, and training goes on with the next one.
     """
@@ -62,7 +65,8 @@ def reason_to_stop(config: OptimizerConfig, events: int) -> str | None:
     most = config.spike.max_events
     if config.on_spike is OnSpike.STOP:
         return (
-            "Parameters and moments are as before this step. Look at these samples, lower optimizer.lr "
+            "Parameters and moments are as before this step. Look at these samples, lower "
+            "optimizer.lr "
             "or raise optimizer.warmup_steps; optimizer.on_spike=skip leaves such updates out, "
             "rollback goes back to a checkpoint and on without their samples"
         )

@@ -1,4 +1,5 @@
-"""Where log lines go: metrics.jsonl always, because it is the truth; wandb when configured, as a mirror.
+"""Where log lines go: metrics.jsonl always, because it is the truth; wandb when configured, as a
+mirror.
 
 A resumed run appends: when a step appears twice, the last line counts.
 """
@@ -21,7 +22,13 @@ from lpl_pretrain.runtime.mirror import Mirror
 class Sinks:
     """Writes on rank 0 and is silent elsewhere."""
 
-    def __init__(self, run_dir: RunDir, config: TrainConfig, rank: int, fence: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        config: TrainConfig,
+        rank: int,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         """`fence` does not return where the run is another process's by now."""
         self.fence = fence
         self.file = self.mirror = None
@@ -35,7 +42,10 @@ class Sinks:
                 self.file.write("\n")
         if config.log.wandb.mode != "disabled":
             self.mirror = Mirror(
-                run_dir.path, config.name, **config.log.wandb.model_dump(), settings=config.model_dump(mode="json")
+                run_dir.path,
+                config.name,
+                **config.log.wandb.model_dump(),
+                settings=config.model_dump(mode="json"),
             )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -1,19 +1,21 @@
-"""A finite gradient norm or loss far above those of the last updates: found before the update, on all ranks alike.
+"""A finite gradient norm or loss far above those of the last updates: found before the update, on
+all ranks alike.
 
 Spikes come of single batches in an unlucky state: trained again from an earlier checkpoint without
 those batches, a run does not meet them (PaLM, arXiv 2204.02311, section 5.1).
 
 What is watched: the norm of the global gradient before clipping, and the mean squared error of each
 noise level, of which each holds an equal part of the timestep distribution; an error at one of them
-is hidden in the mean over all.  Both are positive with heavy tails, so their logarithms are compared:
-a value is a spike when
+is hidden in the mean over all.  Both are positive with heavy tails, so their logarithms are
+compared: a value is a spike when
 
     log(value) > median + max(threshold_mads * 1.4826 * MAD, log(min_factor))
 
-with median and MAD (the median distance from the median) of the logarithms in the window of the last
-applied updates.  1.4826 * MAD estimates a standard deviation, and no single value moves it much; the
-z-score of ZClip (arXiv 2504.02507) on the norm is the same idea with mean and variance.  A trend does not
-reach the bound, for it widens the MAD.  A rejected update does not enter the window.
+with median and MAD (the median distance from the median) of the logarithms in the window of the
+last applied updates.  1.4826 * MAD estimates a standard deviation, and no single value moves it
+much; the z-score of ZClip (arXiv 2504.02507) on the norm is the same idea with mean and variance.
+A trend does not reach the bound, for it widens the MAD.  A rejected update does not enter the
+window.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ DIGITS = 6
 LISTED = 8
 Place = tuple[int, int, int]
 Row = list[Optional[float]]
-"""Logarithms of one update: of the gradient norm, then of the loss at each noise level; None: no value."""
+"""Logarithms of one update: of the gradient norm, then of the loss at each noise level; None: no
+value.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class NoiseLevels:
         return torch.bucketize(noise_level, self.edges.to(noise_level), right=True)
 
     def sums(self, noise_level: Tensor, losses: Tensor) -> Tensor:
-        """(2 K,) float64: the sum of `losses` (B,) at each level, then the number of samples at each."""
+        """(2 K,) float64: the sum of `losses` (B,) at each level, then the number of samples at
+        each.
+        """
         numbers = torch.arange(self.count, device=losses.device)[:, None]
         inside = self.index(noise_level) == numbers
         sums = torch.where(inside, losses.double(), 0.0).sum(dim=1)
@@ -118,7 +124,8 @@ class SpikeGuard:
         """In the whole run; a rollback does not take it back."""
         self.rows: deque[Row] = deque(maxlen=config.window_updates)
         self.with_lpl: bool | None = None
-        """Whether LPL had a weight in the window's updates; when it gets one, a new window starts."""
+        """Whether LPL had a weight in the window's updates; when it gets one, a new window starts.
+        """
         self._noise_levels: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._bounds: list[Bound | None] = []
@@ -163,7 +170,9 @@ class SpikeGuard:
         return {"events": self.events, "with_lpl": self.with_lpl, "window": list(self.rows)}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """None: of a run that did not look for spikes.  Another number of noise levels starts a new window."""
+        """None: of a run that did not look for spikes.  Another number of noise levels starts a new
+        window.
+        """
         state = state or {"events": 0, "with_lpl": None, "window": []}
         self.events, self.with_lpl = state["events"], state["with_lpl"]
         self.rows.clear()
@@ -198,7 +207,9 @@ class SpikeGuard:
         samples: Sequence[int],
         places: Sequence[Place],
     ) -> list[str]:
-        """Communicates.  Samples of the global batch whose losses exceed their levels' medians most."""
+        """Communicates.  Samples of the global batch whose losses exceed their levels' medians
+        most.
+        """
         medians = [0.0 if bound is None else bound.median for bound in self._bounds[1:]]
         usual = torch.tensor(medians, dtype=torch.float64)[self.levels.index(noise_level).cpu()]
         excess = losses.double().cpu().log() - usual
@@ -232,7 +243,8 @@ def bounds(rows: Sequence[Row], config: SpikeConfig, *, columns: int) -> list[Bo
 def worst(row: Sequence[float | None], limits: Sequence[Bound | None]) -> int | None:
     """The column that exceeds its bound most; None when none does."""
     excess = [
-        -math.inf if value is None or bound is None else value - bound.largest for value, bound in zip(row, limits, strict=True)
+        -math.inf if value is None or bound is None else value - bound.largest
+        for value, bound in zip(row, limits, strict=True)
     ]
     largest = max(excess)
     return excess.index(largest) if largest > 0 else None

@@ -1,4 +1,6 @@
-"""One optimizer update: from the latents of a step to both losses, one backward per microbatch, and the strategy's step."""
+"""One optimizer update: from the latents of a step to both losses, one backward per microbatch, and
+the strategy's step.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Perceptual:
     loss: LatentPerceptualLoss
     weight: LPLWeight
     threshold: float  # largest noise level inside the gate
-    prefix: int  # samples of each microbatch that go through the decoder: those that were chosen, and perhaps one as padding
+    # samples of each microbatch that go through the decoder: those that were chosen, and perhaps
+    # one as padding
+    prefix: int
     inclusion: float  # probability of a sample that the gate passes to be chosen
     flops: float  # of one decoded sample
     seen: LastSeen
@@ -76,7 +80,9 @@ class Updater:
     device: torch.device
     spikes: SpikeGuard | None = None  # with optimizer.on_spike=ignore
 
-    def update(self, step: int, hands: list[Hand], batches: list[LatentBatch], meter: Meter, clock: Clock) -> Outcome:
+    def update(
+        self, step: int, hands: list[Hand], batches: list[LatentBatch], meter: Meter, clock: Clock
+    ) -> Outcome:
         """Collective. Makes update number `step` (from 0), or leaves it out on all ranks."""
         means, losses = [], []
         for microbatch, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
@@ -87,9 +93,12 @@ class Updater:
                 with clock.part("lpl"):
                     term = self._lpl(self.perceptual, hand, seen, meter)
                 decoded, lpl = len(term.loss), term.loss.sum() / len(hand.t)
-                # d/dz0_hat of lpl is known already: this inner product, of value 0, carries it into the denoiser's one backward
+                # d/dz0_hat of lpl is known already: this inner product, of value 0, carries it into
+                # the denoiser's one backward
                 carrier = (term.gradient * seen.z0_hat[:decoded]).sum() / len(hand.t)
-                loss = diffusion + self.perceptual.weight.value(step) * (lpl + carrier - carrier.detach())
+                loss = diffusion + self.perceptual.weight.value(step) * (
+                    lpl + carrier - carrier.detach()
+                )
                 by_sample = torch.cat([by_sample[:decoded] + term.loss, by_sample[decoded:]])
                 meter.add("loss/lpl", lpl)
             meter.add("loss/total", loss)
@@ -119,24 +128,45 @@ class Updater:
         return self.perceptual is not None and self.perceptual.weight.value(step) > 0
 
     def _diffusion(self, hand: Hand, batch: LatentBatch, meter: Meter) -> tuple[Denoising, Tensor]:
-        """What the denoiser made of one microbatch, and its mean diffusion loss.  Every draw is keyed by its sample's index."""
+        """What the denoiser made of one microbatch, and its mean diffusion loss.  Every draw is
+        keyed by its sample's index.
+        """
         config, ids = self.config, hand.sample_indices
         latent_shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
         posterior_noise = (
-            rng.normal(config.seed, "posterior", ids, latent_shape).to(self.device) if config.data.posterior == "sample" else None
+            rng.normal(config.seed, "posterior", ids, latent_shape).to(self.device)
+            if config.data.posterior == "sample"
+            else None
         )
         wide = self.strategy.recipe.master  # float32, or float64 in parity tests
         z0 = self.scaling.normalize(sample_posterior(batch.moments, posterior_noise)).to(wide)
         eps = rng.normal(config.seed, "noise", ids, latent_shape).to(self.device, wide)
-        dropped = rng.uniform(config.seed, "label_dropout", ids).to(self.device) < config.conditioning.label_dropout
+        dropped = (
+            rng.uniform(config.seed, "label_dropout", ids).to(self.device)
+            < config.conditioning.label_dropout
+        )
         cond = class_conditioning(batch.labels, self.num_classes, dropped)
         if self.text is not None:
-            bare = rng.uniform(config.seed, "text_dropout", ids).to(self.device) < config.conditioning.text_dropout
+            bare = (
+                rng.uniform(config.seed, "text_dropout", ids).to(self.device)
+                < config.conditioning.text_dropout
+            )
             text, pooled = self.text(batch.text, bare, batch.captions)
             cond = replace(cond, text=text, pooled=pooled, sizes=known_sizes(batch.sizes))
         t = hand.t.to(self.device)
-        seen = denoise(self.denoiser, config.diffusion.prediction, z0, eps, t, *self.schedule.coefficients(t), cond)
-        diffusion = (loss_weight(config.diffusion.weighting, config.diffusion.prediction, seen.noise_level) * seen.loss).mean()
+        seen = denoise(
+            self.denoiser,
+            config.diffusion.prediction,
+            z0,
+            eps,
+            t,
+            *self.schedule.coefficients(t),
+            cond,
+        )
+        diffusion = (
+            loss_weight(config.diffusion.weighting, config.diffusion.prediction, seen.noise_level)
+            * seen.loss
+        ).mean()
         if seen.spread is not None:
             assert isinstance(self.schedule, DiscreteSchedule)
             bound = variational_bound(self.schedule, t, seen).mean()
@@ -145,16 +175,25 @@ class Updater:
         meter.add("loss/diffusion", diffusion)
         return seen, diffusion
 
-    def _lpl(self, perceptual: Perceptual, hand: Hand, seen: Denoising, meter: Meter) -> PerceptualTerm:
-        """LPL of the microbatch's prefix, which holds every sample that was chosen; no tensor is looked at on the host."""
+    def _lpl(
+        self, perceptual: Perceptual, hand: Hand, seen: Denoising, meter: Meter
+    ) -> PerceptualTerm:
+        """LPL of the microbatch's prefix, which holds every sample that was chosen; no tensor is
+        looked at on the host.
+        """
         first, config = slice(perceptual.prefix), self.config
         ids, lpl = hand.sample_indices[first], perceptual.loss.config
         z0, z0_hat, noise_level = seen.z0[first], seen.z0_hat[first], seen.noise_level[first]
-        weights = gate_weights(noise_level, perceptual.threshold, lpl.noise_weighting, config.diffusion.prediction)
+        weights = gate_weights(
+            noise_level, perceptual.threshold, lpl.noise_weighting, config.diffusion.prediction
+        )
         weights[hand.chosen :] = 0.0
         places = None
         if lpl.crop is not None:
-            drawn = [rng.uniform(config.seed, purpose, ids) for purpose in ("lpl_crop_row", "lpl_crop_column")]
+            drawn = [
+                rng.uniform(config.seed, purpose, ids)
+                for purpose in ("lpl_crop_row", "lpl_crop_column")
+            ]
             places = torch.stack(drawn, dim=1).to(self.device)
         term = perceptual.loss(z0, z0_hat, weights / perceptual.inclusion, places)
         if hand.chosen:  # the last microbatches of every step may hold padding alone

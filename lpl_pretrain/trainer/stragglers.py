@@ -1,15 +1,17 @@
 """Which rank the others wait for.
 
-Steps of synchronous training take all ranks equally long, for each waits for the slowest; so a rank tells what it spends by itself:
+Steps of synchronous training take all ranks equally long, for each waits for the slowest; so a rank
+tells what it spends by itself:
 
     data     seconds of an update that it waited for its next batch
     core     seconds of an update that its main thread was ready to run and had no core (Linux's run delay)
     device   seconds of a fixed piece of arithmetic, in the training's number format, while the device has nothing else to do
 
-Each is the median of the last WINDOW looks, compared with the median over ranks (of two in the middle, the lower).  What none of
-them shows is the network: there all wait for each other.
+Each is the median of the last WINDOW looks, compared with the median over ranks (of two in the
+middle, the lower).  What none of them shows is the network: there all wait for each other.
 
-It costs one reduction of three numbers a rank at each log step, and PROBE_SHARE of the time for the arithmetic.
+It costs one reduction of three numbers a rank at each log step, and PROBE_SHARE of the time for the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.sinks import Sinks
 
-MEASURES = {"data": "waiting for data", "core": "waiting for a core", "device": "the same arithmetic"}
+MEASURES = {
+    "data": "waiting for data",
+    "core": "waiting for a core",
+    "device": "the same arithmetic",
+}
 WINDOW, AT_FIRST, LOOK_S = 5, 3, 10.0
-"""Looks of which the median counts, those before anybody is called slow, and the least that lies between two: one bad moment makes
-no straggler, and processes that share cores are late in turn."""
+"""Looks of which the median counts, those before anybody is called slow, and the least that lies
+between two: one bad moment makes no straggler, and processes that share cores are late in turn.
+"""
 SLOW = 1.5
 """Times the median from which on a rank is called slow."""
 SMALL = 0.05
@@ -44,9 +51,13 @@ NAME_BYTES = 64
 
 
 class Stragglers:
-    """Collective: every rank makes one and asks it at every log step; rank 0 tells.  One rank has nobody to compare with."""
+    """Collective: every rank makes one and asks it at every log step; rank 0 tells.  One rank has
+    nobody to compare with.
+    """
 
-    def __init__(self, world: World, device: torch.device, dtype: torch.dtype, sinks: Sinks) -> None:
+    def __init__(
+        self, world: World, device: torch.device, dtype: torch.dtype, sinks: Sinks
+    ) -> None:
         self.world, self.sinks = world, sinks
         if world.world_size > 1:
             name = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES)
@@ -58,14 +69,18 @@ class Stragglers:
             self._told: dict[int, float] = {}
 
     def look(self, step: int, seconds: dict[str, float], updates: int) -> dict[str, float]:
-        """Collective, and the device is idle.  What to log, on rank 0; `seconds`: a clock's, over the last `updates`."""
+        """Collective, and the device is idle.  What to log, on rank 0; `seconds`: a clock's, over
+        the last `updates`.
+        """
         if self.world.world_size == 1:
             return {}
         self._data_s += seconds.get("data", 0.0)
         self._updates += updates
         if (now := time.monotonic()) - self._looked >= LOOK_S:
             delay = run_delay()
-            self._waits.append((self._data_s / self._updates, (delay - self._delay) / self._updates))
+            self._waits.append(
+                (self._data_s / self._updates, (delay - self._delay) / self._updates)
+            )
             self._data_s, self._updates, self._delay, self._looked = 0.0, 0, delay, now
         row = [*map(median, zip(*(self._waits or [(0.0, 0.0)]), strict=True)), self.probe.seconds()]
         rows = rows_over_ranks(torch.tensor(row, dtype=torch.float64))
@@ -77,7 +92,10 @@ class Stragglers:
         slowest = times.max(dim=0)
         found: dict[str, float] = {}
         for i, name in enumerate(MEASURES):
-            found |= {f"ranks/{name}_spread": slowest.values[i].item(), f"ranks/{name}_slowest": slowest.indices[i].item()}
+            found |= {
+                f"ranks/{name}_spread": slowest.values[i].item(),
+                f"ranks/{name}_slowest": slowest.indices[i].item(),
+            }
         return found
 
     def _call(self, step: int, times: Tensor) -> None:
@@ -88,29 +106,45 @@ class Stragglers:
             if worst > SLOW and now - self._told.get(rank, -REMIND_S) >= REMIND_S:
                 self._told[rank], host = now, self.hosts[rank]
                 what = MEASURES[measure]
-                log.warning("rank %d on %s is slow: it spends %.1f times the median of all ranks on %s", rank, host, worst, what)
-                self.sinks.event("straggler", step, rank=rank, host=host, measure=measure, times=round(worst, 2))
+                log.warning(
+                    "rank %d on %s is slow: it spends %.1f times the median of all ranks on %s",
+                    rank,
+                    host,
+                    worst,
+                    what,
+                )
+                self.sinks.event(
+                    "straggler", step, rank=rank, host=host, measure=measure, times=round(worst, 2)
+                )
 
 
 def times_the_median(rows: Tensor, update_s: float) -> Tensor:
-    """(ranks, measures) of seconds: each over the median of its column; waits below SMALL of an update count as that much."""
+    """(ranks, measures) of seconds: each over the median of its column; waits below SMALL of an
+    update count as that much.
+    """
     small = SMALL * update_s
     rows = rows.clamp(min=torch.tensor([small, small, 1e-9], dtype=rows.dtype))
     return rows / rows.median(dim=0).values
 
 
 class Probe:
-    """A fixed piece of arithmetic: GOES products of matrices on a CPU, about 2 ms; larger ones, and 20 times as many, on a GPU."""
+    """A fixed piece of arithmetic: GOES products of matrices on a CPU, about 2 ms; larger ones, and
+    20 times as many, on a GPU.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         side, self.products = (2048, 20) if device.type == "cuda" else (256, 1)
-        self.factor = torch.linspace(-1, 1, side * side, device=device).reshape(side, side).to(dtype)
+        self.factor = (
+            torch.linspace(-1, 1, side * side, device=device).reshape(side, side).to(dtype)
+        )
         self.product = self.factor @ self.factor  # the first one is slow; memory is taken once
         self.timer, self._due = DeviceTimer(device), 0.0
         self._fastest: deque[float] = deque(maxlen=WINDOW)
 
     def seconds(self) -> float:
-        """Of the fastest of GOES, because a go may be interrupted; the median of the last WINDOW times that this was done."""
+        """Of the fastest of GOES, because a go may be interrupted; the median of the last WINDOW
+        times that this was done.
+        """
         if len(self._fastest) < AT_FIRST or time.monotonic() >= self._due:
             goes = [self._go() for _ in range(GOES)]
             self._fastest.append(min(goes))
@@ -125,6 +159,8 @@ class Probe:
 
 
 def run_delay() -> float:
-    """Seconds that this process's main thread was ready to run and had no core, since it began; 0 where nobody counts them."""
+    """Seconds that this process's main thread was ready to run and had no core, since it began; 0
+    where nobody counts them.
+    """
     file = Path("/proc/self/schedstat")
     return int(file.read_text().split()[1]) / 1e9 if file.is_file() else 0.0

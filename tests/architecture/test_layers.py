@@ -1,4 +1,6 @@
-"""Who may know whom, read from the imports: data flows one way, and each heavy dependency has one address."""
+"""Who may know whom, read from the imports: data flows one way, and each heavy dependency has one
+address.
+"""
 
 import ast
 from pathlib import Path
@@ -20,7 +22,18 @@ ALLOWED = {
     "encoding": {"config", "runtime", "models", "data"},
     "parallel": {"config", "runtime"},
     "checkpoint": {"config", "runtime", "parallel", "ema"},
-    "trainer": {"config", "runtime", "diffusion", "models", "perceptual", "data", "ema", "parallel", "checkpoint", "planning"},
+    "trainer": {
+        "config",
+        "runtime",
+        "diffusion",
+        "models",
+        "perceptual",
+        "data",
+        "ema",
+        "parallel",
+        "checkpoint",
+        "planning",
+    },
     "evaluation": {"config", "runtime", "diffusion", "models", "data", "encoding", "checkpoint"},
     "planning": {"config"},
     "preflight": {"config", "runtime", "models"},
@@ -54,7 +67,14 @@ HEAVY = {
     "matplotlib": {"report/"},
     "jinja2": {"report/"},
 }
-NO_TORCH = {"config", "errors.py", "cli/main.py", "cli/train.py", "runtime/world.py", "runtime/preempt.py"}
+NO_TORCH = {
+    "config",
+    "errors.py",
+    "cli/main.py",
+    "cli/train.py",
+    "runtime/world.py",
+    "runtime/preempt.py",
+}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -83,7 +103,11 @@ def test_rooms_know_only_lower_rooms(path):
     room = name_of(path).split("/")[0]
     if room not in ALLOWED:
         return  # files at the root of the package
-    known = {name.split(".")[1] for name in imports(path) if name.startswith("lpl_pretrain.")} - {room, "errors", "__version__"}
+    known = {name.split(".")[1] for name in imports(path) if name.startswith("lpl_pretrain.")} - {
+        room,
+        "errors",
+        "__version__",
+    }
     assert known <= ALLOWED[room], f"{name_of(path)} knows {sorted(known - ALLOWED[room])}"
 
 
@@ -100,29 +124,48 @@ def test_rooms_form_no_cycle():
 @pytest.mark.parametrize("path", files(), ids=name_of)
 def test_heavy_dependencies_have_one_address(path):
     for name in {name.split(".")[0] for name in imports(path)} & HEAVY.keys():
-        assert any(name_of(path).startswith(place) for place in HEAVY[name]), f"{name_of(path)} imports {name}"
+        assert any(name_of(path).startswith(place) for place in HEAVY[name]), (
+            f"{name_of(path)} imports {name}"
+        )
 
 
 @pytest.mark.parametrize("path", files(), ids=name_of)
 def test_configuration_is_read_without_torch(path):
-    if not any(name_of(path) == place or name_of(path).startswith(place + "/") for place in NO_TORCH):
+    if not any(
+        name_of(path) == place or name_of(path).startswith(place + "/") for place in NO_TORCH
+    ):
         return
     everything = imports(path, top_level_only=name_of(path).startswith("cli"))
-    assert not {name for name in everything if name.split(".")[0] in {"torch", "diffusers", "timm", "deepspeed"}}
+    assert not {
+        name
+        for name in everything
+        if name.split(".")[0] in {"torch", "diffusers", "timm", "deepspeed"}
+    }
 
 
 def test_environment_is_read_in_one_place():
-    readers = {name_of(p) for p in files() if "os.environ" in p.read_text() or "os.getenv" in p.read_text()}
+    readers = {
+        name_of(p) for p in files() if "os.environ" in p.read_text() or "os.getenv" in p.read_text()
+    }
     assert readers <= {"runtime/world.py"}
 
 
 def test_no_pickles():
     """Nothing from a data shard or a checkpoint is ever unpickled."""
     for path in files():
-        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, path
+        assert not {name.split(".")[0] for name in imports(path)} & {
+            "pickle",
+            "dill",
+            "cloudpickle",
+            "marshal",
+            "shelve",
+        }, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), f"{path}: torch.load"
+                assert any(
+                    k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                    for k in node.keywords
+                ), f"{path}: torch.load"
 
 
 def test_package_never_imports_launch():
@@ -132,6 +175,8 @@ def test_package_never_imports_launch():
 def test_has_teeth(tmp_path):
     """The reader of imports sees imports inside functions, aliases and `from` forms."""
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from lpl_pretrain import trainer\n    import deepspeed.ops as o\n")
+    file.write_text(
+        "def f():\n    from lpl_pretrain import trainer\n    import deepspeed.ops as o\n"
+    )
     assert {"lpl_pretrain.trainer", "deepspeed.ops"} <= imports(file)
     assert not imports(file, top_level_only=True)

@@ -1,4 +1,6 @@
-"""The commands with a recovery that is broken on purpose, for the campaign to find: python -m tests.chaos.broken ..."""
+"""The commands with a recovery that is broken on purpose, for the campaign to find: python -m
+tests.chaos.broken ...
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The campaign of tools/chaos.py in a few minutes: a fixed seed, every series that needs no scheduler; and what it must find."""
+"""The campaign of tools/chaos.py in a few minutes: a fixed seed, every series that needs no
+scheduler; and what it must find.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,23 @@ EMPTY = FileFault("SIGKILL", 0, "write", "kill", 1, "index.json")
 
 
 def test_has_teeth(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recovery that is broken on purpose is found: files written in place are believed when they are not whole."""
+    """Recovery that is broken on purpose is found: files written in place are believed when they
+    are not whole.
+    """
     plans = iter([[EMPTY]])
     monkeypatch.setattr("tools.faults.campaign.draw", lambda *args, **kwargs: next(plans, []))
     tally = campaign.running("tests.chaos.broken").run("encode", lambda tally: False, only=1000)
     assert tally.faults["SIGKILL"] == 1 and tally.recovered == 0
-    assert "was given up" in str(tally.violations[-1]) and "--only 1000" in tally.violations[-1].replay
+    assert (
+        "was given up" in str(tally.violations[-1]) and "--only 1000" in tally.violations[-1].replay
+    )
 
 
 CLEAR = "StorageError: /root/run/metrics.jsonl: No space left on device: look at the file system"
-UNCLEAR = f"Traceback (most recent call last):\n  File ...\nOSError: [Errno 28] No space left on device\n{CLEAR}"
+UNCLEAR = (
+    "Traceback (most recent call last):\n  File ...\nOSError: [Errno 28] No space left on "
+    f"device\n{CLEAR}"
+)
 
 
 def ended(status: int, text: str, action: str = "28") -> Ending:
@@ -67,7 +76,15 @@ def ended(status: int, text: str, action: str = "28") -> Ending:
         (ended(1, CLEAR, action="5"), "no clear error"),
         (ended(2, CLEAR), "exit status 2"),
     ],
-    ids=["clear", "survived", "nothing said", "traceback", "no path", "another reason", "bad input"],
+    ids=[
+        "clear",
+        "survived",
+        "nothing said",
+        "traceback",
+        "no path",
+        "another reason",
+        "bad input",
+    ],
 )
 def test_what_counts_as_a_clear_error(ending: Ending, wrong: str | None) -> None:
     problems = error_problems(ending, "/root")
@@ -75,9 +92,30 @@ def test_what_counts_as_a_clear_error(ending: Ending, wrong: str | None) -> None
 
 
 def test_plans_are_functions_of_the_seed() -> None:
-    trace = [(rank, op, f"/root/a_{n:05d}.json") for rank in (0, 1) for op in plan.WRITES for n in range(9)]
-    drawn = [plan.draw(plan.generator(seed, "x", 3, 4), trace, 2, leased=True) for seed in (0, 0, 1)]
+    trace = [
+        (rank, op, f"/root/a_{n:05d}.json")
+        for rank in (0, 1)
+        for op in plan.WRITES
+        for n in range(9)
+    ]
+    drawn = [
+        plan.draw(plan.generator(seed, "x", 3, 4), trace, 2, leased=True) for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
-    many = [fault for n in range(300) for fault in plan.draw(plan.generator(0, "x", n, 0), trace, 2, leased=True)]
+    many = [
+        fault
+        for n in range(300)
+        for fault in plan.draw(plan.generator(0, "x", n, 0), trace, 2, leased=True)
+    ]
     kinds = {fault.kind for fault in many}
-    assert {"SIGKILL", "SIGSTOP", "SIGTERM", "EIO", "ENOSPC", "EDQUOT", "EINTR", "disk full", "lease lost"} <= kinds
+    assert {
+        "SIGKILL",
+        "SIGSTOP",
+        "SIGTERM",
+        "EIO",
+        "ENOSPC",
+        "EDQUOT",
+        "EINTR",
+        "disk full",
+        "lease lost",
+    } <= kinds

@@ -1,4 +1,6 @@
-"""Training goes on while a checkpoint is written: it holds the state of the moment it was asked for, and errors reach all ranks."""
+"""Training goes on while a checkpoint is written: it holds the state of the moment it was asked
+for, and errors reach all ranks.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def slow(function, seconds=0.3):
 
 
 def saves_while_training(world, device, case, folder, forgets_to_copy):
-    """(state when the save was asked for, state restored from it, steps made in the meantime, ever busy without blocking)."""
+    """(state when the save was asked for, state restored from it, steps made in the meantime, ever
+    busy without blocking).
+    """
     run, keeper = Training(world, device, case).train(2), manager(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager_module, "write_rank", slow(manager_module.write_rank))
@@ -64,14 +68,20 @@ def test_the_checkpoint_is_of_the_moment_it_was_asked_for(strategy, tmp_path):
 
 
 def test_has_teeth_without_a_copy(tmp_path):
-    wanted, restored, _, _ = zip(*run_ranks(2, saves_while_training, replace(CASE, strategy="fsdp2"), tmp_path, True), strict=True)
+    wanted, restored, _, _ = zip(
+        *run_ranks(2, saves_while_training, replace(CASE, strategy="fsdp2"), tmp_path, True),
+        strict=True,
+    )
     with pytest.raises(AssertionError):
         assert_identical(whole(restored), whole(wanted))
 
 
 def saves_in_a_row(world, device, folder):
     """Two saves one after the other: the second waits for the first, and the end for both."""
-    run, keeper = Training(world, device, replace(CASE, strategy="ddp")), manager(folder, keep_last=1)
+    run, keeper = (
+        Training(world, device, replace(CASE, strategy="ddp")),
+        manager(folder, keep_last=1),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager_module, "write_rank", slow(manager_module.write_rank, 0.1))
         for step in (1, 2):
@@ -79,7 +89,11 @@ def saves_in_a_row(world, device, folder):
             keeper.save(step, run.strategy, run.ema, {"step": step}, samples_seen=16 * step)
         first = keeper.run_dir.complete_checkpoints()
         keeper.finish()
-    return first, keeper.run_dir.complete_checkpoints(), sorted(path.name for path in keeper.run_dir.checkpoints.iterdir())
+    return (
+        first,
+        keeper.run_dir.complete_checkpoints(),
+        sorted(path.name for path in keeper.run_dir.checkpoints.iterdir()),
+    )
 
 
 def test_a_save_waits_for_the_one_before(tmp_path):
@@ -88,8 +102,14 @@ def test_a_save_waits_for_the_one_before(tmp_path):
 
 
 def fails_on_a_thread(world, device, folder):
-    """Rank 1 cannot write; then rank 0 cannot publish: both are told on the main thread, and the next save works."""
-    run, keeper, messages = Training(world, device, replace(CASE, strategy="fsdp2")), manager(folder), []
+    """Rank 1 cannot write; then rank 0 cannot publish: both are told on the main thread, and the
+    next save works.
+    """
+    run, keeper, messages = (
+        Training(world, device, replace(CASE, strategy="fsdp2")),
+        manager(folder),
+        [],
+    )
     for step, name, rank in ((1, "write_rank", 1), (2, "merge_parts", 0)):
         with pytest.MonkeyPatch.context() as patch:
             if world.rank == rank:
@@ -111,5 +131,8 @@ def test_what_goes_wrong_on_a_thread_is_raised_on_all_ranks(tmp_path):
     results = run_ranks(2, fails_on_a_thread, tmp_path)
     assert results[0] == results[1]
     messages, complete = results[0]
-    assert "cannot be written: OSError: [Errno 28] No space left" in messages[0] and "cannot be published" in messages[1]
+    assert (
+        "cannot be written: OSError: [Errno 28] No space left" in messages[0]
+        and "cannot be published" in messages[1]
+    )
     assert complete == [3]

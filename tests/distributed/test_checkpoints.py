@@ -1,4 +1,6 @@
-"""One checkpoint format: a run saved by any strategy goes on under any other, at any world size, and bit for bit under its own."""
+"""One checkpoint format: a run saved by any strategy goes on under any other, at any world size,
+and bit for bit under its own.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,17 @@ CASE = Case(optimizer="adamw", precision="fp32", lr=0.01, grad_accum_steps=2, ma
 
 def manager(folder: str | Path, **options) -> CheckpointManager:
     """Saves are published when `save` returns, unless a test asks for more."""
-    return CheckpointManager(RunDir(Path(folder)), CheckpointConfig(**{"asynchronous": False, **options}))
+    return CheckpointManager(
+        RunDir(Path(folder)), CheckpointConfig(**{"asynchronous": False, **options})
+    )
 
 
 def save_and_go_on(world, device, case, folder):
     """(state at the checkpoint, state some steps later)."""
     run = Training(world, device, case).train(SAVED)
-    manager(folder).save(SAVED, run.strategy, run.ema, {"step": SAVED, "who": "trainer"}, samples_seen=SAVED * 16)
+    manager(folder).save(
+        SAVED, run.strategy, run.ema, {"step": SAVED, "who": "trainer"}, samples_seen=SAVED * 16
+    )
     return run.result(), run.train(MORE).result()
 
 
@@ -59,10 +65,16 @@ def columns(results):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "zero0", "zero2_offload", "zero3_offload", "zero3_shipped"])
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES, "zero0", "zero2_offload", "zero3_offload", "zero3_shipped"]
+)
 def test_same_layout_resumes_bit_for_bit(strategy, precision, tmp_path):
-    """Parameters, moments, EMA; under bf16 the float32 masters, from which the working copies are made anew."""
-    saved, went_on, restored, resumed = columns(run_ranks(2, both, replace(CASE, strategy=strategy, precision=precision), tmp_path))
+    """Parameters, moments, EMA; under bf16 the float32 masters, from which the working copies are
+    made anew.
+    """
+    saved, went_on, restored, resumed = columns(
+        run_ranks(2, both, replace(CASE, strategy=strategy, precision=precision), tmp_path)
+    )
     assert {"param", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq"} < saved.keys()
     assert_identical(restored, saved)
     assert_identical(resumed, went_on)
@@ -85,7 +97,9 @@ def test_muon_resumes_bit_for_bit_and_moves(tmp_path):
     assert saved["optimizer.momentum_buffer"].keys().isdisjoint(saved["optimizer.exp_avg"])
     assert_identical(restored, saved)
     assert_identical(resumed, went_on)
-    moved, _ = columns(run_ranks(3, resume, replace(case, strategy="ddp", grad_accum_steps=1), tmp_path))
+    moved, _ = columns(
+        run_ranks(3, resume, replace(case, strategy="ddp", grad_accum_steps=1), tmp_path)
+    )
     assert_identical(moved, saved)
 
 
@@ -107,10 +121,18 @@ MOVES = [
 
 @pytest.mark.parametrize("source, source_size, target, target_size", MOVES)
 def test_moves_to_another_layout(source, source_size, target, target_size, tmp_path):
-    """The state read back is exact, whatever the ranges; what follows differs by the order of float32 sums."""
-    options = {"grad_accum_steps": 1} if source_size == 3 else {}  # 8 samples on 3 ranks: not the same batch, only the state counts
-    saved, went_on = columns(run_ranks(source_size, save_and_go_on, replace(CASE, strategy=source, **options), tmp_path))
-    restored, resumed = columns(run_ranks(target_size, resume, replace(CASE, strategy=target), tmp_path))
+    """The state read back is exact, whatever the ranges; what follows differs by the order of
+    float32 sums.
+    """
+    options = (
+        {"grad_accum_steps": 1} if source_size == 3 else {}
+    )  # 8 samples on 3 ranks: not the same batch, only the state counts
+    saved, went_on = columns(
+        run_ranks(source_size, save_and_go_on, replace(CASE, strategy=source, **options), tmp_path)
+    )
+    restored, resumed = columns(
+        run_ranks(target_size, resume, replace(CASE, strategy=target), tmp_path)
+    )
     assert_identical(restored, saved)
     if source_size != 3:
         for kind in ("param", "ema"):
@@ -118,11 +140,17 @@ def test_moves_to_another_layout(source, source_size, target, target_size, tmp_p
                 torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)
 
 
-LAYOUTS = [(strategy, world_size) for strategy in STRATEGIES for world_size in (1, 2, 4)] + [("hsdp", 4)]
+LAYOUTS = [(strategy, world_size) for strategy in STRATEGIES for world_size in (1, 2, 4)] + [
+    ("hsdp", 4)
+]
 
 
 def layout(strategy):
-    return replace(CASE, strategy="fsdp2", more=(("shard_size", 2),)) if strategy == "hsdp" else replace(CASE, strategy=strategy)
+    return (
+        replace(CASE, strategy="fsdp2", more=(("shard_size", 2),))
+        if strategy == "hsdp"
+        else replace(CASE, strategy=strategy)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +159,10 @@ def saved_by_all(tmp_path_factory):
     found = {}
     for strategy, world_size in LAYOUTS:
         folder = tmp_path_factory.mktemp(f"{strategy}_{world_size}")
-        found[strategy, world_size] = (folder, *columns(run_ranks(world_size, save_and_go_on, layout(strategy), folder)))
+        found[strategy, world_size] = (
+            folder,
+            *columns(run_ranks(world_size, save_and_go_on, layout(strategy), folder)),
+        )
     return found
 
 
@@ -150,7 +181,9 @@ def resume_each(world, device, case, folders):
 
 @pytest.mark.parametrize(("strategy", "world_size"), LAYOUTS)
 def test_goes_on_from_the_checkpoint_of_every_layout(saved_by_all, strategy, world_size):
-    """The whole matrix: what is read is exactly what was written; the same layout goes on bit for bit."""
+    """The whole matrix: what is read is exactly what was written; the same layout goes on bit for
+    bit.
+    """
     folders = [str(folder) for folder, _, _ in saved_by_all.values()]
     by_rank = run_ranks(world_size, resume_each, layout(strategy), folders)
     for source, results in zip(saved_by_all, zip(*by_rank, strict=True), strict=True):
@@ -172,19 +205,25 @@ def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
     folder = RunDir(tmp_path).checkpoint(SAVED)
     for kind in ("param", "ema", "optimizer.exp_avg"):
         found = read_full(folder, kind)
-        assert found.keys() == saved[kind].keys() and all(torch.equal(found[name], tensor) for name, tensor in saved[kind].items())
+        assert found.keys() == saved[kind].keys() and all(
+            torch.equal(found[name], tensor) for name, tensor in saved[kind].items()
+        )
     assert read_state(folder) == {"step": SAVED, "who": "trainer"}
     restored, _ = columns(run_ranks(1, resume, replace(CASE, strategy="local"), tmp_path))
     assert_identical(restored, saved)
     with pytest.raises(
-        CheckpointError, match="has no 'optimizer.momentum', only \\['ema', 'ema_power_0.050', .*'optimizer.exp_avg'"
+        CheckpointError,
+        match="has no 'optimizer.momentum', only \\['ema', 'ema_power_0.050', "
+        ".*'optimizer.exp_avg'",
     ):
         read_full(folder, "optimizer.momentum")
 
 
 def test_another_optimizer_is_refused(tmp_path):
     run_ranks(2, save_and_go_on, replace(CASE, strategy="ddp", optimizer="sgd"), tmp_path)
-    with pytest.raises(AssertionError, match="CheckpointError.*has no 'optimizer.exp_avg', only .*optimizer.kind"):
+    with pytest.raises(
+        AssertionError, match="CheckpointError.*has no 'optimizer.exp_avg', only .*optimizer.kind"
+    ):
         run_ranks(2, resume, replace(CASE, strategy="ddp"), tmp_path)
 
 
@@ -238,7 +277,9 @@ def saves_three(world, device, folder):
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path):
-    """A flipped bit, a cut file, a manifest of the future, no manifest: all ranks hear of it from whichever rank has seen it."""
+    """A flipped bit, a cut file, a manifest of the future, no manifest: all ranks hear of it from
+    whichever rank has seen it.
+    """
     run_ranks(2, saves_three, tmp_path)
 
     def found() -> Any:
@@ -266,7 +307,9 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
 
 
 def test_what_one_rank_finds_all_ranks_pass_over(tmp_path):
-    """A header that contradicts the index is read by one of them; nothing but the header tells, for digests were made again."""
+    """A header that contradicts the index is read by one of them; nothing but the header tells, for
+    digests were made again.
+    """
     run_ranks(2, saves_three, tmp_path)
     newest, middle = (RunDir(tmp_path).checkpoint(step) for step in (3, 2))
     path = newest / "pieces_00001.safetensors"
@@ -285,7 +328,13 @@ def test_what_one_rank_finds_all_ranks_pass_over(tmp_path):
     assert answers[0] == answers[1]
     state, warnings = answers[0]
     assert state == {"step": 2}, "the format before is read"
-    assert "pieces_00001.safetensors: holds" in warnings[0] and "which index.json does not expect there" in warnings[0]
+    assert (
+        "pieces_00001.safetensors: holds" in warnings[0]
+        and "which index.json does not expect there" in warnings[0]
+    )
     edit(middle, "manifest.json", lambda content: content.update(identity="1" * 64, format=3))
     refused = run_ranks(2, restores, tmp_path)
-    assert refused[0] == refused[1] and "was saved by a run with another configuration" in refused[0][0]
+    assert (
+        refused[0] == refused[1]
+        and "was saved by a run with another configuration" in refused[0][0]
+    )

@@ -1,4 +1,6 @@
-"""Data on real ranks: together they read what one process reads, they agree on damage, and training on it is the same training."""
+"""Data on real ranks: together they read what one process reads, they agree on damage, and training
+on it is the same training.
+"""
 
 from pathlib import Path
 
@@ -49,9 +51,13 @@ def test_ranks_together_read_what_one_process_reads(mixed, ranks, workers):
     for step, wanted in enumerate(whole):
         got = {index: row for part in parts for index, row in part[step].items()}
         assert sum(len(part[step]) for part in parts) == len(got) == BATCH
-        assert len({tuple(row.shape) for row in got.values()}) == 1  # all ranks are in the same bucket
+        assert (
+            len({tuple(row.shape) for row in got.values()}) == 1
+        )  # all ranks are in the same bucket
         assert all(torch.equal(got[index], row) for index, row in wanted.items())
-    assert len({tuple(row.shape) for step in whole for row in step.values()}) > 1  # but not always in the same one
+    assert (
+        len({tuple(row.shape) for step in whole for row in step.values()}) > 1
+    )  # but not always in the same one
 
 
 def test_resumed_on_another_number_of_ranks(mixed):
@@ -65,24 +71,40 @@ def test_resumed_on_another_number_of_ranks(mixed):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_training_on_buckets_flips_and_a_mixture_equals_one_process(mixed, strategy):
     results = run_ranks(2, train, mixed, strategy, "fp64", 2, {})
-    assert_same(results, train(World(), torch.device("cpu"), mixed, "local", "fp64", 8, {}), rtol=1e-11, atol=1e-13)
+    assert_same(
+        results,
+        train(World(), torch.device("cpu"), mixed, "local", "fp64", 8, {}),
+        rtol=1e-11,
+        atol=1e-13,
+    )
 
 
 def damaged_rows(world, device, data, options):
-    steps = rows_of_each_step(world, device, data, {**options, "on_error": "skip", "max_skipped_fraction": 0.2})
+    steps = rows_of_each_step(
+        world, device, data, {**options, "on_error": "skip", "max_skipped_fraction": 0.2}
+    )
     return steps, float(sum_over_ranks(torch.ones(1)))
 
 
 def test_ranks_agree_on_damage(tmp_path):
-    """A bit flip that only the rank that verifies the shard can see: all skip the sample, and all put the same one in its place."""
+    """A bit flip that only the rank that verifies the shard can see: all skip the sample, and all
+    put the same one in its place.
+    """
     folder, autoencoder = tiny_dataset(tmp_path, 24)
     shard = next(Path(folder).glob("*.tar"))
     raw = bytearray(shard.read_bytes())
     raw[raw.index(b"moments.npy") // 512 * 512 + 512 + 128 + 77] ^= 1
     shard.write_bytes(raw)
     whole, _ = damaged_rows(World(), torch.device("cpu"), (folder, autoencoder), {})
-    sound = rows_of_each_step(World(), torch.device("cpu"), (folder, autoencoder), {"verify": "sizes"})
-    replaced = [index for a, b in zip(whole, sound, strict=True) for index in a if not torch.equal(a[index], b[index])]
+    sound = rows_of_each_step(
+        World(), torch.device("cpu"), (folder, autoencoder), {"verify": "sizes"}
+    )
+    replaced = [
+        index
+        for a, b in zip(whole, sound, strict=True)
+        for index in a
+        if not torch.equal(a[index], b[index])
+    ]
     assert 1 <= len(replaced) <= STEPS  # one of 24 samples, in each epoch of one batch
     for ranks in (2, 4):
         parts = [part for part, _ in run_ranks(ranks, damaged_rows, (folder, autoencoder), {})]

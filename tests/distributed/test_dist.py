@@ -18,7 +18,10 @@ def collectives(world, device):
         "mean": dist.mean_over_ranks(torch.tensor([float(world.rank), 1.0])),
         "rows": dist.rows_over_ranks(torch.tensor([world.rank, 7], dtype=torch.uint8)),
         "any": [*dist.any_over_ranks(world.rank == 1, False)],
-        "first": [dist.first_over_ranks(f"rank {world.rank}" if world.rank else None), dist.first_over_ranks(None)],
+        "first": [
+            dist.first_over_ranks(f"rank {world.rank}" if world.rank else None),
+            dist.first_over_ranks(None),
+        ],
         "json": dist.broadcast_json({"rank": world.rank, "é": [1, None, 2.5], "t": (1,)}),
     }
 

@@ -1,4 +1,6 @@
-"""One score whatever the number of evaluators, made once and never lost: ranks, rivals, deaths, checkpoints that come and go."""
+"""One score whatever the number of evaluators, made once and never lost: ranks, rivals, deaths,
+checkpoints that come and go.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from tests.support.runs import averages, make_run
 
 CPU = torch.device("cpu")
 METRICS = ["fd", "fd_infinity", "kid", "precision_recall", "density_coverage"]
-SMALL = {"metrics": METRICS, "images": 22, "guidance_scales": [2.0], "bootstrap": 3, "kid_subsets": 3, "best": "fd_averages"}
+SMALL = {
+    "metrics": METRICS,
+    "images": 22,
+    "guidance_scales": [2.0],
+    "bootstrap": 3,
+    "kid_subsets": 3,
+    "best": "fd_averages",
+}
 TOLD = ("seconds", "images_made_now")
 
 
@@ -51,7 +60,13 @@ def small_extractor(monkeypatch):
 
 
 def values(records):
-    return [[{key: value for key, value in entry.items() if key not in TOLD} for entry in record["results"]] for record in records]
+    return [
+        [
+            {key: value for key, value in entry.items() if key not in TOLD}
+            for entry in record["results"]
+        ]
+        for record in records
+    ]
 
 
 def on_a_rank(world, device, run_dir, protocol, keyed_by_rank=False):
@@ -59,7 +74,11 @@ def on_a_rank(world, device, run_dir, protocol, keyed_by_rank=False):
         if keyed_by_rank:
             images = Generator.images
             patch.setattr(
-                Generator, "images", lambda self, indices, *, seed, **more: images(self, indices, seed=seed + world.rank, **more)
+                Generator,
+                "images",
+                lambda self, indices, *, seed, **more: images(
+                    self, indices, seed=seed + world.rank, **more
+                ),
             )
         return json.dumps(list(job.evaluate(run_dir, protocol, device, [6], world)))
 
@@ -76,13 +95,18 @@ def test_any_number_of_ranks_gives_the_same_scores(run, world_size):
     (got,) = json.loads(results[0])
     assert values([got]) == values([wanted]) and got["processes"] == world_size
     assert [entry["metric"] for entry in got["results"]] == [
-        *(f"{name}_averages" for name in ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage"))
+        *(
+            f"{name}_averages"
+            for name in ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage")
+        )
     ]
 
 
 def test_has_teeth_noise_keyed_by_rank(run):
     (wanted,) = alone(run, run.protocol(**SMALL, name="one"), [6])
-    (got,) = json.loads(run_ranks(2, on_a_rank, run.run_dir, run.protocol(**SMALL, name="many"), True)[0])
+    (got,) = json.loads(
+        run_ranks(2, on_a_rank, run.run_dir, run.protocol(**SMALL, name="many"), True)[0]
+    )
     assert got["results"][0]["value"] != pytest.approx(wanted["results"][0]["value"], rel=1e-6)
 
 
@@ -123,7 +147,9 @@ def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
 
 
 def test_rivals_score_every_checkpoint_once(run, tmp_path):
-    """Three evaluators at once, which all find the real pictures unread; what each has done it writes down."""
+    """Three evaluators at once, which all find the real pictures unread; what each has done it
+    writes down.
+    """
     protocol = run.protocol(**SMALL)
 
     def evaluator(number):
@@ -157,7 +183,9 @@ def test_watch_waits_for_checkpoints_and_ends_with_training(run, tmp_path):
     file, folder, aside = tmp_path / "protocol.yaml", run.run_dir.checkpoint(6), tmp_path / "aside"
     file.write_text(dump(run.protocol(**SMALL)))
     folder.rename(aside)
-    pid = forked(lambda: command.run(str(run.run_dir.path), str(file), [], None, watch=True, poll_s=0.1))
+    pid = forked(
+        lambda: command.run(str(run.run_dir.path), str(file), [], None, watch=True, poll_s=0.1)
+    )
     first, second = (run.run_dir.evaluation(step, "tiny") for step in (3, 6))
     deadline = time.monotonic() + 60
     while not first.exists() and time.monotonic() < deadline:

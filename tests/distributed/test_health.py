@@ -1,4 +1,6 @@
-"""A loss or gradient that is not finite: all ranks hear of it, by rank, step and sample, before the update; stop, or skip."""
+"""A loss or gradient that is not finite: all ranks hear of it, by rank, step and sample, before the
+update; stop, or skip.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,11 @@ def data(tmp_path_factory):
 
 
 def new_run(world, device, data, folder, strategy, **optimizer):
-    parallel = {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])} if strategy in JSON_OF else {"strategy": strategy}
+    parallel = (
+        {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
+        if strategy in JSON_OF
+        else {"strategy": strategy}
+    )
     config = train_config(
         data__folder=data[0],
         autoencoder=data[1],
@@ -35,12 +41,25 @@ def new_run(world, device, data, folder, strategy, **optimizer):
 
 
 def pieces(run):
-    return {"pieces": {"param": [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in run.strategy.local_params()]}}
+    return {
+        "pieces": {
+            "param": [
+                (p.name, list(p.shape), p.start, p.tensor.clone())
+                for p in run.strategy.local_params()
+            ]
+        }
+    }
 
 
 def train(world, device, data, folder, strategy, steps, optimizer):
-    """Rank 1 reads damaged latents in its second micro-batch of BAD_STEPS; what came of every step, and what it was."""
-    run, meter, clock = new_run(world, device, data, folder, strategy, **optimizer), Meter(device), Clock(device)
+    """Rank 1 reads damaged latents in its second micro-batch of BAD_STEPS; what came of every step,
+    and what it was.
+    """
+    run, meter, clock = (
+        new_run(world, device, data, folder, strategy, **optimizer),
+        Meter(device),
+        Clock(device),
+    )
     messages, bad, states = [], [], []
     for step in range(steps):
         hands = run.hands(step)
@@ -58,15 +77,25 @@ def train(world, device, data, folder, strategy, steps, optimizer):
             break
         messages.append(outcome.left_out or "")
     means = meter.flush() if steps > 2 else {}
-    return messages, bad, states, means, run.state(steps)["skipped_updates"], run.updater.perceptual.weight.frozen or 0.0
+    return (
+        messages,
+        bad,
+        states,
+        means,
+        run.state(steps)["skipped_updates"],
+        run.updater.perceptual.weight.frozen or 0.0,
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_stop(data, tmp_path, strategy):
-    messages, bad, states, *_ = zip(*run_ranks(2, train, data, tmp_path, strategy, 3, {}), strict=True)
+    messages, bad, states, *_ = zip(
+        *run_ranks(2, train, data, tmp_path, strategy, 3, {}), strict=True
+    )
     assert messages[0] == messages[1] and messages[0][0] == ""
     assert messages[0][1].startswith(
-        f"step 2: the loss is not finite: rank 1: sample {bad[0][0]}. Parameters and moments are as before"
+        f"step 2: the loss is not finite: rank 1: sample {bad[0][0]}. Parameters and moments are "
+        "as before"
     )
     before, after = (whole([state[i] for state in states]) for i in (1, 2))
     assert_identical(after, before)
@@ -76,10 +105,14 @@ def test_stop(data, tmp_path, strategy):
 def test_skip(data, tmp_path, strategy):
     """Two updates are left out, metrics and LPL's calibration go on without them."""
     skip = {"on_nonfinite": "skip", "max_skipped_updates": 2}
-    messages, bad, states, means, skipped, weight = zip(*run_ranks(2, train, data, tmp_path, strategy, 5, skip), strict=True)
+    messages, bad, states, means, skipped, weight = zip(
+        *run_ranks(2, train, data, tmp_path, strategy, 5, skip), strict=True
+    )
     assert messages[0] == messages[1]
     assert [bool(message) for message in messages[0]] == [False, True, False, True, False]
-    assert f"step 4: the loss is not finite: rank 1: sample {bad[0][1]}" in messages[0][3] and skipped == (2, 2)
+    assert f"step 4: the loss is not finite: rank 1: sample {bad[0][1]}" in messages[0][
+        3
+    ] and skipped == (2, 2)
     assert 0 < means[0]["loss/total"] < 100 and weight[0] == weight[1] > 0
     states = [whole([state[i] for state in states]) for i in range(5)]
     assert_identical(states[2], states[1])
@@ -91,7 +124,11 @@ def test_skip(data, tmp_path, strategy):
 def test_more_than_the_cap(data, tmp_path):
     skip = {"on_nonfinite": "skip", "max_skipped_updates": 1}
     messages, *_ = zip(*run_ranks(2, train, data, tmp_path, "ddp", 5, skip), strict=True)
-    assert "This is left-out update number 2, optimizer.max_skipped_updates is 1" in messages[0][3] == messages[1][3]
+    assert (
+        "This is left-out update number 2, optimizer.max_skipped_updates is 1"
+        in messages[0][3]
+        == messages[1][3]
+    )
 
 
 def explodes(world, device, data, folder):
@@ -106,4 +143,6 @@ def explodes(world, device, data, folder):
 
 def test_a_gradient_that_is_not_finite_where_all_losses_are(data, tmp_path):
     first, second = run_ranks(2, explodes, data, tmp_path)
-    assert first == second and first.startswith("step 1: all losses are finite, the gradient is not. Parameters")
+    assert first == second and first.startswith(
+        "step 1: all losses are finite, the gradient is not. Parameters"
+    )

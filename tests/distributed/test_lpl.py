@@ -1,4 +1,6 @@
-"""LPL is the same loss under every strategy, any number of ranks and any accumulation: one process on the whole batch says so."""
+"""LPL is the same loss under every strategy, any number of ranks and any accumulation: one process
+on the whole batch says so.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,18 @@ from tests.support.ranks import run_ranks
 from tests.support.training import JSON_OF, ROOT, whole
 
 STEPS = 2
-LPL = {"weight": 3.0, "gate": {"max_noise_level": 0.7}, "chunk_size": 2}  # three of eight samples: uneven over two ranks
+LPL = {
+    "weight": 3.0,
+    "gate": {"max_noise_level": 0.7},
+    "chunk_size": 2,
+}  # three of eight samples: uneven over two ranks
 OPTIONS = {
     "the paper's": {},
-    "crop, half of the samples": {"crop": {"side": 4, "halo": 1}, "sample_share": 0.5, "noise_weighting": {"kind": "min_snr"}},
+    "crop, half of the samples": {
+        "crop": {"side": 4, "halo": 1},
+        "sample_share": 0.5,
+        "noise_weighting": {"kind": "min_snr"},
+    },
     "batch statistics": {"normalize": {"over": "batch"}},
     "diffusers_script": {"preset": "diffusers_script"},
 }
@@ -31,8 +41,12 @@ def data(tmp_path_factory):
     return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
-def train(world, device, data, strategy, precision, micro_batch_size, lpl, forgets_padding=False, size=8):
-    """Parameters, averages, gradient norms and metrics after STEPS updates with plain SGD, unclipped; batches of `size`."""
+def train(
+    world, device, data, strategy, precision, micro_batch_size, lpl, forgets_padding=False, size=8
+):
+    """Parameters, averages, gradient norms and metrics after STEPS updates with plain SGD,
+    unclipped; batches of `size`.
+    """
     parallel = {"precision": precision, "strategy": "zero" if strategy in JSON_OF else strategy}
     if strategy in JSON_OF:
         parallel["zero_config"] = str(ROOT / JSON_OF[strategy])
@@ -58,7 +72,10 @@ def train(world, device, data, strategy, precision, micro_batch_size, lpl, forge
         norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
         run.ema.update(step + 1)
     kinds = {"param": run.strategy.local_params(), "ema": (piece for _, piece in run.ema.pieces())}
-    pieces = {kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some] for kind, some in kinds.items()}
+    pieces = {
+        kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some]
+        for kind, some in kinds.items()
+    }
     return {"pieces": pieces, "norms": norms, "metrics": meter.flush()}
 
 
@@ -70,18 +87,32 @@ def assert_same(results, wanted, rtol, atol):
     got, expected = whole(results), whole([wanted])
     for kind in ("param", "ema"):
         for name, tensor in expected[kind].items():
-            torch.testing.assert_close(got[kind][name].double(), tensor.double(), rtol=rtol, atol=atol)
-    torch.testing.assert_close(got["norms"]["norms"], expected["norms"]["norms"], rtol=max(rtol, 1e-12), atol=0)
+            torch.testing.assert_close(
+                got[kind][name].double(), tensor.double(), rtol=rtol, atol=atol
+            )
+    torch.testing.assert_close(
+        got["norms"]["norms"], expected["norms"]["norms"], rtol=max(rtol, 1e-12), atol=0
+    )
     for name in wanted["metrics"]:
-        assert results[0]["metrics"][name] == pytest.approx(wanted["metrics"][name], rel=max(100 * rtol, 1e-6)), name
+        assert results[0]["metrics"][name] == pytest.approx(
+            wanted["metrics"][name], rel=max(100 * rtol, 1e-6)
+        ), name
 
 
 ALL = ["ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
-MATRIX = [(strategy, world_size) for strategy in ALL for world_size in (1, 2, 4) if (strategy, world_size) != ("hsdp", 1)]
+MATRIX = [
+    (strategy, world_size)
+    for strategy in ALL
+    for world_size in (1, 2, 4)
+    if (strategy, world_size) != ("hsdp", 1)
+]
 
 
 def train_with_each(world, device, data, strategy, precision, micro_batch_sizes, size):
-    return [train(world, device, data, strategy, precision, micro, {}, size=size) for micro in micro_batch_sizes]
+    return [
+        train(world, device, data, strategy, precision, micro, {}, size=size)
+        for micro in micro_batch_sizes
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +123,14 @@ def references(data):
 
 @pytest.mark.parametrize(("strategy", "world_size"), MATRIX)
 def test_the_whole_matrix(data, references, strategy, world_size):
-    """One, two and four micro-batches; labels dropped, gates uneven.  EMA too: 1e-6 where DeepSpeed keeps float32, else 1e-11."""
+    """One, two and four micro-batches; labels dropped, gates uneven.  EMA too: 1e-6 where DeepSpeed
+    keeps float32, else 1e-11.
+    """
     precision = "fp32" if strategy.startswith("zero") else "fp64"
     micro = [16 // world_size // steps for steps in (1, 2, 4)]
-    tolerance = {"rtol": 2e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 1e-11, "atol": 1e-13}
+    tolerance = (
+        {"rtol": 2e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 1e-11, "atol": 1e-13}
+    )
     by_rank = run_ranks(world_size, train_with_each, data, strategy, precision, micro, 16)
     for results in zip(*by_rank, strict=True):
         assert_same(results, references[precision], **tolerance)
@@ -105,10 +140,17 @@ def test_the_whole_matrix(data, references, strategy, world_size):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_equals_one_process_in_float64(data, strategy, options):
     lpl = OPTIONS[options]
-    micro = 4 if options == "batch statistics" else 2  # statistics over the batch refuse accumulation
+    micro = (
+        4 if options == "batch statistics" else 2
+    )  # statistics over the batch refuse accumulation
     if lpl.get("preset") == "diffusers_script":
         lpl = {**lpl, "gate": LPL["gate"]}
-    assert_same(run_ranks(2, train, data, strategy, "fp64", micro, lpl), reference(data, lpl), rtol=1e-11, atol=1e-13)
+    assert_same(
+        run_ranks(2, train, data, strategy, "fp64", micro, lpl),
+        reference(data, lpl),
+        rtol=1e-11,
+        atol=1e-13,
+    )
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
@@ -123,11 +165,15 @@ def test_bf16_is_near(data, strategy):
     results = run_ranks(2, train, data, strategy, "bf16", 2, {"decoder_precision": "bf16"})
     got, wanted = whole(results), whole([reference(data, {})])
     torch.testing.assert_close(got["norms"]["norms"], wanted["norms"]["norms"], rtol=3e-2, atol=0)
-    assert results[0]["metrics"]["loss/lpl"] == pytest.approx(reference(data, {})["metrics"]["loss/lpl"], rel=5e-2)
+    assert results[0]["metrics"]["loss/lpl"] == pytest.approx(
+        reference(data, {})["metrics"]["loss/lpl"], rel=5e-2
+    )
 
 
 def test_has_teeth_padding_that_counts(data):
-    """Two chosen samples in four microbatches: two of those hold one that was not chosen, and decode it all the same."""
+    """Two chosen samples in four microbatches: two of those hold one that was not chosen, and
+    decode it all the same.
+    """
     lpl = {"sample_share": 0.5}
     results = run_ranks(2, train, data, "ddp", "fp64", 2, lpl, True)
     with pytest.raises(AssertionError):

@@ -1,4 +1,6 @@
-"""Four ranks on two made-up nodes begin together or not at all: what one of them finds is known to all."""
+"""Four ranks on two made-up nodes begin together or not at all: what one of them finds is known to
+all.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def leave(status):
 def began(world, device, folder, latents, name):
     """`began`, the exit status, or the error's name and status."""
     ranks, changes = TROUBLE[name]
-    config, run_dir = train_config(**({"preflight": None} if name == "off" else {})), RunDir(folder / name)
+    config, run_dir = (
+        train_config(**({"preflight": None} if name == "off" else {})),
+        RunDir(folder / name),
+    )
     store = torch.distributed.FileStore(str(folder / f"{name} store"), world.world_size)
     preflight.dist = SimpleNamespace(meet=lambda world: store, leave=leave)
 
@@ -92,21 +97,37 @@ def found(tmp_path_factory):
     ],
 )
 def test_all_ranks_come_to_one_end(found, name, wanted):
-    """Those of an unfit node with a status of its own; the last case is what happens without a preflight."""
+    """Those of an unfit node with a status of its own; the last case is what happens without a
+    preflight.
+    """
     assert found[1][name] == wanted
-    assert RunDir(found[0] / name).preflight.exists() == (name == "none" or 75 in wanted), "no word on a disk that is full"
+    assert RunDir(found[0] / name).preflight.exists() == (name == "none" or 75 in wanted), (
+        "no word on a disk that is full"
+    )
 
 
 def test_the_report_says_who_and_how_fast(found):
     folder, _ = found
     report = json.loads(RunDir(folder / "none").preflight.read_text())
-    assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
-    assert [(link["host"], link["ranks"]) for link in report["links"]] == [("a", [0, 1]), ("b", [2, 3])]
+    assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [
+        (0, "a"),
+        (1, "a"),
+        (2, "b"),
+        (3, "b"),
+    ]
+    assert [(link["host"], link["ranks"]) for link in report["links"]] == [
+        ("a", [0, 1]),
+        ("b", [2, 3]),
+    ]
     assert all(link["mib_per_s"] > 0 for link in report["links"]) and report["findings"] == []
-    assert all(abs(rank["clock_s"]) <= rank["clock_accuracy_s"] for rank in report["ranks"]), "one machine, one clock"
+    assert all(abs(rank["clock_s"]) <= rank["clock_accuracy_s"] for rank in report["ranks"]), (
+        "one machine, one clock"
+    )
 
 
-@pytest.mark.parametrize(("name", "host", "check"), [("data", "b", "data"), ("rank 0 cannot write", "a", "run folder")])
+@pytest.mark.parametrize(
+    ("name", "host", "check"), [("data", "b", "data"), ("rank 0 cannot write", "a", "run folder")]
+)
 def test_a_node_is_named_though_it_cannot_write(found, name, host, check):
     (finding,) = json.loads(RunDir(found[0] / name).preflight.read_text())["findings"]
     assert (finding["host"], finding["check"], finding["fault"]) == (host, check, "node")

@@ -1,7 +1,9 @@
-"""A poisoned shard on real ranks: every layout decides the same, and what it then trains on is the same training.
+"""A poisoned shard on real ranks: every layout decides the same, and what it then trains on is the
+same training.
 
-The shard is the whole batch of positions FIRST and SECOND.  skip leaves update 11 out.  rollback goes back from update 11 to
-step 8 and on at position 11; and from update 14, which is then of position 16, to step 12 and on at position 17.
+The shard is the whole batch of positions FIRST and SECOND.  skip leaves update 11 out.  rollback
+goes back from update 11 to step 8 and on at position 11; and from update 14, which is then of
+position 16, to step 12 and on at position 17.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def data(tmp_path_factory):
 
 
 def train(world, device, run_dir, config, kill_at=None, stop_at=None, jumped=0):
-    """To the end; or until update `kill_at` is made (nothing is saved), or `stop_at`, once `jumped` updates were jumped over."""
+    """To the end; or until update `kill_at` is made (nothing is saved), or `stop_at`, once `jumped`
+    updates were jumped over.
+    """
     stop, tell = StopRequest(), loop.tell
 
     def interrupt(run, sinks, done, outcome):
@@ -92,7 +96,9 @@ INTERRUPTED = {
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """{(world size, strategy, name): run directory} of all cases, one launch for each number of ranks."""
+    """{(world size, strategy, name): run directory} of all cases, one launch for each number of
+    ranks.
+    """
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for ranks in (1, 2, 4):
         cases = []
@@ -124,7 +130,9 @@ def spikes(run_dir):
 
 
 def positions(run_dir):
-    """Of each update that counts, from the ledgers; all ranks' samples together must be the whole batch."""
+    """Of each update that counts, from the ledgers; all ranks' samples together must be the whole
+    batch.
+    """
     read = {}
     for path in sorted(run_dir.path.glob("logs/samples_rank_*.jsonl")):
         mine, lines = {}, map(json.loads, path.read_text().splitlines())
@@ -151,7 +159,8 @@ def assert_close(got, wanted, **tolerance):
 
 
 def replayed(data, tmp_path, at, moved=False):
-    """Parameters of one process without any guard, whose updates are made of the positions `at`; None: of nothing.
+    """Parameters of one process without any guard, whose updates are made of the positions `at`;
+    None: of nothing.
 
     `moved`: a run that takes those samples and forgets the jump in what is drawn by position.
     """
@@ -178,14 +187,18 @@ def test_every_layout_decides_the_same(runs, data, tmp_path, ranks, strategy, on
     found = audit(run_dir, order(data), BATCH)
     assert (found.problems, found.steps) == ([], STEPS)
     assert (found.rollbacks, found.jump_updates) == ((0, 0) if on_spike == "skip" else (2, 5))
-    exact = {"rtol": 1e-10, "atol": 1e-12} if strategy not in JSON_OF else {"rtol": 1e-5, "atol": 1e-7}
+    exact = (
+        {"rtol": 1e-10, "atol": 1e-12} if strategy not in JSON_OF else {"rtol": 1e-5, "atol": 1e-7}
+    )
     for kind in ("param", "ema"):
         assert_close(final(run_dir, kind), final(runs[1, "local", on_spike], kind), **exact)
 
 
 @pytest.mark.parametrize("on_spike", ["skip", "rollback"])
 def test_is_the_training_on_the_other_samples(runs, data, tmp_path, on_spike):
-    """Bit for bit what comes of a run that is handed those positions; the one that was left out gave nothing."""
+    """Bit for bit what comes of a run that is handed those positions; the one that was left out
+    gave nothing.
+    """
     at = [None if p in (FIRST, SECOND) and on_spike == "skip" else p for p in POSITIONS[on_spike]]
     wanted, got = replayed(data, tmp_path, at), final(runs[1, "local", on_spike])
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
@@ -206,7 +219,9 @@ def test_has_teeth_the_poison_reaches_parameters_unless_it_is_left_out(runs, dat
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "local"), (2, "ddp"), (2, "zero2")])
 @pytest.mark.parametrize("how", list(INTERRUPTED))
 def test_a_resumed_run_is_the_uninterrupted_one(runs, data, ranks, strategy, how):
-    """Killed after a rollback, before the next checkpoint; or stopped with a checkpoint between those that are due."""
+    """Killed after a rollback, before the next checkpoint; or stopped with a checkpoint between
+    those that are due.
+    """
     run_dir, wanted = runs[ranks, strategy, how], runs[ranks, strategy, "rollback"]
     assert set(spikes(run_dir)) == set(ROLLBACK) and positions(run_dir) == POSITIONS["rollback"]
     found = audit(run_dir, order(data), BATCH)
@@ -214,8 +229,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs, data, ranks, strategy, how
     for kind in ("param", "ema"):
         got = final(run_dir, kind)
         assert all(torch.equal(got[name], tensor) for name, tensor in final(wanted, kind).items())
-    state = [json.loads((d.checkpoint(STEPS) / "state.json").read_text()) for d in (run_dir, wanted)]
-    assert state[0] == state[1] and state[0]["jump_updates"] == 5 and state[0]["spikes"]["events"] == 2
+    state = [
+        json.loads((d.checkpoint(STEPS) / "state.json").read_text()) for d in (run_dir, wanted)
+    ]
+    assert (
+        state[0] == state[1] and state[0]["jump_updates"] == 5 and state[0]["spikes"]["events"] == 2
+    )
 
 
 # What a strategy promises about a check
@@ -278,15 +297,21 @@ def strategies():
 
 @pytest.mark.parametrize("name", [f"{strategy} {precision}" for strategy, precision in STRATEGIES])
 def test_a_rejected_update_leaves_nothing_behind(strategies, name):
-    """Not in parameters, moments and step counts, nor in the gradient of the next; an accepted one is as if nobody had asked."""
+    """Not in parameters, moments and step counts, nor in the gradient of the next; an accepted one
+    is as if nobody had asked.
+    """
     ranks = [found[name] for found in strategies]
     for got, wanted in (("checked", "unchecked"), ("rejected", "without")):
-        assert_identical(whole([rank[got] for rank in ranks]), whole([rank[wanted] for rank in ranks]))
+        assert_identical(
+            whole([rank[got] for rank in ranks]), whole([rank[wanted] for rank in ranks])
+        )
         for fact in ("optimizer_steps", "loss_scale"):
             assert len({rank[kind][fact] for rank in ranks for kind in (got, wanted)}) == 1
     first = ranks[0]
     assert [flags for *flags, _ in first["rejected"]["said"]] == [[True, False], [False, True]] * 2
-    assert [norm for *_, norm in first["checked"]["said"]] == [norm for *_, norm in first["unchecked"]["said"]]
+    assert [norm for *_, norm in first["checked"]["said"]] == [
+        norm for *_, norm in first["unchecked"]["said"]
+    ]
     assert all(math.isfinite(norm) for *_, norm in first["rejected"]["said"])
 
 
@@ -309,7 +334,9 @@ def test_has_teeth_a_rank_that_decides_alone():
 
 
 def off_by_one_bit(world, device):
-    """Rank 1 computes a norm that differs in the last bit: it decides by the common one, clips by its own."""
+    """Rank 1 computes a norm that differs in the last bit: it decides by the common one, clips by
+    its own.
+    """
     strategy = Training(world, device, Case("ddp")).strategy
     norm = torch.tensor([math.nextafter(4.0, 5.0) if world.rank else 4.0], dtype=torch.float64)
     values = torch.zeros(1, dtype=torch.float64)
@@ -365,7 +392,9 @@ def cost(world, device, folder, data, strategies):
             found[f"{strategy} {on_spike}"] = [counted.reductions, counted.reads]
             pieces = {p.name: p.tensor.clone() for p in run.strategy.local_params()}
             found.setdefault(strategy, pieces)
-            assert all(torch.equal(pieces[name], tensor) for name, tensor in found[strategy].items())
+            assert all(
+                torch.equal(pieces[name], tensor) for name, tensor in found[strategy].items()
+            )
     return {name: counts for name, counts in found.items() if " " in name}
 
 
@@ -382,7 +411,9 @@ def test_one_reduction_and_no_read_more(data, tmp_path):
 
 
 def disagree(world, device, folder, data):
-    """One rank that reloads another checkpoint, or jumps elsewhere, is found by the audit of what was read."""
+    """One rank that reloads another checkpoint, or jumps elsewhere, is found by the audit of what
+    was read.
+    """
     if world.rank == 1:
         plain = Run.hands
         Run.hands = lambda self, step: plain(self, step - (self.jump_updates > 0))
@@ -405,7 +436,9 @@ def stops(world, device, folder, data):
 
 
 def test_stop(data, tmp_path):
-    """The same message on all ranks; it names the samples, by shard and row; the last checkpoint is good to go on from."""
+    """The same message on all ranks; it names the samples, by shard and row; the last checkpoint is
+    good to go on from.
+    """
     first, second = run_ranks(2, stops, tmp_path, data)
     assert first == second
     kind, message = first

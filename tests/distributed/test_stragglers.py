@@ -1,4 +1,6 @@
-"""A rank that is slow by itself is named in metrics.jsonl, with its host, though all ranks' steps take equally long."""
+"""A rank that is slow by itself is named in metrics.jsonl, with its host, though all ranks' steps
+take equally long.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def data(tmp_path_factory):
 
 
 class Clock:
-    """In place of the timers' `time`: it goes on only where a test says so, whatever the load of the machine."""
+    """In place of the timers' `time`: it goes on only where a test says so, whatever the load of
+    the machine.
+    """
 
     now = 0.0
 
@@ -51,7 +55,11 @@ def train_slowly(world, device, data, folder, measure):
     """Rank SLOW_RANK is slow by `measure`; all other ranks are alike."""
     slow, clock = world.rank == SLOW_RANK, Clock()
     config = train_config(
-        data__folder=data[0], autoencoder=data[1], steps=8, batch__global_batch_size=6, parallel={"strategy": "ddp"}
+        data__folder=data[0],
+        autoencoder=data[1],
+        steps=8,
+        batch__global_batch_size=6,
+        parallel={"strategy": "ddp"},
     )
     prefetch = LatentStream.prefetch
     with pytest.MonkeyPatch.context() as patch:
@@ -59,10 +67,16 @@ def train_slowly(world, device, data, folder, measure):
         patch.setattr(timer, "time", clock)
         patch.setattr(stragglers, "LOOK_S", 0.0)
         patch.setattr(Updater, "update", clock.passing(UPDATE_S, Updater.update))
-        patch.setattr(stragglers, "run_delay", lambda: clock.now / 2 if slow and measure == "core" else 0.0)
+        patch.setattr(
+            stragglers, "run_delay", lambda: clock.now / 2 if slow and measure == "core" else 0.0
+        )
         if slow and measure == "data":
-            patch.setattr(LatentStream, "prefetch", lambda *args: clock.late(2 * UPDATE_S, prefetch(*args)))
-        patch.setattr(stragglers.Probe, "_go", lambda self: 0.008 if slow and measure == "device" else 0.001)
+            patch.setattr(
+                LatentStream, "prefetch", lambda *args: clock.late(2 * UPDATE_S, prefetch(*args))
+            )
+        patch.setattr(
+            stragglers.Probe, "_go", lambda self: 0.008 if slow and measure == "device" else 0.001
+        )
         return train(config, RunDir(folder), world, device, StopRequest())
 
 
@@ -70,14 +84,22 @@ def train_slowly(world, device, data, folder, measure):
 def test_the_slow_rank_is_named(data, tmp_path, measure):
     assert all(run_ranks(RANKS, train_slowly, data, tmp_path, measure))
     told = lines(tmp_path)
-    called = [(line["rank"], line["host"], line["measure"]) for line in told if line.get("event") == "straggler"]
+    called = [
+        (line["rank"], line["host"], line["measure"])
+        for line in told
+        if line.get("event") == "straggler"
+    ]
     assert called == ([] if measure == "nothing" else [(SLOW_RANK, f"node{SLOW_RANK}", measure)])
     last = told[-1]
     spreads = {name: last[f"ranks/{name}_spread"] for name in stragglers.MEASURES}
-    assert {name for name, times in spreads.items() if times > stragglers.SLOW} == {measure} - {"nothing"}, spreads
+    assert {name for name, times in spreads.items() if times > stragglers.SLOW} == {measure} - {
+        "nothing"
+    }, spreads
     assert measure == "nothing" or last[f"ranks/{measure}_slowest"] == SLOW_RANK
 
 
 def test_one_process_tells_nothing_of_ranks(data, tmp_path):
     (complete,) = run_ranks(1, train_slowly, data, tmp_path, "data")
-    assert complete and not [key for line in lines(tmp_path) for key in line if key.startswith("ranks/")]
+    assert complete and not [
+        key for line in lines(tmp_path) for key in line if key.startswith("ranks/")
+    ]

@@ -1,7 +1,9 @@
-"""Whatever the strategy, the run is the same run: parameters, gradient norms and EMA equal one process on the whole global batch.
+"""Whatever the strategy, the run is the same run: parameters, gradient norms and EMA equal one
+process on the whole global batch.
 
-Parity is tested under plain SGD without clipping: gradients twice too large move AdamW and clipped runs by next to nothing.
-Tolerances: float64 engines 1e-12; DeepSpeed keeps float32 masters, so ZeRO is compared with the float64 reference at 2e-6.
+Parity is tested under plain SGD without clipping: gradients twice too large move AdamW and clipped
+runs by next to nothing. Tolerances: float64 engines 1e-12; DeepSpeed keeps float32 masters, so ZeRO
+is compared with the float64 reference at 2e-6.
 """
 
 from __future__ import annotations
@@ -40,12 +42,18 @@ def precision(strategy: str) -> str:
 
 
 def assert_same(got, wanted, strategy: str) -> None:
-    tolerance = {"rtol": 2e-6, "atol": 2e-6} if strategy.startswith("zero") else {"rtol": 1e-12, "atol": 1e-12}
+    tolerance = (
+        {"rtol": 2e-6, "atol": 2e-6}
+        if strategy.startswith("zero")
+        else {"rtol": 1e-12, "atol": 1e-12}
+    )
     assert got.keys() == wanted.keys()
     for kind in wanted:
         assert got[kind].keys() == wanted[kind].keys()
         for name in wanted[kind]:
-            torch.testing.assert_close(got[kind][name].double(), wanted[kind][name].double(), **tolerance)
+            torch.testing.assert_close(
+                got[kind][name].double(), wanted[kind][name].double(), **tolerance
+            )
 
 
 def train_all(world, device, cases):
@@ -54,7 +62,9 @@ def train_all(world, device, cases):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED, "zero3_shipped", "zero3_offload_shipped"])
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES, *OFFLOADED, "zero3_shipped", "zero3_offload_shipped"]
+)
 def test_equals_one_process(strategy, world_size):
     cases = [Case(strategy, precision(strategy), grad_accum_steps=steps) for steps in (1, 2, 4)]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
@@ -64,20 +74,29 @@ def test_equals_one_process(strategy, world_size):
 @pytest.mark.parametrize(("world_size", "shard_size"), [(4, 2), (4, 1), (4, 4), (2, 1), (1, 1)])
 def test_groups_of_ranks_that_replicate_each_other_equal_one_process(world_size, shard_size):
     """HSDP; shards of one are plain replicas, one group of all is plain FSDP2."""
-    cases = [Case("fsdp2", "fp64", grad_accum_steps=steps, more=(("shard_size", shard_size),)) for steps in (1, 2, 4)]
+    cases = [
+        Case("fsdp2", "fp64", grad_accum_steps=steps, more=(("shard_size", shard_size),))
+        for steps in (1, 2, 4)
+    ]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
         assert_same(whole(results), one_process(Case()), "fsdp2")
 
 
 @pytest.mark.parametrize("more", [(("reshard_after_forward", False),), (("cpu_offload", True),)])
 def test_policies_of_fsdp2_change_nothing(more):
-    cases = [Case("fsdp2", "fp64", grad_accum_steps=2, more=more), Case("fsdp2", "fp64", more=(*more, ("shard_size", 1)))]
+    cases = [
+        Case("fsdp2", "fp64", grad_accum_steps=2, more=more),
+        Case("fsdp2", "fp64", more=(*more, ("shard_size", 1))),
+    ]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
         assert_same(whole(results), one_process(Case()), "fsdp2")
 
 
 def test_groups_that_do_not_divide_the_world():
-    with pytest.raises(RankFailed, match="parallel.shard_size=3 does not divide the 2 processes .*: use one of 1, 2"):
+    with pytest.raises(
+        RankFailed,
+        match="parallel.shard_size=3 does not divide the 2 processes .*: use one of 1, 2",
+    ):
         run_ranks(2, train, Case("fsdp2", more=(("shard_size", 3),)))
 
 
@@ -90,7 +109,10 @@ CHECKPOINTING = [
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_activation_checkpointing_changes_nothing(strategy):
-    cases = [Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks) for blocks in CHECKPOINTING]
+    cases = [
+        Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks)
+        for blocks in CHECKPOINTING
+    ]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
         assert_same(whole(results), one_process(Case()), strategy)
 
@@ -99,7 +121,12 @@ def test_activation_checkpointing_changes_nothing(strategy):
 def test_compiled_blocks_change_nothing(strategy):
     """With activation checkpointing inside: checkpoint, compile, shard."""
     blocks = (("compile", True), ("activation_checkpointing", "blocks"))
-    results = run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks), timeout_s=240)
+    results = run_ranks(
+        2,
+        train,
+        Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks),
+        timeout_s=240,
+    )
     assert_same(whole(results), one_process(Case()), strategy)
 
 
@@ -108,28 +135,45 @@ def test_adamw_with_clipping_equals_one_process(strategy):
     """Also the moments: they are on the same ranges as the parameters."""
     options = {"optimizer": "adamw", "max_grad_norm": 0.3, "lr": 0.01}
     reference = one_process(Case(**options))
-    assert reference["norms"]["norms"].min() > 0.3 and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < reference.keys()
-    got = whole(run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, **options)))
+    assert (
+        reference["norms"]["norms"].min() > 0.3
+        and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < reference.keys()
+    )
+    got = whole(
+        run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, **options))
+    )
     assert_same(got, reference, strategy)
 
 
 MUON = Case(optimizer="muon", lr=0.01)
-MUON_LAYOUTS = {"ddp": (2, "ddp", ()), "fsdp2": (2, "fsdp2", ()), "hsdp": (4, "fsdp2", (("shard_size", 2),))}
+MUON_LAYOUTS = {
+    "ddp": (2, "ddp", ()),
+    "fsdp2": (2, "fsdp2", ()),
+    "hsdp": (4, "fsdp2", (("shard_size", 2),)),
+}
 
 
 def furthest(got, wanted):
     """Largest difference of a parameter, beside the largest that training has made."""
     begun = whole([train(World(), torch.device("cpu"), MUON, 0)])["param"]
-    error = max((got["param"][name] - tensor).abs().max() for name, tensor in wanted["param"].items())
-    return float(error), float(max((tensor - begun[name]).abs().max() for name, tensor in wanted["param"].items()))
+    error = max(
+        (got["param"][name] - tensor).abs().max() for name, tensor in wanted["param"].items()
+    )
+    return float(error), float(
+        max((tensor - begun[name]).abs().max() for name, tensor in wanted["param"].items())
+    )
 
 
 @pytest.mark.parametrize("layout", MUON_LAYOUTS)
 def test_muon_makes_whole_matrices_orthogonal(layout):
-    """Newton-Schulz runs in bf16 whatever the precision: a gradient that differs in its last bit may be rounded to another bf16."""
+    """Newton-Schulz runs in bf16 whatever the precision: a gradient that differs in its last bit
+    may be rounded to another bf16.
+    """
     world_size, strategy, more = MUON_LAYOUTS[layout]
     got = whole(run_ranks(world_size, train, replace(MUON, strategy=strategy, more=more)))
-    assert got.keys() == one_process(MUON).keys() >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
+    assert (
+        got.keys() == one_process(MUON).keys() >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
+    )
     error, moved = furthest(got, one_process(MUON))
     assert error < 1e-3 * moved
 
@@ -138,7 +182,11 @@ def test_has_teeth_muon_on_shards():
     """The mistake: every rank makes its own rows orthogonal."""
     with pytest.MonkeyPatch.context() as patch:
         whole_matrix = optimizer.orthogonal
-        patch.setattr(optimizer, "orthogonal", lambda matrix: torch.cat([whole_matrix(rows) for rows in matrix.chunk(2)]))
+        patch.setattr(
+            optimizer,
+            "orthogonal",
+            lambda matrix: torch.cat([whole_matrix(rows) for rows in matrix.chunk(2)]),
+        )
         broken = one_process(MUON)
     error, moved = furthest(broken, one_process(MUON))
     assert error > 0.1 * moved
@@ -150,18 +198,30 @@ def breaks(world, device, strategy):
     case = Case(strategy, precision(strategy))
     accumulating, clipping = replace(case, grad_accum_steps=2), replace(case, max_grad_norm=0.3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Strategy, "backward", lambda self, loss, **which: backward(self, loss * world.world_size, **which))
+        patch.setattr(
+            Strategy,
+            "backward",
+            lambda self, loss, **which: backward(self, loss * world.world_size, **which),
+        )
         found = {"sums over ranks": train(world, device, case)}
-        patch.setattr(Strategy, "backward", lambda self, loss, **which: backward(self, loss * which["of"], **which))
+        patch.setattr(
+            Strategy,
+            "backward",
+            lambda self, loss, **which: backward(self, loss * which["of"], **which),
+        )
         found["forgets accumulation"] = train(world, device, accumulating)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Strategy, "step", lambda self, lr, max_grad_norm: step(self, lr=lr, max_grad_norm=1e9))
+        patch.setattr(
+            Strategy, "step", lambda self, lr, max_grad_norm: step(self, lr=lr, max_grad_norm=1e9)
+        )
         found["forgets to clip"] = train(world, device, clipping)
     return found
 
 
 def sums_in_bf16(world, device, case):
-    """Gradients are rounded to bf16 after each micro-batch, as an engine does that sums them in the weights' precision."""
+    """Gradients are rounded to bf16 after each micro-batch, as an engine does that sums them in the
+    weights' precision.
+    """
     run = Training(world, device, case)
     inner = run.strategy._backward
 
@@ -185,7 +245,9 @@ def test_has_teeth_sums_in_bf16(strategy):
 def test_has_teeth(strategy):
     results = run_ranks(2, breaks, strategy)
     for broken in results[0]:
-        reference = one_process(Case(max_grad_norm=0.3 if broken == "forgets to clip" else NO_CLIPPING))
+        reference = one_process(
+            Case(max_grad_norm=0.3 if broken == "forgets to clip" else NO_CLIPPING)
+        )
         with pytest.raises(AssertionError):
             assert_same(whole(result[broken] for result in results), reference, strategy)
 
@@ -195,7 +257,9 @@ def trains_in_bf16(world, device, near, tiny_updates):
     seen = []
     run = Training(world, device, near)
     model = next(module for module in run.module.modules() if isinstance(module, Tiny))
-    model.register_forward_pre_hook(lambda module, inputs: seen.append([str(x.dtype) for x in (*inputs[:2], inputs[2].labels)]))
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append([str(x.dtype) for x in (*inputs[:2], inputs[2].labels)])
+    )
     return run.train(3).result(), train(world, device, tiny_updates, 8), seen[0]
 
 
@@ -204,16 +268,24 @@ def test_bf16(strategy):
     near = Case(strategy, "bf16", optimizer="adamw", lr=1e-3, grad_accum_steps=2)
     tiny_updates = replace(near, lr=1e-6, grad_accum_steps=1)
     *results, seen = zip(*run_ranks(2, trains_in_bf16, near, tiny_updates), strict=True)
-    assert seen[0] == ["torch.float32", "torch.float32", "torch.int64"], "a timestep rounded to bf16 has 8 bits"
-    assert_near_and_wide(whole(results[0]), one_process(replace(near, strategy="local", precision="fp64")))
-    assert_moved_by_tiny_updates(whole(results[1]), one_process(Case(precision="fp32"), steps=0)["param"])
+    assert seen[0] == ["torch.float32", "torch.float32", "torch.int64"], (
+        "a timestep rounded to bf16 has 8 bits"
+    )
+    assert_near_and_wide(
+        whole(results[0]), one_process(replace(near, strategy="local", precision="fp64"))
+    )
+    assert_moved_by_tiny_updates(
+        whole(results[1]), one_process(Case(precision="fp32"), steps=0)["param"]
+    )
 
 
 FP16_STRATEGIES = ["ddp", "fsdp2", *(f"zero{stage}" for stage in range(4)), *OFFLOADED]
 
 
 def in_fp16(world, device, case, scale, factor):
-    """Three updates on losses `factor` times as large, from a loss scale of `scale` (None: the usual one)."""
+    """Three updates on losses `factor` times as large, from a loss scale of `scale` (None: the
+    usual one).
+    """
     with pytest.MonkeyPatch.context() as patch:
         pretend_that_deepspeed_has_fp16_here(patch)
         run = Training(world, device, case)
@@ -236,19 +308,29 @@ def pretend_that_deepspeed_has_fp16_here(patch):
 
 @pytest.mark.parametrize("strategy", FP16_STRATEGIES)
 def test_fp16_scales_its_losses(strategy):
-    """Gradients of about 1e-7 are below what float16 can hold: the scale carries them through; one too large is lowered first."""
+    """Gradients of about 1e-7 are below what float16 can hold: the scale carries them through; one
+    too large is lowered first.
+    """
     case, factor = Case(strategy, "fp16", lr=1e6, grad_accum_steps=2), 1e-6
-    wanted = one_process(replace(case, strategy="local", precision="fp64", grad_accum_steps=1, lr=1.0))  # 1e6 * 1e-6
+    wanted = one_process(
+        replace(case, strategy="local", precision="fp64", grad_accum_steps=1, lr=1.0)
+    )  # 1e6 * 1e-6
     results, tried, scales = zip(*run_ranks(2, in_fp16, case, None, factor), strict=True)
     assert tried[0] == [False] * 3 and scales[0] == 2.0**16
     got = whole(results)
     assert all(tensor.dtype == torch.float32 for tensor in got["param"].values())
     for name, tensor in wanted["param"].items():
         torch.testing.assert_close(got["param"][name].double(), tensor, rtol=2e-2, atol=1e-2)
-    torch.testing.assert_close(got["norms"]["norms"] / factor, wanted["norms"]["norms"], rtol=2e-2, atol=0)
+    torch.testing.assert_close(
+        got["norms"]["norms"] / factor, wanted["norms"]["norms"], rtol=2e-2, atol=0
+    )
 
     results, tried, scales = zip(*run_ranks(2, in_fp16, case, 2.0**52, factor), strict=True)
-    assert tried[0] == tried[1] and 0 < (lowered := sum(tried[0])) == len(tried[0]) - 3 and scales[0] == 2.0 ** (52 - lowered)
+    assert (
+        tried[0] == tried[1]
+        and 0 < (lowered := sum(tried[0])) == len(tried[0]) - 3
+        and scales[0] == 2.0 ** (52 - lowered)
+    )
     for name, tensor in got["param"].items():
         torch.testing.assert_close(whole(results)["param"][name], tensor, rtol=1e-2, atol=1e-2)
 
@@ -259,20 +341,28 @@ def test_has_teeth_fp16_without_a_scale(strategy):
     results, _, _ = zip(*run_ranks(2, in_fp16, case, 1.0, 1e-6), strict=True)
     wanted = one_process(replace(case, strategy="local", precision="fp64", lr=1.0))
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(whole(results)["norms"]["norms"] * 1e6, wanted["norms"]["norms"], rtol=2e-2, atol=0)
+        torch.testing.assert_close(
+            whole(results)["norms"]["norms"] * 1e6, wanted["norms"]["norms"], rtol=2e-2, atol=0
+        )
 
 
 def assert_near_and_wide(got, wanted):
-    """Masters start from the float32 weights, not from their bf16 rounding; pieces, moments and EMA are float32."""
+    """Masters start from the float32 weights, not from their bf16 rounding; pieces, moments and EMA
+    are float32.
+    """
     for kind in wanted.keys() - HISTORIES:
         assert all(tensor.dtype == torch.float32 for tensor in got[kind].values())
     for name, tensor in wanted["param"].items():
-        torch.testing.assert_close(got["param"][name].double(), tensor, rtol=0, atol=3 * 2 * 1e-3)  # Adam moves lr a step at most
+        torch.testing.assert_close(
+            got["param"][name].double(), tensor, rtol=0, atol=3 * 2 * 1e-3
+        )  # Adam moves lr a step at most
     torch.testing.assert_close(got["norms"]["norms"], wanted["norms"]["norms"], rtol=2e-2, atol=0)
 
 
 def assert_moved_by_tiny_updates(got, start):
-    """Updates far below a bf16 step of the weights: masters and EMA feel them, bf16 masters would stand still."""
+    """Updates far below a bf16 step of the weights: masters and EMA feel them, bf16 masters would
+    stand still.
+    """
     for name, before in start.items():
         for kind in ("param", "ema"):
             assert 0 < (got[kind][name] - before).abs().max() < 8 * 2e-6
@@ -290,7 +380,9 @@ def meets_a_bad_loss(world, device, case, bad):
     run = Training(world, device, case).train(1)
     before = run.result()
     last = world.rank == world.world_size - 1
-    report = run.update(lambda loss, microbatch: BAD[bad](loss) if last and microbatch == 0 else loss)
+    report = run.update(
+        lambda loss, microbatch: BAD[bad](loss) if last and microbatch == 0 else loss
+    )
     after = run.result()
     return str(report), before, after, run.train(2).result(), train(world, device, case, 3)
 
@@ -298,8 +390,16 @@ def meets_a_bad_loss(world, device, case, bad):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
 def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_the_update(strategy, bad):
-    """One rank's bad micro-batch; then training goes on as if it had never been.  NaN in full precision, the others in bf16."""
-    case = Case(strategy, precision(strategy) if bad == "NaN" else "bf16", optimizer="adamw", grad_accum_steps=2, lr=0.01)
+    """One rank's bad micro-batch; then training goes on as if it had never been.  NaN in full
+    precision, the others in bf16.
+    """
+    case = Case(
+        strategy,
+        precision(strategy) if bad == "NaN" else "bf16",
+        optimizer="adamw",
+        grad_accum_steps=2,
+        lr=0.01,
+    )
     reports, *results = zip(*run_ranks(2, meets_a_bad_loss, case, bad), strict=True)
     assert set(reports) == {"StepReport(applied=False, grad_norm=nan, scale_lowered=False)"}
     before, after, later, undisturbed = map(whole, results)
@@ -311,8 +411,12 @@ def overlooks_an_infinite_loss(world, device):
     """The strategy's backward as it would be without the check of the loss."""
     run = Training(world, device, Case("ddp", "fp64"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
-        return run.update(lambda loss, microbatch: BAD["finite gradient of an infinite loss"](loss)).applied
+        patch.setattr(
+            torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool)
+        )
+        return run.update(
+            lambda loss, microbatch: BAD["finite gradient of an infinite loss"](loss)
+        ).applied
 
 
 def test_has_teeth_an_infinite_loss_whose_gradient_is_finite():
@@ -324,7 +428,9 @@ def test_local_refuses_two_processes():
         run_ranks(2, train, Case("local"))
 
 
-@pytest.mark.parametrize(("strategy", "file"), [("zero1", "zero1"), ("zero2", "zero2"), ("zero3", "zero3_shipped")])
+@pytest.mark.parametrize(
+    ("strategy", "file"), [("zero1", "zero1"), ("zero2", "zero2"), ("zero3", "zero3_shipped")]
+)
 def test_a_stage_without_a_file_equals_its_file(strategy, file):
     """Bit for bit, on two ranks."""
     options = {"precision": "bf16", "optimizer": "adamw", "lr": 0.01, "grad_accum_steps": 2}
@@ -341,8 +447,13 @@ def test_a_misspelt_key_inside_zero_optimization(tmp_path):
     """Refused in our words, before DeepSpeed is asked."""
     json = tmp_path / "zero.json"
     json.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}')
-    with pytest.raises(ConfigError, match="zero.json: 1 key cannot be used:\n.*reduce_bucket_sise: .*'reduce_bucket_size'"):
-        make_strategy(ParallelConfig(strategy="zero", zero_config=str(json)), World(), torch.device("cpu"))
+    with pytest.raises(
+        ConfigError,
+        match="zero.json: 1 key cannot be used:\n.*reduce_bucket_sise: .*'reduce_bucket_size'",
+    ):
+        make_strategy(
+            ParallelConfig(strategy="zero", zero_config=str(json)), World(), torch.device("cpu")
+        )
 
 
 def test_what_deepspeed_refuses_itself_comes_out_as_ours():
@@ -353,15 +464,21 @@ def test_what_deepspeed_refuses_itself_comes_out_as_ours():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
-            strategy = make_strategy(ParallelConfig(strategy="zero2", precision="fp16"), world, device)
-            with pytest.raises(ConfigError, match="parallel.strategy=zero2: DeepSpeed refuses it: .*fp16"):
+            strategy = make_strategy(
+                ParallelConfig(strategy="zero2", precision="fp16"), world, device
+            )
+            with pytest.raises(
+                ConfigError, match="parallel.strategy=zero2: DeepSpeed refuses it: .*fp16"
+            ):
                 strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p.values(), lr=1.0))
 
     run_ranks(1, setup)
 
 
 def linears(world, device, compiled):
-    """Is `torch.nn.functional.linear` torch's own: before, inside and behind the model, and after an update."""
+    """Is `torch.nn.functional.linear` torch's own: before, inside and behind the model, and after
+    an update.
+    """
     own, seen = torch.nn.functional.linear, []
     run = Training(world, device, Case("zero3", "fp32", more=(("compile", compiled),)))
     inner = next(module for module in run.module.modules() if isinstance(module, Tiny))

@@ -1,4 +1,6 @@
-"""A text-conditioned MMDiT and a tiny SDXL with LPL train the same under every strategy, and draw pictures from captions."""
+"""A text-conditioned MMDiT and a tiny SDXL with LPL train the same under every strategy, and draw
+pictures from captions.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,23 @@ def data(tmp_path_factory):
 
 
 MODELS = {
-    "dit in context": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "rope": True, "text": "in_context"},
+    "dit in context": {
+        "kind": "dit",
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "rope": True,
+        "text": "in_context",
+    },
     "dit across": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "text": "cross_attention"},
     "mmdit": TINY_MMDIT,
     "sdxl": TINY_SDXL,
 }
 
 
-def config_of(data, strategy="local", precision="fp64", micro_batch_size=8, model="mmdit", **changes):
+def config_of(
+    data, strategy="local", precision="fp64", micro_batch_size=8, model="mmdit", **changes
+):
     parallel = {"precision": precision, "strategy": strategy}
     if strategy in JSON_OF:
         parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
@@ -57,7 +68,11 @@ def config_of(data, strategy="local", precision="fp64", micro_batch_size=8, mode
         "optimizer": {"kind": "sgd", "lr": 0.05, "max_grad_norm": 1e9},
         "parallel": parallel,
         "batch": {"global_batch_size": 8, "micro_batch_size": micro_batch_size},
-        "lpl": {"weight": 3.0, "gate": {"max_noise_level": 0.7}, "decoder_precision": "fp64" if precision == "fp64" else "fp32"},
+        "lpl": {
+            "weight": 3.0,
+            "gate": {"max_noise_level": 0.7},
+            "decoder_precision": "fp64" if precision == "fp64" else "fp32",
+        },
     }
     return train_config(**{**settings, **changes})
 
@@ -68,11 +83,18 @@ def awake(model):
         torch.nn.init.normal_(parameter, std=0.1)
 
 
-def train(world, device, data, model, strategy, precision, micro_batch_size, forgets_captions=False):
+def train(
+    world, device, data, model, strategy, precision, micro_batch_size, forgets_captions=False
+):
     with pytest.MonkeyPatch.context() as patch:
         for kind in (DiT, MMDiT):
             patch.setattr(kind, "_initialise", awake)
-        run = assemble(config_of(data, strategy, precision, micro_batch_size, model), RunDir(Path("never")), world, device)
+        run = assemble(
+            config_of(data, strategy, precision, micro_batch_size, model),
+            RunDir(Path("never")),
+            world,
+            device,
+        )
     meter, norms = Meter(device), []
     for step in range(STEPS):
         hands = run.hands(step)
@@ -81,7 +103,11 @@ def train(world, device, data, model, strategy, precision, micro_batch_size, for
             for batch in batches:
                 batch.text["clip"].states.zero_()
         norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
-    pieces = {"param": [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in run.strategy.local_params()]}
+    pieces = {
+        "param": [
+            (p.name, list(p.shape), p.start, p.tensor.clone()) for p in run.strategy.local_params()
+        ]
+    }
     return {"pieces": pieces, "norms": norms, "loss": meter.flush()["loss/total"]}
 
 
@@ -101,7 +127,9 @@ def assert_same(results, wanted, **tolerance):
 def test_equals_one_process(data, strategy, model):
     """Captions of different lengths on different ranks, some of them dropped."""
     precision = "fp32" if strategy.startswith("zero") else "fp64"
-    tolerance = {"rtol": 2e-5, "atol": 2e-6} if precision == "fp32" else {"rtol": 1e-11, "atol": 1e-13}
+    tolerance = (
+        {"rtol": 2e-5, "atol": 2e-6} if precision == "fp32" else {"rtol": 1e-11, "atol": 1e-13}
+    )
     results = run_ranks(2, train, data, model, strategy, precision, 2)
     assert_same(results, reference(data, model, precision), **tolerance)
 
@@ -125,19 +153,32 @@ def test_captions_of_pictures_are_a_function_of_seed_and_number(data):
     captions = Captions(config_of(data), CPU)
     texts, states, pooled = captions.draw(0, [3, 1, 2])
     again, single, vector = captions.draw(0, [1])
-    assert texts[1:2] == again and torch.equal(states[1:2], single) and torch.equal(pooled[1:2], vector)
-    assert len(set(captions.draw(0, range(30))[0])) > 3 and captions.draw(1, range(30))[0] != captions.draw(0, range(30))[0]
+    assert (
+        texts[1:2] == again
+        and torch.equal(states[1:2], single)
+        and torch.equal(pooled[1:2], vector)
+    )
+    assert (
+        len(set(captions.draw(0, range(30))[0])) > 3
+        and captions.draw(1, range(30))[0] != captions.draw(0, range(30))[0]
+    )
     assert states.shape == (3, 9 + 8, 16) and pooled.shape == (3, 12)
 
 
 def online_config(data, names=("t5",), **changes):
-    """These encoders run beside the model; the folder of `data` is that of its parts (tests/support/latents.py)."""
+    """These encoders run beside the model; the folder of `data` is that of its parts
+    (tests/support/latents.py).
+    """
     folder = Path(data[1]).parent
     known = {
         "clip": {"folder": str(folder / "clip"), "pooled": True, "max_tokens": 9},
         "t5": {"folder": str(folder / "t5"), "max_tokens": 8},
     }
-    conditioning = {"text": LAYOUT, "text_dropout": 0.3, "encoders": {name: known[name] for name in names}}
+    conditioning = {
+        "text": LAYOUT,
+        "text_dropout": 0.3,
+        "encoders": {name: known[name] for name in names},
+    }
     return config_of(data, conditioning=conditioning, **changes)
 
 
@@ -159,39 +200,65 @@ def train_online(world, device, data, names, damage=None):
 
 @pytest.mark.parametrize("names", [("t5",), ("clip", "t5")])
 def test_encoders_beside_the_model_say_what_was_stored(data, names):
-    """t5 is stored in fp16, clip in int8; all captions of a batch are padded together here, which moves their last bits."""
+    """t5 is stored in fp16, clip in int8; all captions of a batch are padded together here, which
+    moves their last bits.
+    """
     got, wanted = run_ranks(2, train_online, data, names)[0], reference(data, "mmdit")
     tolerance = 1e-4 if names == ("t5",) else 1e-2
-    assert got["norms"] == pytest.approx(wanted["norms"], rel=tolerance) and got["loss"] == pytest.approx(
-        wanted["loss"], rel=tolerance
-    )
+    assert got["norms"] == pytest.approx(wanted["norms"], rel=tolerance) and got[
+        "loss"
+    ] == pytest.approx(wanted["loss"], rel=tolerance)
 
 
 def test_has_teeth_captions_of_others(data):
     real = OnlineText.__call__
-    (got,) = run_ranks(1, train_online, data, ("t5",), lambda self, captions: real(self, captions[::-1]))
+    (got,) = run_ranks(
+        1, train_online, data, ("t5",), lambda self, captions: real(self, captions[::-1])
+    )
     assert got["norms"] != pytest.approx(reference(data, "mmdit")["norms"], rel=1e-4)
 
 
 def test_prompts_of_ones_own(data):
-    """By encoders beside the model, or by those that made the stored embeddings, which have to be named."""
+    """By encoders beside the model, or by those that made the stored embeddings, which have to be
+    named.
+    """
     texts, folder = ("a cat", "a red dog and a cat"), Path(data[1]).parent
-    _, states, pooled = Captions(online_config(data, ("clip", "t5")), CPU, Prompts(texts, {})).draw(0, [0, 1, 2])
+    _, states, pooled = Captions(online_config(data, ("clip", "t5")), CPU, Prompts(texts, {})).draw(
+        0, [0, 1, 2]
+    )
     assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
     folders = {name: str(folder / name) for name in LAYOUT}
-    captions, same, vectors = Captions(config_of(data), CPU, Prompts(texts, folders)).draw(1, [0, 1, 2])
-    assert captions == [*texts, texts[0]] and torch.equal(same, states) and torch.equal(vectors, pooled)
-    with pytest.raises(ConfigError, match="reads embeddings by 't5': name its encoder, --text-encoder t5=FOLDER"):
+    captions, same, vectors = Captions(config_of(data), CPU, Prompts(texts, folders)).draw(
+        1, [0, 1, 2]
+    )
+    assert (
+        captions == [*texts, texts[0]]
+        and torch.equal(same, states)
+        and torch.equal(vectors, pooled)
+    )
+    with pytest.raises(
+        ConfigError, match="reads embeddings by 't5': name its encoder, --text-encoder t5=FOLDER"
+    ):
         Captions(config_of(data), CPU, Prompts(texts, {"clip": folders["clip"]}))
-    with pytest.raises(ConfigError, match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: name that one"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: name that one",
+    ):
         Captions(config_of(data), CPU, Prompts(texts, {**folders, "t5": folders["clip"]}))
 
 
-@pytest.mark.parametrize(("family", "pooled"), [("clip", False), ("clip", True), ("t5", False), ("bert", False), ("bert", True)])
+@pytest.mark.parametrize(
+    ("family", "pooled"),
+    [("clip", False), ("clip", True), ("t5", False), ("bert", False), ("bert", True)],
+)
 def test_a_folder_alone_says_what_its_encoder_gives(tmp_path, family, pooled):
     config = TextEncoderConfig(folder=text_encoder_folder(tmp_path, family), pooled=pooled)
     entry, encoder = text_entry(config, "x"), load_text_encoder(config, "x")
-    assert (entry.width, entry.pooled_width, entry.identity) == (encoder.width, encoder.pooled_width, encoder.identity)
+    assert (entry.width, entry.pooled_width, entry.identity) == (
+        encoder.width,
+        encoder.pooled_width,
+        encoder.identity,
+    )
 
 
 def test_what_a_run_with_idle_encoders_is_told(data):
@@ -201,8 +268,12 @@ def test_what_a_run_with_idle_encoders_is_told(data):
     silent = index.model_copy(update={"captions": 0, "text": {}})
     with pytest.raises(ConfigError, match="conditioning.encoders: .* holds no captions to encode"):
         check_run(config, silent, 1)
-    idle = config.model_copy(update={"conditioning": config.conditioning.model_copy(update={"text": ("clip",)})})
-    with pytest.raises(ConfigError, match=r"conditioning.encoders.t5: not named in conditioning.text=\['clip'\]"):
+    idle = config.model_copy(
+        update={"conditioning": config.conditioning.model_copy(update={"text": ("clip",)})}
+    )
+    with pytest.raises(
+        ConfigError, match=r"conditioning.encoders.t5: not named in conditioning.text=\['clip'\]"
+    ):
         check_run(idle, index, 1)
 
 

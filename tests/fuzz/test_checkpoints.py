@@ -1,4 +1,6 @@
-"""Hostile checkpoints, records and leases: each is refused by name, or means exactly what was written."""
+"""Hostile checkpoints, records and leases: each is refused by name, or means exactly what was
+written.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,57 @@ from lpl_pretrain.config.records import read_record
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, DataError
 from lpl_pretrain.runtime.lease import Lease, holder_of, is_stale, read_lease
-from tests.support.checkpoints import content_of, edit, opened, record_again, save, state_of, tensors_of
+from tests.support.checkpoints import (
+    content_of,
+    edit,
+    opened,
+    record_again,
+    save,
+    state_of,
+    tensors_of,
+)
 from tests.support.fuzz import cases
 
 STEP = 10
-FILES = ["manifest.json", "index.json", "state.json", "pieces_00000.safetensors", "pieces_00001.safetensors"]
+FILES = [
+    "manifest.json",
+    "index.json",
+    "state.json",
+    "pieces_00000.safetensors",
+    "pieces_00001.safetensors",
+]
 DELETE, RENAME, TWICE = "delete", "rename", "twice"
-ODD_TEXT = ["", "../x", "/etc/passwd", "a\x00b", "\ud800", "x\n\x1b[31m", "a" * 5000, "F16", "step_00000010"]
-ODD_NUMBERS = [-1, 0, 1, 2, 5, 9, 11, 12, 20, 80, 2**31, 2**63, 10**19, 10**40, -(10**40), 1e300, float("nan"), float("inf")]
+ODD_TEXT = [
+    "",
+    "../x",
+    "/etc/passwd",
+    "a\x00b",
+    "\ud800",
+    "x\n\x1b[31m",
+    "a" * 5000,
+    "F16",
+    "step_00000010",
+]
+ODD_NUMBERS = [
+    -1,
+    0,
+    1,
+    2,
+    5,
+    9,
+    11,
+    12,
+    20,
+    80,
+    2**31,
+    2**63,
+    10**19,
+    10**40,
+    -(10**40),
+    1e300,
+    float("nan"),
+    float("inf"),
+]
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -40,7 +85,10 @@ VALUES = st.one_of(
     st.lists(st.lists(st.integers(-2, 13), min_size=3, max_size=3), max_size=3),
     st.dictionaries(st.sampled_from(["a", "bytes", "step", ""]), st.integers(-1, 3), max_size=2),
 )
-CHANGES = st.one_of(st.tuples(st.just("set"), VALUES), st.sampled_from([(DELETE, None), (RENAME, None), (TWICE, None)]))
+CHANGES = st.one_of(
+    st.tuples(st.just("set"), VALUES),
+    st.sampled_from([(DELETE, None), (RENAME, None), (TWICE, None)]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +100,10 @@ def original() -> Iterator[Path]:
 @pytest.fixture
 def copy(original, tmp_path):
     """A function that brings a copy of the checkpoint back to what the original is."""
-    folder, sound = tmp_path / original.name, {path.name: path.read_bytes() for path in original.iterdir()}
+    folder, sound = (
+        tmp_path / original.name,
+        {path.name: path.read_bytes() for path in original.iterdir()},
+    )
     shutil.copytree(original, folder)
 
     def fresh() -> Path:
@@ -67,12 +118,20 @@ def copy(original, tmp_path):
 def paths(value: Any, here: tuple = ()) -> Iterator[tuple]:
     """Of every value inside, and of the whole."""
     yield here
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from paths(inner, (*here, key))
 
 
 def changed(content: Any, where: int | tuple, change: tuple[str, Any]) -> Any:
-    """`content` with one value replaced, deleted, doubled, or its key renamed; `where`: a path, or the number of one."""
+    """`content` with one value replaced, deleted, doubled, or its key renamed; `where`: a path, or
+    the number of one.
+    """
     if isinstance(where, int):
         found = list(paths(content))
         where = found[where % len(found)]
@@ -98,30 +157,44 @@ def changed(content: Any, where: int | tuple, change: tuple[str, Any]) -> Any:
 
 
 def check(folder: Path, *, repaired: bool) -> None:
-    """Refused with the file's name in a short message; or the tensors are those that were saved, and numbers those on disk."""
+    """Refused with the file's name in a short message; or the tensors are those that were saved,
+    and numbers those on disk.
+    """
     try:
         checkpoint = opened(folder)
         found = content_of(checkpoint)
     except CheckpointError as error:
         text = str(error)
-        assert str(folder) in text and len(text) < len(str(folder)) + 600 and text.isprintable(), text
+        assert str(folder) in text and len(text) < len(str(folder)) + 600 and text.isprintable(), (
+            text
+        )
         return
     wanted = tensors_of(STEP)
     assert found.keys() == wanted.keys()
     for kind, named in wanted.items():
         assert found[kind].keys() == named.keys()
         for name, tensor in named.items():
-            assert found[kind][name].dtype == tensor.dtype and torch.equal(found[kind][name], tensor)
+            assert found[kind][name].dtype == tensor.dtype and torch.equal(
+                found[kind][name], tensor
+            )
     manifest = checkpoint.manifest
     assert (manifest.step, manifest.samples_seen, manifest.world_size) == (STEP, STEP * 8, 2)
-    assert checkpoint.state == json.loads((folder / "state.json").read_text()) and checkpoint.state["step"] == STEP
-    assert manifest.optimizer_steps == json.loads((folder / "manifest.json").read_text())["optimizer_steps"]
+    assert (
+        checkpoint.state == json.loads((folder / "state.json").read_text())
+        and checkpoint.state["step"] == STEP
+    )
+    assert (
+        manifest.optimizer_steps
+        == json.loads((folder / "manifest.json").read_text())["optimizer_steps"]
+    )
     assert 0 <= manifest.optimizer_steps <= STEP - checkpoint.state["skipped_updates"]
     if not repaired:
         assert checkpoint.state == state_of(STEP) and manifest.optimizer_steps == STEP - 1
 
 
-def damage_json(folder: Path, name: str, where: int | tuple, change: tuple[str, Any], *, repair: bool) -> None:
+def damage_json(
+    folder: Path, name: str, where: int | tuple, change: tuple[str, Any], *, repair: bool
+) -> None:
     if repair:
         edit(folder, name, lambda content: changed(content, where, change))
     else:
@@ -133,14 +206,20 @@ RANGES = ("param", "a.weight", "ranges")
 
 
 @cases(220)
-@given(name=st.sampled_from(FILES[:3]), where=st.integers(0, 300), change=CHANGES, repair=st.booleans())
+@given(
+    name=st.sampled_from(FILES[:3]), where=st.integers(0, 300), change=CHANGES, repair=st.booleans()
+)
 @example(name="manifest.json", where=("optimizer_steps",), change=("set", -1), repair=True)
 @example(name="manifest.json", where=("step",), change=("set", 20), repair=True)
 @example(name="index.json", where=RANGES, change=("set", [[0, 6, 0], [5, 12, 1]]), repair=True)
 @example(name="index.json", where=RANGES, change=("set", [[6, 12, 0], [0, 6, 1]]), repair=True)
 @example(name="index.json", where=RANGES, change=("set", [[1, 7, 0], [7, 13, 1]]), repair=True)
-@example(name="index.json", where=("param", "a.weight", "shape"), change=("set", [-4, -3]), repair=True)
-@example(name="index.json", where=("param", "a.weight", "shape"), change=("set", [3, 4]), repair=True)
+@example(
+    name="index.json", where=("param", "a.weight", "shape"), change=("set", [-4, -3]), repair=True
+)
+@example(
+    name="index.json", where=("param", "a.weight", "shape"), change=("set", [3, 4]), repair=True
+)
 def test_edited_json(copy, name, where, change, repair):
     folder = copy()
     damage_json(folder, name, where, change, repair=repair)
@@ -228,7 +307,10 @@ def test_edited_evaluation_records(tmp_path, where, change):
     assert record == json.loads(path.read_text())
     if record["format_version"] == 2:
         assert record["step"] == STEP and record["protocol"]["name"] == "quick"
-        assert all(isinstance(entry["value"], (int, float)) and isinstance(entry["metric"], str) for entry in record["results"])
+        assert all(
+            isinstance(entry["value"], (int, float)) and isinstance(entry["metric"], str)
+            for entry in record["results"]
+        )
 
 
 @cases(60)

@@ -1,4 +1,6 @@
-"""Any bytes, structure, override or value for a configuration: a short ConfigError in our words, or exactly what was written."""
+"""Any bytes, structure, override or value for a configuration: a short ConfigError in our words, or
+exactly what was written.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ CLASSES: dict[str, type[Section]] = {
     "cluster": ClusterProfile,
 }
 SHIPPED = [path for kind in CLASSES for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-FIELDS = [(kind, path) for kind, cls in CLASSES.items() for path in dict.fromkeys(path for path, _, _ in leaves(cls))]
+FIELDS = [
+    (kind, path)
+    for kind, cls in CLASSES.items()
+    for path in dict.fromkeys(path for path, _, _ in leaves(cls))
+]
 TINY = """
 name: tiny
 steps: 10
@@ -48,7 +54,9 @@ model: {width: 32, depth: 2, heads: 2}
 diffusion: {prediction: flow, schedule: rectified_flow}
 batch: {global_batch_size: 8}
 """
-BOMB = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+BOMB = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+)
 
 scalars = (
     st.none()
@@ -57,14 +65,34 @@ scalars = (
     | st.integers(-3, 70)
     | st.floats()
     | st.text(max_size=20)
-    | st.sampled_from(["", "~", "1e-4", "2024-13-45", "1:30", "010", "yes", "a\nb", "../x", "x" * 300, "\x85", "ä", "😀", "="])
+    | st.sampled_from(
+        [
+            "",
+            "~",
+            "1e-4",
+            "2024-13-45",
+            "1:30",
+            "010",
+            "yes",
+            "a\nb",
+            "../x",
+            "x" * 300,
+            "\x85",
+            "ä",
+            "😀",
+            "=",
+        ]
+    )
     | st.sampled_from([10**30, 2**63, -(2**63), 1e300, float("inf"), float("nan"), 0.5, 1.0])
 )
 keys = st.text(max_size=8) | st.sampled_from(["kind", "size"])
 values: st.SearchStrategy[Any] = st.recursive(
     scalars,
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.sampled_from(["kind", "size"]), inner, max_size=3)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=8) | st.sampled_from(["kind", "size"]), inner, max_size=3
+        )
     ),
     max_leaves=8,
 )
@@ -79,7 +107,12 @@ def folder():
 
 
 @cases(100)
-@given(shipped=st.sampled_from(SHIPPED), cut=st.floats(0, 1), inserted=st.binary(max_size=12), skipped=st.integers(0, 30))
+@given(
+    shipped=st.sampled_from(SHIPPED),
+    cut=st.floats(0, 1),
+    inserted=st.binary(max_size=12),
+    skipped=st.integers(0, 30),
+)
 def test_a_damaged_file(folder, shipped, cut, inserted, skipped):
     content = shipped.read_bytes()
     at = int(cut * len(content))
@@ -88,15 +121,56 @@ def test_a_damaged_file(folder, shipped, cut, inserted, skipped):
     load_or_refuse(CLASSES[shipped.parent.name], path)
 
 
-SYNTAX = ["a", "b", "name", "steps", "base", ":", ": ", "- ", "? ", "[", "]", "{", "}", ",", "\n", "\n  ", "\t", "&x ", "*x"]
-SYNTAX += ["<<", "<<: *x", "'", '"', "|", ">-", "#", " #", "---\n", "...\n", "%YAML 1.2\n", "=", "\x00", "\x85", "\ufeff", "é"]
+SYNTAX = [
+    "a",
+    "b",
+    "name",
+    "steps",
+    "base",
+    ":",
+    ": ",
+    "- ",
+    "? ",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    "\n",
+    "\n  ",
+    "\t",
+    "&x ",
+    "*x",
+]
+SYNTAX += [
+    "<<",
+    "<<: *x",
+    "'",
+    '"',
+    "|",
+    ">-",
+    "#",
+    " #",
+    "---\n",
+    "...\n",
+    "%YAML 1.2\n",
+    "=",
+    "\x00",
+    "\x85",
+    "\ufeff",
+    "é",
+]
 SYNTAX += ["!!int ", "!!python/name:os.system ", "!!set ", "!!binary ", "! ", "\\ud83d", '"\\0"']
 SYNTAX += ["1", "1e5", ".inf", "010", "0x", "0b_", "1_", "null", "2024-01-01", "12:30"]
 tokens = st.sampled_from(SYNTAX)
 
 
 @cases(100)
-@given(text=st.lists(tokens, max_size=25).map("".join).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@given(
+    text=st.lists(tokens, max_size=25)
+    .map("".join)
+    .map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
 @example(text=b"\xff\xfen\x00")
 @example(text=b"name: \xe9")
 @example(text=b"steps: !!int foo")
@@ -135,7 +209,11 @@ def test_any_text(folder, text):
 def test_any_value_of_any_field(folder, field, value):
     """Beside a complete configuration, so that most problems are those of the value."""
     kind, key = field
-    raw: Any = {} if kind == "cluster" else yaml.safe_load(sorted((CONFIGS / kind).glob("emoji*.yaml"))[0].read_text())
+    raw: Any = (
+        {}
+        if kind == "cluster"
+        else yaml.safe_load(sorted((CONFIGS / kind).glob("emoji*.yaml"))[0].read_text())
+    )
     section, parts = raw, key.split(".")
     for part in parts[:-1]:
         section[part] = section[part] if isinstance(section.get(part), dict) else {}
@@ -148,11 +226,32 @@ def test_any_value_of_any_field(folder, field, value):
         found: Any = config.model_dump(mode="json")
         for part in parts:
             found = found.get(part) if isinstance(found, dict) else None
-        assert found == (float(value) if isinstance(found, int | float) and not isinstance(found, bool) else value)
+        assert found == (
+            float(value)
+            if isinstance(found, int | float) and not isinstance(found, bool)
+            else value
+        )
 
 
 override_keys = st.lists(
-    st.sampled_from(["a", "", "lpl", "gate", "data", "folder", "model", "kind", "steps", "name", "x\ny", "\udcff", "é", "base"]),
+    st.sampled_from(
+        [
+            "a",
+            "",
+            "lpl",
+            "gate",
+            "data",
+            "folder",
+            "model",
+            "kind",
+            "steps",
+            "name",
+            "x\ny",
+            "\udcff",
+            "é",
+            "base",
+        ]
+    ),
     min_size=1,
     max_size=5,
 ).map(".".join)
@@ -212,7 +311,12 @@ FAMILIES = ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLF
 
 
 @cases(100)
-@given(family=st.sampled_from(FAMILIES), key=st.sampled_from(sorted(SETTINGS)), value=values, cut=st.integers(0, 400))
+@given(
+    family=st.sampled_from(FAMILIES),
+    key=st.sampled_from(sorted(SETTINGS)),
+    value=values,
+    cut=st.integers(0, 400),
+)
 @example(family="AutoencoderKL", key="latent_channels", value="4", cut=400)
 @example(family="AutoencoderTiny", key="upsampling_scaling_factor", value=10**19, cut=400)
 @example(family="AutoencoderKL", key="up_block_types", value=["UpDecoderBlock2D"] * 10_000, cut=400)
@@ -259,10 +363,18 @@ dit_options = st.fixed_dictionaries(
     },
 )
 MIDDLE = [None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "x"]
-DOWN = ["DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "SimpleCrossAttnDownBlock2D", "nonsense"]
+DOWN = [
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "AttnDownBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+    "nonsense",
+]
 UP = ["UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D", "KUpBlock2D"]
 of_levels = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3) | st.sampled_from([1, 2])
-heads_of_levels = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=2, max_size=2) | st.sampled_from([1, 2, 3, 8])
+heads_of_levels = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=2, max_size=2) | st.sampled_from(
+    [1, 2, 3, 8]
+)
 unet_settings = st.fixed_dictionaries(
     {},
     optional={
@@ -270,7 +382,13 @@ unet_settings = st.fixed_dictionaries(
         "down_block_types": st.lists(st.sampled_from(DOWN), min_size=2, max_size=2),
         "up_block_types": st.lists(st.sampled_from(UP), min_size=2, max_size=2),
         "mid_block_type": st.sampled_from(
-            [None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "x"]
+            [
+                None,
+                "UNetMidBlock2D",
+                "UNetMidBlock2DCrossAttn",
+                "UNetMidBlock2DSimpleCrossAttn",
+                "x",
+            ]
         ),
         "layers_per_block": of_levels,
         "transformer_layers_per_block": of_levels,
@@ -290,24 +408,42 @@ unet_settings = st.fixed_dictionaries(
     },
 )
 unets = st.builds(
-    lambda preset, settings: {"kind": "unet", "preset": preset, "settings": {**TINY_SDXL["settings"], **settings}},
+    lambda preset, settings: {
+        "kind": "unet",
+        "preset": preset,
+        "settings": {**TINY_SDXL["settings"], **settings},
+    },
     st.sampled_from(["ldm", "sd", "sdxl"]),
     unet_settings,
 )
-dits = st.builds(lambda shape, options: {**shape, **options} if shape["kind"] == "dit" else shape, transformers, dit_options)
+dits = st.builds(
+    lambda shape, options: {**shape, **options} if shape["kind"] == "dit" else shape,
+    transformers,
+    dit_options,
+)
 TEXT = TextShape(tokens=3, width=8, pooled_width=4)
 
 
 @cases(50)
-@given(model=st.sampled_from([dits, dits, dits, unets]).flatmap(lambda kind: kind), side=st.sampled_from([4, 8]))
+@given(
+    model=st.sampled_from([dits, dits, dits, unets]).flatmap(lambda kind: kind),
+    side=st.sampled_from([4, 8]),
+)
 @example(model={"kind": "dit", "width": 30, "depth": 1, "heads": 2}, side=8)
-@example(model={"kind": "dit", "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 0.03, "swiglu": True}, side=8)
+@example(
+    model={"kind": "dit", "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 0.03, "swiglu": True},
+    side=8,
+)
 @example(model=TINY_MMDIT, side=8)
 @example(model=TINY_SDXL, side=8)
-@example(model={"kind": "unet", "preset": "ldm", "settings": {"block_out_channels": [30, 32]}}, side=8)
+@example(
+    model={"kind": "unet", "preset": "ldm", "settings": {"block_out_channels": [30, 32]}}, side=8
+)
 @example(model={"kind": "unet", "preset": "ldm", "settings": {"layers_per_block": "2"}}, side=8)
 def test_every_accepted_model_runs(model, side):
-    """What the rules and the run on meta tensors accept has a first forward on a device, and a loss with gradients."""
+    """What the rules and the run on meta tensors accept has a first forward on a device, and a loss
+    with gradients.
+    """
     raw = {**train_config().model_dump(mode="json"), "model": model}
     index = dataset_index(side=side)
     try:
@@ -323,7 +459,11 @@ def test_every_accepted_model_runs(model, side):
     if text is not None:
         states, pooled = torch.zeros(1, text.tokens, text.width), torch.zeros(1, text.pooled_width)
         cond = Conditioning(cond.labels, states, pooled, torch.ones(1, 6, dtype=torch.int64))
-    loss = denoiser(torch.zeros(1, index.latent.channels, side, side), torch.zeros(1), cond).square().mean()
+    loss = (
+        denoiser(torch.zeros(1, index.latent.channels, side, side), torch.zeros(1), cond)
+        .square()
+        .mean()
+    )
     loss.backward()
     assert loss.isfinite()
 

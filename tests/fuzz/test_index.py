@@ -14,7 +14,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from lpl_pretrain.config.dataset import DatasetIndex, digest_of, fingerprint_of, parse_index, read_index, shards_fingerprint_of
+from lpl_pretrain.config.dataset import (
+    DatasetIndex,
+    digest_of,
+    fingerprint_of,
+    parse_index,
+    read_index,
+    shards_fingerprint_of,
+)
 from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.format import DTYPES, scan_shard
 from lpl_pretrain.data.offsets import FIXED, Offsets
@@ -33,8 +40,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def paths_of(value: Any, path: tuple = ()) -> list[tuple]:
     """To every value inside."""
-    inner = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
-    return [found for key, child in inner for found in ((*path, key), *paths_of(child, (*path, key)))]
+    inner = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
+    return [
+        found for key, child in inner for found in ((*path, key), *paths_of(child, (*path, key)))
+    ]
 
 
 def refused(problem: DataError, name: str) -> None:
@@ -51,9 +66,16 @@ ATOMS = st.one_of(
     st.sampled_from([2**31, 2**53, 2**63, 10**60, -(2**70)]),
     st.floats(),
     st.text(max_size=20),
-    st.sampled_from(["", "../x.tar", "/etc/passwd", "a\0b.tar", "0" * 64, "fp16", "int8", "{}", "\ud800"]),
+    st.sampled_from(
+        ["", "../x.tar", "/etc/passwd", "a\0b.tar", "0" * 64, "fp16", "int8", "{}", "\ud800"]
+    ),
 )
-VALUES = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
+VALUES = st.recursive(
+    ATOMS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+)
 
 
 def with_digests(fields: dict, *, fingerprints: bool) -> dict:
@@ -113,7 +135,9 @@ def test_bits_of_the_index(folder: Path, position: int, bit: int) -> None:
     raw = bytearray((folder / "index.json").read_bytes())
     raw[position % len(raw)] ^= 1 << bit
     try:
-        assert parse_index(bytes(raw), PATH) == read_index(folder)  # white space became other white space
+        assert parse_index(bytes(raw), PATH) == read_index(
+            folder
+        )  # white space became other white space
     except DataError as problem:
         refused(problem, PATH)
 
@@ -173,7 +197,9 @@ def shard(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 @cases(60)
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7), of_tar=st.booleans())
-def test_bits_of_a_shard_and_its_offsets(folder: Path, shard, position: int, bit: int, of_tar: bool) -> None:
+def test_bits_of_a_shard_and_its_offsets(
+    folder: Path, shard, position: int, bit: int, of_tar: bool
+) -> None:
     index, (tar, offsets, changed_tar, changed_offsets) = read_index(folder), shard
     whole = (tar if of_tar else offsets).read_bytes()
     raw = bytearray(whole)
@@ -184,15 +210,21 @@ def test_bits_of_a_shard_and_its_offsets(folder: Path, shard, position: int, bit
         found = [damage.reason for damage in OpenShard(*pair, index.shards[0], index).verify()]
     except DataError as problem:
         found = [str(problem)]
-    assert found and all((changed_tar if of_tar else changed_offsets).name in reason for reason in found)
+    assert found and all(
+        (changed_tar if of_tar else changed_offsets).name in reason for reason in found
+    )
 
 
 @cases(60)
 @given(
-    edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4),
+    edits=st.lists(
+        st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4
+    ),
     cut=st.integers(0, 5),
 )
-def test_a_shard_that_was_changed_with_its_digest(folder: Path, shard, edits: list[tuple[int, bytes]], cut: int) -> None:
+def test_a_shard_that_was_changed_with_its_digest(
+    folder: Path, shard, edits: list[tuple[int, bytes]], cut: int
+) -> None:
     tar, offsets, changed, _ = shard
     raw = bytearray(tar.read_bytes())
     for position, data in edits:
@@ -206,12 +238,16 @@ def test_a_shard_that_was_changed_with_its_digest(folder: Path, shard, edits: li
         refused(problem, changed.name)
 
 
-NUMBERS = st.one_of(st.integers(-2, 3), st.sampled_from([2**31 - 1, 2**40, 2**62, 2**63 - 1, -(2**63), 4096]))
+NUMBERS = st.one_of(
+    st.integers(-2, 3), st.sampled_from([2**31 - 1, 2**40, 2**62, 2**63 - 1, -(2**63), 4096])
+)
 
 
 @cases(80)
 @given(
-    name=st.sampled_from([*FIXED, "member/txt", "member/text_clip.npy", "member/text_t5.npy", "more"]),
+    name=st.sampled_from(
+        [*FIXED, "member/txt", "member/text_clip.npy", "member/text_t5.npy", "more"]
+    ),
     action=st.sampled_from(["value", "value", "value", "drop", "dtype", "shape", "rows"]),
     row=st.integers(0, 100),
     number=NUMBERS,

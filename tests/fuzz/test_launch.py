@@ -1,4 +1,6 @@
-"""Names, folders and values of any text: a batch script holds our lines only, and a job means what was submitted."""
+"""Names, folders and values of any text: a batch script holds our lines only, and a job means what
+was submitted.
+"""
 
 from __future__ import annotations
 
@@ -39,30 +41,103 @@ from tests.support.configs import train_config
 from tests.support.fuzz import cases
 
 PIECES = [
-    *("$(touch canary)", "`touch canary`", "; touch canary;", "\ntouch canary #\n", "\rtouch canary\r", "' touch canary '"),
-    *("\n#SBATCH --uid=0\n", "#SBATCH --nodes=9", "${IFS}", "$HOME", "'", '"', "\\", " ", "#", " #2", ": ", "a: b", ",", "[", "]"),
-    *("{", "}", "*", "?", "%j", "%u", "%%", "%", "&", "|", ">", "<", "!", "~", "=", "- ", "@", "null", "true", "1e3", "0x1", "~"),
-    *("\t", "\x1b", "\x85", "\u2028", "\ufeff", "\u202e", "\U0001f600", "\udcff", "é", "name", "run", "..", "/", "a/b"),
+    *(
+        "$(touch canary)",
+        "`touch canary`",
+        "; touch canary;",
+        "\ntouch canary #\n",
+        "\rtouch canary\r",
+        "' touch canary '",
+    ),
+    *(
+        "\n#SBATCH --uid=0\n",
+        "#SBATCH --nodes=9",
+        "${IFS}",
+        "$HOME",
+        "'",
+        '"',
+        "\\",
+        " ",
+        "#",
+        " #2",
+        ": ",
+        "a: b",
+        ",",
+        "[",
+        "]",
+    ),
+    *(
+        "{",
+        "}",
+        "*",
+        "?",
+        "%j",
+        "%u",
+        "%%",
+        "%",
+        "&",
+        "|",
+        ">",
+        "<",
+        "!",
+        "~",
+        "=",
+        "- ",
+        "@",
+        "null",
+        "true",
+        "1e3",
+        "0x1",
+        "~",
+    ),
+    *(
+        "\t",
+        "\x1b",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "\u202e",
+        "\U0001f600",
+        "\udcff",
+        "é",
+        "name",
+        "run",
+        "..",
+        "/",
+        "a/b",
+    ),
 ]
 HOSTILE = st.one_of(
     st.text(st.characters(exclude_characters="\0"), max_size=20),
     st.lists(st.sampled_from(PIECES), max_size=6).map("".join),
-    st.lists(st.sampled_from([*PIECES[:6], *string.ascii_letters]), min_size=1, max_size=4).map("".join),
+    st.lists(st.sampled_from([*PIECES[:6], *string.ascii_letters]), min_size=1, max_size=4).map(
+        "".join
+    ),
 )
 PLAIN = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"], exclude_characters="%\\/"), min_size=1, max_size=20
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"], exclude_characters="%\\/"),
+    min_size=1,
+    max_size=20,
 )
 NAMES = st.one_of(HOSTILE, PLAIN)
 ISSUE = "x\ntouch canary #\n"
 
 
 def shape(text: str) -> list[str]:
-    """Of every line of a script what says what it does: an option of sbatch, or the first words of a command."""
+    """Of every line of a script what says what it does: an option of sbatch, or the first words of
+    a command.
+    """
     return [re.match(r"#SBATCH --[a-z-]+|#.*|export \w+|\S*", line)[0] for line in text.split("\n")]
 
 
 def profile_of(word: str, value: str) -> ClusterProfile:
-    raw = {"partition": word or None, "exclude": ["n1"], "environment": {"X": value}, "setup": ["true"], "python": "/bin/true"}
+    raw = {
+        "partition": word or None,
+        "exclude": ["n1"],
+        "environment": {"X": value},
+        "setup": ["true"],
+        "python": "/bin/true",
+    }
     return validate(ClusterProfile, raw, where="profile.yaml")
 
 
@@ -75,8 +150,14 @@ def profile_of(word: str, value: str) -> ClusterProfile:
 @example("a\\b", "gpu", "x", False)
 def test_every_line_of_a_script_is_ours(name, word, value, array):
     def made(folder: Path, profile: ClusterProfile) -> str:
-        order = Order("train", ["train", "x.yaml", as_override("name", name)], folder, 2, cwd="/home")
-        return array_script([order], profile, 1, folder.parent / "links") if array else script(order, profile)
+        order = Order(
+            "train", ["train", "x.yaml", as_override("name", name)], folder, 2, cwd="/home"
+        )
+        return (
+            array_script([order], profile, 1, folder.parent / "links")
+            if array
+            else script(order, profile)
+        )
 
     try:
         text = made(Path("/runs", name.lstrip("/")), profile_of(word, value))
@@ -95,7 +176,9 @@ printf '%s' "$X" > "$NOTED.x"
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
-    """Run a script with an srun that notes its arguments; they, $X, and whether anything else was made."""
+    """Run a script with an srun that notes its arguments; they, $X, and whether anything else was
+    made.
+    """
     folder = tmp_path_factory.mktemp("shell")
     (folder / "srun").write_text(SRUN)
     (folder / "srun").chmod(0o755)
@@ -104,7 +187,14 @@ def shell(tmp_path_factory):
 
     def run(text: str) -> tuple[list[str], str, list[str]]:
         environment = {"PATH": path, "NOTED": str(noted), "SLURM_ARRAY_TASK_ID": "0"}
-        subprocess.run(["bash", "-s"], input=text.encode(), env=environment, cwd=folder / "home", check=True, capture_output=True)
+        subprocess.run(
+            ["bash", "-s"],
+            input=text.encode(),
+            env=environment,
+            cwd=folder / "home",
+            check=True,
+            capture_output=True,
+        )
         arguments = os.fsdecode(noted.read_bytes()).split("\0")[:-1]
         return arguments, os.fsdecode(Path(f"{noted}.x").read_bytes()), os.listdir(folder / "home")
 
@@ -113,7 +203,9 @@ def shell(tmp_path_factory):
 
 @cases(120)
 @given(NAMES, NAMES, st.booleans())
-@example('it\'s a "run" #1 $(touch canary) `touch canary` ; touch canary', "$(touch canary)'\"", False)
+@example(
+    'it\'s a "run" #1 $(touch canary) `touch canary` ; touch canary', "$(touch canary)'\"", False
+)
 @example(ISSUE, ISSUE, False)
 def test_a_script_runs_nothing_else_in_a_real_shell(shell, name, value, array):
     """And what it says arrives: the folder of the task, and the value of a variable."""
@@ -132,17 +224,25 @@ def test_a_script_runs_nothing_else_in_a_real_shell(shell, name, value, array):
 
 def argv_means(cls, argv: list[str], at: int):
     """The configuration that `lpl-pretrain` resolves from a command."""
-    return load_config(cls, argv[at], [word for word in argv[at + 1 :] if not word.startswith("--")])
+    return load_config(
+        cls, argv[at], [word for word in argv[at + 1 :] if not word.startswith("--")]
+    )
 
 
 def assert_means(order: Order, cls, at: int) -> object:
-    """Both the command that is shown and the one that is run, also from their pickle, mean what was submitted."""
+    """Both the command that is shown and the one that is run, also from their pickle, mean what was
+    submitted.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         (stored := Path(scratch, "stored.yaml")).write_text(order.config, encoding="utf-8")
         submitted = load_config(cls, stored)
         DelayedSubmission(task_of(order, ClusterProfile())).dump(Path(scratch, "task.pkl"))
         argv = DelayedSubmission.load(Path(scratch, "task.pkl")).function.argv
-        assert argv == [*order.argv[:at], str(order.folder.config), *(w for w in order.argv[at + 1 :] if w.startswith("--"))]
+        assert argv == [
+            *order.argv[:at],
+            str(order.folder.config),
+            *(w for w in order.argv[at + 1 :] if w.startswith("--")),
+        ]
     assert argv_means(cls, order.argv, at) == submitted
     return submitted
 
@@ -150,10 +250,20 @@ def assert_means(order: Order, cls, at: int) -> object:
 FOLDERS = NAMES.filter(lambda text: text.strip() and "\0" not in text)
 OVERRIDES = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["name", "run_dir", "data.folder", "autoencoder"]), FOLDERS).map(lambda pair: as_override(*pair)),
-        st.tuples(st.sampled_from(["name", "run_dir", "data.folder"]), NAMES).map("=".join),  # as a user types it
+        st.tuples(st.sampled_from(["name", "run_dir", "data.folder", "autoencoder"]), FOLDERS).map(
+            lambda pair: as_override(*pair)
+        ),
+        st.tuples(st.sampled_from(["name", "run_dir", "data.folder"]), NAMES).map(
+            "=".join
+        ),  # as a user types it
         st.sampled_from(
-            ["steps=7", "optimizer.lr=1e-5", "optimizer.betas=[0.9, 0.95]", "lpl={target_share: 0.1}", "ema.decay=0.99"]
+            [
+                "steps=7",
+                "optimizer.lr=1e-5",
+                "optimizer.betas=[0.9, 0.95]",
+                "lpl={target_share: 0.1}",
+                "ema.decay=0.99",
+            ]
         ),
     ),
     max_size=3,
@@ -213,17 +323,32 @@ def raw_train(name: str, folder: str, run_dir: str | None) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["run #2", "a: b", 'it\'s a "run"', "- x", "null", "1e3", "été \U0001f600", "$(touch canary)"])
+@pytest.mark.parametrize(
+    "name",
+    ["run #2", "a: b", 'it\'s a "run"', "- x", "null", "1e3", "été \U0001f600", "$(touch canary)"],
+)
 def test_names_that_yaml_would_read_otherwise_are_submitted(files, name):
     """So that the tests below are about something."""
     config = write(files / "named.yaml", raw_train(name, name, name))
-    (order,) = submitted_by("train", config, as_override("name", name), "--cluster", str(files / "cluster.yaml"))
+    (order,) = submitted_by(
+        "train", config, as_override("name", name), "--cluster", str(files / "cluster.yaml")
+    )
     settings = assert_means(order, TrainConfig, 1)
-    assert (settings.name, settings.data.folder, settings.run_dir) == (name, name, str(Path(name).resolve()))
+    assert (settings.name, settings.data.folder, settings.run_dir) == (
+        name,
+        name,
+        str(Path(name).resolve()),
+    )
 
 
 @cases(150)
-@given(NAMES, FOLDERS, st.none() | FOLDERS, OVERRIDES, st.none() | st.lists(FOLDERS, min_size=1, max_size=2))
+@given(
+    NAMES,
+    FOLDERS,
+    st.none() | FOLDERS,
+    OVERRIDES,
+    st.none() | st.lists(FOLDERS, min_size=1, max_size=2),
+)
 @example("run #2", "data", None, [], None)
 @example("a: b", "data", None, [], None)
 @example("x", "data #1", "runs/a: b", ["name=it's #1"], ["a,b", 'c "d" #'])
@@ -233,7 +358,9 @@ def test_a_training_is_what_was_submitted(files, name, folder, run_dir, override
     config = write(files / "train.yaml", raw_train(name, folder, run_dir))
     values = [as_override("", each).removeprefix("=") for each in swept or ()]
     axes = ["--sweep", f"data.folder={','.join(values)}"] if values else []
-    orders = submitted_by("train", config, "--cluster", str(files / "cluster.yaml"), *axes, "--", *overrides)
+    orders = submitted_by(
+        "train", config, "--cluster", str(files / "cluster.yaml"), *axes, "--", *overrides
+    )
     for number, order in enumerate(orders):
         settings = assert_means(order, TrainConfig, 1)
         assert Path(settings.run_dir or f"runs/{settings.name}") == order.run_dir
@@ -250,7 +377,13 @@ def test_a_training_is_what_was_submitted(files, name, folder, run_dir, override
 def test_an_encoding_is_what_was_submitted(files, output, source, value):
     raw = {"source": source, "output": output, "autoencoder": value, "resolution_px": 64}
     config = write(files / "encode.yaml", raw)
-    for order in submitted_by("encode", config, as_override("autoencoder", value), "--cluster", str(files / "cluster.yaml")):
+    for order in submitted_by(
+        "encode",
+        config,
+        as_override("autoencoder", value),
+        "--cluster",
+        str(files / "cluster.yaml"),
+    ):
         settings = assert_means(order, EncodeConfig, 1)
         assert Path(settings.output) == order.run_dir == Path(output).resolve()
         assert (settings.source, settings.autoencoder) == (source, value)
@@ -261,16 +394,29 @@ def test_an_encoding_is_what_was_submitted(files, output, source, value):
 @example("latents #2", "a: b", "run #2", ["steps=7"])
 @example("latents", ISSUE, "x", [])
 def test_a_pipeline_is_what_was_submitted(files, output, run_dir, name, overrides):
-    encoding = write(files / "e.yaml", {"source": "x", "output": output, "autoencoder": "asset:x", "resolution_px": 64})
+    encoding = write(
+        files / "e.yaml",
+        {"source": "x", "output": output, "autoencoder": "asset:x", "resolution_px": 64},
+    )
     training = write(files / "t.yaml", raw_train(name, "elsewhere", run_dir))
-    given_files = ("--encode", encoding, "--train", training, "--cluster", str(files / "cluster.yaml"))
+    given_files = (
+        "--encode",
+        encoding,
+        "--train",
+        training,
+        "--cluster",
+        str(files / "cluster.yaml"),
+    )
     orders = submitted_by("pipeline", *given_files, "--", *overrides)
     assert [order.kind for order in orders] in ([], ["encode", "encode", "train"])
     for order in orders[:-1]:
         assert assert_means(order, EncodeConfig, 1).output == str(Path(output).resolve())
     for order in orders[-1:]:
         settings = assert_means(order, TrainConfig, 1)
-        assert settings.data.folder == str(Path(output).resolve()) and Path(settings.run_dir) == order.run_dir
+        assert (
+            settings.data.folder == str(Path(output).resolve())
+            and Path(settings.run_dir) == order.run_dir
+        )
 
 
 @cases(60)
@@ -286,9 +432,16 @@ def test_an_evaluation_is_what_was_submitted(files, run, reference, name, watch)
     arguments = ["evaluate", "--cluster", str(files / "cluster.yaml"), *more, "--", *given_words]
     for order in submitted_by(*arguments):
         settings = assert_means(order, EvaluateConfig, 2)
-        assert (settings.name, settings.reference) == (name, reference) and order.argv[1] == str(Path(run).resolve())
-        scoring = Watch(RunDir(order.run_dir), order.command[2:3], name, ClusterProfile(), 1, 1, order.config).order(7)
-        assert scoring.config == order.config and scoring.command[:2] == ["evaluate", str(order.run_dir)]
+        assert (settings.name, settings.reference) == (name, reference) and order.argv[1] == str(
+            Path(run).resolve()
+        )
+        scoring = Watch(
+            RunDir(order.run_dir), order.command[2:3], name, ClusterProfile(), 1, 1, order.config
+        ).order(7)
+        assert scoring.config == order.config and scoring.command[:2] == [
+            "evaluate",
+            str(order.run_dir),
+        ]
         assert scoring.command[2:] == [str(scoring.folder.config), "--step=7", "--pending"]
 
 
@@ -311,15 +464,27 @@ def test_a_record_is_ours_or_refused(files, changes):
     folder.path.mkdir(parents=True, exist_ok=True)
     settings = train_config(run_dir=str(folder.run_dir))
     folder.write_config(dump(settings))
-    facts = {"job": "7", "kind": "train", "part": "", "argv": ["train", "x.yaml"], "run_dir": str(folder.run_dir), "nodes": 1}
-    folder.write_facts({**facts, "cwd": "/", "profile": ClusterProfile().model_dump(mode="json"), **changes})
+    facts = {
+        "job": "7",
+        "kind": "train",
+        "part": "",
+        "argv": ["train", "x.yaml"],
+        "run_dir": str(folder.run_dir),
+        "nodes": 1,
+    }
+    folder.write_facts(
+        {**facts, "cwd": "/", "profile": ClusterProfile().model_dump(mode="json"), **changes}
+    )
     try:
         order, record = read_order(folder)
         text = script(order, record.profile)
     except LPLError as refusal:
         assert len(str(refusal)) < 3_000
         return
-    assert order.folder == folder and task_of(order, record.profile).argv == ["train", str(folder.config)]
+    assert order.folder == folder and task_of(order, record.profile).argv == [
+        "train",
+        str(folder.config),
+    ]
     assert shape(text)[:3] == ["#!/bin/bash", "", "# Parameters"]
 
 

@@ -1,4 +1,6 @@
-"""Names and paths that a user gives: refused, or one printable component of a path, or a path that means what was written."""
+"""Names and paths that a user gives: refused, or one printable component of a path, or a path that
+means what was written.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,24 @@ Field = tuple[type[Section], Callable[[str], dict[str, Any]]]
 
 
 def train(**sections: Callable[[str], Any]) -> Field:
-    return TrainConfig, lambda text: {**TRAIN, **{key: make(text) for key, make in sections.items()}}
+    return TrainConfig, lambda text: {
+        **TRAIN,
+        **{key: make(text) for key, make in sections.items()},
+    }
 
 
 def encode(**sections: Callable[[str], Any]) -> Field:
-    return EncodeConfig, lambda text: {**ENCODE, **{key: make(text) for key, make in sections.items()}}
+    return EncodeConfig, lambda text: {
+        **ENCODE,
+        **{key: make(text) for key, make in sections.items()},
+    }
 
 
 def evaluate(**sections: Callable[[str], Any]) -> Field:
-    return EvaluateConfig, lambda text: {**EVALUATE, **{key: make(text) for key, make in sections.items()}}
+    return EvaluateConfig, lambda text: {
+        **EVALUATE,
+        **{key: make(text) for key, make in sections.items()},
+    }
 
 
 NAMES: dict[str, Field] = {
@@ -71,7 +82,9 @@ PATHS: dict[str, Field] = {
     "init_from.diffusers": train(init_from=lambda text: {"diffusers": text}),
     "lpl.decoder": train(lpl=lambda text: {"weight": 1.0, "decoder": text}),
     "parallel.zero_config": train(parallel=lambda text: {"strategy": "zero", "zero_config": text}),
-    "conditioning.encoders.folder": train(conditioning=lambda text: {"encoders": {"a": {"folder": text}}}),
+    "conditioning.encoders.folder": train(
+        conditioning=lambda text: {"encoders": {"a": {"folder": text}}}
+    ),
     "source": encode(source=lambda text: text),
     "source of several": encode(source=lambda text: [text]),
     "output": encode(output=lambda text: text),
@@ -88,7 +101,9 @@ CONTROL = ["\n", "\r", "\t", "\0", "\x1b", "\x7f", "\x85", "\x9f", "\u2028", "\u
 texts = st.text(max_size=12) | st.builds(
     lambda before, middle, after: before + middle + after,
     st.sampled_from(["", "a", "..", "~", "x/", "s3://b/", " "]),
-    st.sampled_from([*CONTROL, "/", "..", "'", '"', ";", "$(x)", "\\", "é", "x" * 201, "ü" * 130, "p/" * 2100]),
+    st.sampled_from(
+        [*CONTROL, "/", "..", "'", '"', ";", "$(x)", "\\", "é", "x" * 201, "ü" * 130, "p/" * 2100]
+    ),
     st.sampled_from(["", "b", "/", " ", "/.."]),
 )
 
@@ -116,7 +131,12 @@ def accepted(field: Field, text: str) -> Section | None:
 def test_a_name_is_one_component(field, text):
     config = accepted(NAMES[field], text)
     assert config is None or (is_plain(text) and "/" not in text and text not in (".", ".."))
-    if field in ("name", "log.wandb.project") and is_plain(text) and "/" not in text and text.strip(". ") == text:
+    if (
+        field in ("name", "log.wandb.project")
+        and is_plain(text)
+        and "/" not in text
+        and text.strip(". ") == text
+    ):
         assert (config is not None) is (len(text.encode()) <= 200 and text.strip() == text)
     if config is not None:
         folder = RunDir(Path("runs") / text)
@@ -142,17 +162,38 @@ def test_a_path_is_printable(field, text):
 
 
 def is_plain(text: str) -> bool:
-    return text != "" and not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+    return text != "" and not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text
+    )
 
 
 inner_paths = st.lists(
-    st.sampled_from(["..", ".", "", "etc", "passwd", "main.py", "__init__.py", "emoji", "x\0", "a b"]), max_size=6
+    st.sampled_from(
+        ["..", ".", "", "etc", "passwd", "main.py", "__init__.py", "emoji", "x\0", "a b"]
+    ),
+    max_size=6,
 )
 
 
 @cases(60)
 @given(
-    name=st.sampled_from(["click", "yaml", "a.b", "os.path", "..", "", "click.core", "six", "sys", "__main__", "ä", "x\n", "this"]),
+    name=st.sampled_from(
+        [
+            "click",
+            "yaml",
+            "a.b",
+            "os.path",
+            "..",
+            "",
+            "click.core",
+            "six",
+            "sys",
+            "__main__",
+            "ä",
+            "x\n",
+            "this",
+        ]
+    ),
     inner=inner_paths.map("/".join),
     kind=st.sampled_from(["package:", "asset:"]),
 )
@@ -190,7 +231,12 @@ def test_a_package_is_found_without_running_it(tmp_path, monkeypatch):
 def test_a_home_folder_is_expanded_once_for_every_consumer(tmp_path, monkeypatch):
     """And what is saved, and enters the identity of a run, is what was written."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = train_config(run_dir="~/r", data__folder={"~/d": 1.0}, init_from={"run": "~/i"}, lpl={"weight": 1.0, "decoder": "~/x"})
+    config = train_config(
+        run_dir="~/r",
+        data__folder={"~/d": 1.0},
+        init_from={"run": "~/i"},
+        lpl={"weight": 1.0, "decoder": "~/x"},
+    )
     assert (config.run_dir, list(config.data.folder)) == (f"{tmp_path}/r", [f"{tmp_path}/d"])
     assert (config.init_from.run, config.lpl.decoder) == (f"{tmp_path}/i", f"{tmp_path}/x")
     dumped = config.model_dump(mode="json")

@@ -1,4 +1,6 @@
-"""Random tars, members and pictures: what cannot be read is named in its place, and what is read is what was stored."""
+"""Random tars, members and pictures: what cannot be read is named in its place, and what is read is
+what was stored.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ def items_of(tar: Path) -> list[Picture | Problem]:
         except DataError as problem:
             assert item.origin in str(problem) and len(str(problem)) < 2000
         else:
-            assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8 and pixels.size
+            assert (
+                pixels.ndim == 3
+                and pixels.shape[2] == 3
+                and pixels.dtype == np.uint8
+                and pixels.size
+            )
     return items
 
 
@@ -63,17 +70,25 @@ CLASS_IDS = st.one_of(
 WORDS = st.text(max_size=12)
 JSONS = st.one_of(
     st.dictionaries(
-        st.sampled_from(["caption", "class_name", "x"]), st.one_of(WORDS, st.none(), st.integers(), st.floats()), max_size=3
+        st.sampled_from(["caption", "class_name", "x"]),
+        st.one_of(WORDS, st.none(), st.integers(), st.floats()),
+        max_size=3,
     ).map(lambda value: json.dumps(value).encode()),
     st.binary(max_size=20),
     st.sampled_from([b"", b"{", b"[]", DEEP, b'{"caption": "\\ud800"}', b'{"a":' * 3000]),
 )
-PICTURES = st.sampled_from([PNG, GREY16, WITH_PROFILE, b"", b"\x89PNG\r\n\x1a\n", encoded(picture(2), "JPEG")])
+PICTURES = st.sampled_from(
+    [PNG, GREY16, WITH_PROFILE, b"", b"\x89PNG\r\n\x1a\n", encoded(picture(2), "JPEG")]
+)
 NAMES = st.one_of(
-    st.sampled_from(["a", "b", "d/c", "../x", "/etc/x", "a\\b", "é", "c.d", ".h", "\udcff", "x" * 120]), st.text(max_size=6)
+    st.sampled_from(
+        ["a", "b", "d/c", "../x", "/etc/x", "a\\b", "é", "c.d", ".h", "\udcff", "x" * 120]
+    ),
+    st.text(max_size=6),
 )
 KINDS = st.sampled_from(
-    [tarfile.REGTYPE] * 8 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"V", b"9"]
+    [tarfile.REGTYPE] * 8
+    + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"V", b"9"]
 )
 MEMBERS = st.tuples(
     NAMES,
@@ -81,7 +96,10 @@ MEMBERS = st.tuples(
         st.tuples(st.just("png"), PICTURES),
         st.tuples(st.sampled_from(["jpg", "PNG", "png.png", "mp4"]), PICTURES),
         st.tuples(st.just("cls"), CLASS_IDS),
-        st.tuples(st.just("txt"), WORDS.map(lambda text: text.encode(errors="replace")) | st.binary(max_size=8)),
+        st.tuples(
+            st.just("txt"),
+            WORDS.map(lambda text: text.encode(errors="replace")) | st.binary(max_size=8),
+        ),
         st.tuples(st.just("json"), JSONS),
     ),
     KINDS,
@@ -99,9 +117,18 @@ def write(path: Path, members: list, form: int) -> None:
 
 
 @cases(120)
-@given(members=st.lists(MEMBERS, max_size=8), form=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@example(members=[("a", ("png", PNG), tarfile.REGTYPE), ("a", ("json", DEEP), tarfile.REGTYPE)], form=tarfile.GNU_FORMAT)
-@example(members=[("a", ("png", PNG), tarfile.REGTYPE), ("a", ("cls", b"1_0"), tarfile.REGTYPE)], form=tarfile.GNU_FORMAT)
+@given(
+    members=st.lists(MEMBERS, max_size=8),
+    form=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+@example(
+    members=[("a", ("png", PNG), tarfile.REGTYPE), ("a", ("json", DEEP), tarfile.REGTYPE)],
+    form=tarfile.GNU_FORMAT,
+)
+@example(
+    members=[("a", ("png", PNG), tarfile.REGTYPE), ("a", ("cls", b"1_0"), tarfile.REGTYPE)],
+    form=tarfile.GNU_FORMAT,
+)
 @example(members=[("a", ("png", GREY16), tarfile.REGTYPE)], form=tarfile.GNU_FORMAT)
 @example(members=[("a", ("png", WITH_PROFILE), tarfile.REGTYPE)], form=tarfile.GNU_FORMAT)
 def test_tars(tar: Path, members: list, form: int) -> None:
@@ -111,29 +138,45 @@ def test_tars(tar: Path, members: list, form: int) -> None:
         if kind == tarfile.REGTYPE:
             stored.setdefault(name.removeprefix("./"), {}).setdefault(extension, data)
     for item in items_of(tar):
-        if isinstance(item, Picture) and item.key in stored and len([name for name, *_ in members if name == item.key]) <= 4:
+        if (
+            isinstance(item, Picture)
+            and item.key in stored
+            and len([name for name, *_ in members if name == item.key]) <= 4
+        ):
             said = stored[item.key]
             if item.label is not None and "cls" in said:
-                assert re.fullmatch(r"-?[0-9]+", said["cls"].decode().strip()) and item.label == int(said["cls"])
+                assert re.fullmatch(
+                    r"-?[0-9]+", said["cls"].decode().strip()
+                ) and item.label == int(said["cls"])
             if item.caption is not None and "json" not in said:
                 assert item.caption.encode() == said["txt"]
 
 
 @cases(60)
 @given(
-    edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=16)), min_size=1, max_size=4),
+    edits=st.lists(
+        st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=16)), min_size=1, max_size=4
+    ),
     cut=st.integers(0, 4000),
     headers=st.booleans(),
 )
-def test_tars_with_other_bytes(tar: Path, edits: list[tuple[int, bytes]], cut: int, headers: bool) -> None:
+def test_tars_with_other_bytes(
+    tar: Path, edits: list[tuple[int, bytes]], cut: int, headers: bool
+) -> None:
     """`headers`: the checksum of each header that was changed fits again."""
-    members = [(name, part, tarfile.REGTYPE) for name in "ab" for part in (("png", PNG), ("cls", b"1"), ("txt", b"a cat"))]
+    members = [
+        (name, part, tarfile.REGTYPE)
+        for name in "ab"
+        for part in (("png", PNG), ("cls", b"1"), ("txt", b"a cat"))
+    ]
     write(tar, members, tarfile.GNU_FORMAT)
     raw = bytearray(tar.read_bytes())
     with tarfile.open(tar) as whole:
         starts = [info.offset for info in whole]
     for position, data in edits:
-        at = starts[position % len(starts)] + position // 7 % 500 if headers else position % len(raw)
+        at = (
+            starts[position % len(starts)] + position // 7 % 500 if headers else position % len(raw)
+        )
         raw[at : at + len(data)] = data[: len(raw) - at]
     for start in starts if headers else []:
         raw[start + 148 : start + 156] = b" " * 8
@@ -170,7 +213,9 @@ MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
     edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=4)), max_size=2),
     cut=st.integers(0, 30),
 )
-def test_pictures(mode: str, kind: str, size: tuple[int, int], profile: bytes | None, edits: list, cut: int) -> None:
+def test_pictures(
+    mode: str, kind: str, size: tuple[int, int], profile: bytes | None, edits: list, cut: int
+) -> None:
     image = Image.fromarray(picture(3, *size)).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
@@ -188,7 +233,11 @@ def test_pictures(mode: str, kind: str, size: tuple[int, int], profile: bytes | 
     except LPLError as problem:
         assert not is_whole and str(problem).startswith("here.png: ") and len(str(problem)) < 1000
         return
-    assert pixels.dtype == np.uint8 and pixels.shape[2:] == (3,) and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
+    assert (
+        pixels.dtype == np.uint8
+        and pixels.shape[2:] == (3,)
+        and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
+    )
     if is_whole:
         assert pixels.shape[:2] == size
     fitted = apply_fit(pixels, plan_fit(pixels.shape[:2], (16, 24)))

@@ -1,4 +1,6 @@
-"""DeepSpeed JSONs at random: refused in our words, or accepted by us, and then by DeepSpeed's own configuration too."""
+"""DeepSpeed JSONs at random: refused in our words, or accepted by us, and then by DeepSpeed's own
+configuration too.
+"""
 
 import json
 from pathlib import Path
@@ -15,10 +17,32 @@ from lpl_pretrain.errors import ConfigError
 from tests.support.fuzz import cases
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "zero").glob("*.json"))
-SPECIAL = [None, True, False, 0, 1, -1, 2, 5e8, 1.5, 10**30, 1e300, float("nan"), float("inf"), "auto", "5e8", "", "cpu", [], {}]
+SPECIAL = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    5e8,
+    1.5,
+    10**30,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "auto",
+    "5e8",
+    "",
+    "cpu",
+    [],
+    {},
+]
 ANYTHING = st.recursive(
     st.sampled_from(SPECIAL) | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -26,7 +50,15 @@ ANYTHING = st.recursive(
 def keys_of(table) -> st.SearchStrategy[str]:
     """Known keys, and known keys with one character taken out."""
     known = st.sampled_from(sorted(table))
-    return known | known | st.builds(lambda key, at: key[: at % len(key)] + key[at % len(key) + 1 :], known, st.integers(0, 40))
+    return (
+        known
+        | known
+        | st.builds(
+            lambda key, at: key[: at % len(key)] + key[at % len(key) + 1 :],
+            known,
+            st.integers(0, 40),
+        )
+    )
 
 
 def values_of(key: str, table) -> st.SearchStrategy:
@@ -50,7 +82,9 @@ def zero(most: int = 4) -> st.SearchStrategy[dict]:
 
 
 FILES = st.builds(
-    lambda inner, rest: {**rest, "zero_optimization": inner}, zero(), objects({**TUNING, **dict.fromkeys(OWNED)}, most=3)
+    lambda inner, rest: {**rest, "zero_optimization": inner},
+    zero(),
+    objects({**TUNING, **dict.fromkeys(OWNED)}, most=3),
 )
 
 
@@ -72,7 +106,9 @@ def accepted(file):
     try:
         return read_zero_config(file)
     except ConfigError as error:
-        assert str(file) in str(error) and len(str(error)) < 8_000, "20 lines at most, values shortened"
+        assert str(file) in str(error) and len(str(error)) < 8_000, (
+            "20 lines at most, values shortened"
+        )
         return None
 
 
@@ -80,7 +116,9 @@ def accepted_by_deepspeed(settings, model) -> None:
     found = model(**settings["zero_optimization"])
     assert int(found.stage) == settings["zero_optimization"]["stage"]
     for name in type(found).model_fields:
-        if name in settings["zero_optimization"] and isinstance(settings["zero_optimization"][name], (bool, int)):
+        if name in settings["zero_optimization"] and isinstance(
+            settings["zero_optimization"][name], (bool, int)
+        ):
             assert getattr(found, name) == settings["zero_optimization"][name], name
 
 
@@ -102,7 +140,9 @@ def test_random_files(file, deepspeed, content):
 @cases(100)
 @example(0, b"\xef\xbb\xbf", 0, 0)
 @example(0, b"\0", 5, 1)
-@given(st.integers(0, len(SHIPPED) - 1), st.binary(max_size=4), st.integers(0, 300), st.integers(0, 4))
+@given(
+    st.integers(0, len(SHIPPED) - 1), st.binary(max_size=4), st.integers(0, 300), st.integers(0, 4)
+)
 def test_damaged_bytes_of_shipped_files(file, deepspeed, number, inserted, at, cut):
     raw = SHIPPED[number].read_bytes()
     file.write_bytes(raw[: at % len(raw)] + inserted + raw[at % len(raw) + cut :])
@@ -112,12 +152,16 @@ def test_damaged_bytes_of_shipped_files(file, deepspeed, number, inserted, at, c
 
 
 @cases(100)
-@example({"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
+@example(
+    {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+)
 @example({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": True})
 @example({"scheduler": {"type": ["x"], "params": 3}, "train_batch_size": -1})
 @given(FILES | st.dictionaries(st.sampled_from(sorted({*OWNED, *TUNING})), ANYTHING, max_size=4))
 def test_what_is_adapted_is_accepted(file, deepspeed, content):
-    """And adapting it again changes nothing; everything that was there is kept, or named as taken out or changed."""
+    """And adapting it again changes nothing; everything that was there is kept, or named as taken
+    out or changed.
+    """
     file.write_text(json.dumps(content))
     try:
         adapted = adapt_file(file)

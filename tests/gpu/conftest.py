@@ -1,4 +1,6 @@
-"""On one NVIDIA GPU: `LPL_TEST_GPU=1 python -m pytest tests/gpu`.  What it must do is what the CPU does."""
+"""On one NVIDIA GPU: `LPL_TEST_GPU=1 python -m pytest tests/gpu`.  What it must do is what the CPU
+does.
+"""
 
 import os
 from pathlib import Path

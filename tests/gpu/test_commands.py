@@ -33,7 +33,12 @@ WAYS = {
     "zero2": ["parallel.strategy=zero", ZERO2],
     "zero3": ["parallel.strategy=zero", ZERO3],
 }
-FAST = ["parallel.precision=bf16", "parallel.compile=true", "lpl.compile=true", "lpl.decoder_precision=bf16"]
+FAST = [
+    "parallel.precision=bf16",
+    "parallel.compile=true",
+    "lpl.compile=true",
+    "lpl.decoder_precision=bf16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,8 @@ def folder(tmp_path_factory):
     for device, visible in (("latents", None), ("latents_cpu", "")):
         config = folder / f"{device}.yaml"
         config.write_text(
-            f"source: {folder}/pictures\noutput: {folder}/{device}\nautoencoder: {ASSETS}/autoencoder_emoji\nresolution_px: 64\n"
+            f"source: {folder}/pictures\noutput: {folder}/{device}\nautoencoder: "
+            f"{ASSETS}/autoencoder_emoji\nresolution_px: 64\n"
         )
         on(visible, "encode", config)
     (folder / "train.yaml").write_text(TRAIN.format(folder=folder))
@@ -106,15 +112,25 @@ def test_compiled_in_bf16_is_near_and_goes_on(folder, cpu_run, way):
 
 def test_float8_trains(folder, cpu_run):
     run = folder / "float8"
-    lpl("train", folder / "train.yaml", f"run_dir={run}", *WAYS["fsdp2"], "parallel.precision=fp8", "parallel.compile=true")
+    lpl(
+        "train",
+        folder / "train.yaml",
+        f"run_dir={run}",
+        *WAYS["fsdp2"],
+        "parallel.precision=fp8",
+        "parallel.compile=true",
+    )
     assert logged(run) == pytest.approx(logged(cpu_run), rel=0.1)
 
 
 def test_draws_and_scores(folder, cpu_run):
     (folder / "quick.yaml").write_text(
-        "name: quick\nimages: 16\nbatch_size: 8\nsampler: {kind: euler, steps: 3}\nguidance_scales: [1.0, 2.0]\n"
+        "name: quick\nimages: 16\nbatch_size: 8\nsampler: {kind: euler, steps: "
+        "3}\nguidance_scales: [1.0, 2.0]\n"
         f"reference: {folder}/pictures\ngrid_images: 4\n"
     )
-    lpl("sample", cpu_run, "--images", "4", "--sampler-steps", "2", "--output", folder / "sheet.png")
+    lpl(
+        "sample", cpu_run, "--images", "4", "--sampler-steps", "2", "--output", folder / "sheet.png"
+    )
     assert (folder / "sheet.png").stat().st_size > 1000
     lpl("evaluate", cpu_run, folder / "quick.yaml")

@@ -1,4 +1,6 @@
-"""The parts that treat a GPU otherwise: strategies and precisions, batches on a stream of their own, pinned copies, the decoder."""
+"""The parts that treat a GPU otherwise: strategies and precisions, batches on a stream of their
+own, pinned copies, the decoder.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,12 @@ def differences(got, wanted):
     assert got.keys() == wanted.keys()
     found = {}
     for kind in wanted:
-        pairs = [(got[kind][name].double().cpu(), wanted[kind][name].double()) for name in wanted[kind]]
-        found[kind] = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs)
+        pairs = [
+            (got[kind][name].double().cpu(), wanted[kind][name].double()) for name in wanted[kind]
+        ]
+        found[kind] = max(
+            float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs
+        )
     return found
 
 
@@ -65,7 +71,9 @@ def differences(got, wanted):
 def test_a_strategy_equals_one_cpu_process(gpu, wanted, strategy, grad_accum_steps):
     native = strategy in NATIVE
     case = Case(strategy, "fp64" if native else "fp32", grad_accum_steps=grad_accum_steps)
-    found = differences(whole([train(World(), gpu, case)]), wanted[Case(grad_accum_steps=grad_accum_steps)])
+    found = differences(
+        whole([train(World(), gpu, case)]), wanted[Case(grad_accum_steps=grad_accum_steps)]
+    )
     assert max(found.values()) < (1e-10 if native else 2e-5), found
 
 
@@ -86,7 +94,9 @@ def test_half_precision_stays_near(gpu, wanted, strategy, precision):
 
 def test_float8_products_are_near(gpu):
     torch.manual_seed(0)
-    block = nn.ModuleDict({"block": nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))}).to(gpu, torch.bfloat16)
+    block = nn.ModuleDict(
+        {"block": nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))}
+    ).to(gpu, torch.bfloat16)
     x = torch.randn(24, 64, device=gpu, dtype=torch.bfloat16)
     exact = block["block"](x)
     assert swap_layers(block, ["block"], emulate=False) == 2
@@ -98,7 +108,10 @@ def test_float8_products_are_near(gpu):
 def test_batches_arrive_whole_while_the_device_is_busy(gpu):
     shape = (64, 8, 64, 64)
     batches = [
-        LatentBatch(torch.full(shape, i, dtype=torch.float16), *torch.full((3, 64), i), None).pin_memory() for i in range(12)
+        LatentBatch(
+            torch.full(shape, i, dtype=torch.float16), *torch.full((3, 64), i), None
+        ).pin_memory()
+        for i in range(12)
     ]
     sums, work = [], torch.randn(4096, 4096, device=gpu)
     for batch in on_device((batch for batch in batches), gpu):
@@ -140,12 +153,22 @@ def test_the_probe_of_stragglers_is_short_and_repeats(gpu, dtype):
 
 def test_the_preflight_knows_the_device(gpu):
     found = probe_device(0)
-    assert found["device"] == torch.cuda.get_device_name(0) and found["device_trouble"] is None and found["memory_gib"] > 1
+    assert (
+        found["device"] == torch.cuda.get_device_name(0)
+        and found["device_trouble"] is None
+        and found["memory_gib"] > 1
+    )
     assert "1 for process 1" in probe_device(1)["no_device"]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"decoder_precision": "bf16"}, {"compile": True}, {"compile": True, "decoder_precision": "bf16"}]
+    "options",
+    [
+        {},
+        {"decoder_precision": "bf16"},
+        {"compile": True},
+        {"compile": True, "decoder_precision": "bf16"},
+    ],
 )
 def test_lpl_equals_the_cpu(gpu, options):
     torch.manual_seed(0)
@@ -156,10 +179,14 @@ def test_lpl_equals_the_cpu(gpu, options):
         config, compiled = LPLConfig(weight=1.0, **options), options.get("compile")
         scaling = LatentScaling(torch.zeros(4), torch.ones(4))
         stages = decoder_stages(load_autoencoder("asset:autoencoder_emoji").network)
-        features = DecoderFeatures(stages, scaling, config.stages, dtype=DTYPES[config.decoder_precision])
+        features = DecoderFeatures(
+            stages, scaling, config.stages, dtype=DTYPES[config.decoder_precision]
+        )
         if compiled:
             features.compile_pieces()
-        return LatentPerceptualLoss(config, features.to(device))(z0.to(device), z0_hat.to(device), weights.to(device))
+        return LatentPerceptualLoss(config, features.to(device))(
+            z0.to(device), z0_hat.to(device), weights.to(device)
+        )
 
     got, wanted = term(gpu, **options), term("cpu")
     tolerance = 3e-2 if options.get("decoder_precision") else 2e-5

@@ -1,4 +1,6 @@
-"""Pictures, latents, configurations and one uninterrupted run of 8 steps, shared by the tests of the commands."""
+"""Pictures, latents, configurations and one uninterrupted run of 8 steps, shared by the tests of
+the commands.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,16 @@ def world(tmp_path_factory):
     autoencoder = tiny_folder(folder / "autoencoder")
     encode = folder / "encode.yaml"
     encode.write_text(
-        f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\nshard_samples: 9\n"
+        f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: "
+        f"{autoencoder}\nresolution_px: 32\nshard_samples: 9\n"
     )
-    said = lpl("encode", encode, ranks=2, cold=True).stdout  # by two processes, which do not talk to each other
+    said = lpl(
+        "encode", encode, ranks=2, cold=True
+    ).stdout  # by two processes, which do not talk to each other
     assert "32 samples" in said and "4 shards" in said
-    (folder / "train.yaml").write_text(TRAIN.format(autoencoder=autoencoder, latents=folder / "latents"))
+    (folder / "train.yaml").write_text(
+        TRAIN.format(autoencoder=autoencoder, latents=folder / "latents")
+    )
     (folder / "quick.yaml").write_text(PROTOCOL.format(pictures=folder / "pictures"))
     lpl("train", folder / "train.yaml", f"run_dir={folder}/whole", cold=True)
     return folder

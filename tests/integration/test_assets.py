@@ -1,4 +1,6 @@
-"""What ships is what the tools make: the emoji tars rebuild from their npm package, and the autoencoder is as good as it says."""
+"""What ships is what the tools make: the emoji tars rebuild from their npm package, and the
+autoencoder is as good as it says.
+"""
 
 import io
 import json
@@ -18,15 +20,24 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 
 def samples(tar):
-    return {s["__key__"]: s for s in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)}
+    return {
+        s["__key__"]: s
+        for s in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)
+    }
 
 
 def test_splits_are_disjoint_and_complete():
-    train, held_out = samples(ASSETS / "emoji" / "train.tar"), samples(ASSETS / "emoji" / "held_out.tar")
+    train, held_out = (
+        samples(ASSETS / "emoji" / "train.tar"),
+        samples(ASSETS / "emoji" / "held_out.tar"),
+    )
     assert len(train) + len(held_out) == 1911 and not train.keys() & held_out.keys()
     assert {int(s["cls"]) for s in train.values()} == set(range(10))
     first = train["1f600"]
-    assert first["txt"] == b"grinning face" and Image.open(io.BytesIO(first["png"])).size == (64, 64)
+    assert first["txt"] == b"grinning face" and Image.open(io.BytesIO(first["png"])).size == (
+        64,
+        64,
+    )
 
 
 @pytest.mark.network
@@ -47,8 +58,13 @@ def test_the_tars_rebuild(tmp_path):
         ours, theirs = samples(tmp_path / "built" / name), samples(ASSETS / "emoji" / name)
         assert ours.keys() == theirs.keys()
         for key in ours:
-            assert all(ours[key][member] == theirs[key][member] for member in ("cls", "txt", "json"))
-            assert Image.open(io.BytesIO(ours[key]["png"])).tobytes() == Image.open(io.BytesIO(theirs[key]["png"])).tobytes()
+            assert all(
+                ours[key][member] == theirs[key][member] for member in ("cls", "txt", "json")
+            )
+            assert (
+                Image.open(io.BytesIO(ours[key]["png"])).tobytes()
+                == Image.open(io.BytesIO(theirs[key]["png"])).tobytes()
+            )
 
 
 def test_the_autoencoder_is_as_good_as_it_says():
@@ -56,9 +72,12 @@ def test_the_autoencoder_is_as_good_as_it_says():
 
     quality = json.loads((ASSETS / "autoencoder_emoji" / "quality.json").read_text())
     pictures = train_autoencoder.read_pictures("held_out")
-    measured = train_autoencoder.measure(AutoencoderKL.from_pretrained(ASSETS / "autoencoder_emoji"), pictures)
+    measured = train_autoencoder.measure(
+        AutoencoderKL.from_pretrained(ASSETS / "autoencoder_emoji"), pictures
+    )
     assert measured["pictures"] == 197 and quality["parameters"] <= 3_000_000
     assert (
-        measured["held_out_psnr_db"] == pytest.approx(quality["held_out_psnr_db"], abs=0.02) and measured["held_out_psnr_db"] >= 29
+        measured["held_out_psnr_db"] == pytest.approx(quality["held_out_psnr_db"], abs=0.02)
+        and measured["held_out_psnr_db"] >= 29
     )
     assert sum(f.stat().st_size for f in (ASSETS / "autoencoder_emoji").iterdir()) <= 8 * 2**20

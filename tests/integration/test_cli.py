@@ -1,4 +1,6 @@
-"""The commands end to end on 32 pictures: encode, train, stop, go on, sample, evaluate, report; and what bad input gets."""
+"""The commands end to end on 32 pictures: encode, train, stop, go on, sample, evaluate, report; and
+what bad input gets.
+"""
 
 import json
 import os
@@ -20,31 +22,44 @@ from tests.support.commands import ROOT, lines, losses, lpl
 def weights(run, step, kind="param"):
     tensors = {}
     for file in sorted((run / "checkpoints" / f"step_{step:08d}").glob("pieces_*.safetensors")):
-        tensors |= {f"{file.name}/{name}": x for name, x in load_file(file).items() if name.startswith(kind)}
+        tensors |= {
+            f"{file.name}/{name}": x for name, x in load_file(file).items() if name.startswith(kind)
+        }
     assert tensors
     return tensors
 
 
 def test_a_run_leaves_what_the_readme_promises(world):
     run = world / "whole"
-    assert {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "logs"} <= {p.name for p in run.iterdir()}
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "logs"} <= {
+        p.name for p in run.iterdir()
+    }
     assert list(losses(run)) == list(range(1, 9))
     events = [line["event"] for line in lines(run) if "event" in line]
     assert events == ["lpl_weight_calibrated"]
     last = lines(run)[-1]
-    assert 0 < last["lpl/weighted_share"] < 1 and last["lpl/gated_share"] > 0 and last["grad_norm"] > 0
+    assert (
+        0 < last["lpl/weighted_share"] < 1 and last["lpl/gated_share"] > 0 and last["grad_norm"] > 0
+    )
     assert last["seconds/lpl"] > 0 and [path.name for path in sorted((run / "lpl").iterdir())] == [
         "step_00000004.png",
         "step_00000008.png",
     ]
     (start,) = json.loads((run / "provenance.json").read_text())
-    assert start["world_size"] == 1 and start["versions"]["torch"] and start["step"] == 0 and start["strategy"] == "local"
+    assert (
+        start["world_size"] == 1
+        and start["versions"]["torch"]
+        and start["step"] == 0
+        and start["strategy"] == "local"
+    )
 
 
 def test_resuming_equals_not_stopping_bit_for_bit(world):
     run = world / "parts"
     lpl("train", world / "train.yaml", f"run_dir={run}", "steps=5", "checkpoint.every_steps=3")
-    shutil.rmtree(run / "checkpoints" / "step_00000005")  # as if it had stopped while LPL's weight was being calibrated
+    shutil.rmtree(
+        run / "checkpoints" / "step_00000005"
+    )  # as if it had stopped while LPL's weight was being calibrated
     lpl("train", world / "train.yaml", f"run_dir={run}")
     assert losses(run) == losses(world / "whole")
     for kind in ("param", "ema", "optimizer"):
@@ -57,14 +72,24 @@ def test_a_run_is_trained_by_one_at_a_time(world):
     with Lease(RunDir(run).live) as lease:
         assert lease.held
         refused = lpl("train", world / "train.yaml", f"run_dir={run}", check=False)
-    assert refused.returncode == 2 and f"is being trained by process {os.getpid()}" in refused.stderr
+    assert (
+        refused.returncode == 2 and f"is being trained by process {os.getpid()}" in refused.stderr
+    )
     assert not (run / "metrics.jsonl").exists()
 
 
 def test_a_training_ends_when_the_run_is_another_ones(world):
     """It was suspended, say, and its job was begun again elsewhere."""
     run = world / "lost"
-    command = [sys.executable, "-m", "lpl_pretrain", "train", str(world / "train.yaml"), f"run_dir={run}", "steps=100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "lpl_pretrain",
+        "train",
+        str(world / "train.yaml"),
+        f"run_dir={run}",
+        "steps=100000",
+    ]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as ghost:
         while not (run / "metrics.jsonl").exists():
             time.sleep(0.05)
@@ -76,34 +101,69 @@ def test_a_training_ends_when_the_run_is_another_ones(world):
 
 
 def test_scores_while_training_waits(world):
-    """On two ranks, of every checkpoint, and the run is the same as without; one that cannot run is refused at once."""
+    """On two ranks, of every checkpoint, and the run is the same as without; one that cannot run is
+    refused at once.
+    """
     run = world / "inline"
-    lpl("train", world / "train.yaml", f"run_dir={run}", "parallel.strategy=ddp", f"inline_evaluation={world}/quick.yaml", ranks=2)
-    assert sorted(path.parent.name for path in run.glob("evaluations/*/quick.json")) == ["step_00000004", "step_00000008"]
+    lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={run}",
+        "parallel.strategy=ddp",
+        f"inline_evaluation={world}/quick.yaml",
+        ranks=2,
+    )
+    assert sorted(path.parent.name for path in run.glob("evaluations/*/quick.json")) == [
+        "step_00000004",
+        "step_00000008",
+    ]
     assert losses(run) == pytest.approx(losses(world / "whole"), rel=1e-4)
     record = json.loads((run / "evaluations/step_00000008/quick.json").read_text())
     assert record["processes"] == 2 and {entry["images"] for entry in record["results"]} == {12}
     (world / "unfit.yaml").write_text((world / "quick.yaml").read_text().replace("euler", "ddim"))
-    refused = lpl("train", world / "train.yaml", f"run_dir={world}/no", f"inline_evaluation={world}/unfit.yaml", check=False)
-    assert refused.returncode == 2 and "sampler.kind=ddim" in refused.stderr and not (world / "no").exists()
+    refused = lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={world}/no",
+        f"inline_evaluation={world}/unfit.yaml",
+        check=False,
+    )
+    assert (
+        refused.returncode == 2
+        and "sampler.kind=ddim" in refused.stderr
+        and not (world / "no").exists()
+    )
 
 
 def test_has_teeth_another_seed_is_another_run(world):
-    """And, in the same launch: wandb mirrors metrics.jsonl, offline; a ramp without an end is named once, at the start."""
+    """And, in the same launch: wandb mirrors metrics.jsonl, offline; a ramp without an end is named
+    once, at the start.
+    """
     changes = ["steps=5", "seed=1", "lpl.ramp_steps=4", "log.wandb.mode=offline"]
     said = lpl("train", world / "train.yaml", f"run_dir={world}/seed", *changes).stderr
-    assert said.count("lpl.ramp_steps=4 from step 4 on with steps=5: the weight of LPL reaches 25% of its value only") == 1
+    assert (
+        said.count(
+            "lpl.ramp_steps=4 from step 4 on with steps=5: the weight of LPL reaches 25% of its "
+            "value only"
+        )
+        == 1
+    )
     assert losses(world / "seed")[1] != losses(world / "whole")[1]
     assert list((world / "seed").glob("wandb/offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["parallel.strategy=fsdp2"], ["parallel.strategy=zero", "parallel.zero_config=configs/zero/zero2.json"]],
+    [
+        ["parallel.strategy=fsdp2"],
+        ["parallel.strategy=zero", "parallel.zero_config=configs/zero/zero2.json"],
+    ],
     ids=["fsdp2", "zero2"],
 )
 def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
-    """torchrun passes SIGTERM on; both ranks save at the same step and the same command goes on, and equals one process."""
+    """torchrun passes SIGTERM on; both ranks save at the same step and the same command goes on,
+    and equals one process.
+    """
     run = world / f"two_{arguments[0].split('=')[1]}"
     command = [
         sys.executable,
@@ -120,7 +180,13 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
         "steps=100000",
         *arguments,
     ]
-    trainer = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not ((run / "metrics.jsonl").exists() and len(losses(run)) >= 6):
         assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
@@ -131,24 +197,53 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
     assert len(stopped) == 1 and stopped[0]["signal"] == "SIGTERM"
     step = stopped[0]["step"]
     assert (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
-    lpl("train", world / "train.yaml", f"run_dir={run}", f"steps={step + 2}", *arguments, ranks=2, cold=True)
+    lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={run}",
+        f"steps={step + 2}",
+        *arguments,
+        ranks=2,
+        cold=True,
+    )
     assert [line["step"] for line in lines(run) if line.get("event") == "resumed"] == [step]
     assert max(losses(run)) == step + 2
     audited = lpl("audit", run).stdout
-    assert f"{step + 2} updates of 8 samples, 2 starts, 0 updates made again" in audited and "none was seen twice" in audited
+    assert (
+        f"{step + 2} updates of 8 samples, 2 starts, 0 updates made again" in audited
+        and "none was seen twice" in audited
+    )
     whole = losses(world / "whole")
-    assert [losses(run)[s] for s in range(1, 7)] == pytest.approx([whole[s] for s in range(1, 7)], rel=2e-4)
+    assert [losses(run)[s] for s in range(1, 7)] == pytest.approx(
+        [whole[s] for s in range(1, 7)], rel=2e-4
+    )
 
 
 @pytest.mark.parametrize("moment", ["at the start", "while compiling"])
 def test_a_signal_before_the_first_step_is_kept_for_its_end(world, moment):
     """One update is made, saved, and gone on from."""
     run = world / moment
-    command = [sys.executable, "-m", "lpl_pretrain", "train", str(world / "train.yaml"), f"run_dir={run}", "lpl=null"]
+    command = [
+        sys.executable,
+        "-m",
+        "lpl_pretrain",
+        "train",
+        str(world / "train.yaml"),
+        f"run_dir={run}",
+        "lpl=null",
+    ]
     command += ["parallel.compile=true"] * (moment == "while compiling")
-    trainer = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while not (run / ("live.lease" if moment == "at the start" else "logs/samples_rank_00000.jsonl")).exists():
+    while not (
+        run / ("live.lease" if moment == "at the start" else "logs/samples_rank_00000.jsonl")
+    ).exists():
         assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
         time.sleep(0.02)
     assert not (run / "metrics.jsonl").exists() or not losses(run)
@@ -176,26 +271,46 @@ def test_a_damaged_shard_is_named_before_training(world):
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
-    done = lpl("train", world / "train.yaml", f"run_dir={world}/never", f"data.folder={world}/damaged", check=False)
+    done = lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={world}/never",
+        f"data.folder={world}/damaged",
+        check=False,
+    )
     assert done.returncode == 2 and shard.name in done.stderr and not (world / "never").exists()
 
 
 def test_export(world):
-    """Whole weights of a run of two ranks, of any kind, and an average of a length that nobody tracked."""
+    """Whole weights of a run of two ranks, of any kind, and an average of a length that nobody
+    tracked.
+    """
     run, out = world / "whole", world / "exported"
     out.mkdir()
     for name in ("raw", "ema_power_0.050"):
         lpl("export", run, "--weights", name, "--output", out / f"{name}.safetensors")
     raw = load_file(out / "raw.safetensors")
     assert {f"pieces_00000.safetensors/param/{name}" for name in raw} == weights(run, 8).keys()
-    assert all(tensor.flatten().equal(weights(run, 8)[f"pieces_00000.safetensors/param/{name}"]) for name, tensor in raw.items())
-    assert [path.name for path in sorted((run / "snapshots").iterdir())] == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
+    assert all(
+        tensor.flatten().equal(weights(run, 8)[f"pieces_00000.safetensors/param/{name}"])
+        for name, tensor in raw.items()
+    )
+    assert [path.name for path in sorted((run / "snapshots").iterdir())] == [
+        f"step_{step:08d}" for step in (2, 4, 6, 8)
+    ]
     lpl("export", run, "--sigma-rel", "0.05", "--output", out / "made.safetensors")
-    made, tracked = load_file(out / "made.safetensors"), load_file(out / "ema_power_0.050.safetensors")
+    made, tracked = (
+        load_file(out / "made.safetensors"),
+        load_file(out / "ema_power_0.050.safetensors"),
+    )
     assert all(torch.allclose(made[name], tracked[name], rtol=1e-4, atol=1e-6) for name in tracked)
     assert not all(torch.allclose(made[name], raw[name], rtol=1e-4, atol=1e-6) for name in raw)
-    refused = lpl("export", run, "--sigma-rel", "0.07", "--step", "5", "--output", out / "no", check=False)
-    assert refused.returncode == 2 and "no snapshot of step 5, there are: 2, 4, 6, 8" in refused.stderr
+    refused = lpl(
+        "export", run, "--sigma-rel", "0.07", "--step", "5", "--output", out / "no", check=False
+    )
+    assert (
+        refused.returncode == 2 and "no snapshot of step 5, there are: 2, 4, 6, 8" in refused.stderr
+    )
 
 
 def test_sample_evaluate_report(world):
@@ -203,7 +318,10 @@ def test_sample_evaluate_report(world):
     lpl("evaluate", run, world / "quick.yaml")
     scores = json.loads((run / "evaluations" / "step_00000008" / "quick.json").read_text())
     assert [r["guidance_scale"] for r in scores["results"]] == [1.0, 2.0]
-    assert all("efficientnet_lite0" in json.dumps(r) and '"fid"' not in json.dumps(r) for r in scores["results"])
+    assert all(
+        "efficientnet_lite0" in json.dumps(r) and '"fid"' not in json.dumps(r)
+        for r in scores["results"]
+    )
     assert (run / "evaluations" / "step_00000004" / "quick.json").is_file()
     lpl("sample", run, "--images", "4", "--sampler-steps", "2", "--output", world / "grid.png")
     assert (world / "grid.png").stat().st_size > 100
@@ -230,18 +348,32 @@ def test_doctor_answers():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["batch.global_batchsize=8"], ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
-        (["batch.micro_batch_size=3"], ["batch.global_batch_size=8 is not a multiple of micro_batch_size=3"]),
+        (
+            ["batch.global_batchsize=8"],
+            ["batch.global_batchsize", "did you mean 'global_batch_size'"],
+        ),
+        (
+            ["batch.micro_batch_size=3"],
+            ["batch.global_batch_size=8 is not a multiple of micro_batch_size=3"],
+        ),
         (["model.patch_size=3"], ["model.patch_size=3", "divisor of 8"]),
         (["autoencoder=asset:autoencoder_emoji"], ["was encoded by autoencoder", "encode again"]),
         (["data.folder=absent"], ["absent/index.json", "encode"]),
-        (["optimizer.lr=0.5"], ["belongs to another configuration", "optimizer.lr: the run has 0.001, you ask for 0.5"]),
+        (
+            ["optimizer.lr=0.5"],
+            [
+                "belongs to another configuration",
+                "optimizer.lr: the run has 0.001, you ask for 0.5",
+            ],
+        ),
         (["parallel.strategy=zero", "parallel.zero_config=absent.json"], ["absent.json"]),
         (["lpl.start_step=9"], ["lpl.start_step=9 with steps=9", "LPL never runs"]),
     ],
 )
 def test_bad_input_is_refused_before_training(world, arguments, words):
-    done = lpl("train", world / "train.yaml", f"run_dir={world}/whole", "steps=9", *arguments, check=False)  # of 8: to go on
+    done = lpl(
+        "train", world / "train.yaml", f"run_dir={world}/whole", "steps=9", *arguments, check=False
+    )  # of 8: to go on
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
@@ -250,10 +382,18 @@ def test_bad_input_is_refused_before_training(world, arguments, words):
 def test_post_training_from_a_run_that_is_gone_later(world, tmp_path):
     """It begins with that run's average; when it goes on, nothing is asked of where it began."""
     shutil.copytree(world / "whole", tmp_path / "before")
-    first = [world / "train.yaml", f"run_dir={tmp_path / 'after'}", f"init_from={{run: {tmp_path / 'before'}}}"]
+    first = [
+        world / "train.yaml",
+        f"run_dir={tmp_path / 'after'}",
+        f"init_from={{run: {tmp_path / 'before'}}}",
+    ]
     lpl("train", *first, "steps=5")
     shutil.rmtree(tmp_path / "before")
     lpl("train", *first, "steps=6")
     assert list(losses(tmp_path / "after")) == [1, 2, 3, 4, 5, 6]
     refused = lpl("train", *first, f"run_dir={tmp_path / 'new'}", check=False)
-    assert refused.returncode == 2 and "init_from.run=" in refused.stderr and "no complete checkpoint" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "init_from.run=" in refused.stderr
+        and "no complete checkpoint" in refused.stderr
+    )

@@ -1,4 +1,6 @@
-"""Exported folders load in diffusers, and its pipelines draw what our sampler draws from the same noise."""
+"""Exported folders load in diffusers, and its pipelines draw what our sampler draws from the same
+noise.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from tests.support.latents import captioned_dataset, tiny_dataset
 
 CPU = torch.device("cpu")
 MODELS = {
-    "dit": {"kind": "dit", "width": 32, "depth": 2, "heads": 2, "learned_sigma": True, "timestep_rates": "diffusers"},
+    "dit": {
+        "kind": "dit",
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "learned_sigma": True,
+        "timestep_rates": "diffusers",
+    },
     "mmdit": TINY_MMDIT,
     "sdxl": TINY_SDXL,
 }
@@ -50,7 +59,12 @@ def captioned(tmp_path_factory):
 def exported(folder: Path, data, kind, **changes):
     """(our run with random weights, the folder that it became)."""
     conditioning = {} if kind == "dit" else {"text": ["clip", "t5"]}
-    settings = {"model": MODELS[kind], "diffusion": DIFFUSIONS[kind], "conditioning": conditioning, **changes}
+    settings = {
+        "model": MODELS[kind],
+        "diffusion": DIFFUSIONS[kind],
+        "conditioning": conditioning,
+        **changes,
+    }
     config = train_config(data__folder=data[0], autoencoder=data[1], **settings)
     run_dir = RunDir(folder / "run")
     run = assemble(config, run_dir, World(), CPU)
@@ -63,10 +77,21 @@ def exported(folder: Path, data, kind, **changes):
     scored = run_dir.evaluation(3, "quick")
     scored.parent.mkdir(parents=True)
     result = {"metric": "fd_x", "value": 12.345, "guidance_scale": 1.0, "weights": "ema"}
-    record = {"format_version": FORMAT_VERSION, "step": 3, "protocol": {"name": "quick"}, "results": [result]}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "step": 3,
+        "protocol": {"name": "quick"},
+        "results": [result],
+    }
     scored.write_text(json.dumps(record))
     export.run(
-        str(run_dir.path), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder / "out")
+        str(run_dir.path),
+        weights="ema",
+        step=None,
+        sigma_rel=None,
+        best=None,
+        format="diffusers",
+        output=str(folder / "out"),
     )
     trained = open_run(run_dir, CPU)
     trained.load(3, "ema")
@@ -79,7 +104,16 @@ def ours(trained, noise, sampler, cond, uncond, scale):
     def model(z_t, t, c):
         return generator.denoiser(z_t, t, c)[:, :4]
 
-    z0 = sample(model, generator.prediction, generator.schedule, sampler, noise, cond, uncond=uncond, guidance_scale=scale)
+    z0 = sample(
+        model,
+        generator.prediction,
+        generator.schedule,
+        sampler,
+        noise,
+        cond,
+        uncond=uncond,
+        guidance_scale=scale,
+    )
     return (generator.decode(z0) / 2 + 0.5).clamp(0, 1)
 
 
@@ -100,28 +134,43 @@ def test_dit(labelled, tmp_path, scale):
 def conditions(trained):
     _, text, pooled = trained.generator.captions.draw(0, [0, 1])
     nothing, vector = trained.generator.captions.conditioner.nothing(2, CPU)
-    labels, sizes = torch.zeros(2, dtype=torch.int64), trained.generator.captions.sizes.expand(2, -1)
+    labels, sizes = (
+        torch.zeros(2, dtype=torch.int64),
+        trained.generator.captions.sizes.expand(2, -1),
+    )
     embeddings = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
     embeddings |= {"negative_prompt_embeds": nothing, "negative_pooled_prompt_embeds": vector}
-    return Conditioning(labels, text, pooled, sizes), Conditioning(labels, nothing, vector, sizes), embeddings
+    return (
+        Conditioning(labels, text, pooled, sizes),
+        Conditioning(labels, nothing, vector, sizes),
+        embeddings,
+    )
 
 
 def test_mmdit(captioned, tmp_path):
     trained, folder = exported(tmp_path, captioned, "mmdit")
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, **dict.fromkeys(MISSING[SD3]))
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        folder, **dict.fromkeys(MISSING[SD3])
+    )
     cond, uncond, embeddings = conditions(trained)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     sigmas = [1 - i / 10 for i in range(10)]
     arguments = {"height": 32, "width": 32, "guidance_scale": 3.0, "output_type": "pt"}
-    got = pipeline(**embeddings, **arguments, sigmas=sigmas, num_inference_steps=10, latents=noise).images
-    wanted = ours(trained, noise, SamplerConfig(kind="euler", steps=10, shift=3.0), cond, uncond, 3.0)
+    got = pipeline(
+        **embeddings, **arguments, sigmas=sigmas, num_inference_steps=10, latents=noise
+    ).images
+    wanted = ours(
+        trained, noise, SamplerConfig(kind="euler", steps=10, shift=3.0), cond, uncond, 3.0
+    )
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
     assert wanted.std() > 0.01
 
 
 def test_sdxl(captioned, tmp_path):
     trained, folder = exported(tmp_path, captioned, "sdxl")
-    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, **dict.fromkeys(MISSING[SDXL]))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        folder, **dict.fromkeys(MISSING[SDXL])
+    )
     cond, uncond, embeddings = conditions(trained)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     arguments = {"height": 32, "width": 32, "guidance_scale": 3.0, "output_type": "pt"}
@@ -134,15 +183,37 @@ def test_sdxl(captioned, tmp_path):
 def test_the_card_and_what_is_refused(labelled, tmp_path):
     _, folder = exported(tmp_path, labelled, "dit")
     card = (folder / "README.md").read_text()
-    for words in ("DiTPipeline", "data fingerprint", "weights: ema", "step: 3", "fd_x 12.35 (w = 1)", "samples in the data: 32"):
+    for words in (
+        "DiTPipeline",
+        "data fingerprint",
+        "weights: ema",
+        "step: 3",
+        "fd_x 12.35 (w = 1)",
+        "samples in the data: 32",
+    ):
         assert words in card, words
-    assert not [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".safetensors", ".md")]
+    assert not [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".json", ".safetensors", ".md")
+    ]
     with pytest.raises(ConfigError, match="is there already"):
         export.run(
-            str(tmp_path / "run"), weights="ema", step=None, sigma_rel=None, best=None, format="diffusers", output=str(folder)
+            str(tmp_path / "run"),
+            weights="ema",
+            step=None,
+            sigma_rel=None,
+            best=None,
+            format="diffusers",
+            output=str(folder),
         )
-    flow = {"diffusion": {"prediction": "flow", "schedule": "rectified_flow"}, "data__scaling": "per_channel"}
+    flow = {
+        "diffusion": {"prediction": "flow", "schedule": "rectified_flow"},
+        "data__scaling": "per_channel",
+    }
     model = {**MODELS["dit"], "learned_sigma": False}
-    with pytest.raises(ConfigError, match="(?s)data.scaling=per_channel.*prediction=flow with model.kind=dit"):
+    with pytest.raises(
+        ConfigError, match="(?s)data.scaling=per_channel.*prediction=flow with model.kind=dit"
+    ):
         exported(tmp_path / "flow", labelled, "dit", model=model, **flow)
     assert not (tmp_path / "flow" / "out").exists()

@@ -1,4 +1,6 @@
-"""`train` on a poisoned shard, as a user runs it: it goes back and on, says so in the report, and the audit agrees."""
+"""`train` on a poisoned shard, as a user runs it: it goes back and on, says so in the report, and
+the audit agrees.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,22 @@ def folder(tmp_path_factory):
 def test_train_audit_and_report(folder):
     run = folder / "run"
     said = lpl("train", folder / "train.yaml", f"run_dir={run}").stderr
-    assert "step 11: the loss at t " in said and "rolled back to step 8, 3 updates jumped over in all (1 of at most 20)" in said
+    assert (
+        "step 11: the loss at t " in said
+        and "rolled back to step 8, 3 updates jumped over in all (1 of at most 20)" in said
+    )
     assert RunDir(run).complete_checkpoints()[-1] == STEPS
     spikes = [line for line in lines(run) if line.get("event") == "spike"]
-    assert [(line["step"], line["action"], line["to_step"]) for line in spikes] == [(11, "rollback", 8), (14, "rollback", 12)]
+    assert [(line["step"], line["action"], line["to_step"]) for line in spikes] == [
+        (11, "rollback", 8),
+        (14, "rollback", 12),
+    ]
     audited = lpl("audit", run).stdout
     assert f"{STEPS} updates of 8 samples, 3 starts, 5 updates made again after one" in audited
-    assert "2 of the starts are rollbacks after a spike; the samples of 5 updates were jumped over" in audited
+    assert (
+        "2 of the starts are rollbacks after a spike; the samples of 5 updates were jumped over"
+        in audited
+    )
     lpl("report", run)
     page = RunDir(run).report.read_text()
     for line in spikes:
@@ -38,8 +49,15 @@ def test_train_audit_and_report(folder):
 
 def test_stop_is_an_error_that_names_samples(folder):
     run = folder / "stopped"
-    ended = lpl("train", folder / "train.yaml", f"run_dir={run}", "optimizer.on_spike=stop", check=False)
+    ended = lpl(
+        "train", folder / "train.yaml", f"run_dir={run}", "optimizer.on_spike=stop", check=False
+    )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert "largest losses: sample " in ended.stderr and "optimizer.on_spike=skip leaves such updates out" in ended.stderr
+    assert (
+        "largest losses: sample " in ended.stderr
+        and "optimizer.on_spike=skip leaves such updates out" in ended.stderr
+    )
     again = lpl("train", folder / "train.yaml", f"run_dir={run}", "optimizer.on_spike=skip")
-    assert "resumed at step 8" in again.stderr and "update left out (1 of at most 20)" in again.stderr
+    assert (
+        "resumed at step 8" in again.stderr and "update left out (1 of at most 20)" in again.stderr
+    )

@@ -1,4 +1,6 @@
-"""Starts of one run, by real processes: a finished one is left alone, every other is listed, a mistake leaves nothing."""
+"""Starts of one run, by real processes: a finished one is left alone, every other is listed, a
+mistake leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,21 @@ def finished(world, tmp_path):
     "ranks, changes, words",
     [
         (1, [], "complete: 8 of 8 steps; nothing to do (raise steps to go on)"),
-        (1, ["steps=5", "lpl.chunk_size=2"], "complete: it has made 8 steps, and steps=5 asks for no more; nothing to do"),
-        (2, ["parallel.strategy=fsdp2"], "complete: 8 of 8 steps; nothing to do (raise steps to go on)"),
-        (1, ["inline_evaluation={world}/quick.yaml"], "steps 4, 8 have no score: `lpl-pretrain evaluate {run} {world}/quick.yaml`"),
+        (
+            1,
+            ["steps=5", "lpl.chunk_size=2"],
+            "complete: it has made 8 steps, and steps=5 asks for no more; nothing to do",
+        ),
+        (
+            2,
+            ["parallel.strategy=fsdp2"],
+            "complete: 8 of 8 steps; nothing to do (raise steps to go on)",
+        ),
+        (
+            1,
+            ["inline_evaluation={world}/quick.yaml"],
+            "steps 4, 8 have no score: `lpl-pretrain evaluate {run} {world}/quick.yaml`",
+        ),
     ],
     ids=["same", "fewer steps", "another strategy under torchrun", "not scored"],
 )
@@ -38,7 +52,13 @@ def test_a_finished_run_is_left_alone(world, finished, ranks, changes, words):
 
 def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(world, finished):
     before = snapshot(finished)
-    holder = {"token": "of the killed", "job": "", "host": socket.gethostname(), "pid": 2**22 + 1, "since": 0.0}
+    holder = {
+        "token": "of the killed",
+        "job": "",
+        "host": socket.gethostname(),
+        "pid": 2**22 + 1,
+        "since": 0.0,
+    }
     (finished / "live.lease").write_text(json.dumps(holder))
     (finished / "checkpoints" / ".removing_step_00000004" / "part").mkdir(parents=True)
     lpl("train", world / "train.yaml", f"run_dir={finished}")
@@ -50,12 +70,25 @@ def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(wor
 
 def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finished):
     old = json.loads((finished / "provenance.json").read_text())[0]
-    (finished / "provenance.json").write_text(json.dumps({key: old[key] for key in ("argv", "world_size", "git_diff", "versions")}))
-    lpl("train", world / "train.yaml", f"run_dir={finished}", "steps=10", "parallel.strategy=ddp", ranks=2)
+    (finished / "provenance.json").write_text(
+        json.dumps({key: old[key] for key in ("argv", "world_size", "git_diff", "versions")})
+    )
+    lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={finished}",
+        "steps=10",
+        "parallel.strategy=ddp",
+        ranks=2,
+    )
     assert max(losses(finished)) == 10
     first, second = json.loads((finished / "provenance.json").read_text())
-    assert set(first) == {"argv", "world_size", "git_diff", "versions"}, "of an older version, as it was"
-    assert (second["step"], second["strategy"], second["world_size"]) == (8, "ddp", 2) and len(second["hosts"]) == 1
+    assert set(first) == {"argv", "world_size", "git_diff", "versions"}, (
+        "of an older version, as it was"
+    )
+    assert (second["step"], second["strategy"], second["world_size"]) == (8, "ddp", 2) and len(
+        second["hosts"]
+    ) == 1
     assert second["config_changes"] == {"parallel.strategy": ["local", "ddp"], "steps": [8, 10]} | {
         "run_dir": second["config_changes"]["run_dir"]
     }
@@ -68,12 +101,22 @@ def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(world, tmp
     """As one that was killed before its first step."""
     (started := tmp_path / "started").mkdir()
     shutil.copy(world / "whole" / "config.yaml", started)
-    lpl("train", world / "train.yaml", f"run_dir={started}", "lpl=null", "steps=2", "seed=3", "optimizer.lr=0.5")
+    lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={started}",
+        "lpl=null",
+        "steps=2",
+        "seed=3",
+        "optimizer.lr=0.5",
+    )
     assert "lr: 0.5" in (started / "config.yaml").read_text() and max(losses(started)) == 2
     (start,) = json.loads((started / "provenance.json").read_text())
     assert start["config_changes"]["seed"] == [0, 3]
     shutil.rmtree(started / "checkpoints")
-    refused = lpl("train", world / "train.yaml", f"run_dir={started}", "lpl=null", "steps=2", check=False)
+    refused = lpl(
+        "train", world / "train.yaml", f"run_dir={started}", "lpl=null", "steps=2", check=False
+    )
     assert refused.returncode == 2 and "seed: the run has 3, you ask for 0" in refused.stderr
     assert "logged steps under that configuration and saved no checkpoint" in refused.stderr
     same = ["lpl=null", "steps=2", "seed=3", "optimizer.lr=0.5"]
@@ -83,7 +126,9 @@ def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(world, tmp
 
 @pytest.fixture
 def damaged(world, tmp_path):
-    """Latents of which a byte has changed, which shows once torch is loaded and the folder of the run is made."""
+    """Latents of which a byte has changed, which shows once torch is loaded and the folder of the
+    run is made.
+    """
     shutil.copytree(world / "latents", tmp_path / "latents")
     shard = sorted((tmp_path / "latents").glob("*.tar"))[0]
     content = bytearray(shard.read_bytes())
@@ -94,7 +139,11 @@ def damaged(world, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_refused_first_start_leaves_nothing(world, damaged, tmp_path, ranks):
-    changes = [f"run_dir={tmp_path}/a/run", f"data.folder={damaged.parent}", *["parallel.strategy=ddp"] * (ranks > 1)]
+    changes = [
+        f"run_dir={tmp_path}/a/run",
+        f"data.folder={damaged.parent}",
+        *["parallel.strategy=ddp"] * (ranks > 1),
+    ]
     refused = lpl("train", world / "train.yaml", *changes, check=False, ranks=ranks)
     assert refused.returncode == (2 if ranks == 1 else 1) and damaged.name in refused.stderr
     assert refused.stderr.count("DataError: ") == 1
@@ -102,7 +151,17 @@ def test_a_refused_first_start_leaves_nothing(world, damaged, tmp_path, ranks):
 
 
 def test_a_refused_start_of_a_run_leaves_it_as_it_was(world, damaged, finished):
-    before = {name: (finished / name).read_bytes() for name in ("config.yaml", "provenance.json", "metrics.jsonl")}
-    refused = lpl("train", world / "train.yaml", f"run_dir={finished}", "steps=12", f"data.folder={damaged.parent}", check=False)
+    before = {
+        name: (finished / name).read_bytes()
+        for name in ("config.yaml", "provenance.json", "metrics.jsonl")
+    }
+    refused = lpl(
+        "train",
+        world / "train.yaml",
+        f"run_dir={finished}",
+        "steps=12",
+        f"data.folder={damaged.parent}",
+        check=False,
+    )
     assert refused.returncode == 2 and damaged.name in refused.stderr
     assert {name: (finished / name).read_bytes() for name in before} == before

@@ -19,13 +19,22 @@ def torchrun(tmp_path):
     """`plugin`: as where this package is installed, or else as where it only lies on the path."""
 
     def run(*arguments, plugin=True, **variables):
-        facts = tmp_path / f"plugin_{plugin}" / "lpl_pretrain-0.1.0.dist-info"  # goes before the one that is installed
+        facts = (
+            tmp_path / f"plugin_{plugin}" / "lpl_pretrain-0.1.0.dist-info"
+        )  # goes before the one that is installed
         facts.mkdir(parents=True, exist_ok=True)
-        (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: lpl-pretrain\nVersion: 0.1.0\n")
+        (facts / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: lpl-pretrain\nVersion: 0.1.0\n"
+        )
         (facts / "entry_points.txt").write_text(PLUGIN if plugin else "")
         path = f"{facts.parent}{os.pathsep}{ROOT}"
         return subprocess.run(
-            [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", *map(str, arguments)],
+            [
+                Path(sys.executable).parent / "torchrun",
+                "--nproc-per-node",
+                "2",
+                *map(str, arguments),
+            ],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -38,17 +47,39 @@ def torchrun(tmp_path):
 
 def test_the_plugin_is_declared():
     declared = (ROOT / "setup.cfg").read_text()
-    assert "torchrun.handlers" in declared and "lpl_pretrain = lpl_pretrain.runtime.torchrun:plugin" in declared
+    assert (
+        "torchrun.handlers" in declared
+        and "lpl_pretrain = lpl_pretrain.runtime.torchrun:plugin" in declared
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, error",
     [
-        (["train", "train.yaml", "optimizer.lrr=1"], "ConfigError: train.yaml: optimizer.lrr: unknown key; did you mean 'lr'?"),
-        (["encode", "encode.yaml", "output=unused", "source=absent"], "DataError: absent: "),
-        (["reference", "quick.yaml", "unused.safetensors", "--resolution-px", "32", "reference=absent"], "DataError: absent: "),
         (
-            ["train", "train.yaml", "run_dir=unused", "parallel.strategy=ddp", "model.patch_size=3"],
+            ["train", "train.yaml", "optimizer.lrr=1"],
+            "ConfigError: train.yaml: optimizer.lrr: unknown key; did you mean 'lr'?",
+        ),
+        (["encode", "encode.yaml", "output=unused", "source=absent"], "DataError: absent: "),
+        (
+            [
+                "reference",
+                "quick.yaml",
+                "unused.safetensors",
+                "--resolution-px",
+                "32",
+                "reference=absent",
+            ],
+            "DataError: absent: ",
+        ),
+        (
+            [
+                "train",
+                "train.yaml",
+                "run_dir=unused",
+                "parallel.strategy=ddp",
+                "model.patch_size=3",
+            ],
             "ConfigError: model.patch_size=3",
         ),
     ],
@@ -58,7 +89,9 @@ def test_an_input_error_is_printed_once_and_last(world, torchrun, arguments, err
     arguments = [str(world / name) if (world / name).exists() else name for name in arguments]
     error = error.replace(": train.yaml", f": {world}/train.yaml")
     done = torchrun("-m", "lpl_pretrain", *arguments)
-    assert done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.count(error) == 1, done.stderr
+    assert (
+        done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.count(error) == 1
+    ), done.stderr
     assert error in "".join(done.stderr.splitlines()[-2:]), "of two lines, where there are two"
 
 
@@ -67,15 +100,25 @@ def test_an_error_of_one_rank_is_printed_too(world, torchrun, tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     (tmp_path / "0" / "latents").symlink_to(world / "latents")
-    command = f"cd {tmp_path}/$LOCAL_RANK && exec {sys.executable} -m lpl_pretrain train {world}/train.yaml run_dir={tmp_path}/run"
-    done = torchrun("--no-python", "bash", "-c", f"{command} parallel.strategy=ddp data.folder=latents preflight=null")
+    command = (
+        f"cd {tmp_path}/$LOCAL_RANK && exec {sys.executable} -m lpl_pretrain train "
+        f"{world}/train.yaml run_dir={tmp_path}/run"
+    )
+    done = torchrun(
+        "--no-python",
+        "bash",
+        "-c",
+        f"{command} parallel.strategy=ddp data.folder=latents preflight=null",
+    )
     error = "DataError: latents/index.json: not found"
     assert done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.count(error) == 1
     assert done.stderr.splitlines()[-1].startswith(error) and not (tmp_path / "run").exists()
 
 
 def test_without_the_plugin_the_error_ends_the_report_of_torchrun(world, torchrun):
-    done = torchrun("-m", "lpl_pretrain", "train", world / "train.yaml", "optimizer.lrr=1", plugin=False)
+    done = torchrun(
+        "-m", "lpl_pretrain", "train", world / "train.yaml", "optimizer.lrr=1", plugin=False
+    )
     error = f"ConfigError: {world}/train.yaml: optimizer.lrr: unknown key; did you mean 'lr'?"
     assert done.returncode != 0 and done.stderr.count(error) == 1
     assert error in done.stderr.splitlines()[-2], "before a line of ="
@@ -84,4 +127,8 @@ def test_without_the_plugin_the_error_ends_the_report_of_torchrun(world, torchru
 def test_a_mistake_of_the_program_is_reported_with_its_traceback(torchrun):
     """Ours or another's: torchrun's report is replaced for input errors alone."""
     done = torchrun("--no-python", sys.executable, "-c", "import lpl_pretrain; lpl_pretrain.absent")
-    assert done.returncode != 0 and "AttributeError" in done.stderr and "ChildFailedError" in done.stderr
+    assert (
+        done.returncode != 0
+        and "AttributeError" in done.stderr
+        and "ChildFailedError" in done.stderr
+    )

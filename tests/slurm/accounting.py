@@ -1,4 +1,6 @@
-"""A test cluster that keeps accounts, as most do: slurmdbd and its MariaDB, each on a machine of its own."""
+"""A test cluster that keeps accounts, as most do: slurmdbd and its MariaDB, each on a machine of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,18 @@ CREATE USER slurm@'%' IDENTIFIED BY 'slurm';
 GRANT ALL ON accounts.* TO slurm@'%';
 """
 # nothing need outlive the tests
-FAST = ("--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=8M", "--performance-schema=OFF", "--skip-log-bin")
+FAST = (
+    "--innodb-flush-log-at-trx-commit=0",
+    "--innodb-log-file-size=8M",
+    "--performance-schema=OFF",
+    "--skip-log-bin",
+)
 
 
 class AccountedCluster(Cluster):
-    """Jobs belong to account `lab`, whose quality of service may be `normal` or `urgent`; sacct is the real one."""
+    """Jobs belong to account `lab`, whose quality of service may be `normal` or `urgent`; sacct is
+    the real one.
+    """
 
     def _configure(self) -> None:
         super()._configure()
@@ -49,7 +58,9 @@ class AccountedCluster(Cluster):
         with (self.folder / "hosts").open("a") as file:
             file.write(f"{ACCOUNTANT} accountant\n")
         (self.folder / "slurmdbd.conf").touch(0o600)
-        (self.folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(folder=self.folder, database=DATABASE))
+        (self.folder / "slurmdbd.conf").write_text(
+            SLURMDBD_CONF.format(folder=self.folder, database=DATABASE)
+        )
         (self.folder / "init.sql").write_text(INIT_SQL)
 
     def _start_head(self) -> None:
@@ -57,13 +68,40 @@ class AccountedCluster(Cluster):
         made = ["mariadb-install-db", "--no-defaults", *data, "--skip-test-db", *FAST[1:2]]
         subprocess.run(made, check=True, capture_output=True)
         files = [f"--socket={self.folder}/run/database", f"--init-file={self.folder}/init.sql"]
-        server = ["/usr/sbin/mariadbd", "--no-defaults", *data, *files, f"--bind-address={DATABASE}", "--skip-name-resolve", *FAST]
+        server = [
+            "/usr/sbin/mariadbd",
+            "--no-defaults",
+            *data,
+            *files,
+            f"--bind-address={DATABASE}",
+            "--skip-name-resolve",
+            *FAST,
+        ]
         self._start("database", DATABASE, *server)
-        ask = ["mariadb", "--no-defaults", "-h", DATABASE, "-uslurm", "-pslurm", "-e", "SELECT 1", "accounts"]
-        self.wait(lambda: self.run(*ask, check=False, machine="database").returncode == 0, 30, "MariaDB")
+        ask = [
+            "mariadb",
+            "--no-defaults",
+            "-h",
+            DATABASE,
+            "-uslurm",
+            "-pslurm",
+            "-e",
+            "SELECT 1",
+            "accounts",
+        ]
+        self.wait(
+            lambda: self.run(*ask, check=False, machine="database").returncode == 0, 30, "MariaDB"
+        )
         self._start("accountant", ACCOUNTANT, "/usr/sbin/slurmdbd", "-D")
-        self.wait(lambda: self._sacctmgr("list", "qos", check=False).returncode == 0, 30, "slurmdbd")
-        for words in ("cluster test", "account lab", "qos urgent", "user root account=lab qos=normal,urgent"):
+        self.wait(
+            lambda: self._sacctmgr("list", "qos", check=False).returncode == 0, 30, "slurmdbd"
+        )
+        for words in (
+            "cluster test",
+            "account lab",
+            "qos urgent",
+            "user root account=lab qos=normal,urgent",
+        ):
             self._sacctmgr("-i", "add", *words.split())
         super()._start_head()
 

@@ -1,4 +1,6 @@
-"""One real SLURM cluster for all tests of this folder; skipped only where it cannot be installed or root is not given."""
+"""One real SLURM cluster for all tests of this folder; skipped only where it cannot be installed or
+root is not given.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,9 @@ COLD = ["--set", "container=[]"]
 def prepare(folder):
     """Latents, a configuration, and a profile."""
     latents, autoencoder = tiny_dataset(folder)
-    config = TRAIN.format(every=EVERY, autoencoder=json.dumps(autoencoder), latents=json.dumps(latents))
+    config = TRAIN.format(
+        every=EVERY, autoencoder=json.dumps(autoencoder), latents=json.dumps(latents)
+    )
     (folder / "train.yaml").write_text(config)
     (folder / "cluster.yaml").write_text(yaml.safe_dump({**PROFILE, "container": warm.prefix()}))
 
@@ -70,7 +72,14 @@ class Job:
     def ask(cluster, folder, run, *overrides, changes=(), more=()):
         """What the scheduler may refuse."""
         options = [option for change in changes for option in ("--set", change)]
-        where = [f"run_dir={folder / run}", *overrides, "--cluster", folder / "cluster.yaml", "--nodes", 2]
+        where = [
+            f"run_dir={folder / run}",
+            *overrides,
+            "--cluster",
+            folder / "cluster.yaml",
+            "--nodes",
+            2,
+        ]
         return launch(cluster, "train", folder / "train.yaml", *where, *options, *more)
 
     def launch(self, *arguments):
@@ -103,12 +112,22 @@ class Job:
 
     def ranks(self, node=None):
         """(pid, command) of the processes that train, on one node or on any."""
-        found = [process for name in ([node] if node else self.cluster.names) for process in self.cluster.pids_on(name)]
-        return [(pid, command) for pid, command in found if "lpl_pretrain train" in command and warm.__file__ not in command]
+        found = [
+            process
+            for name in ([node] if node else self.cluster.names)
+            for process in self.cluster.pids_on(name)
+        ]
+        return [
+            (pid, command)
+            for pid, command in found
+            if "lpl_pretrain train" in command and warm.__file__ not in command
+        ]
 
     def nodes(self):
         """The one with the batch script and rank 0, and the other one."""
-        first, listed = self.cluster.run("squeue", "-h", "-j", self.id, "-o", "%B %N").stdout.split()
+        first, listed = self.cluster.run(
+            "squeue", "-h", "-j", self.id, "-o", "%B %N"
+        ).stdout.split()
         found = self.cluster.run("scontrol", "show", "hostnames", listed).stdout.split()
         return sorted(found, key=lambda node: node != first)
 
@@ -117,7 +136,9 @@ class Job:
         return int(self.cluster.run("squeue", "-h", "-j", self.id, "-O", "RestartCnt").stdout)
 
     def goes_on_after(self, trouble):
-        """`trouble` happens once; seconds until the run has resumed, and steps that were made before and are made again."""
+        """`trouble` happens once; seconds until the run has resumed, and steps that were made
+        before and are made again.
+        """
         resumed, started = len(self.resumes()), time.time()
         trouble(self)
         self.wait(lambda: len(self.resumes()) > resumed, "resumed")

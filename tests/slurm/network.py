@@ -1,7 +1,7 @@
 """The test cluster's wires: a switch, and a cable from it to every machine that can be pulled.
 
-The switch is a bridge and the machines are network namespaces, so nothing is added to this machine's own network, and the kernel
-removes all of it with the processes in it.
+The switch is a bridge and the machines are network namespaces, so nothing is added to this
+machine's own network, and the kernel removes all of it with the processes in it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import subprocess
 HEAD, ADDRESS = "192.0.2.1", "192.0.2.{number}"
 """Addresses that nobody has: RFC 5737."""
 SWITCH = "ip link set lo up && ip link add lan type bridge && ip link set lan up"
-# $2 is the machine's name, $3 its address, stdin the switch, in which the cable of a machine that has just crashed may still be
+# $2 is the machine's name, $3 its address, stdin the switch, in which the cable of a machine that
+# has just crashed may still be
 PLUG_IN = """\
 on_switch() { nsenter --net=/proc/self/fd/0 ip link "$@"; }
 on_switch del "$2" 2> /dev/null
@@ -25,6 +26,8 @@ def in_network_of(pid: int) -> list[str]:
 
 
 def set_cable(switch: int, name: str, *, plugged: bool) -> None:
-    """`switch` is a process that has it. From a machine without its cable packets vanish, and no connection ends or is reset."""
+    """`switch` is a process that has it. From a machine without its cable packets vanish, and no
+    connection ends or is reset.
+    """
     command = [*in_network_of(switch), "ip", "link", "set", name, "up" if plugged else "down"]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,4 +1,6 @@
-"""The Debian packages behind the test cluster, and why there can be no cluster where they or the rights to use them are missing."""
+"""The Debian packages behind the test cluster, and why there can be no cluster where they or the
+rights to use them are missing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ SBIN = "/usr/sbin:/sbin"
 def absent() -> list[str]:
     """The packages whose programs are not on this machine."""
     path = f"{os.environ.get('PATH', '')}:{SBIN}"
-    return [package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=path)]
+    return [
+        package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=path)
+    ]
 
 
 def install() -> None:
@@ -34,11 +38,22 @@ def install() -> None:
         return
     # --no-install-recommends: nothing of mail, accounting or the desktop comes along
     options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # no service is started
+    environment = {
+        **os.environ,
+        "DEBIAN_FRONTEND": "noninteractive",
+        "RUNLEVEL": "1",
+    }  # no service is started
     # one unreachable package source fails the update but need not fail the installation
-    subprocess.run(["apt-get", "update", "-qq"], env=environment, check=False, capture_output=True, timeout=240)
     subprocess.run(
-        ["apt-get", "install", *options, *packages], env=environment, check=True, capture_output=True, text=True, timeout=300
+        ["apt-get", "update", "-qq"], env=environment, check=False, capture_output=True, timeout=240
+    )
+    subprocess.run(
+        ["apt-get", "install", *options, *packages],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -56,6 +71,22 @@ def missing() -> str | None:
     except subprocess.CalledProcessError as error:
         return f"{', '.join(absent())} cannot be installed: {error.stderr.strip()[-300:]}"
     # root inside a plain container may lack the right
-    unshare = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", "sh", "-c"]
-    probe = subprocess.run([*unshare, f"{SWITCH} && ip link add type veth"], capture_output=True, text=True)
-    return f"root may not make namespaces or wires here: {probe.stderr.strip()}" if probe.returncode else None
+    unshare = [
+        "unshare",
+        "--mount",
+        "--uts",
+        "--net",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "sh",
+        "-c",
+    ]
+    probe = subprocess.run(
+        [*unshare, f"{SWITCH} && ip link add type veth"], capture_output=True, text=True
+    )
+    return (
+        f"root may not make namespaces or wires here: {probe.stderr.strip()}"
+        if probe.returncode
+        else None
+    )

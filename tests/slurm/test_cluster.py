@@ -21,20 +21,33 @@ while :; do sleep 0.2; done
 
 @pytest.fixture
 def submit(cluster, tmp_path):
-    """Submit a script and get the job's id; the jobs are cancelled and gone from their nodes when the test ends."""
+    """Submit a script and get the job's id; the jobs are cancelled and gone from their nodes when
+    the test ends.
+    """
     jobs = []
 
     def send(text, *options):
         script = tmp_path / f"job{len(jobs)}.sh"
         script.write_text(text)
         jobs.append(
-            cluster.run("sbatch", "--parsable", f"--output={tmp_path}/%j.out", *options, script, cwd=tmp_path).stdout.strip()
+            cluster.run(
+                "sbatch",
+                "--parsable",
+                f"--output={tmp_path}/%j.out",
+                *options,
+                script,
+                cwd=tmp_path,
+            ).stdout.strip()
         )
         return jobs[-1]
 
     yield send
     cluster.run("scancel", *jobs, check=False)
-    cluster.wait(lambda: all(cluster.node_state(node) == "idle" for node in cluster.names), 30, "all nodes idle again")
+    cluster.wait(
+        lambda: all(cluster.node_state(node) == "idle" for node in cluster.names),
+        30,
+        "all nodes idle again",
+    )
 
 
 @pytest.fixture
@@ -63,17 +76,22 @@ def sleeps(cluster, node):
 
 def test_steps_on_two_nodes_have_own_names_ranks_and_gpus(cluster, submit, tmp_path):
     said = 'echo "$(hostname) rank $SLURM_PROCID gpus $CUDA_VISIBLE_DEVICES"'
-    job = submit(f"#!/bin/sh\nsrun sh -c '{said}'\n", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2")
+    job = submit(
+        f"#!/bin/sh\nsrun sh -c '{said}'\n", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2"
+    )
     cluster.wait_state(job, "COMPLETED", 20)
     words = [
-        re.fullmatch(r"(\w+) rank (\d) gpus (\S+)", line).groups() for line in (tmp_path / f"{job}.out").read_text().splitlines()
+        re.fullmatch(r"(\w+) rank (\d) gpus (\S+)", line).groups()
+        for line in (tmp_path / f"{job}.out").read_text().splitlines()
     ]
     assert sorted(int(rank) for _, rank, _ in words) == [0, 1, 2, 3]
     assert len({host for host, _, _ in words}) == 2
     assert {host for host, _, _ in words} <= set(cluster.names)
     assert {gpus for _, _, gpus in words} == {"0,1"}
     assert (
-        cluster.run("sacct", "-o", "JobID,State", "--parsable2", "-j", job).stdout.splitlines()[1].startswith(f"{job}|COMPLETED|")
+        cluster.run("sacct", "-o", "JobID,State", "--parsable2", "-j", job)
+        .stdout.splitlines()[1]
+        .startswith(f"{job}|COMPLETED|")
     )
     assert cluster.job_state(int(job) + 1000) == ""
 
@@ -132,7 +150,9 @@ def test_jobs_outlive_the_slurmd_of_their_node(cluster, talking):
     assert len(read()) == 1
 
 
-def test_what_runs_on_a_node_that_is_cut_off_runs_on_while_its_job_begins_again_elsewhere(cluster, talking):
+def test_what_runs_on_a_node_that_is_cut_off_runs_on_while_its_job_begins_again_elsewhere(
+    cluster, talking
+):
     """Until the node is back: then SLURM ends it."""
     job, read = talking()
     node = read()[0].split()[-1]
@@ -145,12 +165,18 @@ def test_what_runs_on_a_node_that_is_cut_off_runs_on_while_its_job_begins_again_
         assert old and all(os.path.exists(f"/proc/{pid}") for pid in old)
     finally:
         cluster.mend(node)
-    cluster.wait(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in old), 30, "the end of the old attempt")
+    cluster.wait(
+        lambda: not any(os.path.exists(f"/proc/{pid}") for pid in old),
+        30,
+        "the end of the old attempt",
+    )
     assert cluster.job_state(job) == "RUNNING" and not restarted(read, 2)
 
 
 def test_nothing_passes_a_cut_cable_and_no_connection_hears_of_it(cluster, submit, tmp_path):
-    """A sender on one node and a receiver on another, which go on where they were when the cable is back."""
+    """A sender on one node and a receiver on another, which go on where they were when the cable is
+    back.
+    """
     heard = tmp_path / "heard"
     talk = f"""#!{sys.executable}
 import os, socket, time
@@ -171,7 +197,12 @@ for number in range(10**6):
 """
     (tmp_path / "talk.py").write_text(talk)
     (tmp_path / "talk.py").chmod(0o755)
-    submit(f"#!/bin/sh\nsrun {tmp_path}/talk.py\n", "--nodelist=node1,node2", "--ntasks-per-node=1", "--no-requeue")
+    submit(
+        f"#!/bin/sh\nsrun {tmp_path}/talk.py\n",
+        "--nodelist=node1,node2",
+        "--ntasks-per-node=1",
+        "--no-requeue",
+    )
 
     def numbers():
         return heard.read_text().split() if heard.exists() else []

@@ -1,4 +1,6 @@
-"""Names of folders that mean something to a shell, to sbatch or to srun arrive as they are, on the real scheduler."""
+"""Names of folders that mean something to a shell, to sbatch or to srun arrive as they are, on the
+real scheduler.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,24 @@ def test_a_job_logs_and_works_in_the_folders_that_were_meant(cluster, tmp_path, 
     links = tmp_path / f"links {name}"
     links.mkdir()
     (links / "0").symlink_to(order.folder.path)
-    (tmp_path / "script.sh").write_text(array_script([order], profile, 1, links) if array else script(order, profile))
+    (tmp_path / "script.sh").write_text(
+        array_script([order], profile, 1, links) if array else script(order, profile)
+    )
     job = cluster.run("sbatch", "--parsable", str(tmp_path / "script.sh")).stdout.strip()
     folder = str(links / "%a") if array else str(order.folder.path)
     log = order.folder.path / (f"{job}_0_0_log.out" if array else f"{job}_0_log.out")
     here = str(links) + "/0" if array else folder
     wanted = [str(work), f"-u -m submitit.core._submit {folder}", f"-m launch.after {here} 0"]
-    cluster.wait(lambda: log.exists() and len(log.read_text().splitlines()) == len(wanted), 30, f"the job's lines in {log}")
+    cluster.wait(
+        lambda: log.exists() and len(log.read_text().splitlines()) == len(wanted),
+        30,
+        f"the job's lines in {log}",
+    )
     assert log.read_text().splitlines() == wanted
-    assert {path.name for path in tmp_path.iterdir()} == {work.name, run.name, links.name, "script.sh"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        work.name,
+        run.name,
+        links.name,
+        "script.sh",
+    }
     assert not list(tmp_path.rglob("canary"))

@@ -1,4 +1,6 @@
-"""A node that has lost the data is named and left out, and training completes on two others: on the real scheduler."""
+"""A node that has lost the data is named and left out, and training completes on two others: on the
+real scheduler.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,23 @@ def run(cluster, folder, name, *overrides):
 def test_goes_on_without_a_node_that_is_unfit(cluster, folder, lost):
     job = run(cluster, folder, "fit")
     first, last = job.folder.read_attempts()
-    assert first["reason"].startswith("node2 is unfit: input: found DataError: ") and "1 of 3 in a row" in first["reason"]
+    assert (
+        first["reason"].startswith("node2 is unfit: input: found DataError: ")
+        and "1 of 3 in a row" in first["reason"]
+    )
     assert (first["status"], first["host"], first["requeued"]) == (75, "node2", True)
     assert last["reason"] == "done" and last["steps"][1] == 20
     report = json.loads((job.run / "preflight.json").read_text())
-    assert {found["host"] for found in report["ranks"]} == {"node1", "node3"} and not report["findings"]
-    assert "excluded    node2" in job.launch("status", job.run).stdout, "and `launch resume` reads it there"
+    assert {found["host"] for found in report["ranks"]} == {"node1", "node3"} and not report[
+        "findings"
+    ]
+    assert "excluded    node2" in job.launch("status", job.run).stdout, (
+        "and `launch resume` reads it there"
+    )
     told = job.launch("logs", job.run).stdout
-    assert "preflight: node2 (rank 1): input: found DataError" in told and "this node is unfit" in told
+    assert (
+        "preflight: node2 (rank 1): input: found DataError" in told and "this node is unfit" in told
+    )
 
 
 def test_has_teeth(cluster, folder, lost):

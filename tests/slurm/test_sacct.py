@@ -1,4 +1,6 @@
-"""Jobs are launched, watched and cancelled with accounts, and without sacct; that one which lies does no harm: test_recovery.py."""
+"""Jobs are launched, watched and cancelled with accounts, and without sacct; that one which lies
+does no harm: test_recovery.py.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def watch_and_cancel(job):
     assert f"its job {job.id} is RUNNING" in job.launch("resume", job.run).stderr
     job.launch("cancel", job.run)
     job.wait(lambda: job.cluster.job_state(job.id) == "FAILED", "the end of a cancelled job")
-    assert job.folder.read_attempts()[-1]["reason"] == "cancelled" and "stopped after step" in job.launch("logs", job.run).stdout
+    assert (
+        job.folder.read_attempts()[-1]["reason"] == "cancelled"
+        and "stopped after step" in job.launch("logs", job.run).stdout
+    )
     assert "cancelled" in job.launch("status", job.run).stdout
 
 
@@ -55,10 +60,20 @@ def test_launch_without_sacct(cluster, folder):
 
 @pytest.mark.parametrize("cluster", [AccountedCluster], indirect=True)
 def test_launch_with_accounts(cluster, folder):
-    """sacct keeps saying that the job was lost with its node while it runs on; whom to bill is for the scheduler to refuse."""
+    """sacct keeps saying that the job was lost with its node while it runs on; whom to bill is for
+    the scheduler to refuse.
+    """
     refused = Job.ask(cluster, folder, "nobody's", *ENDLESS, changes=["account=nobody"])
-    assert refused.returncode == 2 and "Invalid account or account/partition combination" in refused.stderr
-    assert "Invalid qos" in Job.ask(cluster, folder, "in a hurry", *ENDLESS, changes=["account=lab", "qos=now"]).stderr
+    assert (
+        refused.returncode == 2
+        and "Invalid account or account/partition combination" in refused.stderr
+    )
+    assert (
+        "Invalid qos"
+        in Job.ask(
+            cluster, folder, "in a hurry", *ENDLESS, changes=["account=lab", "qos=now"]
+        ).stderr
+    )
     job = Job(cluster, folder, "accounted", *ENDLESS, changes=["account=lab", "qos=urgent"])
     job.wait_steps(25)  # a checkpoint
     job.goes_on_after(crash_rank_0)
@@ -67,7 +82,10 @@ def test_launch_with_accounts(cluster, folder):
         columns = ["-X", "-n", "-P", "-o", "State,Account,QOS,AllocTRES"]
         return cluster.run("sacct", "--duplicates", *columns, "-j", job.id).stdout.splitlines()
 
-    job.wait(lambda: len(told()) == 2 and told()[1].startswith("RUNNING"), "the second attempt in the accounts")
+    job.wait(
+        lambda: len(told()) == 2 and told()[1].startswith("RUNNING"),
+        "the second attempt in the accounts",
+    )
     first, second = told()
     assert first.startswith("NODE_FAIL|lab|urgent|") and "gres/gpu=4" in second
     watch_and_cancel(job)

@@ -1,4 +1,6 @@
-"""A sweep on the real scheduler: each task of the array is a run like any other, whatever happens to its neighbours."""
+"""A sweep on the real scheduler: each task of the array is a run like any other, whatever happens
+to its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,24 @@ RATES = ("1e-3", "2e-3", "4e-3")
 
 
 def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
-    """The last one, which has the array's own number: `scontrol requeue` of that number would take all three."""
+    """The last one, which has the array's own number: `scontrol requeue` of that number would take
+    all three.
+    """
     sweep = folder / "sweep"
 
     def launch(*arguments):
-        return cluster.run(sys.executable, "-m", "launch", *map(str, arguments), check=False, cwd=ROOT)
+        return cluster.run(
+            sys.executable, "-m", "launch", *map(str, arguments), check=False, cwd=ROOT
+        )
 
-    shape = ["--cluster", folder / "cluster.yaml", "--set", "processes_per_node=1", "--set", "gpus_per_node=1"]
+    shape = [
+        "--cluster",
+        folder / "cluster.yaml",
+        "--set",
+        "processes_per_node=1",
+        "--set",
+        "gpus_per_node=1",
+    ]
     way = [f"run_dir={sweep}", f"steps={STEPS}", "checkpoint.every_steps=400", "lpl=null"]
     swept = ["--sweep", f"optimizer.lr={','.join(RATES)}"]
     sent = launch("train", folder / "train.yaml", *way, *swept, *shape)
@@ -30,23 +43,37 @@ def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
     assert jobs == [f"{array}_{number}" for number in range(3)]
 
     def done(run):
-        return [attempt["reason"] for attempt in JobFolder(run / "launch").read_attempts()][-1:] == ["done"]
+        return [attempt["reason"] for attempt in JobFolder(run / "launch").read_attempts()][
+            -1:
+        ] == ["done"]
 
     def steps(run):
-        return [line["step"] for line in lines(run) if "event" not in line] if RunDir(run).metrics.exists() else []
+        return (
+            [line["step"] for line in lines(run) if "event" not in line]
+            if RunDir(run).metrics.exists()
+            else []
+        )
 
     assert f"JobId={array} " in cluster.run("scontrol", "show", "job", jobs[2], "--oneliner").stdout
     cluster.wait(lambda: len(steps(runs[2])) >= 20, 60, "the beginning of the last run")
     cluster.run("scontrol", "requeue", jobs[2])
     told = launch("status", sweep).stdout.splitlines()
-    assert [line.split()[:2] for line in told[1:]] == [[run.name, job] for run, job in zip(runs, jobs)]
+    assert [line.split()[:2] for line in told[1:]] == [
+        [run.name, job] for run, job in zip(runs, jobs)
+    ]
     cluster.wait(lambda: all(map(done, runs)), 100, "the end of all")
     for run in runs:
-        assert RunDir(run).complete_checkpoints()[-1] == STEPS and sorted(set(steps(run))) == list(range(1, STEPS + 1))
+        assert RunDir(run).complete_checkpoints()[-1] == STEPS and sorted(set(steps(run))) == list(
+            range(1, STEPS + 1)
+        )
         assert f"{run}: complete" in launch("logs", run).stdout
     attempts = [JobFolder(run / "launch").read_attempts() for run in runs]
-    assert [len(found) for found in attempts] == [1, 1, 2] and attempts[2][0]["reason"] == "stopped in time"
+    assert [len(found) for found in attempts] == [1, 1, 2] and attempts[2][0][
+        "reason"
+    ] == "stopped in time"
     assert "are complete" in launch("resume", sweep).stderr
     lpl("report", sweep)
     page = (sweep / "comparison.html").read_text()
-    assert "comparison of 3 runs" in page and all(f"lr {float(rate):g}</span>" in page for rate in RATES)
+    assert "comparison of 3 runs" in page and all(
+        f"lr {float(rate):g}</span>" in page for rate in RATES
+    )

@@ -14,9 +14,13 @@ HANG = ["hang.at_least_s=4", "lpl=null", "steps=80"]
 
 
 def stop_a_rank(job, node, stopped):
-    """As a broken device or file system does it: the process is there, and not even a signal reaches it."""
+    """As a broken device or file system does it: the process is there, and not even a signal
+    reaches it.
+    """
     pid, command = job.ranks(node)[0]
-    known = command if command.startswith("RANK=") else Path(f"/proc/{pid}/environ").read_text()  # started warm, or cold
+    known = (
+        command if command.startswith("RANK=") else Path(f"/proc/{pid}/environ").read_text()
+    )  # started warm, or cold
     stopped.append({"rank": int(re.search(r"\bRANK=(\d+)", known)[1]), "host": node})
     os.kill(pid, signal.SIGSTOP)
 
@@ -25,19 +29,32 @@ def test_a_run_that_hangs_is_killed_and_goes_on(cluster, folder):
     """The stacks of the others are kept, and the rank that had left none is named."""
     job, stopped = Job(cluster, folder, "hung", *STRATEGIES["fsdp2"], *HANG), []
     job.wait_steps(25)
-    node = next(node for node in cluster.names[::-1] if job.ranks(node))  # not the one with rank 0 and the batch script
+    node = next(
+        node for node in cluster.names[::-1] if job.ranks(node)
+    )  # not the one with rank 0 and the batch script
     seconds, _ = job.goes_on_after(lambda job: stop_a_rank(job, node, stopped))
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
     print(f"\nseconds until it went on: {seconds}")
-    attempts = job.folder.read_attempts()  # a machine that is busy with other things makes a slow step a hang
+    attempts = (
+        job.folder.read_attempts()
+    )  # a machine that is busy with other things makes a slow step a hang
     hung = next(attempt for attempt in attempts if attempt.get("silent_ranks"))
-    assert hung["status"] == HUNG and hung["reason"].startswith("hung after step ") and hung["requeued"]
+    assert (
+        hung["status"] == HUNG
+        and hung["reason"].startswith("hung after step ")
+        and hung["requeued"]
+    )
     assert hung["silent_ranks"] == stopped and attempts[-1]["reason"] == "done"
     others = {0, 1, 2, 3} - {found["rank"] for found in stopped}
     for rank in others:
         (stacks,) = job.folder.path.glob(f"stacks_{job.id}_{hung['attempt']}_rank_{rank:05d}_*.txt")
         assert "in loop" in stacks.read_text()
-    assert not list(job.folder.path.glob(f"stacks_{job.id}_{attempts[-1]['attempt']}_*")), "a good end leaves none"
-    told = f"silent: rank {stopped[0]['rank']} on {node}; stacks: launch/stacks_{job.id}_{hung['attempt']}_*.txt"
+    assert not list(job.folder.path.glob(f"stacks_{job.id}_{attempts[-1]['attempt']}_*")), (
+        "a good end leaves none"
+    )
+    told = (
+        f"silent: rank {stopped[0]['rank']} on {node}; stacks: "
+        f"launch/stacks_{job.id}_{hung['attempt']}_*.txt"
+    )
     assert told in job.launch("status", job.run).stdout
     assert not [found for node in cluster.names for found in job.ranks(node)], "no process is left"

@@ -1,4 +1,6 @@
-"""What happens to a job on a cluster; each function returns once it has happened, and the job may go on."""
+"""What happens to a job on a cluster; each function returns once it has happened, and the job may
+go on.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,20 @@ from pathlib import Path
 
 def preempt(job):
     """A job of a higher partition takes all nodes for two seconds."""
-    job.cluster.run("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    job.cluster.run(
+        "sbatch",
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
+    )
 
 
 def time_limit(job):
-    """Of one minute, of whose end SLURM tells up to half a minute before the 30 seconds asked for: within a collective."""
+    """Of one minute, of whose end SLURM tells up to half a minute before the 30 seconds asked for:
+    within a collective.
+    """
     ended, pid = len(job.folder.read_attempts()), one_of(job, which=1)
     os.kill(pid, signal.SIGSTOP)  # the others wait for it
     job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=1")
@@ -27,7 +38,11 @@ def time_limit(job):
 
 def waits_for(pid, number):
     """A signal has come to a process that is stopped."""
-    pending = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd:"))
+    pending = next(
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("ShdPnd:")
+    )
     return int(pending.split()[1], 16) >> (number - 1) & 1
 
 
@@ -63,7 +78,9 @@ def crash(job, node):
 
 
 def cut_rank_0(job):
-    """The cable of rank 0's node is pulled: the old ranks live on, unseen, but rank 0 sees that the run is another one's."""
+    """The cable of rank 0's node is pulled: the old ranks live on, unseen, but rank 0 sees that the
+    run is another one's.
+    """
     node, old = cut(job, which=0)
 
     def afterwards():
@@ -84,13 +101,17 @@ def cut_another(job):
 def cut(job, which):
     """The node, and a look at those of its ranks that live.
 
-    Not mended before the job runs elsewhere: SLURM may end an attempt that begins on a node as it comes back, as a leftover.
-    They see the run's folder all the time, as they would where storage has a network of its own.
+    Not mended before the job runs elsewhere: SLURM may end an attempt that begins on a node as it
+    comes back, as a leftover. They see the run's folder all the time, as they would where storage
+    has a network of its own.
     """
     node, restarts = job.nodes()[which], job.restarts()
     before = {pid for pid, _ in job.ranks(node)}
     job.cluster.cut(node)
-    job.wait(lambda: job.restarts() > restarts and job.cluster.job_state(job.id) == "RUNNING", "the job begins again")
+    job.wait(
+        lambda: job.restarts() > restarts and job.cluster.job_state(job.id) == "RUNNING",
+        "the job begins again",
+    )
 
     def old():
         return before & {pid for pid, _ in job.ranks(node)}
@@ -100,7 +121,9 @@ def cut(job, which):
 
 
 def no_room_for_a_checkpoint(job):
-    """What is written of it takes the room of logs too: whichever is refused first ends the attempt, which may not be noted."""
+    """What is written of it takes the room of logs too: whichever is refused first ends the
+    attempt, which may not be noted.
+    """
     restarts = job.restarts()
     with filled(job.run.parent, room=300_000):
         job.wait(lambda: job.restarts() > restarts, "the end of an attempt")
@@ -110,7 +133,9 @@ def no_room_at_all(job):
     """For a line of a log, or for telling how an attempt has ended; one cannot even begin."""
     restarts = job.restarts()
     with filled(job.run.parent):
-        job.wait(lambda: job.restarts() >= restarts + 2, "the end of an attempt that could not begin")
+        job.wait(
+            lambda: job.restarts() >= restarts + 2, "the end of an attempt that could not begin"
+        )
 
 
 @contextlib.contextmanager

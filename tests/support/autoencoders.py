@@ -24,7 +24,9 @@ def tiny_network(
     family: type[AutoencoderKL] | type[AutoencoderKLFlux2] = AutoencoderKL,
 ):
     torch.manual_seed(seed)
-    factors = {"scaling_factor": 0.5, "shift_factor": shift_factor} if family is AutoencoderKL else {}
+    factors = (
+        {"scaling_factor": 0.5, "shift_factor": shift_factor} if family is AutoencoderKL else {}
+    )
     network = family(
         block_out_channels=(8, 16, 16, 16)[:levels],
         layers_per_block=1,
@@ -43,8 +45,12 @@ def tiny_network(
     return network
 
 
-def tiny_distilled(*, seed: int = 0, latent_channels: int = 4, levels: int = 3, **options) -> AutoencoderTiny:
-    """Of the TAESD family: neither norms nor attention, so that a position sees its neighbourhood only."""
+def tiny_distilled(
+    *, seed: int = 0, latent_channels: int = 4, levels: int = 3, **options
+) -> AutoencoderTiny:
+    """Of the TAESD family: neither norms nor attention, so that a position sees its neighbourhood
+    only.
+    """
     torch.manual_seed(seed)
     blocks = (1,) * levels
     return AutoencoderTiny(
@@ -57,7 +63,9 @@ def tiny_distilled(*, seed: int = 0, latent_channels: int = 4, levels: int = 3, 
     )
 
 
-def tiny_dc(*, seed: int = 0, latent_channels: int = 4, layers: tuple[int, ...] = (1, 2, 1), **options) -> AutoencoderDC:
+def tiny_dc(
+    *, seed: int = 0, latent_channels: int = 4, layers: tuple[int, ...] = (1, 2, 1), **options
+) -> AutoencoderDC:
     """Of the SANA family, with the residual and the linear-attention block."""
     torch.manual_seed(seed)
     return AutoencoderDC(
@@ -78,7 +86,11 @@ def tiny_dc(*, seed: int = 0, latent_channels: int = 4, layers: tuple[int, ...] 
 
 def wrap(network) -> Autoencoder:
     name = type(network).__name__
-    return Autoencoder(network, identity="0" * 64, facts=FAMILIES[name](ModelJSON(name, {**network.config, "_class_name": name})))
+    return Autoencoder(
+        network,
+        identity="0" * 64,
+        facts=FAMILIES[name](ModelJSON(name, {**network.config, "_class_name": name})),
+    )
 
 
 def tiny_autoencoder(**options) -> Autoencoder:
@@ -92,8 +104,14 @@ def tiny_folder(folder: Path, **options) -> str:
 
 def scaling_of(autoencoder: Autoencoder) -> LatentScaling:
     channels = autoencoder.latent_channels
-    return LatentScaling(torch.full((channels,), autoencoder.shift), torch.full((channels,), autoencoder.scale))
+    return LatentScaling(
+        torch.full((channels,), autoencoder.shift), torch.full((channels,), autoencoder.scale)
+    )
 
 
-def features_of(autoencoder: Autoencoder, stages: list[str] | None = None, **options) -> DecoderFeatures:
-    return DecoderFeatures(decoder_stages(autoencoder.network), scaling_of(autoencoder), stages, **options)
+def features_of(
+    autoencoder: Autoencoder, stages: list[str] | None = None, **options
+) -> DecoderFeatures:
+    return DecoderFeatures(
+        decoder_stages(autoencoder.network), scaling_of(autoencoder), stages, **options
+    )

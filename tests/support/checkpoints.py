@@ -1,4 +1,6 @@
-"""Small real checkpoints without a model, and edits that keep digests right: what a careful vandal would do."""
+"""Small real checkpoints without a model, and edits that keep digests right: what a careful vandal
+would do.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ IDENTITY = "1" * 64
 
 def tensors_of(step: int) -> dict[str, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(step)
-    return {kind: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for kind in KINDS}
+    return {
+        kind: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        for kind in KINDS
+    }
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -39,7 +44,9 @@ def state_of(step: int) -> dict[str, Any]:
     }
 
 
-def save(run_dir: RunDir, step: int, *, ranks: int = 2, snapshot: bool = False, format: int = 3) -> Path:
+def save(
+    run_dir: RunDir, step: int, *, ranks: int = 2, snapshot: bool = False, format: int = 3
+) -> Path:
     """A checkpoint of several ranks, whose ranges do not end at the same elements."""
     folder = run_dir.snapshot(step) if snapshot else run_dir.checkpoint(step)
     folder.mkdir(parents=True)
@@ -85,7 +92,10 @@ def record_again(folder: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         for name in content["files"]:
             data = (folder / name).read_bytes()
-            content["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            content["files"][name] = {
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
 
     edit(folder, "manifest.json", change)
 

@@ -19,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def lpl(*arguments, check=True, ranks=1, cold=False, **options):
     """`cold`: with all imports of its own."""
     python = [*([] if cold else warm.prefix()), sys.executable, "-m"]
-    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"] if ranks > 1 else []
+    torchrun = (
+        [
+            *python,
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "--no-python",
+        ]
+        if ranks > 1
+        else []
+    )
     done = subprocess.run(
         [*torchrun, *python, "lpl_pretrain", *map(str, arguments)],
         cwd=ROOT,
@@ -36,7 +46,17 @@ def lpl(*arguments, check=True, ranks=1, cold=False, **options):
 def begin(*arguments, ranks=1, cold=False):
     """The same, in the background, as a terminal starts it: in a process group of its own."""
     python = [*([] if cold else warm.prefix()), sys.executable, "-m"]
-    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"] if ranks > 1 else []
+    torchrun = (
+        [
+            *python,
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "--no-python",
+        ]
+        if ranks > 1
+        else []
+    )
     return subprocess.Popen(
         [*torchrun, *python, "lpl_pretrain", *map(str, arguments)],
         cwd=ROOT,
@@ -52,7 +72,9 @@ def wait_for(process, condition, limit_s=200.0):
     """Until `condition()`, while `process` runs."""
     deadline = time.monotonic() + limit_s
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "".join(process.communicate())
+        assert process.poll() is None and time.monotonic() < deadline, "".join(
+            process.communicate()
+        )
         time.sleep(0.02)
 
 

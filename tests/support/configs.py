@@ -1,6 +1,14 @@
 """Small, valid configurations and data descriptions for tests."""
 
-from lpl_pretrain.config.dataset import FORMAT_VERSION, AutoencoderEntry, BucketEntry, DatasetIndex, LatentEntry, ShardEntry, sealed
+from lpl_pretrain.config.dataset import (
+    FORMAT_VERSION,
+    AutoencoderEntry,
+    BucketEntry,
+    DatasetIndex,
+    LatentEntry,
+    ShardEntry,
+    sealed,
+)
 from lpl_pretrain.config.schema import TrainConfig
 
 TINY_MMDIT = {"kind": "mmdit", "width": 32, "depth": 2, "heads": 2, "qk_norm": True}
@@ -44,18 +52,32 @@ def train_config(**changes) -> TrainConfig:
 
 
 def dataset_index(
-    *, identity: str = "0" * 64, side: int = 16, samples: int = 32, channels: int = 4, scale: float = 1.09169
+    *,
+    identity: str = "0" * 64,
+    side: int = 16,
+    samples: int = 32,
+    channels: int = 4,
+    scale: float = 1.09169,
 ) -> DatasetIndex:
-    """As the emoji autoencoder would have made it; what `model_dump_json` gives is a whole index.json."""
+    """As the emoji autoencoder would have made it; what `model_dump_json` gives is a whole
+    index.json.
+    """
     shard = ShardEntry(
-        file="latents-00000.tar", bucket=0, samples=samples, bytes=samples * 1000, sha256="1" * 64, offsets_sha256="2" * 64
+        file="latents-00000.tar",
+        bucket=0,
+        samples=samples,
+        bytes=samples * 1000,
+        sha256="1" * 64,
+        offsets_sha256="2" * 64,
     )
     index = DatasetIndex(
         format_version=FORMAT_VERSION,
         samples=samples,
         classes=["a", "b"],
         class_counts=[samples // 2, samples - samples // 2],
-        latent=LatentEntry(channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels),
+        latent=LatentEntry(
+            channels=channels, height=side, width=side, mean=[0.0] * channels, std=[1.0] * channels
+        ),
         buckets=[BucketEntry(height=side, width=side, samples=samples)],
         autoencoder=AutoencoderEntry(identity=identity, downscale=4, shift=0.0, scale=scale),
         resolution_px=4 * side,

@@ -1,4 +1,5 @@
-"""Hypothesis settings of tests/fuzz: a fixed number of fixed cases in CI, more and random ones in a long run.
+"""Hypothesis settings of tests/fuzz: a fixed number of fixed cases in CI, more and random ones in a
+long run.
 
 LPL_FUZZ_SCALE=50 python -m pytest tests/fuzz    # 50 times as many cases, with fresh random seeds
 """
@@ -16,7 +17,9 @@ registered: dict[tuple[str, str], int] = {}
 
 
 def cases(count: int) -> Callable[[Callable], Callable]:
-    """Decorate a property test: it runs `count` cases, the same every time unless LPL_FUZZ_SCALE is above 1."""
+    """Decorate a property test: it runs `count` cases, the same every time unless LPL_FUZZ_SCALE is
+    above 1.
+    """
     chosen = settings(
         max_examples=count * SCALE,
         deadline=None,

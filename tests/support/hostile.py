@@ -31,11 +31,18 @@ def check_refusal(error: LPLError) -> None:
     lines = text.split("\n")
     assert len(lines) <= MAX_LINES, len(lines)
     assert all(line.isprintable() for line in lines), text
-    assert not (found := OTHERS_WORDS.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text))), (found, text)
+    assert not (found := OTHERS_WORDS.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text))), (
+        found,
+        text,
+    )
 
 
-def load_or_refuse(cls: type[AnySection], path: Path, overrides: Sequence[str] = ()) -> AnySection | None:
-    """None for a refusal, which is checked; what is accepted has to load back equal from its own dump."""
+def load_or_refuse(
+    cls: type[AnySection], path: Path, overrides: Sequence[str] = ()
+) -> AnySection | None:
+    """None for a refusal, which is checked; what is accepted has to load back equal from its own
+    dump.
+    """
     try:
         config = load_config(cls, path, overrides)
     except LPLError as error:
@@ -47,7 +54,9 @@ def load_or_refuse(cls: type[AnySection], path: Path, overrides: Sequence[str] =
     return config
 
 
-def leaves(annotation: Any, metadata: Sequence[Any] = (), path: str = "") -> list[tuple[str, Any, Sequence[Any]]]:
+def leaves(
+    annotation: Any, metadata: Sequence[Any] = (), path: str = ""
+) -> list[tuple[str, Any, Sequence[Any]]]:
     """(dotted key, type, metadata) of every value that a section may hold."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
@@ -58,8 +67,14 @@ def leaves(annotation: Any, metadata: Sequence[Any] = (), path: str = "") -> lis
             for name, field in annotation.model_fields.items()
             for leaf in leaves(field.annotation, field.metadata, f"{path}.{name}" if path else name)
         ]
-    if inner := [part for part in get_args(annotation) if part not in (type(None), Ellipsis) and get_origin(annotation)]:
-        if not all(isinstance(part, str | int | bool) for part in inner):  # not the words of a Literal
+    if inner := [
+        part
+        for part in get_args(annotation)
+        if part not in (type(None), Ellipsis) and get_origin(annotation)
+    ]:
+        if not all(
+            isinstance(part, str | int | bool) for part in inner
+        ):  # not the words of a Literal
             own = metadata if len(inner) == 1 else ()
             return [leaf for part in inner for leaf in leaves(part, own, path)]
         return []

@@ -22,7 +22,9 @@ from tests.support.configs import dataset_index
 
 
 def rewrite_index(folder: Path, change: Callable[[dict], None]) -> None:
-    """Changes fields of a folder's index.json as somebody would who knows the format: fingerprints and digest fit again."""
+    """Changes fields of a folder's index.json as somebody would who knows the format: fingerprints
+    and digest fit again.
+    """
     path = Path(folder) / INDEX_NAME
     fields = json.loads(path.read_text())
     before = [fields[name] for name in ("fingerprint", "shards_fingerprint")]
@@ -42,10 +44,14 @@ def as_format_2(folder: Path) -> None:
     path = Path(folder) / INDEX_NAME
     fields = json.loads(path.read_text())
     fields |= {"format_version": 2, "fingerprint": fields["shards_fingerprint"]}
-    path.write_text(json.dumps({name: value for name, value in fields.items() if name not in SINCE_VERSION_3}))
+    path.write_text(
+        json.dumps({name: value for name, value in fields.items() if name not in SINCE_VERSION_3})
+    )
 
 
-def simulated_index(name: str, buckets: dict[tuple[int, int], list[int]], bytes_each: int = 1000) -> DatasetIndex:
+def simulated_index(
+    name: str, buckets: dict[tuple[int, int], list[int]], bytes_each: int = 1000
+) -> DatasetIndex:
     """`buckets`: (height, width) -> samples of each of its shards."""
     shards = [
         ShardEntry(
@@ -59,8 +65,12 @@ def simulated_index(name: str, buckets: dict[tuple[int, int], list[int]], bytes_
         for i, sizes in enumerate(buckets.values())
         for number, samples in enumerate(sizes)
     ]
-    entries = [BucketEntry(height=h, width=w, samples=sum(sizes)) for (h, w), sizes in buckets.items()]
-    index = dataset_index(side=max(max(shape) for shape in buckets), samples=sum(entry.samples for entry in shards))
+    entries = [
+        BucketEntry(height=h, width=w, samples=sum(sizes)) for (h, w), sizes in buckets.items()
+    ]
+    index = dataset_index(
+        side=max(max(shape) for shape in buckets), samples=sum(entry.samples for entry in shards)
+    )
     (height, width), fingerprint = next(iter(buckets)), hashlib.sha256(name.encode()).hexdigest()
     return index.model_copy(
         update={

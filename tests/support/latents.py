@@ -16,14 +16,22 @@ from tests.support.material import encode_config, sample, write_tar
 from tests.support.text_encoders import WORDS, text_encoder_folder
 
 
-def draw_pictures(folder: Path, count: int = 32, side: int = 32, sizes: list[tuple[int, int]] | None = None) -> Path:
-    """`class/name.png`: coloured blobs in two classes, stretched to (height, width) of `sizes` in turn."""
+def draw_pictures(
+    folder: Path, count: int = 32, side: int = 32, sizes: list[tuple[int, int]] | None = None
+) -> Path:
+    """`class/name.png`: coloured blobs in two classes, stretched to (height, width) of `sizes` in
+    turn.
+    """
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:side, :side]
     for i in range(count):
         name = ("disc", "square")[i % 2]
         y, x = rng.integers(8, side - 8, 2)
-        inside = ((rows - y) ** 2 + (columns - x) ** 2 < 36) if name == "disc" else (abs(rows - y) < 6) & (abs(columns - x) < 6)
+        inside = (
+            ((rows - y) ** 2 + (columns - x) ** 2 < 36)
+            if name == "disc"
+            else (abs(rows - y) < 6) & (abs(columns - x) < 6)
+        )
         pixels = np.full((side, side, 3), 255, np.uint8)
         pixels[inside] = rng.integers(0, 255, 3)
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -33,13 +41,24 @@ def draw_pictures(folder: Path, count: int = 32, side: int = 32, sizes: list[tup
 
 
 def mixed_dataset(folder: Path) -> tuple[dict[str, float], str]:
-    """({folder: weight}, autoencoder): two folders of three aspect ratios between them, flipped latents included."""
+    """({folder: weight}, autoencoder): two folders of three aspect ratios between them, flipped
+    latents included.
+    """
     autoencoder = tiny_folder(folder / "autoencoder")
     weights = {}
     for name, sizes, weight in (("a", [(32, 32), (48, 24)], 3.0), ("b", [(32, 32), (24, 48)], 1.0)):
         draw_pictures(folder / name, 12, sizes=sizes)
-        config = {"source": str(folder / name), "output": str(folder / f"{name}_latents"), "autoencoder": autoencoder}
-        more = {"resolution_px": 32, "buckets": {"max_aspect": 2.0, "step_px": 8}, "flips": True, "shard_samples": 5}
+        config = {
+            "source": str(folder / name),
+            "output": str(folder / f"{name}_latents"),
+            "autoencoder": autoencoder,
+        }
+        more = {
+            "resolution_px": 32,
+            "buckets": {"max_aspect": 2.0, "step_px": 8},
+            "flips": True,
+            "shard_samples": 5,
+        }
         encode(EncodeConfig.model_validate(config | more))
         weights[config["output"]] = weight
     return weights, autoencoder
@@ -49,25 +68,59 @@ def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:
     """(latents, autoencoder) folders; latents are 4 x 8 x 8 with the tiny autoencoder."""
     autoencoder = tiny_folder(folder / "autoencoder", **options)
     draw_pictures(folder / "pictures", count)
-    encode(EncodeConfig(source=str(folder / "pictures"), output=str(folder / "latents"), autoencoder=autoencoder, resolution_px=32))
+    encode(
+        EncodeConfig(
+            source=str(folder / "pictures"),
+            output=str(folder / "latents"),
+            autoencoder=autoencoder,
+            resolution_px=32,
+        )
+    )
     return str(folder / "latents"), autoencoder
 
 
 def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
-    """(latents, autoencoder): pictures with captions of different lengths, read by a tiny CLIP (`clip`) and a tiny T5 (`t5`)."""
+    """(latents, autoencoder): pictures with captions of different lengths, read by a tiny CLIP
+    (`clip`) and a tiny T5 (`t5`).
+    """
     autoencoder = tiny_folder(folder / "autoencoder")
-    captions = [f"a {' and '.join(WORDS[3 : 4 + n % 4])} cat".encode() if n % 5 else None for n in range(count)]
-    tar = write_tar(folder / "pictures.tar", [member for n, text in enumerate(captions) for member in sample(n, txt=text)])
+    captions = [
+        f"a {' and '.join(WORDS[3 : 4 + n % 4])} cat".encode() if n % 5 else None
+        for n in range(count)
+    ]
+    tar = write_tar(
+        folder / "pictures.tar",
+        [member for n, text in enumerate(captions) for member in sample(n, txt=text)],
+    )
     text = {
-        "clip": {"folder": text_encoder_folder(folder / "clip", "clip"), "pooled": True, "max_tokens": 9},
-        "t5": {"folder": text_encoder_folder(folder / "t5", "t5"), "max_tokens": 8, "storage": "fp16"},
+        "clip": {
+            "folder": text_encoder_folder(folder / "clip", "clip"),
+            "pooled": True,
+            "max_tokens": 9,
+        },
+        "t5": {
+            "folder": text_encoder_folder(folder / "t5", "t5"),
+            "max_tokens": 8,
+            "storage": "fp16",
+        },
     }
-    encode(encode_config(tar, folder / "latents", autoencoder=autoencoder, resolution_px=32, text=text, shard_samples=7))
+    encode(
+        encode_config(
+            tar,
+            folder / "latents",
+            autoencoder=autoencoder,
+            resolution_px=32,
+            text=text,
+            shard_samples=7,
+        )
+    )
     return str(folder / "latents"), autoencoder
 
 
 def poison(folder: str, shard: int, factor: float) -> None:
-    """Multiplies the float16 latents of one shard: finite, with right checksums, as a wrong encode would be."""
+    """Multiplies the float16 latents of one shard: finite, with right checksums, as a wrong encode
+    would be.
+    """
     index = read_index(folder)
     tar = Path(folder) / index.shards[shard].file
     content = bytearray(tar.read_bytes())
@@ -76,9 +129,13 @@ def poison(folder: str, shard: int, factor: float) -> None:
     assert found and index.moments_dtype == "fp16"
     for start, size in found:
         stored = np.load(io.BytesIO(content[start : start + size]))
-        content[start + size - stored.nbytes : start + size] = (stored * factor).astype("<f2").tobytes()
+        content[start + size - stored.nbytes : start + size] = (
+            (stored * factor).astype("<f2").tobytes()
+        )
     tar.write_bytes(content)
     shards = list(index.shards)
     sha256 = hashlib.sha256(content).hexdigest()
     shards[shard] = shards[shard].model_copy(update={"sha256": sha256})
-    (Path(folder) / INDEX_NAME).write_bytes(index_bytes(sealed(index.model_copy(update={"shards": shards}))))
+    (Path(folder) / INDEX_NAME).write_bytes(
+        index_bytes(sealed(index.model_copy(update={"shards": shards})))
+    )

@@ -35,7 +35,9 @@ class FakeAutoencoder:
 
     def encode_moments(self, images: Tensor) -> Tensor:
         red_green_blue = torch.nn.functional.avg_pool2d(images, self.downscale)
-        return torch.cat([red_green_blue[:, :2], (red_green_blue[:, 2:] + 1.5).expand(-1, 2, -1, -1)], dim=1)
+        return torch.cat(
+            [red_green_blue[:, :2], (red_green_blue[:, 2:] + 1.5).expand(-1, 2, -1, -1)], dim=1
+        )
 
 
 def picture(number: int, height: int = RESOLUTION_PX, width: int = RESOLUTION_PX) -> np.ndarray:
@@ -66,7 +68,11 @@ def sample(number: int, **replaced: bytes | None) -> list[tuple[str, bytes]]:
         "txt": f"picture {number}".encode(),
         "json": json.dumps({"class_name": CLASSES[number % len(CLASSES)]}).encode(),
     } | replaced
-    return [(f"p{number:04d}.{extension}", data) for extension, data in members.items() if data is not None]
+    return [
+        (f"p{number:04d}.{extension}", data)
+        for extension, data in members.items()
+        if data is not None
+    ]
 
 
 def tar_of(path: Path, count: int) -> Path:
@@ -92,7 +98,9 @@ def encode_whole(config: EncodeConfig, autoencoder: Autoencoder, **networks) -> 
 
 
 def data_config(folder: Path | str | dict[str, float], **options: object) -> DataConfig:
-    return DataConfig.model_validate({"folder": folder if isinstance(folder, dict) else str(folder)} | options)
+    return DataConfig.model_validate(
+        {"folder": folder if isinstance(folder, dict) else str(folder)} | options
+    )
 
 
 def encode_tar(folder: Path, count: int, **options: object) -> tuple[Path, DatasetIndex]:

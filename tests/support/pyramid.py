@@ -1,4 +1,6 @@
-"""A decoder of three smooth stages in float64: fast, exact to differentiate, and shaped like a real one (H, 2H, 4H)."""
+"""A decoder of three smooth stages in float64: fast, exact to differentiate, and shaped like a real
+one (H, 2H, 4H).
+"""
 
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ def pyramid(stages: list[str] | None = None, channels: int = 3) -> DecoderFeatur
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         entrance = nn.Conv2d(channels, channels, 1)
-    decoder = DecoderStages(entrance, {"mid": [Mid()], "up0": [Up()], "up1": [Up(), Soft()]}, nn.Identity())
+    decoder = DecoderStages(
+        entrance, {"mid": [Mid()], "up0": [Up()], "up1": [Up(), Soft()]}, nn.Identity()
+    )
     scaling = LatentScaling(torch.full((channels,), 0.1), torch.full((channels,), 1.5))
     return DecoderFeatures(decoder, scaling, stages, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Runs a function on several forked gloo ranks and returns what each of them returned.
 
-Forked, not spawned: a launch costs tenths of a second instead of seconds, because the imports are already there.
+Forked, not spawned: a launch costs tenths of a second instead of seconds, because the imports are
+already there.
 """
 
 from __future__ import annotations
@@ -28,11 +29,18 @@ class RankFailed(AssertionError):
     """Carries the traceback of the rank that failed first."""
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`fn(world, device, *args)` on each rank; results are tensors, numbers, strings and containers of them, by rank."""
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """`fn(world, device, *args)` on each rank; results are tensors, numbers, strings and containers
+    of them, by rank.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ranks = {_fork(folder, World(rank, rank, world_size), fn, args): rank for rank in range(world_size)}
+        ranks = {
+            _fork(folder, World(rank, rank, world_size), fn, args): rank
+            for rank in range(world_size)
+        }
         try:
             _wait(dict(ranks), folder, timeout_s)
         finally:
@@ -41,7 +49,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
-        return [torch.load(folder / f"result_{rank}", weights_only=True) for rank in range(world_size)]
+        return [
+            torch.load(folder / f"result_{rank}", weights_only=True) for rank in range(world_size)
+        ]
 
 
 def _fork(folder: Path, world: World, fn: Callable[..., Any], args: tuple[Any, ...]) -> int:
@@ -52,7 +62,9 @@ def _fork(folder: Path, world: World, fn: Callable[..., Any], args: tuple[Any, .
     try:
         torch.set_num_threads(1)
         world.to_environment()
-        device = start(world, group=True, store=dist.FileStore(str(folder / "store"), world.world_size))
+        device = start(
+            world, group=True, store=dist.FileStore(str(folder / "store"), world.world_size)
+        )
         torch.save(fn(world, device, *args), folder / f"result_{world.rank}")
         stop()
         status = 0
@@ -63,7 +75,9 @@ def _fork(folder: Path, world: World, fn: Callable[..., Any], args: tuple[Any, .
 
 
 def _wait(running: dict[int, int], folder: Path, timeout_s: float) -> None:
-    """Returns when all ranks ended well; raises the first failure, once the others had a moment to end too."""
+    """Returns when all ranks ended well; raises the first failure, once the others had a moment to
+    end too.
+    """
     deadline, failed = time.monotonic() + timeout_s, []
     while running:
         for pid in list(running):
@@ -78,6 +92,9 @@ def _wait(running: dict[int, int], folder: Path, timeout_s: float) -> None:
         time.sleep(0.01)
     if failed:
         errors = [path.read_text() for path in sorted(folder.glob("error_*"))]
-        raise RankFailed("\n".join(errors) or f"ranks ended with (rank, wait status) {failed} and left no traceback")
+        raise RankFailed(
+            "\n".join(errors)
+            or f"ranks ended with (rank, wait status) {failed} and left no traceback"
+        )
     if running:
         raise RankFailed(f"ranks {sorted(running.values())} still ran after {timeout_s} s")

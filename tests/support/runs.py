@@ -1,4 +1,6 @@
-"""A run made by hand: tiny random networks, two complete checkpoints and an unfinished one, real pictures; and an extractor."""
+"""A run made by hand: tiny random networks, two complete checkpoints and an unfinished one, real
+pictures; and an extractor.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
     model = build_denoiser(config.model, index.latent, len(index.classes), seed=step)
     with torch.no_grad():  # the output layer starts at zero: give every parameter something to say
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+            )
     folder = run_dir.checkpoint(step)
     folder.mkdir(parents=True)
     named = [(name, tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
@@ -79,7 +83,9 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
 
 
 def save_snapshot(run_dir: RunDir, step: int) -> None:
-    """Power-function averages of two lengths, which differ from the checkpoint's weights and from each other."""
+    """Power-function averages of two lengths, which differ from the checkpoint's weights and from
+    each other.
+    """
     folder, pieces = run_dir.snapshot(step), []
     folder.mkdir(parents=True)
     for name, tensor in read_full(run_dir.checkpoint(step), "param").items():
@@ -108,4 +114,12 @@ class Averages(nn.Module):
 
 
 def averages(config, device):
-    return Extractor(config, "_averages", 12, "0" * 64, "none", Averages(), lambda network, pixels: {"pooled": network(pixels)})
+    return Extractor(
+        config,
+        "_averages",
+        12,
+        "0" * 64,
+        "none",
+        Averages(),
+        lambda network, pixels: {"pooled": network(pixels)},
+    )

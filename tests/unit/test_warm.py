@@ -23,18 +23,33 @@ print("and this", file=sys.stderr)
 def start(folder, code, *arguments, cold=False, **options):
     (folder / "probe.py").write_text(code)
     command = [*([] if cold else warm.prefix()), sys.executable, "-m", "probe", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_sees_what_a_cold_one_sees(tmp_path):
     options = {"stdin": subprocess.PIPE, "env": {"WORD": "ü x", "PATH": "/bin"}, "umask": 0o027}
-    told = [start(tmp_path, TELL, "a b", "", "--c", cold=cold, **options).communicate("in") for cold in (True, False)]
-    assert told[0] == told[1] and told[0][0].startswith("['a b', '', '--c'] ") and told[0][1] == "and this\n"
+    told = [
+        start(tmp_path, TELL, "a b", "", "--c", cold=cold, **options).communicate("in")
+        for cold in (True, False)
+    ]
+    assert (
+        told[0] == told[1]
+        and told[0][0].startswith("['a b', '', '--c'] ")
+        and told[0][1] == "and this\n"
+    )
 
 
 @pytest.mark.parametrize(
     "code",
-    ["", "exit(7)", "exit('words')", "import os; os.kill(os.getpid(), 9)", "import os; os._exit(3)"],
+    [
+        "",
+        "exit(7)",
+        "exit('words')",
+        "import os; os.kill(os.getpid(), 9)",
+        "import os; os._exit(3)",
+    ],
 )
 def test_ends_as_a_cold_one_ends(tmp_path, code):
     ends = []
@@ -50,7 +65,10 @@ def test_tells_of_an_exception(tmp_path):
 
 
 def test_hears_of_signals(tmp_path):
-    hear = "import signal, sys\nsignal.signal(signal.SIGUSR2, lambda *_: sys.exit(5))\nprint('ready', flush=True)\nsignal.pause()"
+    hear = (
+        "import signal, sys\nsignal.signal(signal.SIGUSR2, lambda *_: "
+        "sys.exit(5))\nprint('ready', flush=True)\nsignal.pause()"
+    )
     process = start(tmp_path, hear)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR2)

@@ -46,10 +46,19 @@ class Ending:
 class Attempt:
     """`plan` happens to `ranks`; `seconds` is how long an undisturbed start takes."""
 
-    def __init__(self, ranks: Ranks, layer: FileLayer, plan: Sequence[Fault], seconds: float, lease: Path | None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        layer: FileLayer,
+        plan: Sequence[Fault],
+        seconds: float,
+        lease: Path | None,
+    ) -> None:
         self.ranks, self.layer, self.seconds, self.lease = ranks, layer, seconds, lease
         self.files = [fault for fault in plan if isinstance(fault, FileFault)]
-        self.signals = sorted((f for f in plan if isinstance(f, SignalFault)), key=lambda fault: fault.at)
+        self.signals = sorted(
+            (f for f in plan if isinstance(f, SignalFault)), key=lambda fault: fault.at
+        )
         self.lost = next((fault for fault in plan if isinstance(fault, LostLease)), None)
         self.happened: list[Fault] = []
         self.problems: list[str] = []
@@ -81,7 +90,9 @@ class Attempt:
         look()
         self.layer.clear()
         numbers = {hit.number for hit in hits}
-        self.happened += [fault for number, fault in enumerate(self.files, start=1) if number in numbers]
+        self.happened += [
+            fault for number, fault in enumerate(self.files, start=1) if number in numbers
+        ]
         ending = Ending(statuses, self.ranks.output(), hits, self.happened, seconds, self.problems)
         ending.problems += [*error_problems(ending, str(self.layer.root))]
         return ending
@@ -97,7 +108,9 @@ class Attempt:
     def _continue(self, now: float) -> None:
         """Wakes what was stopped, by us or by the file layer."""
         known = {pid for _, pid in self._resume}
-        stopped = [hit.pid for hit in self.layer.hits() if hit.action == "stop" and hit.pid not in known]
+        stopped = [
+            hit.pid for hit in self.layer.hits() if hit.action == "stop" and hit.pid not in known
+        ]
         self._resume += [(now + RESUME_S, pid) for pid in stopped if is_stopped(pid)]
         for at, pid in list(self._resume):
             if now > at:
@@ -106,20 +119,33 @@ class Attempt:
                     os.kill(pid, signal.SIGCONT)
 
     def _lose_lease(self, fault: LostLease) -> None:
-        """The suspended ranks must end by themselves once they go on; those started meanwhile take their place."""
+        """The suspended ranks must end by themselves once they go on; those started meanwhile take
+        their place.
+        """
         self.lost = None
-        if self.lease is None or not self.lease.exists() or not (before := self.ranks.send(signal.SIGSTOP)):
+        if (
+            self.lease is None
+            or not self.lease.exists()
+            or not (before := self.ranks.send(signal.SIGSTOP))
+        ):
             return
         old, long_ago = self.ranks, time.time() - 3600
         with suppress(FileNotFoundError):
             os.utime(self.lease, (long_ago, long_ago))
         self.happened.append(fault)
         self.ranks = Ranks(
-            old.command, old.count, {**old.environment, "LPL_CHAOS_PLAN": ""}, old.logs / "heir", old.mark, meet=old.meet
+            old.command,
+            old.count,
+            {**old.environment, "LPL_CHAOS_PLAN": ""},
+            old.logs / "heir",
+            old.mark,
+            meet=old.meet,
         )
         held = read_lease(self.lease)
         self.ranks.start()
-        while read_lease(self.lease) == held and self.ranks.running():  # else it is still theirs when they go on
+        while (
+            read_lease(self.lease) == held and self.ranks.running()
+        ):  # else it is still theirs when they go on
             time.sleep(POLL_S)
         time.sleep(fault.resume_s)
         deadline = time.monotonic() + GIVES_WAY_S
@@ -142,26 +168,41 @@ class Attempt:
 
 
 def error_problems(ending: Ending, root: str) -> list[str]:
-    """An input or output error that ends a process is told in a line: our error, the path, the reason; and may be tried again."""
+    """An input or output error that ends a process is told in a line: our error, the path, the
+    reason; and may be tried again.
+    """
     problems = []
     if BAD_INPUT in ending.statuses:
         told = next((text for text in ending.output.values() if ERROR_LINE.search(text)), "")
         problems.append(f"exit status {BAD_INPUT}, which means bad input: {last_error(told)}")
-    kinds = {hit.number: hit for hit in ending.hits if hit.action.isdigit() or hit.number == FULL_DISK}
+    kinds = {
+        hit.number: hit for hit in ending.hits if hit.action.isdigit() or hit.number == FULL_DISK
+    }
     refused = [hit for hit in kinds.values() if hit.action != str(errno.EINTR)]
     killed = any(status < 0 for status in ending.statuses)
-    if ending.well or not refused or killed or any(isinstance(f, LostLease) for f in ending.happened):
+    if (
+        ending.well
+        or not refused
+        or killed
+        or any(isinstance(f, LostLease) for f in ending.happened)
+    ):
         return problems
-    reasons = {os.strerror(errno.ENOSPC if hit.action == "full" else int(hit.action)) for hit in refused}
+    reasons = {
+        os.strerror(errno.ENOSPC if hit.action == "full" else int(hit.action)) for hit in refused
+    }
     strict = "torchrun" not in ending.output  # whose own traceback follows ours
     if not is_clear(list(ending.output.values()), reasons, root, strict=strict):
         where = f"{refused[0].op} {refused[0].action} {refused[0].path}"
-        problems.append(f"no clear error after {where}: {' | '.join(map(last_error, ending.output.values()))}")
+        problems.append(
+            f"no clear error after {where}: {' | '.join(map(last_error, ending.output.values()))}"
+        )
     return problems
 
 
 def is_clear(texts: Sequence[str], reasons: set[str], root: str, *, strict: bool) -> bool:
-    """The last error of a rank names a path below `root` and one of the reasons in a line; `strict`: and none has a traceback."""
+    """The last error of a rank names a path below `root` and one of the reasons in a line;
+    `strict`: and none has a traceback.
+    """
     if strict and any(TRACEBACK in text for text in texts):
         return False
     lines = [line for text in texts for line in error_lines(text)]
@@ -171,7 +212,10 @@ def is_clear(texts: Sequence[str], reasons: set[str], root: str, *, strict: bool
 def error_lines(text: str) -> list[str]:
     """Every error, and the lines that follow the last one."""
     found = list(ERROR_LINE.finditer(text))
-    return [*(match[0] for match in found), *(text[found[-1].start() :].splitlines() if found else [])]
+    return [
+        *(match[0] for match in found),
+        *(text[found[-1].start() :].splitlines() if found else []),
+    ]
 
 
 def last_error(text: str) -> str:

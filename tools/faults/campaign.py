@@ -1,4 +1,6 @@
-"""A series of iterations: a job is started, disturbed and started again until it is complete, and compared with one left alone."""
+"""A series of iterations: a job is started, disturbed and started again until it is complete, and
+compared with one left alone.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ from tools.faults.series import Series, all_series, prepare
 Undisturbed = tuple[dict[str, bytes], dict[int, Trace], dict[int, float]]
 """(results, {ranks: calls that were made}, {ranks: seconds})."""
 DISTURBED, CLEAN = 8, 3
-"""Starts of one iteration that are disturbed at most; and undisturbed ones that may fail before it is given up."""
+"""Starts of one iteration that are disturbed at most; and undisturbed ones that may fail before it
+is given up.
+"""
 OF_OTHERS = ("torchelastic_", "pymp-", "torchinductor_", "wandb-")
 """In names of temporaries of torch and wandb, which are not ours to remove."""
 COLD_EVERY = 12
-"""Of so many iterations one is started as a user does it: with all imports of its own, several ranks by torchrun."""
+"""Of so many iterations one is started as a user does it: with all imports of its own, several
+ranks by torchrun.
+"""
 
 
 @dataclass
@@ -40,7 +46,10 @@ class Violation:
 
     def __str__(self) -> str:
         plan = "; ".join(map(str, self.plan)) or "nothing"
-        return f"{self.series} {self.iteration}.{self.attempt}: {self.what}\n    after {plan}\n    replay: {self.replay}"
+        return (
+            f"{self.series} {self.iteration}.{self.attempt}: {self.what}\n    after {plan}\n    "
+            f"replay: {self.replay}"
+        )
 
 
 @dataclass
@@ -59,7 +68,13 @@ class Tally:
 class Campaign:
     """`folder` is emptied by whoever made it.  `module`: what Python runs instead of lpl_pretrain."""
 
-    def __init__(self, folder: Path, seed: int, module: str = "lpl_pretrain", tell: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        module: str = "lpl_pretrain",
+        tell: Callable[[str], None] = print,
+    ) -> None:
         self.folder, self.seed, self.tell = folder, seed, tell
         self.files, self.inputs = folder / "files", folder / "files" / "inputs"
         prepare(self.inputs)
@@ -69,7 +84,9 @@ class Campaign:
         self._alone: dict[str, Undisturbed] = {}
 
     def running(self, module: str) -> Campaign:
-        """The same campaign of another module's commands, which are compared with what this one's leave undisturbed."""
+        """The same campaign of another module's commands, which are compared with what this one's
+        leave undisturbed.
+        """
         other = copy.copy(self)
         other.series = all_series(self.inputs, module)
         return other
@@ -105,14 +122,21 @@ class Campaign:
             attempt = Attempt(ranks, self.layer, [], 60.0, None)
             trace: list[tuple[int, str, str]] = []
             ending = attempt.run(lambda into=trace: into.extend(self.layer.trace()))
-            trace[:] = [call for call in trace if not (call[1] == "stat" and f"{self.inputs}/autoencoder" in call[2])]
+            trace[:] = [
+                call
+                for call in trace
+                if not (call[1] == "stat" and f"{self.inputs}/autoencoder" in call[2])
+            ]
             if not ending.well or not series.complete(folder):
                 raise RuntimeError(f"{name} fails undisturbed: {ending.statuses} {ending.output}")
             traces[count], seconds[count] = trace, ending.seconds
         results = series.results(self.files / name / f"alone_{series.ranks[0]}")
         self._alone[name] = results, traces, seconds
         calls = sum(map(len, traces.values()))
-        self.tell(f"{name}: {sum(seconds.values()):.1f} s undisturbed, {len(results)} files, {calls} calls")
+        self.tell(
+            f"{name}: {sum(seconds.values()):.1f} s undisturbed, {len(results)} files, "
+            f"{calls} calls"
+        )
         return self._alone[name]
 
     def iterate(self, series: Series, iteration: int, tally: Tally) -> None:
@@ -125,7 +149,10 @@ class Campaign:
         before, plan, failed = len(tally.violations), list[Fault](), 0
 
         def violated(what: str) -> None:
-            replay = f"python tools/chaos.py --series {series.name} --seed {self.seed} --only {iteration}"
+            replay = (
+                f"python tools/chaos.py --series {series.name} --seed {self.seed} --only "
+                f"{iteration}"
+            )
             tally.violations.append(Violation(series.name, iteration, attempt, what, plan, replay))
             self.tell(f"VIOLATION {tally.violations[-1]}")
 
@@ -134,7 +161,9 @@ class Campaign:
             leased = series.lease(folder) is not None and not cold
             plan = draw(rng, traces[count], count, leased=leased) if attempt < DISTURBED else []
             ranks = self._ranks(series, folder, count, cold=cold and attempt % 3 == 0)
-            ending = Attempt(ranks, self.layer, plan, seconds * (4 if ranks.cold else 1), series.lease(folder)).run()
+            ending = Attempt(
+                ranks, self.layer, plan, seconds * (4 if ranks.cold else 1), series.lease(folder)
+            ).run()
             tally.starts += 1
             tally.faults += ending.count()
             for what in ending.problems:
@@ -149,8 +178,12 @@ class Campaign:
             if failed == CLEAN:
                 violated("was given up")
                 return
-        if series.temporaries(folder) and ending.happened:  # removing them may have been refused: they wait for the next start
-            Attempt(self._ranks(series, folder, count), self.layer, [], seconds, series.lease(folder)).run()
+        if (
+            series.temporaries(folder) and ending.happened
+        ):  # removing them may have been refused: they wait for the next start
+            Attempt(
+                self._ranks(series, folder, count), self.layer, [], seconds, series.lease(folder)
+            ).run()
             tally.starts += 1
         for what in self._compare(series, folder, results):
             violated(what)
@@ -161,9 +194,14 @@ class Campaign:
 
     def _compare(self, series: Series, folder: Path, results: dict[str, bytes]) -> list[str]:
         found, problems = series.results(folder), series.problems(folder)
-        different = sorted(name for name in found.keys() | results.keys() if found.get(name) != results.get(name))
+        different = sorted(
+            name for name in found.keys() | results.keys() if found.get(name) != results.get(name)
+        )
         if different:
-            problems.append(f"{len(different)} files are not those of an undisturbed run: {', '.join(different[:6])}")
+            problems.append(
+                f"{len(different)} files are not those of an undisturbed run: "
+                f"{', '.join(different[:6])}"
+            )
         if left := series.temporaries(folder):
             problems.append(f"temporaries are left: {', '.join(left[:6])}")
         scratch = sorted(path.name for path in (self.folder / "scratch").iterdir())
@@ -179,7 +217,16 @@ class Campaign:
         shutil.rmtree(logs, ignore_errors=True)
         torchrun = cold and count > 1
         environment = {"TMPDIR": str(scratch)}
-        return Ranks(series.command(folder), count, environment, logs, f"{folder}/", cold, torchrun, series.meet)
+        return Ranks(
+            series.command(folder),
+            count,
+            environment,
+            logs,
+            f"{folder}/",
+            cold,
+            torchrun,
+            series.meet,
+        )
 
 
 NEEDS = {
@@ -190,7 +237,9 @@ NEEDS = {
 
 
 def start_server(layer: FileLayer) -> None:
-    """Of warm processes: the file layer has to be loaded into it, for what is forked off it has no say in that any more."""
+    """Of warm processes: the file layer has to be loaded into it, for what is forked off it has no
+    say in that any more.
+    """
     before = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = str(layer.shared_object)
     try:

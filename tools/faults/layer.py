@@ -1,4 +1,6 @@
-"""Compiles the fault-injecting file layer (layer.c) and keeps its controls: the plan of a process, what happened, the full disk."""
+"""Compiles the fault-injecting file layer (layer.c) and keeps its controls: the plan of a process,
+what happened, the full disk.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,35 @@ class FileLayer:
         self.shared_object = folder / "layer.so"
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
-            raise FileNotFoundError("no C compiler (cc, gcc or clang), which the fault-injecting file layer needs")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", self.shared_object, SOURCE, "-ldl", "-lpthread"], check=True)
+            raise FileNotFoundError(
+                "no C compiler (cc, gcc or clang), which the fault-injecting file layer needs"
+            )
+        subprocess.run(
+            [
+                compiler,
+                "-O2",
+                "-shared",
+                "-fPIC",
+                "-o",
+                self.shared_object,
+                SOURCE,
+                "-ldl",
+                "-lpthread",
+            ],
+            check=True,
+        )
 
-    def environment(self, faults: Sequence[FileFault], first: int = 1, *, trace: bool = False) -> dict[str, str]:
+    def environment(
+        self, faults: Sequence[FileFault], first: int = 1, *, trace: bool = False
+    ) -> dict[str, str]:
         """Of a process with these faults, which count from `first`."""
         return {
             "LPL_CHAOS_ROOT": str(self.root),
             "LPL_CHAOS_HITS": str(self.hits_file),
             "LPL_CHAOS_FULL": str(self.full_file),
-            "LPL_CHAOS_PLAN": ";".join(fault.entry(number) for number, fault in enumerate(faults, start=first)),
+            "LPL_CHAOS_PLAN": ";".join(
+                fault.entry(number) for number, fault in enumerate(faults, start=first)
+            ),
             "LD_PRELOAD": str(self.shared_object),
             **({"LPL_CHAOS_TRACE": "1"} if trace else {}),
         }
@@ -53,15 +74,24 @@ class FileLayer:
         self.full_file.unlink(missing_ok=True)
 
     def hits(self) -> list[Hit]:
-        return [Hit(int(number), int(pid), int(rank), op, action, path) for number, pid, rank, op, action, path in self._lines()]
+        return [
+            Hit(int(number), int(pid), int(rank), op, action, path)
+            for number, pid, rank, op, action, path in self._lines()
+        ]
 
     def trace(self) -> list[tuple[int, str, str]]:
         """(rank, operation, path) of every call, where that was asked for."""
-        return [(int(rank), op, path) for number, _, rank, op, _, path in self._lines("trace") if number == "trace"]
+        return [
+            (int(rank), op, path)
+            for number, _, rank, op, _, path in self._lines("trace")
+            if number == "trace"
+        ]
 
     def _lines(self, kind: str = "hit") -> list[list[str]]:
         if not self.hits_file.exists():
             return []
         lines = self.hits_file.read_text(errors="replace").splitlines()
-        found = [line.split(" ", 5) for line in lines if line.startswith("trace ") == (kind == "trace")]
+        found = [
+            line.split(" ", 5) for line in lines if line.startswith("trace ") == (kind == "trace")
+        ]
         return [words for words in found if len(words) == 6]

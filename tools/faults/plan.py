@@ -1,4 +1,5 @@
-"""Draws the faults of one attempt: file faults from the calls that an undisturbed run made, and signals at random times.
+"""Draws the faults of one attempt: file faults from the calls that an undisturbed run made, and
+signals at random times.
 
 Every draw is a function of (seed, series, iteration, attempt).
 """
@@ -36,7 +37,17 @@ ERRORS = {
     "truncate": (errno.EIO, *NO_ROOM),
     "write": (errno.EIO, *NO_ROOM),
 }
-WRITES = {"write": 6, "create": 3, "fsync": 2, "rename": 3, "close": 1, "mkdir": 1, "link": 1, "unlink": 1, "touch": 1}
+WRITES = {
+    "write": 6,
+    "create": 3,
+    "fsync": 2,
+    "rename": 3,
+    "close": 1,
+    "mkdir": 1,
+    "link": 1,
+    "unlink": 1,
+    "touch": 1,
+}
 READS = {"read": 3, "open": 2, "reopen": 1, "stat": 1, "list": 1}
 """How often an operation is chosen, against the others."""
 INTERRUPTED = ("read", "write", "open", "create", "fsync")
@@ -65,7 +76,9 @@ class FileFault:
 
 @dataclass(frozen=True)
 class SignalFault:
-    """A signal to one rank, or to all of them (`rank` None), after a fraction of an undisturbed run's time."""
+    """A signal to one rank, or to all of them (`rank` None), after a fraction of an undisturbed
+    run's time.
+    """
 
     kind: str
     rank: int | None
@@ -77,7 +90,9 @@ class SignalFault:
 
 @dataclass(frozen=True)
 class LostLease:
-    """All ranks are suspended, their lease expires, the command is started again, and then they go on."""
+    """All ranks are suspended, their lease expires, the command is started again, and then they go
+    on.
+    """
 
     at: float
     resume_s: float
@@ -92,9 +107,19 @@ def generator(seed: int, series: str, iteration: int, attempt: int) -> random.Ra
 
 
 def draw(rng: random.Random, trace: Trace, ranks: int, *, leased: bool) -> list[Fault]:
-    """One fault that an attempt rarely survives, preceded by up to four that it must not even notice."""
+    """One fault that an attempt rarely survives, preceded by up to four that it must not even
+    notice.
+    """
     faults: list[Fault] = [_survivable(rng, trace, ranks) for _ in range(rng.randint(0, 4))]
-    kinds = {"kill": 5, "kill all": 2, "kill at call": 5, "term": 1, "error": 9, "persistent": 3, "full": 4}
+    kinds = {
+        "kill": 5,
+        "kill all": 2,
+        "kill at call": 5,
+        "term": 1,
+        "error": 9,
+        "persistent": 3,
+        "full": 4,
+    }
     kinds["lease lost"] = 1 if leased else 0
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     rank, at = rng.randrange(ranks), rng.random()
@@ -116,7 +141,10 @@ def draw(rng: random.Random, trace: Trace, ranks: int, *, leased: bool) -> list[
 
 
 def _survivable(rng: random.Random, trace: Trace, ranks: int) -> Fault:
-    rank, kind = rng.randrange(ranks), rng.choice(("stop", "stop at call", "short read", "short write", "EINTR"))
+    rank, kind = (
+        rng.randrange(ranks),
+        rng.choice(("stop", "stop at call", "short read", "short write", "EINTR")),
+    )
     if kind == "stop":
         return SignalFault("SIGSTOP", rank, signal.SIGSTOP, rng.random(), rng.uniform(0.1, 1.0))
     if kind == "stop at call":
@@ -127,7 +155,13 @@ def _survivable(rng: random.Random, trace: Trace, ranks: int) -> Fault:
 
 
 def _at_call(
-    rng: random.Random, trace: Trace, rank: int, kind: str, weights: dict[str, int], action: str | None, times: int = 1
+    rng: random.Random,
+    trace: Trace,
+    rank: int,
+    kind: str,
+    weights: dict[str, int],
+    action: str | None,
+    times: int = 1,
 ) -> FileFault:
     """`action` None: one of the operation's errors, which is the fault's kind as well."""
     mine = [(op, path) for of, op, path in trace if of == rank]
@@ -137,7 +171,9 @@ def _at_call(
     op = rng.choices(ops, [weights[op] for op in ops])[0]
     match = rng.choice(sorted({constant_part(path) for of, path in mine if of == op}))
     calls = sum(of == op and match in path for of, path in mine)
-    nth = 1 + int(calls * min(rng.random(), rng.random()))  # rather early: a start that goes on makes fewer calls
+    nth = 1 + int(
+        calls * min(rng.random(), rng.random())
+    )  # rather early: a start that goes on makes fewer calls
     if action is None:
         error = rng.choice(ERRORS[op])
         action, kind = str(error), errno.errorcode[error]
@@ -145,7 +181,9 @@ def _at_call(
 
 
 def constant_part(path: str) -> str:
-    """The longest part of a file's name that is the same in every run and for every step, shard and rank."""
+    """The longest part of a file's name that is the same in every run and for every step, shard and
+    rank.
+    """
     parts = [part for part in VARIABLE.split(PurePosixPath(path).name) if part]
     return max(parts, key=len, default="*").replace(" ", "_")[:79] if parts else "*"
 

@@ -1,4 +1,6 @@
-"""The processes of one attempt: started as torchrun would start them, disturbed, and looked for afterwards."""
+"""The processes of one attempt: started as torchrun would start them, disturbed, and looked for
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MARK = "LPL_CHAOS"
 
 @dataclass
 class Ranks:
-    """One start of a command on `count` processes.  `mark` is in their command line or environment, and in nobody else's."""
+    """One start of a command on `count` processes.  `mark` is in their command line or environment,
+    and in nobody else's.
+    """
 
     command: Sequence[str]
     count: int
@@ -40,20 +44,37 @@ class Ranks:
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         python = [*([] if self.cold else warm.prefix()), sys.executable, "-m"]
-        shared = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", MARK: self.mark}
+        shared = {
+            **os.environ,
+            **self.environment,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            MARK: self.mark,
+        }
         if self.torchrun:
-            agent = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.count}", "--no-python"]
+            agent = [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={self.count}",
+                "--no-python",
+            ]
             self._popen([*python, *agent, *python, *self.command], shared, "torchrun")
             return
         port = free_port()
         for rank in range(self.count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.count)}
-            place = {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if self.count > 1 else {}
+            place = (
+                {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                if self.count > 1
+                else {}
+            )
             self._popen([*python, *self.command], {**shared, **place}, f"rank_{rank}")
 
     def _popen(self, command: list[str], environment: dict[str, str], name: str) -> None:
         with (self.logs / f"{name}.txt").open("wb") as log:
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            self.processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            )
 
     def pids(self, rank: int | None = None) -> list[int]:
         """Of the processes that do the work, not of those that watch them."""
@@ -62,7 +83,10 @@ class Ranks:
             if "torch.distributed.run" in line or warm.__file__ in line:
                 continue
             own = line if line.startswith("RANK=") else environ
-            where = next((word for word in own.replace("\0", " ").split() if word.startswith("RANK=")), "RANK=0")
+            where = next(
+                (word for word in own.replace("\0", " ").split() if word.startswith("RANK=")),
+                "RANK=0",
+            )
             if "lpl_pretrain" in line or "launch" in line or self.command[0] in line:
                 found += [pid] if rank is None or where == f"RANK={rank}" else []
         return found
@@ -96,7 +120,9 @@ class Ranks:
         self.statuses()
 
     def output(self) -> dict[str, str]:
-        return {path.stem: path.read_text(errors="replace") for path in sorted(self.logs.glob("*.txt"))}
+        return {
+            path.stem: path.read_text(errors="replace") for path in sorted(self.logs.glob("*.txt"))
+        }
 
 
 def processes_of(mark: str) -> list[tuple[int, str, str]]:
@@ -128,7 +154,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def free_port() -> int:
-    """Below those that the system hands out, so that no other process is given it before ours listens."""
+    """Below those that the system hands out, so that no other process is given it before ours
+    listens.
+    """
     while True:
         port = random.randrange(15_000, 30_000)
         with socket.socket() as probe, suppress(OSError):

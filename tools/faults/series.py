@@ -1,4 +1,6 @@
-"""The jobs that are disturbed: how each is started, when it is complete, and what it has to leave behind."""
+"""The jobs that are disturbed: how each is started, when it is complete, and what it has to leave
+behind.
+"""
 
 from __future__ import annotations
 
@@ -101,12 +103,20 @@ class Series:
     def temporaries(self, folder: Path) -> list[str]:
         """Names that must not be there once the job is complete."""
         found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
-        return sorted(name for name in found if Path(name).name.startswith(".") or name.endswith(TEMPORARY))
+        return sorted(
+            name for name in found if Path(name).name.startswith(".") or name.endswith(TEMPORARY)
+        )
 
 
 class Encode(Series):
     def command(self, folder: Path) -> list[str]:
-        return [self.module, "encode", f"{self.inputs}/encode.yaml", f"output={folder}/latents", *self.arguments]
+        return [
+            self.module,
+            "encode",
+            f"{self.inputs}/encode.yaml",
+            f"output={folder}/latents",
+            *self.arguments,
+        ]
 
     def complete(self, folder: Path) -> bool:
         return (folder / "latents" / INDEX_NAME).is_file()
@@ -121,16 +131,29 @@ class Train(Series):
     steps: int = STEPS
 
     def command(self, folder: Path) -> list[str]:
-        return [self.module, "train", f"{self.inputs}/{self.config}", f"run_dir={folder}/run", *self.arguments]
+        return [
+            self.module,
+            "train",
+            f"{self.inputs}/{self.config}",
+            f"run_dir={folder}/run",
+            *self.arguments,
+        ]
 
     def complete(self, folder: Path) -> bool:
         return self.steps in RunDir(folder / "run").complete_checkpoints()
 
     def results(self, folder: Path) -> dict[str, bytes]:
-        """The last checkpoint and all snapshots: parameters, moments, averages, and what the trainer goes on from."""
+        """The last checkpoint and all snapshots: parameters, moments, averages, and what the
+        trainer goes on from.
+        """
         run_dir = RunDir(folder / "run")
-        found = {f"checkpoint/{name}": data for name, data in contents(run_dir.checkpoint(self.steps)).items()}
-        return found | {f"snapshots/{name}": data for name, data in contents(run_dir.path / "snapshots").items()}
+        found = {
+            f"checkpoint/{name}": data
+            for name, data in contents(run_dir.checkpoint(self.steps)).items()
+        }
+        return found | {
+            f"snapshots/{name}": data for name, data in contents(run_dir.path / "snapshots").items()
+        }
 
     def problems(self, folder: Path) -> list[str]:
         try:
@@ -138,7 +161,11 @@ class Train(Series):
                 audit.run(str(folder / "run"))
         except LPLError as error:
             return [f"audit: {error}"]
-        steps = [line["step"] for line in json_lines(folder / "run" / "metrics.jsonl") if "event" not in line]
+        steps = [
+            line["step"]
+            for line in json_lines(folder / "run" / "metrics.jsonl")
+            if "event" not in line
+        ]
         missing = sorted(set(range(1, self.steps + 1)) - set(steps))
         return [f"metrics.jsonl: no line of steps {missing}"] if missing else []
 
@@ -161,24 +188,40 @@ class Evaluate(Series):
         shutil.copytree(self.inputs / "run", folder / "run")
 
     def command(self, folder: Path) -> list[str]:
-        return [self.module, "evaluate", f"{folder}/run", f"{self.inputs}/quick.yaml", *self.arguments]
+        return [
+            self.module,
+            "evaluate",
+            f"{folder}/run",
+            f"{self.inputs}/quick.yaml",
+            *self.arguments,
+        ]
 
     def complete(self, folder: Path) -> bool:
         run_dir = RunDir(folder / "run")
         return not run_dir.pending_evaluations("quick") and run_dir.best("quick").is_file()
 
     def results(self, folder: Path) -> dict[str, bytes]:
-        """Scores, less what tells when and by how many they were made; sheets of samples; statistics of the reference."""
+        """Scores, less what tells when and by how many they were made; sheets of samples;
+        statistics of the reference.
+        """
         run = folder / "run"
-        records = {path: json.loads(path.read_text()) for path in sorted((run / "evaluations").rglob("*.json"))}
-        found = {path: json.dumps(without(record, CHANGING)).replace(str(folder), "") for path, record in records.items()}
+        records = {
+            path: json.loads(path.read_text())
+            for path in sorted((run / "evaluations").rglob("*.json"))
+        }
+        found = {
+            path: json.dumps(without(record, CHANGING)).replace(str(folder), "")
+            for path, record in records.items()
+        }
         scores = {str(path.relative_to(run)): text.encode() for path, text in found.items()}
         others = [*(run / "evaluations").rglob("*.safetensors"), *run.rglob("*.png")]
         return scores | {str(path.relative_to(run)): path.read_bytes() for path in others}
 
 
 def prepare(inputs: Path) -> None:
-    """Pictures, a tiny autoencoder and the configurations; latents and a run are made by undisturbed series."""
+    """Pictures, a tiny autoencoder and the configurations; latents and a run are made by
+    undisturbed series.
+    """
     inputs.mkdir(parents=True)
     draw_pictures(inputs / "pictures", PICTURES)
     draw_pictures(inputs / "few", 6)
@@ -207,7 +250,11 @@ def all_series(inputs: Path, module: str = "lpl_pretrain") -> dict[str, Series]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def without(value: Any, keys: set[str]) -> Any:

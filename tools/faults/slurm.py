@@ -1,4 +1,6 @@
-"""The series on a real scheduler: one training by `launch` on three nodes in namespaces, disturbed over and over (needs root)."""
+"""The series on a real scheduler: one training by `launch` on three nodes in namespaces, disturbed
+over and over (needs root).
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,10 @@ def run_launch(seed: int, until: Callable[[Tally], bool], tell: Callable[[str], 
     if reason := missing():
         raise RuntimeError(f"series {NAME}: {reason}")
     # not below a long name: that of munge's socket must fit into 107 characters
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name, tempfile.TemporaryDirectory(prefix="chaos-") as material:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as name,
+        tempfile.TemporaryDirectory(prefix="chaos-") as material,
+    ):
         cluster, folder = Cluster(Path(name)), Path(material)
         cluster.up()
         try:
@@ -63,8 +68,16 @@ def run_launch(seed: int, until: Callable[[Tally], bool], tell: Callable[[str], 
             cluster.down()
 
 
-def disturb(cluster: Cluster, folder: Path, seed: int, until: Callable[[Tally], bool], tell: Callable[[str], None]) -> Tally:
-    """One job, ended once there were enough faults; it then goes on to its end, as one that is left alone."""
+def disturb(
+    cluster: Cluster,
+    folder: Path,
+    seed: int,
+    until: Callable[[Tally], bool],
+    tell: Callable[[str], None],
+) -> Tally:
+    """One job, ended once there were enough faults; it then goes on to its end, as one that is left
+    alone.
+    """
     rng, tally, started = random.Random(f"{seed}/{NAME}"), Tally(), time.monotonic()
     run = cluster.disk / "disturbed"
     job = Job(cluster, folder, run, *STRATEGY, "steps=100000", changes=["max_failures=1000"])
@@ -72,7 +85,9 @@ def disturb(cluster: Cluster, folder: Path, seed: int, until: Callable[[Tally], 
 
     def violated(what: str) -> None:
         replay = f"python tools/chaos.py --series {NAME} --seed {seed}"
-        tally.violations.append(Violation(NAME, 0, tally.faults.total(), f"{what} (after {last_kind})", [], replay))
+        tally.violations.append(
+            Violation(NAME, 0, tally.faults.total(), f"{what} (after {last_kind})", [], replay)
+        )
         tell(f"VIOLATION {tally.violations[-1]}")
 
     while not until(tally):
@@ -110,7 +125,9 @@ def ending(cluster: Cluster, folder: Path, job: Job, run: Path) -> list[str]:
         problems.append(f"audit: {audit.stdout}{audit.stderr}")
     if left := job.ranks():
         problems.append(f"processes are left: {left}")
-    hidden = [str(path.relative_to(run)) for path in run.rglob(".*") if not path.is_symlink()]  # submitit keeps such links
+    hidden = [
+        str(path.relative_to(run)) for path in run.rglob(".*") if not path.is_symlink()
+    ]  # submitit keeps such links
     if hidden:
         problems.append(f"temporaries are left: {', '.join(hidden[:6])}")
     return problems

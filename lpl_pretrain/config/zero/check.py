@@ -40,8 +40,10 @@ def zero_settings(parallel: ParallelConfig) -> dict[str, Any]:
     if wanted is not None and found != wanted:
         remedy = f"parallel.strategy=zero{found}" if found else "parallel.strategy=zero"
         raise ConfigError(
-            f"parallel.strategy={strategy.value} with parallel.zero_config={str(path)!r}: the file has "
-            f"zero_optimization.stage={found}, wanted {wanted}: set {remedy}, or name a file of stage {wanted}"
+            f"parallel.strategy={strategy.value} with parallel.zero_config={str(path)!r}: the "
+            "file has "
+            f"zero_optimization.stage={found}, wanted {wanted}: set {remedy}, or name a file of "
+            f"stage {wanted}"
         )
     return settings
 
@@ -57,8 +59,14 @@ def read_zero_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"parallel.zero_config={error}") from error
     if not isinstance(content, dict):
         found = type(content).__name__
-        raise ConfigError(f"{path}: found a JSON {found}, wanted an object like configs/zero/zero2.json")
-    refuse(str(path), [*problems, *find_problems(content, {problem.path for problem in problems})], "cannot be used")
+        raise ConfigError(
+            f"{path}: found a JSON {found}, wanted an object like configs/zero/zero2.json"
+        )
+    refuse(
+        str(path),
+        [*problems, *find_problems(content, {problem.path for problem in problems})],
+        "cannot be used",
+    )
     return normalised(content, TUNING)
 
 
@@ -66,7 +74,9 @@ def show_path(path: str | Path) -> str:
     return repr(str(path))
 
 
-def find_problems(content: dict[str, Any], known: set[tuple[str, ...]] | None = None) -> list[Problem]:
+def find_problems(
+    content: dict[str, Any], known: set[tuple[str, ...]] | None = None
+) -> list[Problem]:
     """What cannot be used of a JSON object; `known`: paths that have a problem already."""
     problems = list(_table_problems(content, TUNING, (), None))
     if "zero_optimization" not in content:
@@ -79,10 +89,14 @@ def find_problems(content: dict[str, Any], known: set[tuple[str, ...]] | None = 
 
 
 def _stage_problem(found: Any) -> Problem:
-    return Problem(("zero_optimization", "stage"), f"found {show(found)}, wanted {_key(ZERO, 'stage').wanted}")
+    return Problem(
+        ("zero_optimization", "stage"), f"found {show(found)}, wanted {_key(ZERO, 'stage').wanted}"
+    )
 
 
-def _table_problems(content: dict[str, Any], table: Keys, path: tuple[str, ...], stage: int | None) -> Iterator[Problem]:
+def _table_problems(
+    content: dict[str, Any], table: Keys, path: tuple[str, ...], stage: int | None
+) -> Iterator[Problem]:
     """`stage`: of ZeRO, where it is known."""
     for name, value in content.items():
         here, rule = (*path, name), table.get(name)
@@ -96,11 +110,20 @@ def _table_problems(content: dict[str, Any], table: Keys, path: tuple[str, ...],
             if here == ("zero_optimization",):
                 yield _stage_problem(value)
             elif value is not None or name not in NULLABLE:
-                example = f"such as {OFFLOAD_EXAMPLE}" if name.startswith("offload_") else f"with {', '.join(rule)}"
+                example = (
+                    f"such as {OFFLOAD_EXAMPLE}"
+                    if name.startswith("offload_")
+                    else f"with {', '.join(rule)}"
+                )
                 yield Problem(here, f"found {show(value)}, wanted an object {example}")
         else:
             stages = TABLE_STAGES.get(name)
-            if stages is not None and stage is not None and stage not in stages and value not in OFF:
+            if (
+                stages is not None
+                and stage is not None
+                and stage not in stages
+                and value not in OFF
+            ):
                 yield Problem(here, _other_stage(stage, stages))
             inner = stage_of(value) if here == ("zero_optimization",) else stage
             yield from _table_problems(value, rule, here, inner)
@@ -112,7 +135,10 @@ def value_problem(value: Any, rule: Key, stage: int | None = None) -> str | None
         off = same(value, rule.default) or value is None or (value is False and not rule.default)
         return None if off else f"{rule.refused}; remove it"
     if value == AUTO:
-        return f"found 'auto', which only Hugging Face fills in (DeepSpeed's default is {show(rule.default)}); remove it"
+        return (
+            "found 'auto', which only Hugging Face fills in (DeepSpeed's default is "
+            f"{show(rule.default)}); remove it"
+        )
     if not rule.accepts(value):
         return f"found {show(value)}, wanted {rule.wanted}"
     if stage is not None and stage not in rule.stages and not same(value, rule.default):
@@ -125,14 +151,24 @@ def _contradictions(content: dict[str, Any], zero: dict[str, Any]) -> Iterator[P
     path = ("zero_optimization",)
     for name in STAGE_3:
         if name in zero and f"stage3_{name}" in zero:
-            yield Problem((*path, name), f"is the same as stage3_{name}, which is there too; keep one of the two")
+            yield Problem(
+                (*path, name),
+                f"is the same as stage3_{name}, which is there too; keep one of the two",
+            )
     if _is_odd(zero.get("allgather_bucket_size")):
         yield Problem(
             (*path, "allgather_bucket_size"),
-            f"found {show(zero['allgather_bucket_size'])}, wanted an even number (DeepSpeed aligns its halves)",
+            f"found {show(zero['allgather_bucket_size'])}, wanted an even number (DeepSpeed aligns "
+            "its halves)",
         )
-    prefetch = next((name for name in ("stage3_prefetch_bucket_size", "prefetch_bucket_size") if name in zero), None)
-    if prefetch and True in (zero.get("stage3_allgather_sequential"), zero.get("allgather_sequential")):
+    prefetch = next(
+        (name for name in ("stage3_prefetch_bucket_size", "prefetch_bucket_size") if name in zero),
+        None,
+    )
+    if prefetch and True in (
+        zero.get("stage3_allgather_sequential"),
+        zero.get("allgather_sequential"),
+    ):
         yield Problem((*path, prefetch), "allgather_sequential switches prefetching off; remove it")
     profiler = content.get("flops_profiler")
     if stage_of(zero) == 3 and isinstance(profiler, dict) and profiler.get("enabled") is True:

@@ -60,16 +60,23 @@ def adapt_file(path: str | Path) -> Adapted:
     """Raises ConfigError for what is no JSON object, or whose ZeRO stage cannot be known."""
     content, structural = read_json(path, str(path), drop_bom=True)
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: found a JSON {type(content).__name__}, wanted an object with zero_optimization")
+        raise ConfigError(
+            f"{path}: found a JSON {type(content).__name__}, wanted an object with "
+            "zero_optimization"
+        )
     changes = [
-        Change(problem.path, _value_at(content, problem.path), "is there twice; the last one counts")
+        Change(
+            problem.path, _value_at(content, problem.path), "is there twice; the last one counts"
+        )
         for problem in structural
         if "twice" in problem.text
     ]
     zero = _zero_section(content, changes)
     kept = _adapt({**content, "zero_optimization": zero}, TUNING, (), changes)
     if stage_of(kept["zero_optimization"]) is None:
-        found = Problem(("zero_optimization", "stage"), f"found {show(zero['stage'])}, wanted 0, 1, 2 or 3")
+        found = Problem(
+            ("zero_optimization", "stage"), f"found {show(zero['stage'])}, wanted 0, 1, 2 or 3"
+        )
         refuse(str(path), [found], "must be set by you")
     while problems := find_problems(kept):
         for problem in problems:
@@ -83,27 +90,37 @@ def _zero_section(content: dict[str, Any], changes: list[Change]) -> dict[str, A
     path, zero = ("zero_optimization",), content.get("zero_optimization")
     if zero is None or isinstance(zero, bool):
         stage = 1 if zero else 0
-        changes.append(Change(path, zero, f'changed to {{"stage": {stage}}}, which is what DeepSpeed takes it for'))
+        changes.append(
+            Change(
+                path, zero, f'changed to {{"stage": {stage}}}, which is what DeepSpeed takes it for'
+            )
+        )
         return {"stage": stage}
     if not isinstance(zero, dict):
         return {"stage": zero}
     zero = dict(zero)
     if "stage" not in zero:
         zero["stage"] = 0
-        changes.append(Change((*path, "stage"), None, "added as 0, DeepSpeed's default: nothing is sharded"))
+        changes.append(
+            Change((*path, "stage"), None, "added as 0, DeepSpeed's default: nothing is sharded")
+        )
     pinned = zero.pop("cpu_offload_use_pin_memory", None)
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if old not in zero:
             continue
         value, text = zero.pop(old), "is off by default"
         if value is True and not zero.get(new):
-            zero[new] = {"device": "cpu"} | ({"pin_memory": pinned} if isinstance(pinned, bool) else {})
+            zero[new] = {"device": "cpu"} | (
+                {"pin_memory": pinned} if isinstance(pinned, bool) else {}
+            )
             text = f"changed to {new}={json.dumps(zero[new])}"
         changes.append(Change((*path, old), value, text))
     return zero
 
 
-def _adapt(content: dict[str, Any], table: Keys, path: tuple[str, ...], changes: list[Change]) -> dict[str, Any]:
+def _adapt(
+    content: dict[str, Any], table: Keys, path: tuple[str, ...], changes: list[Change]
+) -> dict[str, Any]:
     """Repairs what has one meaning, takes out the rest."""
     kept: dict[str, Any] = {}
     for name, value in content.items():
@@ -138,7 +155,9 @@ def _adapt(content: dict[str, Any], table: Keys, path: tuple[str, ...], changes:
 
 
 def _repair(value: Any, rule: Key) -> Any:
-    """The value that a string stands for, and the host's memory for NVMe; otherwise the value itself."""
+    """The value that a string stands for, and the host's memory for NVMe; otherwise the value
+    itself.
+    """
     if rule.refused or value == AUTO or value_problem(value, rule) is None:
         return value
     if value == "nvme":
@@ -148,7 +167,9 @@ def _repair(value: Any, rule: Key) -> Any:
         candidates.append({"true": True, "false": False}.get(value.strip().lower()))
         with suppress(ValueError):
             candidates.append(float(value))
-    found = next((one for one in candidates if one is not None and value_problem(one, rule) is None), value)
+    found = next(
+        (one for one in candidates if one is not None and value_problem(one, rule) is None), value
+    )
     return int(found) if rule.integer and isinstance(found, float) else found
 
 

@@ -50,7 +50,9 @@ def read_json(path: str | Path, name: str, *, drop_bom: bool = False) -> tuple[A
 
 def key_path(path: tuple[str, ...]) -> str:
     """Dotted; keys with other characters than those of a word are quoted."""
-    return ".".join(part if part.replace("_", "").isalnum() and part.isascii() else show(part) for part in path)
+    return ".".join(
+        part if part.replace("_", "").isalnum() and part.isascii() else show(part) for part in path
+    )
 
 
 def show(value: Any) -> str:
@@ -76,7 +78,9 @@ class _Object(dict):
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.repeated = {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+        self.repeated = {
+            key for key, count in Counter(key for key, _ in pairs).items() if count > 1
+        }
 
 
 def _read_bytes(path: str | Path, name: str) -> bytes:
@@ -103,11 +107,15 @@ def _decode(found: bytes, name: str, drop_bom: bool) -> str:
     if found.startswith(BOMS):
         raise ConfigError(f"{name}: begins with a byte order mark: save it as UTF-8 without one")
     if b"\0" in found:
-        raise ConfigError(f"{name}: holds a NUL byte at position {found.index(0)}: not a JSON file in UTF-8")
+        raise ConfigError(
+            f"{name}: holds a NUL byte at position {found.index(0)}: not a JSON file in UTF-8"
+        )
     try:
         return found.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: not UTF-8: byte 0x{found[error.start]:02x} at position {error.start}") from None
+        raise ConfigError(
+            f"{name}: not UTF-8: byte 0x{found[error.start]:02x} at position {error.start}"
+        ) from None
 
 
 def _integer(digits: str) -> int | float:
@@ -126,7 +134,11 @@ def _plain(raw: Any, name: str) -> tuple[Any, list[Problem]]:
         if len(path) > MAX_DEPTH:
             raise _too_deep(name)
         if isinstance(value, _Object):
-            problems.extend(Problem((*path, key), "is there twice; keep one of the two") for key in value if key in value.repeated)
+            problems.extend(
+                Problem((*path, key), "is there twice; keep one of the two")
+                for key in value
+                if key in value.repeated
+            )
             return {key: walk(child, (*path, key)) for key, child in value.items()}
         if isinstance(value, list):
             return [walk(child, (*path, str(number))) for number, child in enumerate(value)]

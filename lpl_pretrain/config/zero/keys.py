@@ -41,16 +41,25 @@ def is_number(value: Any) -> bool:
 
 def same(value: Any, default: Any) -> bool:
     """Equal, and of the same kind: 5e8 is 500000000, but true is not 1."""
-    return (type(value) is type(default) or (is_number(value) and is_number(default))) and value == default
+    return (
+        type(value) is type(default) or (is_number(value) and is_number(default))
+    ) and value == default
 
 
 def flag(default: bool | None, stages: tuple[int, ...] = STAGES) -> Key:
     optional = default is None
     wanted = "true, false or null" if optional else "true or false"
-    return Key(wanted, lambda value: isinstance(value, bool) or (optional and value is None), default, stages)
+    return Key(
+        wanted,
+        lambda value: isinstance(value, bool) or (optional and value is None),
+        default,
+        stages,
+    )
 
 
-def whole(default: int | None, least: int, most: int = INT64_MAX, stages: tuple[int, ...] = STAGES) -> Key:
+def whole(
+    default: int | None, least: int, most: int = INT64_MAX, stages: tuple[int, ...] = STAGES
+) -> Key:
     """A whole number; also as JSON files often write it, 5e8."""
 
     def accepts(value: Any) -> bool:
@@ -63,7 +72,11 @@ def whole(default: int | None, least: int, most: int = INT64_MAX, stages: tuple[
 
 
 def number(default: float, least: float, most: float) -> Key:
-    return Key(f"a number from {least:g} to {most:g}", lambda v: is_number(v) and least <= v <= most, default)
+    return Key(
+        f"a number from {least:g} to {most:g}",
+        lambda v: is_number(v) and least <= v <= most,
+        default,
+    )
 
 
 def choice(default: str | None, *values: str | None) -> Key:
@@ -72,7 +85,11 @@ def choice(default: str | None, *values: str | None) -> Key:
 
 
 def text(default: str | None = None) -> Key:
-    return Key("a string or null", lambda value: value is None or (isinstance(value, str) and value.isprintable()), default)
+    return Key(
+        "a string or null",
+        lambda value: value is None or (isinstance(value, str) and value.isprintable()),
+        default,
+    )
 
 
 def names(default: tuple[str, ...] | None = (), stages: tuple[int, ...] = STAGES) -> Key:
@@ -85,7 +102,9 @@ def names(default: tuple[str, ...] | None = (), stages: tuple[int, ...] = STAGES
 
 
 def refused(default: Any, why: str) -> Key:
-    return Key("its default", lambda value: same(value, default) or value is None, default, refused=why)
+    return Key(
+        "its default", lambda value: same(value, default) or value is None, default, refused=why
+    )
 
 
 NVME = "it is for offload to NVMe, which needs an operator compiled on the machine"
@@ -122,14 +141,18 @@ STAGE_3: dict[str, Key] = {
     "max_live_parameters": whole(1_000_000_000, 0),
     "max_reuse_distance": whole(1_000_000_000, 0),
     "gather_16bit_weights_on_model_save": flag(False),
-    "module_granularity_threshold": refused(0, "backward fails under it: gradients meet parameters that are released"),
+    "module_granularity_threshold": refused(
+        0, "backward fails under it: gradients meet parameters that are released"
+    ),
     "use_all_reduce_for_fetch_params": flag(False),
     "allgather_sequential": flag(False),
 }
 """DeepSpeed takes each of these with `stage3_` before it, and without."""
 
 ZERO: Keys = {
-    "stage": Key(f"one of {STAGES}", lambda value: is_number(value) and value in STAGES, 0, integer=True),
+    "stage": Key(
+        f"one of {STAGES}", lambda value: is_number(value) and value in STAGES, 0, integer=True
+    ),
     "contiguous_gradients": flag(True),
     "reduce_scatter": flag(True),
     "reduce_bucket_size": whole(500_000_000, 1, MAX_BUFFER_ELEMENTS),
@@ -137,7 +160,9 @@ ZERO: Keys = {
     "allgather_partitions": flag(True),
     "allgather_bucket_size": whole(500_000_000, 2),
     "overlap_comm": flag(None),
-    "compute_grad_norm": refused(True, "the norm is needed for clipping and for the non-finite check"),
+    "compute_grad_norm": refused(
+        True, "the norm is needed for clipping and for the non-finite check"
+    ),
     "load_from_fp32_weights": flag(True),
     "elastic_checkpoint": flag(False),
     "offload_param": OFFLOAD_PARAM,
@@ -146,13 +171,19 @@ ZERO: Keys = {
     "sub_group_size": whole(1_000_000_000, 0, stages=(3,)),
     "cpu_offload": refused(None, OLD_OFFLOAD.format("offload_optimizer")),
     "cpu_offload_param": refused(None, OLD_OFFLOAD.format("offload_param")),
-    "cpu_offload_use_pin_memory": refused(None, OLD_OFFLOAD.format("pin_memory in offload_optimizer")),
+    "cpu_offload_use_pin_memory": refused(
+        None, OLD_OFFLOAD.format("pin_memory in offload_optimizer")
+    ),
     **{f"stage3_{name}": replace(key, stages=(3,)) for name, key in STAGE_3.items()},
     **{name: replace(key, stages=(3,)) for name, key in STAGE_3.items()},
-    "stage3_gather_fp16_weights_on_model_save": refused(False, "an old name of stage3_gather_16bit_weights_on_model_save"),
+    "stage3_gather_fp16_weights_on_model_save": refused(
+        False, "an old name of stage3_gather_16bit_weights_on_model_save"
+    ),
     "ignore_unused_parameters": flag(True),
     "legacy_stage1": refused(False, REMOVED),
-    "round_robin_gradients": refused(False, "it shuffles the flat buffer that checkpoints are read from"),
+    "round_robin_gradients": refused(
+        False, "it shuffles the flat buffer that checkpoints are read from"
+    ),
     "parameter_alignment": flag(False),
     "zero_hpz_partition_size": refused(1, "it keeps a second partition of every parameter"),
     "zero_quantized_weights": refused(False, "it rounds weights"),
@@ -235,7 +266,8 @@ OWNED = {
     "gradient_predivide_factor": MEAN,
     "gradient_allreduce_op": MEAN,
     "zero_allow_untested_optimizer": NO_COUNTERPART + "it is always allowed",
-    "zero_force_ds_cpu_optimizer": NO_COUNTERPART + "the optimizer is always torch's, offloaded or not",
+    "zero_force_ds_cpu_optimizer": NO_COUNTERPART
+    + "the optimizer is always torch's, offloaded or not",
     "checkpoint": "checkpoint",
     "datastates_ckpt": "checkpoint",
     "nebula": "checkpoint",
@@ -249,7 +281,8 @@ OWNED = {
     "dataloader_drop_last": "data (there are no partial batches)",
     "data_efficiency": "data",
     "curriculum_learning": NOT_HERE,
-    "elasticity": NO_COUNTERPART + "a run goes on with any number of processes that divides its batch",
+    "elasticity": NO_COUNTERPART
+    + "a run goes on with any number of processes that divides its batch",
     "tensor_parallel": NOT_HERE,
     "expert_parallel": NOT_HERE,
     "pipeline": NOT_HERE,

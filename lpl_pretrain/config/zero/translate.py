@@ -10,10 +10,17 @@ from lpl_pretrain.config.zero.keys import NO_COUNTERPART, OWNED, is_number
 
 NO_CLIPPING = "1e9"
 """optimizer.max_grad_norm has no null; DeepSpeed's 0 clips nothing."""
-OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "fusedadam": "adamw", "sgd": "sgd", "muon": "adamw"}
+OPTIMIZERS = {
+    "adam": "adamw",
+    "adamw": "adamw",
+    "fusedadam": "adamw",
+    "sgd": "sgd",
+    "muon": "adamw",
+}
 SCHEDULERS = {"warmuplr": "constant", "warmupcosinelr": "cosine", "warmupdecaylr": "cosine"}
 NOTES = {
-    "gradient_accumulation_steps": "follows from batch.global_batch_size = this x batch.micro_batch_size x processes",
+    "gradient_accumulation_steps": "follows from batch.global_batch_size = this x "
+    "batch.micro_batch_size x processes",
     "scheduler": "decays that do not exist here become a cosine",
     "optimizer": "Muon does not run under ZeRO",
 }
@@ -56,7 +63,11 @@ def _optimizer(value: Any) -> Iterator[str]:
     if _positive(parameters.get("lr")):
         yield f"optimizer.lr={parameters['lr']!r}"
     betas = parameters.get("betas")
-    if isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta <= 1 for beta in betas):
+    if (
+        isinstance(betas, list)
+        and len(betas) == 2
+        and all(is_number(beta) and 0 <= beta <= 1 for beta in betas)
+    ):
         yield f"optimizer.betas=[{betas[0]!r},{betas[1]!r}]"
     if _positive(parameters.get("eps")):
         yield f"optimizer.eps={parameters['eps']!r}"
@@ -87,7 +98,13 @@ def _precision(name: str) -> Callable[[Any], Iterator[str]]:
 def _autocast(value: Any) -> Iterator[str]:
     if isinstance(value, dict) and value.get("enabled") is True:
         dtype = str(value.get("dtype", "bfloat16")).removeprefix("torch.")
-        found = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "half": "fp16"}.get(dtype)
+        found = {
+            "bfloat16": "bf16",
+            "bf16": "bf16",
+            "float16": "fp16",
+            "fp16": "fp16",
+            "half": "fp16",
+        }.get(dtype)
         if found is not None:
             yield f"parallel.precision={found}"
 
@@ -98,7 +115,11 @@ def _wandb(value: Any) -> Iterator[str]:
     yield "log.wandb.mode=online"
     for ours, theirs in (("project", "project"), ("entity", "team")):
         name = value.get(theirs)
-        if isinstance(name, str) and name.isascii() and name.replace("-", "").replace("_", "").isalnum():
+        if (
+            isinstance(name, str)
+            and name.isascii()
+            and name.replace("-", "").replace("_", "").isalnum()
+        ):
             yield f"log.wandb.{ours}={name}"
 
 

@@ -1,4 +1,6 @@
-"""Nothing of a checkpoint is trusted: fields, ranges, headers and digests are checked wherever one is read."""
+"""Nothing of a checkpoint is trusted: fields, ranges, headers and digests are checked wherever one
+is read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from lpl_pretrain.checkpoint.manifest import Manifest
 from lpl_pretrain.checkpoint.weights import reconstructed, stored
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
-from tests.support.checkpoints import IDENTITY, content_of, edit, opened, record_again, save, shift_range, tensors_of
+from tests.support.checkpoints import (
+    IDENTITY,
+    content_of,
+    edit,
+    opened,
+    record_again,
+    save,
+    shift_range,
+    tensors_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +42,11 @@ def run_dir(tmp_path) -> RunDir:
 
 
 def same(found, step) -> bool:
-    return all(torch.equal(found[kind][name], tensor) for kind, named in tensors_of(step).items() for name, tensor in named.items())
+    return all(
+        torch.equal(found[kind][name], tensor)
+        for kind, named in tensors_of(step).items()
+        for name, tensor in named.items()
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -47,8 +62,16 @@ def set_range(number, *values):
 
 
 EDITS = {
-    "the issue: optimizer_steps -1": ("manifest.json", {"optimizer_steps": -1}, "optimizer_steps: found -1, wanted an integer"),
-    "more updates than steps": ("manifest.json", {"optimizer_steps": 11}, "optimizer_steps: found 11, wanted at most step=10"),
+    "the issue: optimizer_steps -1": (
+        "manifest.json",
+        {"optimizer_steps": -1},
+        "optimizer_steps: found -1, wanted an integer",
+    ),
+    "more updates than steps": (
+        "manifest.json",
+        {"optimizer_steps": 11},
+        "optimizer_steps: found 11, wanted at most step=10",
+    ),
     "the issue: another step": (
         "manifest.json",
         {"step": 20, "samples_seen": 160},
@@ -56,34 +79,86 @@ EDITS = {
     ),
     "a fraction": ("manifest.json", {"step": 10.0}, r"step: found 10\.0, wanted an integer"),
     "a bool": ("manifest.json", {"world_size": True}, "world_size: found True, wanted an integer"),
-    "other samples": ("manifest.json", {"samples_seen": 70}, "samples_seen=70 after 10 steps of 8 samples"),
-    "no multiple": ("manifest.json", {"samples_seen": 71}, "samples_seen: found 71, wanted a multiple of step=10"),
-    "more ranks": ("manifest.json", {"world_size": 3}, "files: 4 are listed, wanted index.json, state.json and one for each of 3"),
+    "other samples": (
+        "manifest.json",
+        {"samples_seen": 70},
+        "samples_seen=70 after 10 steps of 8 samples",
+    ),
+    "no multiple": (
+        "manifest.json",
+        {"samples_seen": 71},
+        "samples_seen: found 71, wanted a multiple of step=10",
+    ),
+    "more ranks": (
+        "manifest.json",
+        {"world_size": 3},
+        "files: 4 are listed, wanted index.json, state.json and one for each of 3",
+    ),
     "very many ranks": ("manifest.json", {"world_size": 10**15}, "files: 4 are listed"),
     "an identity that is none": ("manifest.json", {"identity": "x"}, "identity: found 'x'"),
     "an unknown key": ("manifest.json", {"more": 1}, "unknown keys: 'more'"),
-    "the issue: overlapping ranges": ("index.json", set_range(1, 5, 12, 1), "param/'a.weight': rank 1 owns elements 5..12"),
-    "the issue: shifted ranges": ("index.json", set_range(0, 1, 7, 0), "param/'a.weight': rank 0 owns elements 1..7"),
+    "the issue: overlapping ranges": (
+        "index.json",
+        set_range(1, 5, 12, 1),
+        "param/'a.weight': rank 1 owns elements 5..12",
+    ),
+    "the issue: shifted ranges": (
+        "index.json",
+        set_range(0, 1, 7, 0),
+        "param/'a.weight': rank 0 owns elements 1..7",
+    ),
     "a gap": ("index.json", set_range(1, 7, 12, 1), "wanted a range that starts at 6"),
     "too short": ("index.json", set_range(1, 6, 11, 1), "ranks own 11 elements of 12"),
     "an empty range": ("index.json", set_range(0, 0, 0, 0), "wanted at least one"),
     "a negative rank": ("index.json", set_range(1, 6, 12, -1), "ranges: found"),
-    "an unknown rank": ("index.json", set_range(1, 6, 12, 7), "names rank 7, the manifest says world_size=2"),
+    "an unknown rank": (
+        "index.json",
+        set_range(1, 6, 12, 7),
+        "names rank 7, the manifest says world_size=2",
+    ),
     "one rank twice": ("index.json", set_range(1, 6, 12, 0), "rank 0 owns two ranges"),
     "moved boundary": (
         "index.json",
         lambda index: index["param"]["b"].update(ranges=[[0, 3, 0], [3, 5, 1]]),
         "pieces_00000.safetensors: 'param/b' has 2 elements of F32, index.json says 3",
     ),
-    "the issue: negative shapes": ("index.json", lambda index: index["param"]["b"].update(shape=[-5]), "shape: found .-5.,"),
-    "two negative sides": ("index.json", lambda index: index["param"]["a.weight"].update(shape=[-4, -3]), "shape: found"),
-    "a turned shape": ("index.json", lambda index: index["ema"]["a.weight"].update(shape=[3, 4]), "another kind has .4, 3."),
-    "another type": ("index.json", lambda index: index["param"]["b"].update(dtype="F16"), "dtype: found 'F16'"),
-    "twice as wide": ("index.json", lambda index: index["param"]["b"].update(dtype="F64"), "index.json says 2 of F64"),
-    "a kind that is gone": ("index.json", lambda index: index.pop("ema") and None, "which index.json does not expect there"),
+    "the issue: negative shapes": (
+        "index.json",
+        lambda index: index["param"]["b"].update(shape=[-5]),
+        "shape: found .-5.,",
+    ),
+    "two negative sides": (
+        "index.json",
+        lambda index: index["param"]["a.weight"].update(shape=[-4, -3]),
+        "shape: found",
+    ),
+    "a turned shape": (
+        "index.json",
+        lambda index: index["ema"]["a.weight"].update(shape=[3, 4]),
+        "another kind has .4, 3.",
+    ),
+    "another type": (
+        "index.json",
+        lambda index: index["param"]["b"].update(dtype="F16"),
+        "dtype: found 'F16'",
+    ),
+    "twice as wide": (
+        "index.json",
+        lambda index: index["param"]["b"].update(dtype="F64"),
+        "index.json says 2 of F64",
+    ),
+    "a kind that is gone": (
+        "index.json",
+        lambda index: index.pop("ema") and None,
+        "which index.json does not expect there",
+    ),
     "a kind that is empty": ("index.json", lambda index: index.update(more={}), "'more': found {}"),
     "a list": ("index.json", lambda index: [1], "index.json: found .1., wanted an object"),
-    "state of another step": ("state.json", {"step": 9}, "state.json: step: found 9, the manifest says 10"),
+    "state of another step": (
+        "state.json",
+        {"step": 9},
+        "state.json: step: found 9, the manifest says 10",
+    ),
     "a weight that is text": (
         "state.json",
         {"lpl_weight": {"frozen": "1", "diffusion_sum": 1.0, "perceptual_sum": 1.0}},
@@ -94,13 +169,21 @@ EDITS = {
         {"loss_scale": {"value": 0, "dynamic": True, "good_updates": 0}},
         "loss_scale.value: found 0, wanted a number above 0",
     ),
-    "nothing of the stream": ("state.json", lambda state: state.pop("stream") and None, "state.json: has no stream"),
+    "nothing of the stream": (
+        "state.json",
+        lambda state: state.pop("stream") and None,
+        "state.json: has no stream",
+    ),
     "other samples of the stream": (
         "state.json",
         lambda state: state["stream"].update(samples_seen=72),
         "stream.samples_seen: found 72, the manifest says 80",
     ),
-    "too many skipped": ("state.json", {"skipped_updates": 2}, "skipped_updates: found 2 beside 9 updates"),
+    "too many skipped": (
+        "state.json",
+        {"skipped_updates": 2},
+        "skipped_updates: found 2 beside 9 updates",
+    ),
 }
 
 
@@ -119,7 +202,10 @@ def test_an_edited_manifest_is_seen_by_its_digest(run_dir):
     folder = save(run_dir, 10)
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"optimizer_steps": 9', '"optimizer_steps": 8'))
-    with pytest.raises(DamagedCheckpointError, match="manifest.json: digest: found .*: it was changed after it was written"):
+    with pytest.raises(
+        DamagedCheckpointError,
+        match="manifest.json: digest: found .*: it was changed after it was written",
+    ):
         opened(folder)
 
 
@@ -138,12 +224,16 @@ def test_a_manifest_without_its_digest_is_damaged(run_dir):
 def test_the_format_before_is_read_and_checked(run_dir, monkeypatch):
     """Old runs go on; the log says once that their manifests have no digest."""
     said: list[str] = []
-    monkeypatch.setattr(manifest_module.log, "info", lambda form, *values: said.append(form % values))
+    monkeypatch.setattr(
+        manifest_module.log, "info", lambda form, *values: said.append(form % values)
+    )
     manifest_module._once.cache_clear()
     folder = save(run_dir, 10, format=2)
     for _ in range(2):
         assert same(content_of(opened(folder)), 10)
-    assert said == ["checkpoint format 2 has no digest of its manifest: its fields are checked instead"]
+    assert said == [
+        "checkpoint format 2 has no digest of its manifest: its fields are checked instead"
+    ]
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "optimizer_steps": -1}))
     with pytest.raises(DamagedCheckpointError, match="optimizer_steps: found -1"):
@@ -151,14 +241,18 @@ def test_the_format_before_is_read_and_checked(run_dir, monkeypatch):
 
 
 def test_has_teeth_without_the_tiling_check(run_dir, monkeypatch):
-    """Shifted ranges that are believed give wrong weights: the file holds what they say, only elsewhere."""
+    """Shifted ranges that are believed give wrong weights: the file holds what they say, only
+    elsewhere.
+    """
     folder = save(run_dir, 10)
 
     def turn(index):
         index["param"]["a.weight"]["ranges"] = [[6, 12, 0], [0, 6, 1]]
 
     edit(folder, "index.json", turn)
-    with pytest.raises(DamagedCheckpointError, match="rank 0 owns elements 6..12, wanted a range that starts at 0"):
+    with pytest.raises(
+        DamagedCheckpointError, match="rank 0 owns elements 6..12, wanted a range that starts at 0"
+    ):
         opened(folder)
     monkeypatch.setattr(index_module, "tiling_problem", lambda shape, ranges: None)
     found = content_of(opened(folder))
@@ -167,17 +261,31 @@ def test_has_teeth_without_the_tiling_check(run_dir, monkeypatch):
 
 
 HARMS = {
-    "a link": (lambda path: (path.rename(path.with_name("x")), path.symlink_to("x")), "is a symbolic link, wanted a regular file"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory, wanted a regular file|No such file"),
+    "a link": (
+        lambda path: (path.rename(path.with_name("x")), path.symlink_to("x")),
+        "is a symbolic link, wanted a regular file",
+    ),
+    "a directory": (
+        lambda path: (path.unlink(), path.mkdir()),
+        "is a directory, wanted a regular file|No such file",
+    ),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is a pipe, a socket or a device"),
-    "nothing": (lambda path: path.write_bytes(b""), "0 bytes, the manifest says|is empty, wanted JSON"),
-    "half": (lambda path: os.truncate(path, path.stat().st_size // 2), "bytes, the manifest says|is not valid JSON"),
+    "nothing": (
+        lambda path: path.write_bytes(b""),
+        "0 bytes, the manifest says|is empty, wanted JSON",
+    ),
+    "half": (
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        "bytes, the manifest says|is not valid JSON",
+    ),
     "gone": (lambda path: path.unlink(), "No such file"),
 }
 
 
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", ["manifest.json", "index.json", "state.json", "pieces_00001.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "index.json", "state.json", "pieces_00001.safetensors"]
+)
 def test_no_file_may_be_anything_else(run_dir, name, harm):
     act, words = HARMS[harm]
     folder = save(run_dir, 10)
@@ -244,7 +352,12 @@ def test_headers_must_agree_with_the_index(run_dir, change, words):
 
 def test_headers_are_lists_of_bytes_within_the_file(run_dir):
     folder = save(run_dir, 10)
-    for data in (b"\xff" * 64, struct.pack("<Q", 1 << 40) + b"{}", struct.pack("<Q", 2) + b"[]", b"\x01"):
+    for data in (
+        b"\xff" * 64,
+        struct.pack("<Q", 1 << 40) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        b"\x01",
+    ):
         (folder / "pieces_00000.safetensors").write_bytes(data.ljust(300, b" "))
         record_again(folder)
         with pytest.raises(DamagedCheckpointError, match="pieces_00000.safetensors"):
@@ -253,7 +366,10 @@ def test_headers_are_lists_of_bytes_within_the_file(run_dir):
 
 def test_what_reading_refuses_is_not_written(tmp_path, run_dir):
     manifest = Manifest.read(save(run_dir, 10))
-    for changes, words in (({"optimizer_steps": 11}, "optimizer_steps: found 11"), ({"world_size": 3}, "files: 4 are listed")):
+    for changes, words in (
+        ({"optimizer_steps": 11}, "optimizer_steps: found 11"),
+        ({"world_size": 3}, "files: 4 are listed"),
+    ):
         with pytest.raises(CheckpointError, match=words):
             Manifest(**{**vars(manifest), **changes}).write(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
@@ -267,15 +383,21 @@ def three(run_dir):
 
 
 def test_weights_come_from_the_newest_sound_one(three, caplog):
-    """One rule for export, sample, guide, init_from and evaluate: without a step fall back and say so, with one refuse."""
+    """One rule for export, sample, guide, init_from and evaluate: without a step fall back and say
+    so, with one refuse.
+    """
     shift_range(three.checkpoint(30))
     tensors, facts = stored(three, "ema", None, IDENTITY)
     assert facts["step"] == "20" and torch.equal(tensors["b"], tensors_of(20)["ema"]["b"])
     assert "DAMAGED CHECKPOINT step_00000030: passed over for an older one" in caplog.text
     assert "index.json: param/'a.weight': rank 0 owns elements 1..7" in caplog.text
-    with pytest.raises(CheckpointError, match="step_00000030/index.json: .*: bring it back, or name another --step"):
+    with pytest.raises(
+        CheckpointError, match="step_00000030/index.json: .*: bring it back, or name another --step"
+    ):
         stored(three, "ema", 30, IDENTITY)
-    with pytest.raises(CheckpointError, match="another configuration \\(111111111111, this one is 222222222222\\)"):
+    with pytest.raises(
+        CheckpointError, match="another configuration \\(111111111111, this one is 222222222222\\)"
+    ):
         stored(three, "ema", 20, "2" * 64)
     for step in (10, 20):
         shift_range(three.checkpoint(step))
@@ -291,7 +413,10 @@ def test_renamed_copied_and_linked_folders(three):
     (three.checkpoints / "step_000000020").symlink_to(three.checkpoint(20))
     assert three.complete_checkpoints() == [10, 20, 40, 50, 60, 10**30]
     assert stored(three, "ema", None)[1]["step"] == "20"
-    with pytest.raises(CheckpointError, match="step: found 20, the folder is called step_00000050: it was renamed or copied"):
+    with pytest.raises(
+        CheckpointError,
+        match="step: found 20, the folder is called step_00000050: it was renamed or copied",
+    ):
         stored(three, "ema", 50)
 
 
@@ -310,7 +435,9 @@ def test_snapshots(run_dir, caplog):
     with pytest.raises(CheckpointError, match="snapshots/step_00000030/index.json"):
         rebuilt(30)
     shift_range(run_dir.snapshot(10))
-    with pytest.raises(CheckpointError, match="snapshots/step_00000010/index.json: .*bring this snapshot back"):
+    with pytest.raises(
+        CheckpointError, match="snapshots/step_00000010/index.json: .*bring this snapshot back"
+    ):
         rebuilt(None)
     shift_range(run_dir.snapshot(20))
     with pytest.raises(CheckpointError, match="all 3 snapshots are damaged"):

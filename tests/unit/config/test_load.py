@@ -1,4 +1,6 @@
-"""YAML, `base:` deltas and overrides become one frozen configuration; every mistake is named with its path."""
+"""YAML, `base:` deltas and overrides become one frozen configuration; every mistake is named with
+its path.
+"""
 
 from pathlib import Path
 
@@ -34,7 +36,12 @@ def test_delta_over_base_and_overrides(tmp_path, base):
     delta = tmp_path / "delta.yaml"
     delta.write_text("base: base.yaml\nname: other\nlpl: {weight: 2.0}\nmodel: {depth: 3}\n")
     config = load_config(TrainConfig, delta, ["optimizer.lr=3e-4", "steps=20"])
-    assert (config.name, config.model.width, config.model.depth, config.steps) == ("other", 32, 3, 20)
+    assert (config.name, config.model.width, config.model.depth, config.steps) == (
+        "other",
+        32,
+        3,
+        20,
+    )
     assert config.optimizer.lr == 3e-4  # PyYAML reads 3e-4 as text
     assert config.lpl.weight == 2.0
     assert load_config(TrainConfig, delta, ["lpl=null"]).lpl is None
@@ -51,9 +58,15 @@ def test_dump_loads_back(tmp_path, base):
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("batch.global_batchsize=3", ["batch.global_batchsize", "did you mean 'global_batch_size'"]),
+        (
+            "batch.global_batchsize=3",
+            ["batch.global_batchsize", "did you mean 'global_batch_size'"],
+        ),
         ("model.widht=3", ["model.widht: unknown key", "did you mean 'width'"]),
-        ("model={kind: mmdit, widht: 3, depth: 1, heads: 1}", ["model.widht: unknown key", "model.width: missing"]),
+        (
+            "model={kind: mmdit, widht: 3, depth: 1, heads: 1}",
+            ["model.widht: unknown key", "model.width: missing"],
+        ),
         ("model.kind=vit", ["model.kind='vit': wanted one of 'dit', 'mmdit', 'unet'"]),
         ("nonsense=3", ["nonsense: unknown key", "known keys"]),
         ("steps=many", ["steps='many'", "integer"]),
@@ -63,7 +76,10 @@ def test_dump_loads_back(tmp_path, base):
         ("lpl={}", ["weight", "target_share"]),
         ("lpl={weight: 1, target_share: 0.2}", ["exactly one of weight and target_share"]),
         ("lpl={weight: 1, gate: {min_snr: 3, max_noise_level: 3}}", ["exactly one of min_snr"]),
-        ("diffusion.prediction=epsilon", ["diffusion.prediction='epsilon'", "'eps', 'v' or 'flow'"]),
+        (
+            "diffusion.prediction=epsilon",
+            ["diffusion.prediction='epsilon'", "'eps', 'v' or 'flow'"],
+        ),
         ("parallel.strategy=zero", ["zero_config=None", "zero2.json"]),
     ],
 )
@@ -126,7 +142,9 @@ def test_every_evaluate_config_loads_and_fits_together(path):
     """But for weights files, which are the user's."""
     protocol = load_config(EvaluateConfig, path)
     assert protocol.name == path.stem
-    with_files = protocol.model_copy(update={"extractors": [e.model_copy(update={"weights": None}) for e in protocol.extractors]})
+    with_files = protocol.model_copy(
+        update={"extractors": [e.model_copy(update={"weights": None}) for e in protocol.extractors]}
+    )
     try:
         check_protocol(with_files)
     except ConfigError as error:
@@ -167,5 +185,7 @@ def test_one_of_several_alternatives_replaces_another(tmp_path):
 def test_a_file_inside_an_installed_package():
     assert resolve_path("package:pydantic/main.py").is_file()
     for text in ("package:no_such_package/x", "package:pydantic/no_such_file"):
-        with pytest.raises(ConfigError, match=f"{text}: no such package, or nothing of that name in it"):
+        with pytest.raises(
+            ConfigError, match=f"{text}: no such package, or nothing of that name in it"
+        ):
             resolve_path(text)

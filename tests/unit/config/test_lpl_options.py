@@ -1,4 +1,6 @@
-"""LPL's options: what is refused and why, what the presets fill in, and that a resolved configuration loads back."""
+"""LPL's options: what is refused and why, what the presets fill in, and that a resolved
+configuration loads back.
+"""
 
 import pytest
 
@@ -12,10 +14,22 @@ from tests.support.configs import train_config
 @pytest.mark.parametrize(
     "lpl, words",
     [
-        ({"normalize": {"over": "batch", "kind": "l2_norm"}}, ["lpl.normalize", "over=batch with kind=l2_norm", "use kind=std"]),
-        ({"normalize": {"over": "time"}}, ["lpl.normalize.over='time'", "'space', 'channels' or 'batch'"]),
-        ({"outliers": {"quantiles": [0.98, 0.02]}}, ["quantiles=[0.98, 0.02]", "the lower one comes first"]),
-        ({"outliers": {"quantiles": [0.0, 0.5]}}, ["lpl.outliers.quantiles.0=0.0", "greater than 0"]),
+        (
+            {"normalize": {"over": "batch", "kind": "l2_norm"}},
+            ["lpl.normalize", "over=batch with kind=l2_norm", "use kind=std"],
+        ),
+        (
+            {"normalize": {"over": "time"}},
+            ["lpl.normalize.over='time'", "'space', 'channels' or 'batch'"],
+        ),
+        (
+            {"outliers": {"quantiles": [0.98, 0.02]}},
+            ["quantiles=[0.98, 0.02]", "the lower one comes first"],
+        ),
+        (
+            {"outliers": {"quantiles": [0.0, 0.5]}},
+            ["lpl.outliers.quantiles.0=0.0", "greater than 0"],
+        ),
         ({"outliers": {"kernels": [[2, 3]]}}, ["kernels=[[2, 3]]", "odd sides"]),
         ({"outliers": {"kernels": []}}, ["kernels=[]"]),
         ({"outliers": {"enabled": False}}, ["lpl.outliers.enabled", "unknown key"]),
@@ -43,22 +57,42 @@ def test_refused_with_the_remedy(lpl, words):
 def test_a_share_of_zero_is_a_run_without_it(share):
     """As `lpl: null`, from its identity to its saved file: the baseline of a sweep."""
     raw = train_config().model_dump(mode="json")
-    config, without = (validate(TrainConfig, {**raw, "lpl": lpl}, "x.yaml") for lpl in ({"target_share": share}, None))
+    config, without = (
+        validate(TrainConfig, {**raw, "lpl": lpl}, "x.yaml")
+        for lpl in ({"target_share": share}, None)
+    )
     assert (config == without) is (share == 0) and (config.lpl is None) is (share == 0)
 
 
 def test_the_public_implementation_as_a_preset():
     lpl = LPLConfig(weight=1.0, preset="diffusers_script")
-    assert lpl.gate.max_timestep == 200 and lpl.normalize.over == "channels" and lpl.normalize.source == "target"
-    assert lpl.outliers.first_stage == 2 and lpl.outliers.mean_over == "kept" and lpl.depth_weights == "inverse_resolution"
+    assert (
+        lpl.gate.max_timestep == 200
+        and lpl.normalize.over == "channels"
+        and lpl.normalize.source == "target"
+    )
+    assert (
+        lpl.outliers.first_stage == 2
+        and lpl.outliers.mean_over == "kept"
+        and lpl.depth_weights == "inverse_resolution"
+    )
 
 
 def test_keys_beside_a_preset_win_one_by_one():
     lpl = LPLConfig(
-        weight=1.0, preset="diffusers_script", gate={"min_snr": 4}, normalize={"source": "own"}, outliers=None, distance="l1"
+        weight=1.0,
+        preset="diffusers_script",
+        gate={"min_snr": 4},
+        normalize={"source": "own"},
+        outliers=None,
+        distance="l1",
     )
     assert (lpl.gate.min_snr, lpl.gate.max_timestep) == (4, None)
-    assert (lpl.normalize.source, lpl.normalize.kind) == ("own", "l2_norm") and lpl.outliers is None and lpl.distance == "l1"
+    assert (
+        (lpl.normalize.source, lpl.normalize.kind) == ("own", "l2_norm")
+        and lpl.outliers is None
+        and lpl.distance == "l1"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""One reader for every configuration: what is refused, in which words, and what is read as it was written."""
+"""One reader for every configuration: what is refused, in which words, and what is read as it was
+written.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,11 @@ def test_a_base_that_comes_back_under_another_name(tmp_path):
 
 
 def test_aliases_and_merge_keys_are_copies(path):
-    path.write_text(TINY.replace("model:\n", "model:\n  <<: {width: 64, rope: true}\n").replace("  rope: false\n", ""))
+    path.write_text(
+        TINY.replace("model:\n", "model:\n  <<: {width: 64, rope: true}\n").replace(
+            "  rope: false\n", ""
+        )
+    )
     config = load_config(TrainConfig, path)
     assert (config.model.width, config.model.rope) == (32, True)
     path.write_text("setup: &a [one]\ncontainer: *a\n")
@@ -123,13 +129,19 @@ def test_aliases_and_merge_keys_are_copies(path):
         ("data.folder=[a]", ["data.folder=['a']: wanted text or a mapping"]),
         ('data.folder={"a\\n": 1}', ["data.folder.'a\\n': its key has the control character"]),
         ("lpl={weight: 1, depth_weights: x}", ["'inverse_resolution' or 'uniform' or a list"]),
-        ("lpl={weight: 1, outliers: {kernels: [[1, 3], [1, x]]}}", ["lpl.outliers.kernels.1.1='x': wanted an integer"]),
+        (
+            "lpl={weight: 1, outliers: {kernels: [[1, 3], [1, x]]}}",
+            ["lpl.outliers.kernels.1.1='x': wanted an integer"],
+        ),
         ("conditioning.text=[[a, 5]]", ["conditioning.text.0.1=5: wanted text"]),
         ("model={kind: [1]}", ["model.kind='[1]': wanted one of"]),
         ("model={size: [1]}", ["model.size=[1]"]),
         ("model=3", ["model=3: wanted a section"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas.1: missing"]),
-        ("optimizer.betas=[0.9, 0.9, 0.9]", ["optimizer.betas=[0.9, 0.9, 0.9]: has 3 values, wanted 2"]),
+        (
+            "optimizer.betas=[0.9, 0.9, 0.9]",
+            ["optimizer.betas=[0.9, 0.9, 0.9]: has 3 values, wanted 2"],
+        ),
         ("model.width=30", ["width=30: rows and columns", "multiple of 4"]),
         ("model.mlp_ratio=0.001", ["leaves the MLP no channel"]),
         ("a..b=1", ["'a..b=1': an override is key=value"]),
@@ -178,8 +190,17 @@ def test_an_override_means_what_was_typed(text, value):
 
 def test_numbers_in_scientific_spelling(path):
     path.write_text(TINY)
-    config = load_config(TrainConfig, path, ["optimizer.lr=3e-4", "steps=5e2", "optimizer.betas=[9e-1, 1E-1]", "name=1e-4"])
-    assert (config.optimizer.lr, config.steps, config.optimizer.betas, config.name) == (3e-4, 500, (0.9, 0.1), "1e-4")
+    config = load_config(
+        TrainConfig,
+        path,
+        ["optimizer.lr=3e-4", "steps=5e2", "optimizer.betas=[9e-1, 1E-1]", "name=1e-4"],
+    )
+    assert (config.optimizer.lr, config.steps, config.optimizer.betas, config.name) == (
+        3e-4,
+        500,
+        (0.9, 0.1),
+        "1e-4",
+    )
     path.write_text(dump(config))
     assert load_config(TrainConfig, path) == config
 
@@ -187,7 +208,9 @@ def test_numbers_in_scientific_spelling(path):
 def test_many_problems_are_few_lines(path):
     path.write_text("\n".join(f"key{i}: {'x' * 500}" for i in range(33)))
     lines = refusal(path).splitlines()
-    assert len(lines) == 21 and lines[-1].endswith("and 20 more problems")  # 33 unknown keys, 7 missing ones
+    assert len(lines) == 21 and lines[-1].endswith(
+        "and 20 more problems"
+    )  # 33 unknown keys, 7 missing ones
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, EncodeConfig, EvaluateConfig])
@@ -195,16 +218,31 @@ def test_every_text_is_a_name_a_path_or_one_of_a_few(cls):
     """A field that is added as a plain `str` is found here."""
     ours = {_checked_name, _checked_path, _expanded_path}
     for path, kind, metadata in leaves(cls):
-        constrained = any(getattr(part, "func", None) in ours or "pattern=" in repr(part) for part in metadata)
+        constrained = any(
+            getattr(part, "func", None) in ours or "pattern=" in repr(part) for part in metadata
+        )
         assert kind is not str or constrained or path == "model.settings", path
 
 
 SCHEMAS: dict[str, set[str]] = {
     "int": {"int_type", "int_parsing_size", "int_from_float", "finite_number"}
     | {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "multiple_of"},
-    "float": {"float_type", "finite_number", "greater_than", "greater_than_equal", "less_than", "less_than_equal"},
+    "float": {
+        "float_type",
+        "finite_number",
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+    },
     "bool": {"bool_type"},
-    "str": {"string_type", "string_unicode", "string_pattern_mismatch", "string_too_short", "string_too_long"},
+    "str": {
+        "string_type",
+        "string_unicode",
+        "string_pattern_mismatch",
+        "string_too_short",
+        "string_too_long",
+    },
     "enum": {"enum"},
     "literal": {"literal_error"},
     "list": {"list_type", "too_short", "too_long"},
@@ -217,7 +255,16 @@ SCHEMAS: dict[str, set[str]] = {
     "function-before": {"value_error"},
 }
 """Kind of a schema -> the errors that pydantic can raise there."""
-SILENT = {"nullable", "default", "any", "union", "model-field", "definitions", "definition-ref", "none"}
+SILENT = {
+    "nullable",
+    "default",
+    "any",
+    "union",
+    "model-field",
+    "definitions",
+    "definition-ref",
+    "none",
+}
 SILENT |= {"chain", "function-wrap", "no-info", "with-info"}
 
 
@@ -296,10 +343,16 @@ def test_settings_of_a_unet_are_checked_without_torch(settings, words):
 
 
 def test_training_runs_the_model_on_meta_tensors_before_any_device(path, monkeypatch):
-    model = {"kind": "unet", "preset": "ldm", "settings": {**TINY_SDXL["settings"], "mid_block_type": "x"}}
+    model = {
+        "kind": "unet",
+        "preset": "ldm",
+        "settings": {**TINY_SDXL["settings"], "mid_block_type": "x"},
+    }
     path.write_text(dump(train_config(model=model)))
     data = SimpleNamespace(merged=dataset_index(side=8))
     monkeypatch.setattr(train_command, "accepted", lambda config, run_dir, world: (data, None))
-    monkeypatch.setattr("lpl_pretrain.preflight.start.start", lambda *args: pytest.fail("a device was set up"))
+    monkeypatch.setattr(
+        "lpl_pretrain.preflight.start.start", lambda *args: pytest.fail("a device was set up")
+    )
     with pytest.raises(ConfigError, match="unknown mid_block_type"):
         train_command.run(str(path), ())

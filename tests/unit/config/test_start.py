@@ -28,7 +28,10 @@ def begin(run_dir: RunDir, config) -> None:
 
 def test_where_first_weights_came_from_is_asked_once(tmp_path):
     """A run that has begun needs them no more; one that has not does."""
-    config, run_dir = train_config(init_from={"run": str(tmp_path / "gone")}), RunDir(tmp_path / "run")
+    config, run_dir = (
+        train_config(init_from={"run": str(tmp_path / "gone")}),
+        RunDir(tmp_path / "run"),
+    )
     with pytest.raises(ConfigError, match="init_from.run=.*gone: .*no complete checkpoint"):
         check_start(config, run_dir, INDEX, 1)
     begin(run_dir, config)
@@ -47,11 +50,22 @@ def test_the_login_node_asks_the_same(tmp_path):
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents" / INDEX_NAME).write_text(INDEX.model_dump_json())
     (tmp_path / "cluster.yaml").write_text("{}")
-    changes = {"init_from": {"run": str(tmp_path / "gone")}, "data__folder": str(tmp_path / "latents")}
+    changes = {
+        "init_from": {"run": str(tmp_path / "gone")},
+        "data__folder": str(tmp_path / "latents"),
+    }
     config, run_dir = train_config(**changes), RunDir(tmp_path / "run")
     (tmp_path / "train.yaml").write_text(dump(config))
     options = ["--cluster", tmp_path / "cluster.yaml", "--dry-run"]
-    command = [sys.executable, "-m", "launch", "train", tmp_path / "train.yaml", f"run_dir={run_dir.path}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "train",
+        tmp_path / "train.yaml",
+        f"run_dir={run_dir.path}",
+        *options,
+    ]
 
     def launch():
         return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
@@ -62,7 +76,9 @@ def test_the_login_node_asks_the_same(tmp_path):
 
 
 def log_a_step(run_dir: RunDir) -> None:
-    run_dir.metrics.write_text('{"event": "update_left_out", "step": 1}\n{"step": 1, "loss/total": 1.0}\n{"ste')
+    run_dir.metrics.write_text(
+        '{"event": "update_left_out", "step": 1}\n{"step": 1, "loss/total": 1.0}\n{"ste'
+    )
 
 
 def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(tmp_path):
@@ -79,14 +95,21 @@ def test_one_that_logged_steps_and_saved_none_does_not(tmp_path):
     run_dir.config.write_text(dump(train_config()))
     log_a_step(run_dir)
     check_start(train_config(), run_dir, INDEX, 1)
-    with pytest.raises(ConfigError, match="(?s)seed: the run has 0, you ask for 1.*saved no checkpoint: remove the folder"):
+    with pytest.raises(
+        ConfigError,
+        match="(?s)seed: the run has 0, you ask for 1.*saved no checkpoint: remove the folder",
+    ):
         check_start(train_config(seed=1), run_dir, INDEX, 1)
 
 
 def test_a_run_of_another_name_is_not_replaced(tmp_path):
     run_dir = RunDir(tmp_path)
     run_dir.config.write_text(dump(train_config(name="other")))
-    with pytest.raises(ConfigError, match="belongs to run 'other', which made no step yet; you start 'tiny': name another folder"):
+    with pytest.raises(
+        ConfigError,
+        match="belongs to run 'other', which made no step yet; you start 'tiny': name "
+        "another folder",
+    ):
         check_start(train_config(), run_dir, INDEX, 1)
 
 
@@ -100,9 +123,15 @@ def test_no_run_begins_among_data(tmp_path):
     "changes, words",
     [
         ({"steps": 3}, "complete: 3 of 3 steps; nothing to do (raise steps to go on)"),
-        ({"steps": 2}, "complete: it has made 3 steps, and steps=2 asks for no more; nothing to do"),
+        (
+            {"steps": 2},
+            "complete: it has made 3 steps, and steps=2 asks for no more; nothing to do",
+        ),
         ({"steps": 4}, None),
-        ({"steps": 3, "parallel__strategy": "fsdp2"}, "complete: 3 of 3 steps; nothing to do (raise steps to go on)"),
+        (
+            {"steps": 3, "parallel__strategy": "fsdp2"},
+            "complete: 3 of 3 steps; nothing to do (raise steps to go on)",
+        ),
     ],
 )
 def test_a_finished_run(tmp_path, changes, words):

@@ -14,7 +14,15 @@ import webdataset
 from safetensors.numpy import save
 
 from lpl_pretrain.config.dataset import ShardEntry
-from lpl_pretrain.data.format import END_OF_ARCHIVE, EncodedText, Sample, _tar_member, npy_header, pack_sample, scan_shard
+from lpl_pretrain.data.format import (
+    END_OF_ARCHIVE,
+    EncodedText,
+    Sample,
+    _tar_member,
+    npy_header,
+    pack_sample,
+    scan_shard,
+)
 from lpl_pretrain.data.offsets import FIXED, Offsets, ShardBytes, key_at
 from lpl_pretrain.errors import DataError
 
@@ -49,7 +57,9 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def full_sample(key: str = "a") -> Sample:
-    text = EncodedText(np.ones((5, 8), np.int8), np.full(5, 0.5, np.float16), np.zeros(3, np.float16))
+    text = EncodedText(
+        np.ones((5, 8), np.int8), np.full(5, 0.5, np.float16), np.zeros(3, np.float16)
+    )
     return Sample(key, moments(0), 1, "ünïcode 👩‍🚀", {"x": 1}, moments(1), {"minilm": text})
 
 
@@ -72,7 +82,9 @@ def test_headers_are_numpys_own(dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def test_offsets_say_what_a_walk_finds(tmp_path: Path) -> None:
-    """Samples come in any order and lie by key; the table beside the tar equals a walk through its headers."""
+    """Samples come in any order and lie by key; the table beside the tar equals a walk through its
+    headers.
+    """
     shard = ShardBytes()
     shard.samples = [full_sample("z"), Sample("m", moments(2)), full_sample("a/" + "y" * 150)]
     pieces, offsets = shard.finish()
@@ -81,7 +93,9 @@ def test_offsets_say_what_a_walk_finds(tmp_path: Path) -> None:
     walked = scan_shard(path)
     assert list(walked) == sorted(walked) == ["a/" + "y" * 150, "m", "z"]
     for row, (key, members) in enumerate(walked.items()):
-        assert offsets.moments[row] == members["moments.npy"][0] and key_at(path, offsets, row) == key
+        assert (
+            offsets.moments[row] == members["moments.npy"][0] and key_at(path, offsets, row) == key
+        )
         assert offsets.label[row] == (-1 if key == "m" else 1)
         for extension, places in offsets.members.items():
             assert tuple(places[row]) == members.get(extension, (-1, -1))
@@ -100,21 +114,36 @@ def test_webdataset_reads_the_same(tmp_path: Path) -> None:
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
     assert [s["__key__"] for s in samples] == ["a", "long/" + "x" * 150]
     assert np.array_equal(samples[1]["moments.npy"], moments(1))
-    assert (samples[1]["cls"], samples[1]["txt"], samples[1]["json"]) == (1, "a caption", {"class_name": "x"})
+    assert (samples[1]["cls"], samples[1]["txt"], samples[1]["json"]) == (
+        1,
+        "a caption",
+        {"class_name": "x"},
+    )
 
 
 def test_webdataset_reads_every_member(tmp_path: Path) -> None:
     wanted = full_sample()
-    (found,) = webdataset.WebDataset(str(write_shard(tmp_path, pack_sample(wanted)[0])), shardshuffle=False).decode()
-    assert np.array_equal(found["moments_flipped.npy"], wanted.flipped) and found["txt"] == wanted.caption
+    (found,) = webdataset.WebDataset(
+        str(write_shard(tmp_path, pack_sample(wanted)[0])), shardshuffle=False
+    ).decode()
+    assert (
+        np.array_equal(found["moments_flipped.npy"], wanted.flipped)
+        and found["txt"] == wanted.caption
+    )
     text = wanted.text["minilm"]
-    restored = EncodedText(found["text_minilm.npy"], found["text_minilm_scale.npy"], found["text_minilm_pooled.npy"])
-    assert np.array_equal(restored.floats(), text.floats()) and np.array_equal(restored.pooled, text.pooled)
+    restored = EncodedText(
+        found["text_minilm.npy"], found["text_minilm_scale.npy"], found["text_minilm_pooled.npy"]
+    )
+    assert np.array_equal(restored.floats(), text.floats()) and np.array_equal(
+        restored.pooled, text.pooled
+    )
 
 
 def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
     values = torch.randn(SHAPE).bfloat16()
-    path = write_shard(tmp_path, pack_sample(Sample("a", values.view(torch.int16).numpy().view("<u2")))[0])
+    path = write_shard(
+        tmp_path, pack_sample(Sample("a", values.view(torch.int16).numpy().view("<u2")))[0]
+    )
     (found,) = webdataset.WebDataset(str(path), shardshuffle=False).decode()
     assert torch.equal(torch.from_numpy(found["moments.npy"]).view(torch.bfloat16), values)
 
@@ -122,15 +151,28 @@ def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
 def test_a_caption_of_77_tokens_at_width_384_costs_less_than_32_kb() -> None:
     bare = len(packed("a"))
     text = EncodedText(np.ones((77, 384), np.int8), np.ones(77, np.float16))
-    with_text = len(pack_sample(Sample("a", moments(0), 0, "a caption", {"class_name": "x"}, None, {"minilm": text}))[0])
+    with_text = len(
+        pack_sample(
+            Sample("a", moments(0), 0, "a caption", {"class_name": "x"}, None, {"minilm": text})
+        )[0]
+    )
     assert with_text - bare < 32_000
     half = EncodedText(np.ones((77, 384), np.float16))
-    assert len(pack_sample(Sample("a", moments(0), 0, text={"minilm": half}))[0]) - bare > 32_000  # why int8 is the default
+    assert (
+        len(pack_sample(Sample("a", moments(0), 0, text={"minilm": half}))[0]) - bare > 32_000
+    )  # why int8 is the default
 
 
 def test_the_tar_command_reads_it(tmp_path: Path) -> None:
-    listed = subprocess.run(["tar", "tf", write_shard(tmp_path, packed("a"))], check=True, capture_output=True, text=True)
-    assert listed.stdout.split() == ["a.cls", "a.json", "a.moments.npy", "a.txt"] and not listed.stderr
+    listed = subprocess.run(
+        ["tar", "tf", write_shard(tmp_path, packed("a"))],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        listed.stdout.split() == ["a.cls", "a.json", "a.moments.npy", "a.txt"] and not listed.stderr
+    )
 
 
 def test_no_label_no_caption(tmp_path: Path) -> None:
@@ -165,7 +207,11 @@ def test_damaged_header(tmp_path: Path) -> None:
 def test_missing_member(tmp_path: Path, extension: str) -> None:
     blob = {"cls": b"1", "json": b"{}", "moments.npy": npy(moments(0))}
     refused(
-        write_shard(tmp_path, packed("a"), *(_tar_member(f"b.{e}", d) for e, d in blob.items() if e != extension)),
+        write_shard(
+            tmp_path,
+            packed("a"),
+            *(_tar_member(f"b.{e}", d) for e, d in blob.items() if e != extension),
+        ),
         "'b'",
         f"no {extension}",
     )
@@ -190,15 +236,22 @@ def header_with_size(name: str, size: bytes, kind: bytes = b"0") -> bytes:
     return bytes(raw)
 
 
-@pytest.mark.parametrize("size", [b"-1000", b"1_0", b"+10", b"", b"0x10", b"\x80" + b"\xff" * 11, b" 1 0"])
+@pytest.mark.parametrize(
+    "size", [b"-1000", b"1_0", b"+10", b"", b"0x10", b"\x80" + b"\xff" * 11, b" 1 0"]
+)
 def test_sizes_that_are_no_octal_number(tmp_path: Path, size: bytes) -> None:
     """A negative one would lead back to a header before it, for ever."""
-    refused(write_shard(tmp_path, packed("a"), header_with_size("b.cls", size)), "no tar header, or a damaged one")
+    refused(
+        write_shard(tmp_path, packed("a"), header_with_size("b.cls", size)),
+        "no tar header, or a damaged one",
+    )
 
 
 @pytest.mark.parametrize("size", [b"77777777777", b"40000"])
 def test_a_long_name_is_not_allocated_before_it_is_looked_at(tmp_path: Path, size: bytes) -> None:
-    refused(write_shard(tmp_path, header_with_size("././@LongLink", size, b"L")), "a member name of")
+    refused(
+        write_shard(tmp_path, header_with_size("././@LongLink", size, b"L")), "a member name of"
+    )
 
 
 @pytest.mark.parametrize("name", ["a\x85b", "a\udcffb", "x" * 5000])
@@ -215,11 +268,15 @@ def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardE
     shard = ShardBytes()
     shard.samples = [full_sample("a"), full_sample("b")]
     pieces, offsets = shard.finish()
-    arrays = {name: getattr(offsets, name) for name in FIXED} | {f"member/{name}": x for name, x in offsets.members.items()}
+    arrays = {name: getattr(offsets, name) for name in FIXED} | {
+        f"member/{name}": x for name, x in offsets.members.items()
+    }
     raw = save({name: array for name, array in (arrays | changed).items() if array is not None})
     (folder / "x.offsets.safetensors").write_bytes(raw)
     size, digest = sum(map(len, pieces)), hashlib.sha256(raw).hexdigest()
-    entry = ShardEntry(file="x.tar", bucket=0, samples=2, bytes=size, sha256="0" * 64, offsets_sha256=digest)
+    entry = ShardEntry(
+        file="x.tar", bucket=0, samples=2, bytes=size, sha256="0" * 64, offsets_sha256=digest
+    )
     return folder / "x.offsets.safetensors", entry
 
 
@@ -236,7 +293,10 @@ def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardE
         ({"start": np.array([-512, 0])}, "samples overlap"),
         ({"moments": np.array([0, 0])}, "moments lie outside their sample"),
         ({"member/txt": np.array([[0, 2**62], [0, 1]])}, "txt lies outside its sample"),
-        ({"member/txt": np.array([[2**63 - 1, 2**63 - 1], [-1, -1]])}, "txt lies outside its sample"),
+        (
+            {"member/txt": np.array([[2**63 - 1, 2**63 - 1], [-1, -1]])},
+            "txt lies outside its sample",
+        ),
     ],
 )
 def test_offsets_that_lead_elsewhere(tmp_path: Path, changed: dict, fragment: str) -> None:

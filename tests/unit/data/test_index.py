@@ -1,4 +1,6 @@
-"""index.json and the null texts: every changed field is refused by name, and nothing in them leads out of the folder."""
+"""index.json and the null texts: every changed field is refused by name, and nothing in them leads
+out of the folder.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """Path to every value that is neither a mapping nor a list with something in it."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     found = False
     for key, child in inner:
         found = True
@@ -98,16 +106,24 @@ def test_every_field_that_is_changed_or_removed_is_found(captioned) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
     paths = list(leaves(fields))
-    assert len(paths) > 60 and ("latent", "mean", 0) in paths and ("autoencoder", "downscale") in paths
+    assert (
+        len(paths) > 60 and ("latent", "mean", 0) in paths and ("autoencoder", "downscale") in paths
+    )
     for path in paths:
         for change in (nudge, remove):
             refused(folder, changed(fields, path, change))
     refused(folder, fields | {"extra": 1}, "digest is")
-    refused(folder, {name: value for name, value in fields.items() if name != "digest"}, "digest is missing")
+    refused(
+        folder,
+        {name: value for name, value in fields.items() if name != "digest"},
+        "digest is missing",
+    )
 
 
 def test_the_digest_is_what_finds_them(captioned) -> None:
-    """With a digest that fits, other statistics are accepted: nothing else in the file contradicts them."""
+    """With a digest that fits, other statistics are accepted: nothing else in the file contradicts
+    them.
+    """
     folder, _ = captioned
     fields = changed(fields_of(folder), ("latent", "mean", 0), nudge)
     index = DatasetIndex.model_validate(fields)
@@ -122,7 +138,10 @@ def test_a_remote_index_is_checked_too(captioned) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/index/good/index.json", (folder / "index.json").read_bytes())
     assert read_index("memory://index/good") == read_index(folder)
-    memory.pipe("/index/bad/index.json", (folder / "index.json").read_bytes().replace(b'"samples": 12', b'"samples": 13'))
+    memory.pipe(
+        "/index/bad/index.json",
+        (folder / "index.json").read_bytes().replace(b'"samples": 12', b'"samples": 13'),
+    )
     with pytest.raises(DataError, match="memory://index/bad/index.json: digest is"):
         read_index("memory://index/bad")
 
@@ -137,7 +156,10 @@ NONSENSE = [
     ({"samples": -5}, "samples=-5"),
     ({"samples": 10**30}, "samples=1000000"),
     ({"samples": 11}, "class_counts: their sum is 12, wanted samples=11"),
-    ({"samples": 11, "class_counts": [4, 4, 3]}, "samples: index.json says 11 samples, its shards 12"),
+    (
+        {"samples": 11, "class_counts": [4, 4, 3]},
+        "samples: index.json says 11 samples, its shards 12",
+    ),
     ({"captions": 13}, "captions=13: wanted 0 to 12"),
     ({"classes": ["a", "b"]}, "class_counts: 3 numbers for 2 classes"),
     ({"class_counts": [4, 4, 5]}, "class_counts: their sum is 13"),
@@ -166,7 +188,10 @@ NONSENSE = [
     ({"shards": []}, "shards: there is none"),
     ({"shards": {}}, "shards={}: wanted a list"),
     ({"shards.0": 3}, "shards.0=3: wanted a mapping"),
-    ({"shards.0.file": "../../etc/passwd.tar"}, "shards.0.file='../../etc/passwd.tar': wanted a plain file name"),
+    (
+        {"shards.0.file": "../../etc/passwd.tar"},
+        "shards.0.file='../../etc/passwd.tar': wanted a plain file name",
+    ),
     ({"shards.0.file": "/etc/x.tar"}, "shards.0.file='/etc/x.tar'"),
     ({"shards.0.file": "a/b.tar"}, "shards.0.file="),
     ({"shards.0.file": "..tar"}, "shards.0.file="),
@@ -176,7 +201,10 @@ NONSENSE = [
     ({"shards.0.file": "index.json"}, "shards.0.file="),
     ({"shards.0.bucket": 1}, "shards.0.bucket=1: wanted 0 to 0"),
     ({"shards.0.bucket": -1}, "shards.0.bucket=-1"),
-    ({"shards.0.sha256": "../../../../etc/passwd"}, "shards.0.sha256='../../../../etc/passwd': wanted 64 hexadecimal digits"),
+    (
+        {"shards.0.sha256": "../../../../etc/passwd"},
+        "shards.0.sha256='../../../../etc/passwd': wanted 64 hexadecimal digits",
+    ),
     ({"shards.0.sha256": "A" * 64}, "shards.0.sha256="),
     ({"shards.0.offsets_sha256": ""}, "shards.0.offsets_sha256=''"),
     ({"shards.0.bytes": 2**70}, "shards.0.bytes="),
@@ -190,13 +218,19 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize(("change", "fragment"), NONSENSE, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    NONSENSE,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_nonsense_with_a_digest_that_fits(captioned, change: dict, fragment: str) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
     for dotted, value in change.items():
         path = tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
-        fields = changed(fields, path, lambda parent, key, value=value: parent.__setitem__(key, value))
+        fields = changed(
+            fields, path, lambda parent, key, value=value: parent.__setitem__(key, value)
+        )
     refused(folder, fields | {"digest": digest_of(fields)}, fragment)
 
 
@@ -258,7 +292,11 @@ def test_a_giant_or_unreadable_index(tmp_path: Path) -> None:
 
 def test_a_written_index_is_read_back() -> None:
     index = dataset_index()
-    assert parse_index(index_bytes(index), "x") == parse_index(index.model_dump_json().encode(), "x") == index
+    assert (
+        parse_index(index_bytes(index), "x")
+        == parse_index(index.model_dump_json().encode(), "x")
+        == index
+    )
 
 
 # --- null texts
@@ -278,7 +316,9 @@ def test_any_bit_flip_in_a_null_text_is_found(captioned, tmp_path: Path) -> None
         with pytest.raises(DataError, match="text_clip.null.safetensors: sha256 is"):
             read_empty_captions(str(tmp_path), index, ["clip"])
     copied.write_bytes(raw[:-1])
-    with pytest.raises(DataError, match="text_clip.null.safetensors: has .* bytes, index.json says"):
+    with pytest.raises(
+        DataError, match="text_clip.null.safetensors: has .* bytes, index.json says"
+    ):
         read_empty_captions(str(tmp_path), index, ["clip"])
     copied.unlink()
     with pytest.raises(DataError, match="text_clip.null.safetensors: not found"):
@@ -288,16 +328,27 @@ def test_any_bit_flip_in_a_null_text_is_found(captioned, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        (lambda tensors: tensors.update(tokens=tensors["tokens"].half()), "tokens is not of finite float32 numbers"),
-        (lambda tensors: tensors["tokens"].fill_(float("nan")), "tokens is not of finite float32 numbers"),
-        (lambda tensors: tensors.update(tokens=tensors["tokens"][:, :-1].contiguous()), "tokens has shape"),
+        (
+            lambda tensors: tensors.update(tokens=tensors["tokens"].half()),
+            "tokens is not of finite float32 numbers",
+        ),
+        (
+            lambda tensors: tensors["tokens"].fill_(float("nan")),
+            "tokens is not of finite float32 numbers",
+        ),
+        (
+            lambda tensors: tensors.update(tokens=tensors["tokens"][:, :-1].contiguous()),
+            "tokens has shape",
+        ),
         (lambda tensors: tensors.update(tokens=tensors["tokens"][:0]), "tokens has shape"),
         (lambda tensors: tensors.update(tokens=torch.zeros(9)), "tokens has shape"),
         (lambda tensors: tensors.pop("pooled"), "holds tokens, wanted pooled and tokens"),
         (lambda tensors: tensors.update(pooled=tensors["pooled"][:-1]), "pooled has shape"),
     ],
 )
-def test_a_null_text_of_format_2_has_to_fit_at_least(captioned, tmp_path: Path, change, fragment: str) -> None:
+def test_a_null_text_of_format_2_has_to_fit_at_least(
+    captioned, tmp_path: Path, change, fragment: str
+) -> None:
     folder, _ = captioned
     index = read_index(folder).model_copy(update={"null_text": {}})
     tensors = load_file(folder / "text_clip.null.safetensors")
@@ -332,15 +383,21 @@ def test_the_fingerprint_covers_what_training_depends_on(captioned) -> None:
     assert changed_contents(stored, index) == []
     for name, update in others.items():
         other = index.model_copy(update=update)
-        assert fingerprint_of(other) != index.fingerprint and changed_contents(stored, other) == [name]
-    moved = index.model_copy(update={"autoencoder": autoencoder.model_copy(update={"name": "/elsewhere"}), "plan": "x"})
+        assert fingerprint_of(other) != index.fingerprint and changed_contents(stored, other) == [
+            name
+        ]
+    moved = index.model_copy(
+        update={"autoencoder": autoencoder.model_copy(update={"name": "/elsewhere"}), "plan": "x"}
+    )
     assert fingerprint_of(moved) == index.fingerprint
     before_format_3 = {"fingerprint": index.shards_fingerprint}
     assert changed_contents(before_format_3, index) == []
     assert changed_contents({"fingerprint": "0" * 64}, index) == ["shards"]
 
 
-def test_a_folder_of_format_2_is_read_in_the_same_order(data_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_of_format_2_is_read_in_the_same_order(
+    data_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     wanted = LatentStream(data_config(data_set), 0, 8)
     as_format_2(data_set)
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
@@ -354,7 +411,11 @@ def test_a_folder_of_format_2_is_read_in_the_same_order(data_set: Path, caplog: 
 def test_a_version_that_says_less_is_refused(captioned) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
-    refused(folder, fields | {"format_version": 2}, "format_version is 2, but digest belongs to a later one")
+    refused(
+        folder,
+        fields | {"format_version": 2},
+        "format_version is 2, but digest belongs to a later one",
+    )
     del fields["digest"]
     refused(folder, fields | {"format_version": 2}, "but null_text belongs to a later one")
 
@@ -381,7 +442,8 @@ def test_a_resumed_run_refuses_other_statistics_by_name(tmp_path: Path) -> None:
 
     rewrite_index(Path(data), other_statistics)
     with pytest.raises(
-        CheckpointError, match=r"trained on data .*, but data.folder=.* \(different: latent.mean\): name the folder"
+        CheckpointError,
+        match=r"trained on data .*, but data.folder=.* \(different: latent.mean\): name the folder",
     ):
         run_to(tmp_path / "run", data, autoencoder, 2)
 
@@ -408,7 +470,10 @@ def test_a_run_of_format_2_goes_on_before_and_after_the_folder_is_sealed(tmp_pat
 
 def test_a_mixture_covers_the_statistics_of_its_parts(tmp_path: Path) -> None:
     index = dataset_index()
-    one, other = merge(["a", "b"], *_halves(index, index)), merge(["a", "b"], *_halves(index, _with_mean(index, 0.5)))
+    one, other = (
+        merge(["a", "b"], *_halves(index, index)),
+        merge(["a", "b"], *_halves(index, _with_mean(index, 0.5))),
+    )
     assert one.order_key == other.order_key
     stored = {"fingerprint": one.fingerprint, "contents": contents_of(one)}
     assert changed_contents(stored, other) == ["latent.mean", "latent.std"]
@@ -427,4 +492,6 @@ def _halves(*indexes: DatasetIndex):
 
 
 def _with_mean(index: DatasetIndex, mean: float) -> DatasetIndex:
-    return index.model_copy(update={"latent": index.latent.model_copy(update={"mean": [mean] * index.latent.channels})})
+    return index.model_copy(
+        update={"latent": index.latent.model_copy(update={"mean": [mean] * index.latent.channels})}
+    )

@@ -1,4 +1,6 @@
-"""The order inside a pool: every epoch is a permutation, every position costs the same, and reads stay near each other."""
+"""The order inside a pool: every epoch is a permutation, every position costs the same, and reads
+stay near each other.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ SIZES = [7, 1, 30, 12, 12, 50, 3, 2]
 """117 samples in uneven shards."""
 
 
-def lanes(seed: int = 0, lanes: int = 4, block: int = 8, sizes: list[int] = SIZES, name: str = "pool") -> LaneOrder:
+def lanes(
+    seed: int = 0, lanes: int = 4, block: int = 8, sizes: list[int] = SIZES, name: str = "pool"
+) -> LaneOrder:
     return LaneOrder(sizes, seed, name, lanes=lanes, block_samples=block)
 
 
@@ -41,7 +45,11 @@ def test_does_not_depend_on_what_was_asked_before() -> None:
 
 
 def test_seed_name_and_epoch_change_it() -> None:
-    orders = [flat(lanes(seed=seed, name=name), np.arange(117)).tolist() for seed in (0, 1) for name in ("pool", "other")]
+    orders = [
+        flat(lanes(seed=seed, name=name), np.arange(117)).tolist()
+        for seed in (0, 1)
+        for name in ("pool", "other")
+    ]
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -60,7 +68,9 @@ def test_a_batch_mixes_all_lanes() -> None:
 
 
 def test_reads_stay_near_each_other() -> None:
-    """Each lane moves through its stretch: the next read of a lane is at most a block away, save where a shard ends."""
+    """Each lane moves through its stretch: the next read of a lane is at most a block away, save
+    where a shard ends.
+    """
     order = lanes(lanes=8, block=64, sizes=[1000] * 64)
     shards, rows = order.locate(np.arange(order.samples))
     jumps, far = [], 0

@@ -1,4 +1,6 @@
-"""What every update was made of, over restarts, lost updates and other numbers of ranks; and that the audit finds what is wrong."""
+"""What every update was made of, over restarts, lost updates and other numbers of ranks; and that
+the audit finds what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,18 @@ def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
 @pytest.mark.parametrize(
     ("take", "message"),
     [
-        (lambda step, rank, counts: counts[1:] if (step, rank) == (3, 1) else counts, "update 3: 1 samples missed, such as 17"),
-        (lambda step, rank, counts: [*counts, counts[0]] if (step, rank) == (2, 0) else counts, "update 2: 1 samples seen twice"),
-        (lambda step, rank, counts: [0, *counts[1:]] if (step, rank) == (4, 0) else counts, "update 4: 1 samples of another"),
+        (
+            lambda step, rank, counts: counts[1:] if (step, rank) == (3, 1) else counts,
+            "update 3: 1 samples missed, such as 17",
+        ),
+        (
+            lambda step, rank, counts: [*counts, counts[0]] if (step, rank) == (2, 0) else counts,
+            "update 2: 1 samples seen twice",
+        ),
+        (
+            lambda step, rank, counts: [0, *counts[1:]] if (step, rank) == (4, 0) else counts,
+            "update 4: 1 samples of another",
+        ),
     ],
 )
 def test_what_is_wrong_is_found(tmp_path, order, take, message):
@@ -68,7 +79,9 @@ def test_what_is_wrong_is_found(tmp_path, order, take, message):
 def test_an_update_that_is_missing_is_found(tmp_path, order):
     """A run that took up a step too late."""
     train(RunDir(tmp_path), order, history=[(0, 3, 2), (4, 6, 2)])
-    assert audit(RunDir(tmp_path), order, SIZE).problems == [f"update 4: {SIZE} samples missed, such as 24"]
+    assert audit(RunDir(tmp_path), order, SIZE).problems == [
+        f"update 4: {SIZE} samples missed, such as 24"
+    ]
 
 
 ROLLBACK = [
@@ -84,7 +97,9 @@ def train_with_jumps(run_dir, order, history, ranks=2):
     for number, start in enumerate(history):
         jump = start.get("jump", 0)
         for rank in range(ranks):
-            ledger = Ledger(run_dir.ledger(rank), f"start {number}", start["first"], jump, start.get("spike"))
+            ledger = Ledger(
+                run_dir.ledger(rank), f"start {number}", start["first"], jump, start.get("spike")
+            )
             for step in range(start["first"] + 1, start["last"] + 1):
                 position = step - 1 + start.get("taken", jump)
                 counts = list(range(position * SIZE + rank, (position + 1) * SIZE, ranks))
@@ -93,7 +108,9 @@ def train_with_jumps(run_dir, order, history, ranks=2):
 
 
 @pytest.mark.parametrize(
-    ("starts", "steps", "again"), [(2, 7, 2), (3, 8, 3), (5, 3, 6 + 3 + 2 + 2)], ids=["rollback", "resume", "a second one"]
+    ("starts", "steps", "again"),
+    [(2, 7, 2), (3, 8, 3), (5, 3, 6 + 3 + 2 + 2)],
+    ids=["rollback", "resume", "a second one"],
 )
 def test_a_rollback_jumps_over_samples(tmp_path, order, starts, steps, again):
     train_with_jumps(RunDir(tmp_path), order, ROLLBACK[:starts])

@@ -16,7 +16,9 @@ def shares(*weights: float) -> list[Fraction]:
     return [Fraction(repr(weight)) for weight in weights]
 
 
-@pytest.mark.parametrize("weights", [(1,), (1, 1), (0.7, 0.2, 0.1), (1, 4095), (0.3333, 0.3333, 0.3334), (5, 3, 2, 2, 1)])
+@pytest.mark.parametrize(
+    "weights", [(1,), (1, 1), (0.7, 0.2, 0.1), (1, 4095), (0.3333, 0.3333, 0.3334), (5, 3, 2, 2, 1)]
+)
 def test_every_cycle_has_the_exact_shares(weights: tuple[float, ...]) -> None:
     quota = quotas(shares(*weights))
     assert quota.sum() == MIX_CYCLE_SAMPLES
@@ -25,7 +27,9 @@ def test_every_cycle_has_the_exact_shares(weights: tuple[float, ...]) -> None:
     for stream, share in enumerate(quota):
         mine = streams == stream
         assert mine.reshape(3, -1).sum(axis=1).tolist() == [share] * 3
-        assert inside[mine].tolist() == list(range(3 * share))  # each stream is read in its own order, without a gap
+        assert inside[mine].tolist() == list(
+            range(3 * share)
+        )  # each stream is read in its own order, without a gap
 
 
 def test_folders_take_turns() -> None:
@@ -45,10 +49,16 @@ def bucket_schedule(samples: list[int], batch: int, seed: int = 0) -> BucketSche
     return BucketSchedule([Fraction(n) for n in samples], batch, seed, "name")
 
 
-@pytest.mark.parametrize("samples", [[100, 50], [7, 1000, 3], [1, 1, 1], [64, 64], [999, 998, 997, 5]], ids=str)
+@pytest.mark.parametrize(
+    "samples", [[100, 50], [7, 1000, 3], [1, 1, 1], [64, 64], [999, 998, 997, 5]], ids=str
+)
 @pytest.mark.parametrize("batch", [1, 8, 96, 512])
-def test_every_bucket_is_served_by_its_share_and_without_a_gap(samples: list[int], batch: int) -> None:
-    """Bucket b has had floor(e * samples_b / batch) batches when e epochs are over: all of it, but for less than a batch."""
+def test_every_bucket_is_served_by_its_share_and_without_a_gap(
+    samples: list[int], batch: int
+) -> None:
+    """Bucket b has had floor(e * samples_b / batch) batches when e epochs are over: all of it, but
+    for less than a batch.
+    """
     epochs = 6 * batch
     steps = sum(epochs * n // batch for n in samples)
     if steps > 40_000:
@@ -74,7 +84,9 @@ def test_buckets_from_anywhere_and_far_away() -> None:
         schedule = bucket_schedule([300, 200, 100], 16)
         pieces = [schedule.assign(np.arange(n, n + share)) for n in range(first, 16 * 320, share)]
         for i in (0, 1):
-            assert np.array_equal(np.concatenate([piece[i] for piece in pieces]), wanted[i][first : 16 * 320])
+            assert np.array_equal(
+                np.concatenate([piece[i] for piece in pieces]), wanted[i][first : 16 * 320]
+            )
     buckets, _ = bucket_schedule([10**7, 10**6], 256).assign(np.arange(10**13, 10**13 + 10))
     assert set(buckets.tolist()) <= {0, 1}
 

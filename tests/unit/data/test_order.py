@@ -1,4 +1,6 @@
-"""The order of samples: a pure function of (seed, fingerprints, count), over every layout that asks for it."""
+"""The order of samples: a pure function of (seed, fingerprints, count), over every layout that asks
+for it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def mixed() -> DataFolders:
     return simulated_folders({"a": 0.75, "b": 0.25}, indexes)
 
 
-def order_of(data: DataFolders, seed: int = 7, batch: int = 48, lanes: int = 3, block: int = 4) -> SampleOrder:
+def order_of(
+    data: DataFolders, seed: int = 7, batch: int = 48, lanes: int = 3, block: int = 4
+) -> SampleOrder:
     return SampleOrder(data, seed, batch, lanes=lanes, block_samples=block)
 
 
@@ -44,7 +48,9 @@ def table(places: Places) -> np.ndarray:
 
 @pytest.mark.parametrize("data", [one_folder, bucketed, mixed], ids=lambda f: f.__name__)
 def test_same_samples_for_any_layout(data) -> None:
-    """Ranks, micro-batches and resume points cut the counts differently; what they get together is the same, in every batch."""
+    """Ranks, micro-batches and resume points cut the counts differently; what they get together is
+    the same, in every batch.
+    """
     folders, total = data(), 480
     layouts = [
         layout
@@ -52,7 +58,10 @@ def test_same_samples_for_any_layout(data) -> None:
         if layout[0] % (layout[1] * layout[2]) == 0
     ]  # batch, ranks, accumulation, resumed at
     assert len(layouts) > 100
-    wanted = {batch: table(order_of(folders, batch=batch).locate(np.arange(total))) for batch in (24, 48, 96)}
+    wanted = {
+        batch: table(order_of(folders, batch=batch).locate(np.arange(total)))
+        for batch in (24, 48, 96)
+    }
     for batch, ranks, accumulation, resumed in layouts:
         share = batch // ranks // accumulation
         orders = [order_of(folders, batch=batch) for _ in range(ranks)]
@@ -62,20 +71,30 @@ def test_same_samples_for_any_layout(data) -> None:
                 first = start + (rank * accumulation + micro) * share
                 counts = np.arange(first, first + share)
                 got[counts] = table(orders[rank].locate(counts))
-        assert np.array_equal(got[resumed:], wanted[batch][resumed:]), (batch, ranks, accumulation, resumed)
+        assert np.array_equal(got[resumed:], wanted[batch][resumed:]), (
+            batch,
+            ranks,
+            accumulation,
+            resumed,
+        )
 
 
 def test_has_teeth() -> None:
     """An order that depends on who asks would be seen: here, a rank-dependent seed."""
     folders = one_folder()
     whole = table(order_of(folders).locate(np.arange(48)))
-    halves = [table(order_of(folders, seed=7 + rank).locate(np.arange(24 * rank, 24 * rank + 24))) for rank in (0, 1)]
+    halves = [
+        table(order_of(folders, seed=7 + rank).locate(np.arange(24 * rank, 24 * rank + 24)))
+        for rank in (0, 1)
+    ]
     assert not np.array_equal(np.concatenate(halves), whole)
 
 
 @pytest.mark.parametrize("sizes", [[23], [1] * 23, [22, 1], [5, 9, 1, 8], [1, 1, 400]], ids=str)
 def test_uneven_shards_and_one_giant_shard(sizes: list[int]) -> None:
-    """Nobody waits for the end of anybody's shard: counts go on into the next epoch, in the middle of a batch."""
+    """Nobody waits for the end of anybody's shard: counts go on into the next epoch, in the middle
+    of a batch.
+    """
     order, total = order_of(one_folder(sizes)), sum(sizes)
     epochs = table(order.locate(np.arange(3 * total))).reshape(3, total, 3)
     assert all(len({tuple(place) for place in epoch.tolist()}) == total for epoch in epochs)
@@ -99,7 +118,10 @@ def test_one_bucket_in_a_batch_and_every_sample_served() -> None:
 
 
 def test_folders_by_weight_within_every_cycle() -> None:
-    indexes = {"a": simulated_index("a", {SQUARE: [300, 55]}), "b": simulated_index("b", {SQUARE: [20]})}
+    indexes = {
+        "a": simulated_index("a", {SQUARE: [300, 55]}),
+        "b": simulated_index("b", {SQUARE: [20]}),
+    }
     order = order_of(simulated_folders({"a": 3.0, "b": 1.0}, indexes))
     places = order.locate(np.arange(2 * MIX_CYCLE_SAMPLES))
     assert (places.folder == 1).reshape(2, -1).sum(axis=1).tolist() == [MIX_CYCLE_SAMPLES // 4] * 2
@@ -112,7 +134,9 @@ def test_folders_with_buckets_keep_both_shares() -> None:
     order = order_of(data, batch=8)
     places = order.locate(np.arange(8 * 8192))
     assert abs((places.folder == 0).mean() - 0.75) < 0.005
-    wide = np.array([data.indexes[1].shards[shard].bucket == 1 for shard in places.shard[places.folder == 1]])
+    wide = np.array(
+        [data.indexes[1].shards[shard].bucket == 1 for shard in places.shard[places.folder == 1]]
+    )
     assert abs(wide.mean() - 33 / 53) < 0.01
 
 
@@ -121,21 +145,29 @@ def test_fingerprint_and_seed_change_the_order() -> None:
         folders = simulated_folders({name: 1.0}, {name: simulated_index(name, {SQUARE: [23]})})
         return table(order_of(folders, seed=seed).locate(np.arange(23))).tolist()
 
-    assert first("a", 0) != first("b", 0) and first("a", 0) != first("a", 1) and first("a", 0) == first("a", 0)
+    assert (
+        first("a", 0) != first("b", 0)
+        and first("a", 0) != first("a", 1)
+        and first("a", 0) == first("a", 0)
+    )
 
 
 def test_drawn_from_pool_stays_in_the_bucket() -> None:
     data = bucketed()
     order = order_of(data)
     drawn = {order.drawn_from_pool((0, 2, 5), key) for key in range(246)}
-    assert len(drawn) == 246 and {data.indexes[0].shards[shard].bucket for _, shard, _ in drawn} == {1}
+    assert len(drawn) == 246 and {
+        data.indexes[0].shards[shard].bucket for _, shard, _ in drawn
+    } == {1}
 
 
 def test_ten_million_samples_open_at_once() -> None:
     index = simulated_index("a", {SQUARE: [8192] * 900, TALL: [8192] * 200, WIDE: [8192] * 121})
     folders = simulated_folders({"a": 1.0}, {"a": index})
     started = time.perf_counter()
-    SampleOrder(folders, 0, 1024, lanes=16, block_samples=1024).locate(np.arange(10_000_384, 10_000_384 + 1024))
+    SampleOrder(folders, 0, 1024, lanes=16, block_samples=1024).locate(
+        np.arange(10_000_384, 10_000_384 + 1024)
+    )
     assert time.perf_counter() - started < 1.0
 
 

@@ -1,4 +1,6 @@
-"""Folders behind URLs: the same samples as from a disk, through a cache of limited size that survives failing networks."""
+"""Folders behind URLs: the same samples as from a disk, through a cache of limited size that
+survives failing networks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from lpl_pretrain.data import remote
 from lpl_pretrain.data.cache import CachedStore
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.support.material import FakeAutoencoder, data_config, encode_config, encode_whole, sample, write_tar
+from tests.support.material import (
+    FakeAutoencoder,
+    data_config,
+    encode_config,
+    encode_whole,
+    sample,
+    write_tar,
+)
 
 MEMORY = fsspec.filesystem("memory")
 
@@ -50,14 +59,27 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def open_remote(url: str, cache: Path, max_gib: float = 1.0, retries: int = 3, **options: object) -> LatentStream:
-    return LatentStream(data_config(url, cache={"folder": str(cache), "max_gib": max_gib, "retries": retries}, **options), 0, 8)
+def open_remote(
+    url: str, cache: Path, max_gib: float = 1.0, retries: int = 3, **options: object
+) -> LatentStream:
+    return LatentStream(
+        data_config(
+            url, cache={"folder": str(cache), "max_gib": max_gib, "retries": retries}, **options
+        ),
+        0,
+        8,
+    )
 
 
-def test_same_samples_as_from_disk_and_each_file_fetched_once(data_set: Path, url: str, tmp_path: Path, opened) -> None:
+def test_same_samples_as_from_disk_and_each_file_fetched_once(
+    data_set: Path, url: str, tmp_path: Path, opened
+) -> None:
     wanted = LatentStream(data_config(data_set), 0, 8).read(range(60)).moments
     stream = open_remote(url, tmp_path / "cache", workers=3)
-    got = [batch.moments for batch in stream.prefetch([range(start, start + 4) for start in range(0, 60, 4)])]
+    got = [
+        batch.moments
+        for batch in stream.prefetch([range(start, start + 4) for start in range(0, 60, 4)])
+    ]
     assert torch.equal(torch.cat(got), wanted)
     shards = {name: count for name, count in opened.items() if name != "index.json"}
     assert len(shards) == 2 * len(stream.index.shards) and set(shards.values()) == {1}
@@ -73,7 +95,9 @@ def test_the_next_shards_are_fetched_ahead(url: str, tmp_path: Path, opened) -> 
     deadline = time.monotonic() + 10
     while sum(name.endswith(".tar") for name in opened) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert sum(name.endswith(".tar") for name in opened) >= 3  # two are read, others are on their way
+    assert (
+        sum(name.endswith(".tar") for name in opened) >= 3
+    )  # two are read, others are on their way
 
 
 class Flaky:
@@ -96,16 +120,25 @@ class Flaky:
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_failures_and_damage_on_the_way_are_tried_again(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bool, caplog: pytest.LogCaptureFixture
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     Flaky(monkeypatch, 2, damage)
     open_remote(url, tmp_path / "cache").read(range(23))
     assert "Retrying" in caplog.text
 
 
-def test_in_the_end_the_url_and_the_reason_are_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_end_the_url_and_the_reason_are_named(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Flaky(monkeypatch, 99)
-    with pytest.raises(DataError, match=r"memory://bucket/latents/latents-.* cannot be fetched \(connection reset by peer\)"):
+    with pytest.raises(
+        DataError,
+        match=r"memory://bucket/latents/latents-.* cannot be fetched \(connection reset by peer\)",
+    ):
         open_remote(url, tmp_path / "cache", retries=1).read(range(23))
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]
 
@@ -113,9 +146,13 @@ def test_in_the_end_the_url_and_the_reason_are_named(url: str, tmp_path: Path, m
 def test_damage_that_stays_is_told_by_its_checksum(url: str, tmp_path: Path) -> None:
     name = read_index(url).shards[0].file
     MEMORY.pipe(f"/bucket/latents/{name}", b"x" + MEMORY.cat(f"/bucket/latents/{name}")[1:])
-    with pytest.raises(DataError, match=f"{name}: cannot be fetched .sha256 is .*, index.json says"):
+    with pytest.raises(
+        DataError, match=f"{name}: cannot be fetched .sha256 is .*, index.json says"
+    ):
         open_remote(url, tmp_path / "cache", retries=1).read(range(23))
-    stream = open_remote(url, tmp_path / "cache", retries=0, on_error="skip", max_skipped_fraction=0.3)
+    stream = open_remote(
+        url, tmp_path / "cache", retries=0, on_error="skip", max_skipped_fraction=0.3
+    )
     assert stream.read(range(100)).moments.isfinite().all()
 
 
@@ -137,8 +174,15 @@ def test_the_cache_keeps_to_its_size(url: str, tmp_path: Path) -> None:
     stream = open_remote(url, cache, max_gib=limit / 2**30, lanes=1, block_samples=2)
     wanted = stream.read(range(69)).moments
     assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= limit
-    assert torch.equal(open_remote(url, cache, max_gib=limit / 2**30, lanes=1, block_samples=2).read(range(69)).moments, wanted)
-    with pytest.raises(ConfigError, match="data.cache.max_gib=.*: 4 shards of up to .* are read side by side"):
+    assert torch.equal(
+        open_remote(url, cache, max_gib=limit / 2**30, lanes=1, block_samples=2)
+        .read(range(69))
+        .moments,
+        wanted,
+    )
+    with pytest.raises(
+        ConfigError, match="data.cache.max_gib=.*: 4 shards of up to .* are read side by side"
+    ):
         open_remote(url, cache, max_gib=limit / 2**30)
 
 
@@ -146,7 +190,12 @@ def test_least_recently_used_makes_room(tmp_path: Path) -> None:
     for name in "abc":
         MEMORY.pipe(f"/bucket/{name}", name.encode() * 400)
     digests = {name: hashlib.sha256(name.encode() * 400).hexdigest() for name in "abc"}
-    store = CachedStore("memory://bucket", CacheConfig(folder=str(tmp_path), max_gib=1000 / 2**30), largest_bytes=400, at_once=1)
+    store = CachedStore(
+        "memory://bucket",
+        CacheConfig(folder=str(tmp_path), max_gib=1000 / 2**30),
+        largest_bytes=400,
+        at_once=1,
+    )
     a, b = (store.path(name, digests[name], 400) for name in "ab")
     time.sleep(0.01)
     store.path("a", digests["a"], 400)
@@ -159,7 +208,10 @@ def test_one_process_fetches_and_the_others_wait(url: str, tmp_path: Path, opene
     entry = read_index(url).shards[0]
     config = CacheConfig(folder=str(tmp_path / "cache"))
     stores = [CachedStore(url, config, largest_bytes=entry.bytes, at_once=1) for _ in range(6)]
-    threads = [threading.Thread(target=store.path, args=(entry.file, entry.sha256, entry.bytes)) for store in stores]
+    threads = [
+        threading.Thread(target=store.path, args=(entry.file, entry.sha256, entry.bytes))
+        for store in stores
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -170,23 +222,34 @@ def test_one_process_fetches_and_the_others_wait(url: str, tmp_path: Path, opene
 # --- encoding from URLs
 
 
-def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
     if MEMORY.exists("/pictures"):
         MEMORY.rm("/pictures", recursive=True)
     (tmp_path / "in").mkdir()
     for number in range(3):
-        tar = write_tar(tmp_path / "in" / f"{number}.tar", [m for n in range(4) for m in sample(10 * number + n)])
+        tar = write_tar(
+            tmp_path / "in" / f"{number}.tar",
+            [m for n in range(4) for m in sample(10 * number + n)],
+        )
         MEMORY.pipe(f"/pictures/{number}.tar", tar.read_bytes())
     encode_whole(encode_config(tmp_path / "in", tmp_path / "local"), FakeAutoencoder())
     for number, source in enumerate(
-        ["memory://pictures", "memory://pictures/*.tar", [f"memory://pictures/{n}.tar" for n in range(3)]]
+        [
+            "memory://pictures",
+            "memory://pictures/*.tar",
+            [f"memory://pictures/{n}.tar" for n in range(3)],
+        ]
     ):
         output = tmp_path / f"remote{number}"
         Flaky(monkeypatch, 1)
         encode_whole(encode_config(source, output), FakeAutoencoder())
         shards = [path for path in sorted(output.iterdir()) if path.suffix == ".tar"]
-        assert [path.read_bytes() for path in shards] == [p.read_bytes() for p in sorted((tmp_path / "local").glob("*.tar"))]
+        assert [path.read_bytes() for path in shards] == [
+            p.read_bytes() for p in sorted((tmp_path / "local").glob("*.tar"))
+        ]
 
 
 def test_encoding_a_remote_image_folder(tmp_path: Path) -> None:
@@ -204,7 +267,9 @@ def test_encoding_a_remote_image_folder(tmp_path: Path) -> None:
 def test_what_only_remote_tars_show_is_found_in_the_end(tmp_path: Path) -> None:
     for name, members in {"a": sample(0) + sample(1), "b": sample(2) + sample(1)}.items():
         MEMORY.pipe(f"/twice/{name}.tar", write_tar(tmp_path / f"{name}.tar", members).read_bytes())
-    with pytest.raises(DataError, match="a key is there twice, in latents-00000-0000-000-4x4.tar and latents-00001"):
+    with pytest.raises(
+        DataError, match="a key is there twice, in latents-00000-0000-000-4x4.tar and latents-00001"
+    ):
         encode_whole(encode_config("memory://twice", tmp_path / "latents"), FakeAutoencoder())
     with pytest.raises(DataError, match="memory://missing: (no pictures|cannot be listed)"):
         encode_whole(encode_config("memory://missing", tmp_path / "other"), FakeAutoencoder())

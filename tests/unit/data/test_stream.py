@@ -1,4 +1,6 @@
-"""Reading latents by global sample count: the right ones, ahead of time, and damage named by shard and key, or skipped alike."""
+"""Reading latents by global sample count: the right ones, ahead of time, and damage named by shard
+and key, or skipped alike.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,24 @@ from lpl_pretrain.data.offsets import Offsets, key_at
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.indexes import rewrite_index, simulated_index
-from tests.support.material import FakeAutoencoder, data_config, encode_config, encode_whole, encoded, picture, sample, write_tar
+from tests.support.material import (
+    FakeAutoencoder,
+    data_config,
+    encode_config,
+    encode_whole,
+    encoded,
+    picture,
+    sample,
+    write_tar,
+)
 
 SHAPE = (4, 4, 4)
 CLASSES = 3
 
 
-def open_stream(folder: Path | dict[str, float], seed: int = 0, batch: int = 8, **options: object) -> LatentStream:
+def open_stream(
+    folder: Path | dict[str, float], seed: int = 0, batch: int = 8, **options: object
+) -> LatentStream:
     return LatentStream(data_config(folder, **options), seed, batch)
 
 
@@ -91,9 +104,13 @@ def test_same_rows_for_any_cut_and_resume(data_set: Path) -> None:
 def test_to_device_is_float32(data_set: Path) -> None:
     stream = open_stream(data_set)
     batch = stream.read([0]).to("meta")
-    assert {batch.moments.device.type, batch.labels.device.type, batch.sizes.device.type} == {"meta"}
+    assert {batch.moments.device.type, batch.labels.device.type, batch.sizes.device.type} == {
+        "meta"
+    }
     moved = stream.read([0]).to("cpu")
-    assert moved.moments.dtype == torch.float32 and torch.equal(moved.moments, stream.read([0]).moments.float())
+    assert moved.moments.dtype == torch.float32 and torch.equal(
+        moved.moments, stream.read([0]).moments.float()
+    )
 
 
 def test_close_and_go_on(data_set: Path) -> None:
@@ -110,8 +127,12 @@ def test_open_shards_are_limited(data_set: Path) -> None:
 
 
 def test_ten_million_samples_open_at_any_place_within_a_second(tmp_path: Path) -> None:
-    """A simulated index of 1,221 shards, whose files are sparse: all that is done before the first sample is read."""
-    index = simulated_index("big", {(32, 32): [8192] * 1000, (40, 24): [8192] * 221}, bytes_each=20_000)
+    """A simulated index of 1,221 shards, whose files are sparse: all that is done before the first
+    sample is read.
+    """
+    index = simulated_index(
+        "big", {(32, 32): [8192] * 1000, (40, 24): [8192] * 221}, bytes_each=20_000
+    )
     for entry in index.shards:
         with open(tmp_path / entry.file, "wb") as file:
             file.truncate(entry.bytes)
@@ -127,7 +148,12 @@ def test_state_says_where_a_run_is(data_set: Path) -> None:
     stream = open_stream(data_set, seed=3)
     state = stream.state(50)
     assert state.pop("contents") == contents_of(stream.index)
-    assert state == {"samples_seen": 50, "epoch": 2, "seed": 3, "fingerprint": stream.index.fingerprint}
+    assert state == {
+        "samples_seen": 50,
+        "epoch": 2,
+        "seed": 3,
+        "fingerprint": stream.index.fingerprint,
+    }
 
 
 def test_prefetch_equals_read(data_set: Path) -> None:
@@ -150,10 +176,14 @@ def test_prefetch_raises_in_the_consumer_at_the_right_batch(data_set: Path) -> N
 
 def test_prefetch_to_a_device(data_set: Path) -> None:
     stream, threads = open_stream(data_set), threading.active_count()
-    batches = stream.prefetch([range(start, start + 4) for start in range(0, 40, 4)], torch.device("cpu"))
+    batches = stream.prefetch(
+        [range(start, start + 4) for start in range(0, 40, 4)], torch.device("cpu")
+    )
     for start in range(0, 20, 4):
         batch = next(batches)
-        assert batch.moments.dtype == torch.float32 and batch.sample_indices.tolist() == list(range(start, start + 4))
+        assert batch.moments.dtype == torch.float32 and batch.sample_indices.tolist() == list(
+            range(start, start + 4)
+        )
     batches.close()
     assert threading.active_count() == threads
 
@@ -165,7 +195,9 @@ def test_workers_change_nothing(data_set: Path, workers: int) -> None:
     got = list(open_stream(data_set, workers=workers, lanes=2, block_samples=4).prefetch(requests))
     alike = list(open_stream(data_set, lanes=2, block_samples=4).prefetch(requests))
     assert all(torch.equal(a.moments, b.moments) for a, b in zip(got, alike, strict=True))
-    assert not all(torch.equal(a.moments, b.moments) for a, b in zip(got, wanted, strict=True))  # another order would be seen
+    assert not all(
+        torch.equal(a.moments, b.moments) for a, b in zip(got, wanted, strict=True)
+    )  # another order would be seen
 
 
 def test_prefetch_is_bounded_and_closes(data_set: Path) -> None:
@@ -186,8 +218,12 @@ def test_prefetch_is_bounded_and_closes(data_set: Path) -> None:
 
 
 def test_map_ahead_works_while_the_consumer_does() -> None:
-    both = threading.Barrier(2, timeout=5)  # passes only when an item is worked on while the consumer waits here
-    results = map_ahead(lambda item: both.wait() if item == 1 else item, range(4), threads=1, ahead=2)
+    both = threading.Barrier(
+        2, timeout=5
+    )  # passes only when an item is worked on while the consumer waits here
+    results = map_ahead(
+        lambda item: both.wait() if item == 1 else item, range(4), threads=1, ahead=2
+    )
     assert next(results) == 0
     both.wait()
     assert len(list(results)) == 3
@@ -198,16 +234,24 @@ def test_checksums(data_set: Path) -> None:
     assert stream.verify() == []
     key = overwrite(data_set, 1, 2, 130, b"\x01")
     entry = stream.index.shards[1]
-    with pytest.raises(DataError, match=f"sample '{key}', in .*{entry.file}: sha256 is .*index.json says {entry.sha256}"):
+    with pytest.raises(
+        DataError,
+        match=f"sample '{key}', in .*{entry.file}: sha256 is .*index.json says {entry.sha256}",
+    ):
         open_stream(data_set).verify()
-    assert open_stream(data_set).verify(share=0, shares=len(stream.index.shards)) == []  # that is somebody's healthy share
+    assert (
+        open_stream(data_set).verify(share=0, shares=len(stream.index.shards)) == []
+    )  # that is somebody's healthy share
 
 
 def test_truncated_and_missing_shards_are_found_when_it_opens(data_set: Path) -> None:
     entry = read_index(data_set).shards[2]
     shard = data_set / entry.file
     shard.write_bytes(shard.read_bytes()[:-700])
-    with pytest.raises(DataError, match=f"{entry.file}: has {entry.bytes - 700} bytes, index.json says {entry.bytes}"):
+    with pytest.raises(
+        DataError,
+        match=f"{entry.file}: has {entry.bytes - 700} bytes, index.json says {entry.bytes}",
+    ):
         open_stream(data_set)
     shard.write_bytes(b"")
     with pytest.raises(DataError, match=f"{entry.file}: has 0 bytes"):
@@ -225,7 +269,9 @@ def test_unfinished_folder(data_set: Path) -> None:
 
 def test_a_folder_of_an_older_version(data_set: Path) -> None:
     rewrite_index(data_set, lambda index: index.update(format_version=1))
-    with pytest.raises(DataError, match="format_version is 1, this version reads 2 and 3: encode the folder again"):
+    with pytest.raises(
+        DataError, match="format_version is 1, this version reads 2 and 3: encode the folder again"
+    ):
         open_stream(data_set)
 
 
@@ -278,7 +324,9 @@ def test_index_that_disagrees_with_its_shards(data_set: Path) -> None:
 
 
 def damaged_set(data_set: Path) -> set[str]:
-    """A NaN, a bit flip in a header, and one in a value, which only the checksum sees; the rest is whole."""
+    """A NaN, a bit flip in a header, and one in a value, which only the checksum sees; the rest is
+    whole.
+    """
     return {
         overwrite(data_set, 0, 1, 128 + 8, np.float16(np.nan).tobytes()),
         overwrite(data_set, 1, 0, 3, b"\xff"),
@@ -286,7 +334,9 @@ def damaged_set(data_set: Path) -> set[str]:
     }
 
 
-def test_damage_is_skipped_counted_and_alike_on_every_layout(data_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_skipped_counted_and_alike_on_every_layout(
+    data_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     damaged_set(data_set)
     options = {"on_error": "skip", "max_skipped_fraction": 0.2, "lanes": 2, "block_samples": 4}
     whole = open_stream(data_set, **options)
@@ -303,12 +353,20 @@ def test_damage_is_skipped_counted_and_alike_on_every_layout(data_set: Path, cap
         assert torch.equal(torch.cat(pieces), wanted)
     healthy = open_stream(data_set, **options)
     found = healthy.order.locate(np.arange(96))
-    untouched = [i for i in range(96) if (int(found.shard[i]), int(found.row[i])) not in {(0, 1), (1, 0), (2, 2)}]
-    assert torch.equal(healthy.read(untouched).moments, wanted[untouched])  # others keep their places
+    untouched = [
+        i
+        for i in range(96)
+        if (int(found.shard[i]), int(found.row[i])) not in {(0, 1), (1, 0), (2, 2)}
+    ]
+    assert torch.equal(
+        healthy.read(untouched).moments, wanted[untouched]
+    )  # others keep their places
     assert 96 - len(untouched) > 5
 
 
-def test_damage_found_while_reading_is_skipped_too(data_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_found_while_reading_is_skipped_too(
+    data_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     overwrite(data_set, 0, 1, 128 + 8, np.float16(np.nan).tobytes())
     stream = open_stream(data_set, on_error="skip", max_skipped_fraction=0.05)
     for epoch in range(3):
@@ -325,25 +383,40 @@ def test_a_missing_shard_can_be_skipped(data_set: Path) -> None:
     first = sum(shard.samples for shard in stream.index.shards[:3])
     lost = [expected(number) for number in range(first, 23)]
     assert not any(torch.equal(row, gone) for row in batch.moments for gone in lost)
-    with pytest.raises(DataError, match=f"{entry.samples} of 23 samples cannot be read.*max_skipped_fraction=0.1"):
+    with pytest.raises(
+        DataError, match=f"{entry.samples} of 23 samples cannot be read.*max_skipped_fraction=0.1"
+    ):
         open_stream(data_set, on_error="skip", max_skipped_fraction=0.1)
 
 
 def test_too_much_damage_stops(data_set: Path) -> None:
     damaged_set(data_set)
     stream = open_stream(data_set, on_error="skip", max_skipped_fraction=0.1)
-    with pytest.raises(DataError, match="3 of 23 samples cannot be read, more than data.max_skipped_fraction=0.1"):
+    with pytest.raises(
+        DataError, match="3 of 23 samples cannot be read, more than data.max_skipped_fraction=0.1"
+    ):
         stream.damage.mark(stream.verify())
 
 
 # --- several folders, buckets, flips
 
 
-def encode_numbers(folder: Path, name: str, numbers: list[int], shape: tuple[int, int] = (16, 16), **options: object) -> Path:
+def encode_numbers(
+    folder: Path,
+    name: str,
+    numbers: list[int],
+    shape: tuple[int, int] = (16, 16),
+    **options: object,
+) -> Path:
     members = [m for n in numbers for m in sample(n, png=encoded(picture(n, *shape)))]
     folder.mkdir(exist_ok=True)
     output = folder / name
-    encode_whole(encode_config(write_tar(folder / f"{name}.tar", members), output, shard_samples=4, **options), FakeAutoencoder())
+    encode_whole(
+        encode_config(
+            write_tar(folder / f"{name}.tar", members), output, shard_samples=4, **options
+        ),
+        FakeAutoencoder(),
+    )
     return output
 
 
@@ -352,7 +425,13 @@ def test_folders_mixed_by_weight(tmp_path: Path) -> None:
     b = encode_numbers(tmp_path, "b", list(range(9, 12)))
     stream = open_stream({str(a): 1.0, str(b): 3.0})
     batch = stream.read(range(4096))
-    share = torch.tensor([any(torch.equal(row, expected(n)) for n in (9, 10, 11)) for row in batch.moments[:400]]).float().mean()
+    share = (
+        torch.tensor(
+            [any(torch.equal(row, expected(n)) for n in (9, 10, 11)) for row in batch.moments[:400]]
+        )
+        .float()
+        .mean()
+    )
     assert 0.68 < share < 0.82
     assert stream.index.samples == 12 and len(stream.index.fingerprint) == 64
     other = open_stream({str(a): 1.0, str(b): 2.0})
@@ -370,7 +449,10 @@ def test_folders_that_cannot_be_mixed(tmp_path: Path) -> None:
         index["autoencoder"]["identity"] = "other"
 
     rewrite_index(b, other)
-    with pytest.raises(DataError, match="folders of different autoencoder cannot be mixed: .*a has fake, .*b has other"):
+    with pytest.raises(
+        DataError,
+        match="folders of different autoencoder cannot be mixed: .*a has fake, .*b has other",
+    ):
         open_stream({str(a): 1.0, str(b): 1.0})
 
     def larger(index: dict) -> None:
@@ -378,9 +460,14 @@ def test_folders_that_cannot_be_mixed(tmp_path: Path) -> None:
         index["autoencoder"]["identity"] = "fake"
 
     rewrite_index(b, larger)
-    with pytest.raises(DataError, match="folders of different resolution_px cannot be mixed: .*a has 16, .*b has 32"):
+    with pytest.raises(
+        DataError,
+        match="folders of different resolution_px cannot be mixed: .*a has 16, .*b has 32",
+    ):
         open_stream({str(a): 1.0, str(b): 1.0})
-    with pytest.raises(ConfigError, match="its weight is 0.0001 of the whole, wanted at least 1/4096"):
+    with pytest.raises(
+        ConfigError, match="its weight is 0.0001 of the whole, wanted at least 1/4096"
+    ):
         open_stream({str(a): 9999.0, str(b): 1.0})
 
 
@@ -401,12 +488,17 @@ def test_buckets(tmp_path: Path) -> None:
         members += sample(number, png=encoded(picture(number, *shape)))
     output = tmp_path / "latents"
     config = encode_config(
-        write_tar(tmp_path / "x.tar", members), output, shard_samples=8, buckets={"max_aspect": 3.0, "step_px": 4}
+        write_tar(tmp_path / "x.tar", members),
+        output,
+        shard_samples=8,
+        buckets={"max_aspect": 3.0, "step_px": 4},
     )
     index = encode_whole(config, FakeAutoencoder())
     assert len(index.buckets) == 3 and all(bucket.samples == 10 for bucket in index.buckets)
     stream = open_stream(output, batch=6)
-    shapes = [tuple(stream.read(range(start, start + 6)).moments.shape) for start in range(0, 6 * 20, 6)]
+    shapes = [
+        tuple(stream.read(range(start, start + 6)).moments.shape) for start in range(0, 6 * 20, 6)
+    ]
     assert {shape[1:] for shape in shapes} == {(4, b.height, b.width) for b in index.buckets}
     batch = stream.read(range(6))
     assert batch.sizes[:, 4:].tolist() == [[4 * side for side in batch.moments.shape[2:]]] * 6
@@ -419,11 +511,18 @@ def test_flips(tmp_path: Path) -> None:
     folder = encode_numbers(tmp_path, "a", list(range(12)), (16, 20), flips=True, crop="random")
     plain, flipped = open_stream(folder, batch=12), open_stream(folder, batch=12, flips=True)
     straight, mixed = plain.read(range(120)), flipped.read(range(120))
-    turned = torch.tensor([not torch.equal(a, b) for a, b in zip(straight.moments, mixed.moments, strict=True)])
+    turned = torch.tensor(
+        [not torch.equal(a, b) for a, b in zip(straight.moments, mixed.moments, strict=True)]
+    )
     assert 40 < turned.sum() < 80
-    assert torch.equal(mixed.moments[turned], straight.moments[turned].flip(-1))  # this stand-in encoder commutes with mirrors
+    assert torch.equal(
+        mixed.moments[turned], straight.moments[turned].flip(-1)
+    )  # this stand-in encoder commutes with mirrors
     assert torch.equal(mixed.sizes[~turned], straight.sizes[~turned])
-    assert torch.equal(mixed.sizes[turned, 3], 20 - 16 - straight.sizes[turned, 3]) and straight.sizes[:, 3].unique().numel() > 1
+    assert (
+        torch.equal(mixed.sizes[turned, 3], 20 - 16 - straight.sizes[turned, 3])
+        and straight.sizes[:, 3].unique().numel() > 1
+    )
     again = open_stream(folder, batch=12, flips=True)
     assert torch.equal(again.read([70, 3]).moments, mixed.moments[[70, 3]])
     with pytest.raises(ConfigError, match="holds no flipped latents"):

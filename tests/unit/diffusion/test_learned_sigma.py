@@ -1,4 +1,6 @@
-"""The variational bound against torch's own divergence of normals, and its gradient against where it may not go."""
+"""The variational bound against torch's own divergence of normals, and its gradient against where
+it may not go.
+"""
 
 import math
 
@@ -21,22 +23,40 @@ def seen_at(t, spread, prediction=Prediction.EPS, wrong=0.1):
     a, s = alpha_t.view(-1, 1, 1, 1), sigma_t.view(-1, 1, 1, 1)
     answer = {Prediction.EPS: eps, Prediction.V: a * eps - s * z0}[prediction] + wrong * error
     answer.requires_grad_()
-    seen = denoise(lambda *_: torch.cat([answer, spread], dim=1), prediction, z0, eps, t, alpha_t, sigma_t, None)
+    seen = denoise(
+        lambda *_: torch.cat([answer, spread], dim=1),
+        prediction,
+        z0,
+        eps,
+        t,
+        alpha_t,
+        sigma_t,
+        None,
+    )
     return seen, a * z0 + s * eps, answer
 
 
 def slow_bound(time, spread, z0, z0_hat, z_t):
     """Of one sample, by the posterior's own formulas (arXiv 2006.11239, equations 6 and 7)."""
     n = round(time * 1000)
-    beta, now, before = SCHEDULE.betas[n], SCHEDULE.alphas_cumprod[n], SCHEDULE.alphas_cumprod[n - 1]
+    beta, now, before = (
+        SCHEDULE.betas[n],
+        SCHEDULE.alphas_cumprod[n],
+        SCHEDULE.alphas_cumprod[n - 1],
+    )
     tilde = beta * (1 - before) / (1 - now)
 
     def mean(z0):
-        return before.sqrt() * beta / (1 - now) * z0 + (1 - beta).sqrt() * (1 - before) / (1 - now) * z_t
+        return (
+            before.sqrt() * beta / (1 - now) * z0
+            + (1 - beta).sqrt() * (1 - before) / (1 - now) * z_t
+        )
 
     share = (spread + 1) / 2
     std = (share * beta.log() + (1 - share) * tilde.log()).exp().sqrt()
-    return kl_divergence(Normal(mean(z0), tilde.sqrt()), Normal(mean(z0_hat), std)).mean() / math.log(2)
+    return kl_divergence(
+        Normal(mean(z0), tilde.sqrt()), Normal(mean(z0_hat), std)
+    ).mean() / math.log(2)
 
 
 @pytest.mark.parametrize("prediction", [Prediction.EPS, Prediction.V])
@@ -44,11 +64,16 @@ def test_equals_the_divergence_of_two_normals(prediction):
     t = torch.tensor([0.001, 0.1, 0.5, 0.999], dtype=torch.float64)
     seen, z_t, _ = seen_at(t, torch.rand(4, 2, 3, 3, dtype=torch.float64) * 2 - 1, prediction)
     slow = [slow_bound(*row) for row in zip(t.tolist(), seen.spread, seen.z0, seen.z0_hat, z_t)]
-    torch.testing.assert_close(variational_bound(SCHEDULE, t, seen), torch.stack(slow), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        variational_bound(SCHEDULE, t, seen), torch.stack(slow), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_the_mean_gets_no_gradient_from_it():
-    t, spread = torch.tensor([0.3], dtype=torch.float64), torch.zeros(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    t, spread = (
+        torch.tensor([0.3], dtype=torch.float64),
+        torch.zeros(1, 2, 3, 3, dtype=torch.float64, requires_grad=True),
+    )
     seen, _, answer = seen_at(t, spread)
     variational_bound(SCHEDULE, t, seen).sum().backward()
     assert answer.grad is None or not answer.grad.any()
@@ -58,5 +83,7 @@ def test_the_mean_gets_no_gradient_from_it():
 def test_the_right_mean_and_the_least_variance_cost_nothing():
     t = torch.tensor([0.0, 0.2, 0.8], dtype=torch.float64)
     seen, _, _ = seen_at(t, -torch.ones(3, 2, 3, 3, dtype=torch.float64), wrong=0.0)
-    torch.testing.assert_close(variational_bound(SCHEDULE, t, seen), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        variational_bound(SCHEDULE, t, seen), torch.zeros(3, dtype=torch.float64)
+    )
     assert not seen.loss.any()

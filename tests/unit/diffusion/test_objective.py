@@ -1,4 +1,6 @@
-"""A denoiser that knows the answer has zero loss and returns the clean latent, for every prediction."""
+"""A denoiser that knows the answer has zero loss and returns the clean latent, for every
+prediction.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,16 @@ def test_the_right_answer(kind, schedule_kind):
 def test_the_model_sees_z_t_and_t(kind, schedule_kind):
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
     seen = []
-    denoise(lambda *arguments: seen.append(arguments) or answer, kind, z0, eps, t, alpha_t, sigma_t, "cond")
+    denoise(
+        lambda *arguments: seen.append(arguments) or answer,
+        kind,
+        z0,
+        eps,
+        t,
+        alpha_t,
+        sigma_t,
+        "cond",
+    )
     z_t, time, cond = seen[0]
     torch.testing.assert_close(z_t[2], alpha_t[2] * z0[2] + sigma_t[2] * eps[2])
     assert time is t and cond == "cond"
@@ -69,12 +80,16 @@ ON_Z0 = {  # in the papers' own form
 @pytest.mark.parametrize("kind, schedule_kind", PAIRS)
 @pytest.mark.parametrize("weighting", ON_Z0)
 def test_a_weighting_is_one_weight_on_the_error_of_z0(kind, schedule_kind, weighting):
-    """Whatever is predicted, weight x squared error of the prediction = the paper's weight x squared error of z0."""
+    """Whatever is predicted, weight x squared error of the prediction = the paper's weight x
+    squared error of z0.
+    """
     options, on_z0 = ON_Z0[weighting]
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
     wrong = answer + 0.1 * torch.randn_like(answer)
     seen = denoise(lambda z_t, t, cond: wrong, kind, z0, eps, t, alpha_t, sigma_t, None)
-    got = loss_weight(WeightingConfig(kind=weighting, **options), kind, seen.noise_level) * seen.loss
+    got = (
+        loss_weight(WeightingConfig(kind=weighting, **options), kind, seen.noise_level) * seen.loss
+    )
     error = (seen.z0_hat - z0).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(got, on_z0((alpha_t / sigma_t).square()) * error)
 
@@ -82,7 +97,9 @@ def test_a_weighting_is_one_weight_on_the_error_of_z0(kind, schedule_kind, weigh
 @pytest.mark.parametrize("kind", list(Prediction))
 @pytest.mark.parametrize("weighting", ON_Z0)
 def test_weights_are_finite_from_no_noise_to_noise_alone(kind, weighting):
-    weights = loss_weight(WeightingConfig(kind=weighting), kind, torch.tensor([0.0, 1e-6, 1.0, 1e6]))
+    weights = loss_weight(
+        WeightingConfig(kind=weighting), kind, torch.tensor([0.0, 1e-6, 1.0, 1e6])
+    )
     assert weights.isfinite().all() and (weights >= 0).all()
 
 
@@ -95,4 +112,9 @@ def test_v_at_zero_terminal_snr():
     assert alpha_t.item() == 0.0
     seen = denoise(lambda z_t, t, cond: -z0, Prediction.V, z0, eps, t, alpha_t, sigma_t, None)
     torch.testing.assert_close(seen.z0_hat, z0)
-    assert not seen.loss.any() and loss_weight(WeightingConfig(kind="min_snr"), Prediction.V, seen.noise_level).isfinite().all()
+    assert (
+        not seen.loss.any()
+        and loss_weight(WeightingConfig(kind="min_snr"), Prediction.V, seen.noise_level)
+        .isfinite()
+        .all()
+    )

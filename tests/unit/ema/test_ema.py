@@ -1,4 +1,6 @@
-"""Averages follow their closed forms, move under updates that bf16 loses, and can be made afterwards in any length."""
+"""Averages follow their closed forms, move under updates that bf16 loses, and can be made
+afterwards in any length.
+"""
 
 import itertools
 from dataclasses import dataclass
@@ -9,7 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from lpl_pretrain.config.schema import EMAConfig
-from lpl_pretrain.ema.profiles import decay_at, gamma_of, power_decay_at, reconstruction, sigma_rel_of
+from lpl_pretrain.ema.profiles import (
+    decay_at,
+    gamma_of,
+    power_decay_at,
+    reconstruction,
+    sigma_rel_of,
+)
 from lpl_pretrain.ema.tracker import EMATracker
 
 
@@ -22,9 +30,18 @@ class APiece:
 
 
 def test_warm_up_is_a_minimum():
-    assert [decay_at(step, 0.5, True) for step in (1, 2, 7, 8, 100)] == [2 / 11, 3 / 12, 8 / 17, 0.5, 0.5]
+    assert [decay_at(step, 0.5, True) for step in (1, 2, 7, 8, 100)] == [
+        2 / 11,
+        3 / 12,
+        8 / 17,
+        0.5,
+        0.5,
+    ]
     assert decay_at(1, 0.999, False) == 0.999
-    assert all(decay_at(step, 0.9999, True) < decay_at(step + 1, 0.9999, True) < 0.9999 for step in range(1, 1000))
+    assert all(
+        decay_at(step, 0.9999, True) < decay_at(step + 1, 0.9999, True) < 0.9999
+        for step in range(1, 1000)
+    )
 
 
 @pytest.mark.parametrize("warmup", [True, False])
@@ -44,7 +61,9 @@ def test_equals_the_recursion(warmup):
 
 @pytest.mark.parametrize("dtype, moves", [(torch.float32, True), (torch.bfloat16, False)])
 def test_ten_thousand_tiny_updates_move_it(dtype, moves):
-    """Parameter and average near 1, steps of 1e-6: 60 000 times below what bf16 resolves.  The bf16 sibling stands still."""
+    """Parameter and average near 1, steps of 1e-6: 60 000 times below what bf16 resolves.  The bf16
+    sibling stands still.
+    """
     live = torch.ones(3, dtype=dtype)
     tracker = EMATracker([APiece("a", live)], EMAConfig(decay=0.999, warmup=False))
     for step in range(1, 10_001):
@@ -54,7 +73,9 @@ def test_ten_thousand_tiny_updates_move_it(dtype, moves):
     lag = 1e-6 * 0.999 / 0.001
     assert (piece.tensor > 1).all() == moves
     if moves:
-        torch.testing.assert_close(piece.tensor, live - lag, rtol=0, atol=3e-4)  # of the 9e-3 it moved
+        torch.testing.assert_close(
+            piece.tensor, live - lag, rtol=0, atol=3e-4
+        )  # of the 9e-3 it moved
 
 
 def test_a_rank_may_own_nothing():
@@ -77,7 +98,10 @@ def test_gamma_and_sigma_rel_are_inverse_and_measured(sigma_rel):
 
 def test_published_values():
     """Those that EDM2's paper names: gamma = 16.97 and 6.94 for 5 % and 10 %."""
-    assert (gamma_of(0.05), gamma_of(0.10)) == (pytest.approx(16.97, abs=0.01), pytest.approx(6.94, abs=0.01))
+    assert (gamma_of(0.05), gamma_of(0.10)) == (
+        pytest.approx(16.97, abs=0.01),
+        pytest.approx(6.94, abs=0.01),
+    )
 
 
 def test_profile_of_the_recursion_is_the_closed_form():
@@ -88,7 +112,9 @@ def test_profile_of_the_recursion_is_the_closed_form():
         weights *= decay
         weights[step - 1] += 1 - decay
     power = gamma_of(sigma_rel) + 1
-    np.testing.assert_allclose(weights, np.diff((np.arange(steps + 1) / steps) ** power), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        weights, np.diff((np.arange(steps + 1) / steps) ** power), rtol=1e-9, atol=1e-15
+    )
     assert power_decay_at(1, sigma_rel) == 0.0  # the initial weights are forgotten at once
 
 
@@ -102,7 +128,10 @@ def trained(lengths, steps=3000, every=50):
         live += torch.randn(64, generator=generator, dtype=torch.float64) / step**0.5 + 1e-3
         tracker.update(step)
         if step % every == 0:
-            kept |= {(step, float(kind[-5:])): piece.tensor.clone() for kind, piece in tracker.pieces(power_only=True)}
+            kept |= {
+                (step, float(kind[-5:])): piece.tensor.clone()
+                for kind, piece in tracker.pieces(power_only=True)
+            }
     return kept
 
 

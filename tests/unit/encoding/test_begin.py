@@ -1,4 +1,6 @@
-"""Encodes that are started together: a folder is of one configuration, whole, and sound, whoever was faster."""
+"""Encodes that are started together: a folder is of one configuration, whole, and sound, whoever
+was faster.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def together(*calls: Callable[[], object]) -> list[object]:
 
 
 def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Path], None]) -> int:
-    """Rounds, of ROUNDS, in which both of two plans began in one folder; both stand before the last step at once."""
+    """Rounds, of ROUNDS, in which both of two plans began in one folder; both stand before the last
+    step at once.
+    """
     barrier = threading.Barrier(2)
 
     def meet_and_link(before: Path, after: Path) -> None:
@@ -60,7 +64,9 @@ def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Pa
         patch.setattr(writer.os, "link", meet_and_link)
         for number in range(ROUNDS):
             output = folder / str(number)
-            results = together(*(lambda plan=plan, output=output: begin(output, plan) for plan in PLANS))
+            results = together(
+                *(lambda plan=plan, output=output: begin(output, plan) for plan in PLANS)
+            )
             refusals = [result for result in results if isinstance(result, DataError)]
             assert all(result is None or result in refusals for result in results), results
             assert (output / RECORDS / "plan.txt").read_text() in ("a" * 64, "b" * 64)
@@ -92,7 +98,9 @@ def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert race(tmp_path, monkeypatch, write_over) == ROUNDS
 
 
-def test_without_hard_links_one_plan_begins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_one_plan_begins_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_links(before: Path, after: Path) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -101,13 +109,19 @@ def test_without_hard_links_one_plan_begins_too(tmp_path: Path, monkeypatch: pyt
 
 def test_publish_new_keeps_what_is_there(tmp_path: Path) -> None:
     assert publish_new(tmp_path / "x", [b"a", b"b"]) and not publish_new(tmp_path / "x", [b"c"])
-    assert (tmp_path / "x").read_bytes() == b"ab" and [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"ab" and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["x"]
     with pytest.raises(FileNotFoundError):
         publish_new(tmp_path / "gone" / "x", [b"a"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def sound(folder: Path) -> None:
@@ -121,21 +135,32 @@ def test_two_configurations_at_once(tmp_path: Path) -> None:
     source = tar_of(tmp_path / "x.tar", 6)
     alone = []
     for crop in ("center", "random"):
-        encode_whole(encode_config(source, tmp_path / crop, shard_samples=2, crop=crop), FakeAutoencoder())
+        encode_whole(
+            encode_config(source, tmp_path / crop, shard_samples=2, crop=crop), FakeAutoencoder()
+        )
         alone.append(contents(tmp_path / crop))
     for trial in range(8):
         output = tmp_path / f"both{trial}"
-        configs = [encode_config(source, output, shard_samples=2, crop=crop) for crop in ("center", "random")]
-        results = together(*(lambda config=config: encode(config, FakeAutoencoder()) for config in configs))
+        configs = [
+            encode_config(source, output, shard_samples=2, crop=crop)
+            for crop in ("center", "random")
+        ]
+        results = together(
+            *(lambda config=config: encode(config, FakeAutoencoder()) for config in configs)
+        )
         refusals = [result for result in results if isinstance(result, DataError)]
         assert len(refusals) == 1, results
-        assert "holds the unfinished work of other inputs" in str(refusals[0]) or "made from other inputs" in str(refusals[0])
+        assert "holds the unfinished work of other inputs" in str(
+            refusals[0]
+        ) or "made from other inputs" in str(refusals[0])
         assert contents(output) == alone[results.index(refusals[0]) ^ 1]
         sound(output)
 
 
 class Late(FakeAutoencoder):
-    """Waits at random, so that two encodes overlap at every offset; and rounds differently, as another device would."""
+    """Waits at random, so that two encodes overlap at every offset; and rounds differently, as
+    another device would.
+    """
 
     def __init__(self, seed: int) -> None:
         self.random, self.noise = random.Random(seed), 1e-3 * seed
@@ -160,11 +185,16 @@ def test_one_command_started_twice_is_one_sound_folder(tmp_path: Path, trial: in
     sound(tmp_path / "latents")
     assert len({index.digest for index in results}) == 1  # type: ignore[attr-defined]
     if trial % 3 == 0:
-        encode_whole(encode_config(source, tmp_path / "alone", shard_samples=3, batch_size=2, flips=True), FakeAutoencoder())
+        encode_whole(
+            encode_config(source, tmp_path / "alone", shard_samples=3, batch_size=2, flips=True),
+            FakeAutoencoder(),
+        )
         assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
 
 
-def test_whoever_records_a_part_first_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_records_a_part_first_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second process, with other rounding, ends a part just before it is recorded by the first."""
     source = tar_of(tmp_path / "x.tar", 4)
     config = encode_config(source, tmp_path / "latents", shard_samples=2)
@@ -186,7 +216,9 @@ def test_whoever_records_a_part_first_counts(tmp_path: Path, monkeypatch: pytest
     assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
 
 
-def test_a_folder_that_is_finished_meanwhile_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_finished_meanwhile_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another plan finishes between our look for an index and our beginning."""
     source, output = tar_of(tmp_path / "x.tar", 4), tmp_path / "latents"
     real = encode_module.begin
@@ -197,7 +229,10 @@ def test_a_folder_that_is_finished_meanwhile_is_not_touched(tmp_path: Path, monk
         real(folder, plan)
 
     monkeypatch.setattr(encode_module, "begin", other_first)
-    with pytest.raises(DataError, match="holds a data set made from other inputs .crop 'random' there, 'center' now"):
+    with pytest.raises(
+        DataError,
+        match="holds a data set made from other inputs .crop 'random' there, 'center' now",
+    ):
         encode(encode_config(source, output), FakeAutoencoder())
     sound(output)
 
@@ -218,7 +253,10 @@ def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path
         ({"samples": "many"}, "damaged"),
     ):
         record.write_text(json.dumps(whole | change))
-        with pytest.raises(DataError, match=f"part-00000-0000.json: {fragment}.*remove .*run the same command again"):
+        with pytest.raises(
+            DataError,
+            match=f"part-00000-0000.json: {fragment}.*remove .*run the same command again",
+        ):
             encode(config, FakeAutoencoder())
     for name in ("../../stolen.tar", "latents-00000-0001-000-4x4.tar"):
         copied = json.loads(json.dumps(whole))
@@ -228,12 +266,16 @@ def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path
             encode(config, FakeAutoencoder())
     record.write_text(json.dumps(whole))
     (output / RECORDS / "plan.txt").write_text("c" * 64)
-    with pytest.raises(DataError, match="holds the unfinished work of other inputs .plan cccccccccccc there"):
+    with pytest.raises(
+        DataError, match="holds the unfinished work of other inputs .plan cccccccccccc there"
+    ):
         encode(config, FakeAutoencoder())
     assert not (output / "index.json").exists()
 
 
-def test_a_kill_between_a_record_and_its_files_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_a_record_and_its_files_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tar_of(tmp_path / "x.tar", 6)
     config = encode_config(source, tmp_path / "latents", shard_samples=2)
 
@@ -254,10 +296,18 @@ def test_a_kill_between_a_record_and_its_files_is_made_good(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".offsets.safetensors"])
-def test_a_move_that_is_refused_after_the_record_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    """The record names the files: those that are not moved yet must not be discarded with what the error ended."""
+def test_a_move_that_is_refused_after_the_record_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """The record names the files: those that are not moved yet must not be discarded with what the
+    error ended.
+    """
     source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
-    config, replace, refused_names = encode_config(source, output, shard_samples=2), os.replace, list[str]()
+    config, replace, refused_names = (
+        encode_config(source, output, shard_samples=2),
+        os.replace,
+        list[str](),
+    )
 
     def refused(source: Path, target: Path) -> None:
         if target.parent == output and target.name.endswith(suffix) and not refused_names:
@@ -280,7 +330,11 @@ def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
     (output / "latents-notes.txt").write_text("not ours")
     (output / "index.json").unlink()
     index = encode_whole(encode_config(source, output), FakeAutoencoder())
-    assert len(index.shards) == 1 and len(list(output.glob("latents-0*.tar"))) == 1 and (output / "latents-notes.txt").exists()
+    assert (
+        len(index.shards) == 1
+        and len(list(output.glob("latents-0*.tar"))) == 1
+        and (output / "latents-notes.txt").exists()
+    )
     sound(output)
 
 
@@ -289,5 +343,7 @@ def test_work_of_an_earlier_version_is_named_so(tmp_path: Path) -> None:
     config = encode_config(source, output)
     earlier = encode_module.make_plan(config, {"autoencoder": "fake"}).earlier_identity
     begin(output, Plan(earlier, []))
-    with pytest.raises(DataError, match="unfinished work of an earlier version, which ignored colour profiles"):
+    with pytest.raises(
+        DataError, match="unfinished work of an earlier version, which ignored colour profiles"
+    ):
         encode(config, FakeAutoencoder())

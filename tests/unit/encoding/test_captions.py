@@ -1,4 +1,6 @@
-"""Text encoders want captions: none at all is an error before anything is encoded, some missing ones are counted."""
+"""Text encoders want captions: none at all is an error before anything is encoded, some missing
+ones are counted.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def tar_of_captions(path: Path, *captions: bytes | None) -> Path:
-    return write_tar(path, [member for n, caption in enumerate(captions) for member in sample(n, txt=caption)])
+    return write_tar(
+        path, [member for n, caption in enumerate(captions) for member in sample(n, txt=caption)]
+    )
 
 
 class NeverAsked(FakeAutoencoder):
@@ -31,11 +35,18 @@ class NeverAsked(FakeAutoencoder):
 def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
     config = encode_config(draw_pictures(tmp_path / "pictures", 6), tmp_path / "latents", text=text)
     with pytest.raises(
-        DataError, match=r"text=\['clip'\]: none of the 6 pictures of source=.* has a caption .100 % lack one.*, wanted"
+        DataError,
+        match=r"text=\['clip'\]: none of the 6 pictures of source=.* has a caption .100 % lack "
+        r"one.*, wanted",
     ):
         encode(config, NeverAsked())
     assert not (tmp_path / "latents").exists()
-    assert encode_whole(encode_config(tmp_path / "pictures", tmp_path / "latents"), FakeAutoencoder()).captions == 0
+    assert (
+        encode_whole(
+            encode_config(tmp_path / "pictures", tmp_path / "latents"), FakeAutoencoder()
+        ).captions
+        == 0
+    )
 
 
 @pytest.mark.parametrize("blank", [None, b"", b" \n"])
@@ -45,24 +56,40 @@ def test_tars_without_captions(tmp_path: Path, text: dict, blank: bytes | None) 
         encode(encode_config(tar, tmp_path / "latents", text=text), NeverAsked())
 
 
-def test_some_missing_captions_are_one_line(tmp_path: Path, text: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_some_missing_captions_are_one_line(
+    tmp_path: Path, text: dict, caplog: pytest.LogCaptureFixture
+) -> None:
     tar = tar_of_captions(tmp_path / "x.tar", b"a cat", None, b"a dog", b" ")
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
         index = encode_whole(encode_config(tar, tmp_path / "latents", text=text), FakeAutoencoder())
     assert index.samples == 4 and caplog.text.count("2 of 4 pictures (50 %) have no caption") == 1
     caplog.clear()
-    encode_whole(encode_config(tar_of_captions(tmp_path / "y.tar", b"a"), tmp_path / "all", text=text), FakeAutoencoder())
+    encode_whole(
+        encode_config(tar_of_captions(tmp_path / "y.tar", b"a"), tmp_path / "all", text=text),
+        FakeAutoencoder(),
+    )
     encode_whole(encode_config(tar, tmp_path / "no_text"), FakeAutoencoder())
     assert "have no caption" not in caplog.text
 
 
-def test_remote_tars_are_looked_at_before_the_index(tmp_path: Path, text: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_remote_tars_are_looked_at_before_the_index(
+    tmp_path: Path, text: dict, caplog: pytest.LogCaptureFixture
+) -> None:
     memory = fsspec.filesystem("memory")
     for name, captions in (("none", (None, b" ")), ("some", (b"a cat", None))):
-        memory.pipe(f"/captions/{name}.tar", tar_of_captions(tmp_path / f"{name}.tar", *captions).read_bytes())
+        memory.pipe(
+            f"/captions/{name}.tar",
+            tar_of_captions(tmp_path / f"{name}.tar", *captions).read_bytes(),
+        )
     with pytest.raises(DataError, match="none of the 2 pictures"):
-        encode(encode_config(["memory://captions/none.tar"], tmp_path / "none", text=text), FakeAutoencoder())
+        encode(
+            encode_config(["memory://captions/none.tar"], tmp_path / "none", text=text),
+            FakeAutoencoder(),
+        )
     assert not (tmp_path / "none" / "index.json").exists()
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
-        encode_whole(encode_config(["memory://captions/some.tar"], tmp_path / "some", text=text), FakeAutoencoder())
+        encode_whole(
+            encode_config(["memory://captions/some.tar"], tmp_path / "some", text=text),
+            FakeAutoencoder(),
+        )
     assert caplog.text.count("1 of 2 pictures (50 %) have no caption") == 1

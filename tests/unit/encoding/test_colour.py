@@ -1,4 +1,6 @@
-"""Colour profiles and transparency: pixels against colours that are computed here, from the definitions."""
+"""Colour profiles and transparency: pixels against colours that are computed here, from the
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,13 @@ from lpl_pretrain.errors import DataError
 from tests.support.material import encoded, picture
 
 D50 = np.array([0.9642, 1.0, 0.8249])
-SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+SRGB = np.array(
+    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)
 """Linear sRGB -> XYZ at D50, as its ICC profile says (IEC 61966-2-1, adapted by Bradford)."""
-WIDE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+WIDE = np.array(
+    [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+)
 """Adobe RGB (1998)."""
 
 
@@ -26,7 +32,9 @@ def number(value: float) -> bytes:
     return struct.pack(">i", round(value * 65536))
 
 
-def profile(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ", kind: bytes = b"mntr") -> bytes:
+def profile(
+    space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ", kind: bytes = b"mntr"
+) -> bytes:
     """An ICC profile, version 2, byte by byte (ICC.1:2001-04)."""
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
@@ -39,7 +47,9 @@ def profile(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ", kind: 
         content += bytes(-len(content) % 4)
         table += signature + struct.pack(">II", offset + len(data), len(content))
         data += content
-    header = struct.pack(">I4sI4s4s4s", 0, b"none", 0x02400000, kind, space, pcs) + bytes(12) + b"acsp"
+    header = (
+        struct.pack(">I4sI4s4s4s", 0, b"none", 0x02400000, kind, space, pcs) + bytes(12) + b"acsp"
+    )
     header = header.ljust(68, b"\0") + b"".join(map(number, D50))
     whole = header.ljust(128, b"\0") + table + data
     return struct.pack(">I", len(whole)) + whole[4:]
@@ -50,8 +60,13 @@ def gamma_curve(gamma: float) -> bytes:
 
 
 def rgb_profile(matrix: np.ndarray, gamma: float) -> bytes:
-    columns = {b"rgb"[i : i + 1] + b"XYZ": b"XYZ " + bytes(4) + b"".join(map(number, matrix[:, i])) for i in range(3)}
-    return profile(b"RGB ", columns | {name + b"TRC": gamma_curve(gamma) for name in (b"r", b"g", b"b")})
+    columns = {
+        b"rgb"[i : i + 1] + b"XYZ": b"XYZ " + bytes(4) + b"".join(map(number, matrix[:, i]))
+        for i in range(3)
+    }
+    return profile(
+        b"RGB ", columns | {name + b"TRC": gamma_curve(gamma) for name in (b"r", b"g", b"b")}
+    )
 
 
 def to_levels(linear: np.ndarray) -> np.ndarray:
@@ -69,13 +84,20 @@ SWAPPED = SRGB[:, [1, 0, 2]]
 PROFILES = [(WIDE, 2.19921875), (SWAPPED, 2.19921875), (SRGB, 1.0), (SRGB, 1.8), (SWAPPED, 3.0)]
 
 
-@pytest.mark.parametrize(("matrix", "gamma"), PROFILES, ids=["adobe", "swapped", "linear", "gamma1.8", "swapped3"])
+@pytest.mark.parametrize(
+    ("matrix", "gamma"), PROFILES, ids=["adobe", "swapped", "linear", "gamma1.8", "swapped3"]
+)
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_profiles_are_converted(matrix: np.ndarray, gamma: float, kind: str) -> None:
     pixels, options = picture(0, 24, 24), {"lossless": True} if kind == "WEBP" else {}
-    found = decode_picture(encoded(pixels, kind, icc_profile=rgb_profile(matrix, gamma), **options), "x.png")
+    found = decode_picture(
+        encoded(pixels, kind, icc_profile=rgb_profile(matrix, gamma), **options), "x.png"
+    )
     wanted = expected(pixels, matrix, gamma)
-    assert np.abs(found.astype(int) - wanted).max() <= 3 and np.abs(wanted - pixels.astype(int)).max() > 15
+    assert (
+        np.abs(found.astype(int) - wanted).max() <= 3
+        and np.abs(wanted - pixels.astype(int)).max() > 15
+    )
 
 
 def test_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,13 +143,23 @@ def test_grey_profiles(mode: str) -> None:
     elif mode == "LA":
         image.putalpha(255)
     found = decode_picture(encoded(image, icc_profile=linear), "x.png")
-    wanted = np.repeat(to_levels(np.eye(8) if mode == "1" else levels / 255.0)[..., None], 3, axis=2)
+    wanted = np.repeat(
+        to_levels(np.eye(8) if mode == "1" else levels / 255.0)[..., None], 3, axis=2
+    )
     assert np.abs(found.astype(int) - wanted).max() <= 1 and wanted.max() >= 188
 
 
 def cmyk_profile() -> bytes:
-    """Inks whose mixtures have the lightness 100 - 70 K - 10 (C + M + Y) and no colour: a table of two points each."""
-    lab = [(100 - 70 * k - 10 * (c + m + y), 0, 0) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
+    """Inks whose mixtures have the lightness 100 - 70 K - 10 (C + M + Y) and no colour: a table of
+    two points each.
+    """
+    lab = [
+        (100 - 70 * k - 10 * (c + m + y), 0, 0)
+        for c in (0, 1)
+        for m in (0, 1)
+        for y in (0, 1)
+        for k in (0, 1)
+    ]
     table = b"".join(bytes([round(lightness * 2.55), 128, 128]) for lightness, _, _ in lab)
     ramp = bytes(range(256))
     identity = b"".join(number(value) for value in (1, 0, 0, 0, 1, 0, 0, 0, 1))
@@ -140,9 +172,13 @@ def level_of_lightness(lightness: float) -> int:
     return int(to_levels(np.array(y)))
 
 
-@pytest.mark.parametrize(("inks", "lightness"), [((0, 0, 0, 0), 100), ((0, 0, 0, 255), 30), ((255, 255, 0, 0), 80)])
+@pytest.mark.parametrize(
+    ("inks", "lightness"), [((0, 0, 0, 0), 100), ((0, 0, 0, 255), 30), ((255, 255, 0, 0), 80)]
+)
 def test_cmyk_profiles(inks: tuple[int, int, int, int], lightness: float) -> None:
-    raw = encoded(Image.new("CMYK", (16, 16), inks), "JPEG", quality=100, icc_profile=cmyk_profile())
+    raw = encoded(
+        Image.new("CMYK", (16, 16), inks), "JPEG", quality=100, icc_profile=cmyk_profile()
+    )
     assert b"Adobe" in raw
     found = decode_picture(raw, "x.jpg")[8, 8].astype(int)
     assert np.abs(found - level_of_lightness(lightness)).max() <= 3
@@ -155,7 +191,9 @@ def without_adobe(jpeg: bytes) -> bytes:
 
 
 def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
-    """Adobe stores inks inverted, and says so; without its mark they are stored as they are (ITU-T T.872, 6.5.3)."""
+    """Adobe stores inks inverted, and says so; without its mark they are stored as they are (ITU-T
+    T.872, 6.5.3).
+    """
     marked = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
     assert np.abs(decode_picture(marked, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
     plain = without_adobe(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 255)), "JPEG", quality=100))
@@ -169,12 +207,18 @@ def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
         (b"no profile", "RGB", "cannot be read"),
         (rgb_profile(WIDE, 2.2)[:200], "RGB", "cannot be read"),
         (rgb_profile(WIDE, 2.2), "L", "it is for RGB and the picture is GRAY"),
-        (profile(b"GRAY", {b"kTRC": gamma_curve(1.0)}), "RGB", "it is for GRAY and the picture is RGB"),
+        (
+            profile(b"GRAY", {b"kTRC": gamma_curve(1.0)}),
+            "RGB",
+            "it is for GRAY and the picture is RGB",
+        ),
         (rgb_profile(WIDE, 2.2)[:-40] + b"\xff" * 40, "RGB", None),
     ],
     ids=["none", "cut", "grey", "rgb", "bent"],
 )
-def test_a_profile_that_cannot_be_used_is_ignored_and_named(raw, mode, fragment, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_profile_that_cannot_be_used_is_ignored_and_named(
+    raw, mode, fragment, caplog: pytest.LogCaptureFixture
+) -> None:
     colour._warned.clear()
     image = Image.fromarray(picture(0)).convert(mode)
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
@@ -182,30 +226,47 @@ def test_a_profile_that_cannot_be_used_is_ignored_and_named(raw, mode, fragment,
     if fragment is None:
         return  # any colours, no traceback
     assert np.array_equal(found[0], np.asarray(image.convert("RGB"))) and np.array_equal(*found)
-    assert caplog.text.count("x0.png: its colour profile is ignored") == 1 and "x1.png" not in caplog.text
+    assert (
+        caplog.text.count("x0.png: its colour profile is ignored") == 1
+        and "x1.png" not in caplog.text
+    )
     assert fragment in caplog.text
 
 
 # --- transparency, PNG by PNG, against pixels that are known
 
 
-def png(width: int, height: int, bits: int, kind: int, rows: list[bytes], *more: tuple[bytes, bytes]) -> bytes:
+def png(
+    width: int, height: int, bits: int, kind: int, rows: list[bytes], *more: tuple[bytes, bytes]
+) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunk(*one) for one in more) + data + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunk(*one) for one in more)
+        + data
+        + chunk(b"IEND", b"")
+    )
 
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 PIXELS = {
     "grey16, transparent value": (
-        png(3, 1, 16, GREY, [struct.pack(">3H", 0, 1000, 65535)], (b"tRNS", struct.pack(">H", 1000))),
+        png(
+            3, 1, 16, GREY, [struct.pack(">3H", 0, 1000, 65535)], (b"tRNS", struct.pack(">H", 1000))
+        ),
         [0, 255, 255],
     ),
     "grey16, a value near it is not": (
-        png(2, 1, 16, GREY, [struct.pack(">2H", 32896, 32897)], (b"tRNS", struct.pack(">H", 32896))),
+        png(
+            2, 1, 16, GREY, [struct.pack(">2H", 32896, 32897)], (b"tRNS", struct.pack(">H", 32896))
+        ),
         [255, 128],
     ),
     "grey16 without": (png(2, 1, 16, GREY, [struct.pack(">2H", 32896, 0)]), [128, 0]),
@@ -213,14 +274,36 @@ PIXELS = {
     "grey4": (png(4, 1, 4, GREY, [bytes([0x03, 0xF1])], (b"tRNS", b"\0\3")), [0, 255, 255, 17]),
     "grey2": (png(4, 1, 2, GREY, [bytes([0b00011011])], (b"tRNS", b"\0\1")), [0, 255, 170, 255]),
     "grey1": (png(4, 1, 1, GREY, [bytes([0b01010000])], (b"tRNS", b"\0\0")), [255, 255, 255, 255]),
-    "grey1 white": (png(4, 1, 1, GREY, [bytes([0b01010000])], (b"tRNS", b"\0\1")), [0, 255, 0, 255]),
-    "rgb8": (png(2, 1, 8, RGB, [bytes([9, 8, 7, 9, 8, 6])], (b"tRNS", b"\0\x09\0\x08\0\x07")), [(255,) * 3, (9, 8, 6)]),
+    "grey1 white": (
+        png(4, 1, 1, GREY, [bytes([0b01010000])], (b"tRNS", b"\0\1")),
+        [0, 255, 0, 255],
+    ),
+    "rgb8": (
+        png(2, 1, 8, RGB, [bytes([9, 8, 7, 9, 8, 6])], (b"tRNS", b"\0\x09\0\x08\0\x07")),
+        [(255,) * 3, (9, 8, 6)],
+    ),
     "palette, bytes": (
-        png(3, 1, 8, PALETTE, [bytes([0, 1, 2])], (b"PLTE", bytes([9, 8, 7, 0, 0, 0, 5, 5, 5])), (b"tRNS", bytes([0, 51]))),
+        png(
+            3,
+            1,
+            8,
+            PALETTE,
+            [bytes([0, 1, 2])],
+            (b"PLTE", bytes([9, 8, 7, 0, 0, 0, 5, 5, 5])),
+            (b"tRNS", bytes([0, 51])),
+        ),
         [(255,) * 3, (204,) * 3, (5,) * 3],
     ),
     "palette, one entry": (
-        png(2, 1, 8, PALETTE, [bytes([0, 1])], (b"PLTE", bytes([9, 8, 7, 1, 2, 3])), (b"tRNS", bytes([255, 0]))),
+        png(
+            2,
+            1,
+            8,
+            PALETTE,
+            [bytes([0, 1])],
+            (b"PLTE", bytes([9, 8, 7, 1, 2, 3])),
+            (b"tRNS", bytes([255, 0])),
+        ),
         [(9, 8, 7), (255,) * 3],
     ),
     "grey and alpha": (png(2, 1, 8, GREY_ALPHA, [bytes([0, 51, 7, 255])]), [204, 7]),
@@ -234,13 +317,17 @@ PIXELS = {
 def test_every_kind_of_transparency(name: str) -> None:
     raw, wanted = PIXELS[name]
     found = decode_picture(raw, "x.png")
-    assert found[0].tolist() == [list(value) if isinstance(value, tuple) else [value] * 3 for value in wanted]
+    assert found[0].tolist() == [
+        list(value) if isinstance(value, tuple) else [value] * 3 for value in wanted
+    ]
 
 
 def test_a_transparent_colour_of_16_bits_is_refused() -> None:
     """Pillow keeps 8 of them: which pixels are meant can no longer be told."""
     raw = png(1, 1, 16, RGB, [bytes(6)], (b"tRNS", bytes(6)))
-    with pytest.raises(DataError, match="x.png: not a readable picture .a transparent colour of 16 bits a channel"):
+    with pytest.raises(
+        DataError, match="x.png: not a readable picture .a transparent colour of 16 bits a channel"
+    ):
         decode_picture(raw, "x.png")
 
 

@@ -55,15 +55,34 @@ def refused(source: Path, *fragments: str) -> None:
 def test_folder_and_index(tmp_path: Path) -> None:
     folder, index = encode_tar(tmp_path, 23, shard_samples=6)
     assert read_index(folder) == index
-    files = [name for shard in index.shards for name in (shard.file, shard.file.replace(".tar", ".offsets.safetensors"))]
+    files = [
+        name
+        for shard in index.shards
+        for name in (shard.file, shard.file.replace(".tar", ".offsets.safetensors"))
+    ]
     assert sorted(contents(folder)) == sorted(["index.json", *files])
     assert (index.samples, index.classes, index.class_counts) == (23, list(CLASSES), [8, 8, 7])
-    assert index.autoencoder.model_dump() == {"name": "fake", "identity": "fake", "downscale": 4, "shift": 0.25, "scale": 2.0}
-    assert (index.latent.channels, index.latent.height, index.latent.width, index.resolution_px) == (2, 4, 4, 16)
+    assert index.autoencoder.model_dump() == {
+        "name": "fake",
+        "identity": "fake",
+        "downscale": 4,
+        "shift": 0.25,
+        "scale": 2.0,
+    }
+    assert (
+        index.latent.channels,
+        index.latent.height,
+        index.latent.width,
+        index.resolution_px,
+    ) == (2, 4, 4, 16)
     assert sum(shard.samples for shard in index.shards) == 23
     for shard in index.shards:
         raw = (folder / shard.file).read_bytes()
-        assert len(raw) == shard.bytes and shard.samples <= 6 and hashlib.sha256(raw).hexdigest() == shard.sha256
+        assert (
+            len(raw) == shard.bytes
+            and shard.samples <= 6
+            and hashlib.sha256(raw).hexdigest() == shard.sha256
+        )
 
 
 def test_webdataset_reads_the_folder(data_set: Path) -> None:
@@ -87,8 +106,14 @@ def test_statistics_are_those_of_draws_from_the_posterior(data_set: Path) -> Non
     mean, std = moments[:, :2], moments[:, 2:]
     latent = read_index(data_set).latent
     np.testing.assert_allclose(latent.mean, mean.mean(axis=(0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(latent.std, np.sqrt(mean.var(axis=(0, 2, 3)) + np.square(std).mean(axis=(0, 2, 3))), rtol=1e-12)
-    assert np.abs(np.array(latent.std) - mean.std(axis=(0, 2, 3))).min() > 0.1  # the posterior's own variance counts
+    np.testing.assert_allclose(
+        latent.std,
+        np.sqrt(mean.var(axis=(0, 2, 3)) + np.square(std).mean(axis=(0, 2, 3))),
+        rtol=1e-12,
+    )
+    assert (
+        np.abs(np.array(latent.std) - mean.std(axis=(0, 2, 3))).min() > 0.1
+    )  # the posterior's own variance counts
 
 
 def test_statistics_keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +144,9 @@ def test_an_interrupted_encode_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_failing_encode_leaves_no_index(tmp_path: Path) -> None:
-    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(1, png=b"no picture")), "x.tar:p0001.png")
+    refused(
+        write_tar(tmp_path / "x.tar", sample(0) + sample(1, png=b"no picture")), "x.tar:p0001.png"
+    )
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +162,10 @@ def test_source_fingerprint_does_not_depend_on_how_pictures_are_packed(tmp_path:
     _, index = encode_tar(tmp_path, 3)
     tars = [str(write_tar(tmp_path / f"{number}.tar", sample(number))) for number in (2, 0, 1)]
     apart = encode_whole(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
-    assert apart.source_fingerprint == index.source_fingerprint and apart.fingerprint != index.fingerprint
+    assert (
+        apart.source_fingerprint == index.source_fingerprint
+        and apart.fingerprint != index.fingerprint
+    )
 
 
 class OtherAutoencoder(FakeAutoencoder):
@@ -152,10 +182,14 @@ class OtherAutoencoder(FakeAutoencoder):
         ({"picture": sample(1, txt=b"another caption")}, "source or encoders have changed"),
     ],
 )
-def test_a_finished_folder_of_other_inputs_is_refused(tmp_path: Path, change: dict, fragment: str) -> None:
+def test_a_finished_folder_of_other_inputs_is_refused(
+    tmp_path: Path, change: dict, fragment: str
+) -> None:
     folder, _ = encode_tar(tmp_path, 3)
     before = contents(folder)
-    tar = write_tar(tmp_path / "pictures.tar", sample(0) + change.get("picture", sample(1)) + sample(2))
+    tar = write_tar(
+        tmp_path / "pictures.tar", sample(0) + change.get("picture", sample(1)) + sample(2)
+    )
     config = encode_config(tar, folder, resolution_px=change.get("resolution_px", 16))
     with pytest.raises(DataError, match=fragment) as error:
         encode(config, change.get("autoencoder", FakeAutoencoder()))
@@ -177,30 +211,56 @@ class BrokenAutoencoder(FakeAutoencoder):
         return moments
 
 
-@pytest.mark.parametrize(("value", "fragment"), [(np.nan, "reach nan"), (-np.inf, "reach inf"), (70000.0, "reach 70000")])
-def test_moments_that_float16_cannot_hold_name_the_key(tmp_path: Path, value: float, fragment: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "fragment"), [(np.nan, "reach nan"), (-np.inf, "reach inf"), (70000.0, "reach 70000")]
+)
+def test_moments_that_float16_cannot_hold_name_the_key(
+    tmp_path: Path, value: float, fragment: str
+) -> None:
     with pytest.raises(DataError, match=f"'p0006'.*{fragment}"):
-        encode_whole(encode_config(tar_of(tmp_path / "x.tar", 9), tmp_path / "latents"), BrokenAutoencoder(value))
+        encode_whole(
+            encode_config(tar_of(tmp_path / "x.tar", 9), tmp_path / "latents"),
+            BrokenAutoencoder(value),
+        )
     assert not (tmp_path / "latents" / "index.json").exists()
 
 
 def test_resolution_must_fit_the_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resolution_px=18 is not a multiple of 4.*such as 20"):
-        encode_whole(encode_config(tmp_path, tmp_path / "latents", resolution_px=18), FakeAutoencoder())
+        encode_whole(
+            encode_config(tmp_path, tmp_path / "latents", resolution_px=18), FakeAutoencoder()
+        )
 
 
 def test_class_ids_out_of_range(tmp_path: Path) -> None:
     pictures = [member for number in range(3) for member in sample(number)]
-    refused(write_tar(tmp_path / "a.tar", pictures + sample(4, cls=b"3", json=b"{}")), "p0004", "class id 3, wanted 0 to 2")
+    refused(
+        write_tar(tmp_path / "a.tar", pictures + sample(4, cls=b"3", json=b"{}")),
+        "p0004",
+        "class id 3, wanted 0 to 2",
+    )
     refused(write_tar(tmp_path / "b.tar", pictures + sample(4, cls=b"-2")), "p0004", "class id -2")
-    refused(write_tar(tmp_path / "c.tar", sample(4, cls=b"123456789", json=b"{}")), "p0004", "wanted 0 to 99999")
+    refused(
+        write_tar(tmp_path / "c.tar", sample(4, cls=b"123456789", json=b"{}")),
+        "p0004",
+        "wanted 0 to 99999",
+    )
 
 
 def test_classes_that_contradict(tmp_path: Path) -> None:
     named = json.dumps({"class_name": "flags"}).encode()
-    refused(write_tar(tmp_path / "a.tar", sample(0) + sample(1, json=named)), "p0001", "class id 1 is named 'flags'")
-    refused(write_tar(tmp_path / "b.tar", sample(0) + sample(1, cls=b"0")), "p0001", "id 0 was 'flags'")
-    refused(write_tar(tmp_path / "c.tar", sample(0) + sample(1, cls=None)), "'p0001' has no class, others do")
+    refused(
+        write_tar(tmp_path / "a.tar", sample(0) + sample(1, json=named)),
+        "p0001",
+        "class id 1 is named 'flags'",
+    )
+    refused(
+        write_tar(tmp_path / "b.tar", sample(0) + sample(1, cls=b"0")), "p0001", "id 0 was 'flags'"
+    )
+    refused(
+        write_tar(tmp_path / "c.tar", sample(0) + sample(1, cls=None)),
+        "'p0001' has no class, others do",
+    )
 
 
 def test_classes_without_names_and_no_classes(tmp_path: Path) -> None:
@@ -213,25 +273,36 @@ def test_classes_without_names_and_no_classes(tmp_path: Path) -> None:
 
 
 def test_pictures_of_any_size_and_bf16(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", sample(0, png=encoded(picture(0, 40, 23))) + sample(1, png=encoded(picture(1, 5, 90))))
-    index = encode_whole(encode_config(tar, tmp_path / "latents", precision="bf16"), FakeAutoencoder())
+    tar = write_tar(
+        tmp_path / "x.tar",
+        sample(0, png=encoded(picture(0, 40, 23))) + sample(1, png=encoded(picture(1, 5, 90))),
+    )
+    index = encode_whole(
+        encode_config(tar, tmp_path / "latents", precision="bf16"), FakeAutoencoder()
+    )
     assert index.samples == 2 and (index.latent.height, index.latent.width) == (4, 4)
 
 
-def test_command_prints_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_a_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = encode_config(tar_of(tmp_path / "x.tar", 5), tmp_path / "latents")
     monkeypatch.setattr(
-        "lpl_pretrain.encoding.encode.encode", lambda config, world, encode=encode: encode(config, FakeAutoencoder())
+        "lpl_pretrain.encoding.encode.encode",
+        lambda config, world, encode=encode: encode(config, FakeAutoencoder()),
     )
     command.run(config)
-    assert "5 samples, 3 classes, 1 shards" in (out := capsys.readouterr().out) and "pictures/s" in out
+    assert (
+        "5 samples, 3 classes, 1 shards" in (out := capsys.readouterr().out) and "pictures/s" in out
+    )
     command.run(config)
     assert "left alone" in capsys.readouterr().out
 
 
 def test_shipped_configs_are_valid() -> None:
     shipped = {
-        path.name: load_config(EncodeConfig, path) for path in (Path(__file__).parents[3] / "configs" / "encode").glob("*.yaml")
+        path.name: load_config(EncodeConfig, path)
+        for path in (Path(__file__).parents[3] / "configs" / "encode").glob("*.yaml")
     }
     assert shipped["emoji.yaml"].source == "asset:emoji/train.tar" and len(shipped) >= 3
     for config in shipped.values():
@@ -243,22 +314,44 @@ def test_shipped_configs_are_valid() -> None:
 
 def read_samples(folder: Path) -> dict[str, dict]:
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    return {found["__key__"]: found for found in webdataset.WebDataset(urls, shardshuffle=False).decode()}
+    return {
+        found["__key__"]: found
+        for found in webdataset.WebDataset(urls, shardshuffle=False).decode()
+    }
 
 
 def tar_of_sizes(path: Path, *sizes: tuple[int, int]) -> Path:
-    return write_tar(path, [member for n, size in enumerate(sizes) for member in sample(n, png=encoded(picture(n, *size)))])
+    return write_tar(
+        path,
+        [
+            member
+            for n, size in enumerate(sizes)
+            for member in sample(n, png=encoded(picture(n, *size)))
+        ],
+    )
 
 
 def test_buckets_have_shards_of_their_own_with_sorted_keys(tmp_path: Path) -> None:
-    tar = tar_of_sizes(tmp_path / "x.tar", *[((16, 16), (30, 12), (12, 30), (17, 15))[n % 4] for n in range(20)])
-    config = encode_config(tar, tmp_path / "latents", buckets={"max_aspect": 3.0, "step_px": 4}, shard_samples=4)
+    tar = tar_of_sizes(
+        tmp_path / "x.tar", *[((16, 16), (30, 12), (12, 30), (17, 15))[n % 4] for n in range(20)]
+    )
+    config = encode_config(
+        tar, tmp_path / "latents", buckets={"max_aspect": 3.0, "step_px": 4}, shard_samples=4
+    )
     index = encode_whole(config, FakeAutoencoder())
     shapes = {(bucket.height, bucket.width): bucket.samples for bucket in index.buckets}
-    assert sum(shapes.values()) == 20 and len(shapes) == 3 and (index.latent.height, index.latent.width) == (4, 4)
+    assert (
+        sum(shapes.values()) == 20
+        and len(shapes) == 3
+        and (index.latent.height, index.latent.width) == (4, 4)
+    )
     for shard in index.shards:
         bucket = index.buckets[shard.bucket]
-        found = list(webdataset.WebDataset(str(tmp_path / "latents" / shard.file), shardshuffle=False).decode())
+        found = list(
+            webdataset.WebDataset(
+                str(tmp_path / "latents" / shard.file), shardshuffle=False
+            ).decode()
+        )
         assert {f["moments.npy"].shape for f in found} == {(4, bucket.height, bucket.width)}
         assert [f["__key__"] for f in found] == sorted(f["__key__"] for f in found)
         assert f"-{bucket.height}x{bucket.width}.tar" in shard.file
@@ -271,11 +364,21 @@ def test_random_crops_are_recorded_and_do_not_depend_on_the_company(tmp_path: Pa
         encode_whole(encode_config(tar, tmp_path / tar.stem, crop="random"), FakeAutoencoder())
     samples = read_samples(tmp_path / "x")
     crops = [found["json"]["crop_px"] for found in samples.values()]
-    assert len({left for _, left in crops}) > 5 and all(top == 0 and 0 <= left <= 32 for top, left in crops)
+    assert len({left for _, left in crops}) > 5 and all(
+        top == 0 and 0 <= left <= 32 for top, left in crops
+    )
     for n, found in enumerate(samples.values()):
         left = found["json"]["crop_px"][1]
-        images = torch.from_numpy(picture(n, 16, 48)[:, left : left + 16].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        assert np.array_equal(found["moments.npy"], FakeAutoencoder().encode_moments(images)[0].half().numpy())
+        images = (
+            torch.from_numpy(picture(n, 16, 48)[:, left : left + 16].copy())
+            .permute(2, 0, 1)[None]
+            .float()
+            / 127.5
+            - 1
+        )
+        assert np.array_equal(
+            found["moments.npy"], FakeAutoencoder().encode_moments(images)[0].half().numpy()
+        )
     assert read_samples(tmp_path / "y")["p0007"]["json"] == samples["p0007"]["json"]
 
 
@@ -289,10 +392,18 @@ class LopsidedAutoencoder(FakeAutoencoder):
 
 
 def test_flips_are_encodings_of_the_mirrored_picture(tmp_path: Path) -> None:
-    encode_whole(encode_config(tar_of(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True), LopsidedAutoencoder())
+    encode_whole(
+        encode_config(tar_of(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True),
+        LopsidedAutoencoder(),
+    )
     for n, found in enumerate(read_samples(tmp_path / "latents").values()):
-        mirrored = torch.from_numpy(picture(n)[:, ::-1].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        assert np.array_equal(found["moments_flipped.npy"], LopsidedAutoencoder().encode_moments(mirrored)[0].half().numpy())
+        mirrored = (
+            torch.from_numpy(picture(n)[:, ::-1].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        )
+        assert np.array_equal(
+            found["moments_flipped.npy"],
+            LopsidedAutoencoder().encode_moments(mirrored)[0].half().numpy(),
+        )
         assert not np.array_equal(found["moments_flipped.npy"], found["moments.npy"][..., ::-1])
 
 
@@ -301,10 +412,18 @@ def test_class_folders_are_spread_over_the_shards(tmp_path: Path) -> None:
         folder = tmp_path / "pictures" / f"class{n // 40}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{n}.png").write_bytes(encoded(picture(n)))
-    index = encode_whole(encode_config(tmp_path / "pictures", tmp_path / "latents", shard_samples=20), FakeAutoencoder())
+    index = encode_whole(
+        encode_config(tmp_path / "pictures", tmp_path / "latents", shard_samples=20),
+        FakeAutoencoder(),
+    )
     assert [shard.samples for shard in index.shards] == [20] * 4
     for shard in index.shards:
-        labels = [f["cls"] for f in webdataset.WebDataset(str(tmp_path / "latents" / shard.file), shardshuffle=False).decode()]
+        labels = [
+            f["cls"]
+            for f in webdataset.WebDataset(
+                str(tmp_path / "latents" / shard.file), shardshuffle=False
+            ).decode()
+        ]
         assert 4 < sum(labels) < 16
 
 
@@ -339,11 +458,23 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
     ] * 2
 
 
-CAPTIONS = ["", "naïve café", "日本語のキャプション", "👩‍🚀🏳️‍🌈", "a\x00b", "line\nbreak\ttab", "\u202eright to left", "x" * 20_000]
+CAPTIONS = [
+    "",
+    "naïve café",
+    "日本語のキャプション",
+    "👩‍🚀🏳️‍🌈",
+    "a\x00b",
+    "line\nbreak\ttab",
+    "\u202eright to left",
+    "x" * 20_000,
+]
 
 
 def test_captions_in_any_unicode(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", [m for n, text in enumerate(CAPTIONS) for m in sample(n, txt=text.encode())])
+    tar = write_tar(
+        tmp_path / "x.tar",
+        [m for n, text in enumerate(CAPTIONS) for m in sample(n, txt=text.encode())],
+    )
     encode_whole(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
     assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == CAPTIONS
     stream = LatentStream(data_config(tmp_path / "latents"), 0, 8, Wants(captions=True))
@@ -354,11 +485,21 @@ def test_captions_in_any_unicode(tmp_path: Path) -> None:
 # --- on_error: skip
 
 
-def test_unreadable_pictures_can_be_skipped_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_pictures_can_be_skipped_and_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     members = [member for n in range(12) for member in sample(n)]
-    bad = sample(20, png=b"no picture") + sample(21, png=None) + sample(22, cls=b"cat") + sample(23, txt=b"\xff")
+    bad = (
+        sample(20, png=b"no picture")
+        + sample(21, png=None)
+        + sample(22, cls=b"cat")
+        + sample(23, txt=b"\xff")
+    )
     tar = write_tar(tmp_path / "x.tar", members[:16] + bad + [("../evil.png", b"")] + members[16:])
-    index = encode_whole(encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.4), FakeAutoencoder())
+    index = encode_whole(
+        encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.4),
+        FakeAutoencoder(),
+    )
     assert (index.samples, index.skipped) == (12, 5) and caplog.text.count("skipped: ") == 5
     assert list(read_samples(tmp_path / "latents")) == [f"p{n:04d}" for n in range(12)]
     for fragment in (
@@ -369,17 +510,27 @@ def test_unreadable_pictures_can_be_skipped_and_are_counted(tmp_path: Path, capl
         "../evil.png",
     ):
         assert fragment in caplog.text
-    with pytest.raises(DataError, match="pictures cannot be read, more than max_skipped_fraction=0.1"):
-        encode(encode_config(tar, tmp_path / "other", on_error="skip", max_skipped_fraction=0.1), FakeAutoencoder())
+    with pytest.raises(
+        DataError, match="pictures cannot be read, more than max_skipped_fraction=0.1"
+    ):
+        encode(
+            encode_config(tar, tmp_path / "other", on_error="skip", max_skipped_fraction=0.1),
+            FakeAutoencoder(),
+        )
     with pytest.raises(DataError, match="p0021"):
         encode(encode_config(tar, tmp_path / "strict"), FakeAutoencoder())
 
 
 def test_skipping_gives_the_same_bytes_as_leaving_them_out(tmp_path: Path) -> None:
     whole = tar_of(tmp_path / "whole.tar", 9)
-    holes = write_tar(tmp_path / "holes.tar", [m for n in range(9) for m in sample(n)] + sample(10, png=b"x"))
+    holes = write_tar(
+        tmp_path / "holes.tar", [m for n in range(9) for m in sample(n)] + sample(10, png=b"x")
+    )
     for tar in (whole, holes):
-        encode_whole(encode_config(tar, tmp_path / tar.stem, on_error="skip", max_skipped_fraction=0.2), FakeAutoencoder())
+        encode_whole(
+            encode_config(tar, tmp_path / tar.stem, on_error="skip", max_skipped_fraction=0.2),
+            FakeAutoencoder(),
+        )
     tars = [sorted((tmp_path / name).glob("*.tar")) for name in ("whole", "holes")]
     assert [path.read_bytes() for path in tars[0]] == [path.read_bytes() for path in tars[1]]
 
@@ -388,18 +539,29 @@ def test_what_a_truncated_tar_still_holds(tmp_path: Path, caplog: pytest.LogCapt
     cut = tmp_path / "cut.tar"
     raw = tar_of(tmp_path / "whole.tar", 8).read_bytes()
     cut.write_bytes(raw[: len(raw.rstrip(b"\0")) // 2])
-    index = encode_whole(encode_config(cut, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.5), FakeAutoencoder())
+    index = encode_whole(
+        encode_config(cut, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.5),
+        FakeAutoencoder(),
+    )
     assert index.skipped == 1 and 2 <= index.samples < 8 and "cut.tar: truncated" in caplog.text
 
 
 def test_everything_skipped_is_an_error(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", sample(0, png=b"x"))
     with pytest.raises(DataError, match="1 of 1 pictures cannot be read"):
-        encode(encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=1.0), FakeAutoencoder())
+        encode(
+            encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=1.0),
+            FakeAutoencoder(),
+        )
 
 
 def test_moments_out_of_range_can_be_skipped_and_fit_bf16(tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "x.tar", 9)
     config = encode_config(tar, tmp_path / "a", on_error="skip", max_skipped_fraction=0.2)
     assert encode_whole(config, BrokenAutoencoder(70000.0)).skipped == 1
-    assert encode_whole(encode_config(tar, tmp_path / "b", moments_dtype="bf16"), BrokenAutoencoder(70000.0)).samples == 9
+    assert (
+        encode_whole(
+            encode_config(tar, tmp_path / "b", moments_dtype="bf16"), BrokenAutoencoder(70000.0)
+        ).samples
+        == 9
+    )

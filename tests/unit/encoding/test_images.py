@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpl_pretrain.encoding.images import apply_fit, aspect_buckets, decode_picture, nearest_bucket, plan_fit, to_square
+from lpl_pretrain.encoding.images import (
+    apply_fit,
+    aspect_buckets,
+    decode_picture,
+    nearest_bucket,
+    plan_fit,
+    to_square,
+)
 from tests.support.material import encoded, picture
 
 
@@ -18,7 +25,10 @@ from tests.support.material import encoded, picture
         (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
         (Image.new("L", (2, 2), 7), (7, 7, 7)),
         (Image.new("1", (2, 2), 1), (255, 255, 255)),
-        (Image.new("RGB", (2, 2), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE), (1, 2, 3)),
+        (
+            Image.new("RGB", (2, 2), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE),
+            (1, 2, 3),
+        ),
         (Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16)), (128, 128, 128)),
     ],
 )
@@ -33,7 +43,9 @@ def test_transparent_palette_is_white() -> None:
 
 
 def test_cmyk() -> None:
-    pixels = decode_picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), "x.jpg")
+    pixels = decode_picture(
+        encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), "x.jpg"
+    )
     assert np.abs(pixels[0, 0].astype(int) - (255, 0, 0)).max() <= 3
 
 
@@ -56,9 +68,16 @@ def test_square_equals_resize_then_crop(size: tuple[int, int]) -> None:
     yy, xx = np.mgrid[: size[0], : size[1]]
     smooth = np.stack([yy * 3, xx * 3, (yy + xx)], axis=-1).clip(0, 255).astype(np.uint8)
     scale = 16 / min(size)
-    whole = np.asarray(Image.fromarray(smooth).resize((round(size[1] * scale), round(size[0] * scale)), Image.Resampling.LANCZOS))
+    whole = np.asarray(
+        Image.fromarray(smooth).resize(
+            (round(size[1] * scale), round(size[0] * scale)), Image.Resampling.LANCZOS
+        )
+    )
     top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
-    assert np.abs(to_square(smooth, 16).astype(int) - whole[top : top + 16, left : left + 16]).max() <= 7
+    assert (
+        np.abs(to_square(smooth, 16).astype(int) - whole[top : top + 16, left : left + 16]).max()
+        <= 7
+    )
 
 
 def test_square_antialiases() -> None:
@@ -77,7 +96,9 @@ def test_fit_covers_the_shape_and_names_the_crop() -> None:
 
 def test_every_crop_is_a_part_of_the_whole_resized_picture() -> None:
     smooth = np.stack(np.broadcast_arrays(*np.ogrid[:60, :90], 128), axis=-1).astype(np.uint8)
-    whole = np.asarray(Image.fromarray(smooth).resize((30, 20), Image.Resampling.LANCZOS)).astype(int)
+    whole = np.asarray(Image.fromarray(smooth).resize((30, 20), Image.Resampling.LANCZOS)).astype(
+        int
+    )
     for column in (0.0, 0.3, 0.7, 0.99):
         fit = plan_fit((60, 90), (20, 20), (0.0, column))
         top, left = fit.crop_px
@@ -93,7 +114,13 @@ def test_aspect_buckets() -> None:
 
 @pytest.mark.parametrize(
     ("source", "bucket"),
-    [((100, 100), (256, 256)), ((1000, 2000), (192, 320)), ((300, 200), (320, 192)), ((10, 11), (256, 256)), ((9, 1), (320, 192))],
+    [
+        ((100, 100), (256, 256)),
+        ((1000, 2000), (192, 320)),
+        ((300, 200), (320, 192)),
+        ((10, 11), (256, 256)),
+        ((9, 1), (320, 192)),
+    ],
 )
 def test_nearest_bucket(source: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert nearest_bucket(source, aspect_buckets(256, 2.0, 64)) == bucket

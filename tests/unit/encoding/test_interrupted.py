@@ -1,4 +1,6 @@
-"""Killed at any moment, on one process or several, and started again: the folder is byte for byte that of an undisturbed run."""
+"""Killed at any moment, on one process or several, and started again: the folder is byte for byte
+that of an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.world import World
-from tests.support.material import FakeAutoencoder, encode_config, encode_whole, sample, tar_of, write_tar
+from tests.support.material import (
+    FakeAutoencoder,
+    encode_config,
+    encode_whole,
+    sample,
+    tar_of,
+    write_tar,
+)
 
 PICTURES, PARTS = 24, 8
 
@@ -31,7 +40,11 @@ def slow_config(source: Path | list[str], output: Path, **options: object) -> En
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def start(config: EncodeConfig, world: World | None = None) -> int:
@@ -77,11 +90,21 @@ def test_kill_at_a_random_moment(undisturbed, tmp_path: Path, trial: int) -> Non
     time.sleep(random.Random(trial).uniform(0, seconds / len(worlds)))
     for pid in pids:
         kill(pid)
-    before = {name: path.stat().st_mtime_ns for name in whole if (path := tmp_path / "latents" / name).exists()}
+    before = {
+        name: path.stat().st_mtime_ns
+        for name in whole
+        if (path := tmp_path / "latents" / name).exists()
+    }
     finish(config)
     assert contents(tmp_path / "latents") == whole
-    redone = [name for name, then in before.items() if (tmp_path / "latents" / name).stat().st_mtime_ns != then]
-    assert len(redone) <= 2 * len(worlds)  # tar and offsets of the part that each process was working on
+    redone = [
+        name
+        for name, then in before.items()
+        if (tmp_path / "latents" / name).stat().st_mtime_ns != then
+    ]
+    assert len(redone) <= 2 * len(
+        worlds
+    )  # tar and offsets of the part that each process was working on
 
 
 def test_kills_land_in_the_middle(undisturbed, tmp_path: Path) -> None:
@@ -90,7 +113,9 @@ def test_kills_land_in_the_middle(undisturbed, tmp_path: Path) -> None:
     config = slow_config(source, tmp_path / "latents")
     pid = start(config)
     deadline = time.monotonic() + 20 * seconds
-    while not list((tmp_path / "latents").glob(".encode/part-*.json")) and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "latents").glob(".encode/part-*.json")) and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     assert kill(pid)
     assert 0 < len(list((tmp_path / "latents").glob(".encode/part-*.json"))) < PARTS
@@ -98,11 +123,17 @@ def test_kills_land_in_the_middle(undisturbed, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 11])
-def test_any_number_of_processes_makes_the_same_folder(undisturbed, tmp_path: Path, ranks: int) -> None:
+def test_any_number_of_processes_makes_the_same_folder(
+    undisturbed, tmp_path: Path, ranks: int
+) -> None:
     source, whole, _ = undisturbed
     config = slow_config(source, tmp_path / "latents")
-    results = [encode(config, FakeAutoencoder(), world=World(rank, rank, ranks)) for rank in range(ranks)]
-    assert [index is None for index in results[: min(ranks, PARTS) - 1]] == [True] * (min(ranks, PARTS) - 1)
+    results = [
+        encode(config, FakeAutoencoder(), world=World(rank, rank, ranks)) for rank in range(ranks)
+    ]
+    assert [index is None for index in results[: min(ranks, PARTS) - 1]] == [True] * (
+        min(ranks, PARTS) - 1
+    )
     assert results[-1] is not None and contents(tmp_path / "latents") == whole
 
 
@@ -115,7 +146,9 @@ def test_processes_at_once(undisturbed, tmp_path: Path) -> None:
 
 
 def test_has_teeth(undisturbed, tmp_path: Path) -> None:
-    """A record vouches for its shards, and is written after them: one that lies is believed; without it, they are made again."""
+    """A record vouches for its shards, and is written after them: one that lies is believed;
+    without it, they are made again.
+    """
     source, whole, _ = undisturbed
     config, folder = slow_config(source, tmp_path / "latents"), tmp_path / "latents"
     assert encode(config, FakeAutoencoder(), world=World(0, 0, 2)) is None
@@ -142,7 +175,10 @@ def test_another_configuration_does_not_go_on(undisturbed, tmp_path: Path) -> No
     source, _, _ = undisturbed
     output = tmp_path / "latents"
     assert encode(slow_config(source, output), FakeAutoencoder(), world=World(0, 0, 2)) is None
-    for other in (slow_config(source, output, crop="random"), slow_config(tar_of(tmp_path / "x.tar", 5), output)):
+    for other in (
+        slow_config(source, output, crop="random"),
+        slow_config(tar_of(tmp_path / "x.tar", 5), output),
+    ):
         with pytest.raises(DataError, match="holds the unfinished work of other inputs"):
             encode(other, FakeAutoencoder(), world=World(1, 1, 2))
 
@@ -153,7 +189,9 @@ def test_another_configuration_does_not_go_on(undisturbed, tmp_path: Path) -> No
         encode(slow_config(source, output), Other(), world=World(1, 1, 2))
 
 
-def test_a_full_disk_keeps_finished_parts(undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_finished_parts(
+    undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, whole, _ = undisturbed
     config = slow_config(source, tmp_path / "latents")
     written = []
@@ -166,10 +204,15 @@ def test_a_full_disk_keeps_finished_parts(undisturbed, tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("lpl_pretrain.encoding.writer.open", full, raising=False)
-        with pytest.raises(DataError, match="No space left on device while writing .* MiB: make room and run the same"):
+        with pytest.raises(
+            DataError,
+            match="No space left on device while writing .* MiB: make room and run the same",
+        ):
             encode(config, FakeAutoencoder())
     assert len(list((tmp_path / "latents").glob(".encode/part-*.json"))) == 2
-    assert not list((tmp_path / "latents").glob(".latents*")) and not list((tmp_path / "latents").glob(".encode/0*"))
+    assert not list((tmp_path / "latents").glob(".latents*")) and not list(
+        (tmp_path / "latents").glob(".encode/0*")
+    )
     encode_whole(config, FakeAutoencoder())
     assert contents(tmp_path / "latents") == whole
 
@@ -178,6 +221,10 @@ def test_keys_and_classes_that_only_the_whole_shows(tmp_path: Path) -> None:
     """Of local sources they are found before anything is encoded."""
     tars = [write_tar(tmp_path / f"{i}.tar", sample(number)) for i, number in enumerate((1, 2, 1))]
     config = encode_config([str(tar) for tar in tars], tmp_path / "latents")
-    with pytest.raises(DataError, match="2.tar:p0001.png: key 'p0001' is there twice over all sources .also .*0.tar:p0001.png"):
+    with pytest.raises(
+        DataError,
+        match="2.tar:p0001.png: key 'p0001' is there twice over all sources .also "
+        ".*0.tar:p0001.png",
+    ):
         encode(config, FakeAutoencoder(), world=World(0, 0, 2))
     assert not (tmp_path / "latents").exists()

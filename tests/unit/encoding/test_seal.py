@@ -58,8 +58,12 @@ def test_sealed_is_what_is_encoded_now(old: EncodeConfig, tmp_path: Path) -> Non
     before = read_index(old.output)
     assert before.format_version == 2 and before.digest == "" and before.null_text == {}
     sealed = seal(old.output)
-    fresh = encode_whole(old.model_copy(update={"output": str(tmp_path / "fresh")}), SmoothAutoencoder())
-    changed = {name for name in type(fresh).model_fields if getattr(fresh, name) != getattr(sealed, name)}
+    fresh = encode_whole(
+        old.model_copy(update={"output": str(tmp_path / "fresh")}), SmoothAutoencoder()
+    )
+    changed = {
+        name for name in type(fresh).model_fields if getattr(fresh, name) != getattr(sealed, name)
+    }
     assert changed == {"digest", "plan", "fingerprint"} and sealed.null_text["bert"].bytes > 0
     assert sealed.fingerprint == before.fingerprint == fresh.order_key
     raw = (tmp_path / "latents" / "index.json").read_bytes()
@@ -73,22 +77,33 @@ def test_sealed_is_what_is_encoded_now(old: EncodeConfig, tmp_path: Path) -> Non
     [
         (lambda fields: fields["latent"]["mean"].__setitem__(0, 0.5), "latent.mean: "),
         (lambda fields: fields["latent"]["std"].__setitem__(1, 0.5), "latent.std: "),
-        (lambda fields: fields["classes"].reverse(), "classes: index.json names them otherwise than 7 samples"),
+        (
+            lambda fields: fields["classes"].reverse(),
+            "classes: index.json names them otherwise than 7 samples",
+        ),
         (lambda fields: fields["class_counts"].reverse(), "class counts"),
         (lambda fields: fields.update(captions=2), "captions: 7 in the shards, index.json says 2"),
         (lambda fields: fields.update(source_fingerprint="0" * 64), "source_fingerprint: "),
-        (lambda fields: fields["shards"][0].update(sha256="0" * 64), "fingerprint of the shards is"),
+        (
+            lambda fields: fields["shards"][0].update(sha256="0" * 64),
+            "fingerprint of the shards is",
+        ),
     ],
     ids=range(7),
 )
-def test_nothing_is_sealed_that_does_not_fit(old: EncodeConfig, tmp_path: Path, change, fragment: str) -> None:
+def test_nothing_is_sealed_that_does_not_fit(
+    old: EncodeConfig, tmp_path: Path, change, fragment: str
+) -> None:
     if "classes" in fragment:
         change = lambda fields: fields["classes"].__setitem__(slice(None), ["x", "y", "z"])  # noqa: E731
     rewrite_2(tmp_path / "latents", change)
     before = (tmp_path / "latents" / "index.json").read_bytes()
     with pytest.raises(DataError) as error:
         seal(old.output)
-    assert fragment in str(error.value) and (tmp_path / "latents" / "index.json").read_bytes() == before
+    assert (
+        fragment in str(error.value)
+        and (tmp_path / "latents" / "index.json").read_bytes() == before
+    )
     assert not verify(old, 7, SmoothAutoencoder()).is_sound
 
 
@@ -96,20 +111,30 @@ def test_a_damaged_null_text_is_not_sealed(old: EncodeConfig, tmp_path: Path) ->
     file = tmp_path / "latents" / "text_bert.null.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-2] + b"\x80\x7f")  # infinity in float32
-    with pytest.raises(DataError, match="text_bert.null.safetensors: tokens is not of finite float32"):
+    with pytest.raises(
+        DataError, match="text_bert.null.safetensors: tokens is not of finite float32"
+    ):
         seal(old.output)
     file.write_bytes(whole[:-2] + b"\x80\x40")  # 4.0: only the encoder knows better
     assert (
-        "text_bert: its tokens are not what the encoder makes of the empty caption" in verify(old, 7, SmoothAutoencoder()).table()
+        "text_bert: its tokens are not what the encoder makes of the empty caption"
+        in verify(old, 7, SmoothAutoencoder()).table()
     )
 
 
-def test_an_old_folder_is_left_alone_by_encode(old: EncodeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_folder_is_left_alone_by_encode(
+    old: EncodeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "latents").iterdir()}
     with caplog.at_level("INFO", logger="lpl_pretrain"):
         assert encode(old, SmoothAutoencoder()) == read_index(old.output)
     assert {path: path.read_bytes() for path in (tmp_path / "latents").iterdir()} == before
-    for fragment in ("left alone", "format 2", "data seal", "an earlier version, which ignored colour profiles"):
+    for fragment in (
+        "left alone",
+        "format 2",
+        "data seal",
+        "an earlier version, which ignored colour profiles",
+    ):
         assert fragment in caplog.text
     assert verify(old, 7, SmoothAutoencoder()).is_sound
 
@@ -120,6 +145,9 @@ def test_command(old: EncodeConfig, tmp_path: Path) -> None:
     assert "format       2, without checksums of its index and null texts" in shown.output
     first, second = (run(commands, ["data", "seal", old.output]) for _ in range(2))
     assert first.exit_code == second.exit_code == 0
-    assert "7 samples compared with the index; format 2 is now 3" in first.output and "left alone" in second.output
+    assert (
+        "7 samples compared with the index; format 2 is now 3" in first.output
+        and "left alone" in second.output
+    )
     with pytest.raises(DataError, match="memory://x: only a local folder can be sealed"):
         seal("memory://x")

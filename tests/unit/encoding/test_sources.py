@@ -1,4 +1,6 @@
-"""Reading pictures: every kind of source and pixel format, and an error that names the place for everything else."""
+"""Reading pictures: every kind of source and pixel format, and an error that names the place for
+everything else.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ from lpl_pretrain.data.format import scan_shard
 from lpl_pretrain.encoding.images import MAX_PIXELS
 from lpl_pretrain.encoding.sources import list_units, read_pictures
 from lpl_pretrain.errors import DataError
-from tests.support.material import FakeAutoencoder, encode_config, encode_whole, encoded, picture, sample, tar_of, write_tar
+from tests.support.material import (
+    FakeAutoencoder,
+    encode_config,
+    encode_whole,
+    encoded,
+    picture,
+    sample,
+    tar_of,
+    write_tar,
+)
 
 
 def keys(source: Path | list[str]) -> list[str]:
@@ -28,7 +39,11 @@ def write_pictures(folder: Path, *names: str) -> Path:
     for number, name in enumerate(names):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(picture(number), {".png": "PNG", ".webp": "WEBP"}.get(file.suffix.lower(), "JPEG")))
+        file.write_bytes(
+            encoded(
+                picture(number), {".png": "PNG", ".webp": "WEBP"}.get(file.suffix.lower(), "JPEG")
+            )
+        )
     return folder
 
 
@@ -41,7 +56,9 @@ def refused(source: Path, *fragments: str) -> None:
 
 
 def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
-    write_pictures(tmp_path, "dog/b.png", "cat/z.jpg", "dog/A.JPEG", "cat/deep/y.webp", ".cache/x.png")
+    write_pictures(
+        tmp_path, "dog/b.png", "cat/z.jpg", "dog/A.JPEG", "cat/deep/y.webp", ".cache/x.png"
+    )
     (tmp_path / "cat" / "notes.md").write_text("not a picture")
     found = list(read_pictures(str(tmp_path)))
     assert [(p.key, p.label, p.class_name) for p in found] == [
@@ -58,17 +75,28 @@ def test_files_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "cat" / "moving.gif").write_bytes(b"GIF89a")
     with caplog.at_level("INFO", logger="lpl_pretrain"):
         assert len(keys(tmp_path)) == 2
-    assert "1 files are neither pictures nor tars and are left out, such as cat/moving.gif" in caplog.text
+    assert (
+        "1 files are neither pictures nor tars and are left out, such as cat/moving.gif"
+        in caplog.text
+    )
 
 
 def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
     found = list(read_pictures(str(write_pictures(tmp_path, "b.png", "a.v2.png"))))
-    assert [(p.key, p.label, p.class_name) for p in found] == [("a_v2", None, None), ("b", None, None)]
+    assert [(p.key, p.label, p.class_name) for p in found] == [
+        ("a_v2", None, None),
+        ("b", None, None),
+    ]
 
 
 def test_tar_with_labels_and_captions(tmp_path: Path) -> None:
     first, second = read_pictures(str(tar_of(tmp_path / "x.tar", 2)))
-    assert (second.key, second.label, second.class_name, second.caption) == ("p0001", 1, "food", "picture 1")
+    assert (second.key, second.label, second.class_name, second.caption) == (
+        "p0001",
+        1,
+        "food",
+        "picture 1",
+    )
     assert second.origin == f"{tmp_path}/x.tar:p0001.png"
     assert np.array_equal(first.load(), picture(0))
 
@@ -97,7 +125,9 @@ def test_tar_of_a_folder_with_dot_slash_names(tmp_path: Path) -> None:
 
 
 def test_truncated_picture_names_shard_and_key(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", sample(0) + sample(1, png=encoded(picture(1, 64, 64))[:2000]))
+    tar = write_tar(
+        tmp_path / "x.tar", sample(0) + sample(1, png=encoded(picture(1, 64, 64))[:2000])
+    )
     refused(tar, "x.tar:p0001.png", "not a readable picture")
 
 
@@ -108,10 +138,14 @@ def test_no_picture_at_all(tmp_path: Path) -> None:
 
 def bomb(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -156,9 +190,16 @@ def test_compressed_tar(tmp_path: Path) -> None:
     refused(tmp_path / "x.tar", "x.tar", "decompress")
 
 
-@pytest.mark.parametrize("name", ["../p.png", "/etc/p.png", "a/../../p.png", "a//p.png", "a\\..\\p.png", "a\n.png"])
+@pytest.mark.parametrize(
+    "name", ["../p.png", "/etc/p.png", "a/../../p.png", "a//p.png", "a\\..\\p.png", "a\n.png"]
+)
 def test_path_traversal(tmp_path: Path, name: str) -> None:
-    refused(write_tar(tmp_path / "x.tar", [(name, encoded(picture(0)))]), "x.tar", repr(name), "not a plain relative path")
+    refused(
+        write_tar(tmp_path / "x.tar", [(name, encoded(picture(0)))]),
+        "x.tar",
+        repr(name),
+        "not a plain relative path",
+    )
 
 
 def test_links_are_refused(tmp_path: Path) -> None:
@@ -181,12 +222,18 @@ def test_links_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_members_name_shard_and_key(tmp_path: Path, replaced: dict, fragment: str) -> None:
-    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(4, **replaced)), "x.tar", "p0004", fragment)
+    refused(
+        write_tar(tmp_path / "x.tar", sample(0) + sample(4, **replaced)), "x.tar", "p0004", fragment
+    )
 
 
 def test_duplicate_keys(tmp_path: Path) -> None:
-    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(1) + sample(0)), "x.tar:p0000.png", "twice")
-    refused(write_tar(tmp_path / "y.tar", sample(0) + sample(0)), "y.tar", "'p0000.png' is there twice")
+    refused(
+        write_tar(tmp_path / "x.tar", sample(0) + sample(1) + sample(0)), "x.tar:p0000.png", "twice"
+    )
+    refused(
+        write_tar(tmp_path / "y.tar", sample(0) + sample(0)), "y.tar", "'p0000.png' is there twice"
+    )
     with pytest.raises(DataError, match="z.tar:p0001.png.*twice"):
         keys([str(write_tar(tmp_path / name, sample(1))) for name in ("a.tar", "z.tar")])
     refused(write_pictures(tmp_path / "folder", "c/a.png", "c/a.jpg"), "c/a.png", "twice")
@@ -214,7 +261,9 @@ def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
     refused(tmp_path / "c", "c/dog", "no pictures in this class folder")
 
 
-@pytest.mark.parametrize("names", ["p{:03d}", "a/rather/long/folder/{:03d}" + "x" * 120, "ünïcode/👩‍🚀/{:03d}"])
+@pytest.mark.parametrize(
+    "names", ["p{:03d}", "a/rather/long/folder/{:03d}" + "x" * 120, "ünïcode/👩‍🚀/{:03d}"]
+)
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, kind: int) -> None:
     """Parts of one large tar begin where they begin, without walking through what lies before."""
@@ -233,15 +282,24 @@ def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, ki
 def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
     members = []
     for number in range(30):
-        broken = {"png": None} if number % 5 in (0, 4) else {"cls": b"cat"} if number % 7 == 3 else {}
+        broken = (
+            {"png": None} if number % 5 in (0, 4) else {"cls": b"cat"} if number % 7 == 3 else {}
+        )
         members += sample(number, **broken) + ([("../evil.png", b"")] if number % 6 == 5 else [])
     tar = write_tar(tmp_path / "x.tar", members)
     options = {"on_error": "skip", "max_skipped_fraction": 1.0}
     keys_of = []
     for shard_samples in (3, 4, 1000):
         output = tmp_path / f"latents{shard_samples}"
-        index = encode_whole(encode_config(tar, output, shard_samples=shard_samples, **options), FakeAutoencoder())
-        keys_of.append((sorted(key for shard in index.shards for key in scan_shard(output / shard.file)), index.skipped))
+        index = encode_whole(
+            encode_config(tar, output, shard_samples=shard_samples, **options), FakeAutoencoder()
+        )
+        keys_of.append(
+            (
+                sorted(key for shard in index.shards for key in scan_shard(output / shard.file)),
+                index.skipped,
+            )
+        )
     assert keys_of[0] == keys_of[1] == keys_of[2] and len(keys_of[0][0]) > 10
 
 
@@ -278,7 +336,13 @@ def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> Non
     ],
 )
 def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> None:
-    refused(write_tar(tmp_path / "x.tar", sample(4, cls=raw)), "x.tar", "'p0004'", "not an integer", ".cls is")
+    refused(
+        write_tar(tmp_path / "x.tar", sample(4, cls=raw)),
+        "x.tar",
+        "'p0004'",
+        "not an integer",
+        ".cls is",
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,18 +365,32 @@ def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> No
     ids=range(13),
 )
 def test_json_that_is_hostile(tmp_path: Path, raw: bytes, fragment: str) -> None:
-    refused(write_tar(tmp_path / "x.tar", sample(0) + sample(4, json=raw, txt=None)), "x.tar", "'p0004'", fragment)
+    refused(
+        write_tar(tmp_path / "x.tar", sample(0) + sample(4, json=raw, txt=None)),
+        "x.tar",
+        "'p0004'",
+        fragment,
+    )
 
 
-@pytest.mark.parametrize("raw", [b'{"caption": NaN, "class_name": null}', b"[]", b"3", b'{"caption": null, "similarity": NaN}'])
+@pytest.mark.parametrize(
+    "raw",
+    [b'{"caption": NaN, "class_name": null}', b"[]", b"3", b'{"caption": null, "similarity": NaN}'],
+)
 def test_json_without_a_caption(tmp_path: Path, raw: bytes) -> None:
     (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", sample(4, json=raw, txt=None))))
     assert found.caption is None and found.class_name is None
 
 
-@pytest.mark.parametrize(("extension", "size"), [("cls", 65), ("txt", (1 << 20) + 1), ("json", (16 << 20) + 1)])
+@pytest.mark.parametrize(
+    ("extension", "size"), [("cls", 65), ("txt", (1 << 20) + 1), ("json", (16 << 20) + 1)]
+)
 def test_members_that_are_too_large(tmp_path: Path, extension: str, size: int) -> None:
-    refused(write_tar(tmp_path / "x.tar", sample(4, **{extension: b"1" * size})), "'p0004'", f"its .{extension} has {size} bytes")
+    refused(
+        write_tar(tmp_path / "x.tar", sample(4, **{extension: b"1" * size})),
+        "'p0004'",
+        f"its .{extension} has {size} bytes",
+    )
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: object) -> bytes:
@@ -338,22 +416,43 @@ def with_size(block: bytes, size: bytes) -> bytes:
 @pytest.mark.parametrize(
     "raw",
     [
-        pytest.param(header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) * 3000 + END, id="chain of long names"),
+        pytest.param(
+            header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) * 3000 + END,
+            id="chain of long names",
+        ),
         pytest.param(header("x", 20, tarfile.XHDTYPE) * 3000 + END, id="chain of pax headers"),
         pytest.param(header("x", 1 << 33, tarfile.XHDTYPE) + END, id="huge pax header"),
-        pytest.param(header("././@LongLink", 1 << 33, tarfile.GNUTYPE_LONGNAME) + END, id="huge long name"),
         pytest.param(
-            header("x", 512, tarfile.XHDTYPE) + b"99999 path=x\n".ljust(512, b"\0") + header("a.png", 0) + END, id="pax length"
+            header("././@LongLink", 1 << 33, tarfile.GNUTYPE_LONGNAME) + END, id="huge long name"
         ),
         pytest.param(
-            header("x", 512, tarfile.XHDTYPE) + b"13 size=-512\n".ljust(512, b"\0") + header("a.png", 0) + END, id="pax size"
+            header("x", 512, tarfile.XHDTYPE)
+            + b"99999 path=x\n".ljust(512, b"\0")
+            + header("a.png", 0)
+            + END,
+            id="pax length",
         ),
-        pytest.param(with_size(header("a.png", 0), b"\xff" * 11 + b"\x00") + END, id="negative size"),
-        pytest.param(with_size(header("a.png", 0), b"\x80" + b"\xff" * 11) + END, id="size of 88 bits"),
-        pytest.param(with_size(header("x", 0, tarfile.XHDTYPE), b"\xff" * 12) + END, id="negative pax"),
+        pytest.param(
+            header("x", 512, tarfile.XHDTYPE)
+            + b"13 size=-512\n".ljust(512, b"\0")
+            + header("a.png", 0)
+            + END,
+            id="pax size",
+        ),
+        pytest.param(
+            with_size(header("a.png", 0), b"\xff" * 11 + b"\x00") + END, id="negative size"
+        ),
+        pytest.param(
+            with_size(header("a.png", 0), b"\x80" + b"\xff" * 11) + END, id="size of 88 bits"
+        ),
+        pytest.param(
+            with_size(header("x", 0, tarfile.XHDTYPE), b"\xff" * 12) + END, id="negative pax"
+        ),
         pytest.param(header("a.png", 0, tarfile.GNUTYPE_SPARSE) + END, id="sparse"),
         pytest.param(header("a.png", 0, tarfile.FIFOTYPE) + END, id="fifo"),
-        pytest.param(header("a.png", 0, tarfile.LNKTYPE, linkname="/etc/passwd") + END, id="hard link"),
+        pytest.param(
+            header("a.png", 0, tarfile.LNKTYPE, linkname="/etc/passwd") + END, id="hard link"
+        ),
         pytest.param(header("a.png", 0, tarfile.CHRTYPE) + END, id="device"),
     ],
 )
@@ -368,7 +467,11 @@ def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
     info = tarfile.TarInfo("p.png")
     info.size, info.pax_headers = (
         len(data),
-        {"GNU.sparse.map": f"0,{len(data)}", "GNU.sparse.size": str(len(data)), "GNU.sparse.name": "p.png"},
+        {
+            "GNU.sparse.map": f"0,{len(data)}",
+            "GNU.sparse.size": str(len(data)),
+            "GNU.sparse.name": "p.png",
+        },
     )
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(info, io.BytesIO(data))
@@ -377,7 +480,10 @@ def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
 
 def test_archives_behind_each_other(tmp_path: Path) -> None:
     """Everything behind the first end mark would be lost without a word."""
-    both = write_tar(tmp_path / "a.tar", sample(0)).read_bytes() + write_tar(tmp_path / "b.tar", sample(1)).read_bytes()
+    both = (
+        write_tar(tmp_path / "a.tar", sample(0)).read_bytes()
+        + write_tar(tmp_path / "b.tar", sample(1)).read_bytes()
+    )
     (tmp_path / "x.tar").write_bytes(both)
     refused(tmp_path / "x.tar", "x.tar: its end mark is at byte", "pack them again as one")
     whole = write_tar(tmp_path / "y.tar", sample(0))
@@ -385,9 +491,13 @@ def test_archives_behind_each_other(tmp_path: Path) -> None:
     assert keys(whole) == ["p0000"]
 
 
-@pytest.mark.parametrize("name", ["a\x00b.png", "a\x1b[2J.png", "a\x85.png", "\udcff.png", "x" * 5000 + ".png"])
+@pytest.mark.parametrize(
+    "name", ["a\x00b.png", "a\x1b[2J.png", "a\x85.png", "\udcff.png", "x" * 5000 + ".png"]
+)
 def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT if "\0" in name else tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(
+        tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT if "\0" in name else tarfile.GNU_FORMAT
+    ) as tar:
         info = tarfile.TarInfo("p.png" if "\0" in name else name)
         info.pax_headers = {"path": name} if "\0" in name else {}
         tar.addfile(info, io.BytesIO())
@@ -398,7 +508,9 @@ def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("folder", ["", "class"])
-def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+def test_a_folder_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
     (tmp_path / "class").mkdir()
     (tmp_path / "other").mkdir()
     scandir = os.scandir

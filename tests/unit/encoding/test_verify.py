@@ -1,4 +1,6 @@
-"""`encode --verify` and `data show`: what is sound is called sound, and every kind of damage is found and named."""
+"""`encode --verify` and `data show`: what is sound is called sound, and every kind of damage is
+found and named.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,15 @@ from lpl_pretrain.errors import DataError
 from tests.support.autoencoders import tiny_folder
 from tests.support.indexes import rewrite_index
 from tests.support.latents import draw_pictures
-from tests.support.material import FakeAutoencoder, encode_config, encode_whole, encoded, picture, sample, write_tar
+from tests.support.material import (
+    FakeAutoencoder,
+    encode_config,
+    encode_whole,
+    encoded,
+    picture,
+    sample,
+    write_tar,
+)
 from tests.support.text_encoders import text_encoder_folder
 
 
@@ -34,7 +44,9 @@ class SmoothAutoencoder(FakeAutoencoder):
     """Keeps red and green at quarter size, and gives them back."""
 
     def decode(self, raw: torch.Tensor) -> torch.Tensor:
-        red_green = torch.nn.functional.interpolate(raw, scale_factor=self.downscale, mode="nearest")
+        red_green = torch.nn.functional.interpolate(
+            raw, scale_factor=self.downscale, mode="nearest"
+        )
         return torch.cat([red_green, red_green[:, :1]], dim=1)
 
 
@@ -45,7 +57,9 @@ def smooth(number: int, height: int = 16, width: int = 16) -> np.ndarray:
 
 def smooth_tar(path: Path, count: int = 13) -> Path:
     sizes = [(16, 16), (24, 12), (12, 24)]
-    return write_tar(path, [m for n in range(count) for m in sample(n, png=encoded(smooth(n, *sizes[n % 3])))])
+    return write_tar(
+        path, [m for n in range(count) for m in sample(n, png=encoded(smooth(n, *sizes[n % 3])))]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +83,9 @@ def folder(encoded_once, tmp_path: Path) -> tuple[EncodeConfig, DatasetIndex]:
     config, index = encoded_once
     shutil.copytree(config.output, tmp_path / "latents")
     shutil.copy(str(config.source), tmp_path / "x.tar")
-    return config.model_copy(update={"source": str(tmp_path / "x.tar"), "output": str(tmp_path / "latents")}), index
+    return config.model_copy(
+        update={"source": str(tmp_path / "x.tar"), "output": str(tmp_path / "latents")}
+    ), index
 
 
 def problems(config: EncodeConfig) -> str:
@@ -111,18 +127,39 @@ def test_every_byte_counts(folder) -> None:
         (lambda index: index.update(plan="other"), "are not those that made this folder"),
         (lambda index: index["latent"]["mean"].__setitem__(0, 0.25), "latent.mean: ["),
         (lambda index: index["latent"]["std"].__setitem__(1, 0.25), "latent.std: ["),
-        (lambda index: index.update(classes=["x", "y", "z"]), "classes: index.json names them otherwise than 13 samples"),
+        (
+            lambda index: index.update(classes=["x", "y", "z"]),
+            "classes: index.json names them otherwise than 13 samples",
+        ),
         (lambda index: index.update(source_fingerprint="0" * 64), "source_fingerprint: "),
-        (lambda index: index["autoencoder"].update(shift=0.5), "autoencoder: index.json says ('fake', 4, 0.5, 2.0), wanted"),
-        (lambda index: index["autoencoder"].update(scale=1.0), "autoencoder: index.json says ('fake', 4, 0.25, 1.0), wanted"),
-        (lambda index: index["autoencoder"].update(downscale=2), "autoencoder: index.json says ('fake', 2, 0.25, 2.0), wanted"),
-        (lambda index: index.update(resolution_px=17), "resolution_px: index.json says 17, wanted 16"),
+        (
+            lambda index: index["autoencoder"].update(shift=0.5),
+            "autoencoder: index.json says ('fake', 4, 0.5, 2.0), wanted",
+        ),
+        (
+            lambda index: index["autoencoder"].update(scale=1.0),
+            "autoencoder: index.json says ('fake', 4, 0.25, 1.0), wanted",
+        ),
+        (
+            lambda index: index["autoencoder"].update(downscale=2),
+            "autoencoder: index.json says ('fake', 2, 0.25, 2.0), wanted",
+        ),
+        (
+            lambda index: index.update(resolution_px=17),
+            "resolution_px: index.json says 17, wanted 16",
+        ),
         (lambda index: index.update(config="{}"), "config: index.json says {}, wanted {"),
         (lambda index: index["text"]["bert"].update(max_tokens=78), "text: index.json says "),
         (lambda index: index["text"]["bert"].update(identity="x"), "text: index.json says "),
-        (lambda index: index["null_text"]["bert"].update(sha256="0" * 64), "text_bert.null.safetensors: sha256 is"),
+        (
+            lambda index: index["null_text"]["bert"].update(sha256="0" * 64),
+            "text_bert.null.safetensors: sha256 is",
+        ),
         (lambda index: index["buckets"].reverse(), "is not the array that index.json describes"),
-        (lambda index: index["text"]["bert"].update(width=17), "text_bert.npy is not a int8 array of width 17"),
+        (
+            lambda index: index["text"]["bert"].update(width=17),
+            "text_bert.npy is not a int8 array of width 17",
+        ),
     ],
 )
 def test_an_index_that_lies(folder, change: Callable[[dict], None], fragment: str) -> None:
@@ -149,7 +186,9 @@ def test_a_changed_source_or_autoencoder(folder) -> None:
     assert "found nothing" in problems(config)
 
 
-def test_a_latent_of_another_picture_decodes_to_the_wrong_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latent_of_another_picture_decodes_to_the_wrong_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All checksums are right: the mistake was made while encoding."""
     config = encode_config(smooth_tar(tmp_path / "x.tar"), tmp_path / "latents", shard_samples=4)
 
@@ -159,11 +198,16 @@ def test_a_latent_of_another_picture_decodes_to_the_wrong_one(tmp_path: Path, mo
 
     encode(config, Swapping())
     table = problems(config)
-    assert table.count("the latent belongs to another picture") >= 4 and "checksums                 ok" in table
+    assert (
+        table.count("the latent belongs to another picture") >= 4
+        and "checksums                 ok" in table
+    )
 
 
 def test_crops_must_be_those_that_are_recorded(tmp_path: Path) -> None:
-    wide = write_tar(tmp_path / "x.tar", [m for n in range(6) for m in sample(n, png=encoded(smooth(n, 16, 64)))])
+    wide = write_tar(
+        tmp_path / "x.tar", [m for n in range(6) for m in sample(n, png=encoded(smooth(n, 16, 64)))]
+    )
     config = encode_config(wide, tmp_path / "latents", crop="random")
     encode_whole(config, SmoothAutoencoder())
     index = read_index(tmp_path / "latents")
@@ -173,7 +217,10 @@ def test_crops_must_be_those_that_are_recorded(tmp_path: Path) -> None:
     offsets.micro[2, 5] += 1
     path.write_bytes(offsets.to_bytes())
     rewrite_index(
-        Path(config.output), lambda i: i["shards"][0].update(offsets_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        Path(config.output),
+        lambda i: i["shards"][0].update(
+            offsets_sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        ),
     )
     assert "'p0002': its recorded sizes are not those of" in problems(config)
 
@@ -197,9 +244,18 @@ def test_describe(folder) -> None:
 def test_contact_sheet_shows_the_pictures(tmp_path: Path) -> None:
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 255
-    tar = write_tar(tmp_path / "x.tar", [m for n in range(9) for m in sample(n, png=encoded(red if n else picture(0)))])
+    tar = write_tar(
+        tmp_path / "x.tar",
+        [m for n in range(9) for m in sample(n, png=encoded(red if n else picture(0)))],
+    )
     encode_whole(encode_config(tar, tmp_path / "latents"), SmoothAutoencoder())
-    contact_sheet(str(tmp_path / "latents"), SmoothAutoencoder(), tmp_path / "sheet.png", pictures=9, side_px=16)
+    contact_sheet(
+        str(tmp_path / "latents"),
+        SmoothAutoencoder(),
+        tmp_path / "sheet.png",
+        pictures=9,
+        side_px=16,
+    )
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (52, 52, 3)
     cells = [sheet[18 * y : 18 * y + 16, 18 * x : 18 * x + 16] for y in range(3) for x in range(3)]
@@ -217,7 +273,8 @@ def test_commands(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures", 6)
     config = tmp_path / "encode.yaml"
     config.write_text(
-        f"source: {tmp_path}/pictures\noutput: {tmp_path}/latents\nautoencoder: {autoencoder}\nresolution_px: 32\nflips: true\n"
+        f"source: {tmp_path}/pictures\noutput: {tmp_path}/latents\nautoencoder: "
+        f"{autoencoder}\nresolution_px: 32\nflips: true\n"
     )
     run = CliRunner().invoke
     assert run(commands, ["encode", str(config)]).exit_code == 0
@@ -234,7 +291,9 @@ def test_commands(tmp_path: Path) -> None:
 
 def test_many_shards_are_not_open_at_once(tmp_path: Path) -> None:
     """A data set of thousands of shards: fewer files may be open than it has."""
-    config = encode_config(smooth_tar(tmp_path / "x.tar", 60), tmp_path / "latents", shard_samples=1)
+    config = encode_config(
+        smooth_tar(tmp_path / "x.tar", 60), tmp_path / "latents", shard_samples=1
+    )
     encode_whole(config, SmoothAutoencoder())
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))

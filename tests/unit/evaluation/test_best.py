@@ -19,7 +19,10 @@ def scored(folder, values, *, metric="fid", best="fid", patience=3):
         path = run_dir.evaluation(step, "p")
         path.parent.mkdir(parents=True)
         shared = {"metric": metric, "guidance_scale": 1.5}
-        entries = [{**shared, "value": value + 1, "weights": "raw"}, {**shared, "value": value, "weights": "ema"}]
+        entries = [
+            {**shared, "value": value + 1, "weights": "raw"},
+            {**shared, "value": value, "weights": "ema"},
+        ]
         other = {**shared, "metric": "other", "value": -99.0, "weights": "ema"}
         record = {"format_version": 2, "step": step, "protocol": {"name": "p", "best": best}}
         path.write_text(json.dumps({**record, "results": [*entries, other]}))
@@ -29,13 +32,23 @@ def scored(folder, values, *, metric="fid", best="fid", patience=3):
 
 @pytest.mark.parametrize(
     ("metric", "values", "step"),
-    [("fid", [9, 5, 7], 2), ("fid", [5, 5, 7], 1), ("recall_x", [0.1, 0.2, 0.3], 3), ("kid", [3.0], 1)],
+    [
+        ("fid", [9, 5, 7], 2),
+        ("fid", [5, 5, 7], 1),
+        ("recall_x", [0.1, 0.2, 0.3], 3),
+        ("kid", [3.0], 1),
+    ],
 )
 def test_the_best_step(tmp_path, metric, values, step):
     run_dir, said = scored(tmp_path, values, metric=metric, best=metric)
     best = json.loads(run_dir.best("p").read_text())
     weights = "raw" if metric.startswith("recall") else "ema"
-    assert (best["step"], best["metric"], best["weights"], best["guidance_scale"]) == (step, metric, weights, 1.5) and not said
+    assert (best["step"], best["metric"], best["weights"], best["guidance_scale"]) == (
+        step,
+        metric,
+        weights,
+        1.5,
+    ) and not said
 
 
 def test_a_word_when_scores_worsen(tmp_path):
@@ -46,4 +59,7 @@ def test_a_word_when_scores_worsen(tmp_path):
 
 def test_a_score_that_nobody_computes(tmp_path):
     run_dir, (warning,) = scored(tmp_path, [9], best="kid")
-    assert warning == "best=kid: no score is called so; there are fid, other" and not run_dir.best("p").exists()
+    assert (
+        warning == "best=kid: no score is called so; there are fid, other"
+        and not run_dir.best("p").exists()
+    )

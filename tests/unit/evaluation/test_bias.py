@@ -17,7 +17,12 @@ DIMENSION = 12
 
 
 def features(count: int, seed: int, offset: float = 0.0) -> torch.Tensor:
-    return torch.randn(count, DIMENSION, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
+    return (
+        torch.randn(
+            count, DIMENSION, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        + offset
+    )
 
 
 def normal_reference() -> FeatureStatistics:
@@ -29,16 +34,27 @@ def normal_reference() -> FeatureStatistics:
 
 def by_pytorch_fid(rows: torch.Tensor) -> float:
     sample = rows.numpy()
-    return float(calculate_frechet_distance(sample.mean(0), np.cov(sample, rowvar=False), np.zeros(DIMENSION), np.eye(DIMENSION)))
+    return float(
+        calculate_frechet_distance(
+            sample.mean(0), np.cov(sample, rowvar=False), np.zeros(DIMENSION), np.eye(DIMENSION)
+        )
+    )
 
 
 def test_subsets_equal_pytorch_fid():
     rows = features(400, seed=0, offset=0.1)
     got = frechet_at(rows, normal_reference(), [200, 400], repeats=3, seed=5)
     assert got.shape == (2, 3)
-    picks = [rng.numpy_generator(5, "frechet_subset", 200, repeat).choice(400, 200, replace=False) for repeat in range(3)]
-    assert got[0].tolist() == pytest.approx([by_pytorch_fid(rows[pick]) for pick in picks], rel=1e-8)
-    assert got[1].tolist() == pytest.approx([by_pytorch_fid(rows)] * 3, rel=1e-8)  # all pictures, in any order
+    picks = [
+        rng.numpy_generator(5, "frechet_subset", 200, repeat).choice(400, 200, replace=False)
+        for repeat in range(3)
+    ]
+    assert got[0].tolist() == pytest.approx(
+        [by_pytorch_fid(rows[pick]) for pick in picks], rel=1e-8
+    )
+    assert got[1].tolist() == pytest.approx(
+        [by_pytorch_fid(rows)] * 3, rel=1e-8
+    )  # all pictures, in any order
 
 
 def test_fewer_pictures_score_worse_and_draws_are_keyed():
@@ -51,9 +67,15 @@ def test_fewer_pictures_score_worse_and_draws_are_keyed():
 
 def test_a_straight_line_of_1_over_n_is_followed_to_its_end(monkeypatch):
     monkeypatch.setattr(bias, "distance", lambda rows, reference: 3.0 + 70.0 / len(rows))
-    assert frechet_infinity(features(500, seed=2), normal_reference()) == pytest.approx(3.0, rel=1e-12)
-    monkeypatch.setattr(bias, "distance", lambda rows, reference: 3.0 + 70.0 / len(rows) ** 0.5)  # teeth: another law
-    assert frechet_infinity(features(500, seed=2), normal_reference()) != pytest.approx(3.0, rel=0.1)
+    assert frechet_infinity(features(500, seed=2), normal_reference()) == pytest.approx(
+        3.0, rel=1e-12
+    )
+    monkeypatch.setattr(
+        bias, "distance", lambda rows, reference: 3.0 + 70.0 / len(rows) ** 0.5
+    )  # teeth: another law
+    assert frechet_infinity(features(500, seed=2), normal_reference()) != pytest.approx(
+        3.0, rel=0.1
+    )
 
 
 def test_the_smallest_subset_and_the_spacing(monkeypatch):
@@ -65,7 +87,9 @@ def test_the_smallest_subset_and_the_spacing(monkeypatch):
 
 
 def test_infinity_is_nearer_to_the_truth_than_any_count():
-    """Both sets N(0, I), so the truth is 0; over 8 draws, as the line's end has an error of its own."""
+    """Both sets N(0, I), so the truth is 0; over 8 draws, as the line's end has an error of its
+    own.
+    """
     reference, draws = normal_reference(), [features(1000, seed=10 + i) for i in range(8)]
     finite = np.mean([bias.distance(rows, reference) for rows in draws])
     infinite = np.mean([frechet_infinity(rows, reference) for rows in draws])
@@ -96,7 +120,10 @@ def test_bootstrap_without_replacement_is_seen(monkeypatch):
 
 def test_bad_input_is_refused():
     rows, reference = features(40, seed=4), normal_reference()
-    with pytest.raises(DataError, match=r"subsets of \[20, 50\] pictures: every count must be 2 to the 40 there are"):
+    with pytest.raises(
+        DataError,
+        match=r"subsets of \[20, 50\] pictures: every count must be 2 to the 40 there are",
+    ):
         frechet_at(rows, reference, [20, 50], repeats=1, seed=0)
     with pytest.raises(DataError, match="a line through 15 subsets of 40 to 40 pictures"):
         frechet_infinity(rows, reference, smallest=40)

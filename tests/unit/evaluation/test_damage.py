@@ -1,4 +1,6 @@
-"""Files that evaluation meets and that are damaged, gone, or not what their names say: named, and never a traceback."""
+"""Files that evaluation meets and that are damaged, gone, or not what their names say: named, and
+never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,19 @@ from tests.support.checkpoints import edit
 from tests.support.runs import averages
 
 CPU = torch.device("cpu")
-SMALL = {"images": 4, "sampler": {"kind": "euler", "steps": 1}, "guidance_scales": [1.0], "grid_images": 0}
+SMALL = {
+    "images": 4,
+    "sampler": {"kind": "euler", "steps": 1},
+    "guidance_scales": [1.0],
+    "grid_images": 0,
+}
 
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch):
-    """A small extractor, and a log that caplog hears whatever a command in this process has set up before."""
+    """A small extractor, and a log that caplog hears whatever a command in this process has set up
+    before.
+    """
     for module in (job, features):
         monkeypatch.setattr(module, "load_extractor", averages)
     monkeypatch.setattr(log, "propagate", True)
@@ -51,7 +60,9 @@ def steps_of(records) -> list[int]:
 
 
 def evaluate(run, steps=None, passed_over=None, **changes):
-    return list(job.evaluate(run.run_dir, protocol_of(run, **changes), CPU, steps, passed_over=passed_over))
+    return list(
+        job.evaluate(run.run_dir, protocol_of(run, **changes), CPU, steps, passed_over=passed_over)
+    )
 
 
 def spoil(folder: Path) -> None:
@@ -63,7 +74,9 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_scored(run, caplog):
     passed_over: dict[int, str] = {}
     assert steps_of(evaluate(run, passed_over=passed_over)) == [6]
     assert "optimizer_steps: found -1" in passed_over[3] and "step 3 is not scored: " in caplog.text
-    with pytest.raises(CheckpointError, match="step_00000003/manifest.json: optimizer_steps: found -1"):
+    with pytest.raises(
+        CheckpointError, match="step_00000003/manifest.json: optimizer_steps: found -1"
+    ):
         evaluate(run, [3])
 
 
@@ -79,7 +92,9 @@ def test_the_command_ends_though_one_is_damaged(run, tmp_path, capsys):
         evaluate_command.run(str(run.run_dir.path), str(path), [], None)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(run, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(
+    run, tmp_path, capsys, monkeypatch
+):
     """The exit status says so to a scheduler; the others are scored."""
     path = tmp_path / "protocol.yaml"
     path.write_text(dump(protocol_of(run)))
@@ -126,8 +141,14 @@ def test_a_checkpoint_may_be_removed_at_any_moment(run, caplog, monkeypatch, whe
     [
         ("", "is empty"),
         ('{"format_version": 2', "is not valid JSON"),
-        ('{"format_version": 2, "step": 6, "results": []}', "step: found 6, the folder is called step_00000003"),
-        ('{"format_version": 2, "step": 3, "protocol": {"name": "other"}}', "protocol.name: found 'other'"),
+        (
+            '{"format_version": 2, "step": 6, "results": []}',
+            "step: found 6, the folder is called step_00000003",
+        ),
+        (
+            '{"format_version": 2, "step": 3, "protocol": {"name": "other"}}',
+            "protocol.name: found 'other'",
+        ),
     ],
 )
 def test_a_damaged_record_is_scored_again(run, caplog, content, words):
@@ -169,21 +190,41 @@ def test_a_damaged_best_file_is_found_again(run, tmp_path, caplog):
 def test_export_and_sample_fall_back_and_refuse_alike(run, tmp_path, caplog):
     spoil(run.run_dir.checkpoint(6))
     assert export(run, tmp_path / "ema.safetensors")["step"] == "3"
-    options = {"guidance_scale": 1.0, "images": 1, "sampler": {"steps": 1}, "guide": None, "guide_step": None, "prompts": ()}
+    options = {
+        "guidance_scale": 1.0,
+        "images": 1,
+        "sampler": {"steps": 1},
+        "guide": None,
+        "guide_step": None,
+        "prompts": (),
+    }
     options |= {"text_encoders": (), "seed": 0, "format": "tar", "output": str(tmp_path / "x.tar")}
     sample_command.run(str(run.run_dir.path), step=None, **options)
-    assert (tmp_path / "x.tar").is_file() and caplog.text.count("DAMAGED CHECKPOINT step_00000006: passed over") >= 2
+    assert (tmp_path / "x.tar").is_file() and caplog.text.count(
+        "DAMAGED CHECKPOINT step_00000006: passed over"
+    ) >= 2
     for command in (
         lambda: export(run, tmp_path / "y.safetensors", step=6),
         lambda: sample_command.run(str(run.run_dir.path), step=6, **options),
-        lambda: sample_command.run(str(run.run_dir.path), step=3, **{**options, "guide": str(run.run_dir.path), "guide_step": 6}),
+        lambda: sample_command.run(
+            str(run.run_dir.path),
+            step=3,
+            **{**options, "guide": str(run.run_dir.path), "guide_step": 6},
+        ),
     ):
-        with pytest.raises(CheckpointError, match="step_00000006/manifest.json: .*: bring it back, or name another --step"):
+        with pytest.raises(
+            CheckpointError,
+            match="step_00000006/manifest.json: .*: bring it back, or name another --step",
+        ):
             command()
 
 
 def test_another_runs_checkpoint_is_not_exported(run, tmp_path):
-    edit(run.run_dir.checkpoint(6), "manifest.json", lambda content: content.update(identity="a" * 64))
+    edit(
+        run.run_dir.checkpoint(6),
+        "manifest.json",
+        lambda content: content.update(identity="a" * 64),
+    )
     with pytest.raises(CheckpointError, match="was saved by a run with another configuration"):
         export(run, tmp_path / "x.safetensors")
 
@@ -229,10 +270,14 @@ def test_features_on_disk_are_not_believed(tmp_path):
         spool.put(batch, {"x": torch.randn(4, 3), "y": torch.randn(4, 2)})
     path = tmp_path / "pictures_00000004.safetensors"
     flip(path)
-    with pytest.raises(DataError, match="pictures_00000004.safetensors: .*sha256.*remove this file"):
+    with pytest.raises(
+        DataError, match="pictures_00000004.safetensors: .*sha256.*remove this file"
+    ):
         spool.whole("y"), spool.whole("x")
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match="pictures_00000004.safetensors: cannot be read.*remove this file"):
+    with pytest.raises(
+        DataError, match="pictures_00000004.safetensors: cannot be read.*remove this file"
+    ):
         spool.whole("x")
     path.unlink()
     with pytest.raises(DataError, match="pictures_00000004.safetensors: cannot be read"):
@@ -244,7 +289,9 @@ def test_tensors_are_those_that_were_saved(tmp_path):
     path, tensors = tmp_path / "x.safetensors", {"a": torch.arange(3), "b": torch.zeros(2, 2)}
     save_tensors(path, tensors, {"facts": "{}"})
     found, metadata = load_tensors(path)
-    assert metadata == {"facts": "{}"} and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert metadata == {"facts": "{}"} and all(
+        torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    )
     with safe_open(path, framework="pt") as file:
         digests = file.metadata()
     save_file({"a": tensors["a"]}, path, metadata=digests)
@@ -264,9 +311,15 @@ def test_a_reference_that_is_damaged_is_named(run):
     label = "efficientnet_lite0/pooled"
 
     def refused(words, tensors=None, facts=None):
-        changed = {**sound, **{f"{label}/{name}": tensor for name, tensor in (tensors or {}).items()}}
+        changed = {
+            **sound,
+            **{f"{label}/{name}": tensor for name, tensor in (tensors or {}).items()},
+        }
         save_file(changed, path, metadata={"facts": metadata["facts"] if facts is None else facts})
-        with pytest.raises(DataError, match=f"{path.name}: no statistics.*{words}.*: remove it and write them again"):
+        with pytest.raises(
+            DataError,
+            match=f"{path.name}: no statistics.*{words}.*: remove it and write them again",
+        ):
             read_reference(path)
 
     flip(path)
@@ -278,7 +331,9 @@ def test_a_reference_that_is_damaged_is_named(run):
     refused("mean torch.float32", {"mean": torch.zeros(12)})
     refused("is nested too deeply", facts="[" * 100_000)
     refused("wanted an object with extractors", facts="{}")
-    refused("pictures: found -1", facts=json.dumps({**json.loads(metadata["facts"]), "pictures": -1}))
+    refused(
+        "pictures: found -1", facts=json.dumps({**json.loads(metadata["facts"]), "pictures": -1})
+    )
 
 
 def test_npz_files_that_are_none(run, tmp_path):
@@ -315,7 +370,13 @@ def test_weights_files_that_are_damaged(tmp_path):
     weights = random_weights()
     torch.save(weights, path)
     data = path.read_bytes()
-    damaged: list[bytes] = [b"", b"PK\x03\x04", data[: len(data) // 2], b"cos\nsystem\n(S'exit 1'\ntR.", b"\x80\x02}q\x00."]
+    damaged: list[bytes] = [
+        b"",
+        b"PK\x03\x04",
+        data[: len(data) // 2],
+        b"cos\nsystem\n(S'exit 1'\ntR.",
+        b"\x80\x02}q\x00.",
+    ]
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="x.pth: not the FID Inception's weights"):
@@ -327,7 +388,9 @@ def test_weights_files_that_are_damaged(tmp_path):
     named = tmp_path / "x.safetensors"
     named.write_bytes(b"\xff" * 64)
     with pytest.raises(ConfigError, match="x.safetensors: not timm's resnet18"):
-        features.timm_network(ExtractorConfig(kind="timm", network="resnet18", weights=str(named)), named, CPU)
+        features.timm_network(
+            ExtractorConfig(kind="timm", network="resnet18", weights=str(named)), named, CPU
+        )
     for source in ("hf-hub:a/b", "hf-hub:a"):
         with pytest.raises(ValidationError, match="network"):
             ExtractorConfig(kind="timm", network=source, weights=str(named))
@@ -338,14 +401,25 @@ def test_a_clip_that_lacks_a_tensor_is_refused(tmp_path):
     transformers = pytest.importorskip("transformers")
     from lpl_pretrain.evaluation.clip import clip
 
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = transformers.CLIPConfig(
-        text_config={**small, "vocab_size": 8}, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=4
+        text_config={**small, "vocab_size": 8},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        projection_dim=4,
     )
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(
-        {k: v for k, v in tensors.items() if k != "visual_projection.weight"}, tmp_path / "model.safetensors", {"format": "pt"}
+        {k: v for k, v in tensors.items() if k != "visual_projection.weight"},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
     )
-    with pytest.raises(ConfigError, match="1 tensors are missing, such as visual_projection.weight"):
+    with pytest.raises(
+        ConfigError, match="1 tensors are missing, such as visual_projection.weight"
+    ):
         clip(ExtractorConfig(kind="clip", weights=str(tmp_path)), tmp_path, CPU)

@@ -30,24 +30,40 @@ def test_pictures_do_not_depend_on_the_batch(generator):
     assert together.shape == (6, 3, 32, 32)
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"guidance_scale": 1.0}, {"sampler": SamplerConfig(kind="heun", steps=3)}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 4}, {"guidance_scale": 1.0}, {"sampler": SamplerConfig(kind="heun", steps=3)}],
+)
 def test_has_teeth(generator, change):
     """What must matter does: the comparison above is not of constants."""
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(generator.images(range(2), **{**WAY, **change}), generator.images(range(2), **WAY), **CLOSE)
+        torch.testing.assert_close(
+            generator.images(range(2), **{**WAY, **change}),
+            generator.images(range(2), **WAY),
+            **CLOSE,
+        )
 
 
 def test_noise_keyed_by_position_in_the_batch_is_seen(generator, monkeypatch):
     from lpl_pretrain.runtime import rng
 
     honest = rng.normal
-    monkeypatch.setattr(rng, "normal", lambda seed, purpose, ids, shape: honest(seed, purpose, range(len(ids)), shape))
+    monkeypatch.setattr(
+        rng,
+        "normal",
+        lambda seed, purpose, ids, shape: honest(seed, purpose, range(len(ids)), shape),
+    )
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(generator.images([4], **WAY), generator.images(range(6), **WAY)[[4]], **CLOSE)
+        torch.testing.assert_close(
+            generator.images([4], **WAY), generator.images(range(6), **WAY)[[4]], **CLOSE
+        )
 
 
 def test_bf16_is_close_and_not_equal(generator):
-    exact, rough = generator.images(range(4), **WAY), generator.images(range(4), precision="bf16", **WAY)
+    exact, rough = (
+        generator.images(range(4), **WAY),
+        generator.images(range(4), precision="bf16", **WAY),
+    )
     assert 0 < (exact - rough).abs().max() < 0.1 and rough.dtype == torch.float32
 
 
@@ -71,7 +87,9 @@ def test_without_classes_everything_is_the_null_class():
 
 
 def test_the_rounding_rule():
-    images = torch.tensor([-2.0, -1.0, 1 / 127.5 * 0.4 - 1, 1 / 127.5 * 0.6 - 1, 0.0, 1.0, 7.0]).view(1, 1, 1, 7)
+    images = torch.tensor(
+        [-2.0, -1.0, 1 / 127.5 * 0.4 - 1, 1 / 127.5 * 0.6 - 1, 0.0, 1.0, 7.0]
+    ).view(1, 1, 1, 7)
     assert to_uint8(images).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 

@@ -20,10 +20,14 @@ def of_torch_fidelity(rows: torch.Tensor, splits: int) -> tuple[float, float]:
     return metric["inception_score_mean"], metric["inception_score_std"]
 
 
-@pytest.mark.parametrize("count, classes, splits", [(300, 10, 10), (307, 10, 10), (2000, 64, 10), (50, 5, 1)])
+@pytest.mark.parametrize(
+    "count, classes, splits", [(300, 10, 10), (307, 10, 10), (2000, 64, 10), (50, 5, 1)]
+)
 def test_equals_torch_fidelity(count, classes, splits):
     rows = logits(count, classes)
-    assert inception_score(rows, splits=splits, seed=None) == pytest.approx(of_torch_fidelity(rows, splits), rel=1e-9)
+    assert inception_score(rows, splits=splits, seed=None) == pytest.approx(
+        of_torch_fidelity(rows, splits), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("broken", ["log_of_mean_logits", "reversed"])
@@ -44,7 +48,9 @@ def test_has_teeth(broken, monkeypatch):
 
 
 def test_closed_forms():
-    certain = 1e4 * torch.eye(10).repeat(20, 1)  # 20 of each class, beyond doubt: probabilities of the others underflow to 0
+    certain = 1e4 * torch.eye(10).repeat(
+        20, 1
+    )  # 20 of each class, beyond doubt: probabilities of the others underflow to 0
     assert inception_score(certain, splits=5, seed=None) == pytest.approx((10.0, 0.0), abs=1e-9)
     assert inception_score(torch.zeros(200, 10)) == pytest.approx((1.0, 0.0), abs=1e-12)
 
@@ -53,11 +59,17 @@ def test_the_shuffle_is_keyed_and_mends_rows_sorted_by_class():
     rows = 1e4 * torch.eye(10).repeat_interleave(100, dim=0)
     assert inception_score(rows, seed=None)[0] == pytest.approx(1.0)  # every part holds one class
     assert inception_score(rows)[0] > 9.0
-    assert inception_score(rows, seed=3) == inception_score(rows, seed=3) != inception_score(rows, seed=4)
+    assert (
+        inception_score(rows, seed=3)
+        == inception_score(rows, seed=3)
+        != inception_score(rows, seed=4)
+    )
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(DataError, match="features of 9 pictures; this score needs at least 10: add pictures"):
+    with pytest.raises(
+        DataError, match="features of 9 pictures; this score needs at least 10: add pictures"
+    ):
         inception_score(torch.zeros(9, 5))
     with pytest.raises(DataError, match="not finite"):
         inception_score(torch.full((20, 5), float("nan")))

@@ -1,4 +1,6 @@
-"""KID against torch-fidelity on its own subsets, CMMD against its authors' formula, and what both owe to their estimators."""
+"""KID against torch-fidelity on its own subsets, CMMD against its authors' formula, and what both
+owe to their estimators.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation import kernel
-from lpl_pretrain.evaluation.kernel import cmmd, kernel_inception_distance, kid_of_subsets, polynomial_mmd2
+from lpl_pretrain.evaluation.kernel import (
+    cmmd,
+    kernel_inception_distance,
+    kid_of_subsets,
+    polynomial_mmd2,
+)
 
 SIZES = [(300, 250, 24, 100), (2000, 2000, 64, 500)]
 
@@ -20,10 +27,21 @@ def features(count: int, dimension: int, seed: int, offset: float = 0.0) -> torc
 
 
 def agrees_with_torch_fidelity(count_a: int, count_b: int, dimension: int, size: int) -> None:
-    a, b = features(count_a, dimension, seed=0).double(), features(count_b, dimension, seed=1, offset=0.1).double()
-    wanted = kid_features_to_metric(a, b, kid_subsets=10, kid_subset_size=size, rng_seed=7, verbose=False)
+    a, b = (
+        features(count_a, dimension, seed=0).double(),
+        features(count_b, dimension, seed=1, offset=0.1).double(),
+    )
+    wanted = kid_features_to_metric(
+        a, b, kid_subsets=10, kid_subset_size=size, rng_seed=7, verbose=False
+    )
     draws = np.random.RandomState(7)
-    picks = [tuple(torch.from_numpy(draws.choice(count, size, replace=False)) for count in (count_a, count_b)) for _ in range(10)]
+    picks = [
+        tuple(
+            torch.from_numpy(draws.choice(count, size, replace=False))
+            for count in (count_a, count_b)
+        )
+        for _ in range(10)
+    ]
     got = kid_of_subsets(a, b, picks)
     assert got.value == pytest.approx(wanted["kernel_inception_distance_mean"], rel=1e-9)
     assert got.std == pytest.approx(wanted["kernel_inception_distance_std"], rel=1e-9)
@@ -39,12 +57,18 @@ def test_kid_has_teeth(broken, monkeypatch):
     """A square for a cube; pictures paired with themselves; the last chunk of rows lost."""
     cube, total = kernel.polynomial, kernel.pair_sum
     if broken == "degree":
-        monkeypatch.setattr(kernel, "polynomial", lambda inner, dimension: (inner / dimension + 1) ** 2)
+        monkeypatch.setattr(
+            kernel, "polynomial", lambda inner, dimension: (inner / dimension + 1) ** 2
+        )
     elif broken == "diagonal":
-        monkeypatch.setattr(kernel, "polynomial", lambda inner, dimension: cube(inner, dimension) * (inner.ndim - 1))
+        monkeypatch.setattr(
+            kernel, "polynomial", lambda inner, dimension: cube(inner, dimension) * (inner.ndim - 1)
+        )
     else:
         monkeypatch.setattr(kernel, "CHUNK", 64)
-        monkeypatch.setattr(kernel, "pair_sum", lambda of, a, b: total(of, a[: len(a) // 64 * 64], b))
+        monkeypatch.setattr(
+            kernel, "pair_sum", lambda of, a, b: total(of, a[: len(a) // 64 * 64], b)
+        )
     with pytest.raises(AssertionError):
         agrees_with_torch_fidelity(*SIZES[0])
 
@@ -67,15 +91,22 @@ def by_pairs(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_mmd_equals_a_sum_over_pairs():
-    a, b = features(9, 4, seed=4), features(13, 4, seed=5, offset=0.5)  # unlike counts, which torch-fidelity does not take
-    assert polynomial_mmd2(a, b) == pytest.approx(by_pairs(a.double().numpy(), b.double().numpy()), rel=1e-12)
+    a, b = (
+        features(9, 4, seed=4),
+        features(13, 4, seed=5, offset=0.5),
+    )  # unlike counts, which torch-fidelity does not take
+    assert polynomial_mmd2(a, b) == pytest.approx(
+        by_pairs(a.double().numpy(), b.double().numpy()), rel=1e-12
+    )
 
 
 def test_mmd_of_equal_distributions_is_zero_on_average():
     sets = [(features(20, 6, seed=2 * i), features(20, 6, seed=2 * i + 1)) for i in range(200)]
     values = torch.tensor([polynomial_mmd2(a, b) for a, b in sets])
     assert abs(values.mean()) < 3 * values.std() / 200**0.5
-    biased = values + torch.tensor([(1 + a.square().sum(dim=1) / 6).pow(3).mean() / 20 for a, _ in sets])  # teeth
+    biased = values + torch.tensor(
+        [(1 + a.square().sum(dim=1) / 6).pow(3).mean() / 20 for a, _ in sets]
+    )  # teeth
     assert abs(biased.mean()) > 3 * biased.std() / 200**0.5
 
 
@@ -88,7 +119,9 @@ def test_subsets_are_keyed_and_without_replacement(monkeypatch):
     monkeypatch.setattr(kernel, "kid_of_subsets", lambda a, b, picks: seen.extend(picks))
     kernel_inception_distance(a, b, subsets=3)
     assert len(seen) == 3
-    assert all(len(of_a.unique()) == 40 and sorted(of_b.tolist()) == list(range(40)) for of_a, of_b in seen)  # 1000 lowered to 40
+    assert all(
+        len(of_a.unique()) == 40 and sorted(of_b.tolist()) == list(range(40)) for of_a, of_b in seen
+    )  # 1000 lowered to 40
     assert not torch.equal(seen[0][0], seen[1][0])
 
 
@@ -101,10 +134,13 @@ def test_the_interval_is_of_the_mean_over_subsets():
 
 
 def cmmd_of_authors(a: torch.Tensor, b: torch.Tensor, sigma: float = 10.0) -> float:
-    """cmmd/distance.py of google-research on embeddings of length 1: means over all pairs of exp(-gamma |x - y|^2)."""
+    """cmmd/distance.py of google-research on embeddings of length 1: means over all pairs of
+    exp(-gamma |x - y|^2).
+    """
     x, y = (rows.double() / rows.double().norm(dim=1, keepdim=True) for rows in (a, b))
     k_xx, k_xy, k_yy = (
-        torch.exp(-((p[:, None] - q[None]) ** 2).sum(dim=2) / (2 * sigma**2)).mean() for p, q in ((x, x), (x, y), (y, y))
+        torch.exp(-((p[:, None] - q[None]) ** 2).sum(dim=2) / (2 * sigma**2)).mean()
+        for p, q in ((x, x), (x, y), (y, y))
     )
     return (1000 * (k_xx + k_yy - 2 * k_xy)).item()
 
@@ -112,7 +148,9 @@ def cmmd_of_authors(a: torch.Tensor, b: torch.Tensor, sigma: float = 10.0) -> fl
 def test_cmmd_equals_its_authors_formula():
     a, b = features(120, 16, seed=10), 3 * features(90, 16, seed=11, offset=0.3)
     assert cmmd(a, b) == pytest.approx(cmmd_of_authors(a, b), rel=1e-9)
-    assert cmmd(a, b, sigma=0.5, scale=1.0) == pytest.approx(cmmd_of_authors(a, b, sigma=0.5) / 1000, rel=1e-9)
+    assert cmmd(a, b, sigma=0.5, scale=1.0) == pytest.approx(
+        cmmd_of_authors(a, b, sigma=0.5) / 1000, rel=1e-9
+    )
     assert cmmd(a, a) == pytest.approx(0.0, abs=1e-9)
 
 
@@ -122,7 +160,9 @@ def test_cmmd_has_teeth(broken, monkeypatch):
     a, b = features(120, 16, seed=10), 3 * features(90, 16, seed=11, offset=0.3)
     wanted = cmmd_of_authors(a, b)
     if broken == "bandwidth":
-        monkeypatch.setattr(kernel, "gaussian", lambda inner, sigma: torch.exp(2 * (inner - 1) / sigma**2))
+        monkeypatch.setattr(
+            kernel, "gaussian", lambda inner, sigma: torch.exp(2 * (inner - 1) / sigma**2)
+        )
     else:
         monkeypatch.setattr(torch.nn.functional, "normalize", lambda rows, dim: rows)
     assert cmmd(a, b) != pytest.approx(wanted, rel=1e-2)
@@ -130,7 +170,9 @@ def test_cmmd_has_teeth(broken, monkeypatch):
 
 @pytest.mark.parametrize("score", [polynomial_mmd2, kernel_inception_distance, cmmd])
 def test_bad_input_is_refused(score):
-    with pytest.raises(ValueError, match="5 and 6 features a picture: take both sets from one extractor"):
+    with pytest.raises(
+        ValueError, match="5 and 6 features a picture: take both sets from one extractor"
+    ):
         score(torch.zeros(9, 5), torch.zeros(9, 6))
     with pytest.raises(DataError, match="features of 0 pictures; this score needs at least"):
         score(torch.zeros(9, 5), torch.zeros(0, 5))
@@ -141,5 +183,7 @@ def test_bad_input_is_refused(score):
 
 
 def test_one_subset_is_refused():
-    with pytest.raises(ValueError, match="over 1 subsets has no standard deviation: take at least 2"):
+    with pytest.raises(
+        ValueError, match="over 1 subsets has no standard deviation: take at least 2"
+    ):
         kernel_inception_distance(torch.zeros(9, 5), torch.zeros(9, 5), subsets=1)

@@ -1,4 +1,6 @@
-"""Precision and recall against torch-fidelity; density and coverage against a brute force over full distance matrices."""
+"""Precision and recall against torch-fidelity; density and coverage against a brute force over full
+distance matrices.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from lpl_pretrain.evaluation import manifold
 from lpl_pretrain.evaluation.manifold import density_coverage, precision_recall
 
 
-def features(count: int, dimension: int, seed: int, *, spread: float = 1.0, offset: float = 0.0) -> torch.Tensor:
+def features(
+    count: int, dimension: int, seed: int, *, spread: float = 1.0, offset: float = 0.0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return spread * torch.randn(count, dimension, generator=generator, dtype=torch.float64) + offset
 
@@ -24,13 +28,17 @@ CASES = {
 }
 
 
-def precision_recall_of_torch_fidelity(generated: torch.Tensor, real: torch.Tensor, k: int) -> tuple[float, float]:
+def precision_recall_of_torch_fidelity(
+    generated: torch.Tensor, real: torch.Tensor, k: int
+) -> tuple[float, float]:
     metric = prc_features_to_metric(generated, real, prc_neighborhood=k, verbose=False)
     return metric["precision"], metric["recall"]
 
 
 def brute_force(generated: torch.Tensor, real: torch.Tensor, k: int) -> tuple[float, float]:
-    """arXiv 2002.09797 by loops: the k-th smallest of a picture's distances to the others; strictly inside."""
+    """arXiv 2002.09797 by loops: the k-th smallest of a picture's distances to the others; strictly
+    inside.
+    """
     density = covered = 0.0
     for i, centre in enumerate(real):
         others = torch.cat([real[:i], real[i + 1 :]])
@@ -45,7 +53,9 @@ def brute_force(generated: torch.Tensor, real: torch.Tensor, k: int) -> tuple[fl
 def test_precision_and_recall_equal_torch_fidelity(case, k):
     generated, real = CASES[case]
     wanted = precision_recall_of_torch_fidelity(generated, real, k)
-    assert precision_recall(generated, real, k) == pytest.approx(wanted, rel=1e-6)  # torch-fidelity's means are float32
+    assert precision_recall(generated, real, k) == pytest.approx(
+        wanted, rel=1e-6
+    )  # torch-fidelity's means are float32
     assert precision_recall(real, generated, k) == pytest.approx(wanted[::-1], rel=1e-6)
 
 
@@ -58,20 +68,28 @@ def test_density_and_coverage_equal_a_brute_force(case, k):
 
 def test_two_thousand_pictures():
     generated, real = features(2000, 64, seed=8, spread=0.95), features(2000, 64, seed=9)
-    assert precision_recall(generated, real) == pytest.approx(precision_recall_of_torch_fidelity(generated, real, 3), rel=1e-6)
+    assert precision_recall(generated, real) == pytest.approx(
+        precision_recall_of_torch_fidelity(generated, real, 3), rel=1e-6
+    )
     assert density_coverage(generated, real) == brute_force(generated, real, 5)
 
 
-@pytest.mark.parametrize("broken", ["self_is_a_neighbour", "first_chunk_only", "half_the_cross_term"])
+@pytest.mark.parametrize(
+    "broken", ["self_is_a_neighbour", "first_chunk_only", "half_the_cross_term"]
+)
 def test_has_teeth(broken, monkeypatch):
-    """Every picture its own first neighbour; the diagonal of later chunks missed; |x|^2 + |y|^2 - x.y."""
+    """Every picture its own first neighbour; the diagonal of later chunks missed; |x|^2 + |y|^2 -
+    x.y.
+    """
     generated, real = CASES["two_chunks"]
     wanted = precision_recall_of_torch_fidelity(generated, real, 3), brute_force(generated, real, 5)
     without_self, cross = manifold.without_self, manifold.squared_distances
     if broken == "self_is_a_neighbour":
         monkeypatch.setattr(manifold, "without_self", lambda distances, start: distances)
     elif broken == "first_chunk_only":
-        monkeypatch.setattr(manifold, "without_self", lambda distances, start: without_self(distances, 0))
+        monkeypatch.setattr(
+            manifold, "without_self", lambda distances, start: without_self(distances, 0)
+        )
     else:
         monkeypatch.setattr(manifold, "squared_distances", lambda a, b: cross(a, b) + a @ b.T)
     assert precision_recall(generated, real, 3) != pytest.approx(wanted[0], rel=1e-4)
@@ -94,7 +112,9 @@ def test_a_set_covers_itself():
 
 
 def test_far_generated_pictures_raise_recall_and_not_coverage():
-    """Why coverage was proposed: two far generated pictures make balls that hold every real picture."""
+    """Why coverage was proposed: two far generated pictures make balls that hold every real
+    picture.
+    """
     real, far = CASES["like"][1], torch.full((1, 8), 50.0, dtype=torch.float64)
     generated = torch.cat([features(2, 8, seed=10, spread=0.01), far, -far])
     assert precision_recall(generated, real)[1] == 1.0
@@ -103,9 +123,13 @@ def test_far_generated_pictures_raise_recall_and_not_coverage():
 
 @pytest.mark.parametrize("score", [precision_recall, density_coverage])
 def test_bad_input_is_refused(score):
-    with pytest.raises(ValueError, match="5 and 6 features a picture: take both sets from one extractor"):
+    with pytest.raises(
+        ValueError, match="5 and 6 features a picture: take both sets from one extractor"
+    ):
         score(torch.zeros(9, 5), torch.zeros(9, 6))
-    with pytest.raises(DataError, match="features of 4 pictures; this score needs at least 5: add pictures"):
+    with pytest.raises(
+        DataError, match="features of 4 pictures; this score needs at least 5: add pictures"
+    ):
         score(torch.zeros(9, 5), torch.zeros(4, 5), k=4)
     with pytest.raises(ValueError, match="k is 0"):
         score(torch.zeros(9, 5), torch.zeros(9, 5), k=0)

@@ -1,4 +1,6 @@
-"""References: built once, shared as a file, refused where unlike would be compared with like; the usual .npz."""
+"""References: built once, shared as a file, refused where unlike would be compared with like; the
+usual .npz.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from lpl_pretrain.config.load import dump
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.evaluation import features, job
 from lpl_pretrain.evaluation.fid import frechet_distance
-from lpl_pretrain.evaluation.reference import check_provenance, evenly_spaced, read_npz, read_reference
+from lpl_pretrain.evaluation.reference import (
+    check_provenance,
+    evenly_spaced,
+    read_npz,
+    read_reference,
+)
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from tests.support.runs import averages
 
@@ -26,7 +33,9 @@ def small_extractor(monkeypatch):
 
 
 def evaluate(run, **changes):
-    return list(job.evaluate(run.run_dir, run.protocol(metrics=ALL, kid_subsets=2, **changes), CPU, [6]))[0]
+    return list(
+        job.evaluate(run.run_dir, run.protocol(metrics=ALL, kid_subsets=2, **changes), CPU, [6])
+    )[0]
 
 
 def make_file(run, path, **changes):
@@ -43,7 +52,9 @@ def scores(record):
 def test_a_file_gives_the_same_scores_as_its_pictures(run, tmp_path, capsys):
     path = make_file(run, tmp_path / "real.safetensors")
     assert "12 pictures at 32 px, by efficientnet_lite0" in capsys.readouterr().out
-    assert scores(evaluate(run, name="a")) == scores(record := evaluate(run, name="b", reference=str(path)))
+    assert scores(evaluate(run, name="a")) == scores(
+        record := evaluate(run, name="b", reference=str(path))
+    )
     assert record["reference"]["pictures"] == 12 and record["reference"]["file"] == str(path)
     with pytest.raises(ConfigError, match="wanted a new file whose name ends in .safetensors"):
         make_file(run, path)
@@ -77,7 +88,9 @@ def test_what_is_no_reference_is_named(run, tmp_path):
 
 
 def test_the_usual_npz(run, tmp_path):
-    """The distance to it is that to the statistics it was written from, whatever their number of pictures."""
+    """The distance to it is that to the statistics it was written from, whatever their number of
+    pictures.
+    """
     generator = torch.Generator().manual_seed(0)
     real, made = FeatureStatistics(12), FeatureStatistics(12)
     real.update(torch.randn(100, 12, generator=generator))
@@ -88,7 +101,9 @@ def test_the_usual_npz(run, tmp_path):
     found = read_npz(tmp_path / "real.npz", protocol, [extractor]).statistics["inception/pooled"]
     assert frechet_distance(made, found) == pytest.approx(frechet_distance(made, real), rel=1e-9)
     with pytest.raises(ConfigError, match="use metrics=.fd. and one extractor of kind inception"):
-        read_npz(tmp_path / "real.npz", run.protocol(), [averages(run.protocol().extractors[0], CPU)])
+        read_npz(
+            tmp_path / "real.npz", run.protocol(), [averages(run.protocol().extractors[0], CPU)]
+        )
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     with pytest.raises(ConfigError, match=r"mu \(3,\), sigma \(3, 3\); wanted 12"):
         read_npz(tmp_path / "bad.npz", protocol, [extractor])

@@ -1,4 +1,6 @@
-"""Batches of features on disk: shared out, taken up again, the same scores for any number of processes."""
+"""Batches of features on disk: shared out, taken up again, the same scores for any number of
+processes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ def filled(folder, batch_size=4, world_size=1, rows=ROWS):
     spool = Spool(folder, len(rows), batch_size)
     for rank in reversed(range(world_size)):
         for batch in spool.missing(rank, world_size):
-            spool.put(batch, {"x": rows[batch.start : batch.stop], **({"first": rows[:2].clone()} if batch.start == 0 else {})})
+            spool.put(
+                batch,
+                {
+                    "x": rows[batch.start : batch.stop],
+                    **({"first": rows[:2].clone()} if batch.start == 0 else {}),
+                },
+            )
     return spool
 
 
@@ -28,7 +36,10 @@ def test_rows_come_back_in_order(tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_statistics_do_not_depend_on_the_number_of_processes(tmp_path, world_size):
-    one, many = filled(tmp_path / "one").statistics("x"), filled(tmp_path / "many", world_size=world_size).statistics("x")
+    one, many = (
+        filled(tmp_path / "one").statistics("x"),
+        filled(tmp_path / "many", world_size=world_size).statistics("x"),
+    )
     assert many.count == 23, "an uneven last batch counts once"
     assert torch.equal(one.mean, many.mean) and torch.equal(one.scatter, many.scatter)
 
@@ -46,7 +57,9 @@ def test_what_is_there_is_not_made_again(tmp_path):
     spool = Spool(tmp_path, 10, 4)
     spool.put(range(4, 8), {"x": ROWS[4:8]})
     assert spool.missing(0, 1) == [range(4), range(8, 10)] and spool.missing(1, 2) == []
-    (tmp_path / ".pictures_00000000.safetensors.abcd.tmp").write_bytes(b"half a batch")  # of a process that was killed
+    (tmp_path / ".pictures_00000000.safetensors.abcd.tmp").write_bytes(
+        b"half a batch"
+    )  # of a process that was killed
     assert spool.missing(0, 2) == [range(4), range(8, 10)]
 
 

@@ -18,7 +18,9 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 def features(count: int, dimension: int, seed: int, offset: float = 0.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(dimension, dimension, generator=generator, dtype=torch.float64) / dimension**0.5
+    mix = (
+        torch.randn(dimension, dimension, generator=generator, dtype=torch.float64) / dimension**0.5
+    )
     return torch.randn(count, dimension, generator=generator, dtype=torch.float64) @ mix + offset
 
 
@@ -41,7 +43,9 @@ def test_any_split_gives_the_same(split):
     for statistics in (streamed, merged):
         assert statistics.count == 40
         np.testing.assert_allclose(statistics.mean, rows.numpy().mean(axis=0), **TIGHT)
-        np.testing.assert_allclose(statistics.covariance, np.cov(rows.numpy(), rowvar=False), **TIGHT)
+        np.testing.assert_allclose(
+            statistics.covariance, np.cov(rows.numpy(), rowvar=False), **TIGHT
+        )
 
 
 def test_a_merge_without_the_mean_shift_is_seen():
@@ -56,7 +60,9 @@ def test_a_merge_without_the_mean_shift_is_seen():
     for part in rows.split([13, 27]):
         broken.update(part)
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(broken.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            broken.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_non_finite_picture_is_named():
@@ -70,15 +76,26 @@ def test_a_non_finite_picture_is_named():
 def test_tensors_round_trip():
     statistics = of(features(9, 4, seed=0))
     back = FeatureStatistics.from_tensors(statistics.tensors())
-    assert back.count == 9 and torch.equal(back.mean, statistics.mean) and torch.equal(back.covariance, statistics.covariance)
+    assert (
+        back.count == 9
+        and torch.equal(back.mean, statistics.mean)
+        and torch.equal(back.covariance, statistics.covariance)
+    )
 
 
 def by_scipy(a: FeatureStatistics, b: FeatureStatistics) -> float:
     product = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
-    return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(product).real)
+    return float(
+        (a.mean - b.mean).square().sum()
+        + a.covariance.trace()
+        + b.covariance.trace()
+        - 2 * np.trace(product).real
+    )
 
 
-@pytest.mark.parametrize("count_a, count_b, rtol", [(400, 300, 1e-9), (400, 12, 1e-5), (10, 12, 1e-5)])
+@pytest.mark.parametrize(
+    "count_a, count_b, rtol", [(400, 300, 1e-9), (400, 12, 1e-5), (10, 12, 1e-5)]
+)
 def test_equals_scipy(count_a, count_b, rtol):
     """32 features: 12 pictures give rank 11, where sqrtm itself is exact to no more than 1e-5."""
     a, b = of(features(count_a, 32, seed=1)), of(features(count_b, 32, seed=2, offset=0.3))
@@ -89,7 +106,9 @@ def test_equals_scipy(count_a, count_b, rtol):
 def rotated(count: int, seed: int, exponent: float, dimension: int = 16) -> torch.Tensor:
     """Standard deviations from 1 to 10^exponent, in a basis that is the same for every seed."""
     generator = torch.Generator().manual_seed(99)
-    basis = torch.linalg.qr(torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)).Q
+    basis = torch.linalg.qr(
+        torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)
+    ).Q
     rows = torch.randn(count, dimension, generator=generator.manual_seed(seed), dtype=torch.float64)
     return rows * torch.logspace(0, exponent, dimension, dtype=torch.float64) @ basis
 
@@ -107,26 +126,36 @@ HARD = {
 
 
 def by_mpmath(rows_a: torch.Tensor, rows_b: torch.Tensor) -> tuple[float, float]:
-    """50 digits, from the features themselves: tr((C_a C_b)^(1/2)) is the sum of the singular values of A B^T; and the traces."""
+    """50 digits, from the features themselves: tr((C_a C_b)^(1/2)) is the sum of the singular
+    values of A B^T; and the traces.
+    """
     with mpmath.workdps(50):
-        (a, mean_a), (b, mean_b) = (centred(mpmath.matrix(rows.tolist())) for rows in (rows_a, rows_b))
+        (a, mean_a), (b, mean_b) = (
+            centred(mpmath.matrix(rows.tolist())) for rows in (rows_a, rows_b)
+        )
         traces = sum(x * x for x in a) + sum(x * x for x in b)
         cross = mpmath.fsum(mpmath.svd_r(a * b.T, compute_uv=False))
-        return float(sum((x - y) ** 2 for x, y in zip(mean_a, mean_b)) + traces - 2 * cross), float(traces)
+        return float(sum((x - y) ** 2 for x, y in zip(mean_a, mean_b)) + traces - 2 * cross), float(
+            traces
+        )
 
 
 def centred(rows: mpmath.matrix) -> tuple[mpmath.matrix, list]:
     """Less the mean, over (N - 1)^(1/2); and the mean."""
     mean = [mpmath.fsum(rows[:, j]) / rows.rows for j in range(rows.cols)]
     scale = mpmath.sqrt(rows.rows - 1)
-    return mpmath.matrix([[(rows[i, j] - mean[j]) / scale for j in range(rows.cols)] for i in range(rows.rows)]), mean
+    return mpmath.matrix(
+        [[(rows[i, j] - mean[j]) / scale for j in range(rows.cols)] for i in range(rows.rows)]
+    ), mean
 
 
 @pytest.mark.parametrize("case", HARD)
 def test_equals_mpmath(case, monkeypatch):
     rows_a, rows_b, way = HARD[case]
     singular_values, calls = torch.linalg.svdvals, []
-    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: calls.append(1) or singular_values(matrix))
+    monkeypatch.setattr(
+        torch.linalg, "svdvals", lambda matrix: calls.append(1) or singular_values(matrix)
+    )
     wanted, traces = by_mpmath(rows_a, rows_b)
     assert frechet_distance(of(rows_a), of(rows_b)) == pytest.approx(wanted, abs=1e-12 * traces)
     assert frechet_distance(of(rows_b), of(rows_a)) == pytest.approx(wanted, abs=1e-12 * traces)
@@ -136,20 +165,28 @@ def test_equals_mpmath(case, monkeypatch):
 @pytest.mark.parametrize("broken", ["never_in_doubt", "rank_unknown", "rank_too_small"])
 def test_mpmath_has_teeth(broken, monkeypatch):
     """Roots of noise taken: for want of doubt, or of the rank that the count gives; one rank lost."""
-    rows_a, rows_b, _ = HARD["every picture twice" if broken == "never_in_doubt" else "fewer pictures than features"]
+    rows_a, rows_b, _ = HARD[
+        "every picture twice" if broken == "never_in_doubt" else "fewer pictures than features"
+    ]
     wanted, traces = by_mpmath(rows_a, rows_b)
     eigenvalues = torch.linalg.eigvalsh
     monkeypatch.setattr(fid, "DOUBT", float("inf"))
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: eigenvalues(matrix).abs())
     few = of(rows_a)
     if broken != "never_in_doubt":
-        few.scatter, few.count = few.covariance * (24 if broken == "rank_unknown" else 4), 25 if broken == "rank_unknown" else 5
+        few.scatter, few.count = (
+            few.covariance * (24 if broken == "rank_unknown" else 4),
+            25 if broken == "rank_unknown" else 5,
+        )
     assert frechet_distance(few, of(rows_b)) != pytest.approx(wanted, abs=1e-9 * traces)
 
 
 def diagonal(variances: list[float], mean: float = 0.0) -> FeatureStatistics:
     statistics = FeatureStatistics(len(variances))
-    statistics.count, statistics.mean = 101, torch.full((len(variances),), mean, dtype=torch.float64)
+    statistics.count, statistics.mean = (
+        101,
+        torch.full((len(variances),), mean, dtype=torch.float64),
+    )
     statistics.scatter = torch.tensor(variances, dtype=torch.float64).diag() * 100
     return statistics
 
@@ -164,8 +201,12 @@ def diagonal(variances: list[float], mean: float = 0.0) -> FeatureStatistics:
     ],
 )
 def test_closed_form(variances_a, variances_b):
-    wanted = 3 * 0.5**2 + sum((a**0.5 - b**0.5) ** 2 for a, b in zip(variances_a, variances_b, strict=True))
-    assert frechet_distance(diagonal(variances_a, mean=0.5), diagonal(variances_b)) == pytest.approx(wanted, rel=1e-12)
+    wanted = 3 * 0.5**2 + sum(
+        (a**0.5 - b**0.5) ** 2 for a, b in zip(variances_a, variances_b, strict=True)
+    )
+    assert frechet_distance(
+        diagonal(variances_a, mean=0.5), diagonal(variances_b)
+    ) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_rank_deficient_statistics_are_at_distance_zero_from_themselves():
@@ -180,7 +221,9 @@ def test_unlike_dimensions_are_refused():
 
 @pytest.mark.parametrize("broken", ["no_square_root", "elementwise", "root_of_noise"])
 def test_has_teeth(broken):
-    """The cross term as the trace of the product; with roots entry by entry; with square roots of rounding noise."""
+    """The cross term as the trace of the product; with roots entry by entry; with square roots of
+    rounding noise.
+    """
     a, b = of(features(20, 200, seed=4)), of(features(20, 200, seed=5))
     exact = torch.linalg.svdvals(root(b.covariance).T @ root(a.covariance)).sum()
     product = a.covariance @ b.covariance

@@ -1,4 +1,6 @@
-"""What is submitted, what is refused before it is, and what becomes of an attempt; the real scheduler is in tests/slurm."""
+"""What is submitted, what is refused before it is, and what becomes of an attempt; the real
+scheduler is in tests/slurm.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ HOSTILE = "a b;$(touch hacked)`touch hacked`\n#SBATCH --nodes=99\n'\""
 
 def launch(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
+        [sys.executable, "-m", "launch", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
     )
 
 
@@ -41,7 +48,12 @@ def order(run_dir, *argv):
 
 def test_a_script_asks_for_what_the_profile_says(tmp_path):
     profile = ClusterProfile(
-        partition="gpu", processes_per_node=8, gpus_per_node=8, memory_gib_per_node=0.5, exclude=("n1", "n2"), signal_s=60
+        partition="gpu",
+        processes_per_node=8,
+        gpus_per_node=8,
+        memory_gib_per_node=0.5,
+        exclude=("n1", "n2"),
+        signal_s=60,
     )
     lines = script(order(tmp_path), profile).splitlines()
     for wanted in (
@@ -57,36 +69,54 @@ def test_a_script_asks_for_what_the_profile_says(tmp_path):
         assert f"#SBATCH --{wanted}" in lines, wanted
     (srun,) = (line for line in lines if line.startswith("srun "))
     assert "--kill-on-bad-exit=1" in srun
-    assert lines[-1].endswith("$?") and "-m launch.after" in lines[-1], "the last line learns how srun ended"
+    assert lines[-1].endswith("$?") and "-m launch.after" in lines[-1], (
+        "the last line learns how srun ended"
+    )
 
 
 @pytest.mark.parametrize("where", ["run_dir", "environment"])
 def test_nothing_hostile_reaches_a_shell_or_the_scheduler(tmp_path, where):
-    """The script is run by a real shell, with programs that do nothing in the place of srun and python."""
+    """The script is run by a real shell, with programs that do nothing in the place of srun and
+    python.
+    """
     hostile = HOSTILE.replace("\n", "")  # lines are refused: test_script.py
     run_dir = tmp_path / (hostile if where == "run_dir" else "run")
-    profile = ClusterProfile(environment={"X": hostile if where == "environment" else "x"}, python="/bin/true")
+    profile = ClusterProfile(
+        environment={"X": hostile if where == "environment" else "x"}, python="/bin/true"
+    )
     text = script(order(run_dir, HOSTILE), profile)
     assert not [line for line in text.splitlines() if line.startswith("#SBATCH --nodes=99")]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").symlink_to("/bin/true")
     (tmp_path / "script.sh").write_text(text + '\nprintf %s "$X" > x.txt\n')
     done = subprocess.run(
-        ["bash", "script.sh"], cwd=tmp_path, env={"PATH": f"{tmp_path}/bin:/bin:/usr/bin"}, capture_output=True, text=True
+        ["bash", "script.sh"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}/bin:/bin:/usr/bin"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("hacked")) and (tmp_path / "x.txt").read_text() == profile.environment["X"]
+    assert (
+        not list(tmp_path.rglob("hacked"))
+        and (tmp_path / "x.txt").read_text() == profile.environment["X"]
+    )
 
 
 def test_directives_end_where_the_shell_begins(tmp_path):
     """sbatch reads `#SBATCH` up to the first command: a later one, in a quoted value, is none."""
     text = script(order(tmp_path), ClusterProfile(environment={"X": HOSTILE.replace("\n", " ")}))
-    first_command = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
+    first_command = next(
+        i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#")
+    )
     assert all("nodes=99" not in line for line in text.splitlines()[:first_command])
 
 
 def test_names_of_jobs_are_plain():
-    assert job_name(order("/runs/" + HOSTILE.replace("/", ""))) == "a_b_touch_hacked_touch_hacked_SBATCH_--nodes_99_-train"
+    assert (
+        job_name(order("/runs/" + HOSTILE.replace("/", "")))
+        == "a_b_touch_hacked_touch_hacked_SBATCH_--nodes_99_-train"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +124,10 @@ def test_names_of_jobs_are_plain():
     [
         ({"colour": "red"}, "colour"),
         ({"environment": {"WANDB_API_KEY": "x"}}, "environment.WANDB_API_KEY: looks like a secret"),
-        ({"gpus_per_node": 8}, "processes_per_node=1 with gpus_per_node=8: one process for each GPU"),
+        (
+            {"gpus_per_node": 8},
+            "processes_per_node=1 with gpus_per_node=8: one process for each GPU",
+        ),
         ({"partition": "a b"}, "partition"),
         ({"time_limit_min": 1, "signal_s": 60}, "the signal comes before the job"),
     ],
@@ -104,13 +137,24 @@ def test_profiles_that_make_no_sense(changes, words):
         validate(ClusterProfile, changes, where="profile.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_profile_loads(path):
     load_config(ClusterProfile, path)
 
 
 def ending(**changes):
-    return Ending(**{"status": 0, "over": False, "cancelled": False, "timed_out": False, "steps": (10, 20), **changes})
+    return Ending(
+        **{
+            "status": 0,
+            "over": False,
+            "cancelled": False,
+            "timed_out": False,
+            "steps": (10, 20),
+            **changes,
+        }
+    )
 
 
 def attempt(status=0, steps=(0, 0), reason="stopped in time"):
@@ -125,24 +169,62 @@ def attempt(status=0, steps=(0, 0), reason="stopped in time"):
         (ending(status=2, steps=(0, 0)), [], Decision(False, "refused its input: see the log")),
         (ending(), [attempt()] * 500, Decision(True, "stopped in time")),
         (ending(timed_out=True), [], Decision(True, "time limit, 1 of 2")),
-        (ending(timed_out=True), [attempt(reason="time limit, 1 of 2"), attempt()], Decision(True, "time limit, 2 of 2")),
-        (ending(timed_out=True), [attempt(reason="time limit")] * 2, Decision(False, "time limit, 3 of 2")),
-        (ending(status=HUNG, logged=1234), [], Decision(True, "hung after step 1,234, 1 of 2 in a row")),
-        (ending(status=HUNG, steps=(5, 5)), [attempt(HUNG, (5, 5))] * 2, Decision(False, "hung after step 0, 3 of 2 in a row")),
-        (ending(status=137), [attempt(1, (0, 0))] * 9, Decision(True, "failed with status 137, 1 of 2 in a row")),
-        (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5))], Decision(True, "failed with status 1, 2 of 2 in a row")),
-        (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5))] * 2, Decision(False, "failed with status 1, 3 of 2 in a row")),
-        (ending(status=1, steps=(5, 5)), [attempt(1, (5, 5)), attempt(0)], Decision(True, "failed with status 1, 1 of 2 in a row")),
+        (
+            ending(timed_out=True),
+            [attempt(reason="time limit, 1 of 2"), attempt()],
+            Decision(True, "time limit, 2 of 2"),
+        ),
+        (
+            ending(timed_out=True),
+            [attempt(reason="time limit")] * 2,
+            Decision(False, "time limit, 3 of 2"),
+        ),
+        (
+            ending(status=HUNG, logged=1234),
+            [],
+            Decision(True, "hung after step 1,234, 1 of 2 in a row"),
+        ),
+        (
+            ending(status=HUNG, steps=(5, 5)),
+            [attempt(HUNG, (5, 5))] * 2,
+            Decision(False, "hung after step 0, 3 of 2 in a row"),
+        ),
+        (
+            ending(status=137),
+            [attempt(1, (0, 0))] * 9,
+            Decision(True, "failed with status 137, 1 of 2 in a row"),
+        ),
+        (
+            ending(status=1, steps=(5, 5)),
+            [attempt(1, (5, 5))],
+            Decision(True, "failed with status 1, 2 of 2 in a row"),
+        ),
+        (
+            ending(status=1, steps=(5, 5)),
+            [attempt(1, (5, 5))] * 2,
+            Decision(False, "failed with status 1, 3 of 2 in a row"),
+        ),
+        (
+            ending(status=1, steps=(5, 5)),
+            [attempt(1, (5, 5)), attempt(0)],
+            Decision(True, "failed with status 1, 1 of 2 in a row"),
+        ),
     ],
 )
 def test_whether_a_job_goes_on(found, earlier, decision):
     """Preemptions are not counted, time-outs are, failures only while no checkpoint was made."""
     assert decide(found, earlier, max_timeouts=2, max_failures=2, on_hang="requeue") == decision
     stopped = decide(found, earlier, max_timeouts=2, max_failures=2, on_hang="stop")
-    assert stopped == decision if found.status != HUNG else not stopped.requeue and "in a row" not in stopped.reason
+    assert (
+        stopped == decision
+        if found.status != HUNG
+        else not stopped.requeue and "in a row" not in stopped.reason
+    )
 
 
-@pytest.mark.parametrize(("run_time", "up"), [("00:08:20", False), ("00:08:50", True), ("1-00:00:00", True)])
+@pytest.mark.parametrize(
+    ("run_time", "up"), [("00:08:20", False), ("00:08:50", True), ("1-00:00:00", True)]
+)
 def test_a_time_limit_is_told_from_a_preemption(run_time, up):
     assert time_is_up(f"JobId=7 RunTime={run_time} TimeLimit=00:10:00 X=y", 10) is up
     assert not time_is_up("", 10) and not time_is_up(f"RunTime={run_time} TimeLimit=UNLIMITED", 10)
@@ -151,9 +233,13 @@ def test_a_time_limit_is_told_from_a_preemption(run_time, up):
 
 def test_the_schedulers_words_are_passed_on():
     error = (
-        "Command returned 1\nsbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed\nTraceback"
+        "Command returned 1\nsbatch: error: invalid partition specified: x\nsbatch: error: "
+        "Batch job submission failed\nTraceback"
     )
-    assert words_of(error) == "error: invalid partition specified: x error: Batch job submission failed"
+    assert (
+        words_of(error)
+        == "error: invalid partition specified: x error: Batch job submission failed"
+    )
 
 
 def test_logs_of_all_ranks_are_one(tmp_path):
@@ -182,42 +268,83 @@ def test_without_a_scheduler(tmp_path):
     config = ROOT / "configs/encode/emoji.yaml"
     path = {**os.environ, "PATH": "/nowhere"}
     arguments = ("encode", config, f"output={tmp_path}/latents", "--cluster", profile)
-    assert "sbatch: not on the PATH: submit from a login node" in (refused := launch(*arguments, env=path)).stderr
+    assert (
+        "sbatch: not on the PATH: submit from a login node"
+        in (refused := launch(*arguments, env=path)).stderr
+    )
     assert refused.returncode == 2
     shown = launch(*arguments, "--dry-run", env={**path, "WANDB_API_KEY": "very-secret"})
-    assert shown.returncode == 0 and "export X=1" in shown.stdout and "resolution_px: 64" in shown.stdout
+    assert (
+        shown.returncode == 0
+        and "export X=1" in shown.stdout
+        and "resolution_px: 64" in shown.stdout
+    )
     assert "very-secret" not in shown.stdout and not (tmp_path / "latents").exists()
     assert "nothing was launched" in launch("status", tmp_path).stderr
     (tmp_path / "sbatch").touch(0o755)
     there = {**path, "PATH": str(tmp_path)}
     blind = launch("encode", config, f"output={profile}/latents", "--cluster", profile, env=there)
-    assert blind.returncode == 2 and "cannot be made from here" in blind.stderr and "Traceback" not in blind.stderr
+    assert (
+        blind.returncode == 2
+        and "cannot be made from here" in blind.stderr
+        and "Traceback" not in blind.stderr
+    )
     unknown = launch("encode", config, "--cluster", profile, "--set", "colour=red")
     assert unknown.returncode == 2 and "colour" in unknown.stderr
 
 
 def test_what_watches_asks_for_one_processor_and_says_what_it_will_submit(tmp_path):
     profile = tmp_path / "my cluster.yaml"
-    keys = {"partition": "gpu", "cpu_partition": "small", "processes_per_node": 8, "gpus_per_node": 8, "container": ["run", "it"]}
+    keys = {
+        "partition": "gpu",
+        "cpu_partition": "small",
+        "processes_per_node": 8,
+        "gpus_per_node": 8,
+        "container": ["run", "it"],
+    }
     profile.write_text(yaml.safe_dump({**keys, "memory_gib_per_node": 900}))
     shown = launch(
-        *("evaluate", tmp_path / "a run", ROOT / "configs/evaluate/emoji.yaml", "images=2048", "--watch", "--at-most", 3),
+        *(
+            "evaluate",
+            tmp_path / "a run",
+            ROOT / "configs/evaluate/emoji.yaml",
+            "images=2048",
+            "--watch",
+            "--at-most",
+            3,
+        ),
         *("--nodes", 2, "--set", "qos=low", "--cluster", profile, "--dry-run"),
     )
     assert shown.returncode == 0, shown.stderr
     for wanted in ("partition=small", "nodes=1", "ntasks-per-node=1", "cpus-per-task=1", "qos=low"):
         assert f"#SBATCH --{wanted}\n" in shown.stdout, wanted
     assert "gpus" not in shown.stdout and "#SBATCH --mem" not in shown.stdout
-    (command,) = (line for line in shown.stdout.splitlines() if line.startswith("# python -m launch watch"))
-    for wanted in ("images=2048", f"--cluster={profile}", "--at-most=3", "--nodes=2", "--set=qos=low"):
+    (command,) = (
+        line for line in shown.stdout.splitlines() if line.startswith("# python -m launch watch")
+    )
+    for wanted in (
+        "images=2048",
+        f"--cluster={profile}",
+        "--at-most=3",
+        "--nodes=2",
+        "--set=qos=low",
+    ):
         assert shlex.quote(wanted) in command, wanted
     assert "images: 2048" in shown.stdout
 
 
 def test_submitting_costs_no_torch():
-    modules = "launch.__main__, launch.submit, launch.status, launch.logs, launch.after, launch.task, launch.watch"
-    code = f"import sys, {modules}; print([name for name in ('torch', 'diffusers') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = (
+        "launch.__main__, launch.submit, launch.status, launch.logs, launch.after, "
+        "launch.task, launch.watch"
+    )
+    code = (
+        f"import sys, {modules}; print([name for name in ('torch', 'diffusers') if name in "
+        "sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]", done.stdout
 
 
@@ -230,7 +357,12 @@ def test_facts_of_a_job_are_plain_json(tmp_path):
 @pytest.fixture
 def allocated(monkeypatch):
     """This process is the only task of job 7; a task's handlers of signals do not outlive the test."""
-    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}.items():
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
@@ -248,16 +380,26 @@ def test_code_that_has_changed_is_told_and_refused_if_asked(tmp_path, policy, al
         assert ended.value.code == BAD_INPUT
     else:
         assert task() == 0
-    assert "the code has changed since this job was submitted (000000000000 then, " in capsys.readouterr().out
+    assert (
+        "the code has changed since this job was submitted (000000000000 then, "
+        in capsys.readouterr().out
+    )
     (found,) = JobFolder(tmp_path).exits("7", 0)
     assert found["status"] == (BAD_INPUT if policy == "refuse" else 0) and not found["stopped"]
 
 
 def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, monkeypatch):
-    """Between the start of the process and that of its child; and one that dies of it has ended well."""
+    """Between the start of the process and that of its child; and one that dies of it has ended
+    well.
+    """
     task = Task([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
     monkeypatch.setattr(
-        Stop, "pass_on_to", lambda self, child, real=Stop.pass_on_to: (os.kill(os.getpid(), signal.SIGUSR2), real(self, child))
+        Stop,
+        "pass_on_to",
+        lambda self, child, real=Stop.pass_on_to: (
+            os.kill(os.getpid(), signal.SIGUSR2),
+            real(self, child),
+        ),
     )
     assert task() == 0
     (found,) = JobFolder(tmp_path).exits("7", 0)
@@ -289,9 +431,13 @@ def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, pa
         assert task() == 0
     (found,) = folder.exits("7", 0)
     assert found["status"] == status
-    assert found.get("silent_ranks") == ([{"rank": 3, "host": "node-2.site"}] if status == HUNG else None)
+    assert found.get("silent_ranks") == (
+        [{"rank": 3, "host": "node-2.site"}] if status == HUNG else None
+    )
     folder.drop_empty_stacks("7")
-    assert len(list(tmp_path.glob("stacks_7_0_rank_00000_*.txt"))) == (status != 3) and not folder.silent_ranks("7", 0)
+    assert len(list(tmp_path.glob("stacks_7_0_rank_00000_*.txt"))) == (
+        status != 3
+    ) and not folder.silent_ranks("7", 0)
 
 
 def test_who_is_to_blame_is_told():
@@ -303,7 +449,8 @@ def test_who_is_to_blame_is_told():
 
 
 @pytest.mark.parametrize(
-    ("kind", "policy", "patient"), [("train", "stop", False), ("train", "wait", True), ("encode", "stop", True)]
+    ("kind", "policy", "patient"),
+    [("train", "stop", False), ("train", "wait", True), ("encode", "stop", True)],
 )
 def test_training_alone_is_watched(tmp_path, kind, policy, patient):
     assert task_of(Order(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).patient is patient
@@ -314,16 +461,26 @@ def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
     folder = JobFolder(tmp_path / "launch")
     folder.path.mkdir()
     folder.write_facts({"job": None, "nodes": 1, "argv": ["train"], "profile": {"exclude": []}})
-    slow = [{"event": "straggler", "rank": rank, "host": "n1", "measure": "data", "times": 2.5} for rank in (1, 3)]
-    lines = [{"step": 4, "time_s": time.time() - age_s, **line} for line in (*slow, {"event": "resumed"}, {})]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "tim')
+    slow = [
+        {"event": "straggler", "rank": rank, "host": "n1", "measure": "data", "times": 2.5}
+        for rank in (1, 3)
+    ]
+    lines = [
+        {"step": 4, "time_s": time.time() - age_s, **line}
+        for line in (*slow, {"event": "resumed"}, {})
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(map(json.dumps, lines)) + '\n{"step": 5, "tim'
+    )
     shown = report(tmp_path)
     assert ("straggler   rank 3 on n1: 2.5 times the median in `data`, 3 min ago" in shown) is told
     assert "rank 1" not in shown and "step        4" in shown
 
 
 def test_the_console_script_is_the_module():
-    script = subprocess.run([Path(sys.executable).with_name("lpl-launch"), "--help"], capture_output=True, text=True)
+    script = subprocess.run(
+        [Path(sys.executable).with_name("lpl-launch"), "--help"], capture_output=True, text=True
+    )
     usage, _, options = script.stdout.partition("\n")
     assert usage.startswith("Usage: lpl-launch") and "SLURM" in options
     assert launch("--help").stdout.partition("\n")[2] == options

@@ -27,7 +27,10 @@ def scheduler(tmp_path, monkeypatch):
     """sbatch takes everything; all programs note their arguments."""
     (tmp_path / "bin").mkdir()
     for name in ("sbatch", "squeue", "scancel"):
-        line = f'echo {name} "$@" >> {tmp_path}/asked; {"echo Submitted batch job 4711" if name == "sbatch" else ":"}'
+        line = (
+            f'echo {name} "$@" >> {tmp_path}/asked; '
+            f"{'echo Submitted batch job 4711' if name == 'sbatch' else ':'}"
+        )
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
@@ -46,7 +49,9 @@ def folder(scheduler):
 
 
 def asked(scheduler, program):
-    return [line for line in (scheduler / "asked").read_text().splitlines() if line.startswith(program)]
+    return [
+        line for line in (scheduler / "asked").read_text().splitlines() if line.startswith(program)
+    ]
 
 
 def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
@@ -71,7 +76,9 @@ def test_edits_after_the_submission_do_not_reach_the_job(folder, scheduler):
 def test_a_record_of_an_older_version_is_submitted_again(folder):
     """It knows no folder in which paths begin, and no configuration was stored beside it."""
     facts = folder.read_facts()
-    folder.write_facts({key: value for key, value in facts.items() if key not in ("cwd", "part", "at_most")})
+    folder.write_facts(
+        {key: value for key, value in facts.items() if key not in ("cwd", "part", "at_most")}
+    )
     folder.config.unlink()
     order, _ = read_order(folder)
     assert order.command == order.argv == facts["argv"] and order.cwd == os.getcwd()
@@ -119,12 +126,16 @@ def test_an_edited_record_is_refused(folder, scheduler, changes):
     assert len(asked(scheduler, "sbatch")) == 1 and not list(scheduler.rglob("PWNED"))
 
 
-@pytest.mark.parametrize("text", ["", "{ not", "[1]", "null", "[" * 5_000, b"\xff\xfe", '{"job": {}}'], ids=str)
+@pytest.mark.parametrize(
+    "text", ["", "{ not", "[1]", "null", "[" * 5_000, b"\xff\xfe", '{"job": {}}'], ids=str
+)
 def test_a_damaged_record_is_named(folder, scheduler, text):
     folder.facts.write_bytes(text if isinstance(text, bytes) else text.encode())
     for command in ("status", "cancel", "resume", "logs"):
         done = CliRunner().invoke(commands, [command, str(folder.run_dir)])
-        assert isinstance(done.exception, ConfigError) and str(folder.facts) in str(done.exception), command
+        assert isinstance(done.exception, ConfigError) and str(folder.facts) in str(
+            done.exception
+        ), command
     assert asked(scheduler, "scancel") == [] and len(asked(scheduler, "sbatch")) == 1
 
 
@@ -153,7 +164,9 @@ def test_a_run_that_was_copied_is_not_the_run(folder, scheduler):
 
 def test_shell_of_another_user_is_not_run(folder, monkeypatch):
     monkeypatch.setattr(recording.os, "geteuid", lambda: 4321)
-    os.chown(folder.facts, 1234, -1) if os.getuid() == 0 else pytest.skip("only root gives files away")
+    os.chown(folder.facts, 1234, -1) if os.getuid() == 0 else pytest.skip(
+        "only root gives files away"
+    )
     with pytest.raises(ConfigError, match="belongs to another user"):
         read_order(folder)
 
@@ -166,7 +179,8 @@ def test_status_prints_what_a_terminal_does_not_obey(folder):
 
 def test_damaged_lines_of_a_run_leave_a_status(folder):
     folder.attempts.write_text(
-        '{"job": "4711"\n[]\n7\n{"job": "4711"}\n' + json.dumps({"job": "1", "reason": "", "requeued": True})
+        '{"job": "4711"\n[]\n7\n{"job": "4711"}\n'
+        + json.dumps({"job": "1", "reason": "", "requeued": True})
     )
     lines = [
         "[1]",

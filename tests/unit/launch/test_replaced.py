@@ -1,4 +1,6 @@
-"""The end of an attempt that the scheduler had given up: its node was cut off, the job went on elsewhere, and the node is back."""
+"""The end of an attempt that the scheduler had given up: its node was cut off, the job went on
+elsewhere, and the node is back.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,29 @@ def scheduler(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "later", "noted", "asks"),
-    [("Restarts=0", 1, False, False), ("Restarts=1", 0, True, False), ("Restarts=0", 0, True, True)],
+    [
+        ("Restarts=0", 1, False, False),
+        ("Restarts=1", 0, True, False),
+        ("Restarts=0", 0, True, True),
+    ],
 )
-def test_only_the_newest_attempt_asks_for_another(tmp_path, monkeypatch, scheduler, words, later, noted, asks):
-    """And no more once a later one has begun, as the job's files have it, or when the scheduler was asked for one already."""
+def test_only_the_newest_attempt_asks_for_another(
+    tmp_path, monkeypatch, scheduler, words, later, noted, asks
+):
+    """And no more once a later one has begun, as the job's files have it, or when the scheduler was
+    asked for one already.
+    """
     says, asked = scheduler
     says(f"JobId=7 {words} RunTime=00:01:00 TimeLimit=01:00:00")
     folder = JobFolder(tmp_path)
-    folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": ClusterProfile().model_dump(mode="json")})
+    folder.write_facts(
+        {
+            "kind": "train",
+            "run_dir": str(tmp_path),
+            "step": 0,
+            "profile": ClusterProfile().model_dump(mode="json"),
+        }
+    )
     publish_json(folder.rendezvous("7", later), {})
     publish_json(folder.rendezvous("77", 5), {})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -49,16 +66,23 @@ def test_attempts_that_left_no_word_are_told(tmp_path):
     for attempt in (1, 3):
         publish_json(folder.rendezvous("7", attempt), {})
     for attempt, job in ((1, "7"), (2, "6")):
-        folder.note_attempt({"job": job, "attempt": attempt, "reason": "stopped in time", "requeued": True})
+        folder.note_attempt(
+            {"job": job, "attempt": attempt, "reason": "stopped in time", "requeued": True}
+        )
     assert [attempt["reason"] for attempt in folder.history("7")] == [LOST, "stopped in time", LOST]
     assert folder.history("8") == folder.history(None) == []
 
 
 @pytest.mark.parametrize(
-    ("attempt", "begun", "goes_on"), [(3, [0, 1, 2], True), (3, [0, 1], True), (3, [0], False), (9, [0, 8], False)]
+    ("attempt", "begun", "goes_on"),
+    [(3, [0, 1, 2], True), (3, [0, 1], True), (3, [0], False), (9, [0, 8], False)],
 )
-def test_attempts_that_could_not_begin_are_failures(tmp_path, monkeypatch, scheduler, attempt, begun, goes_on):
-    """Those that began and left no word were lost with their nodes, or preempted by force: these may be many."""
+def test_attempts_that_could_not_begin_are_failures(
+    tmp_path, monkeypatch, scheduler, attempt, begun, goes_on
+):
+    """Those that began and left no word were lost with their nodes, or preempted by force: these
+    may be many.
+    """
     says, _ = scheduler
     says(f"JobId=7 Restarts={attempt}")
     folder = JobFolder(tmp_path)
@@ -66,11 +90,22 @@ def test_attempts_that_could_not_begin_are_failures(tmp_path, monkeypatch, sched
     folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": profile})
     for number in begun:
         publish_json(folder.rendezvous("7", number), {})
-    folder.note_attempt({"job": "7", "attempt": 0, "status": 0, "steps": [0, 0], "reason": "stopped in time", "requeued": True})
+    folder.note_attempt(
+        {
+            "job": "7",
+            "attempt": 0,
+            "status": 0,
+            "steps": [0, 0],
+            "reason": "stopped in time",
+            "requeued": True,
+        }
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
     decision = main(folder, 1)
-    assert decision.requeue == goes_on and decision.reason.endswith(f"{attempt - len(begun) + 1} of 2 in a row")
+    assert decision.requeue == goes_on and decision.reason.endswith(
+        f"{attempt - len(begun) + 1} of 2 in a row"
+    )
 
 
 def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler):
@@ -78,7 +113,14 @@ def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler)
     says, asked = scheduler
     says("JobId=7 Restarts=0")
     folder = JobFolder(tmp_path)
-    folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": ClusterProfile().model_dump(mode="json")})
+    folder.write_facts(
+        {
+            "kind": "train",
+            "run_dir": str(tmp_path),
+            "step": 0,
+            "profile": ClusterProfile().model_dump(mode="json"),
+        }
+    )
     folder.attempts.symlink_to("/dev/full")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(JobFolder, "read_attempts", lambda self: [])

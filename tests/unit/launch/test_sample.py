@@ -1,4 +1,6 @@
-"""`launch sample` hands on what it was given, and refuses what the job would refuse, as far as that needs no torch."""
+"""`launch sample` hands on what it was given, and refuses what the job would refuse, as far as that
+needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +29,45 @@ def run(tmp_path):
 
 def launch(run, *options):
     arguments = ["sample", run, "--cluster", run.parent / "cluster.yaml", *options, "--dry-run"]
-    return subprocess.run([sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_options_that_were_given_arrive(run):
-    given = ["--guidance-interval", "0.5", "2.0", "--prompt", "it's a cat", "--prompt", "dogs", "--step", "3", "--format", "png"]
+    given = [
+        "--guidance-interval",
+        "0.5",
+        "2.0",
+        "--prompt",
+        "it's a cat",
+        "--prompt",
+        "dogs",
+        "--step",
+        "3",
+        "--format",
+        "png",
+    ]
     done = launch(run, *given)
     assert done.returncode == 0, done.stderr
     (told,) = (
-        line.partition("lpl_pretrain ")[2] for line in done.stdout.splitlines() if line.startswith("# python -m lpl_pretrain")
+        line.partition("lpl_pretrain ")[2]
+        for line in done.stdout.splitlines()
+        if line.startswith("# python -m lpl_pretrain")
     )
     arrived = shlex.split(told)
     assert arrived[:2] == ["sample", str(run)]
-    chunks = {("--guidance-interval", "0.5", "2.0"), ("--prompt", "it's a cat", "--prompt", "dogs"), ("--step", "3")}
-    assert all(" ".join(chunk) in " ".join(arrived) for chunk in chunks) and len(arrived) == 2 + len(given)
+    chunks = {
+        ("--guidance-interval", "0.5", "2.0"),
+        ("--prompt", "it's a cat", "--prompt", "dogs"),
+        ("--step", "3"),
+    }
+    assert all(" ".join(chunk) in " ".join(arrived) for chunk in chunks) and len(
+        arrived
+    ) == 2 + len(given)
     assert "kind: euler" in done.stdout and "guidance_interval:\n- 0.5\n- 2.0" in done.stdout
 
 

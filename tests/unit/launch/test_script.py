@@ -1,4 +1,6 @@
-"""A batch script holds our lines only: everything else is refused before anything is written or submitted."""
+"""A batch script holds our lines only: everything else is refused before anything is written or
+submitted.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def order(folder, **options):
 def programs(tmp_path, monkeypatch):
     """Where sbatch and srun are; sbatch notes that it was called."""
     (tmp_path / "bin").mkdir()
-    for name, line in {"sbatch": f"touch {tmp_path}/submitted; echo 1", "srun": ":", "squeue": ":"}.items():
+    for name, line in {
+        "sbatch": f"touch {tmp_path}/submitted; echo 1",
+        "srun": ":",
+        "squeue": ":",
+    }.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
@@ -60,10 +66,18 @@ def test_a_line_break_in_a_name_runs_nothing(programs, monkeypatch, broken):
 @pytest.mark.parametrize("character", [*CONTROL[:2], *CONTROL[3:], "%", "\\"], ids=ascii)
 def test_what_a_folder_of_a_job_cannot_be_called(programs, character):
     folder = programs / f"runs{character}x"
-    for send in (lambda: submit(order(folder), ClusterProfile()), lambda: submit_array([order(folder)], ClusterProfile(), 1)):
-        with pytest.raises(ConfigError, match="holds the control character|a job cannot keep its files in a folder with"):
+    for send in (
+        lambda: submit(order(folder), ClusterProfile()),
+        lambda: submit_array([order(folder)], ClusterProfile(), 1),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match="holds the control character|a job cannot keep its files in a folder with",
+        ):
             send()
-    assert sorted(path.name for path in programs.iterdir()) == ["bin"], "nothing was written or submitted"
+    assert sorted(path.name for path in programs.iterdir()) == ["bin"], (
+        "nothing was written or submitted"
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +91,10 @@ def test_what_a_folder_of_a_job_cannot_be_called(programs, character):
         ({"account": "a b"}, "account="),
         ({"exclude": ["n1\n#SBATCH --uid=0"]}, "exclude.0="),
         ({"environment": {"A B": "x"}}, "environment"),
-        ({"environment": 5, "setup": 5, "container": {"a": 1}}, "(?s)setup=5.*container=.*environment=5"),
+        (
+            {"environment": 5, "setup": 5, "container": {"a": 1}},
+            "(?s)setup=5.*container=.*environment=5",
+        ),
     ],
 )
 def test_profiles_hold_plain_lines(changes, words):
@@ -104,7 +121,17 @@ def test_setup_is_complete_by_itself(tmp_path, setup, words):
 
 
 def test_setup_of_several_lines_is_shell():
-    check_setup(["if [ -f x ]; then", "\tmodule load cuda  # it's here", "fi", "cat <<'END'", "$(x)", "END", "echo \\\\"])
+    check_setup(
+        [
+            "if [ -f x ]; then",
+            "\tmodule load cuda  # it's here",
+            "fi",
+            "cat <<'END'",
+            "$(x)",
+            "END",
+            "echo \\\\",
+        ]
+    )
 
 
 FOREIGN = [
@@ -127,7 +154,9 @@ FOREIGN = [
 @pytest.mark.parametrize("line", FOREIGN)
 def test_a_line_that_is_not_ours_is_refused(tmp_path, line):
     text = script(order(tmp_path), ClusterProfile())
-    own = {found for found in text.split("\n") if found.startswith(("export PYTHONPATH", "trap", "/"))}
+    own = {
+        found for found in text.split("\n") if found.startswith(("export PYTHONPATH", "trap", "/"))
+    }
     assert check_script(text, own) == text
     lines = text.split("\n")
     for at in (3, len(lines) // 2, len(lines)):
@@ -135,8 +164,12 @@ def test_a_line_that_is_not_ours_is_refused(tmp_path, line):
             check_script("\n".join([*lines[:at], line, *lines[at:]]), own)
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "evaluate", "watch", "sample"])
-@pytest.mark.parametrize("run", ["x\ny", "x\x1b[2J", "\udcff", "", "x" * 300], ids=lambda run: ascii(run)[:10])
+@pytest.mark.parametrize(
+    "command", ["status", "logs", "cancel", "resume", "evaluate", "watch", "sample"]
+)
+@pytest.mark.parametrize(
+    "run", ["x\ny", "x\x1b[2J", "\udcff", "", "x" * 300], ids=lambda run: ascii(run)[:10]
+)
 def test_runs_on_the_command_line_are_paths(command, run):
     more = {
         "evaluate": ["p.yaml", "--cluster=c"],
@@ -179,9 +212,13 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "run").mkdir()
-    there = Task([], str(tmp_path / "run"), ["sh", "-c", "pwd > where"], fingerprint(), cwd=str(tmp_path))
+    there = Task(
+        [], str(tmp_path / "run"), ["sh", "-c", "pwd > where"], fingerprint(), cwd=str(tmp_path)
+    )
     assert there() == 0 and (tmp_path / "where").read_text().strip() == str(tmp_path)
-    gone = Task([], str(tmp_path / "run"), ["touch", "begun"], fingerprint(), cwd=str(tmp_path / "gone"))
+    gone = Task(
+        [], str(tmp_path / "run"), ["touch", "begun"], fingerprint(), cwd=str(tmp_path / "gone")
+    )
     with pytest.raises(SystemExit) as ended:
         gone()
     assert ended.value.code == BAD_INPUT and not list(tmp_path.rglob("begun"))
@@ -190,5 +227,8 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
 def test_words_of_a_path_are_no_words_of_the_scheduler():
     from launch.after import fields
 
-    shown = "JobId=7 JobState=RUNNING Restarts=0 StdErr=/runs/x JobState=CANCELLED Restarts=9/launch/7.err"
+    shown = (
+        "JobId=7 JobState=RUNNING Restarts=0 StdErr=/runs/x JobState=CANCELLED "
+        "Restarts=9/launch/7.err"
+    )
     assert fields(shown)["JobState"] == "RUNNING" and fields(shown)["Restarts"] == "0"

@@ -1,4 +1,6 @@
-"""Secrets do not stand in a profile, from where they would get into scripts and job.json; other values do."""
+"""Secrets do not stand in a profile, from where they would get into scripts and job.json; other
+values do.
+"""
 
 from __future__ import annotations
 
@@ -162,14 +164,32 @@ def test_other_lines_have_none(line):
     ("changes", "words"),
     [
         ({"environment": {"GH_PAT": "hunter2"}}, r"environment\.GH_PAT: looks like a secret"),
-        ({"environment": {"DB_PASSWORD": 12345678}}, r"environment\.DB_PASSWORD: looks like a secret"),
-        ({"environment": {"URL": "postgres://u:hunter2@db"}}, r"environment\.URL: looks like a secret \(a password in a URL\)"),
+        (
+            {"environment": {"DB_PASSWORD": 12345678}},
+            r"environment\.DB_PASSWORD: looks like a secret",
+        ),
+        (
+            {"environment": {"URL": "postgres://u:hunter2@db"}},
+            r"environment\.URL: looks like a secret \(a password in a URL\)",
+        ),
         ({"setup": ["true", "export HF_TOKEN=hunter2"]}, "setup: HF_TOKEN: looks like a secret"),
         ({"setup": "export HF_TOKEN=hunter2"}, "setup: HF_TOKEN: looks like a secret"),
-        ({"container": ["run", "--env", "HF_TOKEN=hunter2", "image"]}, "container: HF_TOKEN: looks like a secret"),
-        ({"container": ["run", "--env=HF_TOKEN=hunter2"]}, "container: HF_TOKEN: looks like a secret"),
-        ({"container": ["run", "--docker-password", "hunter2"]}, "container: docker_password: looks like a secret"),
-        ({"container": ["run", "-e", "X=ghp_" + "hunter2" * 4]}, "container: X: looks like a secret"),
+        (
+            {"container": ["run", "--env", "HF_TOKEN=hunter2", "image"]},
+            "container: HF_TOKEN: looks like a secret",
+        ),
+        (
+            {"container": ["run", "--env=HF_TOKEN=hunter2"]},
+            "container: HF_TOKEN: looks like a secret",
+        ),
+        (
+            {"container": ["run", "--docker-password", "hunter2"]},
+            "container: docker_password: looks like a secret",
+        ),
+        (
+            {"container": ["run", "-e", "X=ghp_" + "hunter2" * 4]},
+            "container: X: looks like a secret",
+        ),
     ],
 )
 def test_a_profile_with_a_secret_is_refused_and_the_secret_is_not_printed(changes, words):
@@ -179,5 +199,17 @@ def test_a_profile_with_a_secret_is_refused_and_the_secret_is_not_printed(change
 
 
 def test_a_profile_of_ordinary_things():
-    container = ["apptainer", "exec", "--nv", "--no-auth", "--env", "NCCL_DEBUG=INFO", "/images/lpl.sif"]
-    validate(ClusterProfile, {"environment": ORDINARY, "setup": ORDINARY_LINES, "container": container}, where="x")
+    container = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--no-auth",
+        "--env",
+        "NCCL_DEBUG=INFO",
+        "/images/lpl.sif",
+    ]
+    validate(
+        ClusterProfile,
+        {"environment": ORDINARY, "setup": ORDINARY_LINES, "container": container},
+        where="x",
+    )

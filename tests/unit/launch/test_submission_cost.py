@@ -1,4 +1,6 @@
-"""Submitting stays cheap on a login node that hundreds share: causes are counted, not seconds (docs/cluster.md has those)."""
+"""Submitting stays cheap on a login node that hundreds share: causes are counted, not seconds
+(docs/cluster.md has those).
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,49 @@ from lpl_pretrain.config.load import resolve_path
 from tests.support.commands import ROOT
 from tests.support.configs import dataset_index, train_config
 
-HEAVY = {"torch", "numpy", "PIL", "deepspeed", "diffusers", "transformers", "timm", "matplotlib", "jinja2", "fsspec", "wandb"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "PIL",
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "timm",
+    "matplotlib",
+    "jinja2",
+    "fsspec",
+    "wandb",
+}
 
 
 def imported(*command, **options) -> set[str]:
     """Packages that a command of Python loads."""
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", *map(str, command)], cwd=ROOT, capture_output=True, text=True, **options
+        [sys.executable, "-X", "importtime", *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **options,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return {name.partition(".")[0] for name in re.findall(r"^import time:.*\|\s+([\w.]+)$", done.stderr, re.MULTILINE)}
+    return {
+        name.partition(".")[0]
+        for name in re.findall(r"^import time:.*\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
+    }
 
 
 @pytest.fixture
 def config(tmp_path):
     identity = autoencoder_identity(resolve_path("asset:autoencoder_emoji"))
     (tmp_path / "latents").mkdir()
-    (tmp_path / "latents" / "index.json").write_text(dataset_index(identity=identity).model_dump_json())
-    settings = train_config(data__folder=str(tmp_path / "latents"), parallel__strategy="fsdp2", batch__global_batch_size=512)
+    (tmp_path / "latents" / "index.json").write_text(
+        dataset_index(identity=identity).model_dump_json()
+    )
+    settings = train_config(
+        data__folder=str(tmp_path / "latents"),
+        parallel__strategy="fsdp2",
+        batch__global_batch_size=512,
+    )
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 4711\n")
     (tmp_path / "sbatch").chmod(0o755)
@@ -44,12 +71,30 @@ def config(tmp_path):
 
 
 def test_a_job_of_64_nodes_is_submitted_without_anything_heavy(config, tmp_path):
-    arguments = ["train", config, f"run_dir={tmp_path}/run", "--cluster", ROOT / "configs/cluster/slurm.yaml", "--nodes", 64]
-    found = imported("-m", "launch", *arguments, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, umask=0)
-    assert {"launch", "submitit", "pydantic"} <= found and (tmp_path / "run" / "launch" / "job.json").is_file()
+    arguments = [
+        "train",
+        config,
+        f"run_dir={tmp_path}/run",
+        "--cluster",
+        ROOT / "configs/cluster/slurm.yaml",
+        "--nodes",
+        64,
+    ]
+    found = imported(
+        "-m",
+        "launch",
+        *arguments,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        umask=0,
+    )
+    assert {"launch", "submitit", "pydantic"} <= found and (
+        tmp_path / "run" / "launch" / "job.json"
+    ).is_file()
     assert not found & HEAVY
     written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
-    assert len(written) >= 5 and not [path for path in written if path.stat().st_mode & stat.S_IWOTH], "whatever the umask"
+    assert len(written) >= 5 and not [
+        path for path in written if path.stat().st_mode & stat.S_IWOTH
+    ], "whatever the umask"
 
 
 def test_what_is_heavy_is_seen():
@@ -60,7 +105,11 @@ def test_what_is_heavy_is_seen():
 def test_weights_are_hashed_once_for_a_whole_sweep(config, monkeypatch, broken):
     """Hundreds of megabytes of an autoencoder: more than all the rest of a submission."""
     opened, plain = [], Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *given, **named: opened.append(self.name) or plain(self, *given, **named))
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda self, *given, **named: opened.append(self.name) or plain(self, *given, **named),
+    )
     autoencoder_identity.cache_clear()
     if broken:
         monkeypatch.setattr(check, "autoencoder_identity", autoencoder_identity.__wrapped__)

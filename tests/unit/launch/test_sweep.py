@@ -1,4 +1,6 @@
-"""Sweeps before a scheduler sees them: values, names, checks, the script of the array, and what is told of its runs."""
+"""Sweeps before a scheduler sees them: values, names, checks, the script of the array, and what is
+told of its runs.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ SQUEUE = "#!/bin/sh\necho '4711_0 RUNNING\n4711_1 PENDING'\n"
 )
 def test_values_are_split_at_the_outer_commas(text, values):
     assert split(text) == values
-    assert text.split(",") == values or len(text.split(",")) > len(values), "the naive way differs where there are inner ones"
+    assert text.split(",") == values or len(text.split(",")) > len(values), (
+        "the naive way differs where there are inner ones"
+    )
 
 
 def test_all_combinations_the_last_key_fastest():
@@ -77,8 +81,13 @@ def test_what_is_no_sweep(sweeps, words):
 
 
 def test_names_say_what_was_changed_and_are_safe(tmp_path):
-    assert name_of(("lpl.target_share=0.1", "optimizer.lr=1e-4")) == "lpl.target_share=0.1,optimizer.lr=1e-4"
-    assert name_of(("optimizer.betas=[0.9,0.99]",)) == "optimizer.betas=0.9_0.99" and name_of(()) == ""
+    assert (
+        name_of(("lpl.target_share=0.1", "optimizer.lr=1e-4"))
+        == "lpl.target_share=0.1,optimizer.lr=1e-4"
+    )
+    assert (
+        name_of(("optimizer.betas=[0.9,0.99]",)) == "optimizer.betas=0.9_0.99" and name_of(()) == ""
+    )
     for value in (HOSTILE, "../../up", "a/b", "%j\n", "-rf"):
         name = name_of((f"key={value}",))
         assert re.fullmatch(r"key=[A-Za-z0-9._+-]*", name) and (tmp_path / name).parent == tmp_path
@@ -88,23 +97,41 @@ def test_names_say_what_was_changed_and_are_safe(tmp_path):
 
 @pytest.fixture
 def config(tmp_path):
-    """Of a run whose data are known by their index alone, and whose autoencoder is the one that ships."""
+    """Of a run whose data are known by their index alone, and whose autoencoder is the one that
+    ships.
+    """
     from lpl_pretrain.config.identity import autoencoder_identity
     from lpl_pretrain.config.load import resolve_path
 
     identity = autoencoder_identity(resolve_path("asset:autoencoder_emoji"))
     (tmp_path / "latents").mkdir()
-    (tmp_path / "latents" / "index.json").write_text(dataset_index(identity=identity).model_dump_json())
-    settings = train_config(data__folder=str(tmp_path / "latents"), run_dir=str(tmp_path / "swept"), parallel__strategy="ddp")
+    (tmp_path / "latents" / "index.json").write_text(
+        dataset_index(identity=identity).model_dump_json()
+    )
+    settings = train_config(
+        data__folder=str(tmp_path / "latents"),
+        run_dir=str(tmp_path / "swept"),
+        parallel__strategy="ddp",
+    )
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     return tmp_path / "train.yaml"
 
 
 def test_a_run_for_each_combination(config, tmp_path):
     found = trainings(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
-    assert [run.run_dir for run in found] == [tmp_path / "swept" / f"optimizer.lr={rate}" for rate in ("1e-3", "2e-3")]
-    assert [run.settings.optimizer.lr for run in found] == [1e-3, 2e-3] and {run.settings.steps for run in found} == {7}
-    assert found[1].argv == ["train", str(config), "steps=7", "optimizer.lr=2e-3", f'run_dir="{found[1].run_dir}"']
+    assert [run.run_dir for run in found] == [
+        tmp_path / "swept" / f"optimizer.lr={rate}" for rate in ("1e-3", "2e-3")
+    ]
+    assert [run.settings.optimizer.lr for run in found] == [1e-3, 2e-3] and {
+        run.settings.steps for run in found
+    } == {7}
+    assert found[1].argv == [
+        "train",
+        str(config),
+        "steps=7",
+        "optimizer.lr=2e-3",
+        f'run_dir="{found[1].run_dir}"',
+    ]
     assert {run.settings.run_dir for run in found} == {str(run.run_dir) for run in found}
     (alone,) = trainings(str(config), [], [], 2)
     assert alone.run_dir == tmp_path / "swept"
@@ -114,7 +141,9 @@ def test_every_wrong_combination_is_named(config):
     with pytest.raises(ConfigError) as refusal:
         trainings(str(config), [], ["batch.global_batch_size=8,9", "steps=2,0"], 2)
     lines = str(refusal.value).splitlines()
-    names = [f"batch.global_batch_size={size},steps={steps}" for size, steps in ((8, 0), (9, 2), (9, 0))]
+    names = [
+        f"batch.global_batch_size={size},steps={steps}" for size, steps in ((8, 0), (9, 2), (9, 0))
+    ]
     assert [line.partition(": ")[0] for line in lines] == names
     assert "global_batch_size=9 is not a multiple of dp_world_size=2" in lines[1]
     with pytest.raises(ConfigError, match="optimizer.rate=1: .*unknown key"):
@@ -126,7 +155,11 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_submitted(confi
     taken.path.mkdir(parents=True)
     taken.config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
     taken.metrics.write_text('{"step": 1}\n')  # without a step it would take this configuration
-    with pytest.raises(ConfigError, match=r"optimizer.lr=1e-3: .* belongs to another configuration:\n(.*\n)*  seed: the run has 1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer.lr=1e-3: .* belongs to another configuration:\n(.*\n)*  seed: the "
+        r"run has 1",
+    ):
         trainings(str(config), [], ["optimizer.lr=1e-3,2e-3"], 2)
     trainings(str(config), [], ["optimizer.lr=2e-3,3e-3"], 2)
 
@@ -144,13 +177,19 @@ def test_a_folder_is_a_run_or_holds_a_sweep(config, tmp_path):
 
 
 def orders(folder, count=2):
-    return [Order("train", ["train", "x.yaml", f"n={n}"], folder / f"n={n}", 4) for n in range(count)]
+    return [
+        Order("train", ["train", "x.yaml", f"n={n}"], folder / f"n={n}", 4) for n in range(count)
+    ]
 
 
 @pytest.fixture
 def scheduler(tmp_path, monkeypatch):
     """Programs that say what SLURM would."""
-    for name, text in {"sbatch": SBATCH.format(folder=tmp_path), "squeue": SQUEUE, "scancel": "#!/bin/sh\n"}.items():
+    for name, text in {
+        "sbatch": SBATCH.format(folder=tmp_path),
+        "squeue": SQUEUE,
+        "scancel": "#!/bin/sh\n",
+    }.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -158,19 +197,29 @@ def scheduler(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("count", "at_most", "asked"), [(3, 2, "0-2%2"), (3, None, "0-2%3"), (1, None, "0-0%1"), (2, 9, "0-1%2")])
+@pytest.mark.parametrize(
+    ("count", "at_most", "asked"),
+    [(3, 2, "0-2%2"), (3, None, "0-2%3"), (1, None, "0-0%1"), (2, 9, "0-1%2")],
+)
 def test_the_script_asks_for_an_array(tmp_path, count, at_most, asked):
-    lines = array_script(orders(tmp_path / "a sweep", count), ClusterProfile(), at_most, tmp_path / "links").splitlines()
+    lines = array_script(
+        orders(tmp_path / "a sweep", count), ClusterProfile(), at_most, tmp_path / "links"
+    ).splitlines()
     assert [line for line in lines if "--array" in line] == [f"#SBATCH --array={asked}"]
     assert "#SBATCH --job-name=a_sweep-train" in lines and "#SBATCH --requeue" in lines
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_each_task_finds_its_own_folder(scheduler, number):
-    """The script is run by a real shell, with programs in the place of srun and python that note what they are told."""
+    """The script is run by a real shell, with programs in the place of srun and python that note
+    what they are told.
+    """
     sweep = scheduler / "a sweep with 'marks' and $(touch hacked)"
     tasks = submit_array(orders(sweep), ClusterProfile(python="echo"), None)
-    assert tasks == ["4711_0", "4711_1"] and [JobFolder(o.run_dir / "launch").job for o in orders(sweep)] == tasks
+    assert (
+        tasks == ["4711_0", "4711_1"]
+        and [JobFolder(o.run_dir / "launch").job for o in orders(sweep)] == tasks
+    )
     (scheduler / "bin" / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (scheduler / "bin" / "srun").chmod(0o755)
     done = subprocess.run(
@@ -183,9 +232,13 @@ def test_each_task_finds_its_own_folder(scheduler, number):
     assert done.returncode == 0 and not list(scheduler.rglob("hacked")), done.stderr
     words = done.stdout.splitlines()
     of_task = Path(words[words.index("submitit.core._submit") + 1].replace("%a", str(number)))
-    assert of_task.resolve() == sweep / f"n={number}" / "launch", "where submitit looks for the task, and logs are written"
+    assert of_task.resolve() == sweep / f"n={number}" / "launch", (
+        "where submitit looks for the task, and logs are written"
+    )
     assert (of_task / f"4711_{number}_submitted.pkl").is_file()
-    assert (of_task / f"4711_{number}_submission.sh").read_text() == (scheduler / "submitted.sh").read_text(), "asked about again"
+    assert (of_task / f"4711_{number}_submission.sh").read_text() == (
+        scheduler / "submitted.sh"
+    ).read_text(), "asked about again"
     (after,) = [line for line in words if "launch.after" in line]
     told = Path(after.partition("launch.after ")[2].removesuffix(" 0"))
     assert JobFolder(told).read_facts()["argv"] == ["train", "x.yaml", f"n={number}"]
@@ -194,27 +247,43 @@ def test_each_task_finds_its_own_folder(scheduler, number):
 def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys, monkeypatch):
     """Two jobs of two processes count as four, and each has a folder of its own."""
     latents = scheduler / "some latents"
-    assert place_encoding("some.yaml", latents, 2, ClusterProfile(processes_per_node=2), None, "x=1") == "4711"
+    assert (
+        place_encoding("some.yaml", latents, 2, ClusterProfile(processes_per_node=2), None, "x=1")
+        == "4711"
+    )
     submitted = (scheduler / "submitted.sh").read_text()
     assert "#SBATCH --array=0-1%2" in submitted and "#SBATCH --nodes=1\n" in submitted
     assert "#SBATCH --job-name=some_latents-encode\n" in submitted
     assert capsys.readouterr().out.splitlines()[1] == "job 4711_1, encode/1"
     (links,) = (latents / "launch").glob("array_*")
-    for name, value in {"JOB_ID": "4712", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "1", "NTASKS": "2", "LOCALID": "0"}.items():
+    for name, value in {
+        "JOB_ID": "4712",
+        "ARRAY_JOB_ID": "4711",
+        "ARRAY_TASK_ID": "1",
+        "NTASKS": "2",
+        "LOCALID": "0",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     seen = []
     for number in range(2):
         folder = JobFolder(latents / "launch" / "encode" / str(number))
-        assert (links / str(number)).resolve() == folder.path and folder.read_facts()["argv"][-1] == "x=1"
+        assert (links / str(number)).resolve() == folder.path and folder.read_facts()["argv"][
+            -1
+        ] == "x=1"
         task = DelayedSubmission.load(folder.path / f"4711_{number}_submitted.pkl").function
         for rank in range(2):
             monkeypatch.setenv("SLURM_PROCID", str(rank))
             seen.append(task.place_of(Allocation.from_environment()))
     told = [line.split()[:3] for line in status.report(latents).splitlines()[1:]]
     assert told == [["encode/0", "4711_0", "RUNNING"], ["encode/1", "4711_1", "PENDING"]]
-    assert status.report(latents / "launch" / "encode" / "1").splitlines()[1].split()[:2] == ["encode/1", "4711_1"]
+    assert status.report(latents / "launch" / "encode" / "1").splitlines()[1].split()[:2] == [
+        "encode/1",
+        "4711_1",
+    ]
     assert status.cancel(latents).count("`python -m launch encode` goes on from there") == 2
-    assert [place["RANK"] for place in seen] == ["0", "1", "2", "3"] and {place["WORLD_SIZE"] for place in seen} == {"4"}
+    assert [place["RANK"] for place in seen] == ["0", "1", "2", "3"] and {
+        place["WORLD_SIZE"] for place in seen
+    } == {"4"}
 
 
 def test_a_task_is_named_by_its_place_in_the_array(monkeypatch):
@@ -229,8 +298,15 @@ def test_a_task_is_named_by_its_place_in_the_array(monkeypatch):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_task_that_ends_early_requeues_itself_alone(scheduler, monkeypatch, broken):
-    """And counts its own attempts; by its plain number it would requeue the array, and find no attempt of its own."""
-    for name, value in {"JOB_ID": "4711", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "1", "RESTART_COUNT": "1"}.items():
+    """And counts its own attempts; by its plain number it would requeue the array, and find no
+    attempt of its own.
+    """
+    for name, value in {
+        "JOB_ID": "4711",
+        "ARRAY_JOB_ID": "4711",
+        "ARRAY_TASK_ID": "1",
+        "RESTART_COUNT": "1",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     (scheduler / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {scheduler}/asked.txt\n')
     (scheduler / "bin" / "scontrol").chmod(0o755)
@@ -265,8 +341,15 @@ def test_a_line_for_each_run(scheduler):
     submit_array(orders(sweep, 3), ClusterProfile(), None)
     assert [folder.run_dir for folder in launched(sweep)] == [sweep / f"n={n}" for n in range(3)]
     assert [folder.run_dir for folder in launched(sweep / "n=1")] == [sweep / "n=1"]
-    RunDir(sweep / "n=0").metrics.write_text(json.dumps({"step": 1200, "samples_per_s": 51.24}) + "\n")
-    attempt = {"job": "4711_2", "attempt": 0, "requeued": False, "reason": "refused its input: see the log"}
+    RunDir(sweep / "n=0").metrics.write_text(
+        json.dumps({"step": 1200, "samples_per_s": 51.24}) + "\n"
+    )
+    attempt = {
+        "job": "4711_2",
+        "attempt": 0,
+        "requeued": False,
+        "reason": "refused its input: see the log",
+    }
     JobFolder(sweep / "n=2" / "launch").note_attempt(attempt)
     head, *told = (re.split(r"\s{2,}", line) for line in status.report(sweep).splitlines())
     assert head == ["name", "job", "state", "step", "samples/s", "restarts", "last attempt"]
@@ -289,8 +372,16 @@ def test_cancel_is_for_those_that_live_and_resume_for_those_that_do_not(schedule
     assert [folder.name for folder in status.unfinished(launched(sweep))] == ["n=2"]
     (finished.checkpoint(6) / "manifest.json").unlink()
     assert [folder.name for folder in status.unfinished(launched(sweep))] == ["n=2", "n=3"]
-    assert [line.partition(":")[0] for line in status.cancel(sweep).splitlines()] == ["job 4711_0", "job 4711_1"]
-    assert [JobFolder(sweep / f"n={n}" / "launch").cancelled.exists() for n in range(4)] == [True, True, False, False]
+    assert [line.partition(":")[0] for line in status.cancel(sweep).splitlines()] == [
+        "job 4711_0",
+        "job 4711_1",
+    ]
+    assert [JobFolder(sweep / f"n={n}" / "launch").cancelled.exists() for n in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_command(config, scheduler):
@@ -301,21 +392,52 @@ def test_the_command(config, scheduler):
     protocol.write_text(yaml.safe_dump(scoring))
 
     def launch(*arguments):
-        return subprocess.run([sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "launch", *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
-    swept = ["train", config, "--sweep", "optimizer.lr=1e-3,2e-3", "--sweep-at-most", 1, "--cluster", profile]
+    swept = [
+        "train",
+        config,
+        "--sweep",
+        "optimizer.lr=1e-3,2e-3",
+        "--sweep-at-most",
+        1,
+        "--cluster",
+        profile,
+    ]
     shown = launch(*swept, "--dry-run")
-    assert shown.returncode == 0 and "#SBATCH --array=0-1%1" in shown.stdout and not (scheduler / "swept").exists()
-    assert [line.partition(": ")[0] for line in shown.stdout.splitlines() if "optimizer.lr=" in line] == ["# 0", "# 1"]
+    assert (
+        shown.returncode == 0
+        and "#SBATCH --array=0-1%1" in shown.stdout
+        and not (scheduler / "swept").exists()
+    )
+    assert [
+        line.partition(": ")[0] for line in shown.stdout.splitlines() if "optimizer.lr=" in line
+    ] == ["# 0", "# 1"]
     wrong = launch(*swept, "--sweep", "steps=0,5")
-    assert wrong.returncode == 2 and "optimizer.lr=1e-3,steps=0: " in wrong.stderr and not (scheduler / "swept").exists()
+    assert (
+        wrong.returncode == 2
+        and "optimizer.lr=1e-3,steps=0: " in wrong.stderr
+        and not (scheduler / "swept").exists()
+    )
     sent = launch(*swept, "--evaluate-with", protocol)
     assert sent.returncode == 0, sent.stderr
-    waits = [line for line in (scheduler / "singles.sh").read_text().splitlines() if "--dependency" in line]
+    waits = [
+        line
+        for line in (scheduler / "singles.sh").read_text().splitlines()
+        if "--dependency" in line
+    ]
     assert waits == [f"#SBATCH --dependency=after:4711_{n}" for n in range(2)]
     assert "job 4711_1, optimizer.lr=2e-3" in sent.stdout
     refused = launch("resume", scheduler / "swept")
-    assert refused.returncode == 2 and "all its runs are complete, or with the scheduler" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "all its runs are complete, or with the scheduler" in refused.stderr
+    )
     (scheduler / "bin" / "squeue").write_text("#!/bin/sh\necho 4711_0 RUNNING\n")
     assert "1 jobs, each 1 nodes x 1 processes" in launch("resume", scheduler / "swept").stdout
     assert "#SBATCH --array=0-0%1" in (scheduler / "submitted.sh").read_text()
@@ -327,21 +449,36 @@ def test_a_finished_run_is_not_submitted(config, scheduler):
     profile.write_text("partition: gpu\n")
 
     def launch(*arguments):
-        command = [sys.executable, "-m", "launch", "train", config, *map(str, arguments), "--cluster", profile]
+        command = [
+            sys.executable,
+            "-m",
+            "launch",
+            "train",
+            config,
+            *map(str, arguments),
+            "--cluster",
+            profile,
+        ]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = RunDir(scheduler / "swept" / "optimizer.lr=1e-3")
-    settings = load_config(TrainConfig, str(config), ["optimizer.lr=1e-3", as_override("run_dir", str(done.path))])
+    settings = load_config(
+        TrainConfig, str(config), ["optimizer.lr=1e-3", as_override("run_dir", str(done.path))]
+    )
     done.path.mkdir(parents=True)
     done.config.write_text(dump(settings))
     done.checkpoint(settings.steps).mkdir(parents=True)
     (done.checkpoint(settings.steps) / "manifest.json").touch()
     alone = launch("optimizer.lr=1e-3", as_override("run_dir", str(done.path)))
-    assert alone.returncode == 0 and f"{done.path}: complete: {settings.steps} of" in alone.stdout, alone.stderr
+    assert (
+        alone.returncode == 0 and f"{done.path}: complete: {settings.steps} of" in alone.stdout
+    ), alone.stderr
     assert not (scheduler / "submitted.sh").exists() and not (done.path / "launch").exists()
     swept = launch("--sweep", "optimizer.lr=1e-3,2e-3")
     assert (
-        swept.returncode == 0 and "complete" in swept.stdout and "#SBATCH --array=0-0" in (scheduler / "submitted.sh").read_text()
+        swept.returncode == 0
+        and "complete" in swept.stdout
+        and "#SBATCH --array=0-0" in (scheduler / "submitted.sh").read_text()
     )
     assert not (done.path / "launch").exists()
 
@@ -351,4 +488,8 @@ def test_a_damaged_job_file_is_one_line_at_the_end_of_a_job(tmp_path):
     (tmp_path / "launch" / "job.json").write_text("{")
     command = [sys.executable, "-m", "launch.after", str(tmp_path / "launch"), "3"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 3 and "job.json: cannot be read" in ended.stdout and "Traceback" not in ended.stderr
+    assert (
+        ended.returncode == 3
+        and "job.json: cannot be read" in ended.stdout
+        and "Traceback" not in ended.stderr
+    )

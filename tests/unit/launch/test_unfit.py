@@ -1,4 +1,6 @@
-"""What becomes of a job whose preflight found a node unfit; the scheduler's commands are scripts that say what they were asked."""
+"""What becomes of a job whose preflight found a node unfit; the scheduler's commands are scripts
+that say what they were asked.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from launch.unfit import unfit_nodes
 from lpl_pretrain.config.rundir import RunDir
 
 SHOWN = "JobId=7 JobState=RUNNING ExcNodeList={excluded} RunTime=00:00:09 TimeLimit=01:00:00"
-FINDING = {"check": "data", "host": "b", "ranks": [3], "found": "a\n  b", "wanted": "c", "remedy": "d", "fault": "node"}
+FINDING = {
+    "check": "data",
+    "host": "b",
+    "ranks": [3],
+    "found": "a\n  b",
+    "wanted": "c",
+    "remedy": "d",
+    "fault": "node",
+}
 STATUSES = [(0, 0, "n1"), (2, 75, "n2"), (3, 75, "n2"), (1, 1, "n1")]
 
 
@@ -25,10 +35,14 @@ def job(tmp_path, monkeypatch):
     run, programs, told = RunDir(tmp_path / "run"), tmp_path / "bin", tmp_path / "told"
     run.path.mkdir()
     programs.mkdir()
-    run.preflight.write_text(json.dumps({"findings": [FINDING, {**FINDING, "fault": "none", "check": "clock"}]}))
+    run.preflight.write_text(
+        json.dumps({"findings": [FINDING, {**FINDING, "fault": "none", "check": "clock"}]})
+    )
     folder = JobFolder(run.path / "launch")
     profile = ClusterProfile(exclude=("n9",)).model_dump(mode="json")
-    folder.write_facts({"job": "7", "kind": "train", "run_dir": str(run.path), "step": 0, "profile": profile})
+    folder.write_facts(
+        {"job": "7", "kind": "train", "run_dir": str(run.path), "step": 0, "profile": profile}
+    )
     for name, value in {"SLURM_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("launch.unfit.signal.signal", lambda *arguments: None)
@@ -60,8 +74,14 @@ def test_an_unfit_node_is_found_whatever_ended_first(job, order):
     (attempt,) = folder.read_attempts()
     assert attempt["host"] == "n2" and attempt["status"] == 75
     test_only = f"sbatch --test-only --exclude=n9,n2 {folder.path}/7_submission.sh"
-    assert told() == [test_only, "scontrol requeue 7", "scontrol update jobid=7 ExcNodeList=n9,n2"], "in this order: see requeue"
-    assert ClusterProfile.model_validate(folder.read_facts()["profile"]).exclude == ("n9", "n2"), "for `launch resume`"
+    assert told() == [
+        test_only,
+        "scontrol requeue 7",
+        "scontrol update jobid=7 ExcNodeList=n9,n2",
+    ], "in this order: see requeue"
+    assert ClusterProfile.model_validate(folder.read_facts()["profile"]).exclude == ("n9", "n2"), (
+        "for `launch resume`"
+    )
 
 
 def test_has_teeth(job):
@@ -82,14 +102,20 @@ def test_what_a_person_has_excluded_since_stays_so(job):
 
 def test_a_job_that_could_never_start_ends_with_the_schedulers_words(job):
     folder, told, answers = job
-    answers(sbatch="echo 'allocation failure: Requested node configuration is not available' >&2; exit 1")
+    answers(
+        sbatch="echo 'allocation failure: Requested node configuration is not available' "
+        ">&2; exit 1"
+    )
     note(folder, STATUSES)
     decision = main(folder, 75)
     assert not decision.requeue and decision.reason.endswith(
-        "without it the scheduler says: allocation failure: Requested node configuration is not available"
+        "without it the scheduler says: allocation failure: Requested node configuration is not "
+        "available"
     )
     assert not [line for line in told() if line.startswith("scontrol")]
-    assert folder.read_facts()["profile"]["exclude"] == ["n9"], "a later `launch resume` is not refused for it"
+    assert folder.read_facts()["profile"]["exclude"] == ["n9"], (
+        "a later `launch resume` is not refused for it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +127,9 @@ def test_a_job_that_could_never_start_ends_with_the_schedulers_words(job):
     ],
 )
 def test_whether_a_job_goes_on_without_a_node(policy, earlier, wanted):
-    ending = Ending(75, over=False, cancelled=False, timed_out=False, steps=(5, 5), unfit={"n2": "why"})
+    ending = Ending(
+        75, over=False, cancelled=False, timed_out=False, steps=(5, 5), unfit={"n2": "why"}
+    )
     attempts = [{"status": 75, "steps": [5, 5], "reason": "n1 is unfit"}] * earlier
     assert decide(ending, attempts, max_timeouts=1, max_failures=2, on_unfit_node=policy) == wanted
 

@@ -1,4 +1,6 @@
-"""The process that submits an evaluation for each checkpoint, against a made-up scheduler; the real one is in tests/slurm."""
+"""The process that submits an evaluation for each checkpoint, against a made-up scheduler; the real
+one is in tests/slurm.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,13 @@ def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, 
     for _ in range(3):
         assert not watching.look()
     assert scheduler.steps == [10, 20], "two at most"
-    assert scheduler.orders[0].argv == ["evaluate", str(run_dir.path), "quick.yaml", "--step=10", "--pending"]
+    assert scheduler.orders[0].argv == [
+        "evaluate",
+        str(run_dir.path),
+        "quick.yaml",
+        "--step=10",
+        "--pending",
+    ]
     score(run_dir, 10)
     scheduler.end("100")
     watching.look()
@@ -102,7 +110,9 @@ def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, 
     for step, job in ((20, "101"), (30, "102")):
         score(run_dir, step)
         scheduler.end(job)
-    assert not watching.look() and scheduler.steps == [10, 20, 30, 40], "training has ended, but not all is scored"
+    assert not watching.look() and scheduler.steps == [10, 20, 30, 40], (
+        "training has ended, but not all is scored"
+    )
     score(run_dir, 40)
     assert watching.look()
 
@@ -153,10 +163,13 @@ def test_a_scheduler_that_does_not_answer_says_nothing(watching, run_dir, schedu
 
 
 @pytest.mark.parametrize(
-    ("reason", "jobs"), [("done", MOST_JOBS), (None, MOST_JOBS), ("failed with status 1", 1), ("cancelled", 1)]
+    ("reason", "jobs"),
+    [("done", MOST_JOBS), (None, MOST_JOBS), ("failed with status 1", 1), ("cancelled", 1)],
 )
 def test_jobs_that_end_without_a_score(watching, run_dir, scheduler, reason, jobs):
-    """Without a word they are tried again, a few times; what was decided stays so, and the others are scored."""
+    """Without a word they are tried again, a few times; what was decided stays so, and the others
+    are scored.
+    """
     publish(run_dir, 40)
     for _ in range(MOST_JOBS * (ABSENCES + 2)):
         over = watching.look()
@@ -193,4 +206,8 @@ def test_the_job_around_it_is_forgotten(monkeypatch):
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     forget_own_job()
 
-    assert "SLURM_JOB_ID" not in os.environ and "SBATCH_PARTITION" not in os.environ and os.environ["SLURM_CONF"]
+    assert (
+        "SLURM_JOB_ID" not in os.environ
+        and "SBATCH_PARTITION" not in os.environ
+        and os.environ["SLURM_CONF"]
+    )

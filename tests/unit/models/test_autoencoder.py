@@ -9,28 +9,41 @@ from diffusers.models import model_loading_utils
 from lpl_pretrain.config.identity import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError, exit_status
-from lpl_pretrain.models.autoencoder import LatentScaling, latent_scaling, load_autoencoder, sample_posterior
+from lpl_pretrain.models.autoencoder import (
+    LatentScaling,
+    latent_scaling,
+    load_autoencoder,
+    sample_posterior,
+)
 from tests.support.autoencoders import tiny_folder
 from tests.support.configs import dataset_index
 
 
 def test_moments_and_decode(tmp_path):
     autoencoder = load_autoencoder(tiny_folder(tmp_path, shift_factor=0.25))
-    assert (autoencoder.downscale, autoencoder.latent_channels, autoencoder.scale, autoencoder.shift) == (4, 4, 0.5, 0.25)
+    assert (
+        autoencoder.downscale,
+        autoencoder.latent_channels,
+        autoencoder.scale,
+        autoencoder.shift,
+    ) == (4, 4, 0.5, 0.25)
     images = torch.rand(2, 3, 32, 16) * 2 - 1
     moments = autoencoder.encode_moments(images)
     assert moments.shape == (2, 8, 8, 4) and (moments[:, 4:] > 0).all()
     posterior = autoencoder.network.encode(images).latent_dist
     assert torch.equal(sample_posterior(moments, None), posterior.mean)
     noise = torch.randn_like(posterior.mean)
-    torch.testing.assert_close(sample_posterior(moments, noise), posterior.mean + posterior.std * noise)
+    torch.testing.assert_close(
+        sample_posterior(moments, noise), posterior.mean + posterior.std * noise
+    )
     assert autoencoder.decode(posterior.mean).shape == images.shape
     assert not any(p.requires_grad for p in autoencoder.parameters())
 
 
 def test_identity_follows_weights_and_config(tmp_path):
     a, b, c = (
-        autoencoder_identity(resolve_path(tiny_folder(tmp_path / name, seed=seed))) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        autoencoder_identity(resolve_path(tiny_folder(tmp_path / name, seed=seed)))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert a == b != c
     config = tmp_path / "b" / "config.json"
@@ -61,7 +74,9 @@ def test_weights_that_cannot_be_read_now_say_why(tmp_path, monkeypatch):
 
     real, refuses = open, [True]
     monkeypatch.setattr(model_loading_utils, "open", refused, raising=False)
-    with pytest.raises(ConfigError, match="cannot load it as an AutoencoderKL: Stale file handle") as error:
+    with pytest.raises(
+        ConfigError, match="cannot load it as an AutoencoderKL: Stale file handle"
+    ) as error:
         load_autoencoder(folder)
     assert not refuses and exit_status(error.value) == 1, "another try may find them"
 
@@ -90,4 +105,9 @@ def test_the_shipped_autoencoder_loads():
     autoencoder = load_autoencoder("asset:autoencoder_emoji")
     assert (autoencoder.downscale, autoencoder.latent_channels) == (4, 4)
     assert sum(p.numel() for p in autoencoder.parameters()) <= 3_000_000
-    assert json.loads((resolve_path("asset:autoencoder_emoji") / "quality.json").read_text())["held_out_psnr_db"] >= 29.0
+    assert (
+        json.loads((resolve_path("asset:autoencoder_emoji") / "quality.json").read_text())[
+            "held_out_psnr_db"
+        ]
+        >= 29.0
+    )

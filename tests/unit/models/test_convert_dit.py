@@ -1,4 +1,6 @@
-"""DiT weights in the published layout and in diffusers': the same answers, and bit-equal round trips."""
+"""DiT weights in the published layout and in diffusers': the same answers, and bit-equal round
+trips.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from lpl_pretrain.models.layers import sincos_position_embedding
 
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
 CLASSES = 5
-CONFIG = DiTConfig(width=48, depth=3, heads=3, patch_size=2, learned_sigma=True, timestep_rates="diffusers")
+CONFIG = DiTConfig(
+    width=48, depth=3, heads=3, patch_size=2, learned_sigma=True, timestep_rates="diffusers"
+)
 
 
 def random_model(config=CONFIG):
@@ -32,7 +36,10 @@ def exported(model, config=CONFIG):
 def diffusers_model(settings, state):
     theirs = DiTTransformer2DModel(**settings).eval()
     missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and all("pos_embed.pos_embed" in name for name in missing), (missing, unexpected)
+    assert not unexpected and all("pos_embed.pos_embed" in name for name in missing), (
+        missing,
+        unexpected,
+    )
     return theirs
 
 
@@ -41,7 +48,11 @@ def test_diffusers_gives_the_same_answers(learned_sigma):
     config = CONFIG.model_copy(update={"learned_sigma": learned_sigma})
     model = random_model(config)
     theirs = diffusers_model(*exported(model, config))
-    z_t, timesteps, labels = torch.randn(4, 4, 8, 8), torch.tensor([0, 17, 500, 999]), torch.tensor([0, 3, 5, 4])
+    z_t, timesteps, labels = (
+        torch.randn(4, 4, 8, 8),
+        torch.tensor([0, 17, 500, 999]),
+        torch.tensor([0, 3, 5, 4]),
+    )
     with torch.no_grad():
         got = theirs(z_t, timestep=timesteps, class_labels=labels).sample
         wanted = model(z_t, timesteps / 1000, Conditioning(labels))
@@ -63,7 +74,9 @@ def test_the_round_trip_is_bit_equal():
     """Published layout -> ours -> diffusers -> ours."""
     wanted = random_model().state_dict()
     published = {"pos_embed": sincos_position_embedding(48, 4, 4), **wanted}
-    settings, state = to_diffusers(from_published(published), CONFIG, channels=4, side=8, num_classes=CLASSES)
+    settings, state = to_diffusers(
+        from_published(published), CONFIG, channels=4, side=8, num_classes=CLASSES
+    )
     config, ours = from_diffusers(settings, state)
     assert config == CONFIG and ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
@@ -72,15 +85,28 @@ def test_the_round_trip_is_bit_equal():
 
 def test_the_published_names():
     """Those of DiT-XL-2-256x256.pt, for three blocks."""
-    names = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1"}
-    names |= {
-        f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    names = {
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
     }
-    wanted = {f"{name}.{end}" for name in names for end in ("weight", "bias")} | {"y_embedder.embedding_table.weight"}
+    names |= {
+        f"blocks.{i}.{part}"
+        for i in range(3)
+        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    }
+    wanted = {f"{name}.{end}" for name in names for end in ("weight", "bias")} | {
+        "y_embedder.embedding_table.weight"
+    }
     assert set(random_model().state_dict()) == wanted
 
 
-@pytest.mark.parametrize("change, words", [({"rope": True}, "model.rope: "), ({"timestep_rates": "dit"}, "timestep_rates=dit")])
+@pytest.mark.parametrize(
+    "change, words",
+    [({"rope": True}, "model.rope: "), ({"timestep_rates": "dit"}, "timestep_rates=dit")],
+)
 def test_what_diffusers_cannot_express(change, words):
     config = CONFIG.model_copy(update=change)
     with pytest.raises(ConfigError, match=words):

@@ -1,4 +1,6 @@
-"""Every known family, run stage by stage, is exactly `decode()`; and what config.json says of the stages is what they do."""
+"""Every known family, run stage by stage, is exactly `decode()`; and what config.json says of the
+stages is what they do.
+"""
 
 import json
 
@@ -23,7 +25,9 @@ FAMILIES = {
     "TAEF1": lambda: tiny_distilled(latent_channels=16, levels=2),
     "SANA": lambda: tiny_dc(),
     "SANA, exit upsamples": lambda: tiny_dc(layers=(0, 2, 1)),
-    "SANA, no shortcut": lambda: tiny_dc(decoder_in_shortcut=False, upsample_block_type="interpolate"),
+    "SANA, no shortcut": lambda: tiny_dc(
+        decoder_in_shortcut=False, upsample_block_type="interpolate"
+    ),
 }
 
 
@@ -77,7 +81,9 @@ def test_has_teeth(damage):
 
 
 def test_flux2_latents_have_unit_scale_on_the_whole():
-    """Its config.json has no scaling factor; its batch norm's running statistics say what the latents are."""
+    """Its config.json has no scaling factor; its batch norm's running statistics say what the
+    latents are.
+    """
     network = tiny_network(latent_channels=32, family=AutoencoderKLFlux2)
     mean, std = network.bn.running_mean, network.bn.running_var.sqrt()
     patches = mean[:, None] + std[:, None] * torch.randn(128, 100_000)
@@ -90,14 +96,23 @@ def test_an_unknown_decoder_is_refused_with_those_that_are_known(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderOobleck"}))
     with pytest.raises(ConfigError) as error:
         read_autoencoder("some/folder", tmp_path)
-    for word in ("some/folder", "AutoencoderOobleck", "AutoencoderKL,", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2"):
+    for word in (
+        "some/folder",
+        "AutoencoderOobleck",
+        "AutoencoderKL,",
+        "AutoencoderTiny",
+        "AutoencoderDC",
+        "AutoencoderKLFlux2",
+    ):
         assert word in str(error.value)
 
 
 def test_an_unknown_block_is_refused(tmp_path):
     tiny_network().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "up_block_types": ["UpDecoderBlock2D", "Strange"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**settings, "up_block_types": ["UpDecoderBlock2D", "Strange"]})
+    )
     with pytest.raises(ConfigError, match="Strange; known are UpDecoderBlock2D"):
         read_autoencoder("x", tmp_path)
 

@@ -1,4 +1,6 @@
-"""The DiT: shapes, zero at initialisation, a working patch round trip, conditions that matter, fixed position embeddings."""
+"""The DiT: shapes, zero at initialisation, a working patch round trip, conditions that matter,
+fixed position embeddings.
+"""
 
 from dataclasses import replace
 
@@ -26,7 +28,12 @@ OPTIONS = ["qk_norm", "rope", "swiglu", "rms_norm"]
 
 
 def tiny(seed=0, **options):
-    return build_denoiser(DiTConfig(width=32, depth=2, heads=2, patch_size=2, **options), LATENT, num_classes=3, seed=seed)
+    return build_denoiser(
+        DiTConfig(width=32, depth=2, heads=2, patch_size=2, **options),
+        LATENT,
+        num_classes=3,
+        seed=seed,
+    )
 
 
 def awakened(**options):
@@ -44,7 +51,9 @@ def awake():
 
 
 def test_zero_at_initialisation():
-    assert not tiny()(torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3]))).any()
+    assert not tiny()(
+        torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3]))
+    ).any()
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -68,7 +77,9 @@ def test_every_input_matters(awake):
 def test_samples_do_not_see_each_other(awake):
     z_t, t, labels = torch.randn(3, 4, 8, 12), torch.rand(3), torch.tensor([0, 1, 3])
     together = awake(z_t, t, Conditioning(labels))
-    alone = torch.cat([awake(z_t[i : i + 1], t[i : i + 1], Conditioning(labels[i : i + 1])) for i in range(3)])
+    alone = torch.cat(
+        [awake(z_t[i : i + 1], t[i : i + 1], Conditioning(labels[i : i + 1])) for i in range(3)]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -80,41 +91,63 @@ def test_unpatchify_inverts_patches():
 
 def test_position_embedding_equals_diffusers():
     theirs = get_2d_sincos_pos_embed(32, 4, base_size=4, interpolation_scale=1.0, output_type="pt")
-    torch.testing.assert_close(sincos_position_embedding(32, 4, 4)[0].double(), theirs.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sincos_position_embedding(32, 4, 4)[0].double(), theirs.double(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_names_of_blocks_exist_and_positions_are_no_parameter():
     model = tiny()
     assert [model.get_submodule(name) for name in model.sharded_blocks()] == list(model.blocks)
-    assert "pos_embed" not in dict(model.named_parameters()) and "pos_embed" in dict(model.named_buffers())
+    assert "pos_embed" not in dict(model.named_parameters()) and "pos_embed" in dict(
+        model.named_buffers()
+    )
 
 
 def test_null_class():
     labels = torch.tensor([0, 2, -1, 1])
     assert class_conditioning(labels, 3).labels.tolist() == [0, 2, 3, 1]
-    assert class_conditioning(labels, 3, torch.tensor([True, False, False, False])).labels.tolist() == [3, 2, 3, 1]
+    assert class_conditioning(
+        labels, 3, torch.tensor([True, False, False, False])
+    ).labels.tolist() == [3, 2, 3, 1]
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (12, 8), (4, 4), (2, 24)])
 def test_other_shapes_are_those_of_a_model_built_for_them(awake, height, width):
     """Buckets: the same weights, and positions counted from the same corner."""
     latent = LATENT.model_copy(update={"height": height, "width": width})
-    other = build_denoiser(DiTConfig(width=32, depth=2, heads=2, patch_size=2), latent, num_classes=3)
+    other = build_denoiser(
+        DiTConfig(width=32, depth=2, heads=2, patch_size=2), latent, num_classes=3
+    )
     other.load_state_dict(awake.state_dict())
-    z_t, t, cond = torch.randn(3, 4, height, width), torch.rand(3), Conditioning(torch.tensor([0, 1, 2]))
-    assert torch.equal(awake(z_t, t, cond), other(z_t, t, cond)) and awake(z_t, t, cond).shape == z_t.shape
+    z_t, t, cond = (
+        torch.randn(3, 4, height, width),
+        torch.rand(3),
+        Conditioning(torch.tensor([0, 1, 2])),
+    )
+    assert (
+        torch.equal(awake(z_t, t, cond), other(z_t, t, cond))
+        and awake(z_t, t, cond).shape == z_t.shape
+    )
 
 
-@pytest.mark.parametrize(("size", "millions", "gmac"), [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)])
+@pytest.mark.parametrize(
+    ("size", "millions", "gmac"),
+    [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)],
+)
 def test_published_sizes(size, millions, gmac):
-    """Parameters and multiply-adds at 256 px, patch 2, learned sigma (arXiv 2212.09748, tables 1 and 4)."""
+    """Parameters and multiply-adds at 256 px, patch 2, learned sigma (arXiv 2212.09748, tables 1
+    and 4).
+    """
     latent = LATENT.model_copy(update={"height": 32, "width": 32})
     config = DiTConfig(size=size, patch_size=2, learned_sigma=True)
     with torch.device("meta"):
         model = build_denoiser(config, latent, num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     z_t, t, labels = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.int64)
-    flops = count_flops(lambda: model(z_t.to("meta"), t.to("meta"), Conditioning(labels.to("meta"))))
+    flops = count_flops(
+        lambda: model(z_t.to("meta"), t.to("meta"), Conditioning(labels.to("meta")))
+    )
     assert flops / 2e9 == pytest.approx(gmac, rel=0.01)
 
 
@@ -122,7 +155,9 @@ def test_a_size_is_spelt_out_and_may_not_be_contradicted():
     config = DiTConfig(size="XL")
     assert (config.width, config.depth, config.heads) == (1152, 28, 16)
     assert DiTConfig.model_validate(config.model_dump()) == config
-    with pytest.raises(ValueError, match="depth=3 with size=S, which has 12: leave one of the two out"):
+    with pytest.raises(
+        ValueError, match="depth=3 with size=S, which has 12: leave one of the two out"
+    ):
         DiTConfig(size="S", depth=3)
     with pytest.raises(ValueError, match="rope=true with heads of 6 channels"):
         DiTConfig(width=12, depth=1, heads=2, rope=True)
@@ -134,7 +169,9 @@ def test_an_option_changes_the_answer_and_starts_at_zero_too(option):
     assert not tiny(**{option: True})(*inputs).any()
     model = awakened(**{option: True})
     plain = awakened()
-    shared = {name: tensor for name, tensor in model.state_dict().items() if name in plain.state_dict()}
+    shared = {
+        name: tensor for name, tensor in model.state_dict().items() if name in plain.state_dict()
+    }
     if option != "swiglu":
         plain.load_state_dict(shared)
     assert (model(*inputs) - plain(*inputs)).abs().max() > 1e-3
@@ -144,7 +181,10 @@ def test_an_option_changes_the_answer_and_starts_at_zero_too(option):
 
 def test_swiglu_costs_as_many_parameters():
     with torch.device("meta"):
-        models = [build_denoiser(DiTConfig(size="S", swiglu=swiglu), LATENT, num_classes=3) for swiglu in (False, True)]
+        models = [
+            build_denoiser(DiTConfig(size="S", swiglu=swiglu), LATENT, num_classes=3)
+            for swiglu in (False, True)
+        ]
     plain, gated = (sum(p.numel() for p in model.blocks.parameters()) for model in models)
     assert gated == pytest.approx(plain, rel=0.002)
 
@@ -154,7 +194,10 @@ def test_rotated_queries_and_keys_know_distances_alone():
     rows, columns = 6, 5
     rope = rotary_embedding(16, rows, columns, torch.device("cpu"))
     query, key = torch.randn(2, 16).unbind()
-    turned = [apply_rot_embed_cat(x.expand(rows * columns, 16), rope).view(rows, columns, 16) for x in (query, key)]
+    turned = [
+        apply_rot_embed_cat(x.expand(rows * columns, 16), rope).view(rows, columns, 16)
+        for x in (query, key)
+    ]
     product = torch.einsum("rcd,RCd->rcRC", *turned)
     torch.testing.assert_close(product[1, 2, 3, 4], product[0, 1, 2, 3])
     torch.testing.assert_close(product[2, 0, 1, 1], product[5, 3, 4, 4])
@@ -175,7 +218,9 @@ def one_step(world, device, strategy):
         parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
     model = tiny(**dict.fromkeys(OPTIONS, True))
     door = make_strategy(ParallelConfig.model_validate(parallel), world, device)
-    denoiser = door.setup(model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0))
+    denoiser = door.setup(
+        model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0)
+    )
     for _ in range(2):
         out = denoiser(torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3])))
         door.backward((out.float() - 1).square().mean(), microbatch=0, of=1)
@@ -188,7 +233,9 @@ TEXT = TextShape(tokens=5, width=12, pooled_width=6)
 
 
 def reads(text, **options):
-    model = build_denoiser(DiTConfig(width=32, depth=2, heads=2, text=text, **options), LATENT, 3, text=TEXT)
+    model = build_denoiser(
+        DiTConfig(width=32, depth=2, heads=2, text=text, **options), LATENT, 3, text=TEXT
+    )
     return model, [
         torch.randn(2, 4, 8, 12),
         torch.rand(2),
@@ -199,7 +246,9 @@ def reads(text, **options):
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("text", ["in_context", "cross_attention"])
 def test_text_is_read(text, rope):
-    """Zero at initialisation, then states and pooled vector matter, whatever their order (no positions), and all weights learn."""
+    """Zero at initialisation, then states and pooled vector matter, whatever their order (no
+    positions), and all weights learn.
+    """
     torch.manual_seed(0)
     model, (z_t, t, cond) = reads(text, rope=rope)
     assert not model(z_t, t, cond).any()
@@ -213,6 +262,8 @@ def test_text_is_read(text, rope):
         replace(cond, labels=cond.labels.flip(0)),
     ):
         assert (model(z_t, t, other) - out).abs().max() > 1e-3
-    torch.testing.assert_close(model(z_t, t, replace(cond, text=cond.text.flip(1))), out, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model(z_t, t, replace(cond, text=cond.text.flip(1))), out, rtol=1e-3, atol=1e-4
+    )
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

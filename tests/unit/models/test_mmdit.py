@@ -1,4 +1,6 @@
-"""The MMDiT: zero at initialisation, every input matters, diffusers' SD3 gives the same answers; text that pads to one shape."""
+"""The MMDiT: zero at initialisation, every input matters, diffusers' SD3 gives the same answers;
+text that pads to one shape.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def random_model(config=CONFIG, std=0.1):
 def inputs(count=3):
     torch.manual_seed(1)
     labels = torch.zeros(count, dtype=torch.int64)
-    cond = Conditioning(labels, torch.randn(count, TEXT.tokens, TEXT.width), torch.randn(count, TEXT.pooled_width))
+    cond = Conditioning(
+        labels, torch.randn(count, TEXT.tokens, TEXT.width), torch.randn(count, TEXT.pooled_width)
+    )
     return torch.randn(count, 4, 8, 8), torch.tensor([0.0, 0.3, 0.999])[:count], cond
 
 
@@ -60,7 +64,10 @@ def test_every_input_matters():
 def test_samples_do_not_see_each_other_and_shapes_may_differ():
     model = random_model()
     z_t, t, cond = inputs()
-    rows = [Conditioning(*(x[i : i + 1] for x in (cond.labels, cond.text, cond.pooled))) for i in range(3)]
+    rows = [
+        Conditioning(*(x[i : i + 1] for x in (cond.labels, cond.text, cond.pooled)))
+        for i in range(3)
+    ]
     alone = [model(z_t[i : i + 1], t[i : i + 1], row) for i, row in enumerate(rows)]
     torch.testing.assert_close(model(z_t, t, cond), torch.cat(alone), rtol=1e-4, atol=1e-5)
     assert model(torch.randn(3, 4, 4, 16), t, cond).shape == (3, 4, 4, 16)
@@ -76,10 +83,14 @@ def test_diffusers_gives_the_same_answers(qk_norm):
     assert not unexpected and set(missing) <= {"pos_embed.pos_embed"}
     z_t, t, cond = inputs()
     with torch.no_grad():
-        got = theirs(z_t, encoder_hidden_states=cond.text, pooled_projections=cond.pooled, timestep=1000 * t).sample
+        got = theirs(
+            z_t, encoder_hidden_states=cond.text, pooled_projections=cond.pooled, timestep=1000 * t
+        ).sample
         torch.testing.assert_close(got, model(z_t, t, cond), rtol=1e-4, atol=1e-4)
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(got, model(z_t, t, replace(cond, text=cond.text.flip(2))), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                got, model(z_t, t, replace(cond, text=cond.text.flip(2))), rtol=1e-3, atol=1e-3
+            )
 
 
 def test_the_round_trip_is_bit_equal():
@@ -90,7 +101,9 @@ def test_the_round_trip_is_bit_equal():
 
 
 def test_a_variant_that_ours_is_not():
-    settings, state = to_diffusers(random_model().state_dict(), CONFIG, channels=4, side=8, text=TEXT)
+    settings, state = to_diffusers(
+        random_model().state_dict(), CONFIG, channels=4, side=8, text=TEXT
+    )
     with pytest.raises(ConfigError, match="dual_attention_layers.*wanted no dual attention"):
         from_diffusers({**settings, "dual_attention_layers": (0, 1)}, state)
 
@@ -100,13 +113,18 @@ def test_sizes(size, billions):
     """SD3's: 2 B at depth 24, 8 B at depth 38, with 16 channels and its three text encoders."""
     with torch.device("meta"):
         model = build_denoiser(
-            MMDiTConfig(size=size), LATENT.model_copy(update={"channels": 16}), 0, text=TextShape(154, 4096, 2048)
+            MMDiTConfig(size=size),
+            LATENT.model_copy(update={"channels": 16}),
+            0,
+            text=TextShape(154, 4096, 2048),
         )
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
 
 
 def entry(width, max_tokens, pooled=None):
-    return TextEntry(identity="0" * 64, width=width, max_tokens=max_tokens, pooled_width=pooled, storage="fp16")
+    return TextEntry(
+        identity="0" * 64, width=width, max_tokens=max_tokens, pooled_width=pooled, storage="fp16"
+    )
 
 
 ENTRIES = {"l": entry(3, 5, 2), "g": entry(4, 4, 3), "t5": entry(9, 6)}
@@ -124,7 +142,10 @@ def stored(lengths, name):
     states = torch.zeros(len(lengths), max(lengths), width, dtype=torch.float16)
     for i, length in enumerate(lengths):
         states[i, :length] = 1 + i
-    return Stored(states, None if pooled is None else torch.full((len(lengths), pooled), 10.0 + len(name)).half())
+    return Stored(
+        states,
+        None if pooled is None else torch.full((len(lengths), pooled), 10.0 + len(name)).half(),
+    )
 
 
 def conditioner():
@@ -135,15 +156,31 @@ def conditioner():
 
 
 def test_encoders_side_by_side_and_behind_each_other():
-    """As SD3: CLIPs along the channels, padded to T5's width, T5 behind them; pooled vectors behind each other."""
+    """As SD3: CLIPs along the channels, padded to T5's width, T5 behind them; pooled vectors behind
+    each other.
+    """
     shape = text_shape((("l", "g"), "t5"), ENTRIES)
     assert shape == TextShape(tokens=5 + 6, width=9, pooled_width=5)
     batch = {name: stored([3, 2], name) for name in ENTRIES}
     text, pooled = conditioner()(batch, torch.tensor([False, True]))
-    assert text.shape == (2, 11, 9) and pooled.tolist() == [[11, 11, 11, 11, 11], [-2] * 5] and text.dtype == torch.float32
+    assert (
+        text.shape == (2, 11, 9)
+        and pooled.tolist() == [[11, 11, 11, 11, 11], [-2] * 5]
+        and text.dtype == torch.float32
+    )
     first, second = text
-    assert first[:3, :7].eq(1).all() and not first[3:5].any() and not first[:5, 7:].any() and first[5:8].eq(1).all()
-    assert second[:2, :7].eq(-1).all() and not second[2:5].any() and second[5:7].eq(-1).all() and not second[7:].any()
+    assert (
+        first[:3, :7].eq(1).all()
+        and not first[3:5].any()
+        and not first[:5, 7:].any()
+        and first[5:8].eq(1).all()
+    )
+    assert (
+        second[:2, :7].eq(-1).all()
+        and not second[2:5].any()
+        and second[5:7].eq(-1).all()
+        and not second[7:].any()
+    )
     nothing, vector = conditioner().nothing(1, torch.device("cpu"))
     assert torch.equal(nothing[0], second) and torch.equal(vector[0], pooled[1])
 

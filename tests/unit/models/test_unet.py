@@ -1,4 +1,6 @@
-"""The U-Net is diffusers' own, told our time and our conditions; it trains under every strategy and loads a diffusers folder."""
+"""The U-Net is diffusers' own, told our time and our conditions; it trains under every strategy and
+loads a diffusers folder.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def model_of(preset):
 def inputs(count=2):
     torch.manual_seed(1)
     sizes = torch.tensor([[64, 80, 0, 8, 32, 32]]).expand(count, -1)
-    cond = Conditioning(torch.arange(count) % 4, torch.randn(count, 7, 16), torch.randn(count, 12), sizes)
+    cond = Conditioning(
+        torch.arange(count) % 4, torch.randn(count, 7, 16), torch.randn(count, 12), sizes
+    )
     return torch.randn(count, 4, 8, 8), torch.tensor([0.25, 0.999])[:count], cond
 
 
@@ -53,7 +57,9 @@ def test_blocks_exist_and_every_parameter_gets_a_gradient(preset):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("preset, heeded", [("ldm", {"labels"}), ("sd", {"text"}), ("sdxl", {"text", "pooled", "sizes"})])
+@pytest.mark.parametrize(
+    "preset, heeded", [("ldm", {"labels"}), ("sd", {"text"}), ("sdxl", {"text", "pooled", "sizes"})]
+)
 def test_it_heeds_its_conditions_and_no_others(preset, heeded):
     model = model_of(preset)
     z_t, t, cond = inputs(1)
@@ -67,7 +73,9 @@ def test_diffusers_is_told_timesteps_and_time_ids():
     model = model_of("sdxl")
     z_t, t, cond = inputs()
     added = {"text_embeds": cond.pooled, "time_ids": cond.sizes.float()}
-    theirs = model.network(z_t, torch.tensor([250.0, 999.0]), encoder_hidden_states=cond.text, added_cond_kwargs=added).sample
+    theirs = model.network(
+        z_t, torch.tensor([250.0, 999.0]), encoder_hidden_states=cond.text, added_cond_kwargs=added
+    ).sample
     torch.testing.assert_close(model(z_t, t, cond), theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -94,7 +102,10 @@ def test_published_sizes(preset, millions):
 
 def test_sizes_that_were_not_recorded():
     recorded, unknown = [64, 80, 0, 8, 32, 40], [-1, -1, -1, -1, 32, 40]
-    assert known_sizes(torch.tensor([recorded, unknown])).tolist() == [recorded, [32, 40, 0, 0, 32, 40]]
+    assert known_sizes(torch.tensor([recorded, unknown])).tolist() == [
+        recorded,
+        [32, 40, 0, 0, 32, 40],
+    ]
 
 
 def test_what_follows_from_the_data_is_not_set_by_hand():

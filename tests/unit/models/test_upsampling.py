@@ -12,7 +12,10 @@ from tests.support.autoencoders import tiny_distilled, tiny_network
 
 PAIRS = {
     "Upsample2D": lambda: [Upsample2D(6, use_conv=True, out_channels=5)],
-    "Upsample, Conv2d": lambda: [nn.Upsample(scale_factor=2), nn.Conv2d(6, 5, 3, padding=1, bias=False)],
+    "Upsample, Conv2d": lambda: [
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(6, 5, 3, padding=1, bias=False),
+    ],
 }
 
 
@@ -59,7 +62,9 @@ def test_others_are_left_alone(pieces):
 
 
 @pytest.mark.parametrize(
-    "make, count", [(lambda: tiny_network(levels=4), 3), (lambda: tiny_distilled(levels=4), 3)], ids=["kl", "tiny"]
+    "make, count",
+    [(lambda: tiny_network(levels=4), 3), (lambda: tiny_distilled(levels=4), 3)],
+    ids=["kl", "tiny"],
 )
 def test_all_upsamplings_of_a_decoder_are_found(make, count):
     stages = decoder_stages(make()).changed(merge_upsampling)

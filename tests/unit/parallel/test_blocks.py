@@ -1,4 +1,6 @@
-"""Activation checkpointing and compilation of blocks: the same numbers, fewer bytes, the same names."""
+"""Activation checkpointing and compilation of blocks: the same numbers, fewer bytes, the same
+names.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ KINDS = {
 
 
 def model_of(**options: object) -> torch.nn.Module:
-    model = build_denoiser(DiTConfig(width=64, depth=4, heads=4, patch_size=2), LATENT, num_classes=3)
+    model = build_denoiser(
+        DiTConfig(width=64, depth=4, heads=4, patch_size=2), LATENT, num_classes=3
+    )
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -40,7 +44,11 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     loss_of(model).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +60,10 @@ def test_same_gradients_and_names(kind: str) -> None:
 
 
 def test_compiled_blocks_are_the_same_function() -> None:
-    wanted, got = gradients_of(model_of()), gradients_of(model_of(compile=True, activation_checkpointing="blocks"))
+    wanted, got = (
+        gradients_of(model_of()),
+        gradients_of(model_of(compile=True, activation_checkpointing="blocks")),
+    )
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
 
@@ -67,7 +78,9 @@ def peak_and_flops(kind: str) -> tuple[int, int]:
 
 
 def test_what_is_kept_and_what_is_computed_again() -> None:
-    """Fewer bytes for more FLOPs, in this order: none, every second block, all blocks; selective recomputes no product."""
+    """Fewer bytes for more FLOPs, in this order: none, every second block, all blocks; selective
+    recomputes no product.
+    """
     found = {kind: peak_and_flops(kind) for kind in KINDS}
     none, second, selective, blocks = (found[kind] for kind in KINDS)
     assert blocks[0] < second[0] < none[0] and blocks[0] < selective[0] < none[0]

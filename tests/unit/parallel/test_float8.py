@@ -1,4 +1,6 @@
-"""Float8 layers: their names and weights stay, their products are near bf16's, and they are refused where they cannot run."""
+"""Float8 layers: their names and weights stay, their products are near bf16's, and they are refused
+where they cannot run.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +25,38 @@ LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 
 
 
 def model_of() -> torch.nn.Module:
-    model = build_denoiser(DiTConfig(width=64, depth=2, heads=4, patch_size=2), LATENT, num_classes=3)
+    model = build_denoiser(
+        DiTConfig(width=64, depth=2, heads=4, patch_size=2), LATENT, num_classes=3
+    )
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
-def gradients(world: World, device: torch.device, strategy: str, precision: str) -> dict[str, torch.Tensor]:
+def gradients(
+    world: World, device: torch.device, strategy: str, precision: str
+) -> dict[str, torch.Tensor]:
     """Of rank 0's pieces after one backward; products in float8 are emulated."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategy_module, "use_float8", lambda model, blocks, device: swap_layers(model, blocks, emulate=True) or None)
+        patch.setattr(
+            strategy_module,
+            "use_float8",
+            lambda model, blocks, device: swap_layers(model, blocks, emulate=True) or None,
+        )
         door = make_strategy(ParallelConfig(strategy=strategy, precision=precision), world, device)
         model = model_of()
-        denoiser = door.setup(model, model.sharded_blocks(), lambda p: torch.optim.SGD(p.values(), lr=1.0))
+        denoiser = door.setup(
+            model, model.sharded_blocks(), lambda p: torch.optim.SGD(p.values(), lr=1.0)
+        )
         before = {piece.name: piece.tensor.clone() for piece in door.local_params()}
         generator = torch.Generator().manual_seed(0)
         z_t, t = torch.randn(8, 4, 8, 8, generator=generator), torch.rand(8, generator=generator)
-        door.backward(denoiser(z_t, t, Conditioning(torch.arange(8) % 3)).float().square().mean(), microbatch=0, of=1)
+        door.backward(
+            denoiser(z_t, t, Conditioning(torch.arange(8) % 3)).float().square().mean(),
+            microbatch=0,
+            of=1,
+        )
         assert door.step(lr=1.0, max_grad_norm=1e9).applied
         return {piece.name: before[piece.name] - piece.tensor for piece in door.local_params()}
 
@@ -48,10 +64,20 @@ def gradients(world: World, device: torch.device, strategy: str, precision: str)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_gradients_are_near_and_masters_are_wide(strategy: str) -> None:
     wanted = run_ranks(2, gradients, strategy, "fp32")[0]
-    narrow, float8 = (run_ranks(2, gradients, strategy, precision)[0] for precision in ("bf16", "fp8"))
-    assert float8.keys() == wanted.keys() and all(tensor.dtype is torch.float32 for tensor in float8.values())
-    error = {name: (float8[name] - wanted[name]).norm() / wanted[name].norm() for name in wanted if "blocks" in name}
-    error_bf16 = {name: (narrow[name] - wanted[name]).norm() / wanted[name].norm() for name in error}
+    narrow, float8 = (
+        run_ranks(2, gradients, strategy, precision)[0] for precision in ("bf16", "fp8")
+    )
+    assert float8.keys() == wanted.keys() and all(
+        tensor.dtype is torch.float32 for tensor in float8.values()
+    )
+    error = {
+        name: (float8[name] - wanted[name]).norm() / wanted[name].norm()
+        for name in wanted
+        if "blocks" in name
+    }
+    error_bf16 = {
+        name: (narrow[name] - wanted[name]).norm() / wanted[name].norm() for name in error
+    }
     assert max(error.values()) < 0.3
     assert sum(error.values()) > 2 * sum(error_bf16.values()), "nothing was rounded to 8 bits"
 
@@ -65,13 +91,19 @@ def test_only_layers_of_the_blocks_are_swapped() -> None:
         for name, layer in model.get_submodule(block).named_modules()
     )
     assert [name for name, _ in model.named_parameters()] == names
-    outside = [name for name, layer in model.named_modules() if "Float8" in type(layer).__name__ and "blocks" not in name]
+    outside = [
+        name
+        for name, layer in model.named_modules()
+        if "Float8" in type(layer).__name__ and "blocks" not in name
+    ]
     assert not outside
 
 
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(
-        ConfigError, match="no linear layer of the blocks has both sides a multiple of 16: choose such a model.width"
+        ConfigError,
+        match="no linear layer of the blocks has both sides a multiple of 16: choose such a "
+        "model.width",
     ):
         swap_layers(tiny(), BLOCKS, emulate=True)
 

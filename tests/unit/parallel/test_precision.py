@@ -33,14 +33,22 @@ class Asks(nn.Module):
 def test_masters_are_wide_under_every_precision(strategy):
     assert recipe(strategy, Precision.FP32) == Recipe(torch.float32)
     sharded = strategy is StrategyKind.FSDP2 or strategy.is_zero
-    narrow = {Precision.BF16: torch.bfloat16, Precision.FP8: torch.bfloat16, Precision.FP16: torch.float16}
+    narrow = {
+        Precision.BF16: torch.bfloat16,
+        Precision.FP8: torch.bfloat16,
+        Precision.FP16: torch.float16,
+    }
     for precision, dtype in narrow.items():
-        assert recipe(strategy, precision) == Recipe(torch.float32, dtype, dtype if sharded else None)
+        assert recipe(strategy, precision) == Recipe(
+            torch.float32, dtype, dtype if sharded else None
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp8"])
 def test_what_zero_does_not_know(precision):
-    with pytest.raises(ValueError, match=f"precision='{precision}' with strategy='zero'.*use bf16, fp16 or fp32"):
+    with pytest.raises(
+        ValueError, match=f"precision='{precision}' with strategy='zero'.*use bf16, fp16 or fp32"
+    ):
         ParallelConfig(strategy="zero", zero_config="configs/zero/zero2.json", precision=precision)
 
 
@@ -77,6 +85,8 @@ def test_without_fp16_there_is_no_scale():
 def test_what_the_model_sees(precision, inside, answer):
     model = Asks().to(torch.float64 if precision == "fp64" else torch.float32)
     door = Door(model, recipe(StrategyKind.DDP, Precision(precision)), "cpu")
-    out = door(torch.ones(3, 2), torch.ones(3), Cond(torch.ones(3, dtype=torch.int64), torch.ones(3, 1)))
+    out = door(
+        torch.ones(3, 2), torch.ones(3), Cond(torch.ones(3, dtype=torch.int64), torch.ones(3, 1))
+    )
     assert model.seen == [inside, inside, torch.int64, inside]
     assert out.dtype is answer

@@ -1,4 +1,6 @@
-"""A DeepSpeed JSON tunes the engine; whatever else it says is refused, everything at once, and before torch is imported."""
+"""A DeepSpeed JSON tunes the engine; whatever else it says is refused, everything at once, and
+before torch is imported.
+"""
 
 import json
 import os
@@ -55,7 +57,11 @@ def test_every_conflict_is_listed_with_who_decides(tmp_path):
             "bf16": {"enabled": True},
             "optimizer": {"type": "AdamW"},
             "scheduler": {},
-            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}, "round_robin_gradients": True},
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "nvme"},
+                "round_robin_gradients": True,
+            },
         },
     )
     assert ": 9 keys cannot be used" in message
@@ -108,22 +114,39 @@ def test_what_is_no_zero_configuration(tmp_path, content, words):
 
 
 def test_absent_file(tmp_path):
-    with pytest.raises(ConfigError, match="parallel.zero_config=.*No such file.*configs/zero/zero2.json"):
+    with pytest.raises(
+        ConfigError, match="parallel.zero_config=.*No such file.*configs/zero/zero2.json"
+    ):
         read_zero_config(tmp_path / "nowhere.json")
 
 
 @pytest.mark.parametrize(
     "stage, key, asked, complaint",
     [
-        (2, "offload_param", {"device": "cpu"}, "offload_param: stage 2 has none, it is for stages 3"),
-        (0, "offload_optimizer", {"device": "cpu"}, "offload_optimizer: stage 0 has none, it is for stages 1, 2, 3"),
+        (
+            2,
+            "offload_param",
+            {"device": "cpu"},
+            "offload_param: stage 2 has none, it is for stages 3",
+        ),
+        (
+            0,
+            "offload_optimizer",
+            {"device": "cpu"},
+            "offload_optimizer: stage 0 has none, it is for stages 1, 2, 3",
+        ),
         (
             3,
             "offload_optimizer",
             {"device": "cpu", "ratio": 0.5},
             "offload_optimizer.ratio: it needs an Adam that DeepSpeed compiles",
         ),
-        (3, "offload_optimizer", {"device": "cpu", "super_offload": True}, "offload_optimizer.super_offload: it needs an Adam"),
+        (
+            3,
+            "offload_optimizer",
+            {"device": "cpu", "super_offload": True},
+            "offload_optimizer.super_offload: it needs an Adam",
+        ),
         (3, "offload_param", True, "offload_param: found True, wanted an object such as"),
         (3, "cpu_offload", True, "cpu_offload: DeepSpeed's old name of offload_optimizer"),
     ],
@@ -142,17 +165,35 @@ def stage(number, **keys):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (stage(2, reduce_bucket_sise=5), "zero_optimization.reduce_bucket_sise: unknown key; did you mean 'reduce_bucket_size'?"),
-        (stage(2, reduce_bucket_size=-1), "reduce_bucket_size: found -1, wanted a whole number from 1 to 100000000000"),
+        (
+            stage(2, reduce_bucket_sise=5),
+            "zero_optimization.reduce_bucket_sise: unknown key; did you mean 'reduce_bucket_size'?",
+        ),
+        (
+            stage(2, reduce_bucket_size=-1),
+            "reduce_bucket_size: found -1, wanted a whole number from 1 to 100000000000",
+        ),
         (stage(2, reduce_bucket_size=1.5), "reduce_bucket_size: found 1.5, wanted a whole number"),
-        (stage(2, reduce_bucket_size=True), "reduce_bucket_size: found True, wanted a whole number"),
+        (
+            stage(2, reduce_bucket_size=True),
+            "reduce_bucket_size: found True, wanted a whole number",
+        ),
         (stage(2, reduce_bucket_size=10**30), "reduce_bucket_size: found 1000"),
-        (stage(2, reduce_bucket_size="5e8"), "reduce_bucket_size: found '5e8', wanted a whole number"),
+        (
+            stage(2, reduce_bucket_size="5e8"),
+            "reduce_bucket_size: found '5e8', wanted a whole number",
+        ),
         (stage(2, reduce_bucket_size=None), "reduce_bucket_size: found None"),
-        (stage(2, reduce_bucket_size="auto"), "found 'auto', which only Hugging Face fills in .DeepSpeed's default is 500000000"),
+        (
+            stage(2, reduce_bucket_size="auto"),
+            "found 'auto', which only Hugging Face fills in .DeepSpeed's default is 500000000",
+        ),
         (stage(2, overlap_comm="true"), "overlap_comm: found 'true', wanted true, false or null"),
         (stage(2, overlap_comm=1), "overlap_comm: found 1, wanted true"),
-        (stage(2, allgather_bucket_size=5), "allgather_bucket_size: found 5, wanted an even number"),
+        (
+            stage(2, allgather_bucket_size=5),
+            "allgather_bucket_size: found 5, wanted an even number",
+        ),
         (stage(2, sub_group_size=5), "sub_group_size: stage 2 has none, it is for stages 3"),
         (stage(2, stage3_max_live_parameters=5), "stage3_max_live_parameters: stage 2 has none"),
         (stage(2, leaf_module={"names": ["x"]}), "leaf_module: stage 2 has none"),
@@ -160,10 +201,22 @@ def stage(number, **keys):
         (stage(2, mics_shard_size=4), "mics_shard_size: its shards are not those of the world"),
         (stage(1, compute_grad_norm=False), "compute_grad_norm: the norm is needed"),
         (stage(1, legacy_stage1=True), "legacy_stage1: DeepSpeed 0.19 has removed it"),
-        (stage(3, stage3_module_granularity_threshold=9), "stage3_module_granularity_threshold: backward fails under it"),
-        (stage(3, offload_param={"device": "cpu", "pin_memory": "yes"}), "offload_param.pin_memory: found 'yes', wanted true or"),
-        (stage(3, offload_param={"divice": "cpu"}), "offload_param.divice: unknown key; did you mean 'device'"),
-        (stage(3, offload_param={"device": "cpu", "nvme_path": "/x"}), "offload_param.nvme_path: it is for offload to NVMe"),
+        (
+            stage(3, stage3_module_granularity_threshold=9),
+            "stage3_module_granularity_threshold: backward fails under it",
+        ),
+        (
+            stage(3, offload_param={"device": "cpu", "pin_memory": "yes"}),
+            "offload_param.pin_memory: found 'yes', wanted true or",
+        ),
+        (
+            stage(3, offload_param={"divice": "cpu"}),
+            "offload_param.divice: unknown key; did you mean 'device'",
+        ),
+        (
+            stage(3, offload_param={"device": "cpu", "nvme_path": "/x"}),
+            "offload_param.nvme_path: it is for offload to NVMe",
+        ),
         (
             stage(3, prefetch_bucket_size=1, stage3_prefetch_bucket_size=1),
             "prefetch_bucket_size: is the same as stage3_prefetch_bucket_size, which is there too",
@@ -172,19 +225,52 @@ def stage(number, **keys):
             stage(3, stage3_allgather_sequential=True, stage3_prefetch_bucket_size=9),
             "stage3_prefetch_bucket_size: allgather_sequential switches prefetching off",
         ),
-        ({**stage(3), "flops_profiler": {"enabled": True}}, "flops_profiler.enabled: DeepSpeed's profiler fails under stage 3"),
-        ({**stage(2), "steps_per_print": 0}, "steps_per_print: found 0, wanted a whole number from 1 to .* or null"),
+        (
+            {**stage(3), "flops_profiler": {"enabled": True}},
+            "flops_profiler.enabled: DeepSpeed's profiler fails under stage 3",
+        ),
+        (
+            {**stage(2), "steps_per_print": 0},
+            "steps_per_print: found 0, wanted a whole number from 1 to .* or null",
+        ),
         ({**stage(2), "aio": {"block_size": "1M"}}, "aio.block_size: found '1M'"),
-        ({**stage(2), "comms_logger": None}, "comms_logger: found None, wanted an object with enabled, prof_all"),
-        ({**stage(2), "comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops: found 'all_reduce', wanted a list"),
+        (
+            {**stage(2), "comms_logger": None},
+            "comms_logger: found None, wanted an object with enabled, prof_all",
+        ),
+        (
+            {**stage(2), "comms_logger": {"prof_ops": "all_reduce"}},
+            "comms_logger.prof_ops: found 'all_reduce', wanted a list",
+        ),
         ({**stage(2), "log_level": "loud"}, "log_level: found 'loud', wanted 'debug' or"),
-        ({**stage(2), "wall_clock_breakdown": "false"}, "wall_clock_breakdown: found 'false', wanted true or false"),
-        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "zero_optimization.stage: is there twice; keep one"),
-        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "zero_optimization: is there twice"),
-        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": NaN}}', "reduce_bucket_size: found nan, wanted a finite"),
-        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e999}}', "reduce_bucket_size: found inf, wanted a finite"),
-        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": ' + "9" * 9000 + "}}", "found inf"),
-        ('{"zero_optimization": {"stage": 1, "\\u001b[31m\\ud800": 1}}', r"'\\x1b\[31m\\ud800': unknown key"),
+        (
+            {**stage(2), "wall_clock_breakdown": "false"},
+            "wall_clock_breakdown: found 'false', wanted true or false",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1, "stage": 2}}',
+            "zero_optimization.stage: is there twice; keep one",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}',
+            "zero_optimization: is there twice",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1, "reduce_bucket_size": NaN}}',
+            "reduce_bucket_size: found nan, wanted a finite",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e999}}',
+            "reduce_bucket_size: found inf, wanted a finite",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1, "reduce_bucket_size": ' + "9" * 9000 + "}}",
+            "found inf",
+        ),
+        (
+            '{"zero_optimization": {"stage": 1, "\\u001b[31m\\ud800": 1}}',
+            r"'\\x1b\[31m\\ud800': unknown key",
+        ),
         ("[" * 100_000, "nested more than 16 levels deep"),
         ('{"a":' * 50 + "1" + "}" * 50, "nested more than 16 levels deep"),
     ],
@@ -192,7 +278,9 @@ def stage(number, **keys):
 def test_every_mistake_is_named_with_key_value_and_remedy(tmp_path, content, words):
     message = refusal(tmp_path, content)
     assert re.search(words, message) and len(message) < 600
-    assert message.startswith((f"{tmp_path / 'zero.json'}: ", f"parallel.zero_config='{tmp_path / 'zero.json'}': "))
+    assert message.startswith(
+        (f"{tmp_path / 'zero.json'}: ", f"parallel.zero_config='{tmp_path / 'zero.json'}': ")
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,14 +302,24 @@ def test_bytes_that_are_no_json(tmp_path, content, words):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, words in ((tmp_path, "is a directory"), (tmp_path / "pipe", "is no regular file"), ("a\0b", "null byte")):
+    for path, words in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "pipe", "is no regular file"),
+        ("a\0b", "null byte"),
+    ):
         with pytest.raises(ConfigError, match=words):
             read_zero_config(path)
 
 
 def test_at_most_twenty_problems_are_listed(tmp_path):
-    message = refusal(tmp_path, {**stage(2), **{f"key_{number}_" + "x" * 500: "y" * 5000 for number in range(30)}})
-    assert ": 30 keys cannot be used" in message and message.count("unknown key") == 20 and message.endswith("and 10 more")
+    message = refusal(
+        tmp_path, {**stage(2), **{f"key_{number}_" + "x" * 500: "y" * 5000 for number in range(30)}}
+    )
+    assert (
+        ": 30 keys cannot be used" in message
+        and message.count("unknown key") == 20
+        and message.endswith("and 10 more")
+    )
 
 
 def test_a_long_value_is_shortened(tmp_path):
@@ -232,7 +330,14 @@ def test_numbers_as_deepspeed_files_write_them_and_keys_that_say_nothing(tmp_pat
     (tmp_path / "zero.json").write_text(
         json.dumps(
             {
-                **stage(3.0, reduce_bucket_size=5e8, sub_group_size=1e9, mics_shard_size=-1, cpu_offload=False, overlap_comm=None),
+                **stage(
+                    3.0,
+                    reduce_bucket_size=5e8,
+                    sub_group_size=1e9,
+                    mics_shard_size=-1,
+                    cpu_offload=False,
+                    overlap_comm=None,
+                ),
                 "steps_per_print": 1e1,
             }
         )
@@ -242,7 +347,10 @@ def test_numbers_as_deepspeed_files_write_them_and_keys_that_say_nothing(tmp_pat
         **stage(3, reduce_bucket_size=500_000_000, sub_group_size=1_000_000_000, overlap_comm=None),
         "steps_per_print": 10,
     }
-    assert all(type(found["zero_optimization"][key]) is int for key in ("stage", "reduce_bucket_size", "sub_group_size"))
+    assert all(
+        type(found["zero_optimization"][key]) is int
+        for key in ("stage", "reduce_bucket_size", "sub_group_size")
+    )
 
 
 def spellings(fields) -> dict:
@@ -251,7 +359,12 @@ def spellings(fields) -> dict:
 
 
 def bounds(field) -> dict:
-    return {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)}
+    return {
+        name: getattr(rule, name)
+        for rule in field.metadata
+        for name in ("ge", "gt", "le", "lt")
+        if hasattr(rule, name)
+    }
 
 
 @pytest.mark.parametrize(
@@ -291,7 +404,11 @@ def test_every_top_level_key_of_the_installed_deepspeed_is_known():
     constants = pytest.importorskip("deepspeed.runtime.constants")
     config = pytest.importorskip("deepspeed.runtime.config")
     source = Path(config.__file__).read_text()
-    read = set(re.findall(r"get_scalar_param\(\s*param_dict,\s*([A-Z0-9_]+)", source)) | {"OPTIMIZER", "SCHEDULER", "DATA_TYPES"}
+    read = set(re.findall(r"get_scalar_param\(\s*param_dict,\s*([A-Z0-9_]+)", source)) | {
+        "OPTIMIZER",
+        "SCHEDULER",
+        "DATA_TYPES",
+    }
     names = {getattr(constants, name) for name in read if hasattr(constants, name)}
     assert len(names) > 15 and names <= OWNED.keys() | TUNING.keys()
     assert config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() <= OWNED.keys()
@@ -306,7 +423,10 @@ def test_builtin_tuning_is_that_of_the_examples():
         assert path.read_text() == (ROOT / "configs" / "zero" / path.name).read_text()
     for number in (1, 2, 3):
         parallel = ParallelConfig(strategy=f"zero{number}")
-        assert parallel.strategy.is_zero and zero_settings(parallel)["zero_optimization"]["stage"] == number
+        assert (
+            parallel.strategy.is_zero
+            and zero_settings(parallel)["zero_optimization"]["stage"] == number
+        )
         assert zero_settings(parallel) == read_zero_config(ROOT / f"configs/zero/zero{number}.json")
 
 
@@ -319,16 +439,23 @@ def test_a_strategy_and_a_file_of_another_stage(tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps(stage(3)))
     assert zero_settings(ParallelConfig(strategy="zero3", zero_config=str(path))) == stage(3)
-    with pytest.raises(ConfigError, match="strategy=zero2 with .*tuned.json.*stage=3, wanted 2: set parallel.strategy=zero3"):
+    with pytest.raises(
+        ConfigError,
+        match="strategy=zero2 with .*tuned.json.*stage=3, wanted 2: set parallel.strategy=zero3",
+    ):
         zero_settings(ParallelConfig(strategy="zero2", zero_config=str(path)))
     path.write_text(json.dumps(stage(0)))
     with pytest.raises(ConfigError, match="stage=0, wanted 2: set parallel.strategy=zero, or"):
         zero_settings(ParallelConfig(strategy="zero2", zero_config=str(path)))
-    with pytest.raises(ValueError, match="strategy='ddp': a DeepSpeed JSON is for the strategies zero"):
+    with pytest.raises(
+        ValueError, match="strategy='ddp': a DeepSpeed JSON is for the strategies zero"
+    ):
         ParallelConfig(strategy="ddp", zero_config=str(path))
     with pytest.raises(ValueError, match="strategy='zero1': DeepSpeed keeps float32 masters"):
         ParallelConfig(strategy="zero1", precision="fp64")
-    with pytest.raises(ValueError, match="shard_size=2 with strategy='zero3': it is for strategy fsdp2"):
+    with pytest.raises(
+        ValueError, match="shard_size=2 with strategy='zero3': it is for strategy fsdp2"
+    ):
         ParallelConfig(strategy="zero3", shard_size=2)
 
 
@@ -339,7 +466,10 @@ HUGGING_FACE = {
         "type": "AdamW",
         "params": {"lr": 3e-5, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7},
     },
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 500}},
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 500},
+    },
     "zero_optimization": {
         "stage": 3,
         "offload_optimizer": {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True},
@@ -362,15 +492,28 @@ HUGGING_FACE = {
 
 
 def zero_config(tmp_path, content, *arguments):
-    (tmp_path / "theirs.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    command = [sys.executable, "-X", "importtime", "-m", "lpl_pretrain", "zero-config", str(tmp_path / "theirs.json"), *arguments]
+    (tmp_path / "theirs.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "lpl_pretrain",
+        "zero-config",
+        str(tmp_path / "theirs.json"),
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_a_foreign_file_is_adapted_and_what_was_taken_out_is_named(tmp_path):
     done = zero_config(tmp_path, HUGGING_FACE)
     (tmp_path / "ours.json").write_text(done.stdout)
-    assert done.returncode == 0 and not re.search(r"\| +(torch|deepspeed)$", done.stderr, re.M), "no torch"
+    assert done.returncode == 0 and not re.search(r"\| +(torch|deepspeed)$", done.stderr, re.M), (
+        "no torch"
+    )
     assert read_zero_config(tmp_path / "ours.json") == {
         **stage(
             3,
@@ -388,16 +531,21 @@ def test_a_foreign_file_is_adapted_and_what_was_taken_out_is_named(tmp_path):
         "train_micro_batch_size_per_gpu = 8: write batch.micro_batch_size=8",
         "gradient_clipping = 1.0: write optimizer.max_grad_norm=1.0",
         "bf16 = {'enabled': True}: write parallel.precision=bf16",
-        "optimizer.kind=adamw optimizer.lr=3e-05 optimizer.betas=[0.8,0.999] optimizer.eps=1e-08 optimizer.weight_decay=3e-07",
+        "optimizer.kind=adamw optimizer.lr=3e-05 optimizer.betas=[0.8,0.999] optimizer.eps=1e-08 "
+        "optimizer.weight_decay=3e-07",
         "write optimizer.warmup_steps=500 optimizer.decay=constant optimizer.lr=3e-05",
-        "activation_checkpointing = {'partition_activations': True}: write parallel.activation_checkpointing=blocks",
+        "activation_checkpointing = {'partition_activations': True}: write "
+        "parallel.activation_checkpointing=blocks",
         "write log.wandb.mode=online log.wandb.project=them log.wandb.entity=us",
         "gradient_accumulation_steps = 'auto': follows from batch.global_batch_size",
-        "fp16 = {'enabled': 'auto', 'loss_scale': 0, 'loss_scale_window': 1000}: set by parallel.precision",
-        "zero_optimization.reduce_bucket_size = 'auto': found 'auto', which only Hugging Face fills in",
+        "fp16 = {'enabled': 'auto', 'loss_scale': 0, 'loss_scale_window': 1000}: set by "
+        "parallel.precision",
+        "zero_optimization.reduce_bucket_size = 'auto': found 'auto', which only Hugging "
+        "Face fills in",
         "zero_optimization.offload_optimizer.device = 'nvme': changed to 'cpu'",
         "zero_optimization.contiguous_gradients = 'true': changed to True",
-        "zero_optimization.stage3_prefetch_bucket_sise = '1000': renamed to stage3_prefetch_bucket_size",
+        "zero_optimization.stage3_prefetch_bucket_sise = '1000': renamed to "
+        "stage3_prefetch_bucket_size",
         "monitoring = 1: DeepSpeed 0.19.8 has no such key",
         "use it as parallel.strategy=zero parallel.zero_config=FILE (stage 3)",
     ):
@@ -405,25 +553,55 @@ def test_a_foreign_file_is_adapted_and_what_was_taken_out_is_named(tmp_path):
 
 
 def test_what_is_written_instead_loads(tmp_path):
-    """Every `key=value` of the report is one that a configuration takes, and means what the file said."""
+    """Every `key=value` of the report is one that a configuration takes, and means what the file
+    said.
+    """
     (tmp_path / "theirs.json").write_text(json.dumps(HUGGING_FACE))
-    (tmp_path / "run.yaml").write_text(json.dumps(train_config(parallel__strategy="zero3").model_dump(mode="json")))
-    texts = [change.text for change in adapt_file(tmp_path / "theirs.json").changes if change.text.startswith("write ")]
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(train_config(parallel__strategy="zero3").model_dump(mode="json"))
+    )
+    texts = [
+        change.text
+        for change in adapt_file(tmp_path / "theirs.json").changes
+        if change.text.startswith("write ")
+    ]
     overrides = [word for text in texts for word in text.removeprefix("write ").split()]
     config = load_config(TrainConfig, tmp_path / "run.yaml", overrides)
     assert (config.batch.global_batch_size, config.batch.micro_batch_size) == (64, 8)
-    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.max_grad_norm) == (3e-5, (0.8, 0.999), 1.0)
-    assert (config.parallel.precision.value, config.log.wandb.project, config.optimizer.warmup_steps) == ("bf16", "them", 500)
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.max_grad_norm) == (
+        3e-5,
+        (0.8, 0.999),
+        1.0,
+    )
+    assert (
+        config.parallel.precision.value,
+        config.log.wandb.project,
+        config.optimizer.warmup_steps,
+    ) == ("bf16", "them", 500)
 
 
 def test_output_is_a_new_file(tmp_path):
     output = tmp_path / "folder" / "ours.json"
-    done = zero_config(tmp_path, {**stage(2, reduce_bucket_size=50_000_000), "gradient_clipping": 0}, "--output", str(output))
-    assert done.returncode == 0 and read_zero_config(output) == stage(2, reduce_bucket_size=50_000_000)
-    assert "write optimizer.max_grad_norm=1e9" in done.stdout and f"parallel.zero_config={output} (stage 2)" in done.stdout
+    done = zero_config(
+        tmp_path,
+        {**stage(2, reduce_bucket_size=50_000_000), "gradient_clipping": 0},
+        "--output",
+        str(output),
+    )
+    assert done.returncode == 0 and read_zero_config(output) == stage(
+        2, reduce_bucket_size=50_000_000
+    )
+    assert (
+        "write optimizer.max_grad_norm=1e9" in done.stdout
+        and f"parallel.zero_config={output} (stage 2)" in done.stdout
+    )
     before = output.read_bytes()
     again = zero_config(tmp_path, stage(1), "--output", str(output))
-    assert again.returncode == 2 and "is there already" in again.stderr and output.read_bytes() == before
+    assert (
+        again.returncode == 2
+        and "is there already" in again.stderr
+        and output.read_bytes() == before
+    )
     assert [path.name for path in output.parent.iterdir()] == ["ours.json"]
 
 
@@ -433,15 +611,29 @@ def test_output_is_a_new_file(tmp_path):
         (stage("2"), stage(2), None),
         ({}, stage(0), 'changed to {"stage": 0}'),
         ({"zero_optimization": True}, stage(1), 'changed to {"stage": 1}'),
-        (stage(2, cpu_offload=True), stage(2, offload_optimizer={"device": "cpu"}), "changed to offload_optimizer="),
+        (
+            stage(2, cpu_offload=True),
+            stage(2, offload_optimizer={"device": "cpu"}),
+            "changed to offload_optimizer=",
+        ),
         (stage(2, offload_param={"device": "cpu"}), stage(2), "stage 2 has none"),
-        ('\ufeff{"zero_optimization": {"stage": 1, "stage": 2}}', stage(2), "is there twice; the last one counts"),
+        (
+            '\ufeff{"zero_optimization": {"stage": 1, "stage": 2}}',
+            stage(2),
+            "is there twice; the last one counts",
+        ),
         (stage(2, reduce_bucket_size=10**40), stage(2), "wanted a whole number"),
-        ({**stage(3), "flops_profiler": {"enabled": True}}, {**stage(3), "flops_profiler": {}}, "fails under stage 3"),
+        (
+            {**stage(3), "flops_profiler": {"enabled": True}},
+            {**stage(3), "flops_profiler": {}},
+            "fails under stage 3",
+        ),
     ],
 )
 def test_repairs(tmp_path, content, wanted, change):
-    (tmp_path / "theirs.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / "theirs.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
     adapted = adapt_file(tmp_path / "theirs.json")
     assert adapted.settings == wanted
     assert change is None or any(change in one.text for one in adapted.changes)
@@ -454,6 +646,10 @@ def test_a_file_that_says_what_is_built_in_needs_no_file(tmp_path):
 
 @pytest.mark.parametrize("content", [stage(7), stage("auto"), {"zero_optimization": [1]}, [1], "{"])
 def test_what_cannot_be_adapted(tmp_path, content):
-    (tmp_path / "theirs.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ConfigError, match="theirs.json: (1 key must be set by you:|found a JSON list|not JSON)"):
+    (tmp_path / "theirs.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+    with pytest.raises(
+        ConfigError, match="theirs.json: (1 key must be set by you:|found a JSON list|not JSON)"
+    ):
         adapt_file(tmp_path / "theirs.json")

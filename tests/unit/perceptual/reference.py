@@ -1,4 +1,6 @@
-"""LPL as one would write it to be sure: float64, one autograd graph, sorting, loops, no chunks, no shared work."""
+"""LPL as one would write it to be sure: float64, one autograd graph, sorting, loops, no chunks, no
+shared work.
+"""
 
 import math
 
@@ -15,14 +17,18 @@ def reference_keep(maps, outliers, stage):
             values = sorted(maps[b, c].flatten().tolist())
             q1, q2 = (values[max(1, int(q * n)) - 1] for q in outliers.quantiles)
             mean = sum(values) / n
-            reach = outliers.margin * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1))
+            reach = outliers.margin * math.sqrt(
+                sum((v - mean) ** 2 for v in values) / max(1, n - 1)
+            )
             keep[b, c] = ((maps[b, c] > q1 - reach) & (maps[b, c] < q2 + reach)).to(keep.dtype)
     for size, pick in zip(outliers.kernels[min(stage, len(outliers.kernels) - 1)], (max, min)):
         r, old = size // 2, keep.clone()
         for y in range(keep.shape[2]):
             for x in range(keep.shape[3]):
                 window = old[:, :, max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1]
-                keep[:, :, y, x] = window.amax(dim=(2, 3)) if pick is max else window.amin(dim=(2, 3))
+                keep[:, :, y, x] = (
+                    window.amax(dim=(2, 3)) if pick is max else window.amin(dim=(2, 3))
+                )
     return keep
 
 
@@ -42,16 +48,22 @@ def normalized(config, clean, predicted, keep, gated):
         return clean, predicted
     zeroed = config.outliers is not None and config.outliers.zeroed_in_statistics
     seen_clean = clean * keep if zeroed and config.outliers.source == "target" else clean
-    seen_predicted = predicted * keep if zeroed and config.outliers.source == "prediction" else predicted
+    seen_predicted = (
+        predicted * keep if zeroed and config.outliers.source == "prediction" else predicted
+    )
     of_clean = statistics(seen_clean, normalize, gated)
-    of_predicted = statistics(seen_predicted if normalize.gradient else seen_predicted.detach(), normalize, gated)
+    of_predicted = statistics(
+        seen_predicted if normalize.gradient else seen_predicted.detach(), normalize, gated
+    )
     by_clean = of_predicted if normalize.source == "prediction" else of_clean
     by_predicted = of_clean if normalize.source == "target" else of_predicted
     return (clean - by_clean[0]) / by_clean[1], (predicted - by_predicted[0]) / by_predicted[1]
 
 
 def reference_loss(config, clean, predicted, weights, latent_side):
-    """{stage: features} of both branches -> (K,) weighted loss; differentiable at the predicted ones."""
+    """{stage: features} of both branches -> (K,) weighted loss; differentiable at the predicted
+    ones.
+    """
     total = torch.zeros(len(weights), dtype=torch.float64)
     for position, name in enumerate(clean):
         f, f_hat = clean[name], predicted[name]

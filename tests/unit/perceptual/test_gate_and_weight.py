@@ -1,4 +1,6 @@
-"""The gate's share is a property of the schedule; the weight is explicit, or measured and then frozen."""
+"""The gate's share is a property of the schedule; the weight is explicit, or measured and then
+frozen.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ UNIFORM, LOGIT_NORMAL = TimestepConfig(), TimestepConfig(distribution="logit_nor
 )
 def test_published_shares(kind, gate, timesteps, share):
     schedule = make_schedule(ScheduleKind(kind))
-    assert gate_share(max_noise_level(GateConfig(**gate), schedule), schedule, timesteps) == pytest.approx(share, abs=6e-4)
+    assert gate_share(
+        max_noise_level(GateConfig(**gate), schedule), schedule, timesteps
+    ) == pytest.approx(share, abs=6e-4)
 
 
 def test_max_timestep_is_exclusive():
@@ -57,7 +61,14 @@ def test_a_gate_that_is_always_open():
 
 def test_explicit_weight_with_start_and_ramp():
     weight = LPLWeight(LPLConfig(weight=4.0, start_step=10, ramp_steps=4))
-    assert [weight.value(step) for step in (9, 10, 11, 12, 13, 100)] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+    assert [weight.value(step) for step in (9, 10, 11, 12, 13, 100)] == [
+        0.0,
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+        4.0,
+    ]
     assert not weight.active(9) and weight.active(10) and not weight.calibrating(10)
 
 
@@ -90,11 +101,23 @@ def test_calibration_on_nothing_is_an_error():
 
 @pytest.mark.parametrize(
     "prediction, wanted",
-    [("eps", [5 / 16, 1.0, 0.0]), ("v", [5 / 17, 4 / 5, 0.0]), ("flow", [5 * 0.2**2, 4 * (1 / 3) ** 2, 0.0])],
+    [
+        ("eps", [5 / 16, 1.0, 0.0]),
+        ("v", [5 / 17, 4 / 5, 0.0]),
+        ("flow", [5 * 0.2**2, 4 * (1 / 3) ** 2, 0.0]),
+    ],
 )
 def test_noise_weighting_is_min_snr(prediction, wanted):
-    """SNR 16, 4 and 1 with gamma 5: min(SNR, 5) on the error of z0, restated for what is predicted (arXiv 2303.09556)."""
+    """SNR 16, 4 and 1 with gamma 5: min(SNR, 5) on the error of z0, restated for what is predicted
+    (arXiv 2303.09556).
+    """
     noise_level = torch.tensor([0.25, 0.5, 1.0])
-    weights = gate_weights(noise_level, 0.6, WeightingConfig(kind="min_snr"), Prediction(prediction))
+    weights = gate_weights(
+        noise_level, 0.6, WeightingConfig(kind="min_snr"), Prediction(prediction)
+    )
     torch.testing.assert_close(weights, torch.tensor(wanted))
-    assert gate_weights(noise_level, 0.6, WeightingConfig(), Prediction(prediction)).tolist() == [1.0, 1.0, 0.0]
+    assert gate_weights(noise_level, 0.6, WeightingConfig(), Prediction(prediction)).tolist() == [
+        1.0,
+        1.0,
+        0.0,
+    ]

@@ -42,7 +42,10 @@ def wanted(config, z0, z0_hat, weights):
 NORMALIZATIONS = [
     {"over": over, "source": source, "gradient": gradient, "kind": kind}
     for over, source, gradient, kind in itertools.product(
-        ("space", "channels", "batch"), ("prediction", "target", "own"), (True, False), ("std", "l2_norm")
+        ("space", "channels", "batch"),
+        ("prediction", "target", "own"),
+        (True, False),
+        ("std", "l2_norm"),
     )
     if (over, kind) != ("batch", "l2_norm")
 ]
@@ -103,7 +106,10 @@ def test_value_and_gradient(options):
         {"outliers": None},
         {"outliers": {"margin": 0.5, "source": "prediction"}},
         {"outliers": {"margin": 0.5, "mean_over": "kept"}},
-        {"outliers": {"margin": 0.5, "zeroed_in_statistics": True}, "normalize": {"source": "target"}},
+        {
+            "outliers": {"margin": 0.5, "zeroed_in_statistics": True},
+            "normalize": {"source": "target"},
+        },
         {"outliers": {"margin": 0.5, "kernels": [[3, 5]]}},
         {"outliers": {"margin": 0.5, "quantiles": [0.05, 0.95]}},
         {"outliers": {"margin": 0.5, "first_stage": 1}},
@@ -129,19 +135,27 @@ def test_has_teeth_in_batch_statistics(damage, monkeypatch):
     if damage == "no surrogate":
         monkeypatch.setattr(f"{module}.BatchStatistics.surrogate", lambda *_: 0.0)
     else:
-        monkeypatch.setattr(f"{module}._add", lambda totals, name, value: totals.update({name: value}))
+        monkeypatch.setattr(
+            f"{module}._add", lambda totals, name, value: totals.update({name: value})
+        )
     term = LatentPerceptualLoss(config, pyramid())(z0, z0_hat, weights)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(term.gradient, wanted(config, z0, z0_hat, weights)[1], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            term.gradient, wanted(config, z0, z0_hat, weights)[1], rtol=1e-3, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 8])
-@pytest.mark.parametrize("options", [{}, {"normalize": {"over": "batch"}}, {"crop": {"side": 4, "halo": 1}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": {"over": "batch"}}, {"crop": {"side": 4, "halo": 1}}], ids=str
+)
 def test_chunks_change_nothing(chunk_size, options):
     z0, z0_hat, weights = inputs(5)
     places = torch.rand(5, 2, dtype=torch.float64)
     terms = [
-        LatentPerceptualLoss(config_of(chunk_size=size, **options), pyramid())(z0, z0_hat, weights, places)
+        LatentPerceptualLoss(config_of(chunk_size=size, **options), pyramid())(
+            z0, z0_hat, weights, places
+        )
         for size in (chunk_size, 5)
     ]
     torch.testing.assert_close(terms[0].loss, terms[1].loss, rtol=1e-10, atol=1e-14)
@@ -151,7 +165,9 @@ def test_chunks_change_nothing(chunk_size, options):
 @pytest.mark.parametrize("kernels", [(1, 3), (3, 5), (1, 1), (5, 3)], ids=str)
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 7, 12])
 def test_keep_mask(kernels, side):
-    """Also on maps smaller than the kernels and than 50 positions, where the public implementation raises."""
+    """Also on maps smaller than the kernels and than 50 positions, where the public implementation
+    raises.
+    """
     torch.manual_seed(side)
     maps = torch.randn(2, 3, side, side, dtype=torch.float64) ** 3
     config = OutlierConfig(quantiles=(0.1, 0.9), margin=0.3, kernels=(kernels,))
@@ -162,7 +178,9 @@ def test_keep_mask(kernels, side):
 def test_gaussian_maps_are_kept():
     torch.manual_seed(0)
     maps = torch.randn(4, 8, 32, 32)
-    assert keep_mask(maps, Statistics.of(maps).std, OutlierConfig(), stage=0).double().mean() > 0.999
+    assert (
+        keep_mask(maps, Statistics.of(maps).std, OutlierConfig(), stage=0).double().mean() > 0.999
+    )
 
 
 def compare(options, predicted, target, stage=0):
@@ -171,18 +189,28 @@ def compare(options, predicted, target, stage=0):
 
 
 EVERY_NORMALIZATION = [
-    {"normalize": normalize} for normalize in [*NORMALIZATIONS, None] if not normalize or normalize["over"] != "batch"
+    {"normalize": normalize}
+    for normalize in [*NORMALIZATIONS, None]
+    if not normalize or normalize["over"] != "batch"
 ]
 
 
-@pytest.mark.parametrize("options", [o for o in EVERY_NORMALIZATION if (o["normalize"] or {}).get("over") == "space"], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [o for o in EVERY_NORMALIZATION if (o["normalize"] or {}).get("over") == "space"],
+    ids=str,
+)
 def test_constant_channels_contribute_nothing(options):
     """A channel that is constant in the branch that normalises; with kind l2_norm it is zero."""
     values = torch.randn(2, 2, 3, 6, 6)
     values[:, :, 1] = 0.0
     predicted, target = values[0].requires_grad_(), values[1]
     compare(options, predicted, target).sum().backward()
-    assert predicted.grad.isfinite().all() and not predicted.grad[:, 1].any() and predicted.grad[:, 0].any()
+    assert (
+        predicted.grad.isfinite().all()
+        and not predicted.grad[:, 1].any()
+        and predicted.grad[:, 0].any()
+    )
 
 
 @pytest.mark.parametrize("kind", ["std", "l2_norm"])
@@ -197,29 +225,48 @@ def test_gradient_is_finite_around_the_floor(kind, scale):
 
 @pytest.mark.parametrize("mean_over", ["all", "kept"])
 def test_a_fully_masked_map_contributes_zero(mean_over, monkeypatch):
-    monkeypatch.setattr("lpl_pretrain.perceptual.distance.keep_mask", lambda features, *_: torch.zeros_like(features, dtype=bool))
+    monkeypatch.setattr(
+        "lpl_pretrain.perceptual.distance.keep_mask",
+        lambda features, *_: torch.zeros_like(features, dtype=bool),
+    )
     z0, z0_hat, weights = inputs()
     outliers = {"mean_over": mean_over, "zeroed_in_statistics": True}
     term = LatentPerceptualLoss(config_of(outliers=outliers), pyramid())(z0, z0_hat, weights)
-    assert not term.loss.any() and not term.gradient.any() and not term.stages["up1"].keep_fraction.any()
+    assert (
+        not term.loss.any()
+        and not term.gradient.any()
+        and not term.stages["up1"].keep_fraction.any()
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"preset": "diffusers_script"}, {"normalize": {"over": "batch"}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"preset": "diffusers_script"}, {"normalize": {"over": "batch"}}], ids=str
+)
 def test_constant_maps_give_zero_not_nan(options):
     z0 = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
-    term = LatentPerceptualLoss(config_of(**options), pyramid())(z0, z0.clone(), torch.ones(2, dtype=torch.float64))
+    term = LatentPerceptualLoss(config_of(**options), pyramid())(
+        z0, z0.clone(), torch.ones(2, dtype=torch.float64)
+    )
     assert not term.loss.any() and not term.gradient.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": {"over": "batch"}}, {"preset": "diffusers_script"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": {"over": "batch"}}, {"preset": "diffusers_script"}], ids=str
+)
 @pytest.mark.parametrize("open_gates", [0, 1])
 def test_a_shut_gate_hides_nonsense(options, open_gates):
-    """Where the gate is shut the estimate may be anything at all, NaN included; it may be shut for everybody."""
+    """Where the gate is shut the estimate may be anything at all, NaN included; it may be shut for
+    everybody.
+    """
     z0, z0_hat, _ = inputs()
     z0_hat[1] = math.nan
     weights = torch.tensor([float(open_gates), 0.0, 0.0], dtype=torch.float64)
     term = LatentPerceptualLoss(config_of(**options), pyramid())(z0, z0_hat, weights)
-    assert term.loss.isfinite().all() and term.gradient.isfinite().all() and (term.loss[0] > 0) == bool(open_gates)
+    assert (
+        term.loss.isfinite().all()
+        and term.gradient.isfinite().all()
+        and (term.loss[0] > 0) == bool(open_gates)
+    )
     assert not term.gradient[1:].any()
 
 
@@ -233,20 +280,26 @@ def test_nonsense_inside_the_gate_is_not_hidden():
 @pytest.mark.parametrize("options", EVERY_NORMALIZATION, ids=str)
 def test_equal_latents_give_exactly_zero(options):
     z0, _, weights = inputs()
-    assert not LatentPerceptualLoss(config_of(**options), pyramid())(z0, z0.clone(), weights).loss.any()
+    assert not LatentPerceptualLoss(config_of(**options), pyramid())(
+        z0, z0.clone(), weights
+    ).loss.any()
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_latents_smaller_than_the_kernels(side):
     z0 = torch.randn(2, 3, side, side, dtype=torch.float64)
-    term = LatentPerceptualLoss(config_of(), pyramid())(z0, z0 + 0.1 * torch.randn_like(z0), torch.ones(2, dtype=torch.float64))
+    term = LatentPerceptualLoss(config_of(), pyramid())(
+        z0, z0 + 0.1 * torch.randn_like(z0), torch.ones(2, dtype=torch.float64)
+    )
     assert term.loss.isfinite().all() and term.gradient.isfinite().all()
 
 
 def test_gradient_goes_into_the_latent_only():
     features = features_of(tiny_autoencoder())
     z0 = torch.randn(2, 4, 8, 8)
-    term = LatentPerceptualLoss(config_of(), features)(z0, z0 + 0.1 * torch.randn_like(z0), torch.ones(2))
+    term = LatentPerceptualLoss(config_of(), features)(
+        z0, z0 + 0.1 * torch.randn_like(z0), torch.ones(2)
+    )
     assert term.gradient.abs().sum() > 0 and all(p.grad is None for p in features.parameters())
     assert list(term.stages) == ["mid", "up0", "up1", "up2"]
     torch.testing.assert_close(sum(stage.contribution for stage in term.stages.values()), term.loss)
@@ -268,12 +321,21 @@ def test_bf16_is_near():
 
 
 def test_the_host_looks_at_no_tensor():
-    """On the meta device there are no values: whoever asks for one fails.  So LPL cannot wait for an accelerator."""
-    for options in ({}, {"crop": {"side": 4, "halo": 1}}, {"preset": "diffusers_script"}, {"normalize": {"over": "batch"}}):
+    """On the meta device there are no values: whoever asks for one fails.  So LPL cannot wait for
+    an accelerator.
+    """
+    for options in (
+        {},
+        {"crop": {"side": 4, "halo": 1}},
+        {"preset": "diffusers_script"},
+        {"normalize": {"over": "batch"}},
+    ):
         features = features_of(tiny_autoencoder()).to("meta")
         z0, z0_hat = torch.empty(2, 3, 4, 8, 8, device="meta")
         places = torch.empty(3, 2, device="meta") if "crop" in options else None
-        term = LatentPerceptualLoss(config_of(**options), features)(z0, z0_hat, torch.empty(3, device="meta"), places)
+        term = LatentPerceptualLoss(config_of(**options), features)(
+            z0, z0_hat, torch.empty(3, device="meta"), places
+        )
         assert term.gradient.shape == z0.shape
         with pytest.raises(RuntimeError):
             term.loss.sum().item()

@@ -1,4 +1,6 @@
-"""LPL's memory does not grow with the number of samples: counted on the meta device, with a decoder of SD's widths."""
+"""LPL's memory does not grow with the number of samples: counted on the meta device, with a decoder
+of SD's widths.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,9 @@ def peak(decoder, samples, *, dtype=torch.float32, **options):
     loss = LatentPerceptualLoss(LPLConfig(weight=1.0, **options), features)
     z0, z0_hat = (torch.empty(samples, 4, 32, 32, device="meta") for _ in range(2))
     with LiveBytes() as live:
-        loss(z0, z0_hat, torch.empty(samples, device="meta"), torch.empty(samples, 2, device="meta"))
+        loss(
+            z0, z0_hat, torch.empty(samples, device="meta"), torch.empty(samples, 2, device="meta")
+        )
     return live.peak
 
 
@@ -41,10 +45,18 @@ def test_flat_in_the_number_of_samples(decoder):
 
 
 @pytest.mark.parametrize(
-    "options", [{"activation_checkpointing": False}, {"dtype": torch.bfloat16}, {"normalize": {"over": "batch"}}], ids=str
+    "options",
+    [
+        {"activation_checkpointing": False},
+        {"dtype": torch.bfloat16},
+        {"normalize": {"over": "batch"}},
+    ],
+    ids=str,
 )
 def test_flat_whatever_the_options(decoder, options):
-    assert peak(decoder, 4, chunk_size=1, **options) < 1.01 * peak(decoder, 1, chunk_size=1, **options)
+    assert peak(decoder, 4, chunk_size=1, **options) < 1.01 * peak(
+        decoder, 1, chunk_size=1, **options
+    )
 
 
 def test_has_teeth_one_chunk_for_all(decoder):

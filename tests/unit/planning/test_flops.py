@@ -18,7 +18,9 @@ def test_linear_and_convolution(frozen):
     convolution = nn.Conv2d(6, 5, 3, padding=1, device="meta").requires_grad_(not frozen)
     forward = 2 * 2 * 8 * 8 * 5 * 6 * 9
     assert count_flops(lambda: convolution(x)) == forward
-    assert backward(convolution, x) == forward * (1 if frozen else 2), "frozen weights cost the input gradient only"
+    assert backward(convolution, x) == forward * (1 if frozen else 2), (
+        "frozen weights cost the input gradient only"
+    )
     tokens = torch.empty(3, 7, device="meta", requires_grad=True)
     linear = nn.Linear(7, 4, device="meta").requires_grad_(not frozen)
     assert count_flops(lambda: linear(tokens)) == 2 * 3 * 7 * 4
@@ -27,9 +29,13 @@ def test_linear_and_convolution(frozen):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_merged_upsampling(frozen):
-    """The transposed convolution that models/upsampling.py makes: every input meets the whole 4x4 kernel."""
+    """The transposed convolution that models/upsampling.py makes: every input meets the whole 4x4
+    kernel.
+    """
     x = torch.empty(2, 6, 8, 8, device="meta", requires_grad=True)
-    transposed = nn.ConvTranspose2d(6, 5, 4, stride=2, padding=1, device="meta").requires_grad_(not frozen)
+    transposed = nn.ConvTranspose2d(6, 5, 4, stride=2, padding=1, device="meta").requires_grad_(
+        not frozen
+    )
     forward = 2 * 2 * 8 * 8 * 6 * 5 * 16
     assert count_flops(lambda: transposed(x)) == forward
     assert backward(transposed, x) == forward * (1 if frozen else 2)
@@ -41,7 +47,10 @@ def test_attention(device, products):
     q = torch.zeros(2, 4, 10, 16, device=device, requires_grad=True)
     product = 2 * 2 * 4 * 10 * 10 * 16
     assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * product
-    assert backward(lambda x: nn.functional.scaled_dot_product_attention(x, x, x), q) == products * product
+    assert (
+        backward(lambda x: nn.functional.scaled_dot_product_attention(x, x, x), q)
+        == products * product
+    )
 
 
 def test_batched_products():

@@ -59,7 +59,8 @@ def test_backward_frees_as_it_goes_and_checkpointing_lowers_the_peak(device):
     with LiveBytes() as checkpointed:
         y = checkpoint(chain, checkpoint(chain, x, use_reentrant=False), use_reentrant=False)
         torch.autograd.grad(y, x, g)
-    # twelve results, the gradient and one factor; two of the checkpoints, six recomputed results, and the same
+    # twelve results, the gradient and one factor; two of the checkpoints, six recomputed results,
+    # and the same
     assert (plain.peak, checkpointed.peak) == (14 * 16 * KIB, 9 * 16 * KIB)
 
 

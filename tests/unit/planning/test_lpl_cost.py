@@ -28,13 +28,25 @@ def small(tool, tmp_path_factory):
     """The demo's decoder with 16x16 latents, over two ranks with one microbatch each."""
     path = tmp_path_factory.mktemp("cost") / "cost.json"
     keys = ["lpl.activation_checkpointing=true", "lpl.stages=null", "lpl.decoder_precision=fp32"]
-    found = costs(tool, "emoji_dit_lpl.yaml", *keys, "--latent", "4,16,16", "--ranks", "2", "--json", str(path))
+    found = costs(
+        tool,
+        "emoji_dit_lpl.yaml",
+        *keys,
+        "--latent",
+        "4,16,16",
+        "--ranks",
+        "2",
+        "--json",
+        str(path),
+    )
     return *found, json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("side, decoder, denoiser", [(32, 622, 237.24), (64, 2515, 1049)])
 def test_published_sizes(tool, side, decoder, denoiser):
-    """An SD decoder and DiT-XL/2 at 256 px (622 GFLOP; 118.6 GMAC as in arXiv 2212.09748) and at 512 px."""
+    """An SD decoder and DiT-XL/2 at 256 px (622 GFLOP; 118.6 GMAC as in arXiv 2212.09748) and at
+    512 px.
+    """
     config = tool.read_config(["batch.global_batch_size=64"], "xl2")
     case = tool.Case(config, config.lpl, (4, side, side), 1)
     rows = tool.stage_rows(tool.decoder_stages(tool.build_network("sd")), case)
@@ -48,21 +60,30 @@ def test_published_sizes(tool, side, decoder, denoiser):
 
 def test_has_teeth_another_denoiser_is_another_size(tool):
     config = tool.read_config([], "l2")
-    assert tool.Case(config, config.lpl, (4, 32, 32), 1).denoiser_flops / 1e9 != pytest.approx(237.24, rel=0.1)
+    assert tool.Case(config, config.lpl, (4, 32, 32), 1).denoiser_flops / 1e9 != pytest.approx(
+        237.24, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "sana", "taesd"])
 def test_named_shapes(tool, name):
     decoder = tool.decoder_stages(tool.build_network(name))
-    assert all(p.is_meta for p in decoder.parameters()) and list(decoder.stages)[:2] == ["mid", "up0"]
+    assert all(p.is_meta for p in decoder.parameters()) and list(decoder.stages)[:2] == [
+        "mid",
+        "up0",
+    ]
 
 
 def test_words(tool):
-    """A first word with `=` is an override; overrides win over `--denoiser`; one side takes the decoder's channels."""
+    """A first word with `=` is an override; overrides win over `--denoiser`; one side takes the
+    decoder's channels.
+    """
     config = tool.read_config(["model.depth=3", "lpl.sample_share=0.5"], "s2")
     assert (config.name, config.model.width, config.model.depth) == ("dit_xl2_in256_lpl", 384, 3)
     assert config.lpl.sample_share == 0.5
-    assert tool.latent_shape("8", 16, config) == (16, 8, 8) and tool.latent_shape("16,8,4", 16, config) == (16, 8, 4)
+    assert tool.latent_shape("8", 16, config) == (16, 8, 8) and tool.latent_shape(
+        "16,8,4", 16, config
+    ) == (16, 8, 4)
     with pytest.raises(tool.ConfigError, match="4 channels.*takes 16"):
         tool.latent_shape("4,8,8", 16, config)
 
@@ -76,13 +97,17 @@ def test_folder_and_file_are_the_same_decoder(tool):
 
 
 def test_a_sample_costs_its_four_passes(tool, small):
-    """Target, prediction, prediction again and input gradient, each counted by itself with plain autograd."""
+    """Target, prediction, prediction again and input gradient, each counted by itself with plain
+    autograd.
+    """
     decoder = tool.decoder_stages(tool.build_network("asset:autoencoder_emoji"))
     features = tool.DecoderFeatures(decoder, tool.LatentScaling(*torch.ones(2, 4, device="meta")))
     z0, seen = torch.empty(1, 4, 16, 16, device="meta", requires_grad=True), []
     forward = tool.count_flops(lambda: seen.append(sum(x.sum() for x in features(z0).values())))
     backward = tool.count_flops(lambda: torch.autograd.grad(seen[0], z0))
-    assert small[1]["as configured"]["GFLOP a sample"] == pytest.approx((3 * forward + backward) / 1e9)
+    assert small[1]["as configured"]["GFLOP a sample"] == pytest.approx(
+        (3 * forward + backward) / 1e9
+    )
 
 
 def test_options_save_what_they_say(small):
@@ -94,15 +119,22 @@ def test_options_save_what_they_say(small):
     assert without["peak MiB"] > base["peak MiB"]
     cuts = [base, *(rows[f"stages up to {stage}"] for stage in ("up1", "up0", "mid"))]
     for whole, cut in zip(cuts, cuts[1:]):
-        assert cut["GFLOP a sample"] < whole["GFLOP a sample"] and cut["weights MiB"] < whole["weights MiB"]
-    assert rows["crop: {side: 8, halo: 4}"]["GFLOP a sample"] == pytest.approx(base["GFLOP a sample"], rel=0.01)  # a halo too wide
+        assert (
+            cut["GFLOP a sample"] < whole["GFLOP a sample"]
+            and cut["weights MiB"] < whole["weights MiB"]
+        )
+    assert rows["crop: {side: 8, halo: 4}"]["GFLOP a sample"] == pytest.approx(
+        base["GFLOP a sample"], rel=0.01
+    )  # a halo too wide
     half = rows["sample_share: 0.5"]
     assert half["samples a step"] == 6 and half["GFLOP a sample"] == base["GFLOP a sample"]
     assert half["of the denoiser's step"] == pytest.approx(0.6 * base["of the denoiser's step"])
 
 
 def test_a_crop_that_fits_is_cheaper(tool):
-    _, rows = costs(tool, "emoji_dit_lpl.yaml", "--latent", "4,32,32", "--decoder", "taesd", "lpl.stages=null")
+    _, rows = costs(
+        tool, "emoji_dit_lpl.yaml", "--latent", "4,32,32", "--decoder", "taesd", "lpl.stages=null"
+    )
     assert rows["crop: {side: 16, halo: 4}"]["GFLOP a sample"] == pytest.approx(
         (24 / 32) ** 2 * rows["as configured"]["GFLOP a sample"]
     )
@@ -117,6 +149,15 @@ def test_json_holds_the_tables(small):
 
 def test_a_third_table_for_the_number_of_gated_samples(tool):
     keys = ["lpl.stages=[mid]", "lpl.chunk_size=1", "lpl.decoder_precision=fp32"]
-    found = tool.main([str(ROOT / "configs/train/emoji_dit_lpl.yaml"), *keys, "--latent", "4,16,16", "--samples", "1,4"])
+    found = tool.main(
+        [
+            str(ROOT / "configs/train/emoji_dit_lpl.yaml"),
+            *keys,
+            "--latent",
+            "4,16,16",
+            "--samples",
+            "1,4",
+        ]
+    )
     one, four = (row["peak MiB"] for row in found["samples"])
     assert one < four < 1.1 * one

@@ -18,7 +18,9 @@ def test_silent_ranks_are_named_with_their_nodes(monkeypatch):
     store = HashStore()
     ranks = [Circle(store, World(rank, 0, 4), f"node{rank}") for rank in range(3)]
     assert ranks[1].gather("facts", 1) == []
-    with pytest.raises(PreflightError, match=r"from ranks \[2, 3\] on an unknown node, node2: ") as raised:
+    with pytest.raises(
+        PreflightError, match=r"from ranks \[2, 3\] on an unknown node, node2: "
+    ) as raised:
         ranks[0].gather("facts", 0)
     assert raised.value.status == 1, "it may be over when the job is tried again"
     ranks[2].gather("more", 2)

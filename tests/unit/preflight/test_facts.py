@@ -13,7 +13,13 @@ import torch
 from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.preflight import facts
-from lpl_pretrain.preflight.facts import checkpoints_gib, observe, probe_folder, probe_shard, wrong_product
+from lpl_pretrain.preflight.facts import (
+    checkpoints_gib,
+    observe,
+    probe_folder,
+    probe_shard,
+    wrong_product,
+)
 from lpl_pretrain.runtime.world import World
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
@@ -28,8 +34,18 @@ def data(tmp_path_factory):
 
 def test_nothing_is_wrong_here(data, tmp_path):
     found = observe(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
-    troubles = (found.refusal, found.run_dir_trouble, found.shard_trouble, found.no_device, found.device_trouble)
-    assert troubles == (None,) * 5 and found.free_gib > found.wanted_gib > 0 and found.shard.startswith(data)
+    troubles = (
+        found.refusal,
+        found.run_dir_trouble,
+        found.shard_trouble,
+        found.no_device,
+        found.device_trouble,
+    )
+    assert (
+        troubles == (None,) * 5
+        and found.free_gib > found.wanted_gib > 0
+        and found.shard.startswith(data)
+    )
     assert not list(tmp_path.iterdir()), "the probe is gone, and made no folder"
 
 
@@ -42,7 +58,9 @@ def test_a_shard_that_is_gone_empty_or_no_file(data, tmp_path):
     assert "shorter than a header" in probe_shard(found, 0)[1]
     shard.unlink()
     assert "FileNotFoundError" in probe_shard(found, 0)[1]
-    assert "ValueError" in probe_shard(replace(found, paths=["nowhere://x"]), 0)[1], "an error of a driver"
+    assert "ValueError" in probe_shard(replace(found, paths=["nowhere://x"]), 0)[1], (
+        "an error of a driver"
+    )
 
 
 def test_a_folder_that_cannot_be(tmp_path):
@@ -64,17 +82,36 @@ def test_a_full_disk_is_no_trouble_of_the_folder(tmp_path, monkeypatch):
 def test_a_device_that_multiplies_wrongly(monkeypatch):
     assert wrong_product(torch.device("cpu")) is None
     right = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: right(a, b) + (a.is_floating_point() and torch.eye(facts.SIDE)))
-    assert wrong_product(torch.device("cpu")) == f"{facts.SIDE} wrong numbers in a product of matrices"
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: right(a, b) + (a.is_floating_point() and torch.eye(facts.SIDE)),
+    )
+    assert (
+        wrong_product(torch.device("cpu")) == f"{facts.SIDE} wrong numbers in a product of matrices"
+    )
 
 
 def test_room_for_checkpoints_is_what_they_take(tmp_path):
-    """The support's checkpoints hold parameters and their average; the optimizer's two moments are as large."""
+    """The support's checkpoints hold parameters and their average; the optimizer's two moments are
+    as large.
+    """
     made = make_run(tmp_path, "flow", "rectified_flow")
-    config, data = train_config(steps=600, checkpoint__keep_last=1), read_data(str(tmp_path / "data"))
-    size = 2 * sum(file.stat().st_size for file in made.run_dir.checkpoint(6).glob("*.safetensors")) / 2**30
+    config, data = (
+        train_config(steps=600, checkpoint__keep_last=1),
+        read_data(str(tmp_path / "data")),
+    )
+    size = (
+        2
+        * sum(file.stat().st_size for file in made.run_dir.checkpoint(6).glob("*.safetensors"))
+        / 2**30
+    )
     wanted = checkpoints_gib(config, made.run_dir, data)
-    assert 0.8 * size < wanted < size, "two are there, and one is written before the oldest is removed"
+    assert 0.8 * size < wanted < size, (
+        "two are there, and one is written before the oldest is removed"
+    )
     assert checkpoints_gib(config, RunDir(tmp_path / "new"), data) == pytest.approx(2 * wanted)
     assert checkpoints_gib(train_config(steps=6), made.run_dir, data) == 0, "it is complete"
-    assert checkpoints_gib(train_config(steps=600, ema__power=[0.1]), made.run_dir, data) == pytest.approx(5 / 4 * 2 * wanted)
+    assert checkpoints_gib(
+        train_config(steps=600, ema__power=[0.1]), made.run_dir, data
+    ) == pytest.approx(5 / 4 * 2 * wanted)

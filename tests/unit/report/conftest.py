@@ -1,4 +1,6 @@
-"""A run's files as a trainer and an evaluator leave them: 120 logged steps, LPL from step 40, one stop and resume, two scores."""
+"""A run's files as a trainer and an evaluator leave them: 120 logged steps, LPL from step 40, one
+stop and resume, two scores.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ def metrics(step: int, mark: float = 0.0) -> dict:
         "tflops_per_s": 0.3,
     }
     if step >= 40:
-        values |= {"loss/lpl": 2.0, "lpl/weight": 0.1, "lpl/weighted_share": 0.2, "lpl/gated_share": 0.4}
+        values |= {
+            "loss/lpl": 2.0,
+            "lpl/weight": 0.1,
+            "lpl/weighted_share": 0.2,
+            "lpl/gated_share": 0.4,
+        }
         values |= {"seconds/lpl": 0.1}
         values |= {
             f"lpl/stage/{stage}/{quantity}": 0.5
@@ -44,7 +51,9 @@ def metrics(step: int, mark: float = 0.0) -> dict:
 def run(tmp_path) -> RunDir:
     run_dir = RunDir(tmp_path / "a run")
     run_dir.path.mkdir()
-    run_dir.config.write_text(dump(train_config(name="<b>tiny<i> & co", steps=120, lpl={"target_share": 0.2})))
+    run_dir.config.write_text(
+        dump(train_config(name="<b>tiny<i> & co", steps=120, lpl={"target_share": 0.2}))
+    )
     run_dir.provenance.write_text(
         json.dumps(
             {
@@ -74,8 +83,20 @@ def run(tmp_path) -> RunDir:
             entry
             for each in shared
             for entry in (
-                {**each, "metric": "fd_x", "value": 90.0 / each["guidance_scale"] - step / 10, "at_half": 95.0},
-                {**each, "metric": "kid_x", "value": 0.5 - step / 1000, "std": 0.03, "low": 0.4 - step / 1000, "high": 0.6},
+                {
+                    **each,
+                    "metric": "fd_x",
+                    "value": 90.0 / each["guidance_scale"] - step / 10,
+                    "at_half": 95.0,
+                },
+                {
+                    **each,
+                    "metric": "kid_x",
+                    "value": 0.5 - step / 1000,
+                    "std": 0.03,
+                    "low": 0.4 - step / 1000,
+                    "high": 0.6,
+                },
             )
         ]
         record = {

@@ -1,4 +1,6 @@
-"""Several runs on one page: what differs is found and named, each keeps its look, and what is missing stays empty."""
+"""Several runs on one page: what differs is found and named, each keeps its look, and what is
+missing stays empty.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import scores
 from lpl_pretrain.report.charts import COLOURS, DASHES, Chart, draw, swatch
-from lpl_pretrain.report.compare import Column, differing, find_runs, labels_of, newest_grids, summary, write_comparison
+from lpl_pretrain.report.compare import (
+    Column,
+    differing,
+    find_runs,
+    labels_of,
+    newest_grids,
+    summary,
+    write_comparison,
+)
 from lpl_pretrain.report.record import Series, read_run
 from tests.support.configs import train_config
 from tests.unit.report.conftest import metrics
@@ -40,7 +50,11 @@ def sweep(run, tmp_path):
     begun = change(run, folder / "share=null", lpl=None)
     for gone in ("evaluations", "samples"):
         shutil.rmtree(begun.path / gone)
-    begun.metrics.write_text("".join(json.dumps({**metrics(step), "samples_per_s": 50.0}) + "\n" for step in range(1, 11)))
+    begun.metrics.write_text(
+        "".join(
+            json.dumps({**metrics(step), "samples_per_s": 50.0}) + "\n" for step in range(1, 11)
+        )
+    )
     (folder / "launch").mkdir()
     return folder
 
@@ -60,27 +74,43 @@ def test_one_page_of_a_folder_of_runs(sweep):
         "LPL's share of the total loss",
     ):
         assert words in page.text, words
-    assert page.text.count("lpl.target_share") == 1, "what is equal in all is no column" and "optimizer.lr" not in page.text
+    assert page.text.count("lpl.target_share") == 1, (
+        "what is equal in all is no column" and "optimizer.lr" not in page.text
+    )
     assert page.tags.count("img") == 2 and outside_references(page) == []
     assert not {"script", "link"} & set(page.tags) and not list(sweep.glob(".*"))
 
 
 def test_of_several_runs_and_of_one(sweep, run):
     both = [str(sweep / "share=0.1"), str(run.path)]
-    assert str(sweep.parent / "comparison.html") in CliRunner().invoke(commands, ["report", *both]).output
+    assert (
+        str(sweep.parent / "comparison.html")
+        in CliRunner().invoke(commands, ["report", *both]).output
+    )
     page = Page((sweep.parent / "comparison.html").read_text())
     assert "a sweep/share=0.1" in page.text and "comparison of 2 runs" in page.text
     own = sweep.parent / "own.html"
-    assert CliRunner().invoke(commands, ["report", str(run.path), "--output", str(own)]).exit_code == 0
+    assert (
+        CliRunner().invoke(commands, ["report", str(run.path), "--output", str(own)]).exit_code == 0
+    )
     assert "run report" in Page(own.read_text()).text and not run.report.exists()
 
 
 def test_which_folders_are_runs(sweep, run):
-    assert [found.path.name for found in find_runs([sweep])] == ["share=0.1", "share=0.2", "share=null"]
+    assert [found.path.name for found in find_runs([sweep])] == [
+        "share=0.1",
+        "share=0.2",
+        "share=null",
+    ]
     assert len(find_runs([sweep, sweep / "share=0.1", run.path])) == 4, "each once"
     (sweep / "share=10").mkdir()
     shutil.copy(run.config, sweep / "share=10")
-    assert [found.path.name for found in find_runs([sweep])] == ["share=0.1", "share=0.2", "share=10", "share=null"]
+    assert [found.path.name for found in find_runs([sweep])] == [
+        "share=0.1",
+        "share=0.2",
+        "share=10",
+        "share=null",
+    ]
     for nothing in (sweep / "launch", sweep / "gone"):
         with pytest.raises(ConfigError, match="no run and no folder of runs"):
             find_runs([nothing])
@@ -92,7 +122,10 @@ def test_which_folders_are_runs(sweep, run):
         ([{"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}], {"b.c": ["2", "3"]}),
         ([{"a": 1e-4}, {"a": 2e-4}, {"a": 1e-4}], {"a": ["0.0001", "0.0002", "0.0001"]}),
         ([{"name": "x", "run_dir": "x"}, {"name": "y", "run_dir": "y"}], {}),
-        ([{"s": None}, {"s": {"w": 1}}, {"s": {"w": 2}}], {"s": ["off", "on", "on"], "s.w": [None, "1", "2"]}),
+        (
+            [{"s": None}, {"s": {"w": 1}}, {"s": {"w": 2}}],
+            {"s": ["off", "on", "on"], "s.w": [None, "1", "2"]},
+        ),
         ([{"s": None}, {"s": {"w": 1, "v": 3}}], {"s": ["off", "on"]}),
         ([{"a": 1}, {"a": 2}, {}], {"a": ["1", "2", None]}),
         ([{"a": 1}, {"a": 1, "new": True}], {}),
@@ -106,8 +139,14 @@ def test_what_differs(settings, columns):
 @pytest.mark.parametrize(
     ("columns", "labels"),
     [
-        ({"lpl": ["off", "on", "on"], "lpl.share": [None, "1", "2"]}, ["lpl off", "share 1", "share 2"]),
-        ({"a.lr": ["1", "1", "2"], "b.lr": ["1", "2", "2"]}, ["a.lr 1, b.lr 1", "a.lr 1, b.lr 2", "a.lr 2, b.lr 2"]),
+        (
+            {"lpl": ["off", "on", "on"], "lpl.share": [None, "1", "2"]},
+            ["lpl off", "share 1", "share 2"],
+        ),
+        (
+            {"a.lr": ["1", "1", "2"], "b.lr": ["1", "2", "2"]},
+            ["a.lr 1, b.lr 1", "a.lr 1, b.lr 2", "a.lr 2, b.lr 2"],
+        ),
         ({"a": ["1", "2", None]}, ["x", "y", "z"]),
         ({"a": ["1", "1", "2"]}, ["x", "y", "z"]),
         ({"a": ["1", "2", "3" * 99]}, ["x", "y", "z"]),
@@ -115,7 +154,10 @@ def test_what_differs(settings, columns):
     ],
 )
 def test_labels_tell_runs_apart(columns, labels):
-    assert labels_of([Column(key, values) for key, values in columns.items()], ["x", "y", "z"]) == labels
+    assert (
+        labels_of([Column(key, values) for key, values in columns.items()], ["x", "y", "z"])
+        == labels
+    )
 
 
 def test_every_line_has_its_own_look():
@@ -123,7 +165,8 @@ def test_every_line_has_its_own_look():
     assert len({swatch(number) for number in range(count)}) == count
     series = {str(number): Series([1, 2, 3], [1.0, 2.0, 3.0 + number]) for number in range(count)}
     looks = re.findall(
-        r'style="fill: none(; stroke-dasharray[^;]*)?[^"]*stroke: (var\(--series-\d\))', draw(Chart("x", series), [], 3)
+        r'style="fill: none(; stroke-dasharray[^;]*)?[^"]*stroke: (var\(--series-\d\))',
+        draw(Chart("x", series), [], 3),
     )
     assert len(set(looks)) == count
 
@@ -141,7 +184,11 @@ def records(*runs):
     """Of (step, value) pairs each."""
     entry = {"metric": "fd_x", "weights": "ema", "guidance_scale": 1.0}
     return [
-        [{"step": step, "protocol": {"name": "p"}, "results": [{**entry, "value": value}]} for step, value in run] for run in runs
+        [
+            {"step": step, "protocol": {"name": "p"}, "results": [{**entry, "value": value}]}
+            for step, value in run
+        ]
+        for run in runs
     ]
 
 
@@ -176,7 +223,10 @@ def test_protocols_that_are_not_the_same_are_told(sweep):
     path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))
     (RunDir(sweep / "share=0.1").path / "provenance.json").write_text("{ not")
     page = Page(write_comparison(find_runs([sweep])).read_text())
-    assert "their scores are not comparable" in page.text and "share=0.1: provenance.json: not valid JSON" in page.text
+    assert (
+        "their scores are not comparable" in page.text
+        and "share=0.1: provenance.json: not valid JSON" in page.text
+    )
 
 
 def test_nothing_but_a_configuration(run, tmp_path):
@@ -184,5 +234,9 @@ def test_nothing_but_a_configuration(run, tmp_path):
         (tmp_path / "bare" / name).mkdir(parents=True)
         shutil.copy(run.config, tmp_path / "bare" / name)
     page = Page(write_comparison(find_runs([tmp_path / "bare"])).read_text())
-    for words in ("Configurations are the same", "No checkpoint of these runs is scored", "Nothing logged yet"):
+    for words in (
+        "Configurations are the same",
+        "No checkpoint of these runs is scored",
+        "Nothing logged yet",
+    ):
         assert words in page.text

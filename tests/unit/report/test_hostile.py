@@ -1,4 +1,6 @@
-"""Files of a run that are damaged or come from elsewhere: a page names them, shows nothing from outside, and runs nothing."""
+"""Files of a run that are damaged or come from elsewhere: a page names them, shows nothing from
+outside, and runs nothing.
+"""
 
 from __future__ import annotations
 
@@ -82,17 +84,26 @@ def test_only_pictures_of_the_run_are_embedded(bare, outside, name, words):
     (bare.path / "samples" / "text.png").write_bytes(SECRET)
     problems: list[str] = []
     assert embed.picture(bare.path, "samples", name, RECORD, problems) is None
-    assert len(problems) == 1 and problems[0].startswith(f"{RECORD}: picture ") and words in problems[0]
+    assert (
+        len(problems) == 1
+        and problems[0].startswith(f"{RECORD}: picture ")
+        and words in problems[0]
+    )
 
 
-@pytest.mark.parametrize("name", ["../passwd", "{outside}/passwd", "{outside}/elsewhere.png", ["x"]], ids=str)
+@pytest.mark.parametrize(
+    "name", ["../passwd", "{outside}/passwd", "{outside}/elsewhere.png", ["x"]], ids=str
+)
 def test_pages_say_what_they_do_not_embed(bare, outside, name):
     edit(bare, samples=name.format(outside=outside) if isinstance(name, str) else name)
     shown, stolen = [Page(text) for text in pages(bare)], base64.b64encode(SECRET).decode()[:-4]
     assert f"{RECORD}: picture " in shown[0].text and "not shown" in shown[0].text
     assert shown[0].tags.count("img") == 2, "the other pictures are there"
     for page in shown:
-        assert not [value for _, value in page.attributes if value and stolen in value] and page.tags.count("img") >= 2
+        assert (
+            not [value for _, value in page.attributes if value and stolen in value]
+            and page.tags.count("img") >= 2
+        )
 
 
 def test_the_real_pictures_beside_them_too(bare, outside):
@@ -119,7 +130,10 @@ def test_a_link_to_a_file_outside_is_not_shown(bare, outside, name):
     (bare.path / name).unlink()
     (bare.path / name).symlink_to(outside / "passwd")
     text = pages(bare)[0]
-    assert SECRET.decode() not in text and f"{name}: is a link to a file outside of the run; not shown" in Page(text).text
+    assert (
+        SECRET.decode() not in text
+        and f"{name}: is a link to a file outside of the run; not shown" in Page(text).text
+    )
 
 
 def test_a_run_behind_a_link_is_a_run(bare, tmp_path):
@@ -131,13 +145,32 @@ def test_a_run_behind_a_link_is_a_run(bare, tmp_path):
 def test_text_of_every_file_is_escaped(run):
     for step in (60, 120):
         name = f"evaluations/step_{step:08d}/quick.json"
-        edit(run, name, protocol__name=SCRIPT, results__0__metric=SCRIPT, results__1__weights=SCRIPT, protocol__best=SCRIPT)
+        edit(
+            run,
+            name,
+            protocol__name=SCRIPT,
+            results__0__metric=SCRIPT,
+            results__1__weights=SCRIPT,
+            protocol__best=SCRIPT,
+        )
         edit(run, name, protocol__sampler={"kind": SCRIPT, "steps": 5}, samples=SCRIPT)
-    edit(run, "provenance.json", argv=[SCRIPT], git_diff=SCRIPT, versions={SCRIPT: SCRIPT}, host=SCRIPT)
+    edit(
+        run,
+        "provenance.json",
+        argv=[SCRIPT],
+        git_diff=SCRIPT,
+        versions={SCRIPT: SCRIPT},
+        host=SCRIPT,
+    )
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    lines += [{"step": 121, f"lpl/stage/{SCRIPT}/contribution": 1.0}, {"step": 121, "event": SCRIPT, SCRIPT: SCRIPT}]
+    lines += [
+        {"step": 121, f"lpl/stage/{SCRIPT}/contribution": 1.0},
+        {"step": 121, "event": SCRIPT, SCRIPT: SCRIPT},
+    ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run.config.write_text(f"name: {json.dumps(SCRIPT)}\nsteps: 120\n{json.dumps(SCRIPT)}: {json.dumps(SCRIPT)}\n")
+    run.config.write_text(
+        f"name: {json.dumps(SCRIPT)}\nsteps: 120\n{json.dumps(SCRIPT)}: {json.dumps(SCRIPT)}\n"
+    )
     for text in pages(run):
         page = Page(text)  # its tags close in order
         assert "<script" not in text and not outside_references(page)
@@ -148,14 +181,23 @@ def test_text_of_charts_is_neither_formula_nor_markup(bare):
     """matplotlib reads dollars as mathematics, and raises for what is none."""
     for step in (60, 120):
         for number, weights in enumerate(["$\\bad{$", 'a version="1"', "font: 8px x", "#0a0001"]):
-            edit(bare, f"evaluations/step_{step:08d}/quick.json", **{f"results__{number}__weights": weights})
+            edit(
+                bare,
+                f"evaluations/step_{step:08d}/quick.json",
+                **{f"results__{number}__weights": weights},
+            )
     folder = bare.path.parent / "of $1 and $\\bad"
     shutil.copytree(bare.path, folder / "x $^$")
     shutil.copytree(bare.path, folder / "y $_$")
     text = write_comparison(find_runs([folder])).read_text()
     assert "$_$" in Page(text).text
     report = Page(write_report(bare).read_text()).text
-    for words in ("$\\bad{$, w = 1", 'a version="1", w = 1', "font: 8px x, w = 2.5", "#0a0001, w = 2.5"):
+    for words in (
+        "$\\bad{$, w = 1",
+        'a version="1", w = 1',
+        "font: 8px x, w = 2.5",
+        "#0a0001, w = 2.5",
+    ):
         assert words in report, words
 
 
@@ -196,7 +238,13 @@ ODD = [
     {"protocol__sampler": None},
     {"extractors": {}},
 ]
-OTHER_SHAPES = ["[]", "null", "7", '{"step": 1, "protocol": {"name": "x"}}', '{"step": 1, "results": [], "protocol": {}}']
+OTHER_SHAPES = [
+    "[]",
+    "null",
+    "7",
+    '{"step": 1, "protocol": {"name": "x"}}',
+    '{"step": 1, "results": [], "protocol": {}}',
+]
 
 
 def spread(bare: RunDir, changes: list) -> list[str]:
@@ -234,7 +282,11 @@ DEEP = "[" * 5_000 + "]" * 5_000
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
 WRONG_TEXT = [
-    *((name, text) for name in (RECORD, "provenance.json") for text in (DEEP, "9" * 10_000, '"\\ud800"', "{ not", "[1]")),
+    *(
+        (name, text)
+        for name in (RECORD, "provenance.json")
+        for text in (DEEP, "9" * 10_000, '"\\ud800"', "{ not", "[1]")
+    ),
     *(
         ("config.yaml", text)
         for text in (
@@ -254,7 +306,11 @@ WRONG_TEXT = [
 def test_a_damaged_file_is_named(bare, name, text):
     (bare.path / name).write_text(text)
     problems = read_run(bare).problems
-    assert len(problems) == 1 and problems[0].startswith(f"{name}: not valid") and len(problems[0]) < 500
+    assert (
+        len(problems) == 1
+        and problems[0].startswith(f"{name}: not valid")
+        and len(problems[0]) < 500
+    )
 
 
 def test_damaged_files_leave_a_page(bare):
@@ -265,8 +321,16 @@ def test_damaged_files_leave_a_page(bare):
 
 
 def test_settings_and_provenance_of_other_types(bare):
-    bare.config.write_text("name: [1]\nsteps: many\nlpl: 3\n1: 2\n2001-01-01: {true: null}\nx: !!binary aGk=\n")
-    provenance = {"versions": [1], "data_samples": "many", "argv": {"a": 1}, "git_diff": 5, "x": "y" * 100_000}
+    bare.config.write_text(
+        "name: [1]\nsteps: many\nlpl: 3\n1: 2\n2001-01-01: {true: null}\nx: !!binary aGk=\n"
+    )
+    provenance = {
+        "versions": [1],
+        "data_samples": "many",
+        "argv": {"a": 1},
+        "git_diff": 5,
+        "x": "y" * 100_000,
+    }
     bare.provenance.write_text(json.dumps(provenance))
     for text in pages(bare):
         assert len(text) < 1_500_000 and "y" * 2_000 not in text
@@ -277,14 +341,22 @@ def test_lines_of_other_types(run):
     odd = [
         [],
         {"step": "1"},
-        {"step": 130, "loss/diffusion": "low", "samples_seen": "all", "samples_per_s": [1], "lr": 10**400},
+        {
+            "step": 130,
+            "loss/diffusion": "low",
+            "samples_seen": "all",
+            "samples_per_s": [1],
+            "lr": 10**400,
+        },
         {"step": 131, "event": ["stopped"], "time_s": "now"},
         {"step": 132, "event": "stopped", "time_s": 1e300, "x": {"y": "z" * 100_000}},
         {"step": True},
         {"step": -5},
         {"step": 10**20},
     ]
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in odd) + DEEP + "\n" + run.metrics.read_text())
+    run.metrics.write_text(
+        "".join(json.dumps(line) + "\n" for line in odd) + DEEP + "\n" + run.metrics.read_text()
+    )
     report = Page(pages(run)[0])
     assert "6 unreadable lines skipped" in report.text and "z" * 2_000 not in report.text
 

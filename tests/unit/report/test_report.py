@@ -74,7 +74,11 @@ def outside_references(page: Page) -> list[str]:
         for name, value in page.attributes
         if value
         and name != "alt"
-        and ("http:" in value or "https:" in value or (name in fetched and not value.startswith(("data:", "#"))))
+        and (
+            "http:" in value
+            or "https:" in value
+            or (name in fetched and not value.startswith(("data:", "#")))
+        )
     ]
 
 
@@ -114,7 +118,12 @@ def test_needs_nothing_else(run):
 
 
 def test_outside_references_are_seen():
-    for tag in ('<img src="https://x/y.png">', '<img src="y.png">', '<a href="http://x"></a>', '<svg xmlns="http://w3.org"></svg>'):
+    for tag in (
+        '<img src="https://x/y.png">',
+        '<img src="y.png">',
+        '<a href="http://x"></a>',
+        '<svg xmlns="http://w3.org"></svg>',
+    ):
         assert outside_references(Page(tag))
 
 
@@ -162,7 +171,9 @@ def test_missing_parts_are_named(run, gone, said):
     assert said in page_of(run).text
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "provenance.json", "evaluations/step_00000060/quick.json"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "provenance.json", "evaluations/step_00000060/quick.json"]
+)
 def test_damaged_parts_are_named(run, name):
     (run.path / name).write_text("{ not: [valid")
     assert f"{name.split('/')[-1]}: not valid" in page_of(run).text
@@ -215,25 +226,53 @@ def test_a_resume_is_counted_though_its_steps_were_not_logged(run):
 
 
 def test_a_run_that_began_anew_shows_the_new_steps_alone(run):
-    log(run, *map(metrics, range(1, 31)), {"event": "restarted", "step": 0, "time_s": 1.7e9}, *map(metrics, range(1, 11)))
+    log(
+        run,
+        *map(metrics, range(1, 31)),
+        {"event": "restarted", "step": 0, "time_s": 1.7e9},
+        *map(metrics, range(1, 11)),
+    )
     record = read_run(run)
     assert record.series("loss/total").steps == list(range(1, 11)) and record.resumes == 1
 
 
 def test_all_starts_are_listed(run):
     old = json.loads(run.provenance.read_text())
-    new = {"step": 75, "time_s": 1.7e9, "strategy": "fsdp2", "world_size": 4, "hosts": ["n1", "n2"], "code": "c" * 64}
-    new |= {"config_changes": {"parallel.strategy": ["ddp", "fsdp2"], "log.every_steps": [1, None]}, "data_samples": 64}
+    new = {
+        "step": 75,
+        "time_s": 1.7e9,
+        "strategy": "fsdp2",
+        "world_size": 4,
+        "hosts": ["n1", "n2"],
+        "code": "c" * 64,
+    }
+    new |= {
+        "config_changes": {"parallel.strategy": ["ddp", "fsdp2"], "log.every_steps": [1, None]},
+        "data_samples": 64,
+    }
     run.provenance.write_text(json.dumps([old, new, "damaged"]))
     page = page_of(run)
     assert "– – – 2" in page.text, "of the older version's"
-    assert '75 2023-11-14 22:13:20 UTC fsdp2 4 n1, n2 cccccccccccc parallel.strategy: "ddp" → "fsdp2"' in page.text
-    assert read_run(run).provenance["world_size"] == 4 and "<script>alert" not in run.report.read_text(), "the diff of the first"
+    assert (
+        '75 2023-11-14 22:13:20 UTC fsdp2 4 n1, n2 cccccccccccc parallel.strategy: "ddp" → "fsdp2"'
+        in page.text
+    )
+    assert (
+        read_run(run).provenance["world_size"] == 4
+        and "<script>alert" not in run.report.read_text()
+    ), "the diff of the first"
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in run.report.read_text()
 
 
 @pytest.mark.parametrize(
-    "content", ["3", "[3]", '[{"hosts": 3, "config_changes": [1], "time_s": "x", "code": null}]', "[]", "null"]
+    "content",
+    [
+        "3",
+        "[3]",
+        '[{"hosts": 3, "config_changes": [1], "time_s": "x", "code": null}]',
+        "[]",
+        "null",
+    ],
 )
 def test_odd_provenance_is_shown_as_far_as_it_goes(run, content):
     run.provenance.write_text(content)
@@ -261,13 +300,20 @@ def test_the_same_files_make_the_same_charts(run):
 
 def test_charts_stay_small_and_mark_interruptions():
     long = Series(list(range(1, 50_001)), [1 + math.sin(i / 3) / 2 for i in range(50_000)])
-    plain, marked = draw(Chart("x", {"a": long}), [], 50_000), draw(Chart("x", {"a": long}), [25_000], 50_000)
+    plain, marked = (
+        draw(Chart("x", {"a": long}), [], 50_000),
+        draw(Chart("x", {"a": long}), [25_000], 50_000),
+    )
     assert len(plain) < 60_000 and marked.count("var(--event)") > plain.count("var(--event)")
     assert "#0a0001" not in plain and "var(--series-1)" in plain
 
 
 def test_labels_of_small_values_keep_their_digits():
-    markup = draw(Chart("x", {"line": Series([1, 2, 3], [0.0151, 0.0162, 0.0173])}, log=True), events=[], last_step=3)
+    markup = draw(
+        Chart("x", {"line": Series([1, 2, 3], [0.0151, 0.0162, 0.0173])}, log=True),
+        events=[],
+        last_step=3,
+    )
     labels = re.findall(r">(0\.[0-9]+)</text>", markup)
     assert len(labels) >= 2 and len(set(labels)) == len(labels)
 
@@ -280,7 +326,15 @@ def test_smoothing_keeps_constants_and_does_not_spread_nan():
 
 
 @pytest.mark.parametrize(
-    "value, words", [(None, "–"), (math.nan, "–"), (96_000, "96,000"), (1_730_000, "1.73M"), (211.4, "211"), (0.0412, "0.0412")]
+    "value, words",
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (96_000, "96,000"),
+        (1_730_000, "1.73M"),
+        (211.4, "211"),
+        (0.0412, "0.0412"),
+    ],
 )
 def test_number(value, words):
     assert number(value) == words
@@ -298,9 +352,9 @@ def test_spread_keeps_the_ends():
 def test_shows_what_lpl_compared(run):
     page = page_of(run)
     assert "where each decoder stage sees them differ" in page.text
-    assert [value for name, value in page.attributes if name == "alt" and "LPL compared" in value] == [
-        f"what LPL compared at step {step}" for step in (60, 120)
-    ]
+    assert [
+        value for name, value in page.attributes if name == "alt" and "LPL compared" in value
+    ] == [f"what LPL compared at step {step}" for step in (60, 120)]
     shutil.rmtree(run.path / "lpl")
     assert "sees them differ" not in page_of(run).text
 
@@ -308,13 +362,19 @@ def test_shows_what_lpl_compared(run):
 def test_four_pictures_of_what_lpl_compared_are_spread_over_the_run(run):
     for step in range(20, 120, 20):
         shutil.copy(run.lpl_picture(120), run.lpl_picture(step))
-    shown = [value for name, value in page_of(run).attributes if name == "alt" and "LPL compared" in value]
+    shown = [
+        value
+        for name, value in page_of(run).attributes
+        if name == "alt" and "LPL compared" in value
+    ]
     assert [int(words.split()[-1]) for words in shown] == [20, 60, 80, 120]
 
 
 def test_phases_and_arithmetic_are_drawn_as_far_as_they_were_logged(run):
     text = page_of(run).text
-    assert "Seconds a step" in text and "Arithmetic" in text and "Model FLOPs utilisation" not in text
+    assert (
+        "Seconds a step" in text and "Arithmetic" in text and "Model FLOPs utilisation" not in text
+    )
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     kept = [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
     run.metrics.write_text("".join(json.dumps({**line, "mfu": 0.4}) + "\n" for line in kept))
@@ -324,10 +384,24 @@ def test_phases_and_arithmetic_are_drawn_as_far_as_they_were_logged(run):
 
 def test_spikes_are_shown(run):
     """Each in the table and on the curves; what a rollback has undone is no longer on them."""
-    about = {"quantity": "the gradient norm", "value": 9.0, "bound": 2.0, "median": 1.0, "samples": ["sample 7 (a.tar row 3)"]}
+    about = {
+        "quantity": "the gradient norm",
+        "value": 9.0,
+        "bound": 2.0,
+        "median": 1.0,
+        "samples": ["sample 7 (a.tar row 3)"],
+    }
     more = [
         {"event": "spike", "step": 100, "time_s": 1.7e9, "action": "skip", **about},
-        {"event": "spike", "step": 119, "time_s": 1.7e9, "action": "rollback", "to_step": 110, "jump_updates": 9, **about},
+        {
+            "event": "spike",
+            "step": 119,
+            "time_s": 1.7e9,
+            "action": "rollback",
+            "to_step": 110,
+            "jump_updates": 9,
+            **about,
+        },
         metrics(111, mark=5.0),
     ]
     more.insert(1, more[0])  # met again by a resumed run
@@ -338,7 +412,15 @@ def test_spikes_are_shown(run):
     assert [line["step"] for line in record.lines] == list(range(1, 112))
     assert record.lines[-1]["loss/total"] == pytest.approx(1 / 111 + 5.0)
     assert interruptions(record) == [75, 100, 119]
-    assert len(draw(Chart("x", {"y": Series([1, 2], [1.0, 2.0])}), interruptions(record), 120)) > len(before)
+    assert len(
+        draw(Chart("x", {"y": Series([1, 2], [1.0, 2.0])}), interruptions(record), 120)
+    ) > len(before)
     text = page_of(run).text
-    for wanted in ("spikes 2 1 rolled back", "action = rollback", "to_step = 110", "jump_updates = 9", "sample 7 (a.tar row 3)"):
+    for wanted in (
+        "spikes 2 1 rolled back",
+        "action = rollback",
+        "to_step = 110",
+        "jump_updates = 9",
+        "sample 7 (a.tar row 3)",
+    ):
         assert wanted in text, wanted

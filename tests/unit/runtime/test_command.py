@@ -14,7 +14,10 @@ from lpl_pretrain.runtime.command import command_line, shortened
         (["/src/lpl_pretrain/__main__.py", "train"], ["python", "-m", "lpl_pretrain", "train"]),
         (["/src/launch/__main__.py", "watch"], ["python", "-m", "launch", "watch"]),
         (["/venv/bin/torchrun", "--nproc-per-node", "2"], ["torchrun", "--nproc-per-node", "2"]),
-        (["-m", "torch.distributed.run", "-m", "x"], ["python", "-m", "torch.distributed.run", "-m", "x"]),
+        (
+            ["-m", "torch.distributed.run", "-m", "x"],
+            ["python", "-m", "torch.distributed.run", "-m", "x"],
+        ),
     ],
 )
 def test_folders_of_programs_are_left_out(found, typed):

@@ -1,4 +1,6 @@
-"""Files appear whole; what killed processes leave is removed by the next one; errors name their file."""
+"""Files appear whole; what killed processes leave is removed by the next one; errors name their
+file.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lpl_pretrain.errors import DataError, LPLError, SaveError, StorageError, exit_status, file_in_use, is_transient
+from lpl_pretrain.errors import (
+    DataError,
+    LPLError,
+    SaveError,
+    StorageError,
+    exit_status,
+    file_in_use,
+    is_transient,
+)
 from lpl_pretrain.runtime.files import naming, published, scratch_folder, temporary_name
 
 
@@ -55,7 +65,10 @@ def test_the_first_error_is_raised_and_nothing_is_left(tmp_path):
 
 
 def test_an_error_of_a_descriptor_names_its_file():
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"), naming(Path("/dev/full")):
+    with (
+        pytest.raises(OSError, match="No space left on device: '/dev/full'"),
+        naming(Path("/dev/full")),
+    ):
         Path("/dev/full").write_text("x")
 
 
@@ -71,10 +84,15 @@ def chained(error: LPLError, cause: Exception, *, hidden: bool) -> LPLError:
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_only_what_may_pass_is_worth_another_try(hidden):
-    full, absent = OSError(28, "No space left on device"), FileNotFoundError(2, "No such file or directory")
+    full, absent = (
+        OSError(28, "No space left on device"),
+        FileNotFoundError(2, "No such file or directory"),
+    )
     assert exit_status(chained(DataError("x"), full, hidden=hidden)) == 1
     assert exit_status(chained(DataError("x"), absent, hidden=hidden)) == 2
-    assert exit_status(DataError("rank 3: /data/x: Stale file handle: copy it again")) == 1, "another rank's error is text here"
+    assert exit_status(DataError("rank 3: /data/x: Stale file handle: copy it again")) == 1, (
+        "another rank's error is text here"
+    )
     assert exit_status(DataError("x")) == 2 and exit_status(SaveError("x")) == 1
     assert is_transient(full) and not is_transient(absent) and not is_transient(ValueError())
 
@@ -91,17 +109,26 @@ def test_errors_of_safetensors_are_errors_of_storage(tmp_path):
     with pytest.raises(SafetensorError) as raised:
         save_file({"x": torch.zeros(1)}, tmp_path / "absent" / "x")
     absent = str(raised.value)
-    full = absent.replace("No such file or directory (os error 2)", "No space left on device (os error 28)")
+    full = absent.replace(
+        "No such file or directory (os error 2)", "No space left on device (os error 28)"
+    )
     assert full != absent, absent
     assert StorageError.of(raised.value) is None
     assert "No space left on device" in str(StorageError.of(SafetensorError(full)))
     torchs = "Error closing file </runs/x>: Input/output error (5)"
     assert "Input/output error" in str(StorageError.of(RuntimeError(torchs)))
-    assert StorageError.of(RuntimeError("the size of tensor a (5) must match the size of tensor b (28)")) is None
+    assert (
+        StorageError.of(
+            RuntimeError("the size of tensor a (5) must match the size of tensor b (28)")
+        )
+        is None
+    )
 
 
 def test_a_read_that_fails_tells_its_file(tmp_path):
-    """Descriptors have no names: a folder can be opened, and its read fails as that of a lost disk does."""
+    """Descriptors have no names: a folder can be opened, and its read fails as that of a lost disk
+    does.
+    """
     error = None
     try:
         with open(tmp_path / "a", "w+") as file:
@@ -125,5 +152,9 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     os.waitpid(pid, 0)
     (left,) = tmp_path.iterdir()
     with scratch_folder("work") as folder:
-        assert list(tmp_path.iterdir()) == [folder] and folder != left and folder.stat().st_mode & 0o77 == 0
+        assert (
+            list(tmp_path.iterdir()) == [folder]
+            and folder != left
+            and folder.stat().st_mode & 0o77 == 0
+        )
     assert not list(tmp_path.iterdir())

@@ -29,13 +29,20 @@ def test_one_holder_and_the_next(tmp_path):
 
 
 def interrupted_at(line: int, action) -> bool:
-    """Whether `action` got so far: Ctrl-C comes before that line of the methods that make and remove files."""
+    """Whether `action` got so far: Ctrl-C comes before that line of the methods that make and
+    remove files.
+    """
     left = line
 
     def trace(frame, event, _argument):
         nonlocal left
         code = frame.f_code
-        if not code.co_filename.endswith("runtime/lease.py") or code.co_name in ("take", "release", "__enter__", "__exit__"):
+        if not code.co_filename.endswith("runtime/lease.py") or code.co_name in (
+            "take",
+            "release",
+            "__enter__",
+            "__exit__",
+        ):
             return None
         if event == "line":
             left -= 1
@@ -54,7 +61,9 @@ def interrupted_at(line: int, action) -> bool:
 
 
 @pytest.mark.parametrize("held_by", ["nobody", "a killed process"])
-def test_ctrl_c_anywhere_while_it_is_taken_and_released_leaves_nothing(tmp_path, monkeypatch, held_by):
+def test_ctrl_c_anywhere_while_it_is_taken_and_released_leaves_nothing(
+    tmp_path, monkeypatch, held_by
+):
     path, lines = tmp_path / "x.lease", 0
     while True:
         monkeypatch.setattr(preempt, "_current", preempt.StopRequest())
@@ -134,7 +143,9 @@ def test_of_many_at_once_one_gets_it(tmp_path, dead):
 
 
 def winners(path):
-    """How many of eight processes, forked, try for it at the same moment and have it when all have tried."""
+    """How many of eight processes, forked, try for it at the same moment and have it when all have
+    tried.
+    """
     start, pids = time.time() + 0.3, []
     (tried, try_), (over, end) = os.pipe(), os.pipe()
     for _ in range(8):
@@ -168,7 +179,9 @@ def test_who_was_taken_over_does_not_remove_the_heirs(tmp_path):
 
 
 def test_who_was_taken_over_is_told(tmp_path):
-    """When it asks, and by itself after a while; and it touches the heir's lease no more, which goes stale when that one dies."""
+    """When it asks, and by itself after a while; and it touches the heir's lease no more, which
+    goes stale when that one dies.
+    """
     path, told = tmp_path / "x.lease", []
     with Lease(path, job="17", touch_s=0.05, on_loss=lambda: told.append("cut off")) as holder:
         holder.check()
@@ -206,7 +219,9 @@ WHOLE = {"token": "x", "job": "", "host": "another", "pid": 1}
     ],
 )
 def test_what_no_worker_writes_is_nobodys(tmp_path, content):
-    """A lease appears whole, so that a torn one need not be waited for; and one like it that is whole is respected."""
+    """A lease appears whole, so that a torn one need not be waited for; and one like it that is
+    whole is respected.
+    """
     path = tmp_path / "x.lease"
     path.write_text(json.dumps(WHOLE))
     with Lease(path) as lease:
@@ -247,7 +262,9 @@ def test_a_directory_in_its_place_is_named(tmp_path):
     path = tmp_path / "x.lease"
     path.mkdir()
     assert is_stale(path), "it keeps no checkpoint from being removed"
-    with pytest.raises(CheckpointError, match="x.lease: is a directory, wanted a lease file or nothing: remove it"):
+    with pytest.raises(
+        CheckpointError, match="x.lease: is a directory, wanted a lease file or nothing: remove it"
+    ):
         Lease(path).take()
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="the lease cannot be taken: "):
@@ -260,7 +277,11 @@ def test_a_lease_that_cannot_be_read_is_waited_for(tmp_path, monkeypatch):
     path.write_text(json.dumps(WHOLE))
     assert holder_of(path) == "process 1 on another"
     refuse = os.strerror(errno.EACCES)
-    monkeypatch.setattr(type(path), "read_bytes", lambda self: _raise(PermissionError(errno.EACCES, refuse, str(self))))
+    monkeypatch.setattr(
+        type(path),
+        "read_bytes",
+        lambda self: _raise(PermissionError(errno.EACCES, refuse, str(self))),
+    )
     assert not Lease(path).take() and "None" not in holder_of(path)
     os.utime(path, (0, 0))
     assert is_stale(path)
@@ -271,7 +292,9 @@ def test_an_error_of_the_file_system_ends_nobody(tmp_path, monkeypatch):
     path, told = tmp_path / "x.lease", []
     with Lease(path, on_loss=lambda: told.append("lost")) as lease:
         with monkeypatch.context() as patch:
-            patch.setattr(type(path), "read_bytes", lambda self: _raise(OSError(errno.EIO, "I/O error")))
+            patch.setattr(
+                type(path), "read_bytes", lambda self: _raise(OSError(errno.EIO, "I/O error"))
+            )
             with pytest.raises(OSError, match="I/O error"):
                 lease.check()
         lease.check()
@@ -283,7 +306,9 @@ def _raise(error):
 
 
 def test_a_full_disk_may_be_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(Lease, "_take", lambda self: _raise(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        Lease, "_take", lambda self: _raise(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(SaveError, match="No space left on device") as caught:
         Lease(tmp_path / "x.lease").take()
     assert caught.value.status == 1
@@ -296,7 +321,9 @@ def test_of_many_at_once_one_gets_a_torn_one(tmp_path, torn):
 
 
 def test_a_released_lease_is_not_a_lost_one(tmp_path):
-    """A save in the background may ask after an error has ended the training: that error is what is told."""
+    """A save in the background may ask after an error has ended the training: that error is what is
+    told.
+    """
     lost = []
     with Lease(tmp_path / "x.lease", on_loss=lambda: lost.append(1)) as lease:
         lease.check()

@@ -1,4 +1,6 @@
-"""The log of a rank: made when there is something to write; a disk that refuses a line does not end the training."""
+"""The log of a rank: made when there is something to write; a disk that refuses a line does not end
+the training.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,17 @@ def test_a_rank_writes_a_file_of_its_own(tmp_path, capfd):
     assert "INFO begun" in file.read_text() and capfd.readouterr().err == ""
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a disk that is always full, is Linux's")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="/dev/full, a disk that is always full, is Linux's"
+)
 def test_a_full_disk_is_one_line(tmp_path, capfd):
     set_up_logging(1, Path("/dev/full"))
     log.info("first")
     log.info("second")
-    assert capfd.readouterr().err == "StorageError: /dev/full: No space left on device: lines of the log are lost\n"
+    assert (
+        capfd.readouterr().err
+        == "StorageError: /dev/full: No space left on device: lines of the log are lost\n"
+    )
 
 
 def test_a_line_that_cannot_be_formatted_is_our_mistake(tmp_path, capfd):

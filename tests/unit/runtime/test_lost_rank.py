@@ -34,10 +34,18 @@ run(command)
 def last_words(folder, what: str) -> tuple[str, int]:
     """Of rank 0 of two, whose other one ends; its exit status."""
     (folder / "probe.py").write_text(BODY.replace("{what}", what))
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
     command = [*warm.prefix(), sys.executable, "-m", "probe"]
     ranks = [
-        subprocess.Popen(command, cwd=folder, env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
+        subprocess.Popen(
+            command, cwd=folder, env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
     ]
     texts = [rank.communicate(timeout=120)[1] for rank in ranks]
     return texts[0], ranks[0].returncode

@@ -1,4 +1,6 @@
-"""What wandb keeps: every line, late and out of order, of training and evaluation; read back from the run files."""
+"""What wandb keeps: every line, late and out of order, of training and evaluation; read back from
+the run files.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ SETTINGS = {"project": "p", "entity": None, "mode": "offline"}
 
 
 def logged(file):
-    """Records of a .wandb file, which is a LevelDB log behind 7 bytes: blocks of 32 KiB, headers of checksum, length and type."""
+    """Records of a .wandb file, which is a LevelDB log behind 7 bytes: blocks of 32 KiB, headers of
+    checksum, length and type.
+    """
     data, position, parts = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
@@ -39,7 +43,10 @@ def history(folder):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
-                items = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+                items = {
+                    (item.key or "/".join(item.nested_key)): json.loads(item.value_json)
+                    for item in record.history.item
+                }
                 rows.append({key: value for key, value in items.items() if not key.startswith("_")})
     return rows
 
@@ -50,7 +57,9 @@ def record(step, value):
 
 
 def test_late_and_repeated_steps_are_kept(tmp_path):
-    """Training reaches step 30, is preempted and repeats 20; scores of steps 10 and 30 come later, that of 30 first."""
+    """Training reaches step 30, is preempted and repeats 20; scores of steps 10 and 30 come later,
+    that of 30 first.
+    """
     trainer = Mirror(tmp_path, "run", **SETTINGS, settings={"steps": 30})
     for step in (10, 20, 30, 20, 30):
         trainer.training(step, {"loss": 1 / step})
@@ -61,5 +70,9 @@ def test_late_and_repeated_steps_are_kept(tmp_path):
     evaluator.close()
     rows = history(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30, 20, 30]
-    scores = {row["evaluation/step"]: row["evaluation/quick/fid/ema_w2.5"] for row in rows if "evaluation/step" in row}
+    scores = {
+        row["evaluation/step"]: row["evaluation/quick/fid/ema_w2.5"]
+        for row in rows
+        if "evaluation/step" in row
+    }
     assert scores == {30: 5.0, 10: 9.0}

@@ -1,4 +1,6 @@
-"""What signals do to a process, whatever its main thread is busy with: in processes of their own, which import no torch."""
+"""What signals do to a process, whatever its main thread is busy with: in processes of their own,
+which import no torch.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,17 @@ libc.pthread_mutex_lock(mutex)  # for ever, and no signal ends it
 
 def process(body: str, *, before: str = "") -> subprocess.Popen:
     """`body` runs with `stop`, the request of this process, and says when it is ready."""
-    script = "from lpl_pretrain.runtime.preempt import *\nfrom lpl_pretrain.runtime.preempt import say, stop_request\n"
-    script += f"import time\nstop = stop_request().listen()\n{textwrap.dedent(before)}\n{textwrap.dedent(body)}"
-    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    script = (
+        "from lpl_pretrain.runtime.preempt import *\nfrom lpl_pretrain.runtime.preempt import "
+        "say, stop_request\n"
+    )
+    script += (
+        "import time\nstop = "
+        f"stop_request().listen()\n{textwrap.dedent(before)}\n{textwrap.dedent(body)}"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
 
 
 def until(running: subprocess.Popen, word: str) -> str:
@@ -40,7 +50,9 @@ def test_ctrl_c_while_there_is_nothing_to_remove():
     running = process(BLOCKED)
     until(running, "ready")
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
+    assert (
+        running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
+    )
 
 
 def test_ctrl_c_removes_what_lies_about(tmp_path):
@@ -59,14 +71,21 @@ def test_ctrl_c_removes_what_lies_about(tmp_path):
     until(running, "ready")
     assert list(tmp_path.iterdir())
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "caught: interrupted\n" and not list(tmp_path.iterdir())
+    assert running.communicate(timeout=60)[1] == "caught: interrupted\n" and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_a_main_thread_that_does_not_come_back_is_left_after_a_while():
-    running = process(BLOCKED, before="import lpl_pretrain.runtime.preempt as p; p.GRACE_S = 0.2; stop.unwinds = True")
+    running = process(
+        BLOCKED,
+        before="import lpl_pretrain.runtime.preempt as p; p.GRACE_S = 0.2; stop.unwinds = True",
+    )
     until(running, "ready")
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
+    assert (
+        running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
+    )
 
 
 def test_between_steps_it_is_a_flag():
@@ -76,22 +95,33 @@ def test_between_steps_it_is_a_flag():
     stop.finishes_step, told = True, threading.Event()
     preempt.say = lambda text: (say(text), told.set())
     """
-    running = process("say('ready')\nwhile not stop: time.sleep(0.01)\ntold.wait(60)\nsay(stop.signal_name)", before=before)
+    running = process(
+        "say('ready')\nwhile not stop: time.sleep(0.01)\ntold.wait(60)\nsay(stop.signal_name)",
+        before=before,
+    )
     until(running, "ready")
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1].splitlines()
-    assert running.returncode == 0 and "SIGINT" in said and "a second Ctrl-C leaves at once" in "".join(said)
+    assert (
+        running.returncode == 0
+        and "SIGINT" in said
+        and "a second Ctrl-C leaves at once" in "".join(said)
+    )
 
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
 def test_a_second_one_ends_a_process_that_is_stuck_in_c(second):
     """In a collective that waits for a rank that is gone, say.  Under torchrun it comes as SIGTERM."""
-    running = process(BLOCKED, before=f"stop.finishes_step, stop.torchrun = True, {second == 'SIGTERM'}")
+    running = process(
+        BLOCKED, before=f"stop.finishes_step, stop.torchrun = True, {second == 'SIGTERM'}"
+    )
     until(running, "ready")
     running.send_signal(signal.SIGINT)
     until(running, "a second Ctrl-C leaves at once")
     running.send_signal(getattr(signal, second))
-    assert running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
+    assert (
+        running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
+    )
 
 
 def test_what_is_raised_in_a_finalizer_is_not_lost():
@@ -156,7 +186,10 @@ def test_every_command_ends_with_a_line_and_the_status_of_ctrl_c():
     running = process(body)
     until(running, "ready")
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "cleaned up\ninterrupted\n" and running.returncode == INTERRUPTED
+    assert (
+        running.communicate(timeout=60)[1] == "cleaned up\ninterrupted\n"
+        and running.returncode == INTERRUPTED
+    )
 
 
 def test_what_other_ranks_run_into_after_ctrl_c_is_one_line():
@@ -174,7 +207,10 @@ def test_what_other_ranks_run_into_after_ctrl_c_is_one_line():
     until(running, "ready")
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1].splitlines()
-    assert said[-1] == "interrupted (RuntimeError: Connection closed by peer)" and running.returncode == INTERRUPTED
+    assert (
+        said[-1] == "interrupted (RuntimeError: Connection closed by peer)"
+        and running.returncode == INTERRUPTED
+    )
 
 
 def test_schedulers_signals_do_not_add_up():

@@ -9,11 +9,16 @@ def test_rows_depend_on_their_id_alone():
     together = rng.normal(1, "noise", [5, 9, 2], (4, 3))
     alone = torch.cat([rng.normal(1, "noise", [i], (4, 3)) for i in (5, 9, 2)])
     assert torch.equal(together, alone)
-    assert torch.equal(rng.uniform(1, "x", [5, 9]), torch.cat([rng.uniform(1, "x", [5]), rng.uniform(1, "x", [9])]))
+    assert torch.equal(
+        rng.uniform(1, "x", [5, 9]), torch.cat([rng.uniform(1, "x", [5]), rng.uniform(1, "x", [9])])
+    )
 
 
 def test_seed_purpose_and_id_all_matter():
-    draws = [rng.normal(*arguments, (16,)) for arguments in ((1, "a", [1]), (2, "a", [1]), (1, "b", [1]), (1, "a", [2]))]
+    draws = [
+        rng.normal(*arguments, (16,))
+        for arguments in ((1, "a", [1]), (2, "a", [1]), (1, "b", [1]), (1, "a", [2]))
+    ]
     assert len({tuple(d.flatten().tolist()) for d in draws}) == 4
 
 

@@ -1,4 +1,6 @@
-"""Safetensors files that are the same bytes in every process, and what the safetensors library reads."""
+"""Safetensors files that are the same bytes in every process, and what the safetensors library
+reads.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ FACTS = {f"fact {number}": "value" for number in range(8)}
 def tensors():
     torch.manual_seed(0)
     found = {str(dtype): torch.randn(3, 5).mul(9).abs().to(dtype) for dtype in DTYPES}
-    return {**found, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6).T}
+    return {
+        **found,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.randn(4, 6).T,
+    }
 
 
 def test_the_library_reads_it(tmp_path):

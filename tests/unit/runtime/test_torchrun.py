@@ -50,7 +50,9 @@ def test_the_others_know_of_it(files):
 
 
 def failure(text):
-    return SimpleNamespace(error_file_data={"message": "", **({"lpl_pretrain": text} if text else {})})
+    return SimpleNamespace(
+        error_file_data={"message": "", **({"lpl_pretrain": text} if text else {})}
+    )
 
 
 class ChildFailedError(Exception):
@@ -102,6 +104,10 @@ def test_a_command_that_cannot_be_read_is_recorded_too(files):
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     environment = {**os.environ, **ranks, "TORCHELASTIC_ERROR_FILE": str(files[0])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "" and "No such command 'trian'" in files[0].read_text()
+    assert (
+        done.returncode == 2
+        and done.stderr == ""
+        and "No such command 'trian'" in files[0].read_text()
+    )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "No such command 'trian'" in done.stderr

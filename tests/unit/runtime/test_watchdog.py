@@ -1,4 +1,6 @@
-"""Whatever a rank hangs in, its stacks are written; a rank that is merely slow, or paused, or has just begun, writes nothing."""
+"""Whatever a rank hangs in, its stacks are written; a rank that is merely slow, or paused, or has
+just begun, writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,11 @@ def test_a_hang_leaves_the_stacks_of_all_threads(watch, path, how, caplog, monke
     ended = time.time()
     end.set()
     told = path.read_text()
-    assert "in here_it_hangs" in told and told.count("Thread 0x") >= 2 and path.stat().st_mtime < ended - HANG_S / 4
+    assert (
+        "in here_it_hangs" in told
+        and told.count("Thread 0x") >= 2
+        and path.stat().st_mtime < ended - HANG_S / 4
+    )
     with caplog.at_level(logging.WARNING):
         steps(watchdog, 2)
     said = {record.message for record in caplog.records}  # pytest may hear a logger twice

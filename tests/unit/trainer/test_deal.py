@@ -46,7 +46,9 @@ def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, thres
                 gated = d.schedule.noise_level(hand.t) <= threshold
                 assert not gated[prefix:].any()
                 counts.append(int(gated.sum()))
-        assert max(counts) - min(counts) <= 2  # one for the stratum that straddles the gate, one for the dealing
+        assert (
+            max(counts) - min(counts) <= 2
+        )  # one for the stratum that straddles the gate, one for the dealing
 
 
 def test_has_teeth_without_sorting():
@@ -55,7 +57,9 @@ def test_has_teeth_without_sorting():
     prefix = Choice.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).prefix(4)
     hand = d.deal(0, 1)[0]
     by_index = hand.t[torch.tensor(hand.sample_indices).argsort()]
-    assert any((d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4))
+    assert any(
+        (d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4)
+    )
 
 
 def test_steps_and_seeds_differ():
@@ -65,7 +69,13 @@ def test_steps_and_seeds_differ():
 
 def test_inverse_square_root():
     config = OptimizerConfig(lr=1.0, warmup_steps=2, decay="inverse_sqrt", decay_from_steps=4)
-    assert [learning_rate(config, step, 100) for step in (0, 1, 3, 15, 63)] == [0.5, 1.0, 1.0, 0.5, 0.25]
+    assert [learning_rate(config, step, 100) for step in (0, 1, 3, 15, 63)] == [
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.25,
+    ]
     with pytest.raises(ValueError, match="decay_from_steps=None with decay=inverse_sqrt"):
         OptimizerConfig(decay="inverse_sqrt")
 
@@ -87,10 +97,18 @@ def test_chosen_samples_come_first_and_are_the_same_for_any_slots(sample_share, 
         one = d.deal(step, 1)[0]
         hands = d.deal(step, slots)
         chosen = [i for hand in hands for i in hand.sample_indices[: hand.chosen]]
-        assert sorted(chosen) == sorted(one.sample_indices[: one.chosen]) and len(chosen) == choice.chosen
-        assert all(len(hand.sample_indices) == 48 // slots and hand.chosen <= choice.prefix(slots) for hand in hands)
+        assert (
+            sorted(chosen) == sorted(one.sample_indices[: one.chosen])
+            and len(chosen) == choice.chosen
+        )
+        assert all(
+            len(hand.sample_indices) == 48 // slots and hand.chosen <= choice.prefix(slots)
+            for hand in hands
+        )
         assert max(hand.chosen for hand in hands) - min(hand.chosen for hand in hands) <= 1
-        assert sorted(i for hand in hands for i in hand.sample_indices) == list(range(48 * step, 48 * step + 48))
+        assert sorted(i for hand in hands for i in hand.sample_indices) == list(
+            range(48 * step, 48 * step + 48)
+        )
 
 
 def test_every_candidate_has_the_same_chance():
@@ -128,10 +146,17 @@ def test_has_teeth_half_of_the_samples_without_their_weight():
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_marginal_of_t_is_exactly_the_configured_distribution(distribution):
-    """Of single samples, by where they lie in the batch: Kolmogorov-Smirnov against the quantile function's inverse."""
+    """Of single samples, by where they lie in the batch: Kolmogorov-Smirnov against the quantile
+    function's inverse.
+    """
     d = dealer(size=4, distribution=distribution)
     steps = 4000
-    t = torch.stack([one.t[torch.tensor(one.sample_indices).argsort()] for one in (d.deal(step, 1)[0] for step in range(steps))])
+    t = torch.stack(
+        [
+            one.t[torch.tensor(one.sample_indices).argsort()]
+            for one in (d.deal(step, 1)[0] for step in range(steps))
+        ]
+    )
     for column in t.double().T:
         u = column if distribution == "uniform" else torch.special.ndtr(torch.logit(column))
         distance = (u.sort().values - (torch.arange(steps) + 0.5) / steps).abs().max()

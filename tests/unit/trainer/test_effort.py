@@ -1,4 +1,6 @@
-"""FLOPs of an update are those of the shapes that pass by, buckets and LPL included; MFU is a share of a known device's peak."""
+"""FLOPs of an update are those of the shapes that pass by, buckets and LPL included; MFU is a share
+of a known device's peak.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ CPU = torch.device("cpu")
 
 def test_dit_xl2_at_256_px():
     """118.6 GMAC forward (platform notes, arXiv 2212.09748 table 4); backward is twice that."""
-    config = train_config(model={"kind": "dit", "width": 1152, "depth": 28, "heads": 16, "patch_size": 2})
+    config = train_config(
+        model={"kind": "dit", "width": 1152, "depth": 28, "heads": 16, "patch_size": 2}
+    )
     assert denoiser_flops(config, dataset_index(side=32)) == pytest.approx(3 * 237.2e9, rel=0.01)
 
 
@@ -31,19 +35,32 @@ def test_buckets_are_weighted_by_their_samples():
     both = square.model_copy(
         update={
             "samples": 32,
-            "buckets": [BucketEntry(height=16, width=16, samples=24), BucketEntry(height=16, width=32, samples=8)],
+            "buckets": [
+                BucketEntry(height=16, width=16, samples=24),
+                BucketEntry(height=16, width=32, samples=8),
+            ],
         }
     )
     one, two = denoiser_flops(config, square), denoiser_flops(config, wide)
-    assert denoiser_flops(config, both) == pytest.approx(0.75 * one + 0.25 * two) and two > 1.9 * one
+    assert (
+        denoiser_flops(config, both) == pytest.approx(0.75 * one + 0.25 * two) and two > 1.9 * one
+    )
 
 
 def test_an_update_costs_what_was_promised(tmp_path):
     """Counted while a real update runs, on one of two ranks' shares, with LPL and padding."""
     latents, autoencoder = tiny_dataset(tmp_path)
-    lpl = {"weight": 1.0, "gate": {"max_noise_level": 0.7}, "activation_checkpointing": False, "chunk_size": 1}
+    lpl = {
+        "weight": 1.0,
+        "gate": {"max_noise_level": 0.7},
+        "activation_checkpointing": False,
+        "chunk_size": 1,
+    }
     config = train_config(
-        data__folder=latents, autoencoder=autoencoder, lpl=lpl, batch={"global_batch_size": 8, "micro_batch_size": 2}
+        data__folder=latents,
+        autoencoder=autoencoder,
+        lpl=lpl,
+        batch={"global_batch_size": 8, "micro_batch_size": 2},
     )
     run = assemble(config, RunDir(tmp_path), World(), CPU)
     hands = run.hands(0)
@@ -57,11 +74,15 @@ def test_an_update_costs_what_was_promised(tmp_path):
 
 
 def test_a_copy_on_meta_has_no_data_and_leaves_the_original_alone():
-    module = torch.nn.Sequential(torch.nn.Linear(2, 3).requires_grad_(False), torch.nn.BatchNorm1d(3))
+    module = torch.nn.Sequential(
+        torch.nn.Linear(2, 3).requires_grad_(False), torch.nn.BatchNorm1d(3)
+    )
     copy = on_meta(module)
     assert {tensor.device.type for tensor in [*copy.parameters(), *copy.buffers()]} == {"meta"}
     assert [p.requires_grad for p in copy.parameters()] == [False, False, True, True]
-    assert all(p.device.type == "cpu" for p in module.parameters()) and module(torch.ones(4, 2)).shape == (4, 3)
+    assert all(p.device.type == "cpu" for p in module.parameters()) and module(
+        torch.ones(4, 2)
+    ).shape == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.trainer.pictures import CELL_PX, GAP_PX, LEFT_PX, TOP_PX, choose_rows, heat, picture_lpl
+from lpl_pretrain.trainer.pictures import (
+    CELL_PX,
+    GAP_PX,
+    LEFT_PX,
+    TOP_PX,
+    choose_rows,
+    heat,
+    picture_lpl,
+)
 from tests.support.autoencoders import tiny_distilled
 from tests.support.latents import tiny_dataset
 from tests.unit.trainer.test_step import new_run, one_update
@@ -79,7 +87,13 @@ def test_microbatches_that_hold_padding_alone_are_not_what_is_shown(data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "lpl", [{"normalize": {"over": "batch"}}, {"crop": {"side": 4, "halo": 1}}, {"preset": "diffusers_script"}], ids=str
+    "lpl",
+    [
+        {"normalize": {"over": "batch"}},
+        {"crop": {"side": 4, "halo": 1}},
+        {"preset": "diffusers_script"},
+    ],
+    ids=str,
 )
 def test_whatever_the_options(data, tmp_path, lpl):
     run = new_run(data, tmp_path, **{f"lpl__{key}": value for key, value in lpl.items()})
@@ -95,14 +109,20 @@ def test_another_decoder_gives_the_maps_and_the_autoencoder_the_pictures(data, t
         one_update(run)
         draw(run, tmp_path / f"{name}.png")
     own, other = tmp_path / "own.png", tmp_path / "other.png"
-    assert Image.open(own).width - Image.open(other).width == CELL_PX + GAP_PX  # the distilled one has no up2
-    assert [np.array_equal(cell(own, 0, column), cell(other, 0, column)) for column in range(3)] == [True, True, False]
+    assert (
+        Image.open(own).width - Image.open(other).width == CELL_PX + GAP_PX
+    )  # the distilled one has no up2
+    assert [
+        np.array_equal(cell(own, 0, column), cell(other, 0, column)) for column in range(3)
+    ] == [True, True, False]
 
 
 def test_an_autoencoder_that_is_gone_is_an_error_and_leaves_nothing(data, tmp_path):
     run = new_run(data, tmp_path)
     one_update(run)
-    moved = replace(run, config=run.config.model_copy(update={"autoencoder": str(tmp_path / "gone")}))
+    moved = replace(
+        run, config=run.config.model_copy(update={"autoencoder": str(tmp_path / "gone")})
+    )
     with pytest.raises(ConfigError, match="gone"):
         draw(moved, tmp_path / "lpl" / "a.png")
     assert not (tmp_path / "lpl").exists()
@@ -118,13 +138,20 @@ def test_training_does_not_notice(data, tmp_path):
             draw(run, tmp_path / "a.png")
             assert torch.equal(torch.get_rng_state(), random_state)
         results.append(one_update(run, step=1))
-    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0])) and results[0][1] == results[1][1]
+    assert (
+        all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0]))
+        and results[0][1] == results[1][1]
+    )
 
 
 def test_rows_are_spread_over_the_noise_levels(data, tmp_path):
     run = new_run(data, tmp_path)
     one_update(run)
-    seen = replace(run.updater.perceptual.seen, noise_level=torch.arange(10.0).flip(0), weights=torch.tensor([0.0, *[1.0] * 9]))
+    seen = replace(
+        run.updater.perceptual.seen,
+        noise_level=torch.arange(10.0).flip(0),
+        weights=torch.tensor([0.0, *[1.0] * 9]),
+    )
     assert choose_rows(seen) == [9, 6, 4, 1]
 
 

@@ -49,7 +49,9 @@ def test_a_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path, monkeyp
     monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(SystemExit):
         append(path, start(1))
-    assert json.loads(path.read_text()) == [start(0)] and [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert json.loads(path.read_text()) == [start(0)] and [
+        found.name for found in tmp_path.iterdir()
+    ] == [path.name]
 
 
 def test_a_start_says_what_it_ran_as():
@@ -61,7 +63,12 @@ def test_a_start_says_what_it_ran_as():
         device="cpu",
         changes={"steps": (1, 2)},
     )
-    assert (found["step"], found["world_size"], found["hosts"], found["strategy"]) == (3, 3, ["a", "b"], "ddp")
+    assert (found["step"], found["world_size"], found["hosts"], found["strategy"]) == (
+        3,
+        3,
+        ["a", "b"],
+        "ddp",
+    )
     assert (
         found["versions"]["torch"]
         and len(found["code"]) == 64

@@ -23,8 +23,16 @@ class NoSinks:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.update(lpl_weight={"frozen": 1.0, "diffusion_sum": 0.0, "perceptual_sum": 0.0}), "trains without LPL"),
-        (lambda state: state["stream"].update(fingerprint="x", contents={"shards": "x"}), "trained on data x, but data.folder="),
+        (
+            lambda state: state.update(
+                lpl_weight={"frozen": 1.0, "diffusion_sum": 0.0, "perceptual_sum": 0.0}
+            ),
+            "trains without LPL",
+        ),
+        (
+            lambda state: state["stream"].update(fingerprint="x", contents={"shards": "x"}),
+            "trained on data x, but data.folder=",
+        ),
         (lambda state: state.pop("skipped_updates") and None, "all 1 checkpoints are damaged"),
         (lambda state: state["stream"].pop("seed") and None, "all 1 checkpoints are damaged"),
         (lambda state: state["loss_scale"].update(value=-1.0), "all 1 checkpoints are damaged"),

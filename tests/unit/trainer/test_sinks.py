@@ -12,7 +12,9 @@ from lpl_pretrain.trainer.sinks import Sinks
 from tests.support.configs import train_config
 
 
-@pytest.mark.parametrize("before, kept", [("", 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{"step": 2, "lo', 2)])
+@pytest.mark.parametrize(
+    "before, kept", [("", 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{"step": 2, "lo', 2)]
+)
 def test_a_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, before, kept):
     """By a kill, or a full disk."""
     (tmp_path / "metrics.jsonl").write_text(before)
@@ -35,7 +37,9 @@ def test_who_has_lost_the_run_writes_no_line(tmp_path):
     assert not (tmp_path / "metrics.jsonl").read_text()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's"
+)
 def test_a_line_that_is_refused_when_the_file_is_closed_names_the_file(tmp_path):
     sinks = Sinks(RunDir(tmp_path), train_config(), rank=0)
     sinks.file.close()

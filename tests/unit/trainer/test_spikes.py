@@ -1,4 +1,6 @@
-"""What counts as a spike: bounds by median and MAD, noise levels, windows that restart, and what a checkpoint keeps of it."""
+"""What counts as a spike: bounds by median and MAD, noise levels, windows that restart, and what a
+checkpoint keeps of it.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,11 @@ DISTRIBUTIONS = [
 @pytest.mark.parametrize(
     ("schedule", "timesteps"),
     [
-        *((schedule, config) for schedule in ("rectified_flow", "linear", "cosine") for config in DISTRIBUTIONS),
+        *(
+            (schedule, config)
+            for schedule in ("rectified_flow", "linear", "cosine")
+            for config in DISTRIBUTIONS
+        ),
         ("rectified_flow", {"shift": 3.0}),
     ],
     ids=str,
@@ -144,7 +150,9 @@ def test_sums_by_level():
     levels = NoiseLevels.of(4, TimestepConfig(), FLOW)
     t, losses = torch.tensor([0.1, 0.9, 0.3, 0.2, 1.0]), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
     sums = levels.sums(FLOW.noise_level(t), losses)
-    assert sums.tolist() == [9.0, 4.0, 0.0, 18.0, 2.0, 1.0, 0.0, 2.0] and sums.dtype == torch.float64
+    assert (
+        sums.tolist() == [9.0, 4.0, 0.0, 18.0, 2.0, 1.0, 0.0, 2.0] and sums.dtype == torch.float64
+    )
 
 
 # The guard
@@ -184,7 +192,10 @@ def test_a_gradient_norm():
     assert (spike.step, spike.quantity) == (10, "the gradient norm")
     assert (spike.value, spike.median, spike.bound) == pytest.approx((2.1, 1.0, 2.0), rel=1e-5)
     assert spike.samples[0] == "sample 37 (folder 0 shard 7 row 1)" and len(spike.samples) == 4
-    assert "step 10: the gradient norm is 2.1, bound 2 (median 1); largest losses: sample 37 (" in str(spike)
+    assert (
+        "step 10: the gradient norm is 2.1, bound 2 (median 1); largest losses: sample 37 ("
+        in str(spike)
+    )
 
 
 def test_a_loss_that_the_mean_hides():
@@ -193,7 +204,9 @@ def test_a_loss_that_the_mean_hides():
     driven = Driven().updates(9, losses=usual)
     assert driven.update(losses=(0.019, 1.9, 1.9, 19.0)) is None
     spike = driven.update(losses=(0.03, 1.0, 1.0, 10.0))
-    assert spike.quantity == "the loss at t 0 to 0.25" and spike.value == pytest.approx(0.03, rel=1e-5)
+    assert spike.quantity == "the loss at t 0 to 0.25" and spike.value == pytest.approx(
+        0.03, rel=1e-5
+    )
     assert spike.samples[0].startswith("sample 40 ("), "the largest for its level, not the largest"
     assert sum(usual) * 1.01 > 0.03 + 12.0
 
@@ -230,7 +243,9 @@ def test_the_window_forgets():
 
 
 def test_a_new_window_where_lpl_begins_to_count():
-    """Its weight is a step in the gradient norm, and no spike; what follows is compared with what it made."""
+    """Its weight is a step in the gradient norm, and no spike; what follows is compared with what
+    it made.
+    """
     driven = Driven().updates(16)
     assert Driven().updates(16).update(norm=5.0) is not None
     driven.updates(8, norm=5.0, with_lpl=True)
@@ -238,10 +253,16 @@ def test_a_new_window_where_lpl_begins_to_count():
 
 
 def test_json_keeps_it_exactly():
-    """A resumed run decides as the one that went on: same bounds, same spikes, same state, over another 40 updates."""
+    """A resumed run decides as the one that went on: same bounds, same spikes, same state, over
+    another 40 updates.
+    """
     numbers = np.random.default_rng(2)
     given = [
-        {"norm": math.exp(0.5 * numbers.normal()), "losses": np.exp(0.3 * numbers.normal(size=4)).tolist(), "with_lpl": i > 20}
+        {
+            "norm": math.exp(0.5 * numbers.normal()),
+            "losses": np.exp(0.3 * numbers.normal(size=4)).tolist(),
+            "with_lpl": i > 20,
+        }
         for i in range(80)
     ]
     whole, found = Driven(threshold_mads=2.0, min_factor=1.1), []
@@ -284,7 +305,10 @@ def test_ignored_by_default():
     ("wrong", "message"),
     [
         ({"on_spike": "undo"}, "'ignore', 'stop', 'skip' or 'rollback'"),
-        ({"spike": {"min_updates": 64, "window_updates": 32}}, "the window would never hold enough"),
+        (
+            {"spike": {"min_updates": 64, "window_updates": 32}},
+            "the window would never hold enough",
+        ),
         ({"spike": {"min_updates": 1}}, "greater than or equal to 8"),
         ({"spike": {"min_factor": 1.0}}, "greater than 1"),
         ({"spike": {"threshold_mads": 0}}, "greater than 0"),
@@ -329,8 +353,18 @@ def data(tmp_path_factory):
 def updates(data, folder, on_spike, count, **changes):
     """Parameters, metrics and host reads of each update."""
     latents, autoencoder = data
-    optimizer = {"kind": "adamw", "lr": 1e-2, "on_spike": on_spike, "spike": {**SMALL, "threshold_mads": 100.0}}
-    settings = {"data__folder": latents, "autoencoder": autoencoder, "optimizer": optimizer, "batch__micro_batch_size": 4}
+    optimizer = {
+        "kind": "adamw",
+        "lr": 1e-2,
+        "on_spike": on_spike,
+        "spike": {**SMALL, "threshold_mads": 100.0},
+    }
+    settings = {
+        "data__folder": latents,
+        "autoencoder": autoencoder,
+        "optimizer": optimizer,
+        "batch__micro_batch_size": 4,
+    }
     run = assemble(train_config(**{**settings, **changes}), RunDir(folder), World(), CPU)
     meter, reads, outcomes = Meter(CPU), [], []
     for step in range(count):
@@ -339,7 +373,13 @@ def updates(data, folder, on_spike, count, **changes):
         with HostReads() as counted:
             outcomes.append(run.updater.update(step, hands, batches, meter, Clock(CPU)))
         reads.append(counted.count)
-    return [p.detach().clone() for p in run.updater.denoiser.parameters()], meter.flush(), outcomes, reads, run
+    return (
+        [p.detach().clone() for p in run.updater.denoiser.parameters()],
+        meter.flush(),
+        outcomes,
+        reads,
+        run,
+    )
 
 
 def test_without_spikes_nothing_changes(data, tmp_path):

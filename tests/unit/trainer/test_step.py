@@ -1,4 +1,6 @@
-"""One update: the surrogate carries LPL's gradient exactly, microbatches change nothing, and every draw is keyed."""
+"""One update: the surrogate carries LPL's gradient exactly, microbatches change nothing, and every
+draw is keyed.
+"""
 
 import copy
 import re
@@ -49,7 +51,9 @@ def new_run(data, tmp_path, **changes):
 def one_update(run, step=0):
     meter = Meter(CPU)
     hands = run.hands(step)
-    run.updater.update(step, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, Clock(CPU))
+    run.updater.update(
+        step, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, Clock(CPU)
+    )
     return [p.detach().clone() for p in run.updater.denoiser.parameters()], meter.flush()
 
 
@@ -59,25 +63,35 @@ def test_one_backward_equals_differentiating_through_the_decoder(data, tmp_path)
     got, values = one_update(run)
 
     hand = run.hands(0)[0]
-    borrowed = type(run.updater)(**{**{name: getattr(run.updater, name) for name in run.updater.__slots__}, "denoiser": slow})
+    borrowed = type(run.updater)(
+        **{**{name: getattr(run.updater, name) for name in run.updater.__slots__}, "denoiser": slow}
+    )
     seen, diffusion = borrowed._diffusion(hand, run.stream.read(hand.sample_indices), Meter(CPU))
     features = build_features(run.config, run.config.lpl, run.stream.index, run.updater.scaling)
     gate = seen.noise_level <= 1.0
     assert 0 < gate.sum() < len(gate)
-    predicted, clean = ({name: x.double() for name, x in features(z).items()} for z in (seen.z0_hat, seen.z0))
-    total = diffusion + 0.7 * reference_loss(run.config.lpl, clean, predicted, gate.double(), 8).mean()
+    predicted, clean = (
+        {name: x.double() for name, x in features(z).items()} for z in (seen.z0_hat, seen.z0)
+    )
+    total = (
+        diffusion + 0.7 * reference_loss(run.config.lpl, clean, predicted, gate.double(), 8).mean()
+    )
     total.backward()
     wanted = [p.detach() - 0.5 * p.grad for p in slow.parameters()]
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert values["loss/total"] == pytest.approx(total.item(), rel=1e-5)
-    assert values["loss/diffusion"] + 0.7 * values["loss/lpl"] == pytest.approx(total.item(), rel=1e-5)
+    assert values["loss/diffusion"] + 0.7 * values["loss/lpl"] == pytest.approx(
+        total.item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_microbatches_change_nothing(data, tmp_path, micro_batch_size):
     whole, values = one_update(new_run(data, tmp_path))
-    split, split_values = one_update(new_run(data, tmp_path, batch__micro_batch_size=micro_batch_size))
+    split, split_values = one_update(
+        new_run(data, tmp_path, batch__micro_batch_size=micro_batch_size)
+    )
     for a, b in zip(split, whole):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for name in values:
@@ -139,7 +153,10 @@ def test_learned_sigma_adds_its_bound(data, tmp_path):
         lpl__gate={"max_noise_level": 1.0},
     )
     _, values = one_update(run)
-    assert values["loss/variational_bound"] > 0 and values["loss/diffusion"] > values["loss/variational_bound"]
+    assert (
+        values["loss/variational_bound"] > 0
+        and values["loss/diffusion"] > values["loss/variational_bound"]
+    )
     assert run.updater.perceptual.seen.z0_hat.shape[1] == 4
 
 
@@ -158,13 +175,24 @@ def test_a_class_conditional_unet_trains(data, tmp_path):
     after, values = one_update(run)
     still = [name for name, a, b in zip(names, before, after) if torch.equal(a, b)]
     # one token to look at is looked at, whatever queries and keys say
-    assert values["loss/lpl"] > 0 and all(re.search("attn2.to_[qk]|norm2", name) for name in still), still
+    assert values["loss/lpl"] > 0 and all(
+        re.search("attn2.to_[qk]|norm2", name) for name in still
+    ), still
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for the device: single values, and sizes that depend on values."""
+    """Counts what makes the host wait for the device: single values, and sizes that depend on
+    values.
+    """
 
-    READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
+    READS = {
+        "aten::_local_scalar_dense",
+        "aten::item",
+        "aten::nonzero",
+        "aten::is_nonzero",
+        "aten::equal",
+        "aten::masked_select",
+    }
 
     def __init__(self):
         super().__init__()
@@ -177,10 +205,20 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("calibrating", [False, True])
 def test_lpl_adds_no_host_read_to_an_update(data, tmp_path, calibrating):
-    """One read is left, whatever LPL does: the gradient norm, which must be finite before the update."""
+    """One read is left, whatever LPL does: the gradient norm, which must be finite before the
+    update.
+    """
     counts = []
-    weight = {"lpl__weight": None, "lpl__target_share": 0.2, "lpl__calibration_steps": 9} if calibrating else {}
-    for changes in ({"lpl__start_step": 100}, weight, {**weight, "lpl__crop": {"side": 4, "halo": 1}, "lpl__sample_share": 0.5}):
+    weight = (
+        {"lpl__weight": None, "lpl__target_share": 0.2, "lpl__calibration_steps": 9}
+        if calibrating
+        else {}
+    )
+    for changes in (
+        {"lpl__start_step": 100},
+        weight,
+        {**weight, "lpl__crop": {"side": 4, "halo": 1}, "lpl__sample_share": 0.5},
+    ):
         run, meter = new_run(data, tmp_path, batch__micro_batch_size=4, **changes), Meter(CPU)
         hands = run.hands(0)
         batches = [run.stream.read(hand.sample_indices) for hand in hands]
@@ -202,14 +240,22 @@ def test_has_teeth_a_read_is_counted():
 def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
     run, clock, meter = new_run(data, tmp_path, lpl__sample_share=share), Clock(CPU), Meter(CPU)
     hands = run.hands(0)
-    run.updater.update(0, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, clock)
+    run.updater.update(
+        0, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, clock
+    )
     values, seconds = meter.flush(), clock.flush()
-    assert set(seconds) == {"all", "forward", "lpl", "backward", "optimizer"} and min(seconds.values()) > 0
+    assert (
+        set(seconds) == {"all", "forward", "lpl", "backward", "optimizer"}
+        and min(seconds.values()) > 0
+    )
     assert sum(seconds.values()) < 2 * seconds["all"] and set(clock.flush()) == {"all"}
     assert run.updater.perceptual.seen.z0.shape[1:] == (4, 8, 8)
     for stage in ("mid", "up0", "up1", "up2"):
         assert values[f"lpl/stage/{stage}/contribution"] > 0
-        assert 0 < values[f"lpl/stage/{stage}/keep_fraction"] <= 1 and values[f"lpl/stage/{stage}/std_ratio"] > 0
+        assert (
+            0 < values[f"lpl/stage/{stage}/keep_fraction"] <= 1
+            and values[f"lpl/stage/{stage}/std_ratio"] > 0
+        )
 
 
 @pytest.mark.parametrize("make", [tiny_distilled, tiny_dc], ids=["distilled", "dc"])
@@ -220,17 +266,29 @@ def test_features_from_another_decoder(data, tmp_path, make):
     run = new_run(data, tmp_path, lpl__decoder=str(tmp_path / "other"))
     weights, other = one_update(run)
     assert list(run.updater.perceptual.loss.features.stages) == ["mid", "up0", "up1"]
-    assert other["loss/diffusion"] == own["loss/diffusion"] and 0 < other["loss/lpl"] != own["loss/lpl"]
+    assert (
+        other["loss/diffusion"] == own["loss/diffusion"]
+        and 0 < other["loss/lpl"] != own["loss/lpl"]
+    )
     assert all(w.isfinite().all() for w in weights)
 
 
 def test_a_model_that_diverged_inside_the_gate_is_refused(data, tmp_path):
-    """NaN in what LPL compares: the update is not applied, and the samples that passed the gate are named."""
+    """NaN in what LPL compares: the update is not applied, and the samples that passed the gate are
+    named.
+    """
     run = new_run(data, tmp_path)
     before = [p.detach().clone() for p in run.updater.denoiser.parameters()]
-    run.updater.perceptual.loss.features.decoder.stages["up0"][0].module.conv1.bias.data[0] = torch.nan
+    run.updater.perceptual.loss.features.decoder.stages["up0"][0].module.conv1.bias.data[0] = (
+        torch.nan
+    )
     hand = run.hands(0)[0]
-    passed = sorted(index for index, t in zip(hand.sample_indices, hand.t.tolist()) if t / (1 - t) <= 1.0)
-    with pytest.raises(NonFiniteError, match=f"step 1: the loss is not finite: rank 0: samples {', '.join(map(str, passed))}. Par"):
+    passed = sorted(
+        index for index, t in zip(hand.sample_indices, hand.t.tolist()) if t / (1 - t) <= 1.0
+    )
+    with pytest.raises(
+        NonFiniteError,
+        match=f"step 1: the loss is not finite: rank 0: samples {', '.join(map(str, passed))}. Par",
+    ):
         one_update(run)
     assert all(torch.equal(a, b) for a, b in zip(before, run.updater.denoiser.parameters()))

@@ -1,4 +1,6 @@
-"""Who is slow, by what each rank spends by itself: not in one bad moment, not by waits that are short, and not twice in a row."""
+"""Who is slow, by what each rank spends by itself: not in one bad moment, not by waits that are
+short, and not twice in a row.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,17 @@ class Events(list):
 
 @pytest.fixture
 def rank_0(monkeypatch):
-    """Of three ranks, of which the other two wait for nothing; and a probe and a core that are always the same."""
+    """Of three ranks, of which the other two wait for nothing; and a probe and a core that are
+    always the same.
+    """
 
     def rows(row):
-        return torch.stack([row, *[row if row.dtype == torch.uint8 else torch.tensor([0.0, 0.0, 1.0])] * (RANKS - 1)])
+        return torch.stack(
+            [
+                row,
+                *[row if row.dtype == torch.uint8 else torch.tensor([0.0, 0.0, 1.0])] * (RANKS - 1),
+            ]
+        )
 
     monkeypatch.setattr(stragglers, "rows_over_ranks", rows)
     monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
@@ -38,7 +47,9 @@ def rank_0(monkeypatch):
 
 
 def waits(stragglers, *data_s):
-    """At the log steps 1, 2, ... updates of a second wait so long for data; the steps at which rank 0 was called slow."""
+    """At the log steps 1, 2, ... updates of a second wait so long for data; the steps at which rank
+    0 was called slow.
+    """
     stragglers.sinks.clear()
     for step, seconds in enumerate(data_s, start=1):
         stragglers.look(step, {"all": 10.0, "data": 10 * seconds}, 10)
@@ -49,18 +60,31 @@ def test_times_the_median():
     rows = torch.tensor([[0.1, 0.0, 2.0], [0.9, 0.2, 1.0], [0.3, 0.0, 1.0]], dtype=torch.float64)
     wanted = torch.tensor([[1 / 3, 1, 2], [3, 4, 1], [1, 1, 1]], dtype=torch.float64)
     torch.testing.assert_close(times_the_median(rows, update_s=1.0), wanted)
-    assert times_the_median(rows[:2], update_s=1.0)[:, 0].tolist() == pytest.approx([1, 9]), "of two ranks the fast one is usual"
+    assert times_the_median(rows[:2], update_s=1.0)[:, 0].tolist() == pytest.approx([1, 9]), (
+        "of two ranks the fast one is usual"
+    )
 
 
 @pytest.mark.parametrize(("update_s", "slow"), [(1.0, False), (0.01, True)])
 def test_waits_that_are_short_for_an_update_do_not_matter(update_s, slow):
-    rows = torch.tensor([[0.001, 0.0, 1.0], [0.02, 0.0, 1.0], [0.001, 0.0, 1.0]], dtype=torch.float64)
+    rows = torch.tensor(
+        [[0.001, 0.0, 1.0], [0.02, 0.0, 1.0], [0.001, 0.0, 1.0]], dtype=torch.float64
+    )
     assert bool((times_the_median(rows, update_s) > stragglers.SLOW).any()) is slow
 
 
 def test_a_rank_that_stays_slow_is_called_and_not_at_every_look(rank_0, monkeypatch):
     assert waits(rank_0, *[0.5] * 6) == [3]
-    assert rank_0.sinks == [{"event": "straggler", "step": 3, "rank": 0, "host": "node1.site", "measure": "data", "times": 10.0}]
+    assert rank_0.sinks == [
+        {
+            "event": "straggler",
+            "step": 3,
+            "rank": 0,
+            "host": "node1.site",
+            "measure": "data",
+            "times": 10.0,
+        }
+    ]
     told = rank_0.look(7, {"all": 10.0, "data": 5.0}, 10)
     assert told["ranks/data_spread"] == pytest.approx(10) and told["ranks/data_slowest"] == 0
     assert told["ranks/core_spread"] == told["ranks/device_spread"] == 1
@@ -110,11 +134,15 @@ def test_an_interrupted_go_does_not_count_and_a_slow_device_does(monkeypatch):
     assert slow.seconds() > 3 * quick.seconds()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this kernel does not count run delays")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/schedstat"), reason="this kernel does not count run delays"
+)
 def test_waiting_for_a_core_is_not_sleeping():
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})  # the child inherits it
-    rival = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    rival = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    )
     try:
         rival.stdout.readline()
         before, began = run_delay(), time.monotonic()
