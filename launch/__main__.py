@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch.folder import JobFolder
-from launch.order import Order
-from launch.place import (
-    Scorer,
+from launch.job_spec import Order
+from launch.options import (
+    EvaluationLauncher,
     as_given,
     on_cluster,
     place,
@@ -107,7 +107,7 @@ def train(
     runs = trainings(config, overrides, sweeps, nodes * profile.processes_per_node)
     if evaluate_with is not None:
         cluster, changes = evaluate_cluster or cluster, () if evaluate_cluster else changes
-        scorer = Scorer(evaluate_with, (), cluster, changes, at_most)
+        scorer = EvaluationLauncher(evaluate_with, (), cluster, changes, at_most)
         for run in runs:
             check_sampler(run.settings.diffusion.prediction, scorer.settings.sampler)
     left = [run for run in runs if not report_if_finished(run.settings, run.run_dir)]
@@ -130,7 +130,7 @@ def train(
 
 def report_if_finished(settings: TrainConfig, run_dir: Path) -> bool:
     """Print why there is nothing to train, and return True, for a run that has made all its steps."""
-    from lpl_pretrain.config.start import finished
+    from lpl_pretrain.config.resume import finished
 
     words = finished(settings, RunDir(run_dir))
     if words is not None:
@@ -189,7 +189,7 @@ def evaluate(
     """Score the checkpoints of RUN as PROTOCOL says: those that have no score yet, in one job, or
     each in its own as they come.
     """
-    scorer, run_dir = Scorer(protocol, overrides, cluster, changes, at_most, nodes), run
+    scorer, run_dir = EvaluationLauncher(protocol, overrides, cluster, changes, at_most, nodes), run
     if watching:
         scorer.place(run_dir, dry_run=dry_run)
         return
@@ -217,7 +217,7 @@ def watch(
     """What `evaluate --watch` submits: submit evaluation jobs from this terminal, where jobs may
     not submit others.
     """
-    Scorer(protocol, overrides, cluster, changes, at_most, nodes).watch(run)
+    EvaluationLauncher(protocol, overrides, cluster, changes, at_most, nodes).watch(run)
 
 
 @commands.command()
@@ -259,7 +259,7 @@ def pipeline(
     settings = load_config(TrainConfig, training, given)
     run_dir = resolved(settings.run_dir or f"runs/{settings.name}", "run_dir")
     settings = settings.model_copy(update={"run_dir": str(run_dir)})
-    scorer = None if protocol is None else Scorer(protocol, (), cluster, changes)
+    scorer = None if protocol is None else EvaluationLauncher(protocol, (), cluster, changes)
     for folder in (latents, run_dir):  # before the first part is submitted
         check_folder(folder)
     first = place_encoding(

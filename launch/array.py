@@ -15,12 +15,12 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission
 
 from launch.folder import JOB
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.script import check_folder
 from launch.submit import begin, executor_of, refused, task_of
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 
 
 def submit_array(
@@ -51,7 +51,7 @@ def submit_array(
         )
     tasks = [f"{array}_{number}" for number in range(len(orders))]
     for order, task, known in zip(orders, tasks, facts, strict=True):
-        with published(
+        with atomic_write(
             order.folder.path / f"{task}_submitted.pkl"
         ) as temporary:  # the task waits for it
             DelayedSubmission(task_of(order, profile)).dump(temporary)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 
 HUNG = 76
 """Exit status of a task whose child made no step for long and was killed."""
@@ -106,7 +106,7 @@ class JobFolder:
         if not text:
             self.config.unlink(missing_ok=True)
             return
-        with published(self.config) as temporary:
+        with atomic_write(self.config) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def read_attempts(self) -> list[dict[str, Any]]:
@@ -228,5 +228,5 @@ def launched(folder: Path) -> list[JobFolder]:
 
 
 def publish_json(path: Path, value: dict[str, Any]) -> None:
-    with published(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -17,7 +17,7 @@ from pydantic import (
 
 from launch.script import control_character
 from launch.secrets import looks_secret, secret_in_line, secret_in_words
-from lpl_pretrain.config.section import PathText, Section
+from lpl_pretrain.config.base import PathText, Section
 
 
 def _one_line(text: str) -> str:

@@ -11,11 +11,11 @@ from typing import Annotated, Literal, Optional
 from pydantic import ConfigDict, Field, PositiveInt
 
 from launch.folder import JobFolder
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.section import Section
 from lpl_pretrain.errors import ConfigError
 
 

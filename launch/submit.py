@@ -20,7 +20,7 @@ from typing import Any
 
 import submitit
 
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.script import check_folder, check_script, check_setup, check_working_directory
 from launch.status import states
@@ -28,7 +28,7 @@ from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.code import ROOT, fingerprint
+from lpl_pretrain.runtime.source_hash import ROOT, fingerprint
 
 
 class Executor(submitit.SlurmExecutor):
@@ -173,7 +173,7 @@ def executor_of(
         # bash would die of the signal that tells of the end, and not come to the last line
         setup=[*profile.setup, *exports, "trap : TERM"],
         srun_args=["--kill-on-bad-exit=1", "--wait=30"],
-        teardown=[f"{python} -m launch.after {here} $?"],
+        teardown=[f"{python} -m launch.epilog {here} $?"],
         additional_parameters=more,
         **{key: value for key, value in asked.items() if value is not None},
     )

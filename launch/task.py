@@ -21,7 +21,7 @@ from typing import Any
 
 from launch.folder import HUNG, JobFolder, publish_json, this_job
 from lpl_pretrain.errors import BAD_INPUT
-from lpl_pretrain.runtime.code import fingerprint
+from lpl_pretrain.runtime.source_hash import fingerprint
 
 WAIT_S, POLL_S = 300.0, 0.2
 STACKS_POLL_S, GRACE_S = 1.0, 5.0

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from launch.after import DONE
+from launch.epilog import DONE
 from launch.folder import JobFolder
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.status import ask, training_is_over
 from launch.submit import submit

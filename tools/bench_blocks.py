@@ -21,7 +21,7 @@ from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.schema import ParallelConfig
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.parallel.blocks import prepare_blocks
+from lpl_pretrain.parallel.activation_checkpointing import prepare_blocks
 from lpl_pretrain.planning.flops import count_flops
 from lpl_pretrain.planning.live_bytes import LiveBytes
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
-from lpl_pretrain.perceptual.gate import gate_share
-from lpl_pretrain.trainer.deal import Choice, Dealer
+from lpl_pretrain.losses.lpl.gate import gate_share
+from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset
 
 
 class Estimator:
@@ -43,8 +43,8 @@ class Estimator:
 
     def dealt(self, draws: int, sample_share: float, *, weighted: bool = True) -> Tensor:
         """As training draws it: (draws // size,) batch means."""
-        choice = Choice.of(self.size, self.share, sample_share)
-        dealer = Dealer(0, self.size, self.timesteps, self.schedule, choice)
+        choice = LPLSubset.of(self.size, self.share, sample_share)
+        dealer = BatchPlanner(0, self.size, self.timesteps, self.schedule, choice)
         means = []
         for step in range(draws // self.size):
             (hand,) = dealer.deal(step, 1)

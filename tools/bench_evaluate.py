@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config.protocol import ExtractorConfig
+from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.features import load_extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.inception import random_weights
 from lpl_pretrain.evaluation.inception_score import inception_score
-from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.runtime import dist
@@ -80,7 +80,7 @@ def ours(
     folder = Path(dist.broadcast_json(tempfile.mkdtemp()))
 
     def run() -> Result:
-        spool = Spool(folder / "spool", len(images), batch)
+        spool = FeatureStore(folder / "spool", len(images), batch)
         for some in spool.missing(world.rank, world.world_size):
             spool.put(some, extractor(images[some.start : some.stop]))
         dist.barrier()

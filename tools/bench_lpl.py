@@ -25,10 +25,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
+from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import decoder_stages
-from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.runtime.device import bf16_is_native
 
@@ -115,7 +115,7 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
         )
     runs: dict[str, Run] = {}
     if args.published:
-        runs["published"] = published(args.published, network, z0, z0_hat)
+        runs["published"] = atomic_write(args.published, network, z0, z0_hat)
     runs["ours, equal math"] = ours(**equal)
     runs["ours, equal math, recomputing"] = ours(preset="diffusers_script")
     if bf16:
@@ -140,7 +140,7 @@ def copy_of(network: AutoencoderKL) -> AutoencoderKL:
     return fresh
 
 
-def published(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) -> Run:
+def atomic_write(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) -> Run:
     spec = importlib.util.spec_from_file_location("published_lpl", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -31,7 +31,7 @@ from lpl_pretrain.config.dataset import (
     index_bytes,
     sealed,
 )
-from lpl_pretrain.config.identity import WEIGHTS, autoencoder_identity
+from lpl_pretrain.config.hashing import WEIGHTS, autoencoder_identity
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, SHARD, CLASSES, WEIGHTS_MB = 1_281_167, 1024, 1000, 335

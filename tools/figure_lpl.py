@@ -26,12 +26,12 @@ from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.encoding.images import to_square
 from lpl_pretrain.encoding.sources import read_pictures
+from lpl_pretrain.losses.lpl.features import DecoderFeatures
+from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, load_autoencoder
 from lpl_pretrain.models.decoder import decoder_stages
-from lpl_pretrain.perceptual.features import DecoderFeatures
-from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
-from lpl_pretrain.trainer.pictures import heat, pixels
+from lpl_pretrain.trainer.lpl_panels import heat, pixels
 
 SIDE_PX, LEARN_FROM = 64, 400
 

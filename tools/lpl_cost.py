@@ -34,19 +34,19 @@ from lpl_pretrain.config.dataset import LatentEntry, read_index
 from lpl_pretrain.config.load import load_config, resolve_path
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError
+from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
+from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.decoder import DecoderStages, decoder_stages
-from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
-from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
 from lpl_pretrain.planning.flops import count_flops
 from lpl_pretrain.planning.live_bytes import LiveBytes
-from lpl_pretrain.trainer.deal import Choice
+from lpl_pretrain.trainer.batch_plan import LPLSubset
 
 SD: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -148,7 +148,7 @@ class Case:
 
     def decoded_samples(self, lpl: LPLConfig) -> int:
         """Of one step over all slots, padding included."""
-        choice = Choice.of(self.config.batch.global_batch_size, self.share(), lpl.sample_share)
+        choice = LPLSubset.of(self.config.batch.global_batch_size, self.share(), lpl.sample_share)
         return choice.prefix(self.slots) * self.slots
 
     @cached_property

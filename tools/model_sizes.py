@@ -19,7 +19,7 @@ from lpl_pretrain.config.model import (
     MMDiTConfig,
     UNetConfig,
 )
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.models.build import Section, build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.planning.flops import count_flops

@@ -4,8 +4,8 @@ whatever happened to the run?
 
 from __future__ import annotations
 
+from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.load import load_run_config
-from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import DataError

@@ -17,6 +17,7 @@ from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, DataError
+from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.preempt import leaves_traces
 
@@ -102,10 +103,9 @@ def best_of(run_dir: RunDir, protocol: str) -> tuple[int, str]:
 def write_file(
     output: Path, config: TrainConfig, tensors: dict[str, Any], facts: dict[str, str]
 ) -> None:
-    from lpl_pretrain.runtime.files import published
     from lpl_pretrain.runtime.tensors import safetensors_blocks
 
-    with published(output) as temporary, temporary.open("wb") as file:
+    with atomic_write(output) as temporary, temporary.open("wb") as file:
         file.writelines(safetensors_blocks(tensors, {"run": config.name, **facts}))
 
 
@@ -117,8 +117,8 @@ def write_folder(
     facts: dict[str, str],
 ) -> None:
     """Whole or not at all."""
-    from lpl_pretrain.config.mix import read_data
-    from lpl_pretrain.models.pipeline_folder import write_pipeline
+    from lpl_pretrain.config.data_mixture import read_data
+    from lpl_pretrain.models.export_diffusers import write_pipeline
 
     temporary = output.with_name(f".{output.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)

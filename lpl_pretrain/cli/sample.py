@@ -40,7 +40,7 @@ def run(
 
     from lpl_pretrain.evaluation.captions import Prompts
     from lpl_pretrain.evaluation.files import publish_grid, publish_pictures, publish_tar
-    from lpl_pretrain.evaluation.load import open_run, pick_device
+    from lpl_pretrain.evaluation.trained_run import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
     asked = Prompts(prompts, folders) if prompts else None

@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lpl_pretrain.config.data_mixture import DataFolders, read_data
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
 from lpl_pretrain.config.load import differences, dump, load_config, load_run_config
-from lpl_pretrain.config.mix import DataFolders, read_data
 from lpl_pretrain.config.notes import start_notes
 from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.resume import check_start, finished
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
-from lpl_pretrain.config.start import check_start, finished
 from lpl_pretrain.errors import CheckpointError, ConfigError, LPLError
+from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.command import command_line
-from lpl_pretrain.runtime.files import published
 from lpl_pretrain.runtime.lease import STALE_S, Lease, holder_of
 from lpl_pretrain.runtime.preempt import (
     INTERRUPTED,
@@ -57,13 +57,13 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
         check_model_runs(config, data.merged)
     except LPLError as refusal:
         if world.world_size > 1 and config.preflight is not None:  # another node may accept it
-            from lpl_pretrain.preflight.start import refuse
+            from lpl_pretrain.preflight.run import refuse
 
             refuse(config, run_dir, world, refusal)
         raise
 
     from lpl_pretrain.parallel.build import needs_group
-    from lpl_pretrain.preflight.start import start
+    from lpl_pretrain.preflight.run import start
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.device import bf16_is_native
     from lpl_pretrain.runtime.log import log, set_up_logging
@@ -178,7 +178,7 @@ def take_back(run_dir: RunDir, new: bool, config: bytes | None) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    with published(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 

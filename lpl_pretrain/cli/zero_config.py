@@ -8,7 +8,7 @@ import click
 
 from lpl_pretrain.config.zero.foreign import Adapted, adapt_file
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 
 
 def run(file: str, output: str | None) -> None:
@@ -23,7 +23,7 @@ def run(file: str, output: str | None) -> None:
         click.echo(adapted.dump(), nl=False)
     else:
         try:
-            with published(Path(output)) as temporary:
+            with atomic_write(Path(output)) as temporary:
                 temporary.write_text(adapted.dump())
         except OSError as error:
             raise ConfigError(

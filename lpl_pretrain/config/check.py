@@ -14,13 +14,13 @@ from pathlib import Path
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.identity import autoencoder_identity
-from lpl_pretrain.config.initial import initial_problems
+from lpl_pretrain.config.hashing import autoencoder_identity
+from lpl_pretrain.config.init_from import initial_problems
 from lpl_pretrain.config.load import differences, flatten, resolve_path
 from lpl_pretrain.config.lpl_check import FIRST_BETA as FIRST_BETA
 from lpl_pretrain.config.lpl_check import lpl_problems
 from lpl_pretrain.config.model import DiTConfig
-from lpl_pretrain.config.online import online_problems, stored_encoders, text_entries
+from lpl_pretrain.config.online_text import online_problems, stored_encoders, text_entries
 from lpl_pretrain.config.schema import (
     DataConfig,
     ParallelConfig,
@@ -29,7 +29,7 @@ from lpl_pretrain.config.schema import (
     StrategyKind,
     TrainConfig,
 )
-from lpl_pretrain.config.text import caption_problems, text_problems
+from lpl_pretrain.config.text_layout import caption_problems, text_problems
 from lpl_pretrain.config.zero import zero_settings
 from lpl_pretrain.errors import ConfigError, DataError
 

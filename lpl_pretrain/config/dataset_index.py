@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Literal, Optional
 
-from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.strict_json import canonical_sha256
 
 FORMAT_VERSION = 3
@@ -70,7 +70,7 @@ class TextEntry(Section):
     """Embeddings by one text encoder, stored beside every latent."""
 
     identity: str
-    """sha256 over the encoder's folder (config/identity.py)."""
+    """sha256 over the encoder's folder (config/hashing.py)."""
     width: int
     max_tokens: int
     pooled_width: Optional[int]

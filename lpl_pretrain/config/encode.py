@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from lpl_pretrain.config.section import Name, OnError, PathText, Section, Share
+from lpl_pretrain.config.base import Name, OnError, PathText, Section, Share
 
 
 class BucketsConfig(Section):

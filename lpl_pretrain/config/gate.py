@@ -1,6 +1,6 @@
 """The fraction of training samples inside LPL's gate, without torch, for checks before a run.
 
-The arithmetic of perceptual/gate.py in plain floats; a test compares
+The arithmetic of losses/lpl/gate.py in plain floats; a test compares
 it with `perceptual.gate.gate_share`.
 """
 

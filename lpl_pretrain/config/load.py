@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.message import listed, one_line, short
 from lpl_pretrain.config.paths import ASSETS, expand, resolve_path
 from lpl_pretrain.config.problems import problems_of
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.section import Section
 from lpl_pretrain.config.yaml_reader import MAX_DEPTH, read_mapping, read_value
 from lpl_pretrain.errors import ConfigError
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpl_pretrain.config.section import Name, PathText, Section, WeightingConfig
+from lpl_pretrain.config.base import Name, PathText, Section, WeightingConfig
 
 
 class GateConfig(Section):
@@ -51,7 +51,7 @@ class GateConfig(Section):
 
 
 class NormalizeConfig(Section):
-    """On which scale the features of the two branches are compared (perceptual/normalize.py)."""
+    """On which scale the features of the two branches are compared (losses/lpl/normalize.py)."""
 
     over: Literal["space", "channels", "batch"] = "space"
     """Statistics over the positions of a channel, over the channels at a position, or over

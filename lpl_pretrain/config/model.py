@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.message import short
-from lpl_pretrain.config.section import Section
 from lpl_pretrain.config.unet import FOLLOWS, argument_problems, settings_problems
 
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.online import stored_encoders
+from lpl_pretrain.config.online_text import stored_encoders
 from lpl_pretrain.config.schema import TrainConfig
 
 

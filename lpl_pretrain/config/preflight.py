@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from lpl_pretrain.config.section import Section
+from lpl_pretrain.config.base import Section
 
 
 class PreflightConfig(Section):

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from lpl_pretrain.config.base import MAX_INT, REFUSED_TEXT
 from lpl_pretrain.config.message import short, shorten
-from lpl_pretrain.config.section import MAX_INT, REFUSED_TEXT
 
 MAPPING, LIST = "wanted a section, which is a mapping of keys to values", "wanted a list"
 TEXT = "wanted text (in quotes where it looks like a number, a date, true, false or null)"

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpl_pretrain.config.section import Name, PathText, Section
+from lpl_pretrain.config.base import Name, PathText, Section
 
 
 class SamplerConfig(Section):

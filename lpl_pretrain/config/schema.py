@@ -22,12 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpl_pretrain.config.encode import TextEncoderConfig
-from lpl_pretrain.config.initial import InitConfig
-from lpl_pretrain.config.lpl import LPLConfig
-from lpl_pretrain.config.model import ModelConfig
-from lpl_pretrain.config.preflight import PreflightConfig
-from lpl_pretrain.config.section import (
+from lpl_pretrain.config.base import (
     Name,
     OnError,
     PathText,
@@ -36,6 +31,11 @@ from lpl_pretrain.config.section import (
     UnexpandedPath,
     WeightingConfig,
 )
+from lpl_pretrain.config.encode import TextEncoderConfig
+from lpl_pretrain.config.init_from import InitConfig
+from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.config.model import ModelConfig
+from lpl_pretrain.config.preflight import PreflightConfig
 
 
 class Prediction(str, Enum):

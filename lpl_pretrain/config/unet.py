@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
+from lpl_pretrain.config.base import Name, Section
 from lpl_pretrain.config.message import short
 from lpl_pretrain.config.problems import problems_of
-from lpl_pretrain.config.section import Name, Section
 
 Channels = Annotated[int, Field(ge=1, le=65_536)]
 Layers = Annotated[int, Field(ge=1, le=64)]

@@ -23,7 +23,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.batch import LatentBatch
 from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import naming
+from lpl_pretrain.runtime.atomic import naming
 
 MOST_TOLD = 20
 

@@ -135,7 +135,7 @@ class Offsets:
         return None
 
 
-class ShardBytes:
+class ShardBuilder:
     """A shard in the making: samples in any order, put out by key."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lpl_pretrain.config.mix import DataFolders
+from lpl_pretrain.config.data_mixture import DataFolders
 from lpl_pretrain.data.lanes import LaneOrder
 from lpl_pretrain.data.mixture import BucketSchedule, Mixture
 
@@ -105,7 +105,7 @@ class SampleOrder:
             for pool in pools
         )
 
-    def drawn_from_pool(self, place: tuple[int, int, int], key: int) -> tuple[int, int, int]:
+    def substitute_location(self, place: tuple[int, int, int], key: int) -> tuple[int, int, int]:
         """(folder, shard, row) of a sample of the same pool, picked by 64 random bits."""
         folder, shard, _ = place
         pool = next(

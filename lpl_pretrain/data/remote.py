@@ -19,7 +19,7 @@ from tenacity import (
 
 from lpl_pretrain.data.format import file_sha256
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.log import log
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -62,7 +62,7 @@ def download(url: str, path: Path, sha256: str | None = None, retries: int = 6) 
 
 
 def _download_once(url: str, path: Path, sha256: str | None) -> None:
-    with published(path) as temporary:
+    with atomic_write(path) as temporary:
         with fsspec.open(url, "rb") as source, open(temporary, "wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
         if sha256 is not None and (found := file_sha256(temporary)) != sha256:

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from lpl_pretrain.config.check import data_problems
+from lpl_pretrain.config.data_mixture import DataFolders, read_data
 from lpl_pretrain.config.dataset import ShardEntry, contents_of
-from lpl_pretrain.config.mix import DataFolders, read_data
 from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.config.schema import DataConfig
-from lpl_pretrain.data.ahead import map_ahead
+from lpl_pretrain.data.bad_samples import BadSampleLog
 from lpl_pretrain.data.batch import LatentBatch, TextBatch, on_device
 from lpl_pretrain.data.cache import CachedStore, LocalStore, Store
-from lpl_pretrain.data.damage import DamageLog
 from lpl_pretrain.data.format import DTYPES, EncodedText
 from lpl_pretrain.data.offsets import SUFFIX
 from lpl_pretrain.data.order import SampleOrder
+from lpl_pretrain.data.prefetch import prefetch_map
 from lpl_pretrain.data.shard import Damage, OpenShard, check_size
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
@@ -90,7 +90,7 @@ class LatentStream:
         ]
         self._open: dict[tuple[int, int], OpenShard] = {}
         self._lock = threading.Lock()
-        self.damage = DamageLog(config, self.folders.indexes)
+        self.damage = BadSampleLog(config, self.folders.indexes)
         self._fetched_to = 0
         self._check_sizes()
 
@@ -161,7 +161,7 @@ class LatentStream:
         `requests` is consumed a few batches early; closing the iterator joins the threads.
         """
         pin = device is not None and device.type == "cuda"
-        batches = map_ahead(
+        batches = prefetch_map(
             lambda request: self.read(request).pin_memory() if pin else self.read(request),
             requests,
             threads=self.config.workers,
@@ -213,7 +213,7 @@ class LatentStream:
                 return self._try_row(folder, shard, row, flipped, into, look)
             except DataError as problem:
                 self.damage.note(folder, shard, row, str(problem))
-            folder, shard, row = self.order.drawn_from_pool(
+            folder, shard, row = self.order.substitute_location(
                 place, rng.key(self.seed, "substitute", count, substitute)
             )
         raise DataError(

@@ -32,7 +32,7 @@ PREDICTION_TYPES = {Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}
 
 
 @dataclass(frozen=True)
-class Walk:
+class SamplerPlan:
     """A diffusers scheduler and the times at which it wants the denoiser's answer, in order."""
 
     scheduler: Any
@@ -57,31 +57,31 @@ def sample(
 
     Raises ConfigError for a sampler that does not fit.
     """
-    walk = plan_walk(prediction, schedule, sampler)
+    walk = plan_sampler(prediction, schedule, sampler)
     z_t = noise
     for timestep, time in zip(walk.scheduler.timesteps, walk.times, strict=True):
         t = torch.full((len(noise),), time, dtype=torch.float32, device=noise.device)
-        scale = guidance_scale if guides_at(sampler, schedule, time) else 1.0
+        scale = guidance_scale if guidance_active(sampler, schedule, time) else 1.0
         answer = guided(model, z_t, t, cond, uncond, scale, guide)
         z_t = walk.scheduler.step(answer, timestep, z_t).prev_sample
     return z_t
 
 
-def guides_at(sampler: SamplerConfig, schedule: Schedule, time: float) -> bool:
+def guidance_active(sampler: SamplerConfig, schedule: Schedule, time: float) -> bool:
     if sampler.guidance_interval is None:
         return True
     low, high = sampler.guidance_interval
     return low <= schedule.noise_level(torch.tensor([time], dtype=torch.float64)).item() <= high
 
 
-def plan_walk(prediction: Prediction, schedule: Schedule, sampler: SamplerConfig) -> Walk:
+def plan_sampler(prediction: Prediction, schedule: Schedule, sampler: SamplerConfig) -> SamplerPlan:
     check_sampler(prediction, sampler)
     if isinstance(schedule, DiscreteSchedule):
         return (_ddim if sampler.kind == "ddim" else _dpmpp)(prediction, schedule, sampler.steps)
     return (_euler if sampler.kind == "euler" else _heun)(sampler.steps, sampler.shift)
 
 
-def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Walk:
+def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> SamplerPlan:
     """DDIM (arXiv 2010.02502, equation 12, eta 0) on the `steps` timesteps of trailing spacing
     (arXiv 2305.08891, table 2).
 
@@ -98,10 +98,10 @@ def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wal
     )
     scheduler.alphas_cumprod = schedule.alphas_cumprod[kept]
     scheduler.set_timesteps(steps)
-    return Walk(scheduler, [timestep / TIMESTEPS for timestep in reversed(kept)])
+    return SamplerPlan(scheduler, [timestep / TIMESTEPS for timestep in reversed(kept)])
 
 
-def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Walk:
+def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> SamplerPlan:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on trailing timesteps, ending at no noise."""
     scheduler: Any = DPMSolverMultistepScheduler(
         solver_order=2,
@@ -114,10 +114,12 @@ def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Wa
         min=2.0**-24
     )  # it takes the logarithm, of pure noise too
     scheduler.set_timesteps(steps)
-    return Walk(scheduler, [timestep / TIMESTEPS for timestep in scheduler.timesteps.tolist()])
+    return SamplerPlan(
+        scheduler, [timestep / TIMESTEPS for timestep in scheduler.timesteps.tolist()]
+    )
 
 
-def _euler(steps: int, shift: float) -> Walk:
+def _euler(steps: int, shift: float) -> SamplerPlan:
     """Equal steps from t = 1 to 0, before the shift; diffusers' default would spend the last one on
     t = 0.001.
     """
@@ -125,10 +127,10 @@ def _euler(steps: int, shift: float) -> Walk:
     scheduler.set_timesteps(
         sigmas=shifted(1 - torch.arange(steps, dtype=torch.float64) / steps, shift).tolist()
     )
-    return Walk(scheduler, _times(scheduler))
+    return SamplerPlan(scheduler, _times(scheduler))
 
 
-def _heun(steps: int, shift: float) -> Walk:
+def _heun(steps: int, shift: float) -> SamplerPlan:
     """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001 before the shift, then one
     Euler step to 0.
 
@@ -138,7 +140,7 @@ def _heun(steps: int, shift: float) -> Walk:
     scheduler.set_timesteps(steps)
     scheduler.sigmas = shifted(scheduler.sigmas, shift)
     scheduler.timesteps = shifted(scheduler.timesteps / TIMESTEPS, shift) * TIMESTEPS
-    return Walk(scheduler, _times(scheduler))
+    return SamplerPlan(scheduler, _times(scheduler))
 
 
 def _times(scheduler: Any) -> list[float]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpl_pretrain.config.base import WeightingConfig
 from lpl_pretrain.config.schema import Prediction
-from lpl_pretrain.config.section import WeightingConfig
 
 
 def loss_weight(config: WeightingConfig, prediction: Prediction, noise_level: Tensor) -> Tensor:

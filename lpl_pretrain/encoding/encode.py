@@ -21,28 +21,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lpl_pretrain.config.base import OnError
 from lpl_pretrain.config.dataset import FORMAT_VERSION, INDEX_NAME, DatasetIndex, read_index
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.config.section import OnError
-from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.format import Sample
+from lpl_pretrain.data.prefetch import prefetch_map
 from lpl_pretrain.data.remote import download
-from lpl_pretrain.encoding.finish import begin, check_captions, publish_index, remove_records
+from lpl_pretrain.encoding.encoders import Autoencoder, Networks, TextEncoder
 from lpl_pretrain.encoding.images import (
-    Fit,
+    ResizeCrop,
     apply_fit,
     aspect_buckets,
     decode_picture,
     nearest_bucket,
     plan_fit,
 )
-from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.index import begin, check_captions, publish_index, remove_records
 from lpl_pretrain.encoding.pictures import Picture, Problem
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
 from lpl_pretrain.encoding.writer import PartWriter, Superseded, record_path
 from lpl_pretrain.errors import ConfigError, DataError, is_transient
 from lpl_pretrain.runtime import rng
-from lpl_pretrain.runtime.files import scratch_folder
+from lpl_pretrain.runtime.atomic import scratch_folder
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import leaves_traces
 from lpl_pretrain.runtime.world import World
@@ -56,7 +56,7 @@ class Decoded:
     picture: Picture
     image_sha256: str
     source_px: tuple[int, int]
-    fit: Fit
+    fit: ResizeCrop
     pixels: np.ndarray  # uint8 (height_px, width_px, 3)
 
     def facts(self) -> dict[str, object]:
@@ -210,7 +210,7 @@ class PartEncoder:
         leaves_traces()
         remote = any(part.unit.is_remote_tar for part in parts)
         with scratch_folder("lpl-encode") if remote else nullcontext(Path()) as scratch:
-            decoded = map_ahead(
+            decoded = prefetch_map(
                 self._decode,
                 _work(parts, scratch),
                 threads=DECODE_THREADS,

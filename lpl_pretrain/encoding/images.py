@@ -30,7 +30,7 @@ _PNG_BITS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class ResizeCrop:
     """How a picture comes into a shape: resized to cover it, then cropped.  All are (height, width)
     or (top, left) in pixels.
     """
@@ -69,7 +69,7 @@ def decode_picture(encoded: bytes, origin: str) -> np.ndarray:
 
 def plan_fit(
     source_px: tuple[int, int], shape_px: tuple[int, int], place: tuple[float, float] | None = None
-) -> Fit:
+) -> ResizeCrop:
     """`place` in [0, 1) says where the crop lies between its first and last possible row and
     column; None is the centre.
     """
@@ -82,10 +82,10 @@ def plan_fit(
         top, left = spare[0] // 2, spare[1] // 2
     else:
         top, left = int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1))
-    return Fit((resized[0], resized[1]), (top, left), shape_px)
+    return ResizeCrop((resized[0], resized[1]), (top, left), shape_px)
 
 
-def apply_fit(pixels: np.ndarray, fit: Fit) -> np.ndarray:
+def apply_fit(pixels: np.ndarray, fit: ResizeCrop) -> np.ndarray:
     """Lanczos, antialiased; pixels as they are when the size is right already.  Only the part that
     is kept is computed.
     """

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from lpl_pretrain.config.base import OnError
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.config.section import OnError
 from lpl_pretrain.data.offsets import key_hashes
 from lpl_pretrain.encoding.classes import ClassTable
 from lpl_pretrain.encoding.images import PIXELS_VERSION
 from lpl_pretrain.encoding.pictures import Picture, Problem
-from lpl_pretrain.encoding.sources import Unit, list_units, no_pictures
+from lpl_pretrain.encoding.sources import SourceUnit, list_units, no_pictures
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime import rng
 
@@ -33,7 +33,7 @@ from lpl_pretrain.runtime import rng
 class Part:
     name: str
     """Part of its shards' names."""
-    unit: Unit
+    unit: SourceUnit
     first: int
     samples: int | None
     """None: all of the unit, which is not known yet (a remote tar)."""
@@ -161,7 +161,7 @@ def first_repeated(hashes: np.ndarray) -> int | None:
     return int(repeated[0]) if repeated.size else None
 
 
-def _cut(name: str, unit: Unit, starts: list[int | None], shard_samples: int) -> list[Part]:
+def _cut(name: str, unit: SourceUnit, starts: list[int | None], shard_samples: int) -> list[Part]:
     """Parts of nearly the same size, each of one full shard at most when there are no buckets.
 
     `starts`: where each picture begins; None for a problem, at which no part begins.
@@ -179,13 +179,13 @@ def _cut(name: str, unit: Unit, starts: list[int | None], shard_samples: int) ->
     ]
 
 
-def _shuffled(unit: Unit, seed: int) -> Unit:
+def _shuffled(unit: SourceUnit, seed: int) -> SourceUnit:
     """An image folder comes class by class: its pictures are dealt to parts at random, so that
     every shard has all classes.
     """
     if unit.files is None:
         return unit
-    return Unit(
+    return SourceUnit(
         unit.origin,
         tuple(sorted(unit.files, key=lambda p: (rng.key(seed, f"shard_of/{p.key}"), p.origin))),
         unit.size,

@@ -18,8 +18,8 @@ from lpl_pretrain.config.dataset import (
     read_index,
 )
 from lpl_pretrain.config.paths import is_url
-from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.format import null_text_name
+from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.encoding.shard_checks import check_shards
 from lpl_pretrain.encoding.writer import publish
 from lpl_pretrain.errors import DataError
@@ -45,7 +45,7 @@ def seal(folder: str) -> DatasetIndex:
             f"{folder}: not sealed, its index and its shards differ: "
             + "".join(f"\n  {line}" for line in problems[:10])
         )
-    read_empty_captions(folder, index, list(index.text))
+    read_null_text(folder, index, list(index.text))
     null_text = {name: (path / null_text_name(name)).read_bytes() for name in index.text}
     sealed = index.model_copy(
         update={

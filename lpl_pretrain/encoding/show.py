@@ -16,7 +16,7 @@ from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.encoding.verify import DecodingAutoencoder
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 
 CLASSES_SHOWN = 12
 BATCH = 8
@@ -91,7 +91,7 @@ def contact_sheet(
         sheet.paste(
             image, (left + (side_px - image.width) // 2, top + (side_px - image.height) // 2)
         )
-    with published(output) as temporary:
+    with atomic_write(output) as temporary:
         sheet.save(temporary, "PNG")
 
 

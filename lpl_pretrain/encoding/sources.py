@@ -26,7 +26,7 @@ from lpl_pretrain.runtime.log import log
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class SourceUnit:
     origin: str
     """Path or URL of a tar, or of an image folder."""
     files: tuple[Picture, ...] | None
@@ -58,7 +58,7 @@ class Unit:
             )
 
 
-def list_units(source: str | list[str]) -> list[Unit]:
+def list_units(source: str | list[str]) -> list[SourceUnit]:
     """Every unit of every source, in the order given; reads names and sizes only.  Raises
     DataError.
     """
@@ -99,7 +99,7 @@ def no_pictures(origin: str) -> DataError:
     )
 
 
-def _list_source(origin: str) -> list[Unit]:
+def _list_source(origin: str) -> list[SourceUnit]:
     if is_url(origin):
         return _list_url(origin)
     path = Path(origin)
@@ -110,7 +110,7 @@ def _list_source(origin: str) -> list[Unit]:
             }
             return _list_folder(origin, sizes, [sub.name for sub in path.iterdir() if sub.is_dir()])
         if path.is_file() and path.suffix == ".tar":
-            return [Unit(origin, None, path.stat().st_size)]
+            return [SourceUnit(origin, None, path.stat().st_size)]
     except (OSError, ValueError) as problem:
         raise DataError(
             f"{origin!r}: cannot be listed ({problem}): check the path and its permissions"
@@ -135,7 +135,7 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def _list_url(origin: str) -> list[Unit]:
+def _list_url(origin: str) -> list[SourceUnit]:
     """A URL may hold wildcards, if its file system can list: s3://bucket/{00000..00099}.tar is
     written s3://bucket/000*.tar.
     """
@@ -143,11 +143,11 @@ def _list_url(origin: str) -> list[Unit]:
         files, root = fsspec.core.url_to_fs(origin)
         if "*" in root:
             return [
-                Unit(files.unstrip_protocol(name), None, files.size(name))
+                SourceUnit(files.unstrip_protocol(name), None, files.size(name))
                 for name in sorted(files.glob(root))
             ]
         if root.endswith(".tar"):
-            return [Unit(origin, None, files.size(root))]
+            return [SourceUnit(origin, None, files.size(root))]
         found = files.find(root, detail=True)
         sizes = {
             str(PurePosixPath(name).relative_to(root)): int(entry["size"])
@@ -161,7 +161,7 @@ def _list_url(origin: str) -> list[Unit]:
     return _list_folder(origin.rstrip("/"), sizes, [])
 
 
-def _list_folder(origin: str, sizes: dict[str, int], folders: list[str]) -> list[Unit]:
+def _list_folder(origin: str, sizes: dict[str, int], folders: list[str]) -> list[SourceUnit]:
     """`sizes`: relative name -> bytes of every file; `folders`: the sub-folders, which may be
     empty.
     """
@@ -195,7 +195,7 @@ def _list_folder(origin: str, sizes: dict[str, int], folders: list[str]) -> list
             "that you mean"
         )
     if tars:
-        return [Unit(f"{origin}/{name}", None, sizes[name]) for name in tars]
+        return [SourceUnit(f"{origin}/{name}", None, sizes[name]) for name in tars]
     pictures = [_file_picture(origin, name, sizes[name]) for name in flat]
     if not flat:
         for label, (folder, members) in enumerate(inside.items()):
@@ -207,7 +207,7 @@ def _list_folder(origin: str, sizes: dict[str, int], folders: list[str]) -> list
             pictures += [
                 _file_picture(origin, name, sizes[name], label, folder) for name in members
             ]
-    return [Unit(origin, tuple(pictures), 0)]
+    return [SourceUnit(origin, tuple(pictures), 0)]
 
 
 def _is_picture(name: str) -> bool:

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from lpl_pretrain.config.dataset import INDEX_NAME, DatasetIndex, read_index
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.data.empty import read_empty_captions
+from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.offsets import key_at
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.data.shard import OpenShard
 from lpl_pretrain.encoding.encode import Decoded, decode
-from lpl_pretrain.encoding.finish import null_text_arrays, text_entry
-from lpl_pretrain.encoding.networks import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.encoders import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.index import null_text_arrays, text_entry
 from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
 from lpl_pretrain.encoding.shard_checks import Check, check_shards, moments_as_floats, open_shard
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import scratch_folder
+from lpl_pretrain.runtime.atomic import scratch_folder
 
 WORSE_DB = 1.0
 """A stored latent may decode so much worse than one encoded afresh, for its rounding and for other
@@ -134,7 +134,7 @@ def _check_null_text(config: EncodeConfig, index: DatasetIndex, networks: Networ
     problems = []
     for name in index.text.keys() & networks.text.keys():
         try:
-            stored = read_empty_captions(config.output, index, [name])[name]
+            stored = read_null_text(config.output, index, [name])[name]
         except DataError as problem:
             problems.append(str(problem))
             continue

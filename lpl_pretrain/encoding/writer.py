@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lpl_pretrain.config.dataset import INDEX_NAME, ShardEntry
 from lpl_pretrain.data.format import NO_CLASS, Sample, shard_name
-from lpl_pretrain.data.offsets import SUFFIX, ShardBytes
+from lpl_pretrain.data.offsets import SUFFIX, ShardBuilder
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import published, remove_leftovers, temporary_name
+from lpl_pretrain.runtime.atomic import atomic_write, remove_leftovers, temporary_name
 
 RECORDS = ".encode"
 """Folder of the parts' records, until index.json takes their place."""
@@ -133,7 +133,7 @@ class PartWriter:
         self.statistics = LatentStatistics(channels)
         self.labels: Counter[int] = Counter()
         self.captions = self.blank_captions = 0
-        self._open: dict[tuple[int, int], ShardBytes] = {}  # bucket -> shard in the making
+        self._open: dict[tuple[int, int], ShardBuilder] = {}  # bucket -> shard in the making
         self._shards: list[tuple[tuple[int, int], ShardEntry]] = []
         self._keys: set[str] = set()
 
@@ -146,7 +146,7 @@ class PartWriter:
             )
         self._keys.add(sample.key)
         bucket = moments.shape[1:]
-        shard = self._open.setdefault(bucket, ShardBytes())
+        shard = self._open.setdefault(bucket, ShardBuilder())
         shard.samples.append(sample)
         self.statistics.add(moments)
         self.labels[NO_CLASS if sample.label is None else sample.label] += 1
@@ -284,7 +284,7 @@ def offsets_path(shard: Path) -> Path:
 def publish(path: Path, pieces: list[bytes]) -> None:
     """Raises DataError when there is no room; what was there before stays."""
     try:
-        with published(path) as temporary, open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             file.writelines(pieces)
     except OSError as problem:
         raise _no_room(path, problem, sum(map(len, pieces))) from None

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.encode import TextEncoderConfig
-from lpl_pretrain.config.online import stored_encoders, text_entries, text_entry
+from lpl_pretrain.config.online_text import stored_encoders, text_entries, text_entry
 from lpl_pretrain.config.schema import ConditioningConfig, TrainConfig
-from lpl_pretrain.data.empty import read_empty_captions
+from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.conditioning import TextConditioner
@@ -42,9 +42,7 @@ class Captions:
         )
         folders, index = self._stream.folders, self._stream.index
         entries = text_entries(conditioning, index.text)
-        empty = read_empty_captions(
-            folders.paths[0], folders.indexes[0], stored_encoders(conditioning)
-        )
+        empty = read_null_text(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
         here = dict(conditioning.encoders)
         if prompts is not None:
             here |= _encoders_of(index, conditioning, prompts.folders)

@@ -18,33 +18,33 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 
 GAP_PX = 2
 
 
 def publish_json(path: Path, value: dict[str, Any]) -> None:
-    with published(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def publish_grid(path: Path, pixels: Tensor) -> None:
     """uint8 (N, 3, H, W), row by row, as square a grid as N allows, on white."""
-    with published(path) as temporary:
+    with atomic_write(path) as temporary:
         grid(pixels).save(temporary, format="PNG", optimize=True)
 
 
 def publish_pictures(folder: Path, pixels: Iterable[Tensor], facts: list[dict[str, Any]]) -> None:
     """folder/00000000.png ...; the text chunk `lpl_pretrain` of each is its `facts` as JSON."""
     for name, (data, _) in _named(pixels, facts):
-        with published(folder / f"{name}.png") as temporary:
+        with atomic_write(folder / f"{name}.png") as temporary:
             temporary.write_bytes(data)
 
 
 def publish_tar(path: Path, pixels: Iterable[Tensor], facts: list[dict[str, Any]]) -> None:
     """A WebDataset shard of `<key>.png` and `<key>.json`; the same bytes for the same pictures."""
     with (
-        published(path) as temporary,
+        atomic_write(path) as temporary,
         tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for name, (picture, told) in _named(pixels, facts):
@@ -60,7 +60,7 @@ def publish_npz(path: Path, pixels: Iterable[Tensor], shape: tuple[int, int, int
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
-        published(path) as temporary,
+        atomic_write(path) as temporary,
         zipfile.ZipFile(temporary, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):

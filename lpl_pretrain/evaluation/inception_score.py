@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from lpl_pretrain.evaluation.kernel import checked
+from lpl_pretrain.evaluation.kid_cmmd import checked
 from lpl_pretrain.runtime import rng
 
 

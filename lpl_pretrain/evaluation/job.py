@@ -30,14 +30,14 @@ from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.agree import together
 from lpl_pretrain.evaluation.best import note_best, renew_best
+from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.features import Extractor, load_extractor
 from lpl_pretrain.evaluation.files import publish_grid, publish_json
 from lpl_pretrain.evaluation.generate import RULES
-from lpl_pretrain.evaluation.keep import keep_images
-from lpl_pretrain.evaluation.load import TrainedRun, open_run
 from lpl_pretrain.evaluation.reference import Reference, open_reference
+from lpl_pretrain.evaluation.save_images import keep_images
 from lpl_pretrain.evaluation.scores import over_seeds, scores
-from lpl_pretrain.evaluation.spool import Spool
+from lpl_pretrain.evaluation.trained_run import TrainedRun, open_run
 from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log, progress
@@ -228,7 +228,7 @@ class Job:
             for scale in protocol.guidance_scales:
                 started, made = time.monotonic(), 0
                 spools = [
-                    Spool(
+                    FeatureStore(
                         work / f"{weights}_w{scale:g}_seed{protocol.seed + i}",
                         protocol.images,
                         protocol.batch_size,
@@ -260,14 +260,14 @@ class Job:
                     samples = str(path.relative_to(self.run.run_dir.path))
         return results, samples
 
-    def _scores(self, spool: Spool) -> list[dict[str, Any]]:
+    def _scores(self, spool: FeatureStore) -> list[dict[str, Any]]:
         return [
             entry
             for extractor in self.extractors
             for entry in scores(self.protocol, extractor, spool, self.reference)
         ]
 
-    def _generate(self, spool: Spool, seed: int, scale: float, desc: str) -> int:
+    def _generate(self, spool: FeatureStore, seed: int, scale: float, desc: str) -> int:
         """This rank's share of the pictures, and their features; how many there were left to make."""
         protocol, made = self.protocol, 0
         missing = spool.missing(self.world.rank, self.world.world_size)

@@ -29,9 +29,9 @@ from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.evaluation.agree import together
+from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.files import publish_grid
-from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 from lpl_pretrain.runtime.dist import barrier, broadcast_json
@@ -106,7 +106,7 @@ def build_reference(
     world: World,
 ) -> None:
     """Collective. Of every picture, brought to `resolution_px` as `encode` does."""
-    spool = Spool(path.with_suffix(".partial"), len(pictures), protocol.batch_size)
+    spool = FeatureStore(path.with_suffix(".partial"), len(pictures), protocol.batch_size)
     with progress(len(pictures), "img", "reference") as bar:
         for batch in spool.missing(world.rank, world.world_size):
             pixels = torch.stack([_pixels(pictures[i], resolution_px) for i in batch])
@@ -128,7 +128,7 @@ def build_reference(
 
 def publish_reference(
     path: Path,
-    spool: Spool,
+    spool: FeatureStore,
     pictures: list[Picture],
     protocol: EvaluateConfig,
     resolution_px: int,

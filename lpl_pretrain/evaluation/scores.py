@@ -13,15 +13,15 @@ from torch import Tensor
 
 from lpl_pretrain.config.evaluation import metrics_of
 from lpl_pretrain.config.protocol import EvaluateConfig
-from lpl_pretrain.evaluation.bias import bootstrap, frechet_infinity
 from lpl_pretrain.evaluation.clip import clip_score
+from lpl_pretrain.evaluation.fd_infinity import bootstrap, frechet_infinity
+from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.inception_score import inception_score
-from lpl_pretrain.evaluation.kernel import cmmd, kernel_inception_distance
-from lpl_pretrain.evaluation.manifold import density_coverage, precision_recall
+from lpl_pretrain.evaluation.kid_cmmd import cmmd, kernel_inception_distance
+from lpl_pretrain.evaluation.prdc import density_coverage, precision_recall
 from lpl_pretrain.evaluation.reference import Reference
-from lpl_pretrain.evaluation.spool import Spool
 
 Entry = dict[str, Any]
 """`metric`, `value`, its `std`, `low` and `high` where known, and `at_half`, the Frechet distance
@@ -34,7 +34,7 @@ With `repeats` also `values`, one for each seed."""
 class Case:
     protocol: EvaluateConfig
     extractor: Extractor
-    made: Spool
+    made: FeatureStore
     real: Reference
 
     @property
@@ -52,7 +52,7 @@ class Case:
 
 
 def scores(
-    protocol: EvaluateConfig, extractor: Extractor, made: Spool, real: Reference
+    protocol: EvaluateConfig, extractor: Extractor, made: FeatureStore, real: Reference
 ) -> Iterator[Entry]:
     """All that `protocol` asks of this extractor."""
     case = Case(protocol, extractor, made, real)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.tensors import safetensors_blocks
 
 PREFIX = "sha256 "
@@ -25,7 +25,7 @@ def save_tensors(
 ) -> None:
     there = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digests = {f"{PREFIX}{name}": digest(tensor) for name, tensor in there.items()}
-    with published(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.writelines(safetensors_blocks(there, {**digests, **(metadata or {})}))
 
 

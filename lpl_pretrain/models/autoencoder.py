@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lpl_pretrain.config.autoencoder import AutoencoderFacts, read_autoencoder
 from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
-from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError, transient_reason
 
@@ -130,7 +130,7 @@ def latent_scaling(kind: str, index: DatasetIndex) -> LatentScaling:
     )
 
 
-def chained(
+def compose_scaling(
     scaling: LatentScaling, own: Autoencoder | AutoencoderEntry, other: Autoencoder
 ) -> LatentScaling:
     """From z0 of `scaling` to the raw latents of `other`, when z0 of `own` are z0 of `other`: TAESD

@@ -9,9 +9,9 @@ import torch
 from lpl_pretrain.config.dataset import DatasetIndex, LatentEntry
 from lpl_pretrain.config.message import one_line, short
 from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
-from lpl_pretrain.config.online import text_entries
+from lpl_pretrain.config.online_text import text_entries
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.text import TextShape, text_shape
+from lpl_pretrain.config.text_layout import TextShape, text_shape
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.dit import DiT

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lpl_pretrain.config.dataset import TextEntry
-from lpl_pretrain.config.text import Layout, encoders, groups, text_shape
+from lpl_pretrain.config.text_layout import Layout, encoders, groups, text_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config.model import MMDiTConfig
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.errors import ConfigError
 
 State = dict[str, Tensor]

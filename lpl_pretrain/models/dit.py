@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lpl_pretrain.config.model import DiTConfig
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
     CrossAttention,

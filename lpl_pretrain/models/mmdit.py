@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lpl_pretrain.config.model import MMDiTConfig
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
     PatchEmbed,

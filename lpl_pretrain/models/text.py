@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lpl_pretrain.config.encode import TextEncoderConfig
-from lpl_pretrain.config.identity import text_encoder_identity
+from lpl_pretrain.config.hashing import text_encoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError
 

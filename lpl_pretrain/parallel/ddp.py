@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lpl_pretrain.parallel.native import NativeStrategy
-from lpl_pretrain.parallel.precision import Door
+from lpl_pretrain.parallel.precision import AutocastWrapper
+from lpl_pretrain.parallel.torch_optimizer import NativeStrategy
 
 
 class ReplicatedStrategy(NativeStrategy):
@@ -36,7 +36,7 @@ class ReplicatedStrategy(NativeStrategy):
 
 
 class DDPStrategy(ReplicatedStrategy):
-    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
+    def _wrap(self, door: AutocastWrapper, model: nn.Module, blocks: list[str]) -> nn.Module:
         self._ddp = DistributedDataParallel(door, init_sync=False, gradient_as_bucket_view=True)
         # Reduction is armed in `_backward`: DDP would arm it in forward, which does not know
         # whether its micro-batch is the last.

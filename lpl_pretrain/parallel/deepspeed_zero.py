@@ -25,9 +25,9 @@ from lpl_pretrain.config.schema import ParallelConfig, StrategyKind
 from lpl_pretrain.config.zero import zero_settings
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.ddp import ReplicatedStrategy
-from lpl_pretrain.parallel.native import STEP, materialize_state, set_steps
-from lpl_pretrain.parallel.precision import Door, recipe
+from lpl_pretrain.parallel.precision import AutocastWrapper, recipe
 from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy, UpdateCheck
+from lpl_pretrain.parallel.torch_optimizer import STEP, materialize_state, set_steps
 from lpl_pretrain.runtime.world import World
 
 VERSION, REMEDY = "0.19.", "pip install 'deepspeed>=0.19.8,<0.20'"
@@ -47,7 +47,7 @@ class ZeroStage0Strategy(ReplicatedStrategy):
         super().__init__(config, world, device)
         self.recipe = recipe(StrategyKind.DDP, config.precision)
 
-    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
+    def _wrap(self, door: AutocastWrapper, model: nn.Module, blocks: list[str]) -> nn.Module:
         never_steps = torch.optim.SGD(
             model.parameters(), lr=0.0
         )  # an engine without an optimizer refuses to run backward
@@ -65,7 +65,11 @@ class ZeroStrategy(Strategy):
         self._stage = zero_stage(config)
 
     def _shard(
-        self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
+        self,
+        door: AutocastWrapper,
+        model: nn.Module,
+        blocks: list[str],
+        make_optimizer: MakeOptimizer,
     ) -> nn.Module:
         self._parameters = dict(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
@@ -74,7 +78,7 @@ class ZeroStrategy(Strategy):
         engine = _make_engine(
             self.config, door, self._optimizer, self.world, {**ENGINE, **self._narrow()}
         )
-        self._linear = _LentLinear(plain, to_model=not self.config.compile)
+        self._linear = ScopedLinearPatch(plain, to_model=not self.config.compile)
         door.register_forward_pre_hook(lambda *_: self._linear.__enter__())
         door.register_forward_hook(lambda *_: self._linear.__exit__(), always_call=True)
         self._engine, self._zero = engine, engine.optimizer
@@ -250,7 +254,7 @@ class ZeroStrategy(Strategy):
         self._zero._post_step(set())
 
 
-class _LentLinear:
+class ScopedLinearPatch:
     """Stage 3 replaces `torch.nn.functional.linear` in the whole process, by one that does not hold
     on to gathered weights.
 
@@ -283,7 +287,7 @@ def _source(config: ParallelConfig) -> str:
 
 def _make_engine(
     config: ParallelConfig,
-    door: Door,
+    door: AutocastWrapper,
     optimizer: torch.optim.Optimizer,
     world: World,
     ours: dict[str, Any],

@@ -22,12 +22,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from lpl_pretrain.config.check import check_shard_size
-from lpl_pretrain.parallel.native import NativeStrategy
-from lpl_pretrain.parallel.precision import Door
+from lpl_pretrain.parallel.precision import AutocastWrapper
+from lpl_pretrain.parallel.torch_optimizer import NativeStrategy
 
 
 class FSDP2Strategy(NativeStrategy):
-    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
+    def _wrap(self, door: AutocastWrapper, model: nn.Module, blocks: list[str]) -> nn.Module:
         check_shard_size(self.config, self.world.world_size)
         self._shards = self.config.shard_size or self.world.world_size
         self._replicas = self.world.world_size // self._shards

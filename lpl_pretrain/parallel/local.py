@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.parallel.native import NativeStrategy
-from lpl_pretrain.parallel.precision import Door
+from lpl_pretrain.parallel.precision import AutocastWrapper
+from lpl_pretrain.parallel.torch_optimizer import NativeStrategy
 
 
 class LocalStrategy(NativeStrategy):
-    def _wrap(self, door: Door, model: nn.Module, blocks: list[str]) -> nn.Module:
+    def _wrap(self, door: AutocastWrapper, model: nn.Module, blocks: list[str]) -> nn.Module:
         if self.world.world_size > 1:
             raise ConfigError(
                 f"parallel.strategy='local' with {self.world.world_size} processes: each would "

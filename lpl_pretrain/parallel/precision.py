@@ -26,7 +26,7 @@ from lpl_pretrain.config.schema import Precision, StrategyKind
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class PrecisionPolicy:
     master: torch.dtype
     """Of parameters as the optimizer sees them."""
     autocast: torch.dtype | None = None
@@ -35,26 +35,26 @@ class Recipe:
     """Of the weights that forward reads, when not the master's (fsdp2, zero)."""
 
 
-def recipe(strategy: StrategyKind, precision: Precision) -> Recipe:
+def recipe(strategy: StrategyKind, precision: Precision) -> PrecisionPolicy:
     """`strategy` zero means its stages 1 to 3; stage 0 is ddp here."""
     if precision is Precision.FP64:
-        return Recipe(torch.float64)
+        return PrecisionPolicy(torch.float64)
     if precision is Precision.FP32:
-        return Recipe(torch.float32)
+        return PrecisionPolicy(torch.float32)
     narrow = torch.float16 if precision is Precision.FP16 else torch.bfloat16
-    return Recipe(
+    return PrecisionPolicy(
         torch.float32,
         narrow,
         narrow if strategy is StrategyKind.FSDP2 or strategy.is_zero else None,
     )
 
 
-class Door(nn.Module):
+class AutocastWrapper(nn.Module):
     """What every engine wraps instead of the model: autocast is entered inside it, because
     DeepSpeed switches off an outer one.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device_type: str) -> None:
+    def __init__(self, model: nn.Module, recipe: PrecisionPolicy, device_type: str) -> None:
         super().__init__()
         self.model, self._recipe, self._device_type = model, recipe, device_type
 

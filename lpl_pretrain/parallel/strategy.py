@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from lpl_pretrain.config.schema import ParallelConfig, Precision
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.parallel.blocks import prepare_blocks
+from lpl_pretrain.parallel.activation_checkpointing import prepare_blocks
 from lpl_pretrain.parallel.float8 import use_float8
 from lpl_pretrain.parallel.loss_scale import LossScale
-from lpl_pretrain.parallel.precision import Door, Recipe, recipe
+from lpl_pretrain.parallel.precision import AutocastWrapper, PrecisionPolicy, recipe
 from lpl_pretrain.runtime.dist import sum_over_ranks
 from lpl_pretrain.runtime.world import World
 
@@ -92,7 +92,7 @@ class Strategy(ABC):
 
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
-        self.recipe: Recipe = recipe(config.strategy, config.precision)
+        self.recipe: PrecisionPolicy = recipe(config.strategy, config.precision)
         self.loss_scale = LossScale.fp16() if config.precision is Precision.FP16 else LossScale()
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name and shape of every parameter, in the model's order: the same on all ranks and under
@@ -130,7 +130,7 @@ class Strategy(ABC):
             use_float8(model, blocks, self.device)
         prepare_blocks(model, blocks, self.config)
         return self._shard(
-            Door(model, self.recipe, self.device.type), model, blocks, make_optimizer
+            AutocastWrapper(model, self.recipe, self.device.type), model, blocks, make_optimizer
         )
 
     def backward(self, loss: Tensor, *, microbatch: int, of: int) -> None:
@@ -180,7 +180,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def _shard(
-        self, door: Door, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
+        self,
+        door: AutocastWrapper,
+        model: nn.Module,
+        blocks: list[str],
+        make_optimizer: MakeOptimizer,
     ) -> nn.Module:
         """Wrap `door` (which holds `model`), make the optimizer and its state."""
 

@@ -25,7 +25,7 @@ from lpl_pretrain.report.checked import LONGEST_TEXT, is_step
 from lpl_pretrain.report.curves import training_charts
 from lpl_pretrain.report.embed import brief, find_picture, picture
 from lpl_pretrain.report.record import TAKEN_UP, RunRecord, read_run
-from lpl_pretrain.runtime.files import published
+from lpl_pretrain.runtime.atomic import atomic_write
 
 TEMPLATE, STYLE_SHEET = "page.html", "page.css"
 MOST_GRIDS, MOST_LPL_PICTURES = 6, 4
@@ -53,7 +53,7 @@ def write_report(run_dir: RunDir, output: Path | None = None) -> Path:
 def write_page(path: Path, page: str) -> Path:
     """Return `path`.  Raises ConfigError where it cannot be written."""
     try:
-        with published(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as problem:
         raise ConfigError(

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
 from lpl_pretrain.errors import CheckpointError, SaveError, is_transient
-from lpl_pretrain.runtime.files import naming, remove_leftovers, temporary_name
+from lpl_pretrain.runtime.atomic import naming, remove_leftovers, temporary_name
 from lpl_pretrain.runtime.preempt import Interrupted, leaves_traces, uninterrupted
 
 STALE_S = 120.0

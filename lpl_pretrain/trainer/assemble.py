@@ -10,40 +10,45 @@ from safetensors import SafetensorError
 
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.config.check import grad_accum_steps, run_identity
+from lpl_pretrain.config.data_mixture import DataFolders
 from lpl_pretrain.config.dataset import DatasetIndex
-from lpl_pretrain.config.initial import InitConfig
+from lpl_pretrain.config.init_from import InitConfig
 from lpl_pretrain.config.lpl import LPLConfig
-from lpl_pretrain.config.mix import DataFolders
-from lpl_pretrain.config.online import stored_encoders, text_entries
+from lpl_pretrain.config.online_text import stored_encoders, text_entries
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import ConditioningConfig, OnSpike, TrainConfig
-from lpl_pretrain.data.empty import read_empty_captions
+from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.models.autoencoder import LatentScaling, chained, latent_scaling, load_autoencoder
+from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
+from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.weight import LPLWeight
+from lpl_pretrain.models.autoencoder import (
+    LatentScaling,
+    compose_scaling,
+    latent_scaling,
+    load_autoencoder,
+)
 from lpl_pretrain.models.build import Denoiser, build_denoiser
 from lpl_pretrain.models.conditioning import TextConditioner
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
-from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
-from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
-from lpl_pretrain.perceptual.weight import LPLWeight
 from lpl_pretrain.planning.peak import peak_flops
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.device import name_of
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks, sum_over_ranks
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.deal import Choice, Dealer, Hand
-from lpl_pretrain.trainer.effort import Effort, denoiser_flops, lpl_flops
-from lpl_pretrain.trainer.health import Health
-from lpl_pretrain.trainer.initial import load_initial
+from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset, MicrobatchPlan
+from lpl_pretrain.trainer.init_from import load_init_from
+from lpl_pretrain.trainer.mfu import FlopsPerUpdate, denoiser_flops, lpl_flops
+from lpl_pretrain.trainer.nonfinite import NonFiniteGuard
 from lpl_pretrain.trainer.optimizer import make_optimizer
 from lpl_pretrain.trainer.spikes import NoiseLevels, SpikeGuard
-from lpl_pretrain.trainer.step import LastSeen, Perceptual, Updater
+from lpl_pretrain.trainer.step import LPLSnapshot, Perceptual, Updater
 
 
 @dataclass(slots=True)
@@ -53,17 +58,17 @@ class Run:
     world: World
     device: torch.device
     stream: LatentStream
-    dealer: Dealer
+    dealer: BatchPlanner
     strategy: Strategy
     updater: Updater
     ema: EMATracker
     checkpoints: CheckpointManager
     grad_accum_steps: int
-    effort: Effort
+    effort: FlopsPerUpdate
     jump_updates: int = 0
     """Updates whose samples were jumped over since the start (trainer/rollback.py)."""
 
-    def hands(self, step: int) -> list[Hand]:
+    def hands(self, step: int) -> list[MicrobatchPlan]:
         """What this rank trains on in `step`, one hand per microbatch.
 
         Samples, noise levels and draws are those of position `step + jump_updates` in the order;
@@ -136,7 +141,7 @@ def assemble(
     scaling = latent_scaling(config.data.scaling, stream.index).to(device)
     slots = accumulation * world.world_size
     perceptual, choice = build_perceptual(config, schedule, stream.index, scaling, slots, device)
-    dealer = Dealer(
+    dealer = BatchPlanner(
         config.seed, config.batch.global_batch_size, config.diffusion.timesteps, schedule, choice
     )
     num_classes, seed = len(stream.index.classes), rng.key(config.seed, "initial_weights") >> 1
@@ -165,7 +170,7 @@ def assemble(
             schedule,
             scaling,
             perceptual,
-            Health(config.optimizer, world),
+            NonFiniteGuard(config.optimizer, world),
             device,
             build_spike_guard(config, schedule, stream, device),
         ),
@@ -179,7 +184,7 @@ def assemble(
             keep_due=config.optimizer.on_spike is OnSpike.ROLLBACK,
         ),
         grad_accum_steps=accumulation,
-        effort=Effort(
+        effort=FlopsPerUpdate(
             denoiser=config.batch.global_batch_size
             / world.world_size
             * denoiser_flops(config, stream.index, shape),
@@ -212,7 +217,7 @@ def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
     trouble = None
     if world.rank == 0:
         try:
-            load_initial(init, model)
+            load_init_from(init, model)
         except (CheckpointError, ConfigError) as error:
             trouble = str(error)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -233,7 +238,7 @@ def text_conditioner(
     """
     if not conditioning.text:
         return None
-    empty = read_empty_captions(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
+    empty = read_null_text(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
     there = {
         name: {key: tensor.to(device) for key, tensor in found.items()}
         for name, found in empty.items()
@@ -271,16 +276,16 @@ def build_perceptual(
     scaling: LatentScaling,
     slots: int,
     device: torch.device,
-) -> tuple[Perceptual | None, Choice]:
+) -> tuple[Perceptual | None, LPLSubset]:
     """(None, nobody chosen) without an `lpl` section.  Only the decoder's stages that are asked for
     stay in memory.
     """
     lpl = config.lpl
     if lpl is None:
-        return None, Choice(0, 0)
+        return None, LPLSubset(0, 0)
     threshold = max_noise_level(lpl.gate, schedule)
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
-    choice = Choice.of(config.batch.global_batch_size, share, lpl.sample_share)
+    choice = LPLSubset.of(config.batch.global_batch_size, share, lpl.sample_share)
     features = build_features(config, lpl, index, scaling)
     flops = lpl_flops(lpl, features, index)
     if lpl.compile:
@@ -290,7 +295,9 @@ def build_perceptual(
         features.check(index.latent.channels, bucket.height, bucket.width)
     loss = LatentPerceptualLoss(lpl, features, sum_over_ranks)
     prefix, inclusion = choice.prefix(slots), choice.inclusion
-    return Perceptual(loss, LPLWeight(lpl), threshold, prefix, inclusion, flops, LastSeen()), choice
+    return Perceptual(
+        loss, LPLWeight(lpl), threshold, prefix, inclusion, flops, LPLSnapshot()
+    ), choice
 
 
 def build_features(
@@ -299,6 +306,6 @@ def build_features(
     """From `lpl.decoder` where there is one: a smaller network for the same latents.  Not compiled."""
     autoencoder = load_autoencoder(lpl.decoder or config.autoencoder)
     if lpl.decoder is not None:
-        scaling = chained(scaling, index.autoencoder, autoencoder)
+        scaling = compose_scaling(scaling, index.autoencoder, autoencoder)
     stages, dtype = decoder_stages(autoencoder.network), DTYPES[lpl.decoder_precision]
     return DecoderFeatures(stages, scaling, lpl.stages, dtype=dtype)

@@ -24,14 +24,14 @@ from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.watchdog import Watchdog
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import Run, assemble
+from lpl_pretrain.trainer.lpl_panels import save_lpl_panels
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
-from lpl_pretrain.trainer.pictures import picture_lpl
 from lpl_pretrain.trainer.resume import restore
 from lpl_pretrain.trainer.rollback import Start, recover
-from lpl_pretrain.trainer.sinks import Sinks
-from lpl_pretrain.trainer.step import Outcome
+from lpl_pretrain.trainer.step import UpdateResult
 from lpl_pretrain.trainer.stragglers import Stragglers
+from lpl_pretrain.trainer.trackers import Trackers
 
 Score = Callable[[], Iterable[dict[str, Any]]]
 """Collective. Scores what is published and not scored; yields records."""
@@ -55,7 +55,7 @@ def train(
     would share.  `begin` is called when steps begin.
     """
     run = assemble(config, run_dir, world, device, fence)
-    sinks = Sinks(run_dir, config, world.rank, fence)
+    sinks = Trackers(run_dir, config, world.rank, fence)
     watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         start = Start(restore(run, sinks))
@@ -69,7 +69,12 @@ def train(
 
 
 def loop(
-    run: Run, sinks: Sinks, watchdog: Watchdog, start: Start, stop: StopRequest, score: Score | None
+    run: Run,
+    sinks: Trackers,
+    watchdog: Watchdog,
+    start: Start,
+    stop: StopRequest,
+    score: Score | None,
 ) -> bool | Start:
     """Collective. The loop itself: whether all steps are done, or where to start after a rollback."""
     first_step = logged = start.step
@@ -168,14 +173,14 @@ def save(run: Run, done: int, *, last: bool) -> None:
     if last or done % config.checkpoint.every_steps == 0:
         run.checkpoints.save(done, run.strategy, run.ema, run.state(done), samples_seen=seen)
         if run.world.rank == 0 and run.updater.perceptual is not None:
-            picture_lpl(
+            save_lpl_panels(
                 config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done)
             )
     if last:
         run.checkpoints.finish()
 
 
-def tell(run: Run, sinks: Sinks, done: int, outcome: Outcome) -> None:
+def tell(run: Run, sinks: Trackers, done: int, outcome: UpdateResult) -> None:
     """What happened in an update and does not happen in most."""
     if outcome.left_out is not None:
         sinks.event("update_left_out", done, reason=outcome.left_out)
@@ -183,7 +188,9 @@ def tell(run: Run, sinks: Sinks, done: int, outcome: Outcome) -> None:
         sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
 
 
-def settings(run: Run, step: int, means: dict[str, float], outcome: Outcome) -> dict[str, float]:
+def settings(
+    run: Run, step: int, means: dict[str, float], outcome: UpdateResult
+) -> dict[str, float]:
     """What was in force in update number `step` (from 0), beside what was measured."""
     values = {
         "lr": learning_rate(run.config.optimizer, step, run.config.steps),

@@ -6,10 +6,10 @@ from lpl_pretrain.config.dataset import changed_contents
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.trainer.assemble import Run
-from lpl_pretrain.trainer.sinks import Sinks
+from lpl_pretrain.trainer.trackers import Trackers
 
 
-def restore(run: Run, sinks: Sinks) -> int:
+def restore(run: Run, sinks: Trackers) -> int:
     """Collective. Loads the newest complete checkpoint, if there is one; returns the number of
     updates it holds.
     """

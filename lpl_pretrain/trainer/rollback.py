@@ -21,8 +21,8 @@ from lpl_pretrain.config.schema import OnSpike, OptimizerConfig
 from lpl_pretrain.errors import SpikeError
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.trainer.assemble import Run
-from lpl_pretrain.trainer.sinks import Sinks
 from lpl_pretrain.trainer.spikes import Spike
+from lpl_pretrain.trainer.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Start:
     spike: Spike | None = None
 
 
-def recover(run: Run, sinks: Sinks, spike: Spike) -> Start | None:
+def recover(run: Run, sinks: Trackers, spike: Spike) -> Start | None:
     """Collective.  Does what optimizer.on_spike says, and writes it down; raises SpikeError to
     stop.
 

@@ -15,19 +15,19 @@ from lpl_pretrain.diffusion.learned_sigma import variational_bound
 from lpl_pretrain.diffusion.objective import Denoising, denoise
 from lpl_pretrain.diffusion.schedule import DiscreteSchedule, Schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
+from lpl_pretrain.losses.lpl.gate import gate_weights
+from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss, PerceptualTerm
+from lpl_pretrain.losses.lpl.weight import LPLWeight
 from lpl_pretrain.models.autoencoder import LatentScaling, sample_posterior
 from lpl_pretrain.models.conditioning import TextConditioner, class_conditioning, known_sizes
 from lpl_pretrain.parallel.strategy import Strategy
-from lpl_pretrain.perceptual.gate import gate_weights
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss, PerceptualTerm
-from lpl_pretrain.perceptual.weight import LPLWeight
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.dist import mean_over_ranks
 from lpl_pretrain.runtime.timer import Clock
-from lpl_pretrain.trainer.deal import Hand
-from lpl_pretrain.trainer.health import Health
+from lpl_pretrain.trainer.batch_plan import MicrobatchPlan
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
+from lpl_pretrain.trainer.nonfinite import NonFiniteGuard
 from lpl_pretrain.trainer.spikes import Spike, SpikeGuard
 
 
@@ -43,11 +43,11 @@ class Perceptual:
     prefix: int
     inclusion: float  # probability of a sample that the gate passes to be chosen
     flops: float  # of one decoded sample
-    seen: LastSeen
+    seen: LPLSnapshot
 
 
 @dataclass(slots=True)
-class LastSeen:
+class LPLSnapshot:
     """What LPL compared last on this rank, for pictures."""
 
     z0: Tensor | None = None  # (K, C, H, W)
@@ -57,7 +57,7 @@ class LastSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class UpdateResult:
     """Of one update; the same on all ranks."""
 
     left_out: str | None  # why nothing was changed: something was not finite
@@ -76,13 +76,18 @@ class Updater:
     schedule: Schedule
     scaling: LatentScaling
     perceptual: Perceptual | None
-    health: Health
+    health: NonFiniteGuard
     device: torch.device
     spikes: SpikeGuard | None = None  # with optimizer.on_spike=ignore
 
     def update(
-        self, step: int, hands: list[Hand], batches: list[LatentBatch], meter: Meter, clock: Clock
-    ) -> Outcome:
+        self,
+        step: int,
+        hands: list[MicrobatchPlan],
+        batches: list[LatentBatch],
+        meter: Meter,
+        clock: Clock,
+    ) -> UpdateResult:
         """Collective. Makes update number `step` (from 0), or leaves it out on all ranks."""
         means, losses = [], []
         for microbatch, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
@@ -122,12 +127,14 @@ class Updater:
         if spike is None:
             left_out = self.health.judge(step, report, samples, losses)
         frozen = report.applied and self._calibrate(step, torch.stack(means).mean(dim=0))
-        return Outcome(left_out, report.grad_norm, frozen, spike)
+        return UpdateResult(left_out, report.grad_norm, frozen, spike)
 
     def _with_lpl(self, step: int) -> bool:
         return self.perceptual is not None and self.perceptual.weight.value(step) > 0
 
-    def _diffusion(self, hand: Hand, batch: LatentBatch, meter: Meter) -> tuple[Denoising, Tensor]:
+    def _diffusion(
+        self, hand: MicrobatchPlan, batch: LatentBatch, meter: Meter
+    ) -> tuple[Denoising, Tensor]:
         """What the denoiser made of one microbatch, and its mean diffusion loss.  Every draw is
         keyed by its sample's index.
         """
@@ -176,7 +183,7 @@ class Updater:
         return seen, diffusion
 
     def _lpl(
-        self, perceptual: Perceptual, hand: Hand, seen: Denoising, meter: Meter
+        self, perceptual: Perceptual, hand: MicrobatchPlan, seen: Denoising, meter: Meter
     ) -> PerceptualTerm:
         """LPL of the microbatch's prefix, which holds every sample that was chosen; no tensor is
         looked at on the host.

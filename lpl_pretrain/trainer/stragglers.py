@@ -29,7 +29,7 @@ from lpl_pretrain.runtime.dist import rows_over_ranks
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.sinks import Sinks
+from lpl_pretrain.trainer.trackers import Trackers
 
 MEASURES = {
     "data": "waiting for data",
@@ -56,7 +56,7 @@ class Stragglers:
     """
 
     def __init__(
-        self, world: World, device: torch.device, dtype: torch.dtype, sinks: Sinks
+        self, world: World, device: torch.device, dtype: torch.dtype, sinks: Trackers
     ) -> None:
         self.world, self.sinks = world, sinks
         if world.world_size > 1:

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lpl_pretrain.runtime import files
+from lpl_pretrain.runtime import atomic
 
 
 @contextmanager
 def written_in_place(path: Path) -> Iterator[Path]:
-    """As `published`, but a file that exists may be half of one."""
+    """As `atomic_write`, but a file that exists may be half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path
 
 
-files.published = written_in_place
+atomic.atomic_write = written_in_place
 
 from lpl_pretrain.encoding import writer  # noqa: E402
 

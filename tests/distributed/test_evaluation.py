@@ -17,8 +17,8 @@ from lpl_pretrain.cli import evaluate as command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.evaluation import job
+from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.generate import Generator
-from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.runtime.lease import Lease
 from tests.support.checkpoints import edit
 from tests.support.ranks import run_ranks
@@ -124,7 +124,7 @@ def forked(function):
 
 
 def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
-    protocol, put = run.protocol(**SMALL), Spool.put
+    protocol, put = run.protocol(**SMALL), FeatureStore.put
 
     def die_at_the_third(spool, batch, tensors):
         if batch.start == 8:
@@ -133,7 +133,7 @@ def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
 
     def doomed():
         alone(run, protocol, [3])  # real pictures are read and kept
-        Spool.put = die_at_the_third
+        FeatureStore.put = die_at_the_third
         alone(run, protocol, [6])
 
     os.waitpid(forked(doomed), 0)

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed
 
-from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError, PreflightError
-from lpl_pretrain.preflight import start as preflight
-from lpl_pretrain.preflight.facts import observe
+from lpl_pretrain.preflight import run as preflight
+from lpl_pretrain.preflight.node_report import observe
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lpl_pretrain.checkpoint.store import read_full
-from lpl_pretrain.config.mix import read_data
+from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.ledger import audit
 from lpl_pretrain.data.order import SampleOrder

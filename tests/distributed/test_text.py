@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lpl_pretrain.config.check import check_run
+from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.encode import TextEncoderConfig
-from lpl_pretrain.config.mix import read_data
-from lpl_pretrain.config.online import text_entry
+from lpl_pretrain.config.online_text import text_entry
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.captions import Captions, Prompts

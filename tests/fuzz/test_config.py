@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from launch.profile import ClusterProfile
 from lpl_pretrain.config.autoencoder import read_autoencoder
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.encode import EncodeConfig, TextEncoderConfig
 from lpl_pretrain.config.load import load_config, validate
-from lpl_pretrain.config.online import text_entry
+from lpl_pretrain.config.online_text import text_entry
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.section import Section
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.errors import LPLError
 from lpl_pretrain.models.build import build_denoiser, check_denoiser_runs
 from lpl_pretrain.models.conditioning import Conditioning

@@ -22,8 +22,8 @@ from lpl_pretrain.config.dataset import (
     read_index,
     shards_fingerprint_of,
 )
-from lpl_pretrain.data.empty import read_empty_captions
 from lpl_pretrain.data.format import DTYPES, scan_shard
+from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.offsets import FIXED, Offsets
 from lpl_pretrain.data.shard import OpenShard
 from lpl_pretrain.errors import DataError
@@ -152,10 +152,10 @@ def test_bits_of_a_null_text(folder: Path, which: str, position: int, bit: int) 
     path.write_bytes(raw)
     try:
         with pytest.raises(DataError, match=path.name):
-            read_empty_captions(str(folder), read_index(folder), [which])
+            read_null_text(str(folder), read_index(folder), [which])
     finally:
         path.write_bytes(whole)
-    read_empty_captions(str(folder), read_index(folder), [which])
+    read_null_text(str(folder), read_index(folder), [which])
 
 
 def read_everything(tar: Path, offsets: Path, index: DatasetIndex, sha256: dict[str, str]) -> None:

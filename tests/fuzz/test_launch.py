@@ -21,11 +21,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from submitit.core.utils import DelayedSubmission
 
-from launch import place, sweep
+from launch import options, sweep
 from launch.__main__ import commands
 from launch.array import array_script
 from launch.folder import JobFolder
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.record import read_order
 from launch.submit import script, task_of
@@ -302,7 +302,7 @@ def submitted_by(*arguments: str) -> list[Order]:
         stack.enter_context(patch("launch.submit.submit", submit))
         stack.enter_context(patch("launch.array.submit_array", submit_array))
         stack.enter_context(patch.object(sweep, "accepted", lambda *_: None))
-        stack.enter_context(patch.object(place, "check_protocol", lambda protocol: None))
+        stack.enter_context(patch.object(options, "check_protocol", lambda protocol: None))
         done = CliRunner().invoke(commands, arguments)
     if done.exception is not None:
         assert isinstance(done.exception, (LPLError, SystemExit)), (done.exception, done.output)

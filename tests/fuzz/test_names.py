@@ -17,13 +17,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launch.profile import ClusterProfile
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.config.paths import ASSETS, expand, resolve_path
 from lpl_pretrain.config.protocol import EvaluateConfig, GuideConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.section import Section
 from lpl_pretrain.errors import ConfigError, LPLError
 from tests.support.configs import train_config
 from tests.support.fuzz import cases

@@ -14,13 +14,13 @@ from torch import nn
 from lpl_pretrain.checkpoint.staging import HostCopies
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.data.batch import LatentBatch, on_device
+from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
+from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling, load_autoencoder
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.float8 import swap_layers
 from lpl_pretrain.parallel.strategy import Piece
-from lpl_pretrain.perceptual.features import DTYPES, DecoderFeatures
-from lpl_pretrain.perceptual.lpl import LatentPerceptualLoss
-from lpl_pretrain.preflight.facts import probe_device
+from lpl_pretrain.preflight.node_report import probe_device
 from lpl_pretrain.runtime.device import bf16_is_native
 from lpl_pretrain.runtime.dist import start
 from lpl_pretrain.runtime.timer import Clock

@@ -18,9 +18,9 @@ from lpl_pretrain.config.records import FORMAT_VERSION
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.diffusion.samplers import sample
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.evaluation.load import open_run
+from lpl_pretrain.evaluation.trained_run import open_run
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.models.pipeline_folder import MISSING, SD3, SDXL
+from lpl_pretrain.models.export_diffusers import MISSING, SD3, SDXL
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
 from tests.support.configs import TINY_MMDIT, TINY_SDXL, train_config

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from launch.array import array_script
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.submit import script
 
@@ -36,7 +36,7 @@ def test_a_job_logs_and_works_in_the_folders_that_were_meant(cluster, tmp_path, 
     folder = str(links / "%a") if array else str(order.folder.path)
     log = order.folder.path / (f"{job}_0_0_log.out" if array else f"{job}_0_log.out")
     here = str(links) + "/0" if array else folder
-    wanted = [str(work), f"-u -m submitit.core._submit {folder}", f"-m launch.after {here} 0"]
+    wanted = [str(work), f"-u -m submitit.core._submit {folder}", f"-m launch.epilog {here} 0"]
     cluster.wait(
         lambda: log.exists() and len(log.read_text().splitlines()) == len(wanted),
         30,

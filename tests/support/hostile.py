@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 
+from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.load import dump, load_config
-from lpl_pretrain.config.section import Section
 from lpl_pretrain.errors import LPLError
 
 OTHERS_WORDS = re.compile(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+from lpl_pretrain.config.data_mixture import DataFolders, merge
 from lpl_pretrain.config.dataset import (
     INDEX_NAME,
     SINCE_VERSION_3,
@@ -17,7 +18,6 @@ from lpl_pretrain.config.dataset import (
     digest_of,
     sealed,
 )
-from lpl_pretrain.config.mix import DataFolders, merge
 from tests.support.configs import dataset_index
 
 

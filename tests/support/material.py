@@ -16,7 +16,7 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.encoding.encode import encode
-from lpl_pretrain.encoding.networks import Autoencoder
+from lpl_pretrain.encoding.encoders import Autoencoder
 
 CLASSES = ("flags", "food", "symbols")
 RESOLUTION_PX = 16

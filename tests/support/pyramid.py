@@ -5,9 +5,9 @@ one (H, 2H, 4H).
 import torch
 from torch import nn
 
+from lpl_pretrain.losses.lpl.features import DecoderFeatures
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import DecoderStages
-from lpl_pretrain.perceptual.features import DecoderFeatures
 
 
 class Mid(nn.Module):

@@ -16,7 +16,7 @@ from lpl_pretrain.checkpoint.manifest import STATE, Manifest, write_json
 from lpl_pretrain.checkpoint.store import merge_parts, read_full, write_rank
 from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.dataset import INDEX_NAME
-from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import dump, load_run_config
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.config.mix import read_data
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.encoding.encode import encode

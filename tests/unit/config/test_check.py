@@ -19,17 +19,17 @@ from lpl_pretrain.config.check import (
 )
 from lpl_pretrain.config.dataset import BucketEntry, TextEntry
 from lpl_pretrain.config.gate import gate_fraction
-from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import load_config, resolve_path
 from lpl_pretrain.config.lpl import GateConfig
 from lpl_pretrain.config.notes import start_notes
 from lpl_pretrain.config.schema import DiffusionConfig, ScheduleKind, TrainConfig
-from lpl_pretrain.config.text import encoders, text_problems
+from lpl_pretrain.config.text_layout import encoders, text_problems
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, DataError
-from lpl_pretrain.perceptual.gate import gate_share, max_noise_level
-from lpl_pretrain.perceptual.weight import LPLWeight
+from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.weight import LPLWeight
 from tests.support.configs import TINY_MMDIT, TINY_SDXL, dataset_index, train_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -348,7 +348,7 @@ def test_lpl_of_one_step_is_enough(identity):
     "gate", [{"min_snr": 3.0}, {"max_noise_level": 2.5}, {"max_timestep": 200}], ids=str
 )
 def test_the_gate_without_torch_is_the_gate(kind, timesteps, gate):
-    """config/gate.py against perceptual/gate.py."""
+    """config/gate.py against losses/lpl/gate.py."""
     if kind is ScheduleKind.RECTIFIED_FLOW and "max_timestep" in gate:
         return
     for options in (

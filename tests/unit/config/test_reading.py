@@ -13,13 +13,13 @@ import pytest
 
 from launch.profile import ClusterProfile
 from lpl_pretrain.cli import train as train_command
+from lpl_pretrain.config.base import _checked_name, _checked_path, _expanded_path
 from lpl_pretrain.config.check import check_same_run, run_identity
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import dump, load_config, validate
 from lpl_pretrain.config.problems import HANDLED, OF_ITS_KIND, OTHER_KIND
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.section import _checked_name, _checked_path, _expanded_path
 from lpl_pretrain.config.yaml_reader import read_value
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.build import check_model_runs
@@ -352,7 +352,7 @@ def test_training_runs_the_model_on_meta_tensors_before_any_device(path, monkeyp
     data = SimpleNamespace(merged=dataset_index(side=8))
     monkeypatch.setattr(train_command, "accepted", lambda config, run_dir, world: (data, None))
     monkeypatch.setattr(
-        "lpl_pretrain.preflight.start.start", lambda *args: pytest.fail("a device was set up")
+        "lpl_pretrain.preflight.run.start", lambda *args: pytest.fail("a device was set up")
     )
     with pytest.raises(ConfigError, match="unknown mid_block_type"):
         train_command.run(str(path), ())

@@ -23,7 +23,7 @@ from lpl_pretrain.data.format import (
     pack_sample,
     scan_shard,
 )
-from lpl_pretrain.data.offsets import FIXED, Offsets, ShardBytes, key_at
+from lpl_pretrain.data.offsets import FIXED, Offsets, ShardBuilder, key_at
 from lpl_pretrain.errors import DataError
 
 SHAPE = (4, 3, 2)
@@ -85,7 +85,7 @@ def test_offsets_say_what_a_walk_finds(tmp_path: Path) -> None:
     """Samples come in any order and lie by key; the table beside the tar equals a walk through its
     headers.
     """
-    shard = ShardBytes()
+    shard = ShardBuilder()
     shard.samples = [full_sample("z"), Sample("m", moments(2)), full_sample("a/" + "y" * 150)]
     pieces, offsets = shard.finish()
     path = tmp_path / "x.tar"
@@ -265,7 +265,7 @@ def test_names_that_no_log_can_hold(tmp_path: Path, name: str) -> None:
 
 
 def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardEntry]:
-    shard = ShardBytes()
+    shard = ShardBuilder()
     shard.samples = [full_sample("a"), full_sample("b")]
     pieces, offsets = shard.finish()
     arrays = {name: getattr(offsets, name) for name in FIXED} | {

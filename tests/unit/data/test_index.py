@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lpl_pretrain.config.data_mixture import merge, read_data
 from lpl_pretrain.config.dataset import (
     DatasetIndex,
     changed_contents,
@@ -26,9 +27,8 @@ from lpl_pretrain.config.dataset import (
     parse_index,
     read_index,
 )
-from lpl_pretrain.config.mix import merge, read_data
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.data.empty import read_empty_captions
+from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.runtime.preempt import StopRequest
@@ -306,7 +306,7 @@ def test_any_bit_flip_in_a_null_text_is_found(captioned, tmp_path: Path) -> None
     folder, _ = captioned
     index = read_index(folder)
     raw = (folder / "text_clip.null.safetensors").read_bytes()
-    assert set(read_empty_captions(str(folder), index, ["clip", "t5"])) == {"clip", "t5"}
+    assert set(read_null_text(str(folder), index, ["clip", "t5"])) == {"clip", "t5"}
     rng = np.random.default_rng(0)
     copied = tmp_path / "text_clip.null.safetensors"
     for bit in [0, 8 * len(raw) - 1, *rng.integers(0, 8 * len(raw), 20).tolist()]:
@@ -314,15 +314,15 @@ def test_any_bit_flip_in_a_null_text_is_found(captioned, tmp_path: Path) -> None
         damaged[bit // 8] ^= 1 << bit % 8
         copied.write_bytes(damaged)
         with pytest.raises(DataError, match="text_clip.null.safetensors: sha256 is"):
-            read_empty_captions(str(tmp_path), index, ["clip"])
+            read_null_text(str(tmp_path), index, ["clip"])
     copied.write_bytes(raw[:-1])
     with pytest.raises(
         DataError, match="text_clip.null.safetensors: has .* bytes, index.json says"
     ):
-        read_empty_captions(str(tmp_path), index, ["clip"])
+        read_null_text(str(tmp_path), index, ["clip"])
     copied.unlink()
     with pytest.raises(DataError, match="text_clip.null.safetensors: not found"):
-        read_empty_captions(str(tmp_path), index, ["clip"])
+        read_null_text(str(tmp_path), index, ["clip"])
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_null_text_of_format_2_has_to_fit_at_least(
     change(tensors)
     save_file(tensors, tmp_path / "text_clip.null.safetensors")
     with pytest.raises(DataError, match="text_clip.null.safetensors: ") as error:
-        read_empty_captions(str(tmp_path), index, ["clip"])
+        read_null_text(str(tmp_path), index, ["clip"])
     assert fragment in str(error.value)
 
 

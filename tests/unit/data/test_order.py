@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lpl_pretrain.config.data_mixture import DataFolders
 from lpl_pretrain.config.dataset import MIX_CYCLE_SAMPLES
-from lpl_pretrain.config.mix import DataFolders
 from lpl_pretrain.data.order import Places, SampleOrder
 from tests.support.indexes import simulated_folders, simulated_index
 
@@ -155,7 +155,7 @@ def test_fingerprint_and_seed_change_the_order() -> None:
 def test_drawn_from_pool_stays_in_the_bucket() -> None:
     data = bucketed()
     order = order_of(data)
-    drawn = {order.drawn_from_pool((0, 2, 5), key) for key in range(246)}
+    drawn = {order.substitute_location((0, 2, 5), key) for key in range(246)}
     assert len(drawn) == 246 and {
         data.indexes[0].shards[shard].bucket for _, shard, _ in drawn
     } == {1}

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lpl_pretrain.config.dataset import contents_of, index_bytes, read_index, sealed
-from lpl_pretrain.data.ahead import map_ahead
 from lpl_pretrain.data.offsets import Offsets, key_at
+from lpl_pretrain.data.prefetch import prefetch_map
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.indexes import rewrite_index, simulated_index
@@ -221,7 +221,7 @@ def test_map_ahead_works_while_the_consumer_does() -> None:
     both = threading.Barrier(
         2, timeout=5
     )  # passes only when an item is worked on while the consumer waits here
-    results = map_ahead(
+    results = prefetch_map(
         lambda item: both.wait() if item == 1 else item, range(4), threads=1, ahead=2
     )
     assert next(results) == 0

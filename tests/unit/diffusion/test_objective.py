@@ -5,8 +5,8 @@ prediction.
 import pytest
 import torch
 
+from lpl_pretrain.config.base import WeightingConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind
-from lpl_pretrain.config.section import WeightingConfig
 from lpl_pretrain.diffusion.objective import denoise
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.weighting import loss_weight

@@ -12,7 +12,7 @@ import torch
 from lpl_pretrain.config.protocol import SamplerConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind
 from lpl_pretrain.diffusion.guidance import guided
-from lpl_pretrain.diffusion.samplers import plan_walk, sample
+from lpl_pretrain.diffusion.samplers import plan_sampler, sample
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError
 
@@ -73,7 +73,7 @@ def run(prediction, kind, sampler_kind, steps, *, model_predicts=None, flip=1.0)
         Labels(torch.zeros(64, dtype=torch.int64)),
     )
     a, s = schedule.coefficients(
-        torch.tensor([plan_walk(Prediction(prediction), schedule, sampler).times[0]])
+        torch.tensor([plan_sampler(Prediction(prediction), schedule, sampler).times[0]])
     )
     return got, MEAN + STD * (start - a * MEAN) / (a**2 * STD**2 + s**2).sqrt()
 
@@ -114,7 +114,7 @@ def test_order_of_convergence(prediction, schedule, kind, gain):
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 30, 600, 1000])
 def test_ddim_visits_trailing_timesteps(steps):
-    walk = plan_walk(
+    walk = plan_sampler(
         Prediction.V, make_schedule(ScheduleKind.LINEAR), SamplerConfig(kind="ddim", steps=steps)
     )
     assert len(walk.times) == steps == len(walk.scheduler.timesteps)
@@ -143,7 +143,9 @@ def test_shift_moves_the_times_and_not_the_end(kind):
     schedule, flow = make_schedule(ScheduleKind.RECTIFIED_FLOW), Prediction.FLOW
     plain, moved = (
         torch.tensor(
-            plan_walk(flow, schedule, SamplerConfig(kind=kind, steps=200, shift=shift)).times[1:-2]
+            plan_sampler(flow, schedule, SamplerConfig(kind=kind, steps=200, shift=shift)).times[
+                1:-2
+            ]
         )
         for shift in (1.0, 3.0)
     )
@@ -155,7 +157,7 @@ def test_shift_moves_the_times_and_not_the_end(kind):
 
 @pytest.mark.parametrize("kind, forwards", [("euler", 5), ("heun", 9)])
 def test_forwards_of_flow(kind, forwards):
-    walk = plan_walk(
+    walk = plan_sampler(
         Prediction.FLOW,
         make_schedule(ScheduleKind.RECTIFIED_FLOW),
         SamplerConfig(kind=kind, steps=5),
@@ -179,7 +181,7 @@ def test_refuses_a_sampler_that_does_not_fit(prediction, kind, steps):
         ScheduleKind.RECTIFIED_FLOW if prediction == "flow" else ScheduleKind.LINEAR
     )
     with pytest.raises(ConfigError, match="sampler"):
-        plan_walk(Prediction(prediction), schedule, SamplerConfig(kind=kind, steps=steps))
+        plan_sampler(Prediction(prediction), schedule, SamplerConfig(kind=kind, steps=steps))
 
 
 class Counting:

@@ -17,9 +17,9 @@ import torch
 
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.encoding import encode as encode_module
-from lpl_pretrain.encoding import finish, writer
+from lpl_pretrain.encoding import index, writer
 from lpl_pretrain.encoding.encode import encode
-from lpl_pretrain.encoding.finish import begin
+from lpl_pretrain.encoding.index import begin
 from lpl_pretrain.encoding.plan import Plan
 from lpl_pretrain.encoding.shard_checks import check_shards
 from lpl_pretrain.encoding.writer import RECORDS, publish_new
@@ -80,7 +80,7 @@ def test_one_plan_begins_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rounds catch a plan file that may be written over: each finds its own when it looks."""
-    lock, first_of, real = threading.Lock(), dict[Path, threading.Event](), finish.check_plan
+    lock, first_of, real = threading.Lock(), dict[Path, threading.Event](), index.check_plan
 
     def write_over(before: Path, after: Path) -> None:
         with lock:
@@ -94,7 +94,7 @@ def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         real(folder, plan)
         first_of[folder / RECORDS / "plan.txt"].set()
 
-    monkeypatch.setattr(finish, "check_plan", look)
+    monkeypatch.setattr(index, "check_plan", look)
     assert race(tmp_path, monkeypatch, write_over) == ROUNDS
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.encode import EncodeConfig, TextEncoderConfig
 from lpl_pretrain.data.stream import LatentStream, Wants
-from lpl_pretrain.encoding.networks import stored_text
+from lpl_pretrain.encoding.encoders import stored_text
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.models.text import load_text_encoder
 from tests.support.material import (

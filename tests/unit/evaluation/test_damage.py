@@ -22,10 +22,10 @@ from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.evaluation import features, job, load
+from lpl_pretrain.evaluation import features, job, trained_run
+from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.inception import random_weights
 from lpl_pretrain.evaluation.reference import read_npz, read_reference
-from lpl_pretrain.evaluation.spool import Spool
 from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(
 @pytest.mark.parametrize("when", ["with its lease", "with its weights"])
 def test_a_checkpoint_may_be_removed_at_any_moment(run, caplog, monkeypatch, when):
     folder = run.run_dir.checkpoint(3)
-    take, stored = Lease.take, load.stored
+    take, stored = Lease.take, trained_run.stored
 
     def vanish(real, *arguments):
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,7 +127,7 @@ def test_a_checkpoint_may_be_removed_at_any_moment(run, caplog, monkeypatch, whe
         monkeypatch.setattr(Lease, "take", lambda *given: vanish(take, *given))
         words = "was removed before its evaluation began"
     else:
-        monkeypatch.setattr(load, "stored", lambda *given: vanish(stored, *given))
+        monkeypatch.setattr(trained_run, "stored", lambda *given: vanish(stored, *given))
         words = "was removed during its evaluation"
     assert steps_of(evaluate(run)) == [6]
     assert f"step_00000003: {words}" in caplog.text
@@ -265,7 +265,7 @@ def flip(path: Path, position: int = -1) -> None:
 
 
 def test_features_on_disk_are_not_believed(tmp_path):
-    spool = Spool(tmp_path, 8, 4)
+    spool = FeatureStore(tmp_path, 8, 4)
     for batch in spool.batches:
         spool.put(batch, {"x": torch.randn(4, 3), "y": torch.randn(4, 2)})
     path = tmp_path / "pictures_00000004.safetensors"

@@ -8,7 +8,7 @@ import torch
 from lpl_pretrain.config.protocol import SamplerConfig
 from lpl_pretrain.errors import NonFiniteError
 from lpl_pretrain.evaluation.generate import draw_classes, to_uint8
-from lpl_pretrain.evaluation.load import open_run
+from lpl_pretrain.evaluation.trained_run import open_run
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 WAY = {"seed": 3, "sampler": SamplerConfig(kind="euler", steps=3), "guidance_scale": 2.0}

@@ -20,7 +20,7 @@ from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation import job
-from lpl_pretrain.evaluation.load import load_weights, open_run
+from lpl_pretrain.evaluation.trained_run import load_weights, open_run
 from lpl_pretrain.runtime.lease import Lease
 from tests.support.configs import train_config
 from tests.support.runs import averages, make_run, save_snapshot

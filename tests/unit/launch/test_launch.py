@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.after import Decision, Ending, decide, seconds, time_is_up
+from launch.epilog import Decision, Ending, decide, seconds, time_is_up
 from launch.folder import HUNG, JobFolder
 from launch.logs import news
 from launch.profile import ClusterProfile
@@ -25,7 +25,7 @@ from launch.submit import Order, job_name, script, task_of, words_of
 from launch.task import SIGNALS, Stop, Task
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
-from lpl_pretrain.runtime.code import fingerprint
+from lpl_pretrain.runtime.source_hash import fingerprint
 
 ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = "a b;$(touch hacked)`touch hacked`\n#SBATCH --nodes=99\n'\""
@@ -69,7 +69,7 @@ def test_a_script_asks_for_what_the_profile_says(tmp_path):
         assert f"#SBATCH --{wanted}" in lines, wanted
     (srun,) = (line for line in lines if line.startswith("srun "))
     assert "--kill-on-bad-exit=1" in srun
-    assert lines[-1].endswith("$?") and "-m launch.after" in lines[-1], (
+    assert lines[-1].endswith("$?") and "-m launch.epilog" in lines[-1], (
         "the last line learns how srun ended"
     )
 
@@ -335,7 +335,7 @@ def test_what_watches_asks_for_one_processor_and_says_what_it_will_submit(tmp_pa
 
 def test_submitting_costs_no_torch():
     modules = (
-        "launch.__main__, launch.submit, launch.status, launch.logs, launch.after, "
+        "launch.__main__, launch.submit, launch.status, launch.logs, launch.epilog, "
         "launch.task, launch.watch"
     )
     code = (

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from launch import record as recording
 from launch.__main__ import commands
 from launch.folder import JobFolder
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.record import read_order
 from launch.status import cancel, report

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.after import REPLACED, main
+from launch.epilog import REPLACED, main
 from launch.folder import LOST, JobFolder, publish_json
 from launch.profile import ClusterProfile
 

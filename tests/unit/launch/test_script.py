@@ -15,14 +15,14 @@ from launch import submit as submitting
 from launch.__main__ import commands
 from launch.array import submit_array
 from launch.folder import JobFolder
-from launch.order import Order
+from launch.job_spec import Order
 from launch.profile import ClusterProfile
 from launch.script import check_script, check_setup, resolved
 from launch.submit import script, submit
 from launch.task import Task
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
-from lpl_pretrain.runtime.code import ROOT, fingerprint
+from lpl_pretrain.runtime.source_hash import ROOT, fingerprint
 
 ATTACK = "x\ntouch PWNED #\n"
 CONTROL = ["\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"]
@@ -225,7 +225,7 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
 
 
 def test_words_of_a_path_are_no_words_of_the_scheduler():
-    from launch.after import fields
+    from launch.epilog import fields
 
     shown = (
         "JobId=7 JobState=RUNNING Restarts=0 StdErr=/runs/x JobState=CANCELLED "

@@ -16,7 +16,7 @@ import yaml
 
 from launch.sweep import trainings
 from lpl_pretrain.config import check
-from lpl_pretrain.config.identity import WEIGHTS, autoencoder_identity
+from lpl_pretrain.config.hashing import WEIGHTS, autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from tests.support.commands import ROOT
 from tests.support.configs import dataset_index, train_config

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from submitit.core.utils import DelayedSubmission
 
-from launch import after, status
+from launch import epilog, status
 from launch.array import array_script, submit_array
 from launch.folder import JobFolder, launched, this_job
+from launch.job_spec import Order
 from launch.logs import news
-from launch.order import Order
-from launch.place import place_encoding
+from launch.options import place_encoding
 from launch.profile import ClusterProfile
 from launch.sweep import LONGEST_NAME, combinations, name_of, split, trainings
 from launch.task import Allocation
@@ -100,7 +100,7 @@ def config(tmp_path):
     """Of a run whose data are known by their index alone, and whose autoencoder is the one that
     ships.
     """
-    from lpl_pretrain.config.identity import autoencoder_identity
+    from lpl_pretrain.config.hashing import autoencoder_identity
     from lpl_pretrain.config.load import resolve_path
 
     identity = autoencoder_identity(resolve_path("asset:autoencoder_emoji"))
@@ -239,8 +239,8 @@ def test_each_task_finds_its_own_folder(scheduler, number):
     assert (of_task / f"4711_{number}_submission.sh").read_text() == (
         scheduler / "submitted.sh"
     ).read_text(), "asked about again"
-    (after,) = [line for line in words if "launch.after" in line]
-    told = Path(after.partition("launch.after ")[2].removesuffix(" 0"))
+    (epilog_line,) = [line for line in words if "launch.epilog" in line]
+    told = Path(epilog_line.partition("launch.epilog ")[2].removesuffix(" 0"))
     assert JobFolder(told).read_facts()["argv"] == ["train", "x.yaml", f"n={number}"]
 
 
@@ -314,8 +314,8 @@ def test_a_task_that_ends_early_requeues_itself_alone(scheduler, monkeypatch, br
     folder = JobFolder(scheduler / "sweep" / "n=1" / "launch")
     folder.note_exit("4711_1", 1, 0, 9, "node1", stopped=False)
     if broken:
-        monkeypatch.setattr(after, "this_job", lambda: os.environ["SLURM_JOB_ID"])
-    decision = after.main(folder, 1)
+        monkeypatch.setattr(epilog, "this_job", lambda: os.environ["SLURM_JOB_ID"])
+    decision = epilog.main(folder, 1)
     asked = (scheduler / "asked.txt").read_text().splitlines()
     assert ("requeue 4711_1" in asked) is not broken and ("requeue 4711" in asked) is broken
     assert ("status 9" in decision.reason) is not broken
@@ -486,7 +486,7 @@ def test_a_finished_run_is_not_submitted(config, scheduler):
 def test_a_damaged_job_file_is_one_line_at_the_end_of_a_job(tmp_path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "job.json").write_text("{")
-    command = [sys.executable, "-m", "launch.after", str(tmp_path / "launch"), "3"]
+    command = [sys.executable, "-m", "launch.epilog", str(tmp_path / "launch"), "3"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (
         ended.returncode == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models import model_loading_utils
 
-from lpl_pretrain.config.identity import autoencoder_identity
+from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError, exit_status
 from lpl_pretrain.models.autoencoder import (

@@ -12,7 +12,7 @@ from timm.layers import apply_rot_embed_cat
 from lpl_pretrain.config.dataset import LatentEntry
 from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.schema import ParallelConfig
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning, class_conditioning
 from lpl_pretrain.models.layers import rotary_embedding, sincos_position_embedding, unpatchify

@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 
 from lpl_pretrain.config.dataset import LatentEntry, TextEntry
 from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
-from lpl_pretrain.config.text import TextShape, text_problems, text_shape
+from lpl_pretrain.config.text_layout import TextShape, text_problems, text_shape
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning, TextConditioner

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from lpl_pretrain.config.dataset import LatentEntry
-from lpl_pretrain.config.initial import InitConfig
+from lpl_pretrain.config.init_from import InitConfig
 from lpl_pretrain.config.model import UNetConfig
-from lpl_pretrain.config.text import TextShape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning, known_sizes
-from lpl_pretrain.trainer.initial import load_initial
+from lpl_pretrain.trainer.init_from import load_init_from
 
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
 TEXT = TextShape(tokens=7, width=16, pooled_width=12)
@@ -84,10 +84,10 @@ def test_a_diffusers_folder(tmp_path):
     model.network.save_pretrained(tmp_path)
     torch.manual_seed(5)
     fresh = build_denoiser(CONFIGS["sdxl"], LATENT, 3, seed=9, text=TEXT)
-    load_initial(InitConfig(diffusers=str(tmp_path)), fresh)
+    load_init_from(InitConfig(diffusers=str(tmp_path)), fresh)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters()))
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_initial(InitConfig(diffusers=str(tmp_path)), model_of("sd"))
+        load_init_from(InitConfig(diffusers=str(tmp_path)), model_of("sd"))
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("ldm", 401), ("sd", 860), ("sdxl", 2567)])

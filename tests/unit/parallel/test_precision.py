@@ -10,7 +10,7 @@ from torch import nn
 
 from lpl_pretrain.config.schema import ParallelConfig, Precision, StrategyKind
 from lpl_pretrain.parallel.loss_scale import LossScale
-from lpl_pretrain.parallel.precision import Door, Recipe, recipe
+from lpl_pretrain.parallel.precision import AutocastWrapper, PrecisionPolicy, recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Asks(nn.Module):
 
 @pytest.mark.parametrize("strategy", StrategyKind)
 def test_masters_are_wide_under_every_precision(strategy):
-    assert recipe(strategy, Precision.FP32) == Recipe(torch.float32)
+    assert recipe(strategy, Precision.FP32) == PrecisionPolicy(torch.float32)
     sharded = strategy is StrategyKind.FSDP2 or strategy.is_zero
     narrow = {
         Precision.BF16: torch.bfloat16,
@@ -39,7 +39,7 @@ def test_masters_are_wide_under_every_precision(strategy):
         Precision.FP16: torch.float16,
     }
     for precision, dtype in narrow.items():
-        assert recipe(strategy, precision) == Recipe(
+        assert recipe(strategy, precision) == PrecisionPolicy(
             torch.float32, dtype, dtype if sharded else None
         )
 
@@ -84,7 +84,7 @@ def test_without_fp16_there_is_no_scale():
 )
 def test_what_the_model_sees(precision, inside, answer):
     model = Asks().to(torch.float64 if precision == "fp64" else torch.float32)
-    door = Door(model, recipe(StrategyKind.DDP, Precision(precision)), "cpu")
+    door = AutocastWrapper(model, recipe(StrategyKind.DDP, Precision(precision)), "cpu")
     out = door(
         torch.ones(3, 2), torch.ones(3), Cond(torch.ones(3, dtype=torch.int64), torch.ones(3, 1))
     )

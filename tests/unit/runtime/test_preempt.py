@@ -58,9 +58,9 @@ def test_ctrl_c_while_there_is_nothing_to_remove():
 def test_ctrl_c_removes_what_lies_about(tmp_path):
     body = f"""
     from pathlib import Path
-    from lpl_pretrain.runtime.files import published
+    from lpl_pretrain.runtime.atomic import atomic_write
     try:
-        with published(Path({str(tmp_path / "file")!r})) as temporary:
+        with atomic_write(Path({str(tmp_path / "file")!r})) as temporary:
             temporary.write_text("half")
             say("ready")
             time.sleep(100)

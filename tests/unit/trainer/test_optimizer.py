@@ -9,7 +9,7 @@ from lpl_pretrain.config.check import optimizer_problems
 from lpl_pretrain.config.schema import OptimizerConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.build import build_denoiser
-from lpl_pretrain.parallel.native import materialize_state
+from lpl_pretrain.parallel.torch_optimizer import materialize_state
 from lpl_pretrain.trainer.optimizer import make_optimizer
 from tests.support.configs import TINY_MMDIT, dataset_index, train_config
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lpl_pretrain.runtime import files
+from lpl_pretrain.runtime import atomic
 from lpl_pretrain.trainer.provenance import append, describe
 from tests.support.configs import dataset_index, train_config
 
@@ -46,7 +46,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path, monkeyp
     def killed(*_):
         raise SystemExit
 
-    monkeypatch.setattr(files.os, "replace", killed)
+    monkeypatch.setattr(atomic.os, "replace", killed)
     with pytest.raises(SystemExit):
         append(path, start(1))
     assert json.loads(path.read_text()) == [start(0)] and [

@@ -22,7 +22,7 @@ from lpl_pretrain.parallel.strategy import StepReport
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
-from lpl_pretrain.trainer.deal import Dealer
+from lpl_pretrain.trainer.batch_plan import BatchPlanner
 from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.rollback import reason_to_stop
 from lpl_pretrain.trainer.spikes import LISTED, NoiseLevels, SpikeGuard, bounds, logarithm, worst
@@ -135,7 +135,7 @@ def test_each_level_holds_an_equal_part_of_every_batch(schedule, timesteps):
     config, path = TimestepConfig(**timesteps), make_schedule(schedule)
     levels = NoiseLevels.of(8, config, path)
     for step in range(3):
-        (hand,) = Dealer(3, 64, config, path).deal(step, slots=1)
+        (hand,) = BatchPlanner(3, 64, config, path).deal(step, slots=1)
         counts = torch.bincount(levels.index(path.noise_level(hand.t)), minlength=8)
         few = 0 if schedule == "rectified_flow" else 2  # a timestep that lies across an edge
         assert (counts - 8).abs().max() <= few, counts

@@ -18,7 +18,7 @@ from lpl_pretrain.trainer.metrics import Meter
 from tests.support.autoencoders import tiny_dc, tiny_distilled
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
-from tests.unit.perceptual.reference import reference_loss
+from tests.unit.losses.lpl.reference import reference_loss
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,124 @@
+"""How far apart two feature maps of one decoder stage are: normalise, mask, subtract, average.
+
+Shapes: features (B, C, H, W) in the decoder's dtype, computed with in float32 at least; distance
+(B,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lpl_pretrain.config.lpl import LPLConfig
+from lpl_pretrain.losses.lpl.normalize import Statistics, scales
+from lpl_pretrain.losses.lpl.outliers import keep_mask
+
+Pair = tuple[Statistics, Statistics]  # of (prediction, target)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Predicted minus target features, normalised: `values * factor`."""
+
+    values: Tensor  # (B, C, H, W)
+    factor: (
+        Tensor | None
+    )  # (B or 1, C, 1, 1); one number per channel can wait until its positions are summed
+    keep: Tensor | None  # (B, C, H, W) bool; None: every position is kept
+    # (B,) std over space of predicted / target features, mean over channels: LPL counters its
+    # shrinking
+    std_ratio: Tensor
+
+    def keep_fraction(self) -> Tensor:
+        """(B,)"""
+        if self.keep is None:
+            return torch.ones_like(self.std_ratio)
+        return self.keep.mean(dim=(1, 2, 3), dtype=self.std_ratio.dtype)
+
+
+def difference(
+    config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, batch: Pair | None = None
+) -> Difference:
+    """With gradient at `predicted`.  `batch`: statistics over the batch, where `normalize.over`
+    asks for them.
+    """
+    wide = torch.promote_types(predicted.dtype, torch.float32)
+    # plain memory order: statistics, quantiles and masks all run along the positions of a channel
+    predicted, target = (
+        x.to(wide, memory_format=torch.contiguous_format) for x in (predicted, target)
+    )
+    space = Statistics.of(predicted), Statistics.of(target)
+    keep = _keep(config, stage, predicted, target, space)
+    ratio = space[0].std.mean(dim=(1, 2, 3)) / space[1].std.mean(dim=(1, 2, 3)).clamp(min=1e-12)
+    if config.normalize is None:
+        return Difference(predicted - target, None, keep, ratio)
+    of_predicted, of_target = scales(
+        config.normalize, *(batch or _own_statistics(config, predicted, target, keep, space))
+    )
+    if of_predicted is not of_target:
+        values = (predicted - of_predicted.shift) * of_predicted.inverse() - (
+            target - of_target.shift
+        ) * of_target.inverse()
+        return Difference(values, None, keep, ratio)
+    factor = of_predicted.inverse()
+    if config.normalize.over == "channels":  # one number per position
+        return Difference((predicted - target) * factor, None, keep, ratio)
+    return Difference(predicted - target, factor, keep, ratio)
+
+
+def pointwise(config: LPLConfig, of: Difference) -> Tensor:
+    """(B, C, H, W): what every position contributes before averaging."""
+    return _penalty(config, of.values, of.keep) * _factor(config, of)
+
+
+def distance(config: LPLConfig, of: Difference) -> Tensor:
+    """(B,): mean over channels of the mean over positions."""
+    total = _penalty(config, of.values, of.keep).sum(dim=(2, 3), keepdim=True) * _factor(config, of)
+    positions: Tensor | int = of.values[0, 0].numel()
+    if of.keep is not None and config.outliers is not None and config.outliers.mean_over == "kept":
+        positions = of.keep.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return (total / positions).mean(dim=(1, 2, 3))
+
+
+def _keep(
+    config: LPLConfig, stage: int, predicted: Tensor, target: Tensor, space: Pair
+) -> Tensor | None:
+    outliers = config.outliers
+    if outliers is None or stage < outliers.first_stage:
+        return None
+    if outliers.source == "target":
+        return keep_mask(target, space[1].std, outliers, stage)
+    return keep_mask(predicted.detach(), space[0].std, outliers, stage)
+
+
+def _own_statistics(
+    config: LPLConfig, predicted: Tensor, target: Tensor, keep: Tensor | None, space: Pair
+) -> Pair:
+    """Of these two feature maps; `space` is reused when it is what is asked for."""
+    normalize, outliers = config.normalize, config.outliers
+    assert normalize is not None
+    if keep is not None and outliers is not None and outliers.zeroed_in_statistics:
+        if outliers.source == "target":
+            target = target * keep
+        else:
+            predicted = predicted * keep
+    elif (normalize.over, normalize.kind) == ("space", "std"):
+        return space
+    of_predicted, of_target = (
+        Statistics.of(x, normalize.over, normalize.kind) for x in (predicted, target)
+    )
+    return of_predicted, of_target
+
+
+def _penalty(config: LPLConfig, values: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is not None:
+        values = values * keep
+    return values.abs() if config.distance == "l1" else values.square()
+
+
+def _factor(config: LPLConfig, of: Difference) -> Tensor | float:
+    if of.factor is None:
+        return 1.0
+    return of.factor if config.distance == "l1" else of.factor.square()

@@ -1,0 +1,68 @@
+"""Which samples LPL counts: those noised so little that the one-step estimate is a picture worth
+comparing.
+
+All three spellings come down to one number, the largest noise level sigma_t / alpha_t that passes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lpl_pretrain.config.base import WeightingConfig
+from lpl_pretrain.config.lpl import GateConfig
+from lpl_pretrain.config.schema import Prediction, TimestepConfig
+from lpl_pretrain.diffusion.schedule import TIMESTEPS, Schedule
+from lpl_pretrain.diffusion.timesteps import quantile
+from lpl_pretrain.diffusion.weighting import loss_weight
+from lpl_pretrain.errors import ConfigError
+
+
+def max_noise_level(gate: GateConfig, schedule: Schedule) -> float:
+    """The gate is open where noise_level <= this."""
+    if gate.max_noise_level is not None:
+        return gate.max_noise_level
+    if gate.min_snr is not None:
+        return gate.min_snr**-0.5
+    assert gate.max_timestep is not None
+    last_in, first_out = (
+        min(timestep, TIMESTEPS - 1) / TIMESTEPS
+        for timestep in (gate.max_timestep - 1, gate.max_timestep)
+    )
+    return (
+        schedule.noise_level(torch.tensor([last_in, first_out], dtype=torch.float64)).mean().item()
+    )
+
+
+def gate_weights(
+    noise_level: Tensor, threshold: float, weighting: WeightingConfig, prediction: Prediction
+) -> Tensor:
+    """(B,) how much each sample counts in LPL: 0 outside the gate, inside it 1 or as
+    `lpl.noise_weighting` says.
+    """
+    return (noise_level <= threshold) * loss_weight(weighting, prediction, noise_level)
+
+
+def gate_share(threshold: float, schedule: Schedule, timesteps: TimestepConfig) -> float:
+    """Share of training samples inside the gate, by bisection: noise grows with t, and t with its
+    uniform u.
+
+    Raises ConfigError when no sample can ever pass.
+    """
+
+    def passes(u: float) -> bool:
+        t = schedule.place(quantile(timesteps, torch.tensor([u], dtype=torch.float64)))
+        return schedule.noise_level(t).item() <= threshold
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    if low == 0.0:
+        least = schedule.noise_level(schedule.place(torch.zeros(1, dtype=torch.float64))).item()
+        raise ConfigError(
+            f"lpl.gate: no sample can pass a noise level of {threshold:.4g}; the least noisy one "
+            "of this schedule has "
+            f"{least:.4g}: open the gate, or set lpl=null"
+        )
+    return low if not passes(1.0 - 2.0**-53) else 1.0

@@ -1,0 +1,169 @@
+"""Fresh weights replaced by those that `init_from` names; what was loaded, left and missing is
+told, and a mismatch is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lpl_pretrain.checkpoint.weights import stored
+from lpl_pretrain.config.check import run_identity
+from lpl_pretrain.config.init_from import InitConfig, diffusers_files
+from lpl_pretrain.config.load import load_run_config
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.config.strict_json import JSONError, read_json
+from lpl_pretrain.errors import CheckpointError, ConfigError
+from lpl_pretrain.models import convert_dit, convert_mmdit
+from lpl_pretrain.models.build import Denoiser
+from lpl_pretrain.runtime.log import log
+
+State = dict[str, Tensor]
+LISTED = 10
+UNET = "UNet2DConditionModel"
+CONVERTERS: dict[str, Callable[[dict[str, Any], State], tuple[Any, State]]] = {
+    "DiTTransformer2DModel": convert_dit.from_diffusers,
+    "SD3Transformer2DModel": convert_mmdit.from_diffusers,
+}
+CAUSES = {
+    "x_embedder": "another number of latent channels, or another patch_size",
+    "y_embedder": "another number of classes",
+    "final_layer.linear": "another number of latent channels, or learned_sigma",
+    "text_embedder": "other text encoders",
+    "pooled_embedder": "other pooled vectors",
+    "blocks": "another width or depth",
+}
+"""Beginning of a name -> why its shape may differ."""
+
+
+def load_init_from(init: InitConfig, model: Denoiser) -> None:
+    """Not collective. Overwrites the parameters of `model` in place.  Raises ConfigError or
+    CheckpointError.
+    """
+    state, source = read_initial(init, model)
+    own = dict(model.named_parameters())
+    missing = [name for name in own if name not in state]
+    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
+    unknown = [name for name in state if name not in own]
+    differing = [
+        name
+        for name in (*missing, *reshaped, *unknown)
+        if not name.startswith(init.allow_mismatch or ("\0",))
+    ]
+    if differing:
+        told = {**dict.fromkeys(missing, "missing"), **dict.fromkeys(unknown, "not in this model")}
+        told |= {
+            name: f"{tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
+            for name in reshaped
+        }
+        lines = [f"  {name}: {told[name]}" for name in differing[:LISTED]]
+        more = f"\n  and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
+        raise CheckpointError(
+            f"{source} does not fit this model in {len(differing)} parameters "
+            f"({likely_cause(differing, state)}):\n"
+            + "\n".join(lines)
+            + more
+            + "\nchange the model section, or allow it by name: init_from.allow_mismatch=[...]"
+        )
+    for name in own.keys() - {*missing, *reshaped}:
+        own[name].data.copy_(state[name])
+    kept = sorted({*missing, *reshaped})
+    log.info("initial weights: %d of %d parameters from %s", len(own) - len(kept), len(own), source)
+    if kept or unknown:
+        log.info(
+            "kept fresh: %s; not used: %s", ", ".join(kept) or "none", ", ".join(unknown) or "none"
+        )
+
+
+def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
+    """Weights in our names, and what they come from.  Raises ConfigError or CheckpointError."""
+    if init.run is not None:
+        run_dir = RunDir(Path(init.run))
+        state, facts = stored(run_dir, init.weights, init.step, identity_of(run_dir))
+        return state, f"{init.run} step {facts['step']} {init.weights}"
+    if init.file is not None:
+        return convert_dit.from_published(
+            read_tensors(Path(init.file), "init_from.file")
+        ), init.file
+    return read_diffusers(Path(init.diffusers or ""), model)
+
+
+def identity_of(run_dir: RunDir) -> str | None:
+    """Of a run's configuration; None where it cannot be read, as that of a run of another version."""
+    try:
+        return run_identity(load_run_config(run_dir))
+    except ConfigError:
+        return None
+
+
+def read_tensors(path: Path, key: str) -> State:
+    """A safetensors file of finite numbers; nothing else is ever read.  Raises CheckpointError."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{key}={path}: cannot be read as safetensors: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise CheckpointError(
+                f"{key}={path}: {name} is {tensor.dtype}, or holds NaN or infinity: wanted "
+                "finite weights"
+            )
+    return tensors
+
+
+def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
+    try:
+        settings = read_json(folder / "config.json")
+    except JSONError as error:
+        raise ConfigError(f"init_from.diffusers: {error}") from None
+    name = settings.get("_class_name") if isinstance(settings, dict) else None
+    if name not in (*CONVERTERS, UNET):
+        raise ConfigError(
+            f"init_from.diffusers={folder}: is a {name}, wanted one of "
+            f"{', '.join((*CONVERTERS, UNET))}"
+        )
+    theirs: State = {}
+    for path in diffusers_files(folder):
+        theirs |= read_tensors(path, "init_from.diffusers")
+    if name == UNET:
+        return {f"network.{key}": tensor for key, tensor in theirs.items()}, str(folder)
+    try:
+        section, state = CONVERTERS[name](settings, theirs)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"init_from.diffusers={folder}: {error}") from None
+    except (
+        Exception
+    ) as error:  # of any kind, for settings and tensors that are not those of this class
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ConfigError(
+            f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})"
+        ) from None
+    here = {"size", "mlp_ratio", "position_side"}
+    mine = model.config.model_dump(exclude=here)
+    for key, value in {
+        "kind": section.kind,
+        **section.model_dump(exclude=here),
+    }.items():  # the kind explains the rest
+        if mine.get(key) != value:
+            raise ConfigError(
+                f"init_from.diffusers={folder}: has {key}={value}, model.{key} is {mine.get(key)}: "
+                "set it so"
+            )
+    return state, str(folder)
+
+
+def likely_cause(differing: list[str], state: State) -> str:
+    if any(name.startswith("transformer_blocks.") for name in state):
+        return "these are diffusers' names: use init_from.diffusers with the folder"
+    prefixes = {name.split(".")[0] for name in state}
+    if len(prefixes) == 1:
+        return f"all names begin with {prefixes.pop()!r}: take the dictionary inside it"
+    for beginning, cause in CAUSES.items():
+        if any(name.startswith(beginning) for name in differing):
+            return f"likely {cause}"
+    return "likely another kind of model"

@@ -1,0 +1,118 @@
+"""What a rank finds out about its node, and that it does so without raising."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lpl_pretrain.config.data_mixture import read_data
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.preflight import node_report
+from lpl_pretrain.preflight.node_report import (
+    checkpoints_gib,
+    observe,
+    probe_folder,
+    probe_shard,
+    wrong_product,
+)
+from lpl_pretrain.runtime.world import World
+from tests.support.configs import train_config
+from tests.support.latents import tiny_dataset
+from tests.support.runs import make_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    latents, _ = tiny_dataset(tmp_path_factory.mktemp("data"), 8)
+    return latents
+
+
+def test_nothing_is_wrong_here(data, tmp_path):
+    found = observe(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
+    troubles = (
+        found.refusal,
+        found.run_dir_trouble,
+        found.shard_trouble,
+        found.no_device,
+        found.device_trouble,
+    )
+    assert (
+        troubles == (None,) * 5
+        and found.free_gib > found.wanted_gib > 0
+        and found.shard.startswith(data)
+    )
+    assert not list(tmp_path.iterdir()), "the probe is gone, and made no folder"
+
+
+def test_a_shard_that_is_gone_empty_or_no_file(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "latents")
+    (shard,) = folder.glob("*.tar")
+    found = read_data(str(folder))
+    assert probe_shard(found, 5) == (str(shard), None)
+    os.truncate(shard, 0)
+    assert "shorter than a header" in probe_shard(found, 0)[1]
+    shard.unlink()
+    assert "FileNotFoundError" in probe_shard(found, 0)[1]
+    assert "ValueError" in probe_shard(replace(found, paths=["nowhere://x"]), 0)[1], (
+        "an error of a driver"
+    )
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    free, trouble = probe_folder(RunDir(tmp_path / "file"))
+    assert free is None and "NotADirectoryError" in trouble
+
+
+def test_a_full_disk_is_no_trouble_of_the_folder(tmp_path, monkeypatch):
+    """It is room that is wanting, which may come back."""
+
+    def full(**options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(node_report.tempfile, "TemporaryFile", full)
+    assert probe_folder(RunDir(tmp_path)) == (0.0, None)
+
+
+def test_a_device_that_multiplies_wrongly(monkeypatch):
+    assert wrong_product(torch.device("cpu")) is None
+    right = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: right(a, b) + (a.is_floating_point() and torch.eye(node_report.SIDE)),
+    )
+    assert (
+        wrong_product(torch.device("cpu"))
+        == f"{node_report.SIDE} wrong numbers in a product of matrices"
+    )
+
+
+def test_room_for_checkpoints_is_what_they_take(tmp_path):
+    """The support's checkpoints hold parameters and their average; the optimizer's two moments are
+    as large.
+    """
+    made = make_run(tmp_path, "flow", "rectified_flow")
+    config, data = (
+        train_config(steps=600, checkpoint__keep_last=1),
+        read_data(str(tmp_path / "data")),
+    )
+    size = (
+        2
+        * sum(file.stat().st_size for file in made.run_dir.checkpoint(6).glob("*.safetensors"))
+        / 2**30
+    )
+    wanted = checkpoints_gib(config, made.run_dir, data)
+    assert 0.8 * size < wanted < size, (
+        "two are there, and one is written before the oldest is removed"
+    )
+    assert checkpoints_gib(config, RunDir(tmp_path / "new"), data) == pytest.approx(2 * wanted)
+    assert checkpoints_gib(train_config(steps=6), made.run_dir, data) == 0, "it is complete"
+    assert checkpoints_gib(
+        train_config(steps=600, ema__power=[0.1]), made.run_dir, data
+    ) == pytest.approx(5 / 4 * 2 * wanted)

@@ -1,0 +1,163 @@
+"""What a step trains on is a function of (seed, step); who takes it never changes what is taken."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
+from lpl_pretrain.diffusion.schedule import make_schedule
+from lpl_pretrain.losses.lpl.gate import gate_share
+from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset
+from lpl_pretrain.trainer.lr import learning_rate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+
+
+def dealer(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_normal", seed=3):
+    return BatchPlanner(seed, size, TimestepConfig(distribution=distribution), make_schedule(kind))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 6, 8, 12])
+def test_the_global_batch_does_not_depend_on_the_slots(slots):
+    one = dealer().deal(7, slots=1)[0]
+    hands = dealer().deal(7, slots=slots)
+    assert all(len(hand.sample_indices) == 48 // slots for hand in hands)
+    dealt = {i: t.item() for hand in hands for i, t in zip(hand.sample_indices, hand.t)}
+    assert dealt == {i: t.item() for i, t in zip(one.sample_indices, one.t)}
+    assert sorted(dealt) == list(range(7 * 48, 8 * 48))
+
+
+@pytest.mark.parametrize("kind", list(ScheduleKind))
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("threshold", [0.2, 3**-0.5, 1.0, 3.0])
+def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, threshold):
+    d = dealer(kind=kind, distribution=distribution)
+    share = gate_share(threshold, d.schedule, d.timesteps)
+    for slots in (1, 2, 3, 8):
+        prefix = LPLSubset.of(48, share, 1.0).prefix(slots)
+        assert prefix <= math.ceil(48 * share / slots) + 1
+        counts = []
+        for step in range(20):
+            for hand in d.deal(step, slots):
+                gated = d.schedule.noise_level(hand.t) <= threshold
+                assert not gated[prefix:].any()
+                counts.append(int(gated.sum()))
+        assert (
+            max(counts) - min(counts) <= 2
+        )  # one for the stratum that straddles the gate, one for the dealing
+
+
+def test_has_teeth_without_sorting():
+    """Dealt in the order of the draw, gated samples would lie anywhere."""
+    d = dealer()
+    prefix = LPLSubset.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).prefix(4)
+    hand = d.deal(0, 1)[0]
+    by_index = hand.t[torch.tensor(hand.sample_indices).argsort()]
+    assert any(
+        (d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4)
+    )
+
+
+def test_steps_and_seeds_differ():
+    assert not torch.equal(dealer().deal(0, 1)[0].t, dealer().deal(1, 1)[0].t)
+    assert not torch.equal(dealer().deal(0, 1)[0].t, dealer(seed=4).deal(0, 1)[0].t)
+
+
+def test_inverse_square_root():
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, decay="inverse_sqrt", decay_from_steps=4)
+    assert [learning_rate(config, step, 100) for step in (0, 1, 3, 15, 63)] == [
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.25,
+    ]
+    with pytest.raises(ValueError, match="decay_from_steps=None with decay=inverse_sqrt"):
+        OptimizerConfig(decay="inverse_sqrt")
+
+
+def test_learning_rate():
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine")
+    assert [learning_rate(config, s, 8) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
+    assert learning_rate(config, 6, 8) == pytest.approx(0.5)
+    assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=4), 1000, 8) == 1.0
+
+
+@pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.3, 0.01])
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+def test_chosen_samples_come_first_and_are_the_same_for_any_slots(sample_share, slots):
+    choice = LPLSubset.of(48, 0.4, sample_share)
+    d = replace(dealer(), choice=choice)
+    assert choice.candidates == 20 and choice.chosen == math.ceil(20 * sample_share)
+    for step in range(5):
+        one = d.deal(step, 1)[0]
+        hands = d.deal(step, slots)
+        chosen = [i for hand in hands for i in hand.sample_indices[: hand.chosen]]
+        assert (
+            sorted(chosen) == sorted(one.sample_indices[: one.chosen])
+            and len(chosen) == choice.chosen
+        )
+        assert all(
+            len(hand.sample_indices) == 48 // slots and hand.chosen <= choice.prefix(slots)
+            for hand in hands
+        )
+        assert max(hand.chosen for hand in hands) - min(hand.chosen for hand in hands) <= 1
+        assert sorted(i for hand in hands for i in hand.sample_indices) == list(
+            range(48 * step, 48 * step + 48)
+        )
+
+
+def test_every_candidate_has_the_same_chance():
+    """Systematic sampling: 7 of 20, each with probability 7 / 20, whatever its noise level."""
+    d = replace(dealer(), choice=LPLSubset(20, 7))
+    counts = torch.zeros(48)
+    steps = 4000
+    for step in range(steps):
+        order = d._chosen_first(torch.arange(48), step)
+        counts[order[:7]] += 1
+    share = counts / steps
+    assert not share[20:].any()
+    assert (share[:20] - 0.35).abs().max() < 5 * math.sqrt(0.35 * 0.65 / steps)
+
+
+@pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.25])
+def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_share):
+    from bench_dealing import Estimator
+
+    estimator = Estimator()
+    plain, dealt = estimator.plain(1_600_000), estimator.dealt(100_000, sample_share)
+    error = math.sqrt(dealt.var() / len(dealt) + plain.var() / len(plain))
+    assert abs(dealt.mean() - plain.mean()) < 4 * error
+    assert error < 0.02 * plain.mean()
+    assert dealt.var() < 0.5 * plain.var()
+
+
+def test_has_teeth_half_of_the_samples_without_their_weight():
+    from bench_dealing import Estimator
+
+    estimator = Estimator()
+    plain, wrong = estimator.plain(1_600_000), estimator.dealt(20_000, 0.5, weighted=False)
+    assert abs(wrong.mean() - plain.mean()) > 0.3 * plain.mean()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_marginal_of_t_is_exactly_the_configured_distribution(distribution):
+    """Of single samples, by where they lie in the batch: Kolmogorov-Smirnov against the quantile
+    function's inverse.
+    """
+    d = dealer(size=4, distribution=distribution)
+    steps = 4000
+    t = torch.stack(
+        [
+            one.t[torch.tensor(one.sample_indices).argsort()]
+            for one in (d.deal(step, 1)[0] for step in range(steps))
+        ]
+    )
+    for column in t.double().T:
+        u = column if distribution == "uniform" else torch.special.ndtr(torch.logit(column))
+        distance = (u.sort().values - (torch.arange(steps) + 0.5) / steps).abs().max()
+        assert distance < 1.95 / math.sqrt(steps)  # one in a thousand

@@ -1,0 +1,50 @@
+"""metrics.jsonl: whole lines, by one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from lpl_pretrain.config.rundir import RunDir
+from lpl_pretrain.trainer.trackers import Trackers
+from tests.support.configs import train_config
+
+
+@pytest.mark.parametrize(
+    "before, kept", [("", 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{"step": 2, "lo', 2)]
+)
+def test_a_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, before, kept):
+    """By a kill, or a full disk."""
+    (tmp_path / "metrics.jsonl").write_text(before)
+    sinks = Trackers(RunDir(tmp_path), train_config(), 0)
+    sinks.event("resumed", 1)
+    sinks.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.startswith(before) and len(text.splitlines()) == kept + 1
+    assert json.loads(text.splitlines()[-1])["event"] == "resumed"
+
+
+def test_who_has_lost_the_run_writes_no_line(tmp_path):
+    def end():
+        raise SystemExit
+
+    sinks = Trackers(RunDir(tmp_path), train_config(), 0, end)
+    with pytest.raises(SystemExit):
+        sinks.metrics(1, {})
+    sinks.close()
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's"
+)
+def test_a_line_that_is_refused_when_the_file_is_closed_names_the_file(tmp_path):
+    sinks = Trackers(RunDir(tmp_path), train_config(), rank=0)
+    sinks.file.close()
+    sinks.file = open("/dev/full", "a")  # noqa: SIM115
+    sinks.file.write("a line")
+    with pytest.raises(OSError) as error:
+        sinks.close()
+    assert error.value.filename == str(RunDir(tmp_path).metrics)
