@@ -1,9 +1,9 @@
 """Disturbs encode, train, evaluate and launch at random moments, and compares what they leave with
 undisturbed runs.
 
-    python tools/chaos.py --faults 1000 --json chaos.json
-    python tools/chaos.py --series encode --seed 7 --only 42    # one iteration again, as a violation names it
-    python tools/chaos.py --merge a.json b.json                 # one table of several runs
+    python -m tools.chaos --faults 1000 --json chaos.json
+    python -m tools.chaos --series encode --seed 7 --only 42    # repeat one iteration
+    python -m tools.chaos --merge a.json b.json                 # one table of several runs
 
 Faults: SIGKILL and SIGTERM of one rank or all, SIGSTOP for a while or until the lease is lost, a
 full disk, and errors, short transfers and interruptions of single calls (tools/faults/layer.c).  A
@@ -21,9 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tools.faults.campaign import Campaign, Tally  # noqa: E402
+from tools.faults.campaign import Campaign, Tally
 
 SHARES = {
     "encode": 28,

@@ -11,9 +11,41 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = 100
-FRAGMENTS = set(
-    ["also", "and", "as", "at", "because", "behind", "but", "by", "for", "from", "how", "if", "in", "is", "it", "its", "of", "on", "or", "so", "that", "those", "to", "what", "whatever", "when", "where", "which", "who", "whoever", "whose", "why", "with"]
-)
+FRAGMENTS = {
+    "also",
+    "and",
+    "as",
+    "at",
+    "because",
+    "behind",
+    "but",
+    "by",
+    "for",
+    "from",
+    "how",
+    "if",
+    "in",
+    "is",
+    "it",
+    "its",
+    "of",
+    "on",
+    "or",
+    "so",
+    "that",
+    "those",
+    "to",
+    "what",
+    "whatever",
+    "when",
+    "where",
+    "which",
+    "who",
+    "whoever",
+    "whose",
+    "why",
+    "with",
+}
 """First words that leave a docstring without its verb or noun."""
 
 

@@ -18,7 +18,7 @@ from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.runtime.dist import any_over_ranks
 from tests.support.ranks import run_ranks
-from tests.support.training import Case, Training, assert_identical, whole
+from tests.support.training import Case, Training, assert_identical, join_ranks
 
 CASE = Case(optimizer="adamw", precision="fp32", lr=0.01, max_grad_norm=0.5)
 
@@ -62,7 +62,7 @@ def saves_while_training(world, device, case, folder, forgets_to_copy):
 def test_the_checkpoint_is_of_the_moment_it_was_asked_for(strategy, tmp_path):
     results = run_ranks(2, saves_while_training, replace(CASE, strategy=strategy), tmp_path, False)
     wanted, restored, steps, stall = zip(*results, strict=True)
-    assert_identical(whole(restored), whole(wanted))
+    assert_identical(join_ranks(restored), join_ranks(wanted))
     assert steps[0] == steps[1] > 2, "training waited for the disk"
     assert max(stall) < 0.3, "save waited for the disk"
 
@@ -73,7 +73,7 @@ def test_has_teeth_without_a_copy(tmp_path):
         strict=True,
     )
     with pytest.raises(AssertionError):
-        assert_identical(whole(restored), whole(wanted))
+        assert_identical(join_ranks(restored), join_ranks(wanted))
 
 
 def saves_in_a_row(world, device, folder):

@@ -21,9 +21,9 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.runtime.dist import barrier
-from tests.support.checkpoints import edit, record_again
+from tests.support.checkpoints import edit, rewrite_manifest
 from tests.support.ranks import run_ranks
-from tests.support.training import Case, Training, assert_identical, one_process, whole
+from tests.support.training import Case, Training, assert_identical, join_ranks, train_one_process
 
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 SAVED, MORE = 2, 2
@@ -61,7 +61,7 @@ def both(world, device, case, folder):
 
 
 def columns(results):
-    return map(whole, zip(*results, strict=True))
+    return map(join_ranks, zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -167,7 +167,9 @@ def saved_by_all(tmp_path_factory):
 
 
 def test_the_average_exported_from_every_layout_is_that_of_one_process(saved_by_all):
-    wanted = one_process(replace(CASE, strategy="local", grad_accum_steps=1), steps=SAVED)["ema"]
+    wanted = train_one_process(replace(CASE, strategy="local", grad_accum_steps=1), steps=SAVED)[
+        "ema"
+    ]
     for folder, _, _ in saved_by_all.values():
         exported, facts = stored(RunDir(folder), "ema", None)
         assert exported.keys() == wanted.keys() and facts == {"weights": "ema", "step": str(SAVED)}
@@ -320,7 +322,7 @@ def test_what_one_rank_finds_all_ranks_pass_over(tmp_path):
     renamed = {f"{key}_" if key == first else key: entry for key, entry in header.items()}
     text = json.dumps(renamed).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    record_again(newest)
+    rewrite_manifest(newest)
     content = json.loads((middle / "manifest.json").read_text())
     del content["digest"]
     (middle / "manifest.json").write_text(json.dumps({**content, "format": 2}))

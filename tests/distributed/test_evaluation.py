@@ -22,7 +22,7 @@ from lpl_pretrain.evaluation.generate import Generator
 from lpl_pretrain.runtime.lease import Lease
 from tests.support.checkpoints import edit
 from tests.support.ranks import run_ranks
-from tests.support.runs import averages, make_run
+from tests.support.tiny_run import color_means_extractor, make_run
 
 CPU = torch.device("cpu")
 METRICS = ["fd", "fd_infinity", "kid", "precision_recall", "density_coverage"]
@@ -52,7 +52,7 @@ def run(template):
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
     """And one thread, as several ranks have: convolutions round by the number of threads."""
-    monkeypatch.setattr(job, "load_extractor", averages)
+    monkeypatch.setattr(job, "load_extractor", color_means_extractor)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -16,7 +16,7 @@ from lpl_pretrain.trainer.metrics import Meter
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
-from tests.support.training import JSON_OF, ROOT, whole
+from tests.support.training import ROOT, ZERO_CONFIGS, join_ranks
 
 STEPS = 2
 LPL = {
@@ -47,9 +47,12 @@ def train(
     """Parameters, averages, gradient norms and metrics after STEPS updates with plain SGD,
     unclipped; batches of `size`.
     """
-    parallel = {"precision": precision, "strategy": "zero" if strategy in JSON_OF else strategy}
-    if strategy in JSON_OF:
-        parallel["zero_config"] = str(ROOT / JSON_OF[strategy])
+    parallel = {
+        "precision": precision,
+        "strategy": "zero" if strategy in ZERO_CONFIGS else strategy,
+    }
+    if strategy in ZERO_CONFIGS:
+        parallel["zero_config"] = str(ROOT / ZERO_CONFIGS[strategy])
     if strategy == "hsdp":
         parallel |= {"strategy": "fsdp2", "shard_size": max(1, world.world_size // 2)}
     config = train_config(
@@ -84,7 +87,7 @@ def reference(data, lpl, precision="fp64", size=8):
 
 
 def assert_same(results, wanted, rtol, atol):
-    got, expected = whole(results), whole([wanted])
+    got, expected = join_ranks(results), join_ranks([wanted])
     for kind in ("param", "ema"):
         for name, tensor in expected[kind].items():
             torch.testing.assert_close(
@@ -163,7 +166,7 @@ def test_equals_one_process_under_zero(data, strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_bf16_is_near(data, strategy):
     results = run_ranks(2, train, data, strategy, "bf16", 2, {"decoder_precision": "bf16"})
-    got, wanted = whole(results), whole([reference(data, {})])
+    got, wanted = join_ranks(results), join_ranks([reference(data, {})])
     torch.testing.assert_close(got["norms"]["norms"], wanted["norms"]["norms"], rtol=3e-2, atol=0)
     assert results[0]["metrics"]["loss/lpl"] == pytest.approx(
         reference(data, {})["metrics"]["loss/lpl"], rel=5e-2

@@ -13,7 +13,7 @@ from lpl_pretrain.trainer.metrics import Meter
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
-from tests.support.training import JSON_OF, ROOT, assert_identical, whole
+from tests.support.training import ROOT, ZERO_CONFIGS, assert_identical, join_ranks
 
 BAD_STEPS = (1, 3)
 
@@ -25,8 +25,8 @@ def data(tmp_path_factory):
 
 def new_run(world, device, data, folder, strategy, **optimizer):
     parallel = (
-        {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
-        if strategy in JSON_OF
+        {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}
+        if strategy in ZERO_CONFIGS
         else {"strategy": strategy}
     )
     config = train_config(
@@ -97,7 +97,7 @@ def test_stop(data, tmp_path, strategy):
         f"step 2: the loss is not finite: rank 1: sample {bad[0][0]}. Parameters and moments are "
         "as before"
     )
-    before, after = (whole([state[i] for state in states]) for i in (1, 2))
+    before, after = (join_ranks([state[i] for state in states]) for i in (1, 2))
     assert_identical(after, before)
 
 
@@ -114,7 +114,7 @@ def test_skip(data, tmp_path, strategy):
         3
     ] and skipped == (2, 2)
     assert 0 < means[0]["loss/total"] < 100 and weight[0] == weight[1] > 0
-    states = [whole([state[i] for state in states]) for i in range(5)]
+    states = [join_ranks([state[i] for state in states]) for i in range(5)]
     assert_identical(states[2], states[1])
     for earlier, later in ((0, 1), (2, 3)):
         with pytest.raises(AssertionError):

@@ -31,7 +31,7 @@ from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.metrics import Meter
 from tests.support.ranks import run_ranks
 from tests.support.spikes import BATCH, DATA, FIRST, SECOND, STEPS, poisoned_data, spike_config
-from tests.support.training import JSON_OF, Case, Training, assert_identical, whole
+from tests.support.training import ZERO_CONFIGS, Case, Training, assert_identical, join_ranks
 
 CPU = torch.device("cpu")
 SKIP = [(11, "skip", None, None)]
@@ -188,7 +188,9 @@ def test_every_layout_decides_the_same(runs, data, tmp_path, ranks, strategy, on
     assert (found.problems, found.steps) == ([], STEPS)
     assert (found.rollbacks, found.jump_updates) == ((0, 0) if on_spike == "skip" else (2, 5))
     exact = (
-        {"rtol": 1e-10, "atol": 1e-12} if strategy not in JSON_OF else {"rtol": 1e-5, "atol": 1e-7}
+        {"rtol": 1e-10, "atol": 1e-12}
+        if strategy not in ZERO_CONFIGS
+        else {"rtol": 1e-5, "atol": 1e-7}
     )
     for kind in ("param", "ema"):
         assert_close(final(run_dir, kind), final(runs[1, "local", on_spike], kind), **exact)
@@ -271,7 +273,7 @@ def steps_with(world, device, strategy, precision, rejected=(), data_of=None, ch
 
 STRATEGIES = [
     *((strategy, "fp64") for strategy in ("ddp", "fsdp2", "hsdp")),
-    *((strategy, "fp32") for strategy in JSON_OF),
+    *((strategy, "fp32") for strategy in ZERO_CONFIGS),
     *((strategy, "bf16") for strategy in ("zero2", "zero3")),
     ("ddp", "fp16"),
 ]
@@ -303,7 +305,7 @@ def test_a_rejected_update_leaves_nothing_behind(strategies, name):
     ranks = [found[name] for found in strategies]
     for got, wanted in (("checked", "unchecked"), ("rejected", "without")):
         assert_identical(
-            whole([rank[got] for rank in ranks]), whole([rank[wanted] for rank in ranks])
+            join_ranks([rank[got] for rank in ranks]), join_ranks([rank[wanted] for rank in ranks])
         )
         for fact in ("optimizer_steps", "loss_scale"):
             assert len({rank[kind][fact] for rank in ranks for kind in (got, wanted)}) == 1

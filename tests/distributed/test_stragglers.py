@@ -13,7 +13,7 @@ from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.trainer import stragglers
 from lpl_pretrain.trainer.loop import train
 from lpl_pretrain.trainer.step import Updater
-from tests.support.commands import lines
+from tests.support.commands import metric_lines
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
@@ -83,7 +83,7 @@ def train_slowly(world, device, data, folder, measure):
 @pytest.mark.parametrize("measure", [*stragglers.MEASURES, "nothing"])
 def test_the_slow_rank_is_named(data, tmp_path, measure):
     assert all(run_ranks(RANKS, train_slowly, data, tmp_path, measure))
-    told = lines(tmp_path)
+    told = metric_lines(tmp_path)
     called = [
         (line["rank"], line["host"], line["measure"])
         for line in told
@@ -101,5 +101,5 @@ def test_the_slow_rank_is_named(data, tmp_path, measure):
 def test_one_process_tells_nothing_of_ranks(data, tmp_path):
     (complete,) = run_ranks(1, train_slowly, data, tmp_path, "data")
     assert complete and not [
-        key for line in lines(tmp_path) for key in line if key.startswith("ranks/")
+        key for line in metric_lines(tmp_path) for key in line if key.startswith("ranks/")
     ]

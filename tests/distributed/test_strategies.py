@@ -20,17 +20,17 @@ from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer import optimizer
 from tests.support.ranks import RankFailed, run_ranks
-from tests.support.tiny import BLOCKS, Tiny
+from tests.support.tiny_denoiser import BLOCKS, TinyDenoiser
 from tests.support.training import (
     HISTORIES,
-    JSON_OF,
     NO_CLIPPING,
+    ZERO_CONFIGS,
     Case,
     Training,
     assert_identical,
-    one_process,
+    join_ranks,
     train,
-    whole,
+    train_one_process,
 )
 
 STRATEGIES = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
@@ -68,7 +68,7 @@ def train_all(world, device, cases):
 def test_equals_one_process(strategy, world_size):
     cases = [Case(strategy, precision(strategy), grad_accum_steps=steps) for steps in (1, 2, 4)]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
-        assert_same(whole(results), one_process(Case()), strategy)
+        assert_same(join_ranks(results), train_one_process(Case()), strategy)
 
 
 @pytest.mark.parametrize(("world_size", "shard_size"), [(4, 2), (4, 1), (4, 4), (2, 1), (1, 1)])
@@ -79,7 +79,7 @@ def test_groups_of_ranks_that_replicate_each_other_equal_one_process(world_size,
         for steps in (1, 2, 4)
     ]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
-        assert_same(whole(results), one_process(Case()), "fsdp2")
+        assert_same(join_ranks(results), train_one_process(Case()), "fsdp2")
 
 
 @pytest.mark.parametrize("more", [(("reshard_after_forward", False),), (("cpu_offload", True),)])
@@ -89,7 +89,7 @@ def test_policies_of_fsdp2_change_nothing(more):
         Case("fsdp2", "fp64", more=(*more, ("shard_size", 1))),
     ]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
-        assert_same(whole(results), one_process(Case()), "fsdp2")
+        assert_same(join_ranks(results), train_one_process(Case()), "fsdp2")
 
 
 def test_groups_that_do_not_divide_the_world():
@@ -114,7 +114,7 @@ def test_activation_checkpointing_changes_nothing(strategy):
         for blocks in CHECKPOINTING
     ]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
-        assert_same(whole(results), one_process(Case()), strategy)
+        assert_same(join_ranks(results), train_one_process(Case()), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
@@ -127,19 +127,19 @@ def test_compiled_blocks_change_nothing(strategy):
         Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks),
         timeout_s=240,
     )
-    assert_same(whole(results), one_process(Case()), strategy)
+    assert_same(join_ranks(results), train_one_process(Case()), strategy)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
 def test_adamw_with_clipping_equals_one_process(strategy):
     """Also the moments: they are on the same ranges as the parameters."""
     options = {"optimizer": "adamw", "max_grad_norm": 0.3, "lr": 0.01}
-    reference = one_process(Case(**options))
+    reference = train_one_process(Case(**options))
     assert (
         reference["norms"]["norms"].min() > 0.3
         and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < reference.keys()
     )
-    got = whole(
+    got = join_ranks(
         run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, **options))
     )
     assert_same(got, reference, strategy)
@@ -155,7 +155,7 @@ MUON_LAYOUTS = {
 
 def furthest(got, wanted):
     """Largest difference of a parameter, beside the largest that training has made."""
-    begun = whole([train(World(), torch.device("cpu"), MUON, 0)])["param"]
+    begun = join_ranks([train(World(), torch.device("cpu"), MUON, 0)])["param"]
     error = max(
         (got["param"][name] - tensor).abs().max() for name, tensor in wanted["param"].items()
     )
@@ -170,11 +170,13 @@ def test_muon_makes_whole_matrices_orthogonal(layout):
     may be rounded to another bf16.
     """
     world_size, strategy, more = MUON_LAYOUTS[layout]
-    got = whole(run_ranks(world_size, train, replace(MUON, strategy=strategy, more=more)))
+    got = join_ranks(run_ranks(world_size, train, replace(MUON, strategy=strategy, more=more)))
     assert (
-        got.keys() == one_process(MUON).keys() >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
+        got.keys()
+        == train_one_process(MUON).keys()
+        >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
     )
-    error, moved = furthest(got, one_process(MUON))
+    error, moved = furthest(got, train_one_process(MUON))
     assert error < 1e-3 * moved
 
 
@@ -187,8 +189,8 @@ def test_has_teeth_muon_on_shards():
             "orthogonal",
             lambda matrix: torch.cat([whole_matrix(rows) for rows in matrix.chunk(2)]),
         )
-        broken = one_process(MUON)
-    error, moved = furthest(broken, one_process(MUON))
+        broken = train_one_process(MUON)
+    error, moved = furthest(broken, train_one_process(MUON))
     assert error > 0.1 * moved
 
 
@@ -238,25 +240,25 @@ def sums_in_bf16(world, device, case):
 def test_has_teeth_sums_in_bf16(strategy):
     results = run_ranks(2, sums_in_bf16, Case(strategy, precision(strategy), grad_accum_steps=4))
     with pytest.raises(AssertionError):
-        assert_same(whole(results), one_process(Case()), strategy)
+        assert_same(join_ranks(results), train_one_process(Case()), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_has_teeth(strategy):
     results = run_ranks(2, breaks, strategy)
     for broken in results[0]:
-        reference = one_process(
+        reference = train_one_process(
             Case(max_grad_norm=0.3 if broken == "forgets to clip" else NO_CLIPPING)
         )
         with pytest.raises(AssertionError):
-            assert_same(whole(result[broken] for result in results), reference, strategy)
+            assert_same(join_ranks(result[broken] for result in results), reference, strategy)
 
 
 def trains_in_bf16(world, device, near, tiny_updates):
     """Two runs, and the dtypes of what reaches the model in the first: z_t, t, labels."""
     seen = []
     run = Training(world, device, near)
-    model = next(module for module in run.module.modules() if isinstance(module, Tiny))
+    model = next(module for module in run.module.modules() if isinstance(module, TinyDenoiser))
     model.register_forward_pre_hook(
         lambda module, inputs: seen.append([str(x.dtype) for x in (*inputs[:2], inputs[2].labels)])
     )
@@ -272,10 +274,10 @@ def test_bf16(strategy):
         "a timestep rounded to bf16 has 8 bits"
     )
     assert_near_and_wide(
-        whole(results[0]), one_process(replace(near, strategy="local", precision="fp64"))
+        join_ranks(results[0]), train_one_process(replace(near, strategy="local", precision="fp64"))
     )
     assert_moved_by_tiny_updates(
-        whole(results[1]), one_process(Case(precision="fp32"), steps=0)["param"]
+        join_ranks(results[1]), train_one_process(Case(precision="fp32"), steps=0)["param"]
     )
 
 
@@ -312,12 +314,12 @@ def test_fp16_scales_its_losses(strategy):
     too large is lowered first.
     """
     case, factor = Case(strategy, "fp16", lr=1e6, grad_accum_steps=2), 1e-6
-    wanted = one_process(
+    wanted = train_one_process(
         replace(case, strategy="local", precision="fp64", grad_accum_steps=1, lr=1.0)
     )  # 1e6 * 1e-6
     results, tried, scales = zip(*run_ranks(2, in_fp16, case, None, factor), strict=True)
     assert tried[0] == [False] * 3 and scales[0] == 2.0**16
-    got = whole(results)
+    got = join_ranks(results)
     assert all(tensor.dtype == torch.float32 for tensor in got["param"].values())
     for name, tensor in wanted["param"].items():
         torch.testing.assert_close(got["param"][name].double(), tensor, rtol=2e-2, atol=1e-2)
@@ -332,17 +334,17 @@ def test_fp16_scales_its_losses(strategy):
         and scales[0] == 2.0 ** (52 - lowered)
     )
     for name, tensor in got["param"].items():
-        torch.testing.assert_close(whole(results)["param"][name], tensor, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(join_ranks(results)["param"][name], tensor, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_has_teeth_fp16_without_a_scale(strategy):
     case = Case(strategy, "fp16", lr=1e6)
     results, _, _ = zip(*run_ranks(2, in_fp16, case, 1.0, 1e-6), strict=True)
-    wanted = one_process(replace(case, strategy="local", precision="fp64", lr=1.0))
+    wanted = train_one_process(replace(case, strategy="local", precision="fp64", lr=1.0))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
-            whole(results)["norms"]["norms"] * 1e6, wanted["norms"]["norms"], rtol=2e-2, atol=0
+            join_ranks(results)["norms"]["norms"] * 1e6, wanted["norms"]["norms"], rtol=2e-2, atol=0
         )
 
 
@@ -402,7 +404,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_the_update(str
     )
     reports, *results = zip(*run_ranks(2, meets_a_bad_loss, case, bad), strict=True)
     assert set(reports) == {"StepReport(applied=False, grad_norm=nan, scale_lowered=False)"}
-    before, after, later, undisturbed = map(whole, results)
+    before, after, later, undisturbed = map(join_ranks, results)
     assert_identical(after, before)
     assert_identical(later, undisturbed)
 
@@ -436,11 +438,11 @@ def test_a_stage_without_a_file_equals_its_file(strategy, file):
     options = {"precision": "bf16", "optimizer": "adamw", "lr": 0.01, "grad_accum_steps": 2}
     with_file = run_ranks(2, train, Case(file, **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(JSON_OF, strategy)
+        patch.delitem(ZERO_CONFIGS, strategy)
         short = Case(strategy, **options)
         assert short.config().strategy.value == strategy and short.config().zero_config is None
         without = run_ranks(2, train, short)
-    assert_identical(whole(without), whole(with_file))
+    assert_identical(join_ranks(without), join_ranks(with_file))
 
 
 def test_a_misspelt_key_inside_zero_optimization(tmp_path):
@@ -470,7 +472,9 @@ def test_what_deepspeed_refuses_itself_comes_out_as_ours():
             with pytest.raises(
                 ConfigError, match="parallel.strategy=zero2: DeepSpeed refuses it: .*fp16"
             ):
-                strategy.setup(Tiny(), BLOCKS, lambda p: torch.optim.SGD(p.values(), lr=1.0))
+                strategy.setup(
+                    TinyDenoiser(), BLOCKS, lambda p: torch.optim.SGD(p.values(), lr=1.0)
+                )
 
     run_ranks(1, setup)
 
@@ -481,7 +485,7 @@ def linears(world, device, compiled):
     """
     own, seen = torch.nn.functional.linear, []
     run = Training(world, device, Case("zero3", "fp32", more=(("compile", compiled),)))
-    inner = next(module for module in run.module.modules() if isinstance(module, Tiny))
+    inner = next(module for module in run.module.modules() if isinstance(module, TinyDenoiser))
     inner.register_forward_hook(lambda *_: seen.append(torch.nn.functional.linear is own))
     before = torch.nn.functional.linear is own
     run.train(1)

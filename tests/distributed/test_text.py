@@ -28,7 +28,7 @@ from tests.support.configs import TINY_MMDIT, TINY_SDXL, train_config
 from tests.support.latents import captioned_dataset
 from tests.support.ranks import run_ranks
 from tests.support.text_encoders import text_encoder_folder
-from tests.support.training import JSON_OF, ROOT, whole
+from tests.support.training import ROOT, ZERO_CONFIGS, join_ranks
 
 CPU = torch.device("cpu")
 STEPS, LAYOUT = 2, ["clip", "t5"]
@@ -58,8 +58,8 @@ def config_of(
     data, strategy="local", precision="fp64", micro_batch_size=8, model="mmdit", **changes
 ):
     parallel = {"precision": precision, "strategy": strategy}
-    if strategy in JSON_OF:
-        parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
+    if strategy in ZERO_CONFIGS:
+        parallel |= {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}
     settings = {
         "data__folder": data[0],
         "autoencoder": data[1],
@@ -116,7 +116,7 @@ def reference(data, model, precision="fp64"):
 
 
 def assert_same(results, wanted, **tolerance):
-    got, expected = whole(results), whole([wanted])
+    got, expected = join_ranks(results), join_ranks([wanted])
     for kind in ("param", "norms"):
         for name, tensor in expected[kind].items():
             torch.testing.assert_close(got[kind][name].double(), tensor.double(), **tolerance)
@@ -145,8 +145,8 @@ def test_has_teeth_captions_matter(data, model):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_bf16_is_near(data, strategy, model):
     results = run_ranks(2, train, data, model, strategy, "bf16", 2)
-    wanted = whole([reference(data, model)])["norms"]["norms"]
-    torch.testing.assert_close(whole(results)["norms"]["norms"], wanted, rtol=5e-2, atol=0)
+    wanted = join_ranks([reference(data, model)])["norms"]["norms"]
+    torch.testing.assert_close(join_ranks(results)["norms"]["norms"], wanted, rtol=5e-2, atol=0)
 
 
 def test_captions_of_pictures_are_a_function_of_seed_and_number(data):

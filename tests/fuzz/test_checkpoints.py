@@ -26,8 +26,8 @@ from lpl_pretrain.runtime.lease import Lease, holder_of, is_stale, read_lease
 from tests.support.checkpoints import (
     content_of,
     edit,
-    opened,
-    record_again,
+    open_with_defaults,
+    rewrite_manifest,
     save,
     state_of,
     tensors_of,
@@ -161,7 +161,7 @@ def check(folder: Path, *, repaired: bool) -> None:
     and numbers those on disk.
     """
     try:
-        checkpoint = opened(folder)
+        checkpoint = open_with_defaults(folder)
         found = content_of(checkpoint)
     except CheckpointError as error:
         text = str(error)
@@ -262,7 +262,7 @@ def test_damaged_bytes(copy, name, position, act, bit, repair):
         data[position:] = bytes(len(data) - position)
     path.write_bytes(data)
     if repair and name in ("index.json", "state.json"):
-        record_again(folder)
+        rewrite_manifest(folder)
     check(folder, repaired=repair)
 
 
@@ -278,7 +278,7 @@ def test_edited_headers(copy, where, change):
     (length,) = struct.unpack("<Q", data[:8])
     text = json.dumps(changed(json.loads(data[8 : 8 + length]), where, change)).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    record_again(folder)
+    rewrite_manifest(folder)
     check(folder, repaired=True)
 
 

@@ -28,9 +28,9 @@ from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.errors import LPLError
 from lpl_pretrain.models.build import build_denoiser, check_denoiser_runs
 from lpl_pretrain.models.conditioning import Conditioning
+from tests.support.config_errors import check_error_message, leaves, load_or_check_error
 from tests.support.configs import TINY_MMDIT, TINY_SDXL, dataset_index, train_config
 from tests.support.fuzz import cases
-from tests.support.hostile import check_refusal, leaves, load_or_refuse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CLASSES: dict[str, type[Section]] = {
@@ -118,7 +118,7 @@ def test_a_damaged_file(folder, shipped, cut, inserted, skipped):
     at = int(cut * len(content))
     path = folder / "damaged.yaml"
     path.write_bytes(content[:at] + inserted + content[at + skipped :])
-    load_or_refuse(CLASSES[shipped.parent.name], path)
+    load_or_check_error(CLASSES[shipped.parent.name], path)
 
 
 SYNTAX = [
@@ -192,7 +192,7 @@ tokens = st.sampled_from(SYNTAX)
 def test_any_text(folder, text):
     path = folder / "file.yaml"
     path.write_bytes(text)
-    load_or_refuse(ClusterProfile, path)
+    load_or_check_error(ClusterProfile, path)
 
 
 @cases(180)
@@ -221,7 +221,7 @@ def test_any_value_of_any_field(folder, field, value):
     section[parts[-1]] = value
     path = folder / "field.yaml"
     path.write_text(yaml.safe_dump(raw))
-    config = load_or_refuse(CLASSES[kind], path)
+    config = load_or_check_error(CLASSES[kind], path)
     if config is not None and isinstance(value, bool | str) and key != "lpl.preset":
         found: Any = config.model_dump(mode="json")
         for part in parts:
@@ -270,7 +270,7 @@ override_keys = st.lists(
 @example(key="name", text="'")
 @example(key="name", text='"a\\ud800"')
 def test_any_override(folder, key, text):
-    load_or_refuse(TrainConfig, folder / "tiny.yaml", [f"{key}={text}"])
+    load_or_check_error(TrainConfig, folder / "tiny.yaml", [f"{key}={text}"])
 
 
 @cases(80)
@@ -286,7 +286,7 @@ def test_any_override(folder, key, text):
 def test_an_override_is_the_text_that_was_typed(folder, text):
     """As it stands, where it does not look like another value; and always as a JSON text."""
     for spelt in (text, json.dumps(text)):
-        config = load_or_refuse(TrainConfig, folder / "tiny.yaml", [f"name={spelt}"])
+        config = load_or_check_error(TrainConfig, folder / "tiny.yaml", [f"name={spelt}"])
         assert config is None or config.name == (
             json.loads(spelt) if spelt[:1] == '"' else text.strip("'") if text[:1] == "'" else text
         )
@@ -333,7 +333,7 @@ def test_any_config_json_of_a_network(folder, family, key, value, cut):
         try:
             read()
         except LPLError as error:
-            check_refusal(error)
+            check_error_message(error)
 
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 30, 32, 36, 48])
@@ -452,7 +452,7 @@ def test_every_accepted_model_runs(model, side):
         text = TEXT if section.reads_text else None
         check_denoiser_runs(section, index, text)
     except LPLError as error:
-        check_refusal(error)
+        check_error_message(error)
         return
     denoiser = build_denoiser(section, index.latent, len(index.classes), text=text)
     cond = Conditioning(torch.zeros(1, dtype=torch.int64))
@@ -472,9 +472,9 @@ def test_a_base_chain_ends(folder):
     """A cycle that is spelt differently at every turn, and a chain that is too long."""
     (folder / "one.yaml").write_text("base: ./two.yaml")
     (folder / "two.yaml").write_text(f"base: ../{folder.name}/one.yaml")
-    assert load_or_refuse(TrainConfig, folder / "one.yaml") is None
+    assert load_or_check_error(TrainConfig, folder / "one.yaml") is None
     for i in range(40):
         (folder / f"chain{i}.yaml").write_text(f"base: chain{i + 1}.yaml")
-    assert load_or_refuse(TrainConfig, folder / "chain0.yaml") is None
+    assert load_or_check_error(TrainConfig, folder / "chain0.yaml") is None
     with pytest.raises(LPLError, match="comes back to itself"):
         load_config(TrainConfig, folder / "one.yaml")

@@ -25,9 +25,9 @@ from lpl_pretrain.config.protocol import EvaluateConfig, GuideConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, LPLError
+from tests.support.config_errors import check_error_message
 from tests.support.configs import train_config
 from tests.support.fuzz import cases
-from tests.support.hostile import check_refusal
 
 TRAIN = train_config().model_dump(mode="json")
 ENCODE = {"source": "a", "output": "b", "autoencoder": "c", "resolution_px": 64}
@@ -113,7 +113,7 @@ def accepted(field: Field, text: str) -> Section | None:
     try:
         return validate(cls, build(text), where="x.yaml")
     except LPLError as error:
-        check_refusal(error)
+        check_error_message(error)
         return None
 
 
@@ -209,7 +209,7 @@ def test_packages_and_assets_stay_in_their_folder(name, inner, kind):
     try:
         found = resolve_path(f"{kind}{name}/{inner}")
     except LPLError as error:
-        check_refusal(error)
+        check_error_message(error)
     else:
         folder = ASSETS if kind == "asset:" else Path(sys.modules[name].__file__).parent
         assert Path(os.path.normpath(found)).is_relative_to(folder) and found.exists()

@@ -22,12 +22,12 @@ from lpl_pretrain.encoding.sources import list_units
 from lpl_pretrain.encoding.tars import parse_class_id
 from lpl_pretrain.errors import DataError, LPLError
 from tests.support.fuzz import cases
-from tests.support.material import encoded, picture
+from tests.support.image_tars import encode_image, random_image
 from tests.unit.encoding.test_colour import PIXELS, SWAPPED, rgb_profile
 
-PNG = encoded(picture(0))
+PNG = encode_image(random_image(0))
 GREY16 = PIXELS["grey16, transparent value"][0]
-WITH_PROFILE = encoded(picture(1), icc_profile=rgb_profile(SWAPPED, 2.2))
+WITH_PROFILE = encode_image(random_image(1), icc_profile=rgb_profile(SWAPPED, 2.2))
 DEEP = b"[" * 5000 + b"]" * 5000
 
 
@@ -78,7 +78,7 @@ JSONS = st.one_of(
     st.sampled_from([b"", b"{", b"[]", DEEP, b'{"caption": "\\ud800"}', b'{"a":' * 3000]),
 )
 PICTURES = st.sampled_from(
-    [PNG, GREY16, WITH_PROFILE, b"", b"\x89PNG\r\n\x1a\n", encoded(picture(2), "JPEG")]
+    [PNG, GREY16, WITH_PROFILE, b"", b"\x89PNG\r\n\x1a\n", encode_image(random_image(2), "JPEG")]
 )
 NAMES = st.one_of(
     st.sampled_from(
@@ -216,12 +216,12 @@ MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
 def test_pictures(
     mode: str, kind: str, size: tuple[int, int], profile: bytes | None, edits: list, cut: int
 ) -> None:
-    image = Image.fromarray(picture(3, *size)).convert("L" if mode == "I;16" else mode)
+    image = Image.fromarray(random_image(3, *size)).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     options = {} if profile is None else {"icc_profile": profile}
     try:
-        raw = bytearray(encoded(image, kind, **options))
+        raw = bytearray(encode_image(image, kind, **options))
     except (OSError, KeyError):  # this kind of file has no such mode
         return
     for position, data in edits:

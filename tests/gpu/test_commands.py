@@ -7,8 +7,8 @@ import os
 import pytest
 
 from lpl_pretrain.config.load import ASSETS
-from tests.support.commands import ROOT, lines, lpl
-from tests.support.latents import draw_pictures
+from tests.support.commands import ROOT, lpl, metric_lines
+from tests.support.latents import draw_images
 
 TRAIN = """
 name: gpu
@@ -44,7 +44,7 @@ FAST = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
-    draw_pictures(folder / "pictures", side=64)
+    draw_images(folder / "pictures", side=64)
     for device, visible in (("latents", None), ("latents_cpu", "")):
         config = folder / f"{device}.yaml"
         config.write_text(
@@ -71,7 +71,7 @@ def on(visible, *arguments, **options):
 
 
 def logged(run, key="loss/total"):
-    return {line["step"]: line[key] for line in lines(run) if "event" not in line}
+    return {line["step"]: line[key] for line in metric_lines(run) if "event" not in line}
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,12 @@ def test_trains_as_the_cpu_does(folder, cpu_run, way):
         )
         assert got.keys() == wanted.keys()
         assert got == pytest.approx(wanted, rel=2e-3), key
-    line = lines(run)[-1]
+    line = metric_lines(run)[-1]
     assert line["mfu"] > 0 and line["peak_gib"] > 0
 
 
 def later(run):
-    return {line["step"]: line["loss/lpl"] for line in lines(run) if "loss/lpl" in line}
+    return {line["step"]: line["loss/lpl"] for line in metric_lines(run) if "loss/lpl" in line}
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "zero2", "zero3"])
@@ -106,7 +106,7 @@ def test_compiled_in_bf16_is_near_and_goes_on(folder, cpu_run, way):
     assert logged(whole) == pytest.approx(logged(cpu_run), rel=5e-2)
     lpl("train", folder / "train.yaml", f"run_dir={parts}", *WAYS[way], *FAST, "steps=4")
     lpl("train", folder / "train.yaml", f"run_dir={parts}", *WAYS[way], *FAST)
-    assert [line["step"] for line in lines(parts) if line.get("event") == "resumed"] == [4]
+    assert [line["step"] for line in metric_lines(parts) if line.get("event") == "resumed"] == [4]
     assert logged(parts) == pytest.approx(logged(whole), rel=1e-3)
 
 

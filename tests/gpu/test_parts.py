@@ -26,7 +26,7 @@ from lpl_pretrain.runtime.dist import start
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.stragglers import Probe
-from tests.support.training import Case, one_process, train, whole
+from tests.support.training import Case, join_ranks, train, train_one_process
 
 NATIVE = ["local", "ddp", "fsdp2"]
 ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -38,7 +38,7 @@ ADAMW = Case(optimizer="adamw", lr=1e-2, max_grad_norm=0.5)
 @pytest.fixture(scope="module")
 def wanted():
     """By case, what one CPU process makes of it."""
-    return {case: one_process(case) for case in (Case(), Case(grad_accum_steps=2), ADAMW)}
+    return {case: train_one_process(case) for case in (Case(), Case(grad_accum_steps=2), ADAMW)}
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,16 @@ def test_a_strategy_equals_one_cpu_process(gpu, wanted, strategy, grad_accum_ste
     native = strategy in NATIVE
     case = Case(strategy, "fp64" if native else "fp32", grad_accum_steps=grad_accum_steps)
     found = differences(
-        whole([train(World(), gpu, case)]), wanted[Case(grad_accum_steps=grad_accum_steps)]
+        join_ranks([train(World(), gpu, case)]), wanted[Case(grad_accum_steps=grad_accum_steps)]
     )
     assert max(found.values()) < (1e-10 if native else 2e-5), found
 
 
 def test_offloaded_parameters_of_fsdp2(gpu, wanted):
     case = Case("fsdp2", "fp64", more=(("cpu_offload", True),))
-    assert max(differences(whole([train(World(), gpu, case)]), wanted[Case()]).values()) < 1e-10
+    assert (
+        max(differences(join_ranks([train(World(), gpu, case)]), wanted[Case()]).values()) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -87,7 +89,7 @@ def test_offloaded_parameters_of_fsdp2(gpu, wanted):
 def test_half_precision_stays_near(gpu, wanted, strategy, precision):
     assert bf16_is_native(gpu)
     case = replace(ADAMW, strategy=strategy, precision=precision)
-    found = differences(whole([train(World(), gpu, case)]), wanted[ADAMW])
+    found = differences(join_ranks([train(World(), gpu, case)]), wanted[ADAMW])
     assert found["losses"] < 1e-2, found
     assert 1e-7 < found["norms"] < 5e-2, f"{precision} cannot be exact: {found}"
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.autoencoders import tiny_folder
 from tests.support.commands import lpl
-from tests.support.latents import draw_pictures
+from tests.support.latents import draw_images
 
 TRAIN = """
 name: tiny
@@ -38,7 +38,7 @@ grid_images: 4
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    draw_pictures(folder / "pictures")
+    draw_images(folder / "pictures")
     autoencoder = tiny_folder(folder / "autoencoder")
     encode = folder / "encode.yaml"
     encode.write_text(

@@ -5,7 +5,6 @@ autoencoder is as good as it says.
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import PIL
@@ -14,9 +13,10 @@ import webdataset
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from tools import build_emoji, train_autoencoder
+
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "lpl_pretrain" / "assets"
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 def samples(tar):
@@ -42,8 +42,6 @@ def test_splits_are_disjoint_and_complete():
 
 @pytest.mark.network
 def test_the_tars_rebuild(tmp_path):
-    import build_emoji
-
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: the pictures' own package cannot be fetched")
     try:
@@ -68,8 +66,6 @@ def test_the_tars_rebuild(tmp_path):
 
 
 def test_the_autoencoder_is_as_good_as_it_says():
-    import train_autoencoder
-
     quality = json.loads((ASSETS / "autoencoder_emoji" / "quality.json").read_text())
     pictures = train_autoencoder.read_pictures("held_out")
     measured = train_autoencoder.measure(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.runtime.lease import Lease
-from tests.support.commands import ROOT, lines, losses, lpl
+from tests.support.commands import ROOT, logged_losses, lpl, metric_lines
 
 
 def weights(run, step, kind="param"):
@@ -34,10 +34,10 @@ def test_a_run_leaves_what_the_readme_promises(world):
     assert {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "logs"} <= {
         p.name for p in run.iterdir()
     }
-    assert list(losses(run)) == list(range(1, 9))
-    events = [line["event"] for line in lines(run) if "event" in line]
+    assert list(logged_losses(run)) == list(range(1, 9))
+    events = [line["event"] for line in metric_lines(run) if "event" in line]
     assert events == ["lpl_weight_calibrated"]
-    last = lines(run)[-1]
+    last = metric_lines(run)[-1]
     assert (
         0 < last["lpl/weighted_share"] < 1 and last["lpl/gated_share"] > 0 and last["grad_norm"] > 0
     )
@@ -61,7 +61,7 @@ def test_resuming_equals_not_stopping_bit_for_bit(world):
         run / "checkpoints" / "step_00000005"
     )  # as if it had stopped while LPL's weight was being calibrated
     lpl("train", world / "train.yaml", f"run_dir={run}")
-    assert losses(run) == losses(world / "whole")
+    assert logged_losses(run) == logged_losses(world / "whole")
     for kind in ("param", "ema", "optimizer"):
         ours, theirs = weights(run, 8, kind), weights(world / "whole", 8, kind)
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
@@ -117,7 +117,7 @@ def test_scores_while_training_waits(world):
         "step_00000004",
         "step_00000008",
     ]
-    assert losses(run) == pytest.approx(losses(world / "whole"), rel=1e-4)
+    assert logged_losses(run) == pytest.approx(logged_losses(world / "whole"), rel=1e-4)
     record = json.loads((run / "evaluations/step_00000008/quick.json").read_text())
     assert record["processes"] == 2 and {entry["images"] for entry in record["results"]} == {12}
     (world / "unfit.yaml").write_text((world / "quick.yaml").read_text().replace("euler", "ddim"))
@@ -148,7 +148,7 @@ def test_has_teeth_another_seed_is_another_run(world):
         )
         == 1
     )
-    assert losses(world / "seed")[1] != losses(world / "whole")[1]
+    assert logged_losses(world / "seed")[1] != logged_losses(world / "whole")[1]
     assert list((world / "seed").glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -188,12 +188,12 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and len(losses(run)) >= 6):
+    while not ((run / "metrics.jsonl").exists() and len(logged_losses(run)) >= 6):
         assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
         time.sleep(0.1)
     trainer.send_signal(signal.SIGTERM)
     trainer.communicate(timeout=60)
-    stopped = [line for line in lines(run) if line.get("event") == "stopped"]
+    stopped = [line for line in metric_lines(run) if line.get("event") == "stopped"]
     assert len(stopped) == 1 and stopped[0]["signal"] == "SIGTERM"
     step = stopped[0]["step"]
     assert (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
@@ -206,15 +206,15 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
         ranks=2,
         cold=True,
     )
-    assert [line["step"] for line in lines(run) if line.get("event") == "resumed"] == [step]
-    assert max(losses(run)) == step + 2
+    assert [line["step"] for line in metric_lines(run) if line.get("event") == "resumed"] == [step]
+    assert max(logged_losses(run)) == step + 2
     audited = lpl("audit", run).stdout
     assert (
         f"{step + 2} updates of 8 samples, 2 starts, 0 updates made again" in audited
         and "none was seen twice" in audited
     )
-    whole = losses(world / "whole")
-    assert [losses(run)[s] for s in range(1, 7)] == pytest.approx(
+    whole = logged_losses(world / "whole")
+    assert [logged_losses(run)[s] for s in range(1, 7)] == pytest.approx(
         [whole[s] for s in range(1, 7)], rel=2e-4
     )
 
@@ -246,7 +246,7 @@ def test_a_signal_before_the_first_step_is_kept_for_its_end(world, moment):
     ).exists():
         assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr.read()
         time.sleep(0.02)
-    assert not (run / "metrics.jsonl").exists() or not losses(run)
+    assert not (run / "metrics.jsonl").exists() or not logged_losses(run)
     trainer.send_signal(signal.SIGUSR2)
     said = trainer.communicate(timeout=120)[1]
     assert trainer.returncode == 0 and "SIGUSR2: stopped after step 1 of 8" in said, said
@@ -390,7 +390,7 @@ def test_post_training_from_a_run_that_is_gone_later(world, tmp_path):
     lpl("train", *first, "steps=5")
     shutil.rmtree(tmp_path / "before")
     lpl("train", *first, "steps=6")
-    assert list(losses(tmp_path / "after")) == [1, 2, 3, 4, 5, 6]
+    assert list(logged_losses(tmp_path / "after")) == [1, 2, 3, 4, 5, 6]
     refused = lpl("train", *first, f"run_dir={tmp_path / 'new'}", check=False)
     assert (
         refused.returncode == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lpl_pretrain.config.rundir import RunDir
-from tests.support.commands import begin, ctrl_c, lines, losses, lpl, wait_for
+from tests.support.commands import ctrl_c, logged_losses, lpl, metric_lines, start_lpl, wait_for
 
 LONG = [
     "steps=100000",
@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 
 def steps(run):
-    return len(losses(run)) if (run / "metrics.jsonl").is_file() else 0
+    return len(logged_losses(run)) if (run / "metrics.jsonl").is_file() else 0
 
 
 def temporaries(folder):
@@ -47,11 +47,11 @@ def test_training_stops_after_the_step_and_goes_on(world, ranks):
     """
     run = world / f"ctrl_c_{ranks}"
     settings = [*LONG, *["parallel.strategy=ddp"] * (ranks > 1)]
-    process = begin("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
+    process = start_lpl("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
     wait_for(process, lambda: steps(run) >= 3)
     ctrl_c(process)
     said = process.communicate(timeout=100)[1].splitlines()
-    (stopped,) = [line for line in lines(run) if line.get("event") == "stopped"]
+    (stopped,) = [line for line in metric_lines(run) if line.get("event") == "stopped"]
     assert stopped["signal"] == "SIGINT" and RunDir(run).complete_checkpoints() == [stopped["step"]]
     (told,) = [line for line in said if "stopped after step" in line]
     assert (
@@ -64,8 +64,8 @@ def test_training_stops_after_the_step_and_goes_on(world, ranks):
     assert not temporaries(run) and not (run / "live.lease").exists()
     end = stopped["step"] + 1
     lpl("train", world / "train.yaml", f"run_dir={run}", *settings, f"steps={end}", ranks=ranks)
-    assert max(losses(run)) == end and [
-        line["step"] for line in lines(run) if line.get("event") == "resumed"
+    assert max(logged_losses(run)) == end and [
+        line["step"] for line in metric_lines(run) if line.get("event") == "resumed"
     ] == [end - 1]
 
 
@@ -81,7 +81,7 @@ def test_a_second_one_leaves_at_once(world, ranks):
         "batch.micro_batch_size=8",
         *["parallel.strategy=ddp"] * (ranks > 1),
     ]
-    process = begin("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
+    process = start_lpl("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
     wait_for(
         process, lambda: steps(run) >= 2
     )  # Ctrl-C waits for a step from behind the first line on
@@ -97,7 +97,7 @@ def test_a_second_one_leaves_at_once(world, ranks):
         and "interrupted: nothing was saved now" in rest
     )
     assert not RunDir(run).complete_checkpoints() and not [
-        line for line in lines(run) if "event" in line
+        line for line in metric_lines(run) if "event" in line
     ]
 
 
@@ -106,7 +106,7 @@ def test_before_the_first_step_training_ends(world, until):
     """And leaves no folder, unless it was about to make a step."""
     run = world / f"unbegun_{until.partition('/')[0]}"
     settings = [*LONG, *["parallel.compile=true"] * until.startswith("logs")]
-    process = begin("train", world / "train.yaml", f"run_dir={run}", *settings)
+    process = start_lpl("train", world / "train.yaml", f"run_dir={run}", *settings)
     wait_for(process, (run / until).exists)
     ctrl_c(process)
     status, said = end_of(process)
@@ -121,7 +121,7 @@ def test_encoding_goes_on_with_the_same_bytes(world):
     """As `whole` in the latents that another command wrote."""
     out = world / "latents_interrupted"
     command = ["encode", world / "encode.yaml", f"output={out}", "batch_size=1"]
-    process = begin(*command)
+    process = start_lpl(*command)
     wait_for(process, lambda: list(out.glob(".encode/part-*.json")))
     ctrl_c(process)
     status, said = end_of(process)
@@ -142,7 +142,7 @@ def test_evaluation_goes_on(world):
     run = world / "scored"
     shutil.copytree(world / "whole", run, ignore=shutil.ignore_patterns("evaluations"))
     command = ["evaluate", run, world / "quick.yaml", "images=48", "batch_size=2"]
-    process = begin(*command)
+    process = start_lpl(*command)
     wait_for(process, lambda: list(run.glob("evaluations/*/*.partial/*/*.safetensors")))
     ctrl_c(process)
     status, said = end_of(process)
@@ -170,7 +170,7 @@ def test_other_commands_end_with_a_line(world, command):
         "report": ["report", world / "whole", "--output", world / "never.html"],
         "doctor": ["doctor"],
     }[command]
-    process = begin(*arguments, cold=True)
+    process = start_lpl(*arguments, cold=True)
     wait_for(
         process, lambda: len(list(Path(f"/proc/{process.pid}/task").iterdir())) > 1
     )  # the thread that reads signals

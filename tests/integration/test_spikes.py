@@ -8,7 +8,7 @@ import pytest
 
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
-from tests.support.commands import lines, lpl
+from tests.support.commands import lpl, metric_lines
 from tests.support.spikes import STEPS, poisoned_data, spike_config
 
 
@@ -28,7 +28,7 @@ def test_train_audit_and_report(folder):
         and "rolled back to step 8, 3 updates jumped over in all (1 of at most 20)" in said
     )
     assert RunDir(run).complete_checkpoints()[-1] == STEPS
-    spikes = [line for line in lines(run) if line.get("event") == "spike"]
+    spikes = [line for line in metric_lines(run) if line.get("event") == "spike"]
     assert [(line["step"], line["action"], line["to_step"]) for line in spikes] == [
         (11, "rollback", 8),
         (14, "rollback", 12),

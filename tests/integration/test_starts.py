@@ -10,7 +10,7 @@ import socket
 
 import pytest
 
-from tests.support.commands import lines, losses, lpl, snapshot
+from tests.support.commands import folder_state, logged_losses, lpl, metric_lines
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def finished(world, tmp_path):
 )
 def test_a_finished_run_is_left_alone(world, finished, ranks, changes, words):
     """No byte and no time of any file or folder changes, and the report stays what it was."""
-    before = snapshot(finished)
+    before = folder_state(finished)
     changes = [change.format(world=world) for change in changes]
     done = lpl("train", world / "train.yaml", f"run_dir={finished}", *changes, ranks=ranks)
     assert done.stdout.count(words.format(world=world, run=finished)) == 1 and not done.stderr
-    assert snapshot(finished) == before
+    assert folder_state(finished) == before
 
 
 def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(world, finished):
-    before = snapshot(finished)
+    before = folder_state(finished)
     holder = {
         "token": "of the killed",
         "job": "",
@@ -62,7 +62,7 @@ def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(wor
     (finished / "live.lease").write_text(json.dumps(holder))
     (finished / "checkpoints" / ".removing_step_00000004" / "part").mkdir(parents=True)
     lpl("train", world / "train.yaml", f"run_dir={finished}")
-    after = snapshot(finished)
+    after = folder_state(finished)
     for folder in (finished, finished / "checkpoints"):
         assert after.pop(folder) != before.pop(folder)
     assert after == before, "two folders have lost these, and nothing else changed"
@@ -81,7 +81,7 @@ def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finishe
         "parallel.strategy=ddp",
         ranks=2,
     )
-    assert max(losses(finished)) == 10
+    assert max(logged_losses(finished)) == 10
     first, second = json.loads((finished / "provenance.json").read_text())
     assert set(first) == {"argv", "world_size", "git_diff", "versions"}, (
         "of an older version, as it was"
@@ -110,7 +110,7 @@ def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(world, tmp
         "seed=3",
         "optimizer.lr=0.5",
     )
-    assert "lr: 0.5" in (started / "config.yaml").read_text() and max(losses(started)) == 2
+    assert "lr: 0.5" in (started / "config.yaml").read_text() and max(logged_losses(started)) == 2
     (start,) = json.loads((started / "provenance.json").read_text())
     assert start["config_changes"]["seed"] == [0, 3]
     shutil.rmtree(started / "checkpoints")
@@ -121,7 +121,7 @@ def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(world, tmp
     assert "logged steps under that configuration and saved no checkpoint" in refused.stderr
     same = ["lpl=null", "steps=2", "seed=3", "optimizer.lr=0.5"]
     lpl("train", world / "train.yaml", f"run_dir={started}", *same)
-    assert [line["event"] for line in lines(started) if "event" in line] == ["restarted"]
+    assert [line["event"] for line in metric_lines(started) if "event" in line] == ["restarted"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lpl_pretrain.config.load import ASSETS
-from tests.support.commands import ROOT, lines, lpl
+from tests.support.commands import ROOT, lpl, metric_lines
 
 SAMPLES = 40
 SHORT = [
@@ -60,7 +60,7 @@ def test_trains_with_lpl_and_draws(latents, tmp_path, twin, sharded):
     run = tmp_path / "run"
     overrides = [f"data.folder={latents}", f"run_dir={run}", *SHORT, *SHARDED[sharded]]
     lpl("train", ROOT / f"configs/train/{twin}.yaml", *overrides, ranks=2)
-    logged = [line for line in lines(run) if "event" not in line]
+    logged = [line for line in metric_lines(run) if "event" not in line]
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
     assert all(0 < line["loss/total"] < 100 for line in logged) and logged[-1]["lpl/weight"] > 0
     if sharded == "fsdp2":

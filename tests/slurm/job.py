@@ -9,8 +9,8 @@ import time
 import yaml
 
 from launch.folder import JobFolder
-from tests.support import warm
-from tests.support.commands import ROOT, lines
+from tests.support import fork_server
+from tests.support.commands import ROOT, metric_lines
 from tests.support.latents import tiny_dataset
 
 EVERY = 10
@@ -51,7 +51,9 @@ def prepare(folder):
         every=EVERY, autoencoder=json.dumps(autoencoder), latents=json.dumps(latents)
     )
     (folder / "train.yaml").write_text(config)
-    (folder / "cluster.yaml").write_text(yaml.safe_dump({**PROFILE, "container": warm.prefix()}))
+    (folder / "cluster.yaml").write_text(
+        yaml.safe_dump({**PROFILE, "container": fork_server.command_prefix()})
+    )
 
 
 def launch(cluster, *arguments):
@@ -86,7 +88,7 @@ class Job:
         return launch(self.cluster, *arguments)
 
     def log(self):
-        return lines(self.run) if (self.run / "metrics.jsonl").exists() else []
+        return metric_lines(self.run) if (self.run / "metrics.jsonl").exists() else []
 
     def steps(self):
         """That were logged, with repetitions."""
@@ -120,7 +122,7 @@ class Job:
         return [
             (pid, command)
             for pid, command in found
-            if "lpl_pretrain train" in command and warm.__file__ not in command
+            if "lpl_pretrain train" in command and fork_server.__file__ not in command
         ]
 
     def nodes(self):

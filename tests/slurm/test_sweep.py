@@ -8,7 +8,7 @@ import sys
 
 from launch.folder import JobFolder
 from lpl_pretrain.config.rundir import RunDir
-from tests.support.commands import ROOT, lines, lpl
+from tests.support.commands import ROOT, lpl, metric_lines
 
 STEPS = 800
 RATES = ("1e-3", "2e-3", "4e-3")
@@ -49,7 +49,7 @@ def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
 
     def steps(run):
         return (
-            [line["step"] for line in lines(run) if "event" not in line]
+            [line["step"] for line in metric_lines(run) if "event" not in line]
             if RunDir(run).metrics.exists()
             else []
         )

@@ -20,7 +20,7 @@ def stop_a_rank(job, node, stopped):
     pid, command = job.ranks(node)[0]
     known = (
         command if command.startswith("RANK=") else Path(f"/proc/{pid}/environ").read_text()
-    )  # started warm, or cold
+    )  # by the fork server, or by Python
     stopped.append({"rank": int(re.search(r"\bRANK=(\d+)", known)[1]), "host": node})
     os.kill(pid, signal.SIGSTOP)
 

@@ -78,7 +78,7 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
     content = change(content) or content
     if name != "manifest.json":
         path.write_text(json.dumps(content))
-        record_again(folder)
+        rewrite_manifest(folder)
         return
     if isinstance(content, dict):
         content.pop(DIGEST, None)
@@ -86,7 +86,7 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def record_again(folder: Path) -> None:
+def rewrite_manifest(folder: Path) -> None:
     """The manifest of the files as they are now."""
 
     def change(content: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def shift_range(folder: Path) -> None:
     edit(folder, "index.json", change)
 
 
-def opened(folder: Path) -> Checkpoint:
+def open_with_defaults(folder: Path) -> Checkpoint:
     return open_checkpoint(folder, identity=IDENTITY, samples_per_step=SAMPLES_PER_STEP)
 
 

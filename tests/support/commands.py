@@ -11,14 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import warm
+from tests.support import fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def lpl(*arguments, check=True, ranks=1, cold=False, **options):
     """`cold`: with all imports of its own."""
-    python = [*([] if cold else warm.prefix()), sys.executable, "-m"]
+    python = [*([] if cold else fork_server.command_prefix()), sys.executable, "-m"]
     torchrun = (
         [
             *python,
@@ -43,9 +43,9 @@ def lpl(*arguments, check=True, ranks=1, cold=False, **options):
     return done
 
 
-def begin(*arguments, ranks=1, cold=False):
+def start_lpl(*arguments, ranks=1, cold=False):
     """The same, in the background, as a terminal starts it: in a process group of its own."""
-    python = [*([] if cold else warm.prefix()), sys.executable, "-m"]
+    python = [*([] if cold else fork_server.command_prefix()), sys.executable, "-m"]
     torchrun = (
         [
             *python,
@@ -83,7 +83,7 @@ def ctrl_c(process):
     os.killpg(process.pid, signal.SIGINT)
 
 
-def snapshot(folder):
+def folder_state(folder):
     """Path -> (bytes, time of the last change) of everything in a folder, and of the folder."""
     return {
         path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
@@ -91,7 +91,7 @@ def snapshot(folder):
     }
 
 
-def lines(run, key="step"):
+def metric_lines(run, key="step"):
     """Whole ones: a run that goes on may be writing another, and a full disk cuts one short."""
     text = (run / "metrics.jsonl").read_text()
     found = []
@@ -101,6 +101,6 @@ def lines(run, key="step"):
     return found
 
 
-def losses(run):
+def logged_losses(run):
     """Step -> loss; the last line of a step counts."""
-    return {line["step"]: line["loss/total"] for line in lines(run) if "event" not in line}
+    return {line["step"]: line["loss/total"] for line in metric_lines(run) if "event" not in line}

@@ -12,11 +12,11 @@ from lpl_pretrain.config.dataset import INDEX_NAME, index_bytes, read_index, sea
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
 from tests.support.autoencoders import tiny_folder
-from tests.support.material import encode_config, sample, write_tar
+from tests.support.image_tars import encode_config, tar_sample, write_tar
 from tests.support.text_encoders import WORDS, text_encoder_folder
 
 
-def draw_pictures(
+def draw_images(
     folder: Path, count: int = 32, side: int = 32, sizes: list[tuple[int, int]] | None = None
 ) -> Path:
     """`class/name.png`: coloured blobs in two classes, stretched to (height, width) of `sizes` in
@@ -47,7 +47,7 @@ def mixed_dataset(folder: Path) -> tuple[dict[str, float], str]:
     autoencoder = tiny_folder(folder / "autoencoder")
     weights = {}
     for name, sizes, weight in (("a", [(32, 32), (48, 24)], 3.0), ("b", [(32, 32), (24, 48)], 1.0)):
-        draw_pictures(folder / name, 12, sizes=sizes)
+        draw_images(folder / name, 12, sizes=sizes)
         config = {
             "source": str(folder / name),
             "output": str(folder / f"{name}_latents"),
@@ -67,7 +67,7 @@ def mixed_dataset(folder: Path) -> tuple[dict[str, float], str]:
 def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:
     """(latents, autoencoder) folders; latents are 4 x 8 x 8 with the tiny autoencoder."""
     autoencoder = tiny_folder(folder / "autoencoder", **options)
-    draw_pictures(folder / "pictures", count)
+    draw_images(folder / "pictures", count)
     encode(
         EncodeConfig(
             source=str(folder / "pictures"),
@@ -90,7 +90,7 @@ def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
     ]
     tar = write_tar(
         folder / "pictures.tar",
-        [member for n, text in enumerate(captions) for member in sample(n, txt=text)],
+        [member for n, text in enumerate(captions) for member in tar_sample(n, txt=text)],
     )
     text = {
         "clip": {
@@ -117,7 +117,7 @@ def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
     return str(folder / "latents"), autoencoder
 
 
-def poison(folder: str, shard: int, factor: float) -> None:
+def poison_shard(folder: str, shard: int, factor: float) -> None:
     """Multiplies the float16 latents of one shard: finite, with right checksums, as a wrong encode
     would be.
     """

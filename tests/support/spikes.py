@@ -16,8 +16,8 @@ from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.encoding.encode import encode
 from tests.support.autoencoders import tiny_folder
 from tests.support.configs import train_config
-from tests.support.latents import draw_pictures, poison
-from tests.support.training import JSON_OF, ROOT
+from tests.support.latents import draw_images, poison_shard
+from tests.support.training import ROOT, ZERO_CONFIGS
 
 BATCH, SAMPLES, POISONED = 8, 96, 5
 STEPS, EVERY = 16, 4
@@ -38,7 +38,7 @@ class Poisoned:
 def poisoned_data(folder: Path) -> Poisoned:
     """With the seed that serves the poisoned shard at FIRST and SECOND."""
     autoencoder, latents = tiny_folder(folder / "autoencoder"), str(folder / "latents")
-    draw_pictures(folder / "pictures", SAMPLES)
+    draw_images(folder / "pictures", SAMPLES)
     encode(
         EncodeConfig(
             source=str(folder / "pictures"),
@@ -49,7 +49,7 @@ def poisoned_data(folder: Path) -> Poisoned:
         )
     )
     assert {entry.samples for entry in read_index(Path(latents)).shards} == {BATCH}
-    poison(latents, POISONED, 50.0)
+    poison_shard(latents, POISONED, 50.0)
     counts, data = np.arange(2 * SAMPLES), read_data(latents)
     for seed in range(10_000):
         places = SampleOrder(data, seed, BATCH, **DATA).locate(counts)
@@ -63,8 +63,8 @@ def spike_config(
 ) -> TrainConfig:
     """Plain SGD, float64 where the strategy knows it."""
     parallel = {"strategy": strategy, "precision": "fp64"}
-    if strategy in JSON_OF:
-        parallel = {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
+    if strategy in ZERO_CONFIGS:
+        parallel = {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}
     return train_config(
         **{
             "seed": data.seed,

@@ -19,10 +19,10 @@ from lpl_pretrain.parallel.strategy import Piece, StepReport, Strategy
 from lpl_pretrain.runtime.dist import mean_over_ranks
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.optimizer import make_optimizer
-from tests.support.tiny import BLOCKS, GLOBAL_BATCH, batch, tiny
+from tests.support.tiny_denoiser import BLOCKS, GLOBAL_BATCH, batch, tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
-JSON_OF = {
+ZERO_CONFIGS = {
     "zero0": "configs/zero/zero0.json",
     "zero1": "configs/zero/zero1.json",
     "zero2": "configs/zero/zero2.json",
@@ -60,8 +60,8 @@ class Case:
 
     def config(self) -> ParallelConfig:
         raw = {"strategy": self.strategy, "precision": self.precision, **dict(self.more)}
-        if self.strategy in JSON_OF:
-            raw |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[self.strategy])}
+        if self.strategy in ZERO_CONFIGS:
+            raw |= {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[self.strategy])}
         return ParallelConfig.model_validate(raw)
 
 
@@ -73,7 +73,7 @@ class Training:
         self.strategy: Strategy = make_strategy(case.config(), world, device)
         # ranks begin with different weights on purpose: setup must make them rank 0's
         self.module = self.strategy.setup(
-            tiny(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer]
+            tiny_denoiser(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer]
         )
         self.ema = EMATracker(
             self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1))
@@ -132,12 +132,12 @@ def train(world: World, device: torch.device, case: Case, steps: int = 3) -> dic
     return Training(world, device, case).train(steps).result()
 
 
-def one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
+def train_one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
     """The reference: whole parameters, EMA and moments, and the gradient norms under "norms"."""
-    return whole([train(World(), torch.device("cpu"), case, steps)])
+    return join_ranks([train(World(), torch.device("cpu"), case, steps)])
 
 
-def whole(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+def join_ranks(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
     """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter;
     their histories must agree.
     """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.material import encode_tar
+from tests.support.image_tars import encode_tar
 
 
 @pytest.fixture

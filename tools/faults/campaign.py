@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support import warm
+from tests.support import fork_server
 from tools.faults.attempt import Attempt, Ending
 from tools.faults.layer import FileLayer
 from tools.faults.plan import Fault, Trace, draw, generator
@@ -150,7 +150,7 @@ class Campaign:
 
         def violated(what: str) -> None:
             replay = (
-                f"python tools/chaos.py --series {series.name} --seed {self.seed} --only "
+                f"python -m tools.chaos --series {series.name} --seed {self.seed} --only "
                 f"{iteration}"
             )
             tally.violations.append(Violation(series.name, iteration, attempt, what, plan, replay))
@@ -243,8 +243,8 @@ def start_server(layer: FileLayer) -> None:
     before = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = str(layer.shared_object)
     try:
-        warm.prefix.cache_clear()
-        warm.prefix()
+        fork_server.command_prefix.cache_clear()
+        fork_server.command_prefix()
     finally:
         if before is None:
             del os.environ["LD_PRELOAD"]

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support import warm
+from tests.support import fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 8.0
@@ -43,7 +43,7 @@ class Ranks:
 
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        python = [*([] if self.cold else warm.prefix()), sys.executable, "-m"]
+        python = [*([] if self.cold else fork_server.command_prefix()), sys.executable, "-m"]
         shared = {
             **os.environ,
             **self.environment,
@@ -80,7 +80,7 @@ class Ranks:
         """Of the processes that do the work, not of those that watch them."""
         found = []
         for pid, line, environ in processes_of(self.mark):
-            if "torch.distributed.run" in line or warm.__file__ in line:
+            if "torch.distributed.run" in line or fork_server.__file__ in line:
                 continue
             own = line if line.startswith("RANK=") else environ
             where = next(

@@ -18,7 +18,7 @@ from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import LPLError
 from tests.support.autoencoders import tiny_folder
-from tests.support.latents import draw_pictures
+from tests.support.latents import draw_images
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, STEPS = 18, 6
@@ -223,8 +223,8 @@ def prepare(inputs: Path) -> None:
     undisturbed series.
     """
     inputs.mkdir(parents=True)
-    draw_pictures(inputs / "pictures", PICTURES)
-    draw_pictures(inputs / "few", 6)
+    draw_images(inputs / "pictures", PICTURES)
+    draw_images(inputs / "few", 6)
     tiny_folder(inputs / "autoencoder", levels=2, attention=False)
     for name, text in (("encode", ENCODE), ("train", TRAIN), ("quick", PROTOCOL)):
         (inputs / f"{name}.yaml").write_text(text.format(inputs=inputs, steps=STEPS))

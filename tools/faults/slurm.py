@@ -84,7 +84,7 @@ def disturb(
     last_kind = "nothing"
 
     def violated(what: str) -> None:
-        replay = f"python tools/chaos.py --series {NAME} --seed {seed}"
+        replay = f"python -m tools.chaos --series {NAME} --seed {seed}"
         tally.violations.append(
             Violation(NAME, 0, tally.faults.total(), f"{what} (after {last_kind})", [], replay)
         )

@@ -22,8 +22,8 @@ from tests.support.checkpoints import (
     IDENTITY,
     content_of,
     edit,
-    opened,
-    record_again,
+    open_with_defaults,
+    rewrite_manifest,
     save,
     shift_range,
     tensors_of,
@@ -51,7 +51,7 @@ def same(found, step) -> bool:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_sound_one_is_read_exactly(run_dir, ranks):
-    assert same(content_of(opened(save(run_dir, 10, ranks=ranks))), 10)
+    assert same(content_of(open_with_defaults(save(run_dir, 10, ranks=ranks))), 10)
 
 
 def set_range(number, *values):
@@ -191,10 +191,10 @@ EDITS = {
 def test_every_edit_is_named_though_all_digests_are_right(run_dir, name):
     file, change, words = EDITS[name]
     folder = save(run_dir, 10)
-    assert same(content_of(opened(folder)), 10)
+    assert same(content_of(open_with_defaults(folder)), 10)
     edit(folder, file, change if callable(change) else lambda content: content.update(change))
     with pytest.raises(DamagedCheckpointError, match=words):
-        opened(folder)
+        open_with_defaults(folder)
 
 
 def test_an_edited_manifest_is_seen_by_its_digest(run_dir):
@@ -206,7 +206,7 @@ def test_an_edited_manifest_is_seen_by_its_digest(run_dir):
         DamagedCheckpointError,
         match="manifest.json: digest: found .*: it was changed after it was written",
     ):
-        opened(folder)
+        open_with_defaults(folder)
 
 
 def test_a_manifest_without_its_digest_is_damaged(run_dir):
@@ -215,10 +215,10 @@ def test_a_manifest_without_its_digest_is_damaged(run_dir):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in content.items() if key != "digest"}))
     with pytest.raises(DamagedCheckpointError, match="digest: found None"):
-        opened(folder)
+        open_with_defaults(folder)
     path.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(DamagedCheckpointError, match="unknown keys: 'digest'"):
-        opened(folder)
+        open_with_defaults(folder)
 
 
 def test_the_format_before_is_read_and_checked(run_dir, monkeypatch):
@@ -230,14 +230,14 @@ def test_the_format_before_is_read_and_checked(run_dir, monkeypatch):
     manifest_module._once.cache_clear()
     folder = save(run_dir, 10, format=2)
     for _ in range(2):
-        assert same(content_of(opened(folder)), 10)
+        assert same(content_of(open_with_defaults(folder)), 10)
     assert said == [
         "checkpoint format 2 has no digest of its manifest: its fields are checked instead"
     ]
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "optimizer_steps": -1}))
     with pytest.raises(DamagedCheckpointError, match="optimizer_steps: found -1"):
-        opened(folder)
+        open_with_defaults(folder)
 
 
 def test_has_teeth_without_the_tiling_check(run_dir, monkeypatch):
@@ -253,9 +253,9 @@ def test_has_teeth_without_the_tiling_check(run_dir, monkeypatch):
     with pytest.raises(
         DamagedCheckpointError, match="rank 0 owns elements 6..12, wanted a range that starts at 0"
     ):
-        opened(folder)
+        open_with_defaults(folder)
     monkeypatch.setattr(index_module, "tiling_problem", lambda shape, ranges: None)
-    found = content_of(opened(folder))
+    found = content_of(open_with_defaults(folder))
     assert not torch.equal(found["param"]["a.weight"], tensors_of(10)["param"]["a.weight"])
     assert torch.equal(found["param"]["b"], tensors_of(10)["param"]["b"])
 
@@ -291,7 +291,7 @@ def test_no_file_may_be_anything_else(run_dir, name, harm):
     folder = save(run_dir, 10)
     act(folder / name)
     with pytest.raises(DamagedCheckpointError, match=words) as caught:
-        opened(folder)
+        open_with_defaults(folder)
     assert name in str(caught.value)
 
 
@@ -312,14 +312,14 @@ def test_json_that_nobody_writes(run_dir, name, text, words):
     folder = save(run_dir, 10)
     (folder / name).write_text(text)
     if name != "manifest.json":
-        record_again(folder)
+        rewrite_manifest(folder)
     with pytest.raises(DamagedCheckpointError, match=f"{name}: .*{words}|{name}: {words}"):
-        opened(folder)
+        open_with_defaults(folder)
     (folder / name).write_bytes(b'{"\xff": 1}')
     if name != "manifest.json":
-        record_again(folder)
+        rewrite_manifest(folder)
     with pytest.raises(DamagedCheckpointError, match=f"{name}: is not UTF-8"):
-        opened(folder)
+        open_with_defaults(folder)
 
 
 def rewrite_header(path, change):
@@ -345,9 +345,9 @@ def rewrite_header(path, change):
 def test_headers_must_agree_with_the_index(run_dir, change, words):
     folder = save(run_dir, 10)
     rewrite_header(folder / "pieces_00000.safetensors", change)
-    record_again(folder)
+    rewrite_manifest(folder)
     with pytest.raises(DamagedCheckpointError, match=f"pieces_00000.safetensors: .*({words})"):
-        opened(folder)
+        open_with_defaults(folder)
 
 
 def test_headers_are_lists_of_bytes_within_the_file(run_dir):
@@ -359,9 +359,9 @@ def test_headers_are_lists_of_bytes_within_the_file(run_dir):
         b"\x01",
     ):
         (folder / "pieces_00000.safetensors").write_bytes(data.ljust(300, b" "))
-        record_again(folder)
+        rewrite_manifest(folder)
         with pytest.raises(DamagedCheckpointError, match="pieces_00000.safetensors"):
-            opened(folder)
+            open_with_defaults(folder)
 
 
 def test_what_reading_refuses_is_not_written(tmp_path, run_dir):

@@ -23,8 +23,8 @@ from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.yaml_reader import read_value
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.build import check_model_runs
+from tests.support.config_errors import check_error_message, leaves
 from tests.support.configs import TINY_SDXL, dataset_index, train_config
-from tests.support.hostile import check_refusal, leaves
 
 TINY = dump(train_config())
 
@@ -37,7 +37,7 @@ def path(tmp_path):
 def refusal(path: Path, overrides: tuple[str, ...] = ()) -> str:
     with pytest.raises(ConfigError) as error:
         load_config(TrainConfig, path, overrides)
-    check_refusal(error.value)
+    check_error_message(error.value)
     return str(error.value)
 
 
@@ -317,7 +317,7 @@ def test_a_model_that_cannot_run_is_found_on_meta_tensors(settings, words):
     config, index = train_config(model=model), dataset_index(side=8)
     with pytest.raises(ConfigError) as error:
         check_model_runs(config, index)
-    check_refusal(error.value)
+    check_error_message(error.value)
     assert all(word in str(error.value) for word in ("model.settings=", *words))
 
 
@@ -338,7 +338,7 @@ def test_settings_of_a_unet_are_checked_without_torch(settings, words):
     model = {"kind": "unet", "preset": "sdxl", "settings": {**TINY_SDXL["settings"], **settings}}
     with pytest.raises(ConfigError) as error:
         validate(TrainConfig, {**train_config().model_dump(mode="json"), "model": model}, "x.yaml")
-    check_refusal(error.value)
+    check_error_message(error.value)
     assert all(word in str(error.value) for word in words), error.value
 
 

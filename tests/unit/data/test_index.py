@@ -35,9 +35,9 @@ from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.loop import train
 from tests.support.configs import dataset_index, train_config
+from tests.support.image_tars import data_config
 from tests.support.indexes import as_format_2, rewrite_index
 from tests.support.latents import captioned_dataset, tiny_dataset
-from tests.support.material import data_config
 
 
 def fields_of(folder: Path) -> dict[str, Any]:

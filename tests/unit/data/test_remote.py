@@ -22,12 +22,12 @@ from lpl_pretrain.data import remote
 from lpl_pretrain.data.cache import CachedStore
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.support.material import (
+from tests.support.image_tars import (
     FakeAutoencoder,
     data_config,
     encode_config,
-    encode_whole,
-    sample,
+    encode_dataset,
+    tar_sample,
     write_tar,
 )
 
@@ -232,10 +232,10 @@ def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(
     for number in range(3):
         tar = write_tar(
             tmp_path / "in" / f"{number}.tar",
-            [m for n in range(4) for m in sample(10 * number + n)],
+            [m for n in range(4) for m in tar_sample(10 * number + n)],
         )
         MEMORY.pipe(f"/pictures/{number}.tar", tar.read_bytes())
-    encode_whole(encode_config(tmp_path / "in", tmp_path / "local"), FakeAutoencoder())
+    encode_dataset(encode_config(tmp_path / "in", tmp_path / "local"), FakeAutoencoder())
     for number, source in enumerate(
         [
             "memory://pictures",
@@ -245,7 +245,7 @@ def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(
     ):
         output = tmp_path / f"remote{number}"
         Flaky(monkeypatch, 1)
-        encode_whole(encode_config(source, output), FakeAutoencoder())
+        encode_dataset(encode_config(source, output), FakeAutoencoder())
         shards = [path for path in sorted(output.iterdir()) if path.suffix == ".tar"]
         assert [path.read_bytes() for path in shards] == [
             p.read_bytes() for p in sorted((tmp_path / "local").glob("*.tar"))
@@ -253,23 +253,28 @@ def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(
 
 
 def test_encoding_a_remote_image_folder(tmp_path: Path) -> None:
-    for member, data in [m for n in range(6) for m in sample(n)]:
+    for member, data in [m for n in range(6) for m in tar_sample(n)]:
         if member.endswith(".png"):
             MEMORY.pipe(f"/images/class{int(member[1:5]) % 2}/{member}", data)
             path = tmp_path / "images" / f"class{int(member[1:5]) % 2}" / member
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-    local = encode_whole(encode_config(tmp_path / "images", tmp_path / "local"), FakeAutoencoder())
-    found = encode_whole(encode_config("memory://images", tmp_path / "remote"), FakeAutoencoder())
+    local = encode_dataset(
+        encode_config(tmp_path / "images", tmp_path / "local"), FakeAutoencoder()
+    )
+    found = encode_dataset(encode_config("memory://images", tmp_path / "remote"), FakeAutoencoder())
     assert found.fingerprint == local.fingerprint and found.classes == ["class0", "class1"]
 
 
 def test_what_only_remote_tars_show_is_found_in_the_end(tmp_path: Path) -> None:
-    for name, members in {"a": sample(0) + sample(1), "b": sample(2) + sample(1)}.items():
+    for name, members in {
+        "a": tar_sample(0) + tar_sample(1),
+        "b": tar_sample(2) + tar_sample(1),
+    }.items():
         MEMORY.pipe(f"/twice/{name}.tar", write_tar(tmp_path / f"{name}.tar", members).read_bytes())
     with pytest.raises(
         DataError, match="a key is there twice, in latents-00000-0000-000-4x4.tar and latents-00001"
     ):
-        encode_whole(encode_config("memory://twice", tmp_path / "latents"), FakeAutoencoder())
+        encode_dataset(encode_config("memory://twice", tmp_path / "latents"), FakeAutoencoder())
     with pytest.raises(DataError, match="memory://missing: (no pictures|cannot be listed)"):
-        encode_whole(encode_config("memory://missing", tmp_path / "other"), FakeAutoencoder())
+        encode_dataset(encode_config("memory://missing", tmp_path / "other"), FakeAutoencoder())

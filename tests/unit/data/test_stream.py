@@ -18,17 +18,17 @@ from lpl_pretrain.data.offsets import Offsets, key_at
 from lpl_pretrain.data.prefetch import prefetch_map
 from lpl_pretrain.data.stream import LatentStream
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.support.indexes import rewrite_index, simulated_index
-from tests.support.material import (
+from tests.support.image_tars import (
     FakeAutoencoder,
     data_config,
     encode_config,
-    encode_whole,
-    encoded,
-    picture,
-    sample,
+    encode_dataset,
+    encode_image,
+    random_image,
+    tar_sample,
     write_tar,
 )
+from tests.support.indexes import rewrite_index, simulated_index
 
 SHAPE = (4, 4, 4)
 CLASSES = 3
@@ -67,7 +67,7 @@ def overwrite(folder: Path, number: int, row: int, offset: int, data: bytes) -> 
 
 
 def expected(number: int) -> torch.Tensor:
-    images = torch.from_numpy(picture(number)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    images = torch.from_numpy(random_image(number)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return FakeAutoencoder().encode_moments(images)[0].half()
 
 
@@ -408,10 +408,10 @@ def encode_numbers(
     shape: tuple[int, int] = (16, 16),
     **options: object,
 ) -> Path:
-    members = [m for n in numbers for m in sample(n, png=encoded(picture(n, *shape)))]
+    members = [m for n in numbers for m in tar_sample(n, png=encode_image(random_image(n, *shape)))]
     folder.mkdir(exist_ok=True)
     output = folder / name
-    encode_whole(
+    encode_dataset(
         encode_config(
             write_tar(folder / f"{name}.tar", members), output, shard_samples=4, **options
         ),
@@ -473,7 +473,7 @@ def test_folders_that_cannot_be_mixed(tmp_path: Path) -> None:
 
 def test_bf16_moments(tmp_path: Path) -> None:
     stream = open_stream(encode_numbers(tmp_path, "a", [0], moments_dtype="bf16"))
-    images = torch.from_numpy(picture(0)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    images = torch.from_numpy(random_image(0)).permute(2, 0, 1)[None].float() / 127.5 - 1
     batch = stream.read([0])
     assert batch.moments.dtype == torch.bfloat16
     assert torch.equal(batch.moments, FakeAutoencoder().encode_moments(images).bfloat16())
@@ -485,7 +485,7 @@ def test_buckets(tmp_path: Path) -> None:
     members = []
     for number in range(30):
         shape = [(16, 16), (24, 10), (10, 24)][number % 3]
-        members += sample(number, png=encoded(picture(number, *shape)))
+        members += tar_sample(number, png=encode_image(random_image(number, *shape)))
     output = tmp_path / "latents"
     config = encode_config(
         write_tar(tmp_path / "x.tar", members),
@@ -493,7 +493,7 @@ def test_buckets(tmp_path: Path) -> None:
         shard_samples=8,
         buckets={"max_aspect": 3.0, "step_px": 4},
     )
-    index = encode_whole(config, FakeAutoencoder())
+    index = encode_dataset(config, FakeAutoencoder())
     assert len(index.buckets) == 3 and all(bucket.samples == 10 for bucket in index.buckets)
     stream = open_stream(output, batch=6)
     shapes = [

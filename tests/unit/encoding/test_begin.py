@@ -25,7 +25,7 @@ from lpl_pretrain.encoding.shard_checks import check_shards
 from lpl_pretrain.encoding.writer import RECORDS, publish_new
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.world import World
-from tests.support.material import FakeAutoencoder, encode_config, encode_whole, tar_of
+from tests.support.image_tars import FakeAutoencoder, encode_config, encode_dataset, image_tar
 
 ROUNDS = 400
 PLANS = [Plan(letter * 64, []) for letter in "ab"]
@@ -132,10 +132,10 @@ def sound(folder: Path) -> None:
 
 def test_two_configurations_at_once(tmp_path: Path) -> None:
     """Whole encodes: one is refused, whenever it comes, and the folder is the other's."""
-    source = tar_of(tmp_path / "x.tar", 6)
+    source = image_tar(tmp_path / "x.tar", 6)
     alone = []
     for crop in ("center", "random"):
-        encode_whole(
+        encode_dataset(
             encode_config(source, tmp_path / crop, shard_samples=2, crop=crop), FakeAutoencoder()
         )
         alone.append(contents(tmp_path / crop))
@@ -172,7 +172,7 @@ class Late(FakeAutoencoder):
 
 @pytest.mark.parametrize("trial", range(12))
 def test_one_command_started_twice_is_one_sound_folder(tmp_path: Path, trial: int) -> None:
-    source = tar_of(tmp_path / "x.tar", 12)
+    source = image_tar(tmp_path / "x.tar", 12)
     config = encode_config(source, tmp_path / "latents", shard_samples=3, batch_size=2, flips=True)
     offset = random.Random(trial).uniform(0, 0.1) * (trial > 2)
 
@@ -185,7 +185,7 @@ def test_one_command_started_twice_is_one_sound_folder(tmp_path: Path, trial: in
     sound(tmp_path / "latents")
     assert len({index.digest for index in results}) == 1  # type: ignore[attr-defined]
     if trial % 3 == 0:
-        encode_whole(
+        encode_dataset(
             encode_config(source, tmp_path / "alone", shard_samples=3, batch_size=2, flips=True),
             FakeAutoencoder(),
         )
@@ -196,7 +196,7 @@ def test_whoever_records_a_part_first_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second process, with other rounding, ends a part just before it is recorded by the first."""
-    source = tar_of(tmp_path / "x.tar", 4)
+    source = image_tar(tmp_path / "x.tar", 4)
     config = encode_config(source, tmp_path / "latents", shard_samples=2)
     real, rivals = writer.publish_new, []
 
@@ -210,9 +210,9 @@ def test_whoever_records_a_part_first_counts(
         patch.setattr(writer, "publish_new", rival_first)
         encode(config, Late(5), world=World(0, 0, 2))
     assert rivals
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     sound(tmp_path / "latents")
-    encode_whole(encode_config(source, tmp_path / "alone", shard_samples=2), FakeAutoencoder())
+    encode_dataset(encode_config(source, tmp_path / "alone", shard_samples=2), FakeAutoencoder())
     assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
 
 
@@ -220,12 +220,12 @@ def test_a_folder_that_is_finished_meanwhile_is_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another plan finishes between our look for an index and our beginning."""
-    source, output = tar_of(tmp_path / "x.tar", 4), tmp_path / "latents"
+    source, output = image_tar(tmp_path / "x.tar", 4), tmp_path / "latents"
     real = encode_module.begin
 
     def other_first(folder: Path, plan: Plan) -> None:
         monkeypatch.setattr(encode_module, "begin", real)
-        encode_whole(encode_config(source, output, crop="random"), FakeAutoencoder())
+        encode_dataset(encode_config(source, output, crop="random"), FakeAutoencoder())
         real(folder, plan)
 
     monkeypatch.setattr(encode_module, "begin", other_first)
@@ -238,7 +238,7 @@ def test_a_folder_that_is_finished_meanwhile_is_not_touched(
 
 
 def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path) -> None:
-    source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
+    source, output = image_tar(tmp_path / "x.tar", 6), tmp_path / "latents"
     config = encode_config(source, output, shard_samples=2)
 
     def begun() -> list[Path]:
@@ -276,7 +276,7 @@ def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path
 def test_a_kill_between_a_record_and_its_files_is_made_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tar_of(tmp_path / "x.tar", 6)
+    source = image_tar(tmp_path / "x.tar", 6)
     config = encode_config(source, tmp_path / "latents", shard_samples=2)
 
     class Killed(BaseException):
@@ -291,7 +291,7 @@ def test_a_kill_between_a_record_and_its_files_is_made_good(
         with pytest.raises(Killed):
             encode(config, FakeAutoencoder())
     assert not list((tmp_path / "latents").glob("latents-*"))
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     sound(tmp_path / "latents")
 
 
@@ -302,7 +302,7 @@ def test_a_move_that_is_refused_after_the_record_is_made_good(
     """The record names the files: those that are not moved yet must not be discarded with what the
     error ended.
     """
-    source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
+    source, output = image_tar(tmp_path / "x.tar", 6), tmp_path / "latents"
     config, replace, refused_names = (
         encode_config(source, output, shard_samples=2),
         os.replace,
@@ -320,16 +320,16 @@ def test_a_move_that_is_refused_after_the_record_is_made_good(
         with pytest.raises(DataError, match="Stale file handle"):
             encode(config, FakeAutoencoder())
     assert not (output / refused_names[0]).exists()
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     sound(output)
 
 
 def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
-    source, output = tar_of(tmp_path / "x.tar", 6), tmp_path / "latents"
-    encode_whole(encode_config(source, output, shard_samples=2), FakeAutoencoder())
+    source, output = image_tar(tmp_path / "x.tar", 6), tmp_path / "latents"
+    encode_dataset(encode_config(source, output, shard_samples=2), FakeAutoencoder())
     (output / "latents-notes.txt").write_text("not ours")
     (output / "index.json").unlink()
-    index = encode_whole(encode_config(source, output), FakeAutoencoder())
+    index = encode_dataset(encode_config(source, output), FakeAutoencoder())
     assert (
         len(index.shards) == 1
         and len(list(output.glob("latents-0*.tar"))) == 1
@@ -339,7 +339,7 @@ def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
 
 
 def test_work_of_an_earlier_version_is_named_so(tmp_path: Path) -> None:
-    source, output = tar_of(tmp_path / "x.tar", 2), tmp_path / "latents"
+    source, output = image_tar(tmp_path / "x.tar", 2), tmp_path / "latents"
     config = encode_config(source, output)
     earlier = encode_module.make_plan(config, {"autoencoder": "fake"}).earlier_identity
     begin(output, Plan(earlier, []))

@@ -11,8 +11,14 @@ import pytest
 
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.errors import DataError
-from tests.support.latents import draw_pictures
-from tests.support.material import FakeAutoencoder, encode_config, encode_whole, sample, write_tar
+from tests.support.image_tars import (
+    FakeAutoencoder,
+    encode_config,
+    encode_dataset,
+    tar_sample,
+    write_tar,
+)
+from tests.support.latents import draw_images
 from tests.support.text_encoders import text_encoder_folder
 
 
@@ -23,7 +29,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def tar_of_captions(path: Path, *captions: bytes | None) -> Path:
     return write_tar(
-        path, [member for n, caption in enumerate(captions) for member in sample(n, txt=caption)]
+        path,
+        [member for n, caption in enumerate(captions) for member in tar_sample(n, txt=caption)],
     )
 
 
@@ -33,7 +40,7 @@ class NeverAsked(FakeAutoencoder):
 
 
 def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
-    config = encode_config(draw_pictures(tmp_path / "pictures", 6), tmp_path / "latents", text=text)
+    config = encode_config(draw_images(tmp_path / "pictures", 6), tmp_path / "latents", text=text)
     with pytest.raises(
         DataError,
         match=r"text=\['clip'\]: none of the 6 pictures of source=.* has a caption .100 % lack "
@@ -42,7 +49,7 @@ def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
         encode(config, NeverAsked())
     assert not (tmp_path / "latents").exists()
     assert (
-        encode_whole(
+        encode_dataset(
             encode_config(tmp_path / "pictures", tmp_path / "latents"), FakeAutoencoder()
         ).captions
         == 0
@@ -61,14 +68,16 @@ def test_some_missing_captions_are_one_line(
 ) -> None:
     tar = tar_of_captions(tmp_path / "x.tar", b"a cat", None, b"a dog", b" ")
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
-        index = encode_whole(encode_config(tar, tmp_path / "latents", text=text), FakeAutoencoder())
+        index = encode_dataset(
+            encode_config(tar, tmp_path / "latents", text=text), FakeAutoencoder()
+        )
     assert index.samples == 4 and caplog.text.count("2 of 4 pictures (50 %) have no caption") == 1
     caplog.clear()
-    encode_whole(
+    encode_dataset(
         encode_config(tar_of_captions(tmp_path / "y.tar", b"a"), tmp_path / "all", text=text),
         FakeAutoencoder(),
     )
-    encode_whole(encode_config(tar, tmp_path / "no_text"), FakeAutoencoder())
+    encode_dataset(encode_config(tar, tmp_path / "no_text"), FakeAutoencoder())
     assert "have no caption" not in caplog.text
 
 
@@ -88,7 +97,7 @@ def test_remote_tars_are_looked_at_before_the_index(
         )
     assert not (tmp_path / "none" / "index.json").exists()
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
-        encode_whole(
+        encode_dataset(
             encode_config(["memory://captions/some.tar"], tmp_path / "some", text=text),
             FakeAutoencoder(),
         )

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from lpl_pretrain.encoding import colour
 from lpl_pretrain.encoding.images import decode_picture
 from lpl_pretrain.errors import DataError
-from tests.support.material import encoded, picture
+from tests.support.image_tars import encode_image, random_image
 
 D50 = np.array([0.9642, 1.0, 0.8249])
 SRGB = np.array(
@@ -72,8 +72,10 @@ def rgb_profile(matrix: np.ndarray, gamma: float) -> bytes:
 def to_levels(linear: np.ndarray) -> np.ndarray:
     """Linear sRGB, clipped -> 0 to 255."""
     linear = np.clip(linear, 0, 1)
-    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(encoded * 255).astype(int)
+    encode_image = np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    )
+    return np.rint(encode_image * 255).astype(int)
 
 
 def expected(pixels: np.ndarray, matrix: np.ndarray, gamma: float) -> np.ndarray:
@@ -89,9 +91,9 @@ PROFILES = [(WIDE, 2.19921875), (SWAPPED, 2.19921875), (SRGB, 1.0), (SRGB, 1.8),
 )
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_profiles_are_converted(matrix: np.ndarray, gamma: float, kind: str) -> None:
-    pixels, options = picture(0, 24, 24), {"lossless": True} if kind == "WEBP" else {}
+    pixels, options = random_image(0, 24, 24), {"lossless": True} if kind == "WEBP" else {}
     found = decode_picture(
-        encoded(pixels, kind, icc_profile=rgb_profile(matrix, gamma), **options), "x.png"
+        encode_image(pixels, kind, icc_profile=rgb_profile(matrix, gamma), **options), "x.png"
     )
     wanted = expected(pixels, matrix, gamma)
     assert (
@@ -103,15 +105,15 @@ def test_profiles_are_converted(matrix: np.ndarray, gamma: float, kind: str) -> 
 def test_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the conversion the same comparison fails."""
     monkeypatch.setattr(colour, "_transform", lambda profile, mode: (None, None))
-    pixels = picture(0, 24, 24)
-    found = decode_picture(encoded(pixels, icc_profile=rgb_profile(WIDE, 2.19921875)), "x.png")
+    pixels = random_image(0, 24, 24)
+    found = decode_picture(encode_image(pixels, icc_profile=rgb_profile(WIDE, 2.19921875)), "x.png")
     assert np.abs(found.astype(int) - expected(pixels, WIDE, 2.19921875)).max() > 20
 
 
 def test_srgb_in_all_but_name_changes_nothing() -> None:
-    pixels = picture(0, 64, 64)
+    pixels = random_image(0, 64, 64)
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.array_equal(decode_picture(encoded(pixels, icc_profile=own), "x.png"), pixels)
+    assert np.array_equal(decode_picture(encode_image(pixels, icc_profile=own), "x.png"), pixels)
 
 
 def test_jpeg_palette_and_alpha_have_profiles_too() -> None:
@@ -123,10 +125,10 @@ def test_jpeg_palette_and_alpha_have_profiles_too() -> None:
         (Image.fromarray(flat).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         (Image.fromarray(flat).convert("RGBA"), "PNG"),
     ):
-        found = decode_picture(encoded(image, kind, icc_profile=raw), "x")
+        found = decode_picture(encode_image(image, kind, icc_profile=raw), "x")
         assert np.abs(found[0, 0].astype(int) - wanted).max() <= 4, kind
     half = Image.fromarray(np.concatenate([flat, np.full((16, 16, 1), 128, np.uint8)], axis=2))
-    found = decode_picture(encoded(half, icc_profile=raw), "x.png")
+    found = decode_picture(encode_image(half, icc_profile=raw), "x.png")
     assert np.abs(found[0, 0] - (wanted * 128 + 255 * 127) / 255).max() <= 3
 
 
@@ -142,7 +144,7 @@ def test_grey_profiles(mode: str) -> None:
         image = Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert("1")
     elif mode == "LA":
         image.putalpha(255)
-    found = decode_picture(encoded(image, icc_profile=linear), "x.png")
+    found = decode_picture(encode_image(image, icc_profile=linear), "x.png")
     wanted = np.repeat(
         to_levels(np.eye(8) if mode == "1" else levels / 255.0)[..., None], 3, axis=2
     )
@@ -176,7 +178,7 @@ def level_of_lightness(lightness: float) -> int:
     ("inks", "lightness"), [((0, 0, 0, 0), 100), ((0, 0, 0, 255), 30), ((255, 255, 0, 0), 80)]
 )
 def test_cmyk_profiles(inks: tuple[int, int, int, int], lightness: float) -> None:
-    raw = encoded(
+    raw = encode_image(
         Image.new("CMYK", (16, 16), inks), "JPEG", quality=100, icc_profile=cmyk_profile()
     )
     assert b"Adobe" in raw
@@ -194,9 +196,11 @@ def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
     """Adobe stores inks inverted, and says so; without its mark they are stored as they are (ITU-T
     T.872, 6.5.3).
     """
-    marked = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
+    marked = encode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
     assert np.abs(decode_picture(marked, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
-    plain = without_adobe(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 255)), "JPEG", quality=100))
+    plain = without_adobe(
+        encode_image(Image.new("CMYK", (8, 8), (255, 0, 0, 255)), "JPEG", quality=100)
+    )
     assert b"Adobe" not in plain
     assert np.abs(decode_picture(plain, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
 
@@ -220,9 +224,11 @@ def test_a_profile_that_cannot_be_used_is_ignored_and_named(
     raw, mode, fragment, caplog: pytest.LogCaptureFixture
 ) -> None:
     colour._warned.clear()
-    image = Image.fromarray(picture(0)).convert(mode)
+    image = Image.fromarray(random_image(0)).convert(mode)
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
-        found = [decode_picture(encoded(image, icc_profile=raw), f"x{i}.png") for i in range(2)]
+        found = [
+            decode_picture(encode_image(image, icc_profile=raw), f"x{i}.png") for i in range(2)
+        ]
     if fragment is None:
         return  # any colours, no traceback
     assert np.array_equal(found[0], np.asarray(image.convert("RGB"))) and np.array_equal(*found)
@@ -349,7 +355,7 @@ def test_pictures_without_pixels(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_cut_anywhere_is_refused_or_whole(kind: str) -> None:
     """Never half a picture."""
-    raw = encoded(picture(0, 40, 40), kind)
+    raw = encode_image(random_image(0, 40, 40), kind)
     whole = decode_picture(raw, "x")
     for length in range(0, len(raw), 37):
         try:

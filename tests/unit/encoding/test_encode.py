@@ -19,17 +19,17 @@ from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.encoding.encode import check_shapes, encode
 from lpl_pretrain.encoding.writer import LatentStatistics
 from lpl_pretrain.errors import ConfigError, DataError
-from tests.support.material import (
+from tests.support.image_tars import (
     CLASSES,
     FakeAutoencoder,
     data_config,
     encode_config,
+    encode_dataset,
+    encode_image,
     encode_tar,
-    encode_whole,
-    encoded,
-    picture,
-    sample,
-    tar_of,
+    image_tar,
+    random_image,
+    tar_sample,
     write_tar,
 )
 
@@ -39,14 +39,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def expected_moments(number: int) -> np.ndarray:
-    images = torch.from_numpy(picture(number)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    images = torch.from_numpy(random_image(number)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return FakeAutoencoder().encode_moments(images)[0].half().numpy()
 
 
 def refused(source: Path, *fragments: str) -> None:
     output = source.parent / "latents"
     with pytest.raises(DataError) as error:
-        encode_whole(encode_config(source, output), FakeAutoencoder())
+        encode_dataset(encode_config(source, output), FakeAutoencoder())
     for fragment in fragments:
         assert fragment in str(error.value)
     assert not (output / "index.json").exists()
@@ -97,7 +97,7 @@ def test_webdataset_reads_the_folder(data_set: Path) -> None:
             "source_px": [16, 16],
             "resized_px": [16, 16],
             "crop_px": [0, 0],
-            "image_sha256": hashlib.sha256(encoded(picture(number))).hexdigest(),
+            "image_sha256": hashlib.sha256(encode_image(random_image(number))).hexdigest(),
         }
 
 
@@ -145,7 +145,8 @@ def test_an_interrupted_encode_is_made_again(tmp_path: Path) -> None:
 
 def test_a_failing_encode_leaves_no_index(tmp_path: Path) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", sample(0) + sample(1, png=b"no picture")), "x.tar:p0001.png"
+        write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(1, png=b"no picture")),
+        "x.tar:p0001.png",
     )
 
 
@@ -160,8 +161,8 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_source_fingerprint_does_not_depend_on_how_pictures_are_packed(tmp_path: Path) -> None:
     _, index = encode_tar(tmp_path, 3)
-    tars = [str(write_tar(tmp_path / f"{number}.tar", sample(number))) for number in (2, 0, 1)]
-    apart = encode_whole(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
+    tars = [str(write_tar(tmp_path / f"{number}.tar", tar_sample(number))) for number in (2, 0, 1)]
+    apart = encode_dataset(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
     assert (
         apart.source_fingerprint == index.source_fingerprint
         and apart.fingerprint != index.fingerprint
@@ -177,9 +178,12 @@ class OtherAutoencoder(FakeAutoencoder):
     [
         ({"autoencoder": OtherAutoencoder()}, "source or encoders have changed"),
         ({"resolution_px": 32}, "resolution_px 16 there, 32 now"),
-        ({"picture": sample(1, png=encoded(picture(99)))}, "source or encoders have changed"),
-        ({"picture": sample(1, cls=b"2", json=b"{}")}, "source or encoders have changed"),
-        ({"picture": sample(1, txt=b"another caption")}, "source or encoders have changed"),
+        (
+            {"picture": tar_sample(1, png=encode_image(random_image(99)))},
+            "source or encoders have changed",
+        ),
+        ({"picture": tar_sample(1, cls=b"2", json=b"{}")}, "source or encoders have changed"),
+        ({"picture": tar_sample(1, txt=b"another caption")}, "source or encoders have changed"),
     ],
 )
 def test_a_finished_folder_of_other_inputs_is_refused(
@@ -188,7 +192,8 @@ def test_a_finished_folder_of_other_inputs_is_refused(
     folder, _ = encode_tar(tmp_path, 3)
     before = contents(folder)
     tar = write_tar(
-        tmp_path / "pictures.tar", sample(0) + change.get("picture", sample(1)) + sample(2)
+        tmp_path / "pictures.tar",
+        tar_sample(0) + change.get("picture", tar_sample(1)) + tar_sample(2),
     )
     config = encode_config(tar, folder, resolution_px=change.get("resolution_px", 16))
     with pytest.raises(DataError, match=fragment) as error:
@@ -218,8 +223,8 @@ def test_moments_that_float16_cannot_hold_name_the_key(
     tmp_path: Path, value: float, fragment: str
 ) -> None:
     with pytest.raises(DataError, match=f"'p0006'.*{fragment}"):
-        encode_whole(
-            encode_config(tar_of(tmp_path / "x.tar", 9), tmp_path / "latents"),
+        encode_dataset(
+            encode_config(image_tar(tmp_path / "x.tar", 9), tmp_path / "latents"),
             BrokenAutoencoder(value),
         )
     assert not (tmp_path / "latents" / "index.json").exists()
@@ -227,21 +232,23 @@ def test_moments_that_float16_cannot_hold_name_the_key(
 
 def test_resolution_must_fit_the_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resolution_px=18 is not a multiple of 4.*such as 20"):
-        encode_whole(
+        encode_dataset(
             encode_config(tmp_path, tmp_path / "latents", resolution_px=18), FakeAutoencoder()
         )
 
 
 def test_class_ids_out_of_range(tmp_path: Path) -> None:
-    pictures = [member for number in range(3) for member in sample(number)]
+    pictures = [member for number in range(3) for member in tar_sample(number)]
     refused(
-        write_tar(tmp_path / "a.tar", pictures + sample(4, cls=b"3", json=b"{}")),
+        write_tar(tmp_path / "a.tar", pictures + tar_sample(4, cls=b"3", json=b"{}")),
         "p0004",
         "class id 3, wanted 0 to 2",
     )
-    refused(write_tar(tmp_path / "b.tar", pictures + sample(4, cls=b"-2")), "p0004", "class id -2")
     refused(
-        write_tar(tmp_path / "c.tar", sample(4, cls=b"123456789", json=b"{}")),
+        write_tar(tmp_path / "b.tar", pictures + tar_sample(4, cls=b"-2")), "p0004", "class id -2"
+    )
+    refused(
+        write_tar(tmp_path / "c.tar", tar_sample(4, cls=b"123456789", json=b"{}")),
         "p0004",
         "wanted 0 to 99999",
     )
@@ -250,34 +257,37 @@ def test_class_ids_out_of_range(tmp_path: Path) -> None:
 def test_classes_that_contradict(tmp_path: Path) -> None:
     named = json.dumps({"class_name": "flags"}).encode()
     refused(
-        write_tar(tmp_path / "a.tar", sample(0) + sample(1, json=named)),
+        write_tar(tmp_path / "a.tar", tar_sample(0) + tar_sample(1, json=named)),
         "p0001",
         "class id 1 is named 'flags'",
     )
     refused(
-        write_tar(tmp_path / "b.tar", sample(0) + sample(1, cls=b"0")), "p0001", "id 0 was 'flags'"
+        write_tar(tmp_path / "b.tar", tar_sample(0) + tar_sample(1, cls=b"0")),
+        "p0001",
+        "id 0 was 'flags'",
     )
     refused(
-        write_tar(tmp_path / "c.tar", sample(0) + sample(1, cls=None)),
+        write_tar(tmp_path / "c.tar", tar_sample(0) + tar_sample(1, cls=None)),
         "'p0001' has no class, others do",
     )
 
 
 def test_classes_without_names_and_no_classes(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", sample(0, json=None) + sample(2, json=None))
-    index = encode_whole(encode_config(tar, tmp_path / "named"), FakeAutoencoder())
+    tar = write_tar(tmp_path / "a.tar", tar_sample(0, json=None) + tar_sample(2, json=None))
+    index = encode_dataset(encode_config(tar, tmp_path / "named"), FakeAutoencoder())
     assert (index.classes, index.class_counts) == (["0", "1", "2"], [1, 0, 1])
-    tar = write_tar(tmp_path / "b.tar", sample(0, json=None, cls=None))
-    index = encode_whole(encode_config(tar, tmp_path / "none"), FakeAutoencoder())
+    tar = write_tar(tmp_path / "b.tar", tar_sample(0, json=None, cls=None))
+    index = encode_dataset(encode_config(tar, tmp_path / "none"), FakeAutoencoder())
     assert (index.classes, index.class_counts) == ([], [])
 
 
 def test_pictures_of_any_size_and_bf16(tmp_path: Path) -> None:
     tar = write_tar(
         tmp_path / "x.tar",
-        sample(0, png=encoded(picture(0, 40, 23))) + sample(1, png=encoded(picture(1, 5, 90))),
+        tar_sample(0, png=encode_image(random_image(0, 40, 23)))
+        + tar_sample(1, png=encode_image(random_image(1, 5, 90))),
     )
-    index = encode_whole(
+    index = encode_dataset(
         encode_config(tar, tmp_path / "latents", precision="bf16"), FakeAutoencoder()
     )
     assert index.samples == 2 and (index.latent.height, index.latent.width) == (4, 4)
@@ -286,7 +296,7 @@ def test_pictures_of_any_size_and_bf16(tmp_path: Path) -> None:
 def test_command_prints_a_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = encode_config(tar_of(tmp_path / "x.tar", 5), tmp_path / "latents")
+    config = encode_config(image_tar(tmp_path / "x.tar", 5), tmp_path / "latents")
     monkeypatch.setattr(
         "lpl_pretrain.encoding.encode.encode",
         lambda config, world, encode=encode: encode(config, FakeAutoencoder()),
@@ -326,7 +336,7 @@ def tar_of_sizes(path: Path, *sizes: tuple[int, int]) -> Path:
         [
             member
             for n, size in enumerate(sizes)
-            for member in sample(n, png=encoded(picture(n, *size)))
+            for member in tar_sample(n, png=encode_image(random_image(n, *size)))
         ],
     )
 
@@ -338,7 +348,7 @@ def test_buckets_have_shards_of_their_own_with_sorted_keys(tmp_path: Path) -> No
     config = encode_config(
         tar, tmp_path / "latents", buckets={"max_aspect": 3.0, "step_px": 4}, shard_samples=4
     )
-    index = encode_whole(config, FakeAutoencoder())
+    index = encode_dataset(config, FakeAutoencoder())
     shapes = {(bucket.height, bucket.width): bucket.samples for bucket in index.buckets}
     assert (
         sum(shapes.values()) == 20
@@ -359,9 +369,9 @@ def test_buckets_have_shards_of_their_own_with_sorted_keys(tmp_path: Path) -> No
 
 def test_random_crops_are_recorded_and_do_not_depend_on_the_company(tmp_path: Path) -> None:
     whole = tar_of_sizes(tmp_path / "x.tar", *[(16, 48)] * 12)
-    alone = write_tar(tmp_path / "y.tar", sample(7, png=encoded(picture(7, 16, 48))))
+    alone = write_tar(tmp_path / "y.tar", tar_sample(7, png=encode_image(random_image(7, 16, 48))))
     for tar in (whole, alone):
-        encode_whole(encode_config(tar, tmp_path / tar.stem, crop="random"), FakeAutoencoder())
+        encode_dataset(encode_config(tar, tmp_path / tar.stem, crop="random"), FakeAutoencoder())
     samples = read_samples(tmp_path / "x")
     crops = [found["json"]["crop_px"] for found in samples.values()]
     assert len({left for _, left in crops}) > 5 and all(
@@ -370,7 +380,7 @@ def test_random_crops_are_recorded_and_do_not_depend_on_the_company(tmp_path: Pa
     for n, found in enumerate(samples.values()):
         left = found["json"]["crop_px"][1]
         images = (
-            torch.from_numpy(picture(n, 16, 48)[:, left : left + 16].copy())
+            torch.from_numpy(random_image(n, 16, 48)[:, left : left + 16].copy())
             .permute(2, 0, 1)[None]
             .float()
             / 127.5
@@ -392,13 +402,14 @@ class LopsidedAutoencoder(FakeAutoencoder):
 
 
 def test_flips_are_encodings_of_the_mirrored_picture(tmp_path: Path) -> None:
-    encode_whole(
-        encode_config(tar_of(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True),
+    encode_dataset(
+        encode_config(image_tar(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True),
         LopsidedAutoencoder(),
     )
     for n, found in enumerate(read_samples(tmp_path / "latents").values()):
         mirrored = (
-            torch.from_numpy(picture(n)[:, ::-1].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            torch.from_numpy(random_image(n)[:, ::-1].copy()).permute(2, 0, 1)[None].float() / 127.5
+            - 1
         )
         assert np.array_equal(
             found["moments_flipped.npy"],
@@ -411,8 +422,8 @@ def test_class_folders_are_spread_over_the_shards(tmp_path: Path) -> None:
     for n in range(80):
         folder = tmp_path / "pictures" / f"class{n // 40}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{n}.png").write_bytes(encoded(picture(n)))
-    index = encode_whole(
+        (folder / f"{n}.png").write_bytes(encode_image(random_image(n)))
+    index = encode_dataset(
         encode_config(tmp_path / "pictures", tmp_path / "latents", shard_samples=20),
         FakeAutoencoder(),
     )
@@ -442,14 +453,14 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
                 "height": 16,
             }
             members += [
-                (f"{key}.jpg", encoded(picture(n, 16, 20), "JPEG")),
+                (f"{key}.jpg", encode_image(random_image(n, 16, 20), "JPEG")),
                 *([(f"{key}.txt", f"a picture {n}".encode())] if n else []),
                 (f"{key}.json", json.dumps(facts).encode()),
             ]
         write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
         (tmp_path / "in" / f"{shard:05d}.parquet").write_bytes(b"PAR1")
         (tmp_path / "in" / f"{shard:05d}_stats.json").write_text("{}")
-    index = encode_whole(encode_config(tmp_path / "in", tmp_path / "latents"), FakeAutoencoder())
+    index = encode_dataset(encode_config(tmp_path / "in", tmp_path / "latents"), FakeAutoencoder())
     assert (index.samples, index.captions, index.classes, len(index.shards)) == (6, 6, [], 2)
     assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == [
         "a picture 0",
@@ -473,9 +484,9 @@ CAPTIONS = [
 def test_captions_in_any_unicode(tmp_path: Path) -> None:
     tar = write_tar(
         tmp_path / "x.tar",
-        [m for n, text in enumerate(CAPTIONS) for m in sample(n, txt=text.encode())],
+        [m for n, text in enumerate(CAPTIONS) for m in tar_sample(n, txt=text.encode())],
     )
-    encode_whole(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
+    encode_dataset(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
     assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == CAPTIONS
     stream = LatentStream(data_config(tmp_path / "latents"), 0, 8, Wants(captions=True))
     captions = stream.read(range(8)).captions
@@ -488,15 +499,15 @@ def test_captions_in_any_unicode(tmp_path: Path) -> None:
 def test_unreadable_pictures_can_be_skipped_and_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    members = [member for n in range(12) for member in sample(n)]
+    members = [member for n in range(12) for member in tar_sample(n)]
     bad = (
-        sample(20, png=b"no picture")
-        + sample(21, png=None)
-        + sample(22, cls=b"cat")
-        + sample(23, txt=b"\xff")
+        tar_sample(20, png=b"no picture")
+        + tar_sample(21, png=None)
+        + tar_sample(22, cls=b"cat")
+        + tar_sample(23, txt=b"\xff")
     )
     tar = write_tar(tmp_path / "x.tar", members[:16] + bad + [("../evil.png", b"")] + members[16:])
-    index = encode_whole(
+    index = encode_dataset(
         encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.4),
         FakeAutoencoder(),
     )
@@ -522,12 +533,13 @@ def test_unreadable_pictures_can_be_skipped_and_are_counted(
 
 
 def test_skipping_gives_the_same_bytes_as_leaving_them_out(tmp_path: Path) -> None:
-    whole = tar_of(tmp_path / "whole.tar", 9)
+    whole = image_tar(tmp_path / "whole.tar", 9)
     holes = write_tar(
-        tmp_path / "holes.tar", [m for n in range(9) for m in sample(n)] + sample(10, png=b"x")
+        tmp_path / "holes.tar",
+        [m for n in range(9) for m in tar_sample(n)] + tar_sample(10, png=b"x"),
     )
     for tar in (whole, holes):
-        encode_whole(
+        encode_dataset(
             encode_config(tar, tmp_path / tar.stem, on_error="skip", max_skipped_fraction=0.2),
             FakeAutoencoder(),
         )
@@ -537,9 +549,9 @@ def test_skipping_gives_the_same_bytes_as_leaving_them_out(tmp_path: Path) -> No
 
 def test_what_a_truncated_tar_still_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cut = tmp_path / "cut.tar"
-    raw = tar_of(tmp_path / "whole.tar", 8).read_bytes()
+    raw = image_tar(tmp_path / "whole.tar", 8).read_bytes()
     cut.write_bytes(raw[: len(raw.rstrip(b"\0")) // 2])
-    index = encode_whole(
+    index = encode_dataset(
         encode_config(cut, tmp_path / "latents", on_error="skip", max_skipped_fraction=0.5),
         FakeAutoencoder(),
     )
@@ -547,7 +559,7 @@ def test_what_a_truncated_tar_still_holds(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_everything_skipped_is_an_error(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", sample(0, png=b"x"))
+    tar = write_tar(tmp_path / "x.tar", tar_sample(0, png=b"x"))
     with pytest.raises(DataError, match="1 of 1 pictures cannot be read"):
         encode(
             encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=1.0),
@@ -556,11 +568,11 @@ def test_everything_skipped_is_an_error(tmp_path: Path) -> None:
 
 
 def test_moments_out_of_range_can_be_skipped_and_fit_bf16(tmp_path: Path) -> None:
-    tar = tar_of(tmp_path / "x.tar", 9)
+    tar = image_tar(tmp_path / "x.tar", 9)
     config = encode_config(tar, tmp_path / "a", on_error="skip", max_skipped_fraction=0.2)
-    assert encode_whole(config, BrokenAutoencoder(70000.0)).skipped == 1
+    assert encode_dataset(config, BrokenAutoencoder(70000.0)).skipped == 1
     assert (
-        encode_whole(
+        encode_dataset(
             encode_config(tar, tmp_path / "b", moments_dtype="bf16"), BrokenAutoencoder(70000.0)
         ).samples
         == 9

@@ -14,7 +14,7 @@ from lpl_pretrain.encoding.images import (
     plan_fit,
     to_square,
 )
-from tests.support.material import encoded, picture
+from tests.support.image_tars import encode_image, random_image
 
 
 @pytest.mark.parametrize(
@@ -33,18 +33,18 @@ from tests.support.material import encoded, picture
     ],
 )
 def test_modes(pixels: Image.Image, wanted: tuple[int, int, int]) -> None:
-    assert decode_picture(encoded(pixels), "x.png").tolist() == [[list(wanted)] * 2] * 2
+    assert decode_picture(encode_image(pixels), "x.png").tolist() == [[list(wanted)] * 2] * 2
 
 
 def test_transparent_palette_is_white() -> None:
     image = Image.new("P", (2, 2), 0)
     image.putpalette([9, 9, 9, 8, 8, 8])
-    assert (decode_picture(encoded(image, transparency=0), "x.png") == 255).all()
+    assert (decode_picture(encode_image(image, transparency=0), "x.png") == 255).all()
 
 
 def test_cmyk() -> None:
     pixels = decode_picture(
-        encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), "x.jpg"
+        encode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), "x.jpg"
     )
     assert np.abs(pixels[0, 0].astype(int) - (255, 0, 0)).max() <= 3
 
@@ -54,13 +54,13 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to show
     pixels = np.zeros((2, 4, 3), dtype=np.uint8)
     pixels[:, :2] = 255
-    shown = decode_picture(encoded(pixels, exif=exif), "x.png")
+    shown = decode_picture(encode_image(pixels, exif=exif), "x.png")
     assert shown.shape == (4, 2, 3) and (shown[:2] == 255).all() and (shown[2:] == 0).all()
 
 
 def test_square_keeps_pixels_of_the_right_size() -> None:
-    assert np.array_equal(to_square(picture(0, 16, 16), 16), picture(0, 16, 16))
-    assert np.array_equal(to_square(picture(0, 16, 21), 16), picture(0, 16, 21)[:, 2:18])
+    assert np.array_equal(to_square(random_image(0, 16, 16), 16), random_image(0, 16, 16))
+    assert np.array_equal(to_square(random_image(0, 16, 21), 16), random_image(0, 16, 21)[:, 2:18])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 80), (81, 64), (9, 13)])

@@ -17,12 +17,12 @@ from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.encoding.encode import encode
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.world import World
-from tests.support.material import (
+from tests.support.image_tars import (
     FakeAutoencoder,
     encode_config,
-    encode_whole,
-    sample,
-    tar_of,
+    encode_dataset,
+    image_tar,
+    tar_sample,
     write_tar,
 )
 
@@ -75,7 +75,7 @@ def finish(config: EncodeConfig, world: World | None = None) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
     """(source, what a whole run makes of it, its seconds)"""
     folder = tmp_path_factory.mktemp("whole")
-    source = tar_of(folder / "pictures.tar", PICTURES)
+    source = image_tar(folder / "pictures.tar", PICTURES)
     started = time.monotonic()
     finish(slow_config(source, folder / "latents"))
     return source, contents(folder / "latents"), time.monotonic() - started
@@ -153,10 +153,10 @@ def test_has_teeth(undisturbed, tmp_path: Path) -> None:
     config, folder = slow_config(source, tmp_path / "latents"), tmp_path / "latents"
     assert encode(config, FakeAutoencoder(), world=World(0, 0, 2)) is None
     next(folder.glob("latents-00000-0000-*.tar")).write_bytes(b"half a shard")
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     assert contents(folder) != whole
     (folder / "index.json").unlink()
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     assert contents(folder) == whole
 
 
@@ -165,9 +165,9 @@ def test_killed_between_the_index_and_the_records(undisturbed, tmp_path: Path) -
     config = slow_config(source, tmp_path / "latents")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
-        encode_whole(config, FakeAutoencoder())
+        encode_dataset(config, FakeAutoencoder())
     assert (tmp_path / "latents" / ".encode").exists()
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     assert contents(tmp_path / "latents") == whole
 
 
@@ -177,7 +177,7 @@ def test_another_configuration_does_not_go_on(undisturbed, tmp_path: Path) -> No
     assert encode(slow_config(source, output), FakeAutoencoder(), world=World(0, 0, 2)) is None
     for other in (
         slow_config(source, output, crop="random"),
-        slow_config(tar_of(tmp_path / "x.tar", 5), output),
+        slow_config(image_tar(tmp_path / "x.tar", 5), output),
     ):
         with pytest.raises(DataError, match="holds the unfinished work of other inputs"):
             encode(other, FakeAutoencoder(), world=World(1, 1, 2))
@@ -213,13 +213,15 @@ def test_a_full_disk_keeps_finished_parts(
     assert not list((tmp_path / "latents").glob(".latents*")) and not list(
         (tmp_path / "latents").glob(".encode/0*")
     )
-    encode_whole(config, FakeAutoencoder())
+    encode_dataset(config, FakeAutoencoder())
     assert contents(tmp_path / "latents") == whole
 
 
 def test_keys_and_classes_that_only_the_whole_shows(tmp_path: Path) -> None:
     """Of local sources they are found before anything is encoded."""
-    tars = [write_tar(tmp_path / f"{i}.tar", sample(number)) for i, number in enumerate((1, 2, 1))]
+    tars = [
+        write_tar(tmp_path / f"{i}.tar", tar_sample(number)) for i, number in enumerate((1, 2, 1))
+    ]
     config = encode_config([str(tar) for tar in tars], tmp_path / "latents")
     with pytest.raises(
         DataError,

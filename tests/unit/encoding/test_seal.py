@@ -17,8 +17,8 @@ from lpl_pretrain.encoding.encode import encode, make_plan
 from lpl_pretrain.encoding.seal import seal
 from lpl_pretrain.encoding.verify import verify
 from lpl_pretrain.errors import DataError
+from tests.support.image_tars import encode_config, encode_dataset
 from tests.support.indexes import as_format_2
-from tests.support.material import encode_config, encode_whole
 from tests.support.text_encoders import text_encoder_folder
 from tests.unit.encoding.test_verify import SmoothAutoencoder, smooth_tar
 
@@ -33,7 +33,7 @@ def old_once(tmp_path_factory: pytest.TempPathFactory) -> EncodeConfig:
         shard_samples=3,
         text={"bert": {"folder": text_encoder_folder(base / "bert", "bert")}},
     )
-    index = encode_whole(config, SmoothAutoencoder())
+    index = encode_dataset(config, SmoothAutoencoder())
     as_format_2(base / "latents")
     plan = make_plan(config, {"autoencoder": "fake", "text.bert": index.text["bert"].identity})
     assert plan.identity == index.plan != plan.earlier_identity
@@ -58,7 +58,7 @@ def test_sealed_is_what_is_encoded_now(old: EncodeConfig, tmp_path: Path) -> Non
     before = read_index(old.output)
     assert before.format_version == 2 and before.digest == "" and before.null_text == {}
     sealed = seal(old.output)
-    fresh = encode_whole(
+    fresh = encode_dataset(
         old.model_copy(update={"output": str(tmp_path / "fresh")}), SmoothAutoencoder()
     )
     changed = {

@@ -19,14 +19,14 @@ from lpl_pretrain.data.format import scan_shard
 from lpl_pretrain.encoding.images import MAX_PIXELS
 from lpl_pretrain.encoding.sources import list_units, read_pictures
 from lpl_pretrain.errors import DataError
-from tests.support.material import (
+from tests.support.image_tars import (
     FakeAutoencoder,
     encode_config,
-    encode_whole,
-    encoded,
-    picture,
-    sample,
-    tar_of,
+    encode_dataset,
+    encode_image,
+    image_tar,
+    random_image,
+    tar_sample,
     write_tar,
 )
 
@@ -40,8 +40,9 @@ def write_pictures(folder: Path, *names: str) -> Path:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(
-            encoded(
-                picture(number), {".png": "PNG", ".webp": "WEBP"}.get(file.suffix.lower(), "JPEG")
+            encode_image(
+                random_image(number),
+                {".png": "PNG", ".webp": "WEBP"}.get(file.suffix.lower(), "JPEG"),
             )
         )
     return folder
@@ -90,7 +91,7 @@ def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
 
 
 def test_tar_with_labels_and_captions(tmp_path: Path) -> None:
-    first, second = read_pictures(str(tar_of(tmp_path / "x.tar", 2)))
+    first, second = read_pictures(str(image_tar(tmp_path / "x.tar", 2)))
     assert (second.key, second.label, second.class_name, second.caption) == (
         "p0001",
         1,
@@ -98,14 +99,14 @@ def test_tar_with_labels_and_captions(tmp_path: Path) -> None:
         "picture 1",
     )
     assert second.origin == f"{tmp_path}/x.tar:p0001.png"
-    assert np.array_equal(first.load(), picture(0))
+    assert np.array_equal(first.load(), random_image(0))
 
 
 def test_folder_of_tars_and_lists(tmp_path: Path) -> None:
     tars = tmp_path / "tars"
     tars.mkdir()
-    write_tar(tars / "b.tar", sample(1))
-    write_tar(tars / "a.tar", sample(2))
+    write_tar(tars / "b.tar", tar_sample(1))
+    write_tar(tars / "a.tar", tar_sample(2))
     (tars / "a.parquet").write_bytes(b"img2dataset writes such files beside its tars")
     write_pictures(tmp_path / "more", "c/q.png")
     assert keys(tars) == ["p0002", "p0001"]
@@ -126,7 +127,8 @@ def test_tar_of_a_folder_with_dot_slash_names(tmp_path: Path) -> None:
 
 def test_truncated_picture_names_shard_and_key(tmp_path: Path) -> None:
     tar = write_tar(
-        tmp_path / "x.tar", sample(0) + sample(1, png=encoded(picture(1, 64, 64))[:2000])
+        tmp_path / "x.tar",
+        tar_sample(0) + tar_sample(1, png=encode_image(random_image(1, 64, 64))[:2000]),
     )
     refused(tar, "x.tar:p0001.png", "not a readable picture")
 
@@ -151,13 +153,13 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8_001, 9_900, 24_500])
 def test_bombs_are_refused_before_decoding(tmp_path: Path, side: int) -> None:
-    tar = write_tar(tmp_path / "x.tar", sample(3, png=bomb(side, side)))
+    tar = write_tar(tmp_path / "x.tar", tar_sample(3, png=bomb(side, side)))
     refused(tar, "x.tar:p0003.png", "too large", f"{MAX_PIXELS:,} pixels")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.9])
 def test_truncated_tar(tmp_path: Path, keep: float) -> None:
-    whole = tar_of(tmp_path / "whole.tar", 8).read_bytes()
+    whole = image_tar(tmp_path / "whole.tar", 8).read_bytes()
     end = len(whole.rstrip(b"\0"))
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole[: int(end * keep)])
@@ -166,7 +168,7 @@ def test_truncated_tar(tmp_path: Path, keep: float) -> None:
 
 def test_tar_cut_between_two_members(tmp_path: Path) -> None:
     """`tarfile` takes it for complete."""
-    one, two = write_tar(tmp_path / "a.tar", sample(0)), tmp_path / "cut.tar"
+    one, two = write_tar(tmp_path / "a.tar", tar_sample(0)), tmp_path / "cut.tar"
     with tarfile.open(one) as tar:
         last = tar.getmembers()[-1]
     two.write_bytes(one.read_bytes()[: last.offset_data + 512])
@@ -176,7 +178,7 @@ def test_tar_cut_between_two_members(tmp_path: Path) -> None:
 
 
 def test_damaged_header_in_the_middle(tmp_path: Path) -> None:
-    tar = tar_of(tmp_path / "x.tar", 3)
+    tar = image_tar(tmp_path / "x.tar", 3)
     raw = bytearray(tar.read_bytes())
     with tarfile.open(tar) as members:
         raw[members.getmembers()[5].offset + 150] ^= 255
@@ -195,7 +197,7 @@ def test_compressed_tar(tmp_path: Path) -> None:
 )
 def test_path_traversal(tmp_path: Path, name: str) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", [(name, encoded(picture(0)))]),
+        write_tar(tmp_path / "x.tar", [(name, encode_image(random_image(0)))]),
         "x.tar",
         repr(name),
         "not a plain relative path",
@@ -214,7 +216,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
     ("replaced", "fragment"),
     [
         ({"png": None}, "has 0 pictures"),
-        ({"jpg": encoded(picture(0), "JPEG")}, "has 2 pictures"),
+        ({"jpg": encode_image(random_image(0), "JPEG")}, "has 2 pictures"),
         ({"cls": b"-1"}, "class id -1 is out of range"),
         ({"cls": b"cat"}, "not an integer"),
         ({"json": b"{"}, "not an integer, JSON"),
@@ -223,19 +225,26 @@ def test_links_are_refused(tmp_path: Path) -> None:
 )
 def test_bad_members_name_shard_and_key(tmp_path: Path, replaced: dict, fragment: str) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", sample(0) + sample(4, **replaced)), "x.tar", "p0004", fragment
+        write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(4, **replaced)),
+        "x.tar",
+        "p0004",
+        fragment,
     )
 
 
 def test_duplicate_keys(tmp_path: Path) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", sample(0) + sample(1) + sample(0)), "x.tar:p0000.png", "twice"
+        write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(1) + tar_sample(0)),
+        "x.tar:p0000.png",
+        "twice",
     )
     refused(
-        write_tar(tmp_path / "y.tar", sample(0) + sample(0)), "y.tar", "'p0000.png' is there twice"
+        write_tar(tmp_path / "y.tar", tar_sample(0) + tar_sample(0)),
+        "y.tar",
+        "'p0000.png' is there twice",
     )
     with pytest.raises(DataError, match="z.tar:p0001.png.*twice"):
-        keys([str(write_tar(tmp_path / name, sample(1))) for name in ("a.tar", "z.tar")])
+        keys([str(write_tar(tmp_path / name, tar_sample(1))) for name in ("a.tar", "z.tar")])
     refused(write_pictures(tmp_path / "folder", "c/a.png", "c/a.jpg"), "c/a.png", "twice")
 
 
@@ -254,7 +263,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
     refused(write_pictures(tmp_path / "a", "x.png", "cat/y.png"), "pictures and sub-folders")
     write_pictures(tmp_path / "b", "x.png")
-    tar_of(tmp_path / "b" / "x.tar", 1)
+    image_tar(tmp_path / "b" / "x.tar", 1)
     refused(tmp_path / "b", "tars and pictures")
     write_pictures(tmp_path / "c", "cat/y.png")
     (tmp_path / "c" / "dog").mkdir()
@@ -269,7 +278,7 @@ def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, ki
     """Parts of one large tar begin where they begin, without walking through what lies before."""
     with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
         for number in range(6):
-            for name, data in sample(number):
+            for name, data in tar_sample(number):
                 info = tarfile.TarInfo(names.format(number) + name[name.index(".") :])
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -285,13 +294,15 @@ def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
         broken = (
             {"png": None} if number % 5 in (0, 4) else {"cls": b"cat"} if number % 7 == 3 else {}
         )
-        members += sample(number, **broken) + ([("../evil.png", b"")] if number % 6 == 5 else [])
+        members += tar_sample(number, **broken) + (
+            [("../evil.png", b"")] if number % 6 == 5 else []
+        )
     tar = write_tar(tmp_path / "x.tar", members)
     options = {"on_error": "skip", "max_skipped_fraction": 1.0}
     keys_of = []
     for shard_samples in (3, 4, 1000):
         output = tmp_path / f"latents{shard_samples}"
-        index = encode_whole(
+        index = encode_dataset(
             encode_config(tar, output, shard_samples=shard_samples, **options), FakeAutoencoder()
         )
         keys_of.append(
@@ -311,7 +322,7 @@ def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
     [(b"7", 7), (b" 7 ", 7), (b"7\n", 7), (b"7\r\n", 7), (b"007", 7), (b"-0", 0), (b"\t12\t", 12)],
 )
 def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> None:
-    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", sample(4, cls=raw, json=None))))
+    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw, json=None))))
     assert found.label == label
 
 
@@ -337,7 +348,7 @@ def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> Non
 )
 def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", sample(4, cls=raw)),
+        write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw)),
         "x.tar",
         "'p0004'",
         "not an integer",
@@ -366,7 +377,7 @@ def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> No
 )
 def test_json_that_is_hostile(tmp_path: Path, raw: bytes, fragment: str) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", sample(0) + sample(4, json=raw, txt=None)),
+        write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(4, json=raw, txt=None)),
         "x.tar",
         "'p0004'",
         fragment,
@@ -378,7 +389,7 @@ def test_json_that_is_hostile(tmp_path: Path, raw: bytes, fragment: str) -> None
     [b'{"caption": NaN, "class_name": null}', b"[]", b"3", b'{"caption": null, "similarity": NaN}'],
 )
 def test_json_without_a_caption(tmp_path: Path, raw: bytes) -> None:
-    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", sample(4, json=raw, txt=None))))
+    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", tar_sample(4, json=raw, txt=None))))
     assert found.caption is None and found.class_name is None
 
 
@@ -387,7 +398,7 @@ def test_json_without_a_caption(tmp_path: Path, raw: bytes) -> None:
 )
 def test_members_that_are_too_large(tmp_path: Path, extension: str, size: int) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", sample(4, **{extension: b"1" * size})),
+        write_tar(tmp_path / "x.tar", tar_sample(4, **{extension: b"1" * size})),
         "'p0004'",
         f"its .{extension} has {size} bytes",
     )
@@ -463,7 +474,7 @@ def test_archives_that_are_hostile(tmp_path: Path, raw: bytes) -> None:
 
 def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
     """`tarfile` gives it the size that it has unpacked, though less lies there."""
-    data = encoded(picture(0))
+    data = encode_image(random_image(0))
     info = tarfile.TarInfo("p.png")
     info.size, info.pax_headers = (
         len(data),
@@ -481,12 +492,12 @@ def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
 def test_archives_behind_each_other(tmp_path: Path) -> None:
     """Everything behind the first end mark would be lost without a word."""
     both = (
-        write_tar(tmp_path / "a.tar", sample(0)).read_bytes()
-        + write_tar(tmp_path / "b.tar", sample(1)).read_bytes()
+        write_tar(tmp_path / "a.tar", tar_sample(0)).read_bytes()
+        + write_tar(tmp_path / "b.tar", tar_sample(1)).read_bytes()
     )
     (tmp_path / "x.tar").write_bytes(both)
     refused(tmp_path / "x.tar", "x.tar: its end mark is at byte", "pack them again as one")
-    whole = write_tar(tmp_path / "y.tar", sample(0))
+    whole = write_tar(tmp_path / "y.tar", tar_sample(0))
     whole.write_bytes(whole.read_bytes() + bytes(1 << 21))
     assert keys(whole) == ["p0000"]
 

@@ -18,12 +18,12 @@ from lpl_pretrain.data.stream import LatentStream, Wants
 from lpl_pretrain.encoding.encoders import stored_text
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.models.text import load_text_encoder
-from tests.support.material import (
+from tests.support.image_tars import (
     FakeAutoencoder,
     data_config,
     encode_config,
-    encode_whole,
-    sample,
+    encode_dataset,
+    tar_sample,
     write_tar,
 )
 from tests.support.text_encoders import minilm, text_encoder_folder
@@ -39,7 +39,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def text_config(folder: Path, text: dict, name: str = "latents") -> EncodeConfig:
     tar = write_tar(
         folder / "x.tar",
-        [m for n, caption in enumerate(CAPTIONS) for m in sample(n, txt=caption.encode() or None)],
+        [
+            m
+            for n, caption in enumerate(CAPTIONS)
+            for m in tar_sample(n, txt=caption.encode() or None)
+        ],
     )
     return encode_config(tar, folder / name, text=text)
 
@@ -54,7 +58,7 @@ def read_text(folder: Path, *names: str) -> tuple[list[str], LatentStream, objec
 @pytest.mark.parametrize("storage", ["int8", "fp16"])
 def test_embeddings_come_back_with_their_captions(tmp_path: Path, clip: str, storage: str) -> None:
     text = {"clip_l": {"folder": clip, "storage": storage, "pooled": True, "max_tokens": 9}}
-    index = encode_whole(text_config(tmp_path, text), FakeAutoencoder())
+    index = encode_dataset(text_config(tmp_path, text), FakeAutoencoder())
     entry = index.text["clip_l"]
     assert (entry.width, entry.pooled_width, entry.max_tokens, entry.storage, index.captions) == (
         16,
@@ -78,7 +82,7 @@ def test_embeddings_come_back_with_their_captions(tmp_path: Path, clip: str, sto
 
 def test_several_encoders_at_once_and_only_what_is_asked_for(tmp_path: Path, clip: str) -> None:
     t5 = text_encoder_folder(tmp_path / "t5", "t5")
-    encode_whole(
+    encode_dataset(
         text_config(
             tmp_path, {"clip_l": {"folder": clip}, "t5": {"folder": t5, "storage": "fp16"}}
         ),
@@ -97,7 +101,7 @@ def test_several_encoders_at_once_and_only_what_is_asked_for(tmp_path: Path, cli
 
 
 def test_the_empty_caption_for_guidance(tmp_path: Path, clip: str) -> None:
-    encode_whole(
+    encode_dataset(
         text_config(tmp_path, {"clip_l": {"folder": clip, "storage": "fp16", "pooled": True}}),
         FakeAutoencoder(),
     )
@@ -128,10 +132,12 @@ def test_int8_error_is_half_a_step_of_each_tokens_largest() -> None:
 
 def test_minilm_costs_less_than_32_kb_a_caption(tmp_path: Path) -> None:
     long = " ".join(["word"] * 200)
-    tar = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in sample(n, txt=long.encode())])
-    plain = encode_whole(encode_config(tar, tmp_path / "plain"), FakeAutoencoder())
+    tar = write_tar(
+        tmp_path / "x.tar", [m for n in range(3) for m in tar_sample(n, txt=long.encode())]
+    )
+    plain = encode_dataset(encode_config(tar, tmp_path / "plain"), FakeAutoencoder())
     text = {"minilm": {"folder": str(minilm()), "max_tokens": 77}}
-    index = encode_whole(encode_config(tar, tmp_path / "text", text=text), FakeAutoencoder())
+    index = encode_dataset(encode_config(tar, tmp_path / "text", text=text), FakeAutoencoder())
     assert (index.shards[0].bytes - plain.shards[0].bytes) / 3 < 32_000
     batch = LatentStream(data_config(tmp_path / "text"), 0, 3, Wants(text=("minilm",))).read(
         range(3)
@@ -140,16 +146,16 @@ def test_minilm_costs_less_than_32_kb_a_caption(tmp_path: Path) -> None:
 
 
 def test_another_encoder_is_another_data_set(tmp_path: Path, clip: str) -> None:
-    encode_whole(text_config(tmp_path, {"clip_l": {"folder": clip}}), FakeAutoencoder())
+    encode_dataset(text_config(tmp_path, {"clip_l": {"folder": clip}}), FakeAutoencoder())
     bert = text_encoder_folder(tmp_path / "bert", "bert")
     with pytest.raises(DataError, match="made from other inputs .source or encoders have changed"):
-        encode_whole(text_config(tmp_path, {"clip_l": {"folder": bert}}), FakeAutoencoder())
+        encode_dataset(text_config(tmp_path, {"clip_l": {"folder": bert}}), FakeAutoencoder())
     with pytest.raises(DataError, match="made from other inputs .text"):
-        encode_whole(text_config(tmp_path, {}), FakeAutoencoder())
+        encode_dataset(text_config(tmp_path, {}), FakeAutoencoder())
 
 
 def test_damaged_text_is_named(tmp_path: Path, clip: str) -> None:
-    encode_whole(text_config(tmp_path, {"clip_l": {"folder": clip}}), FakeAutoencoder())
+    encode_dataset(text_config(tmp_path, {"clip_l": {"folder": clip}}), FakeAutoencoder())
     shard = tmp_path / "latents" / read_index(tmp_path / "latents").shards[0].file
     raw = shard.read_bytes()
     at = raw.index(b"text_clip_l.npy")
@@ -165,27 +171,27 @@ def test_embeddings_of_no_captions_are_refused_before_anything_is_encoded(
     tmp_path: Path, clip: str, caption: bytes | None
 ) -> None:
     tar = write_tar(
-        tmp_path / "x.tar", [m for n in range(3) for m in sample(n, txt=caption, json=None)]
+        tmp_path / "x.tar", [m for n in range(3) for m in tar_sample(n, txt=caption, json=None)]
     )
     with pytest.raises(
         DataError, match="none of the 3 pictures of source=.*x.tar has a caption .100 % lack one."
     ):
-        encode_whole(
+        encode_dataset(
             encode_config(tar, tmp_path / "latents", text={"clip_l": {"folder": clip}}),
             FakeAutoencoder(),
         )
     assert not (tmp_path / "latents").exists()
-    encode_whole(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
+    encode_dataset(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
 
 
 def test_a_remote_source_without_captions_is_never_published(tmp_path: Path, clip: str) -> None:
     """Its captions are not known before it was read."""
-    tar = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in sample(n, txt=None)])
+    tar = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in tar_sample(n, txt=None)])
     memory = fsspec.filesystem("memory")
     memory.pipe("/no_captions/x.tar", tar.read_bytes())
     config = encode_config(
         ["memory://no_captions/x.tar"], tmp_path / "latents", text={"clip_l": {"folder": clip}}
     )
     with pytest.raises(DataError, match="100 % lack one"):
-        encode_whole(config, FakeAutoencoder())
+        encode_dataset(config, FakeAutoencoder())
     assert not (tmp_path / "latents" / "index.json").exists()

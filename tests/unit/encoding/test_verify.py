@@ -26,17 +26,17 @@ from lpl_pretrain.encoding.show import contact_sheet, describe
 from lpl_pretrain.encoding.verify import verify
 from lpl_pretrain.errors import DataError
 from tests.support.autoencoders import tiny_folder
-from tests.support.indexes import rewrite_index
-from tests.support.latents import draw_pictures
-from tests.support.material import (
+from tests.support.image_tars import (
     FakeAutoencoder,
     encode_config,
-    encode_whole,
-    encoded,
-    picture,
-    sample,
+    encode_dataset,
+    encode_image,
+    random_image,
+    tar_sample,
     write_tar,
 )
+from tests.support.indexes import rewrite_index
+from tests.support.latents import draw_images
 from tests.support.text_encoders import text_encoder_folder
 
 
@@ -58,7 +58,12 @@ def smooth(number: int, height: int = 16, width: int = 16) -> np.ndarray:
 def smooth_tar(path: Path, count: int = 13) -> Path:
     sizes = [(16, 16), (24, 12), (12, 24)]
     return write_tar(
-        path, [m for n in range(count) for m in sample(n, png=encoded(smooth(n, *sizes[n % 3])))]
+        path,
+        [
+            m
+            for n in range(count)
+            for m in tar_sample(n, png=encode_image(smooth(n, *sizes[n % 3])))
+        ],
     )
 
 
@@ -74,7 +79,7 @@ def encoded_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncodeConfig
         shard_samples=13,
         text={"bert": {"folder": text_encoder_folder(base / "bert", "bert")}},
     )
-    return config, encode_whole(config, SmoothAutoencoder())
+    return config, encode_dataset(config, SmoothAutoencoder())
 
 
 @pytest.fixture
@@ -206,10 +211,11 @@ def test_a_latent_of_another_picture_decodes_to_the_wrong_one(
 
 def test_crops_must_be_those_that_are_recorded(tmp_path: Path) -> None:
     wide = write_tar(
-        tmp_path / "x.tar", [m for n in range(6) for m in sample(n, png=encoded(smooth(n, 16, 64)))]
+        tmp_path / "x.tar",
+        [m for n in range(6) for m in tar_sample(n, png=encode_image(smooth(n, 16, 64)))],
     )
     config = encode_config(wide, tmp_path / "latents", crop="random")
-    encode_whole(config, SmoothAutoencoder())
+    encode_dataset(config, SmoothAutoencoder())
     index = read_index(tmp_path / "latents")
     entry = index.shards[0]
     path = (tmp_path / "latents" / entry.file).with_suffix(".offsets.safetensors")
@@ -246,9 +252,13 @@ def test_contact_sheet_shows_the_pictures(tmp_path: Path) -> None:
     red[..., 0] = 255
     tar = write_tar(
         tmp_path / "x.tar",
-        [m for n in range(9) for m in sample(n, png=encoded(red if n else picture(0)))],
+        [
+            m
+            for n in range(9)
+            for m in tar_sample(n, png=encode_image(red if n else random_image(0)))
+        ],
     )
-    encode_whole(encode_config(tar, tmp_path / "latents"), SmoothAutoencoder())
+    encode_dataset(encode_config(tar, tmp_path / "latents"), SmoothAutoencoder())
     contact_sheet(
         str(tmp_path / "latents"),
         SmoothAutoencoder(),
@@ -270,7 +280,7 @@ def test_contact_sheet_shows_the_pictures(tmp_path: Path) -> None:
 
 def test_commands(tmp_path: Path) -> None:
     autoencoder = tiny_folder(tmp_path / "autoencoder")
-    draw_pictures(tmp_path / "pictures", 6)
+    draw_images(tmp_path / "pictures", 6)
     config = tmp_path / "encode.yaml"
     config.write_text(
         f"source: {tmp_path}/pictures\noutput: {tmp_path}/latents\nautoencoder: "
@@ -294,7 +304,7 @@ def test_many_shards_are_not_open_at_once(tmp_path: Path) -> None:
     config = encode_config(
         smooth_tar(tmp_path / "x.tar", 60), tmp_path / "latents", shard_samples=1
     )
-    encode_whole(config, SmoothAutoencoder())
+    encode_dataset(config, SmoothAutoencoder())
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
     try:

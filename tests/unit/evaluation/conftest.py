@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lpl_pretrain.evaluation.inception import random_weights
-from tests.support.runs import Made, make_run
+from tests.support.tiny_run import TinyRun, make_run
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Made:
+def run(tmp_path: Path) -> TinyRun:
     return make_run(tmp_path, prediction="flow", schedule="rectified_flow")
 
 

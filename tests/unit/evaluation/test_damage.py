@@ -30,7 +30,7 @@ from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log
 from tests.support.checkpoints import edit
-from tests.support.runs import averages
+from tests.support.tiny_run import color_means_extractor
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -47,7 +47,7 @@ def prepared(monkeypatch):
     before.
     """
     for module in (job, features):
-        monkeypatch.setattr(module, "load_extractor", averages)
+        monkeypatch.setattr(module, "load_extractor", color_means_extractor)
     monkeypatch.setattr(log, "propagate", True)
 
 
@@ -338,7 +338,7 @@ def test_a_reference_that_is_damaged_is_named(run):
 
 def test_npz_files_that_are_none(run, tmp_path):
     protocol = run.protocol(extractors=[{"kind": "inception", "weights": "x"}])
-    extractor = averages(protocol.extractors[0], CPU)
+    extractor = color_means_extractor(protocol.extractors[0], CPU)
     path = tmp_path / "x.npz"
     sound = {"mu": np.zeros(12), "sigma": np.eye(12)}
     np.savez(path, **sound)

@@ -23,7 +23,7 @@ from lpl_pretrain.evaluation import job
 from lpl_pretrain.evaluation.trained_run import load_weights, open_run
 from lpl_pretrain.runtime.lease import Lease
 from tests.support.configs import train_config
-from tests.support.runs import averages, make_run, save_snapshot
+from tests.support.tiny_run import color_means_extractor, make_run, save_snapshot
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def evaluate(run_dir, protocol, steps=None):
 @pytest.fixture(autouse=True)
 def small_extractor(request, monkeypatch):
     if "real_extractor" not in request.fixturenames:
-        monkeypatch.setattr(job, "load_extractor", averages)
+        monkeypatch.setattr(job, "load_extractor", color_means_extractor)
 
 
 @pytest.fixture

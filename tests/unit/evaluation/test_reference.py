@@ -20,7 +20,7 @@ from lpl_pretrain.evaluation.reference import (
     read_reference,
 )
 from lpl_pretrain.evaluation.stats import FeatureStatistics
-from tests.support.runs import averages
+from tests.support.tiny_run import color_means_extractor
 
 CPU = torch.device("cpu")
 ALL = ["fd", "kid", "precision_recall"]
@@ -29,7 +29,7 @@ ALL = ["fd", "kid", "precision_recall"]
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
     for module in (job, features):
-        monkeypatch.setattr(module, "load_extractor", averages)
+        monkeypatch.setattr(module, "load_extractor", color_means_extractor)
 
 
 def evaluate(run, **changes):
@@ -63,7 +63,7 @@ def test_a_file_gives_the_same_scores_as_its_pictures(run, tmp_path, capsys):
 def test_unlike_provenance_is_refused(run, tmp_path, monkeypatch):
     path = make_file(run, tmp_path / "real.safetensors")
     found, protocol = read_reference(path), run.protocol(metrics=ALL)
-    (mine,) = (averages(entry, CPU) for entry in protocol.extractors)
+    (mine,) = (color_means_extractor(entry, CPU) for entry in protocol.extractors)
     check_provenance("x", found, protocol, 32, [mine])
     for change, resolution_px, words in (
         ({}, 64, "is of pictures of 32 px, the run makes 64 px"),
@@ -97,12 +97,14 @@ def test_the_usual_npz(run, tmp_path):
     made.update(torch.randn(40, 12, generator=generator) + 0.3)
     np.savez(tmp_path / "real.npz", mu=real.mean.numpy(), sigma=real.covariance.numpy())
     protocol = run.protocol(extractors=[{"kind": "inception", "weights": "x"}])
-    extractor = averages(protocol.extractors[0], CPU)
+    extractor = color_means_extractor(protocol.extractors[0], CPU)
     found = read_npz(tmp_path / "real.npz", protocol, [extractor]).statistics["inception/pooled"]
     assert frechet_distance(made, found) == pytest.approx(frechet_distance(made, real), rel=1e-9)
     with pytest.raises(ConfigError, match="use metrics=.fd. and one extractor of kind inception"):
         read_npz(
-            tmp_path / "real.npz", run.protocol(), [averages(run.protocol().extractors[0], CPU)]
+            tmp_path / "real.npz",
+            run.protocol(),
+            [color_means_extractor(run.protocol().extractors[0], CPU)],
         )
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     with pytest.raises(ConfigError, match=r"mu \(3,\), sigma \(3, 3\); wanted 12"):

@@ -19,7 +19,7 @@ from lpl_pretrain.models.layers import rotary_embedding, sincos_position_embeddi
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.planning.flops import count_flops
 from tests.support.ranks import run_ranks
-from tests.support.training import JSON_OF, ROOT
+from tests.support.training import ROOT, ZERO_CONFIGS
 
 LATENT = LatentEntry(channels=4, height=8, width=12, mean=[0.0] * 4, std=[1.0] * 4)
 
@@ -214,8 +214,8 @@ def test_options_train_in_bf16_under_every_strategy(strategy):
 
 def one_step(world, device, strategy):
     parallel = {"strategy": strategy, "precision": "bf16"}
-    if strategy in JSON_OF:
-        parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
+    if strategy in ZERO_CONFIGS:
+        parallel |= {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}
     model = tiny(**dict.fromkeys(OPTIONS, True))
     door = make_strategy(ParallelConfig.model_validate(parallel), world, device)
     denoiser = door.setup(

@@ -18,7 +18,7 @@ from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.float8 import swap_layers
 from lpl_pretrain.runtime.world import World
 from tests.support.ranks import run_ranks
-from tests.support.tiny import BLOCKS, tiny
+from tests.support.tiny_denoiser import BLOCKS, tiny_denoiser
 
 CPU = torch.device("cpu")
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
@@ -105,7 +105,7 @@ def test_sizes_that_do_not_fit() -> None:
         match="no linear layer of the blocks has both sides a multiple of 16: choose such a "
         "model.width",
     ):
-        swap_layers(tiny(), BLOCKS, emulate=True)
+        swap_layers(tiny_denoiser(), BLOCKS, emulate=True)
 
 
 def test_a_device_without_float8() -> None:

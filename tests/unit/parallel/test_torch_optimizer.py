@@ -8,7 +8,7 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.torch_optimizer import materialize_state, set_steps
 from lpl_pretrain.runtime.world import World
-from tests.support.tiny import tiny
+from tests.support.tiny_denoiser import tiny_denoiser
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 )
 def test_materialized_state_continues_as_if_it_had_not_been(make, moments):
     def trained(materialize: bool) -> list[torch.Tensor]:
-        model = tiny().double()
+        model = tiny_denoiser().double()
         optimizer = make(list(model.parameters()))
         if materialize:
             before = [p.detach().clone() for p in model.parameters()]
@@ -56,7 +56,7 @@ def test_materialized_state_continues_as_if_it_had_not_been(make, moments):
 
 
 def test_step_counts_are_set():
-    model = tiny()
+    model = tiny_denoiser()
     optimizer = torch.optim.AdamW(model.parameters())
     materialize_state(optimizer)
     set_steps(optimizer, 7)
@@ -64,7 +64,7 @@ def test_step_counts_are_set():
 
 
 def test_frozen_parameters_are_refused_by_name():
-    model = tiny()
+    model = tiny_denoiser()
     model.embed.weight.requires_grad_(False)
     strategy = make_strategy(ParallelConfig(), World(), CPU)
     with pytest.raises(

@@ -23,7 +23,7 @@ from lpl_pretrain.preflight.node_report import (
 from lpl_pretrain.runtime.world import World
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
-from tests.support.runs import make_run
+from tests.support.tiny_run import make_run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support import warm
+from tests.support import fork_server
 from tools.faults.processes import free_port
 
 BODY = """
@@ -40,7 +40,7 @@ def last_words(folder, what: str) -> tuple[str, int]:
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": "2",
     }
-    command = [*warm.prefix(), sys.executable, "-m", "probe"]
+    command = [*fork_server.command_prefix(), sys.executable, "-m", "probe"]
     ranks = [
         subprocess.Popen(
             command, cwd=folder, env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True

@@ -1,9 +1,7 @@
 """What a step trains on is a function of (seed, step); who takes it never changes what is taken."""
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,7 @@ from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.losses.lpl.gate import gate_share
 from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset
 from lpl_pretrain.trainer.lr import learning_rate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+from tools.bench_batch_plan import Estimator
 
 
 def dealer(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_normal", seed=3):
@@ -126,10 +123,8 @@ def test_every_candidate_has_the_same_chance():
 
 @pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.25])
 def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_share):
-    from bench_dealing import Estimator
-
     estimator = Estimator()
-    plain, dealt = estimator.plain(1_600_000), estimator.dealt(100_000, sample_share)
+    plain, dealt = estimator.plain(1_600_000), estimator.planned(100_000, sample_share)
     error = math.sqrt(dealt.var() / len(dealt) + plain.var() / len(plain))
     assert abs(dealt.mean() - plain.mean()) < 4 * error
     assert error < 0.02 * plain.mean()
@@ -137,10 +132,8 @@ def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_sh
 
 
 def test_has_teeth_half_of_the_samples_without_their_weight():
-    from bench_dealing import Estimator
-
     estimator = Estimator()
-    plain, wrong = estimator.plain(1_600_000), estimator.dealt(20_000, 0.5, weighted=False)
+    plain, wrong = estimator.plain(1_600_000), estimator.planned(20_000, 0.5, weighted=False)
     assert abs(wrong.mean() - plain.mean()) > 0.3 * plain.mean()
 
 

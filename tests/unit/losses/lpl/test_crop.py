@@ -9,7 +9,7 @@ from lpl_pretrain.config.lpl import CropConfig, LPLConfig
 from lpl_pretrain.losses.lpl.crop import Windows
 from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from tests.support.autoencoders import features_of, tiny_autoencoder, tiny_distilled, wrap
-from tests.support.pyramid import pyramid
+from tests.support.toy_decoder import toy_decoder_features
 from tests.unit.losses.lpl.reference import reference_loss
 
 RECEPTIVE = 9  # of the tiny distilled decoder, in latent positions, rounded up
@@ -83,11 +83,13 @@ def test_gradient_is_that_of_the_windows():
         torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64),
     )
     config = LPLConfig(weight=1.0, crop={"side": 4, "halo": 1}, chunk_size=2)
-    term = LatentPerceptualLoss(config, pyramid())(z0, z0_hat, weights, corner_places())
+    term = LatentPerceptualLoss(config, toy_decoder_features())(
+        z0, z0_hat, weights, corner_places()
+    )
     leaf, windows, features = (
         z0_hat.clone().requires_grad_(),
         Windows.at(corner_places(), config.crop, 8, 10),
-        pyramid(),
+        toy_decoder_features(),
     )
     clean, predicted = [], []
     for i in range(3):
@@ -112,7 +114,7 @@ def test_a_crop_of_everything_is_no_crop():
     z0 = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     z0_hat, weights = z0 + 0.4 * torch.randn_like(z0), torch.ones(2, dtype=torch.float64)
     terms = [
-        LatentPerceptualLoss(LPLConfig(weight=1.0, crop=crop), pyramid())(
+        LatentPerceptualLoss(LPLConfig(weight=1.0, crop=crop), toy_decoder_features())(
             z0, z0_hat, weights, torch.rand(2, 2)
         )
         for crop in (None, {"side": 8})

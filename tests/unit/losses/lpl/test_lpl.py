@@ -12,7 +12,7 @@ from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from lpl_pretrain.losses.lpl.normalize import FLOOR, Statistics
 from lpl_pretrain.losses.lpl.outliers import keep_mask
 from tests.support.autoencoders import features_of, tiny_autoencoder
-from tests.support.pyramid import pyramid
+from tests.support.toy_decoder import toy_decoder_features
 from tests.unit.losses.lpl.reference import reference_keep, reference_loss
 
 TEETH = {"outliers": {"margin": 0.5}}  # a margin at which the mask matters
@@ -32,7 +32,7 @@ def inputs(count=3):
 
 def wanted(config, z0, z0_hat, weights):
     """Loss and gradient of the reference, through one graph over the whole batch."""
-    features = pyramid(config.stages)
+    features = toy_decoder_features(config.stages)
     leaf = z0_hat.clone().requires_grad_()
     loss = reference_loss(config, features(z0), features(leaf), weights, z0.shape[-1])
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
@@ -82,7 +82,7 @@ OPTIONS = [
 def test_value_and_gradient(options):
     config = config_of(**options, chunk_size=2)
     z0, z0_hat, weights = inputs()
-    term = LatentPerceptualLoss(config, pyramid(config.stages))(z0, z0_hat, weights)
+    term = LatentPerceptualLoss(config, toy_decoder_features(config.stages))(z0, z0_hat, weights)
     loss, gradient = wanted(config, z0, z0_hat, weights)
     torch.testing.assert_close(term.loss, loss, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(term.gradient, gradient, rtol=1e-8, atol=1e-12)
@@ -121,7 +121,7 @@ def test_has_teeth(wrong):
     """Every option, computed when the default is asked for, is told apart."""
     z0, z0_hat, weights = inputs()
     broken = config_of(**{**TEETH, **wrong})
-    term = LatentPerceptualLoss(broken, pyramid(broken.stages))(z0, z0_hat, weights)
+    term = LatentPerceptualLoss(broken, toy_decoder_features(broken.stages))(z0, z0_hat, weights)
     _, gradient = wanted(config_of(**TEETH), z0, z0_hat, weights)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(term.gradient, gradient, rtol=1e-3, atol=1e-6)
@@ -138,7 +138,7 @@ def test_has_teeth_in_batch_statistics(damage, monkeypatch):
         monkeypatch.setattr(
             f"{module}._add", lambda totals, name, value: totals.update({name: value})
         )
-    term = LatentPerceptualLoss(config, pyramid())(z0, z0_hat, weights)
+    term = LatentPerceptualLoss(config, toy_decoder_features())(z0, z0_hat, weights)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             term.gradient, wanted(config, z0, z0_hat, weights)[1], rtol=1e-3, atol=1e-6
@@ -153,7 +153,7 @@ def test_chunks_change_nothing(chunk_size, options):
     z0, z0_hat, weights = inputs(5)
     places = torch.rand(5, 2, dtype=torch.float64)
     terms = [
-        LatentPerceptualLoss(config_of(chunk_size=size, **options), pyramid())(
+        LatentPerceptualLoss(config_of(chunk_size=size, **options), toy_decoder_features())(
             z0, z0_hat, weights, places
         )
         for size in (chunk_size, 5)
@@ -231,7 +231,9 @@ def test_a_fully_masked_map_contributes_zero(mean_over, monkeypatch):
     )
     z0, z0_hat, weights = inputs()
     outliers = {"mean_over": mean_over, "zeroed_in_statistics": True}
-    term = LatentPerceptualLoss(config_of(outliers=outliers), pyramid())(z0, z0_hat, weights)
+    term = LatentPerceptualLoss(config_of(outliers=outliers), toy_decoder_features())(
+        z0, z0_hat, weights
+    )
     assert (
         not term.loss.any()
         and not term.gradient.any()
@@ -244,7 +246,7 @@ def test_a_fully_masked_map_contributes_zero(mean_over, monkeypatch):
 )
 def test_constant_maps_give_zero_not_nan(options):
     z0 = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
-    term = LatentPerceptualLoss(config_of(**options), pyramid())(
+    term = LatentPerceptualLoss(config_of(**options), toy_decoder_features())(
         z0, z0.clone(), torch.ones(2, dtype=torch.float64)
     )
     assert not term.loss.any() and not term.gradient.any()
@@ -261,7 +263,7 @@ def test_a_shut_gate_hides_nonsense(options, open_gates):
     z0, z0_hat, _ = inputs()
     z0_hat[1] = math.nan
     weights = torch.tensor([float(open_gates), 0.0, 0.0], dtype=torch.float64)
-    term = LatentPerceptualLoss(config_of(**options), pyramid())(z0, z0_hat, weights)
+    term = LatentPerceptualLoss(config_of(**options), toy_decoder_features())(z0, z0_hat, weights)
     assert (
         term.loss.isfinite().all()
         and term.gradient.isfinite().all()
@@ -274,13 +276,17 @@ def test_nonsense_inside_the_gate_is_not_hidden():
     """A model that diverged must be seen: the strategy refuses the update."""
     z0, z0_hat, weights = inputs()
     z0_hat[0, 0, 0, 0] = math.nan
-    assert LatentPerceptualLoss(config_of(), pyramid())(z0, z0_hat, weights).loss[0].isnan()
+    assert (
+        LatentPerceptualLoss(config_of(), toy_decoder_features())(z0, z0_hat, weights)
+        .loss[0]
+        .isnan()
+    )
 
 
 @pytest.mark.parametrize("options", EVERY_NORMALIZATION, ids=str)
 def test_equal_latents_give_exactly_zero(options):
     z0, _, weights = inputs()
-    assert not LatentPerceptualLoss(config_of(**options), pyramid())(
+    assert not LatentPerceptualLoss(config_of(**options), toy_decoder_features())(
         z0, z0.clone(), weights
     ).loss.any()
 
@@ -288,7 +294,7 @@ def test_equal_latents_give_exactly_zero(options):
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_latents_smaller_than_the_kernels(side):
     z0 = torch.randn(2, 3, side, side, dtype=torch.float64)
-    term = LatentPerceptualLoss(config_of(), pyramid())(
+    term = LatentPerceptualLoss(config_of(), toy_decoder_features())(
         z0, z0 + 0.1 * torch.randn_like(z0), torch.ones(2, dtype=torch.float64)
     )
     assert term.loss.isfinite().all() and term.gradient.isfinite().all()

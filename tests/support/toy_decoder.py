@@ -26,7 +26,7 @@ class Soft(nn.Module):
         return x.exp().log1p()
 
 
-def pyramid(stages: list[str] | None = None, channels: int = 3) -> DecoderFeatures:
+def toy_decoder_features(stages: list[str] | None = None, channels: int = 3) -> DecoderFeatures:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         entrance = nn.Conv2d(channels, channels, 1)

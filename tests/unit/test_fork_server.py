@@ -1,4 +1,4 @@
-"""A process that starts warm is, to all who deal with it, the one that would have started cold."""
+"""A process of the fork server behaves like one that Python started anew (`cold`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import warm
+from tests.support import fork_server
 
-TELL = """
+PRINT_SURROUNDINGS = """
 import os, sys
-print(sys.argv[1:], os.getcwd(), os.environ["WORD"], sys.stdin.read(), oct(os.umask(0)), __name__, sys.path[0])
+print(sys.argv[1:], os.getcwd(), os.environ["WORD"], sys.stdin.read())
+print(oct(os.umask(0)), __name__, sys.path[0])
 print([name for name in sys.modules if name.startswith(("lpl_pretrain", "launch", "tests"))])
 print("and this", file=sys.stderr)
 """
@@ -22,22 +23,30 @@ print("and this", file=sys.stderr)
 
 def start(folder, code, *arguments, cold=False, **options):
     (folder / "probe.py").write_text(code)
-    command = [*([] if cold else warm.prefix()), sys.executable, "-m", "probe", *arguments]
+    command = [
+        *([] if cold else fork_server.command_prefix()),
+        sys.executable,
+        "-m",
+        "probe",
+        *arguments,
+    ]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 
 
-def test_sees_what_a_cold_one_sees(tmp_path):
+def test_has_the_arguments_environment_and_streams_of_a_cold_start(tmp_path):
     options = {"stdin": subprocess.PIPE, "env": {"WORD": "ü x", "PATH": "/bin"}, "umask": 0o027}
-    told = [
-        start(tmp_path, TELL, "a b", "", "--c", cold=cold, **options).communicate("in")
+    outputs = [
+        start(tmp_path, PRINT_SURROUNDINGS, "a b", "", "--c", cold=cold, **options).communicate(
+            "in"
+        )
         for cold in (True, False)
     ]
     assert (
-        told[0] == told[1]
-        and told[0][0].startswith("['a b', '', '--c'] ")
-        and told[0][1] == "and this\n"
+        outputs[0] == outputs[1]
+        and outputs[0][0].startswith("['a b', '', '--c'] ")
+        and outputs[0][1] == "and this\n"
     )
 
 
@@ -51,33 +60,33 @@ def test_sees_what_a_cold_one_sees(tmp_path):
         "import os; os._exit(3)",
     ],
 )
-def test_ends_as_a_cold_one_ends(tmp_path, code):
-    ends = []
+def test_exit_status_and_output_equal_those_of_a_cold_start(tmp_path, code):
+    results = []
     for cold in (True, False):
         process = start(tmp_path, code, cold=cold)
-        ends.append((*process.communicate(), process.returncode))
-    assert ends[0] == ends[1]
+        results.append((*process.communicate(), process.returncode))
+    assert results[0] == results[1]
 
 
-def test_tells_of_an_exception(tmp_path):
+def test_prints_a_traceback(tmp_path):
     process = start(tmp_path, "1 / 0")
     assert "ZeroDivisionError" in process.communicate()[1] and process.returncode == 1
 
 
-def test_hears_of_signals(tmp_path):
-    hear = (
+def test_receives_signals(tmp_path):
+    code = (
         "import signal, sys\nsignal.signal(signal.SIGUSR2, lambda *_: "
         "sys.exit(5))\nprint('ready', flush=True)\nsignal.pause()"
     )
-    process = start(tmp_path, hear)
+    process = start(tmp_path, code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR2)
     process.communicate()
     assert process.returncode == 5
 
 
-def test_dies_with_the_one_that_asked(tmp_path):
-    """Even where it is stopped."""
+def test_dies_with_its_client(tmp_path):
+    """A stopped worker is killed as well."""
     process = start(tmp_path, "import os\nprint(os.getpid(), flush=True)\nos.kill(os.getpid(), 19)")
     proc = Path("/proc", process.stdout.readline().strip())
     assert "-m probe" in (proc / "cmdline").read_text().replace("\0", " ")

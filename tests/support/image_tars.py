@@ -40,11 +40,13 @@ class FakeAutoencoder:
         )
 
 
-def picture(number: int, height: int = RESOLUTION_PX, width: int = RESOLUTION_PX) -> np.ndarray:
+def random_image(
+    number: int, height: int = RESOLUTION_PX, width: int = RESOLUTION_PX
+) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode_image(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -60,10 +62,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def sample(number: int, **replaced: bytes | None) -> list[tuple[str, bytes]]:
+def tar_sample(number: int, **replaced: bytes | None) -> list[tuple[str, bytes]]:
     """Members of one labelled tar sample; `cls=b"7"` replaces one, `cls=None` leaves it out."""
     members: dict[str, bytes | None] = {
-        "png": encoded(picture(number)),
+        "png": encode_image(random_image(number)),
         "cls": str(number % len(CLASSES)).encode(),
         "txt": f"picture {number}".encode(),
         "json": json.dumps({"class_name": CLASSES[number % len(CLASSES)]}).encode(),
@@ -75,8 +77,8 @@ def sample(number: int, **replaced: bytes | None) -> list[tuple[str, bytes]]:
     ]
 
 
-def tar_of(path: Path, count: int) -> Path:
-    return write_tar(path, [member for number in range(count) for member in sample(number)])
+def image_tar(path: Path, count: int) -> Path:
+    return write_tar(path, [member for number in range(count) for member in tar_sample(number)])
 
 
 def encode_config(source: Path | list[str], output: Path, **options: object) -> EncodeConfig:
@@ -90,7 +92,7 @@ def encode_config(source: Path | list[str], output: Path, **options: object) -> 
     return EncodeConfig.model_validate(base | options)
 
 
-def encode_whole(config: EncodeConfig, autoencoder: Autoencoder, **networks) -> DatasetIndex:
+def encode_dataset(config: EncodeConfig, autoencoder: Autoencoder, **networks) -> DatasetIndex:
     """By one process, so that the index is there in the end."""
     index = encode(config, autoencoder, **networks)
     assert index is not None
@@ -104,6 +106,6 @@ def data_config(folder: Path | str | dict[str, float], **options: object) -> Dat
 
 
 def encode_tar(folder: Path, count: int, **options: object) -> tuple[Path, DatasetIndex]:
-    tar = tar_of(folder / "pictures.tar", count)
+    tar = image_tar(folder / "pictures.tar", count)
     output = folder / "latents"
-    return output, encode_whole(encode_config(tar, output, **options), FakeAutoencoder())
+    return output, encode_dataset(encode_config(tar, output, **options), FakeAutoencoder())

@@ -13,7 +13,7 @@ from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.errors import LPLError
 
-OTHERS_WORDS = re.compile(
+PYDANTIC_WORDS = re.compile(
     r"pydantic|Input should|Value error|Field required|Extra inputs|union_tag|\[type=|input_value|"
     r"function-(after|before|wrap)|constrained|_checked_|_read_|\b(tuple|list|dict|literal|nullable)\[|"
     r"valid (integer|number|string|boolean|list|tuple|dictionary)|"
@@ -24,20 +24,20 @@ MAX_LINES, MAX_CHARACTERS = 21, 8000
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def check_refusal(error: LPLError) -> None:
+def check_error_message(error: LPLError) -> None:
     """A few printable lines in our words."""
     text = str(error)
     assert text and len(text) <= MAX_CHARACTERS, len(text)
     lines = text.split("\n")
     assert len(lines) <= MAX_LINES, len(lines)
     assert all(line.isprintable() for line in lines), text
-    assert not (found := OTHERS_WORDS.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text))), (
+    assert not (found := PYDANTIC_WORDS.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text))), (
         found,
         text,
     )
 
 
-def load_or_refuse(
+def load_or_check_error(
     cls: type[AnySection], path: Path, overrides: Sequence[str] = ()
 ) -> AnySection | None:
     """None for a refusal, which is checked; what is accepted has to load back equal from its own
@@ -46,7 +46,7 @@ def load_or_refuse(
     try:
         config = load_config(cls, path, overrides)
     except LPLError as error:
-        check_refusal(error)
+        check_error_message(error)
         return None
     again = path.with_name("again.yaml")
     again.write_text(dump(config))

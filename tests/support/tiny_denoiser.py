@@ -30,7 +30,7 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-class Tiny(nn.Module):
+class TinyDenoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(CLASSES, WIDTH)
@@ -50,9 +50,9 @@ class Tiny(nn.Module):
 BLOCKS = ["blocks.0", "blocks.1"]
 
 
-def tiny(seed: int = 0) -> Tiny:
+def tiny_denoiser(seed: int = 0) -> TinyDenoiser:
     torch.manual_seed(seed)
-    return Tiny()
+    return TinyDenoiser()
 
 
 def batch(step: int, samples: range, device: torch.device) -> tuple[Tensor, Tensor, Cond, Tensor]:

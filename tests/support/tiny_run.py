@@ -30,7 +30,7 @@ SIDE = 8  # latents; pictures are 4 times as wide
 
 
 @dataclass(frozen=True)
-class Made:
+class TinyRun:
     run_dir: RunDir
     reference: Path
 
@@ -47,7 +47,7 @@ class Made:
         return EvaluateConfig.model_validate({**facts, **changes})
 
 
-def make_run(folder: Path, prediction: str, schedule: str, **changes) -> Made:
+def make_run(folder: Path, prediction: str, schedule: str, **changes) -> TinyRun:
     autoencoder = tiny_folder(folder / "autoencoder")
     index = dataset_index(identity=autoencoder_identity(Path(autoencoder)), side=SIDE)
     (folder / "data").mkdir()
@@ -64,7 +64,7 @@ def make_run(folder: Path, prediction: str, schedule: str, **changes) -> Made:
     for i in range(12):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "real" / f"{i:02d}.png")
-    return Made(run_dir, folder / "real")
+    return TinyRun(run_dir, folder / "real")
 
 
 def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
@@ -102,7 +102,7 @@ def publish(folder: Path, step: int, pieces: list[tuple[str, Piece]], identity: 
     Manifest(step, step * 8, step, "LocalStrategy", 1, identity, files).write(folder)
 
 
-class Averages(nn.Module):
+class ColorMeans(nn.Module):
     """12 features: the mean of each colour in each quarter."""
 
     def __init__(self):
@@ -113,13 +113,13 @@ class Averages(nn.Module):
         return nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1)
 
 
-def averages(config, device):
+def color_means_extractor(config, device):
     return Extractor(
         config,
         "_averages",
         12,
         "0" * 64,
         "none",
-        Averages(),
+        ColorMeans(),
         lambda network, pixels: {"pooled": network(pixels)},
     )

@@ -1,14 +1,15 @@
-"""Processes that need not import torch: forked off one that has, with the name, the streams and the
-namespaces of whoever asks.
+"""Fork server: starts Python processes that have torch and other heavy packages imported already.
 
-    python -IS warm.py SOCKET PYTHON -m MODULE ...
+    python -IS fork_server.py SOCKET PYTHON -m MODULE ...
 
-is, to those that start, signal or kill it, the process `PYTHON -m MODULE ...`, seconds earlier.
-Half of a minute of CPU time, that is, for a training of four ranks, which these tests start over
-and over.  What is imported beforehand is other people's, never ours.
+behaves like `PYTHON -m MODULE ...` for everyone who starts, signals or kills it, but starts seconds
+earlier: a training of four ranks saves half a minute of CPU time, and the tests start many.  The
+server imports third-party packages only, never code of this repository.
 
-The process is not a child of the one that asks, but of one that watches both: it hands signals on,
-reports how the process ended, and kills it once nobody asks any more.
+Three processes take part in a request.  The client is the command above.  The worker runs MODULE
+with the client's arguments, environment, standard streams and namespaces.  The supervisor, parent
+of the worker, forwards the client's signals, reports the worker's exit status to the client and
+kills the worker when the client dies.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-IMPORTED = (
+PRELOADED = (
     "deepspeed",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
@@ -47,21 +48,22 @@ IMPORTED = (
     "wandb",
     "webdataset",
 )
-NAMESPACES = {"mnt": 0x00020000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000}
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+NAMESPACE_FLAGS = {"mnt": 0x00020000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000}
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TITLE_BYTES = 8192
-LONGEST = 1 << 17
-"""Of a request, bytes."""
+"""Space for a worker's command line, reserved in the server's own."""
+MAX_REQUEST_BYTES = 1 << 17
 
 
 @functools.cache
-def prefix() -> list[str]:
-    """What a command is run by to start warm; nothing where there is a GPU, whose driver does not
-    outlive a fork.
+def command_prefix() -> list[str]:
+    """Words to put before a command so that the fork server runs it; starts the server.
+
+    Empty on a machine with a GPU: a CUDA driver does not survive a fork.
     """
     if os.path.exists("/dev/nvidiactl"):
         return []
-    folder = tempfile.TemporaryDirectory(prefix="warm-")
+    folder = tempfile.TemporaryDirectory(prefix="fork-server-")
     path = os.path.join(folder.name, "socket")
     environment = {
         **os.environ,
@@ -87,8 +89,8 @@ def prefix() -> list[str]:
     return [sys.executable, "-IS", os.path.abspath(__file__), path]
 
 
-def ask(path: str, argv: list[str]) -> int:
-    """The client: its end is that of the process."""
+def run_client(path: str, argv: list[str]) -> int:
+    """Run `argv` through the server at `path`; return its exit status, or die of its signal."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         umask = os.umask(0)
@@ -100,33 +102,34 @@ def ask(path: str, argv: list[str]) -> int:
             "umask": umask,
         }
         socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
-        for number in HANDED_ON:
+        for number in FORWARDED_SIGNALS:
             signal.signal(number, lambda number, _: connection.send(bytes([number])))
-        if not (told := connection.recv(16)):
-            sys.exit(
-                "what processes are forked off has ended: "
-                f"{Path(path).with_name('log').read_text()[-2000:]}"
-            )
-    if (status := int(told)) < 0:  # of a signal
-        with contextlib.suppress(OSError):  # of those that nobody handles
+        reply = connection.recv(16)
+        if not reply:
+            log = Path(path).with_name("log").read_text()
+            sys.exit(f"the fork server ended before the process did; end of its log: {log[-2000:]}")
+    status = int(reply)
+    if status < 0:  # the worker died of a signal
+        with contextlib.suppress(OSError):  # SIGKILL and SIGSTOP have no handler to reset
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
 
 def serve(path: str) -> None:
-    """Returns in each process that was asked for, as which it goes on; the server itself ends with
-    whoever started it.
+    """Accept requests until standard input closes, when the process that started the server ended.
+
+    Returns in each worker only, which then runs its module.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
     listener.listen(64)
-    for module in IMPORTED:
+    for module in PRELOADED:
         importlib.import_module(module)
     for module in [name for name in sys.modules if name.split(".")[0] == "lpl_pretrain"]:
         del sys.modules[module]  # torch loads torchrun's plugins, of which one is ours
-    gc.freeze()  # what nobody collects, and so nobody copies
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who watch
+    gc.freeze()  # the collector would write to the shared pages and so copy them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps supervisors
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
@@ -135,22 +138,20 @@ def serve(path: str) -> None:
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
-            return become(connection)
+            return start_worker(connection)
         connection.close()
 
 
-def become(connection: socket.socket) -> None:
-    data, streams, _, _ = socket.recv_fds(connection, LONGEST, 3)
+def start_worker(connection: socket.socket) -> None:
+    """Fork the worker of one request and return in it; its parent becomes the supervisor."""
+    data, streams, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 3)
     if not data:
         os._exit(0)
     request = json.loads(data)
-    enter_namespaces_of(
-        int.from_bytes(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder
-        )
-    )
-    if process := os.fork():
-        watch(process, connection)
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    enter_namespaces_of(int.from_bytes(credentials[:4], sys.byteorder))
+    if worker := os.fork():
+        supervise(worker, connection)
     connection.close()
     os.setsid()
     for number, stream in enumerate(streams):
@@ -161,44 +162,45 @@ def become(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     rank = request["environment"].get("RANK", "0")
-    entitle(f"RANK={rank} {' '.join(request['argv'])}")
+    set_command_line(f"RANK={rank} {' '.join(request['argv'])}")
     _python, _m, *sys.argv = request["argv"]
     sys.path[0:1] = [request["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
 
 
-def watch(process: int, connection: socket.socket) -> NoReturn:
-    """Until the process has ended."""
-    ended = os.pidfd_open(process)
+def supervise(worker: int, connection: socket.socket) -> NoReturn:
+    """Forward signals to the worker until it ends or the client does; send its exit status."""
+    ended = os.pidfd_open(worker)
     with contextlib.suppress(ConnectionError):
         while ended not in (ready := select.select([ended, connection], [], [])[0]):
             if not (signals := connection.recv(1)):
                 break
-            os.kill(process, signals[0])
+            os.kill(worker, signals[0])
     if ended not in ready:
-        os.kill(process, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        os.kill(worker, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     with contextlib.suppress(OSError):
         connection.send(str(status).encode())
     os._exit(0)
 
 
 def enter_namespaces_of(pid: int) -> None:
-    """With children in the process's own PID namespace; nothing where they are ours anyway, for
-    that needs root.
+    """Join the namespaces of process `pid`; later children also join its PID namespace.
+
+    Makes no system call where they are this process's own, because joining needs root.
     """
     other = {
         kind
-        for kind in NAMESPACES
+        for kind in NAMESPACE_FLAGS
         if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
     }
     if other:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(os.pidfd_open(pid), sum(NAMESPACES[kind] for kind in other)):
+        if libc.setns(os.pidfd_open(pid), sum(NAMESPACE_FLAGS[kind] for kind in other)):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def entitle(title: str) -> None:
-    """What /proc/PID/cmdline says from now on."""
+def set_command_line(title: str) -> None:
+    """Overwrite what /proc/PID/cmdline of this process shows."""
     with open("/proc/self/stat") as file:
         numbers = file.read().rpartition(")")[2].split()
     start, end = int(numbers[45]), int(numbers[46])
@@ -206,9 +208,7 @@ def entitle(title: str) -> None:
 
 
 def run(module: str) -> NoReturn:
-    """As `python -m` does it, but for the end, at which Python would take all modules apart: for
-    longer than they take here.
-    """
+    """Run a module as `python -m` does, but skip the interpreter's slow teardown of modules."""
     status: Any = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -229,6 +229,6 @@ def run(module: str) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1] != "serve":
-        sys.exit(ask(sys.argv[1], sys.argv[2:]))
+        sys.exit(run_client(sys.argv[1], sys.argv[2:]))
     serve(sys.argv[2])
     run(sys.argv[0])
