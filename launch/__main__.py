@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.options import (
     EvaluationLauncher,
     as_given,
     on_cluster,
-    place,
-    place_again,
-    place_array,
-    place_array_again,
-    place_encoding,
+    resubmit,
+    resubmit_array,
+    submit_or_preview,
+    submit_or_preview_array,
+    submit_or_preview_encoding,
 )
 from launch.profile import ClusterProfile
 from launch.script import check_folder, resolved
@@ -100,11 +100,11 @@ def train(
     at_most: int,
 ) -> None:
     """Train CONFIG; a run that was begun goes on."""
-    from launch.sweep import trainings
+    from launch.sweep import plan_runs
     from lpl_pretrain.config.evaluation import check_sampler
 
     profile, scorer = load_config(ClusterProfile, cluster, changes), None
-    runs = trainings(config, overrides, sweeps, nodes * profile.processes_per_node)
+    runs = plan_runs(config, overrides, sweeps, nodes * profile.processes_per_node)
     if evaluate_with is not None:
         cluster, changes = evaluate_cluster or cluster, () if evaluate_cluster else changes
         scorer = EvaluationLauncher(evaluate_with, (), cluster, changes, at_most)
@@ -115,17 +115,18 @@ def train(
     if not left:
         pass  # its checkpoints may still have to be scored
     elif sweeps:
-        orders = [
-            Order("train", run.argv, run.run_dir, nodes, config=dump(run.settings)) for run in left
+        specs = [
+            JobSpec("train", run.argv, run.run_dir, nodes, config=dump(run.settings))
+            for run in left
         ]
-        jobs = place_array(orders, profile, sweep_at_most, shown="" if dry_run else None)
+        jobs = submit_or_preview_array(specs, profile, sweep_at_most, shown="" if dry_run else None)
         begun = {run.run_dir: f"after:{job}" for run, job in zip(left, jobs, strict=True)}
     else:
-        order = Order("train", left[0].argv, left[0].run_dir, nodes, config=dump(left[0].settings))
-        place(order, profile, order.config if dry_run else None)
+        spec = JobSpec("train", left[0].argv, left[0].run_dir, nodes, config=dump(left[0].settings))
+        submit_or_preview(spec, profile, spec.config if dry_run else None)
     for run in runs:
         if scorer is not None:
-            scorer.place(run.run_dir, after=begun.get(run.run_dir), dry_run=dry_run)
+            scorer.submit_or_preview(run.run_dir, after=begun.get(run.run_dir), dry_run=dry_run)
 
 
 def report_if_finished(settings: TrainConfig, run_dir: Path) -> bool:
@@ -160,7 +161,9 @@ def encode(
     output = resolved(settings.output, "output")
     text = dump(settings.model_copy(update={"output": str(output)}))
     given = [*overrides, as_override("output", str(output))]
-    place_encoding(config, output, nodes, profile, text if dry_run else None, *given, resolved=text)
+    submit_or_preview_encoding(
+        config, output, nodes, profile, text if dry_run else None, *given, resolved=text
+    )
 
 
 @commands.command()
@@ -191,11 +194,11 @@ def evaluate(
     """
     scorer, run_dir = EvaluationLauncher(protocol, overrides, cluster, changes, at_most, nodes), run
     if watching:
-        scorer.place(run_dir, dry_run=dry_run)
+        scorer.submit_or_preview(run_dir, dry_run=dry_run)
         return
     argv = ["evaluate", str(run_dir), *scorer.argv]
-    order = Order("evaluate", argv, run_dir, nodes, config=dump(scorer.settings))
-    place(order, scorer.profile, order.config if dry_run else None)
+    spec = JobSpec("evaluate", argv, run_dir, nodes, config=dump(scorer.settings))
+    submit_or_preview(spec, scorer.profile, spec.config if dry_run else None)
 
 
 @commands.command()
@@ -262,17 +265,17 @@ def pipeline(
     scorer = None if protocol is None else EvaluationLauncher(protocol, (), cluster, changes)
     for folder in (latents, run_dir):  # before the first part is submitted
         check_folder(folder)
-    first = place_encoding(
+    first = submit_or_preview_encoding(
         encoding, latents, nodes, profile, text if dry_run else None, output, resolved=text
     )
     argv = ["encode", str(Path(encoding).resolve()), output, "--verify"]
-    check = Order("encode", argv, latents, 1, f"afterok:{first}", "verify", config=text)
-    checked = place(check, profile.of_one_process(), text if dry_run else None)
+    check = JobSpec("encode", argv, latents, 1, f"afterok:{first}", "verify", config=text)
+    checked = submit_or_preview(check, profile.of_one_process(), text if dry_run else None)
     argv = ["train", str(Path(training).resolve()), *given, as_override("run_dir", str(run_dir))]
-    train = Order("train", argv, run_dir, nodes, f"afterok:{checked}", config=dump(settings))
-    place(train, profile, train.config if dry_run else None)
+    train = JobSpec("train", argv, run_dir, nodes, f"afterok:{checked}", config=dump(settings))
+    submit_or_preview(train, profile, train.config if dry_run else None)
     if scorer is not None:
-        scorer.place(run_dir, after=f"afterok:{checked}", dry_run=dry_run)
+        scorer.submit_or_preview(run_dir, after=f"afterok:{checked}", dry_run=dry_run)
 
 
 @commands.command(params=list(SAMPLE.params))
@@ -300,7 +303,9 @@ def sample(
     alone = profile.model_copy(
         update={"processes_per_node": 1, "gpus_per_node": min(1, profile.gpus_per_node)}
     )
-    place(Order("sample", argv, run_dir, 1), alone, dump(sampler) if dry_run else None)
+    submit_or_preview(
+        JobSpec("sample", argv, run_dir, 1), alone, dump(sampler) if dry_run else None
+    )
 
 
 @commands.command()
@@ -309,9 +314,9 @@ def status(run: Path) -> None:
     """What the job of RUN is doing, as far as its files and the scheduler tell.  Of a sweep or an
     encoding, a line for each job.
     """
-    from launch.status import report
+    from launch.status import status_report
 
-    click.echo(report(run))
+    click.echo(status_report(run))
 
 
 @commands.command()
@@ -342,18 +347,18 @@ def resume(run: Path) -> None:
     """Submit the newest job of RUN again, as it was, and what watches for its checkpoints.  Of a
     sweep, of all that ended early.
     """
-    from launch.folder import launched
-    from launch.status import states, unfinished
+    from launch.folder import find_job_folders
+    from launch.status import job_states, unfinished_runs
 
-    folder, found = run, launched(run)
-    if found[0].read_facts().get("kind") == "encode":
+    folder, found = run, find_job_folders(run)
+    if found[0].read_raw_record().get("kind") == "encode":
         raise ConfigError(
             f"{folder}: holds latents: launch their `encode` again; what was finished is left alone"
         )
     if len(found) == 1:
-        place_again(found[0])
-    elif found := unfinished(found):
-        place_array_again(found)
+        resubmit(found[0])
+    elif found := unfinished_runs(found):
+        resubmit_array(found)
     else:
         raise ConfigError(f"{folder}: all its runs are complete, or with the scheduler")
     watching = [
@@ -361,9 +366,9 @@ def resume(run: Path) -> None:
         for each in found
         for path in sorted(each.path.glob("watch/*/job.json"))
     ]
-    for watch, state in zip(watching, states(watching), strict=True):
+    for watch, state in zip(watching, job_states(watching), strict=True):
         if not state:
-            place_again(watch)
+            resubmit(watch)
 
 
 def main() -> None:

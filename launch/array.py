@@ -15,62 +15,64 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission
 
 from launch.folder import JOB
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
 from launch.script import check_folder
-from launch.submit import begin, executor_of, refused, task_of
+from launch.submit import make_executor, make_task, prepare_folders, sbatch_refusal
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.atomic import atomic_write
 
 
 def submit_array(
-    orders: Sequence[Order], profile: ClusterProfile, at_most: int | None
+    specs: Sequence[JobSpec], profile: ClusterProfile, at_most: int | None
 ) -> list[str]:
     """The tasks' names; `orders` differ in runs or shares only.  Raises ConfigError with the
     scheduler's words when it refuses.
     """
-    parent = orders[0].array_dir / "launch"
-    array_script(orders, profile, at_most, parent / "array")  # refused before anything is written
-    facts = begin(orders, profile, at_most=at_most)
+    parent = specs[0].array_dir / "launch"
+    array_batch_script(
+        specs, profile, at_most, parent / "array"
+    )  # refused before anything is written
+    records = prepare_folders(specs, profile, at_most=at_most)
     parent.mkdir(parents=True, exist_ok=True, mode=0o750)
     links = Path(tempfile.mkdtemp(prefix="array_", dir=parent))
-    for number, order in enumerate(orders):
-        (links / str(number)).symlink_to(order.folder.path)
+    for number, spec in enumerate(specs):
+        (links / str(number)).symlink_to(spec.folder.path)
     file = links / "submission.sh"
-    file.write_text(array_script(orders, profile, at_most, links))
+    file.write_text(array_batch_script(specs, profile, at_most, links))
     sent = subprocess.run(
         ["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False
     )
     if sent.returncode:
-        raise refused(sent.stderr)
+        raise sbatch_refusal(sent.stderr)
     array = sent.stdout.strip().partition(";")[0]
     if not JOB.fullmatch(array):
         raise ConfigError(
             f"sbatch said {sent.stdout!r}, wanted the number of a job: look for it with "
             "`squeue --me`"
         )
-    tasks = [f"{array}_{number}" for number in range(len(orders))]
-    for order, task, known in zip(orders, tasks, facts, strict=True):
+    tasks = [f"{array}_{number}" for number in range(len(specs))]
+    for spec, task, known in zip(specs, tasks, records, strict=True):
         with atomic_write(
-            order.folder.path / f"{task}_submitted.pkl"
+            spec.folder.path / f"{task}_submitted.pkl"
         ) as temporary:  # the task waits for it
-            DelayedSubmission(task_of(order, profile)).dump(temporary)
-        (order.folder.path / f"{task}_submission.sh").symlink_to(
+            DelayedSubmission(make_task(spec, profile)).dump(temporary)
+        (spec.folder.path / f"{task}_submission.sh").symlink_to(
             file
         )  # by the name of a single job's
-        order.folder.write_facts({**known, "job": task})
+        spec.folder.write_record({**known, "job": task})
     return tasks
 
 
-def array_script(
-    orders: Sequence[Order], profile: ClusterProfile, at_most: int | None, links: Path
+def array_batch_script(
+    specs: Sequence[JobSpec], profile: ClusterProfile, at_most: int | None, links: Path
 ) -> str:
     """What `submit_array` would hand to sbatch; `links`: a link for each task, by its number, to
     the folder of its order.
     """
-    for order in orders:
-        check_folder(order.folder.path)
-    executor = executor_of(orders[0], profile, links)
-    executor.update_parameters(array_parallelism=at_most or len(orders))
-    executor.parameters["map_count"] = len(orders)
+    for spec in specs:
+        check_folder(spec.folder.path)
+    executor = make_executor(specs[0], profile, links)
+    executor.update_parameters(array_parallelism=at_most or len(specs))
+    executor.parameters["map_count"] = len(specs)
     return executor._make_submission_file_text(executor._submitit_command_str, "")

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from launch.exclude import exclude, requeue, unfit_nodes
-from launch.folder import HUNG, JobFolder, this_job
+from launch.folder import HUNG, JobFolder, current_job_id
 from launch.profile import ClusterProfile
-from launch.status import last_line, training_is_over, where
+from launch.status import format_failure, last_logged_step, training_finished
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import BAD_INPUT, UNFIT, LPLError
 from lpl_pretrain.runtime.source_hash import fingerprint
 
-DONE, REPLACED = "done", "the job has gone on without it"
+DONE, SUPERSEDED = "done", "the job has gone on without it"
 EARLY_S = 60
 """By how much SLURM may announce the end of the time too early."""
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptResult:
     """Facts about an attempt that has ended."""
 
     status: int
@@ -47,7 +47,7 @@ class Ending:
     """Nodes that cannot train, and why."""
     logged: int = 0
     """Newest step that was logged."""
-    unbegun: int = 0
+    failed_to_start: int = 0
     """Attempts just before this one that could not even begin, nor tell of it: there was no room on
     the disk.
     """
@@ -60,7 +60,7 @@ class Decision:
 
 
 def decide(
-    ending: Ending,
+    result: AttemptResult,
     earlier: list[dict[str, Any]],
     *,
     max_timeouts: int,
@@ -69,39 +69,39 @@ def decide(
     on_hang: str = "requeue",
 ) -> Decision:
     """`earlier`: attempts of the same job, the oldest first."""
-    if ending.over:
+    if result.over:
         return Decision(False, DONE)
-    if ending.cancelled:
+    if result.cancelled:
         return Decision(False, "cancelled")
-    unfit = "; ".join(f"{node} is unfit: {why}" for node, why in ending.unfit.items())
+    unfit = "; ".join(f"{node} is unfit: {why}" for node, why in result.unfit.items())
     if unfit and on_unfit_node == "stop":
         return Decision(False, unfit)
     if unfit:
-        failures = in_a_row(ending, earlier)
+        failures = consecutive_failures(result, earlier)
         return Decision(failures <= max_failures, f"{unfit}, {failures} of {max_failures} in a row")
-    if ending.status == BAD_INPUT:
+    if result.status == BAD_INPUT:
         return Decision(False, "refused its input: see the log")
-    if ending.status == 0:
-        if not ending.timed_out:
+    if result.status == 0:
+        if not result.timed_out:
             return Decision(True, "stopped in time")
         times = 1 + sum(attempt["reason"].startswith("time limit") for attempt in earlier)
         return Decision(times <= max_timeouts, f"time limit, {times} of {max_timeouts}")
     what = (
-        f"hung after step {ending.logged:,}"
-        if ending.status == HUNG
-        else f"failed with status {ending.status}"
+        f"hung after step {result.logged:,}"
+        if result.status == HUNG
+        else f"failed with status {result.status}"
     )
-    if ending.status == HUNG and on_hang == "stop":
+    if result.status == HUNG and on_hang == "stop":
         return Decision(False, what)
-    failures = in_a_row(ending, earlier)
+    failures = consecutive_failures(result, earlier)
     return Decision(failures <= max_failures, f"{what}, {failures} of {max_failures} in a row")
 
 
-def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
+def consecutive_failures(result: AttemptResult, earlier: list[dict[str, Any]]) -> int:
     """Failures, this one included, since something ended well or a checkpoint was made."""
-    if ending.steps[1] > ending.steps[0]:
+    if result.steps[1] > result.steps[0]:
         return 1
-    failures = 1 + ending.unbegun
+    failures = 1 + result.failed_to_start
     for attempt in reversed(earlier):
         if attempt["status"] == 0 or attempt["steps"][1] > attempt["steps"][0]:
             break
@@ -110,73 +110,79 @@ def in_a_row(ending: Ending, earlier: list[dict[str, Any]]) -> int:
 
 
 def main(folder: JobFolder, status: int) -> Decision:
-    facts, job = folder.read_facts(), this_job()
-    profile = ClusterProfile.model_validate(facts["profile"])
+    record, job = folder.read_raw_record(), current_job_id()
+    profile = ClusterProfile.model_validate(record["profile"])
     attempt, run_dir = (
         int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        RunDir(Path(facts["run_dir"])),
+        RunDir(Path(record["run_dir"])),
     )
     earlier = [found for found in folder.read_attempts() if found["job"] == job]
-    shown = show_job(job)
-    if folder.newest_attempt(job) > attempt:
-        print(f"launch: attempt {attempt} ended: {REPLACED}", flush=True)
-        return Decision(False, REPLACED)
+    shown = scontrol_show_job(job)
+    if folder.last_started_attempt(job) > attempt:
+        print(f"launch: attempt {attempt} ended: {SUPERSEDED}", flush=True)
+        return Decision(False, SUPERSEDED)
     exits = folder.exits(job, attempt)
     bad = sorted(
         (found for found in exits if found["status"]), key=lambda found: found["status"] != UNFIT
     )
     complete = run_dir.complete_checkpoints()
-    before = earlier[-1]["steps"][1] if earlier else facts["step"]
-    ending = Ending(
+    before = earlier[-1]["steps"][1] if earlier else record["step"]
+    result = AttemptResult(
         status=bad[0]["status"] if bad else status,
-        over=training_is_over(run_dir)
-        if facts["kind"] == "train"
+        over=training_finished(run_dir)
+        if record["kind"] == "train"
         else status == 0 and not any(found["stopped"] for found in exits),
-        cancelled=folder.cancelled.exists() or fields(shown).get("JobState") == "CANCELLED",
-        timed_out=time_is_up(shown, profile.signal_s),
+        cancelled=folder.cancelled.exists() or parse_fields(shown).get("JobState") == "CANCELLED",
+        timed_out=reached_time_limit(shown, profile.signal_s),
         steps=(before, complete[-1] if complete else 0),
         unfit=unfit_nodes(exits, run_dir),
-        logged=(last_line(run_dir.metrics) or {"step": 0})["step"],
-        unbegun=folder.unbegun(job, range(earlier[-1]["attempt"] + 1 if earlier else 0, attempt)),
+        logged=(last_logged_step(run_dir.metrics) or {"step": 0})["step"],
+        failed_to_start=folder.failed_to_start(
+            job, range(earlier[-1]["attempt"] + 1 if earlier else 0, attempt)
+        ),
     )
     limits = profile.model_dump(
         include={"max_timeouts", "max_failures", "on_unfit_node", "on_hang"}
     )
-    decision = decide(ending, earlier, **limits)
-    excluding = decision.requeue and bool(ending.unfit)
+    decision = decide(result, earlier, **limits)
+    excluding = decision.requeue and bool(result.unfit)
     if excluding and (
         words := exclude(
-            folder, job, ending.unfit, fields(shown).get("ExcNodeList", "").replace("(null)", "")
+            folder,
+            job,
+            result.unfit,
+            parse_fields(shown).get("ExcNodeList", "").replace("(null)", ""),
         )
     ):
         decision = Decision(False, f"{decision.reason}; without it the scheduler says: {words}")
     found = {
         "job": job,
         "attempt": attempt,
-        "status": ending.status,
+        "status": result.status,
         "reason": decision.reason,
         "requeued": decision.requeue,
-        "steps": list(ending.steps),
+        "steps": list(result.steps),
         "code": fingerprint(),
         "time_s": time.time(),
-        **(culprits(bad) if bad else {}),
+        **(first_failed_rank(bad) if bad else {}),
     }
     with suppress(OSError):  # a full disk is no reason not to go on
-        folder.note_attempt(found)
+        folder.append_attempt(found)
         folder.drop_empty_stacks(job)
         then = "goes on" if decision.requeue else "ends here"
         print(
-            f"launch: attempt {attempt} ended: {decision.reason}{where(found)}; {then}", flush=True
+            f"launch: attempt {attempt} ended: {decision.reason}{format_failure(found)}; {then}",
+            flush=True,
         )
     asked_already = (
-        int(fields(shown).get("Restarts", attempt)) > attempt
+        int(parse_fields(shown).get("Restarts", attempt)) > attempt
     )  # by a person, or a preemption
     if decision.requeue and (excluding or not asked_already):
-        requeue(job, folder.read_facts()["profile"]["exclude"] if excluding else [])
+        requeue(job, folder.read_raw_record()["profile"]["exclude"] if excluding else [])
     return decision
 
 
-def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
+def first_failed_rank(bad: list[dict[str, Any]]) -> dict[str, Any]:
     """Who ended badly first; of a hang, which all ranks see, who wrote no stacks: it was stopped,
     or its machine was.
 
@@ -188,7 +194,7 @@ def culprits(bad: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rank": bad[0]["rank"], "host": bad[0]["host"]}
 
 
-def show_job(job: str) -> str:
+def scontrol_show_job(job: str) -> str:
     """What the scheduler says of it; "" where it says nothing."""
     found = subprocess.run(
         ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False
@@ -196,7 +202,7 @@ def show_job(job: str) -> str:
     return found.stdout
 
 
-def fields(shown: str) -> dict[str, str]:
+def parse_fields(shown: str) -> dict[str, str]:
     """What `scontrol show job` says, by name.  The first of a name counts: paths, which may hold
     anything, come last.
     """
@@ -208,17 +214,17 @@ def fields(shown: str) -> dict[str, str]:
     return found
 
 
-def time_is_up(shown: str, signal_s: int) -> bool:
+def reached_time_limit(shown: str, signal_s: int) -> bool:
     """The attempt ended so close to its limit that the limit was the reason."""
-    found = fields(shown)
+    found = parse_fields(shown)
     try:
-        used, limit = (seconds(found[name]) for name in ("RunTime", "TimeLimit"))
+        used, limit = (parse_seconds(found[name]) for name in ("RunTime", "TimeLimit"))
     except (KeyError, ValueError):
         return False
     return used >= limit - signal_s - EARLY_S
 
 
-def seconds(text: str) -> int:
+def parse_seconds(text: str) -> int:
     """Of [days-]hours:minutes:seconds.  Raises ValueError for UNLIMITED and its kin."""
     days, _, clock = text.rpartition("-")
     hours, minutes, rest = (int(part) for part in clock.split(":"))

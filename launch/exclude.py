@@ -38,19 +38,19 @@ def exclude(folder: JobFolder, job: str, nodes: Iterable[str], already: str) -> 
     `already`: the scheduler's own list, which a person may have made longer since submission; ""
     where it says none.
     """
-    from launch.submit import words_of  # imports submitit
+    from launch.submit import sbatch_error  # imports submitit
 
-    facts = folder.read_facts()
-    facts["profile"]["exclude"] = excluded = [
-        *([already] if already else facts["profile"]["exclude"]),
+    record = folder.read_raw_record()
+    record["profile"]["exclude"] = excluded = [
+        *([already] if already else record["profile"]["exclude"]),
         *nodes,
     ]
     script = folder.path / f"{job}_submission.sh"
     command = ["sbatch", "--test-only", f"--exclude={','.join(excluded)}", str(script)]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode:
-        return words_of(asked.stderr)
-    folder.write_facts(facts)
+        return sbatch_error(asked.stderr)
+    folder.write_record(record)
     return None
 
 

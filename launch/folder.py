@@ -21,7 +21,7 @@ HUNG = 76
 """Exit status of a task whose child made no step for long and was killed."""
 ATTEMPT = {"job", "reason", "requeued"}
 """What every line of attempts.jsonl has."""
-LOST = "left no word: lost with its node, or no room on the disk"
+NO_RECORD = "left no word: lost with its node, or no room on the disk"
 EXIT = "exit_{job}_{attempt}_rank_{rank:05d}.json"
 JOB = re.compile(r"[0-9]+(_[0-9]+)?")
 """A job as the scheduler names it, or a task of an array."""
@@ -49,7 +49,7 @@ class JobFolder:
         )
 
     @property
-    def facts(self) -> Path:
+    def record_file(self) -> Path:
         """Of the newest submission: job, command, profile."""
         return self.path / "job.json"
 
@@ -75,31 +75,31 @@ class JobFolder:
         Only a job's number is passed on to the scheduler's commands, which would take other text
         for options.
         """
-        job = self.read_facts().get("job") if self.facts.is_file() else None
+        job = self.read_raw_record().get("job") if self.record_file.is_file() else None
         if job is not None and not (isinstance(job, str) and JOB.fullmatch(job)):
             raise ConfigError(
-                f"{self.facts}: job={job!r}: wanted the number of a job, such as 4711 or 4711_0: "
+                f"{self.record_file}: job={job!r}: wanted the number of a job, such as 4711 or 4711_0: "
                 "launch again"
             )
         return job
 
-    def read_facts(self) -> dict[str, Any]:
+    def read_raw_record(self) -> dict[str, Any]:
         """Raises ConfigError where the file is missing or damaged."""
         try:
-            facts = json.loads(self.facts.read_text(encoding="utf-8"))
+            record = json.loads(self.record_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as problem:
             raise ConfigError(
-                f"{self.facts}: cannot be read ({problem}): launch the command again"
+                f"{self.record_file}: cannot be read ({problem}): launch the command again"
             ) from None
-        if not isinstance(facts, dict):
+        if not isinstance(record, dict):
             raise ConfigError(
-                f"{self.facts}: holds a {type(facts).__name__}, wanted a JSON object: launch the "
+                f"{self.record_file}: holds a {type(record).__name__}, wanted a JSON object: launch the "
                 "command again"
             )
-        return facts
+        return record
 
-    def write_facts(self, facts: dict[str, Any]) -> None:
-        publish_json(self.facts, facts)
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_json(self.record_file, record)
 
     def write_config(self, text: str) -> None:
         """Keep the configuration of a submission; "" for a command without one."""
@@ -121,11 +121,11 @@ class JobFolder:
                     found.append(attempt)
         return found
 
-    def note_attempt(self, attempt: dict[str, Any]) -> None:
+    def append_attempt(self, attempt: dict[str, Any]) -> None:
         with self.attempts.open("a") as file:
             file.write(json.dumps(attempt) + "\n")
 
-    def note_exit(
+    def write_exit(
         self, job: str, attempt: int, rank: int, status: int, host: str, *, stopped: bool
     ) -> None:
         """`stopped`: the scheduler had asked for it.  Of a hang also the ranks that are silent now."""
@@ -138,7 +138,7 @@ class JobFolder:
         }
         if status == HUNG:
             found["silent_ranks"] = self.silent_ranks(job, attempt)
-        publish_json(self.path / EXIT.format(job=job, attempt=attempt, rank=rank), found)
+        write_json(self.path / EXIT.format(job=job, attempt=attempt, rank=rank), found)
 
     def exits(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """Of the ranks that came to one, the first one first."""
@@ -176,12 +176,12 @@ class JobFolder:
         """Where rank 0 of an attempt says how it is reached."""
         return self.path / f"rendezvous_{job}_{attempt}.json"
 
-    def newest_attempt(self, job: str) -> int:
+    def last_started_attempt(self, job: str) -> int:
         """That began, which its rank 0 has said."""
         found = self.path.glob(f"rendezvous_{job}_*.json")
         return max((int(path.stem.rpartition("_")[2]) for path in found), default=0)
 
-    def unbegun(self, job: str, attempts: Iterable[int]) -> int:
+    def failed_to_start(self, job: str, attempts: Iterable[int]) -> int:
         """How many of them did not begin."""
         return sum(not self.rendezvous(job, attempt).is_file() for attempt in attempts)
 
@@ -190,14 +190,14 @@ class JobFolder:
         noted = {
             attempt["attempt"]: attempt for attempt in self.read_attempts() if attempt["job"] == job
         }
-        for attempt in range(self.newest_attempt(job) if job else 0):
+        for attempt in range(self.last_started_attempt(job) if job else 0):
             noted.setdefault(
-                attempt, {"job": job, "attempt": attempt, "reason": LOST, "requeued": True}
+                attempt, {"job": job, "attempt": attempt, "reason": NO_RECORD, "requeued": True}
             )
         return [noted[attempt] for attempt in sorted(noted)]
 
 
-def this_job() -> str:
+def current_job_id() -> str:
     """Its name, as squeue, scancel and scontrol take it; that of one task where it belongs to an
     array (array.py says why).
     """
@@ -207,7 +207,7 @@ def this_job() -> str:
     )
 
 
-def launched(folder: Path) -> list[JobFolder]:
+def find_job_folders(folder: Path) -> list[JobFolder]:
     """Of the run that lies in `folder`, of the runs of a sweep, of the jobs that encode latents; or
     a job's folder itself.
 
@@ -215,18 +215,18 @@ def launched(folder: Path) -> list[JobFolder]:
     """
     own = JobFolder(folder / "launch")
     for only in (own, JobFolder(folder)):
-        if only.facts.is_file():
+        if only.record_file.is_file():
             return [only]
     numbered = [
-        facts for facts in folder.glob("launch/encode/*/job.json") if facts.parent.name.isdecimal()
+        path for path in folder.glob("launch/encode/*/job.json") if path.parent.name.isdecimal()
     ]
-    encoding = sorted(numbered, key=lambda facts: int(facts.parent.name))
+    encoding = sorted(numbered, key=lambda path: int(path.parent.name))
     found = sorted(folder.glob("*/launch/job.json")) or encoding
     if not found:
-        raise ConfigError(f"{own.facts}: not there: nothing was launched for this run")
-    return [JobFolder(facts.parent) for facts in found]
+        raise ConfigError(f"{own.record_file}: not there: nothing was launched for this run")
+    return [JobFolder(path.parent) for path in found]
 
 
-def publish_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -13,7 +13,7 @@ CONFIG_AT = {"train": 1, "encode": 1, "evaluate": 2, "watch": 2}
 
 
 @dataclass(frozen=True)
-class Order:
+class JobSpec:
     """A job to be."""
 
     kind: str
@@ -28,7 +28,7 @@ class Order:
     """
     part: str = ""
     """Tells work of one kind on one run from another's."""
-    share: tuple[int, int] = (0, 1)
+    split: tuple[int, int] = (0, 1)
     """Which one it is of how many that do the work together, each as it comes."""
     config: str = ""
     """The configuration that `argv` means, resolved, as YAML; "" for a command without one."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.status import open_folder, states
+from launch.status import job_states, single_job_folder
 
 NAME = re.compile(r"_(\d+)_log\.(out|err)$")
 POLL_S, SETTLE_S = 0.5, 2.0
@@ -15,12 +15,12 @@ POLL_S, SETTLE_S = 0.5, 2.0
 
 def merged(run: Path, *, follow: bool) -> Iterator[str]:
     """`[rank] line`; with `follow` until the job is with the scheduler no more."""
-    folder, read = open_folder(run), dict[Path, int]()
+    folder, read = single_job_folder(run), dict[Path, int]()
     job = str(folder.job)
     while True:
         found = list(news(folder.path, job, read))
         yield from found
-        if not follow or (not found and not any(states([folder]))):
+        if not follow or (not found and not any(job_states([folder]))):
             return
         time.sleep(SETTLE_S if not found else POLL_S)
 

@@ -15,9 +15,9 @@ import click
 from click.core import ParameterSource
 
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
-from launch.record import JobRecord, read_order
+from launch.record import JobRecord, read_spec
 from launch.script import check_setup
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import dump, load_config
@@ -67,29 +67,29 @@ def as_given(context: click.Context, command: click.Command) -> list[str]:
     return words
 
 
-def place(order: Order, profile: ClusterProfile, shown: str | None) -> str:
+def submit_or_preview(spec: JobSpec, profile: ClusterProfile, shown: str | None) -> str:
     """Submits and gives the job's id, or shows what would be submitted, with the configuration
     `shown`.
     """
     from launch.submit import script, submit
 
     if shown is not None:
-        command = f"python -m {order.module} {shlex.join(order.argv)}"
-        click.echo(f"{script(order, profile)}\n\n# The command of every process\n# {command}\n")
+        command = f"python -m {spec.module} {shlex.join(spec.argv)}"
+        click.echo(f"{script(spec, profile)}\n\n# The command of every process\n# {command}\n")
         click.echo(f"# Its configuration\n{shown}")
         return "ID"
-    job, kind = submit(order, profile), order.kind
-    look = f"python -m launch status {shlex.quote(str(order.run_dir))}"
-    look = look if kind in ("train", "watch") else f"logs in {order.folder.path}"
+    job, kind = submit(spec, profile), spec.kind
+    look = f"python -m launch status {shlex.quote(str(spec.run_dir))}"
+    look = look if kind in ("train", "watch") else f"logs in {spec.folder.path}"
     click.echo(
-        f"job {job}, {order.part or kind}: {order.nodes} nodes x {profile.processes_per_node} "
+        f"job {job}, {spec.part or kind}: {spec.nodes} nodes x {profile.processes_per_node} "
         f"processes; {look}"
     )
     return job
 
 
-def place_array(
-    orders: Sequence[Order],
+def submit_or_preview_array(
+    specs: Sequence[JobSpec],
     profile: ClusterProfile,
     at_most: int | None = None,
     *,
@@ -98,36 +98,35 @@ def place_array(
     """As `place`, of the runs of a sweep, or of shares of one piece of work: they need the same
     nodes; gives the tasks' names.
     """
-    from launch.array import array_script, submit_array
+    from launch.array import array_batch_script, submit_array
 
-    folder, nodes = orders[0].array_dir, orders[0].nodes
+    folder, nodes = specs[0].array_dir, specs[0].nodes
     if shown is not None:
         listed = [
-            f"# {number}: lpl-pretrain {shlex.join(order.argv)}"
-            for number, order in enumerate(orders)
+            f"# {number}: lpl-pretrain {shlex.join(spec.argv)}" for number, spec in enumerate(specs)
         ]
         click.echo(
             "\n".join(
                 [
-                    array_script(orders, profile, at_most, folder / "launch" / "array"),
+                    array_batch_script(specs, profile, at_most, folder / "launch" / "array"),
                     "\n# The tasks",
                     *listed,
                 ]
             )
         )
         click.echo(f"\n# Their configuration\n{shown}" if shown else "")
-        return [f"ID_{number}" for number in range(len(orders))]
-    jobs = submit_array(orders, profile, at_most)
-    for job, order in zip(jobs, orders, strict=True):
-        click.echo(f"job {job}, {order.part or order.run_dir.name}")
+        return [f"ID_{number}" for number in range(len(specs))]
+    jobs = submit_array(specs, profile, at_most)
+    for job, spec in zip(jobs, specs, strict=True):
+        click.echo(f"job {job}, {spec.part or spec.run_dir.name}")
     each = f"{nodes} nodes x {profile.processes_per_node} processes"
     click.echo(
-        f"{len(orders)} jobs, each {each}; python -m launch status {shlex.quote(str(folder))}"
+        f"{len(specs)} jobs, each {each}; python -m launch status {shlex.quote(str(folder))}"
     )
     return jobs
 
 
-def place_encoding(
+def submit_or_preview_encoding(
     config: str,
     output: Path,
     nodes: int,
@@ -142,28 +141,28 @@ def place_encoding(
     `resolved`: the configuration that the jobs use, as YAML.
     """
     argv = ["encode", str(Path(config).resolve()), *overrides]
-    orders = [
-        Order("encode", argv, output, 1, part=f"encode/{n}", share=(n, nodes), config=resolved)
+    specs = [
+        JobSpec("encode", argv, output, 1, part=f"encode/{n}", split=(n, nodes), config=resolved)
         for n in range(nodes)
     ]
-    return place_array(orders, profile, shown=shown)[0].partition("_")[0]
+    return submit_or_preview_array(specs, profile, shown=shown)[0].partition("_")[0]
 
 
-def place_again(folder: JobFolder) -> None:
+def resubmit(folder: JobFolder) -> None:
     """The newest job of a folder, as it was."""
-    order, record = read_order(folder)
-    place(order, record.profile, None)
+    spec, record = read_spec(folder)
+    submit_or_preview(spec, record.profile, None)
 
 
-def place_array_again(folders: Sequence[JobFolder]) -> None:
+def resubmit_array(folders: Sequence[JobFolder]) -> None:
     """The newest jobs of runs of a sweep: an array of those that had asked for the same."""
-    alike: dict[str, tuple[JobRecord, list[Order]]] = {}
+    alike: dict[str, tuple[JobRecord, list[JobSpec]]] = {}
     for folder in folders:
-        order, record = read_order(folder)
+        spec, record = read_spec(folder)
         shape = record.model_dump_json(include={"profile", "nodes", "at_most", "cwd"})
-        alike.setdefault(shape, (record, []))[1].append(order)
-    for record, orders in alike.values():
-        place_array(orders, record.profile, record.at_most)
+        alike.setdefault(shape, (record, []))[1].append(spec)
+    for record, specs in alike.values():
+        submit_or_preview_array(specs, record.profile, record.at_most)
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,9 @@ class EvaluationLauncher:
         """Behind `lpl-pretrain evaluate RUN`."""
         return [str(Path(self.protocol).resolve()), *self.overrides]
 
-    def place(self, run_dir: Path, *, after: str | None = None, dry_run: bool = False) -> None:
+    def submit_or_preview(
+        self, run_dir: Path, *, after: str | None = None, dry_run: bool = False
+    ) -> None:
         """Submits the job of one process that submits the others."""
         cluster = Path(self.cluster).resolve()
         options = [f"--cluster={cluster}", f"--at-most={self.at_most}", f"--nodes={self.nodes}"]
@@ -214,11 +215,11 @@ class EvaluationLauncher:
             update={"container": ()}
         )  # where sbatch is
         part = f"watch/{self.settings.name}"
-        order = Order("watch", argv, run_dir, 1, after, part, config=dump(self.settings))
-        place(order, alone, order.config if dry_run else None)
+        spec = JobSpec("watch", argv, run_dir, 1, after, part, config=dump(self.settings))
+        submit_or_preview(spec, alone, spec.config if dry_run else None)
 
     def watch(self, run_dir: Path) -> None:
-        from launch.watch import Watch
+        from launch.watch import EvaluationWatcher
 
         if shutil.which("squeue") is None:
             raise ConfigError(
@@ -226,7 +227,7 @@ class EvaluationLauncher:
                 "evaluate --watch`"
             )
         config = dump(self.settings)
-        watch = Watch(
+        watch = EvaluationWatcher(
             RunDir(run_dir),
             self.argv,
             self.settings.name,

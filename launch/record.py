@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Optional
 from pydantic import ConfigDict, Field, PositiveInt
 
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
 from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.load import load_config, validate
@@ -38,23 +38,23 @@ class JobRecord(Section):
 
 def read_record(folder: JobFolder) -> JobRecord:
     """Raises ConfigError that names the file and what is wrong with it."""
-    return validate(JobRecord, folder.read_facts(), where=str(folder.facts))
+    return validate(JobRecord, folder.read_raw_record(), where=str(folder.record_file))
 
 
-def read_order(folder: JobFolder) -> tuple[Order, JobRecord]:
+def read_spec(folder: JobFolder) -> tuple[JobSpec, JobRecord]:
     """What to submit again.  Raises ConfigError for a record that is not of this folder or not of
     our making.
     """
     record = read_record(folder)
     if record.argv[0] != record.kind or any("\0" in word for word in record.argv):
         raise ConfigError(
-            f"{folder.facts}: argv={record.argv!r} with kind={record.kind}: wanted a command that "
+            f"{folder.record_file}: argv={record.argv!r} with kind={record.kind}: wanted a command that "
             "begins with its kind"
         )
-    _refuse_foreign_owner(folder.facts)
+    _refuse_foreign_owner(folder.record_file)
     config = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
     cwd = record.cwd or os.getcwd()
-    order = Order(
+    spec = JobSpec(
         record.kind,
         record.argv,
         Path(record.run_dir),
@@ -63,26 +63,26 @@ def read_order(folder: JobFolder) -> tuple[Order, JobRecord]:
         config=config,
         cwd=cwd,
     )
-    if order.folder.path != folder.path or (record.part and record.kind == "train"):
+    if spec.folder.path != folder.path or (record.part and record.kind == "train"):
         raise ConfigError(
-            f"{folder.facts}: is the record of {order.folder.path} (run_dir={record.run_dir!r}, "
+            f"{folder.record_file}: is the record of {spec.folder.path} (run_dir={record.run_dir!r}, "
             f"part={record.part!r}): "
             "was the run moved or copied?  Launch the command again in its new place"
         )
-    _check_run_dir(order)
-    return order, record
+    _check_run_dir(spec)
+    return spec, record
 
 
-def _check_run_dir(order: Order) -> None:
+def _check_run_dir(spec: JobSpec) -> None:
     """A training says itself where it writes: that has to be this run."""
-    if order.kind != "train":
+    if spec.kind != "train":
         return
-    config, *overrides = [str(Path(order.cwd, order.command[1])), *order.command[2:]]
+    config, *overrides = [str(Path(spec.cwd, spec.command[1])), *spec.command[2:]]
     settings = load_config(TrainConfig, config, overrides)
-    said = Path(order.cwd, settings.run_dir or f"runs/{settings.name}")
-    if said.resolve() != order.run_dir.resolve():
+    said = Path(spec.cwd, settings.run_dir or f"runs/{settings.name}")
+    if said.resolve() != spec.run_dir.resolve():
         raise ConfigError(
-            f"{order.folder.facts}: its command trains in {said}, and not in {order.run_dir}: "
+            f"{spec.folder.record_file}: its command trains in {said}, and not in {spec.run_dir}: "
             "launch the command again"
         )
 

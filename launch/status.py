@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from launch.folder import JobFolder, launched
+from launch.folder import JobFolder, find_job_folders
 from launch.record import read_record
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import MANIFEST, RunDir, step_name
@@ -27,18 +27,18 @@ RECENT_S = 1800.0
 """A rank that stays slow is called so every 10 minutes."""
 
 
-def report(folder: Path) -> str:
+def status_report(folder: Path) -> str:
     """A few lines of text; of a sweep, one for each run.  Raises ConfigError where nothing was
     launched.
     """
-    found = launched(folder)
-    return one(found[0]) if found[0].path == folder / "launch" else table(found)
+    found = find_job_folders(folder)
+    return run_summary(found[0]) if found[0].path == folder / "launch" else runs_table(found)
 
 
-def table(folders: Sequence[JobFolder]) -> str:
+def runs_table(folders: Sequence[JobFolder]) -> str:
     rows = [("name", "job", "state", "step", "samples/s", "restarts", "last attempt")]
-    for folder, state in zip(folders, states(folders), strict=True):
-        job, last = folder.job, last_line(RunDir(folder.run_dir).metrics) or {}
+    for folder, state in zip(folders, job_states(folders), strict=True):
+        job, last = folder.job, last_logged_step(RunDir(folder.run_dir).metrics) or {}
         mine = folder.history(job)
         wanted = (("step", ","), ("samples_per_s", ".1f"))
         step, rate = (
@@ -53,42 +53,42 @@ def table(folders: Sequence[JobFolder]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def one(folder: JobFolder) -> str:
+def run_summary(folder: JobFolder) -> str:
     run_dir = RunDir(folder.run_dir)
     record = read_record(folder)
     mine = folder.history(record.job)
-    state = states([folder])[0] or "not with the scheduler"
+    state = job_states([folder])[0] or "not with the scheduler"
     lines = [
         f"job         {record.job}: {state}; {record.nodes} nodes",
         f"command     lpl-pretrain {printable(shlex.join(record.argv))}",
     ]
-    if last := last_line(run_dir.metrics):
+    if last := last_logged_step(run_dir.metrics):
         rate = (
             f", {last['samples_per_s']:.1f} samples/s"
             if is_number(last.get("samples_per_s"))
             else ""
         )
-        when = f", {age(last['time_s'])} ago" if is_number(last.get("time_s")) else ""
+        when = f", {ago(last['time_s'])} ago" if is_number(last.get("time_s")) else ""
         lines.append(f"step        {last['step']:,}{rate}{when}")
     if complete := run_dir.complete_checkpoints():
         written = (run_dir.checkpoint(complete[-1]) / MANIFEST).stat().st_mtime
-        lines.append(f"checkpoint  {complete[-1]:,}, {age(written)} ago")
+        lines.append(f"checkpoint  {complete[-1]:,}, {ago(written)} ago")
     if slow := last_straggler(run_dir.metrics):
         what = f"{slow['times']} times the median in `{slow['measure']}`"
         lines.append(
-            f"straggler   rank {slow['rank']} on {slow['host']}: {what}, {age(slow['time_s'])} ago"
+            f"straggler   rank {slow['rank']} on {slow['host']}: {what}, {ago(slow['time_s'])} ago"
         )
     lines.append(f"restarts    {sum(attempt['requeued'] for attempt in mine)}")
     lines += [
-        f"  attempt {attempt['attempt']}: {attempt['reason']}{where(attempt)}"
+        f"  attempt {attempt['attempt']}: {attempt['reason']}{format_failure(attempt)}"
         for attempt in mine[-5:]
     ]
     if excluded := record.profile.exclude:
         lines.append(f"excluded    {', '.join(excluded)}")
-    return "\n".join([*lines, *scores(run_dir)])
+    return "\n".join([*lines, *evaluation_progress(run_dir)])
 
 
-def scores(run_dir: RunDir) -> list[str]:
+def evaluation_progress(run_dir: RunDir) -> list[str]:
     """How far each protocol is that a job watches for, and what it scores next."""
     watched = sorted(path.parent.name for path in run_dir.path.glob("launch/watch/*/job.json"))
     if not watched:
@@ -103,7 +103,7 @@ def scores(run_dir: RunDir) -> list[str]:
             folder = JobFolder(
                 run_dir.path / "launch" / "evaluate" / protocol / step_name(pending[0])
             )
-            job, (state,) = folder.job, states([folder])
+            job, (state,) = folder.job, job_states([folder])
             line += (
                 f"; next step {pending[0]:,}: {f'job {job} {state}'.strip() if job else 'waits'}"
             )
@@ -111,7 +111,7 @@ def scores(run_dir: RunDir) -> list[str]:
     return lines
 
 
-def where(attempt: dict[str, Any]) -> str:
+def format_failure(attempt: dict[str, Any]) -> str:
     """The rank that ended badly first; of a hang, the ranks that left no stacks, and where those of
     the others are.
     """
@@ -126,28 +126,28 @@ def where(attempt: dict[str, Any]) -> str:
     return f" (rank {attempt['rank']} on {attempt['host']})" if "rank" in attempt else ""
 
 
-def states(folders: Sequence[JobFolder]) -> list[str]:
+def job_states(folders: Sequence[JobFolder]) -> list[str]:
     """Of the newest job of each, as squeue has it; "" when it does not know the job, or there is no
     squeue.
     """
     jobs = [folder.job or "" for folder in folders]
     known = (
-        listed([job for job in jobs if job])
+        squeue_states([job for job in jobs if job])
         if any(jobs) and shutil.which("squeue") is not None
         else None
     )
     return [(known or {}).get(job, "") for job in jobs]
 
 
-def ask(job: str) -> str | None:
+def job_state(job: str) -> str | None:
     """The state of a job, "" when squeue does not know it, None where it does not answer: that says
     nothing about the job.
     """
-    known = listed([job])
+    known = squeue_states([job])
     return None if known is None else known.get(job, "")
 
 
-def listed(jobs: Sequence[str]) -> dict[str, str] | None:
+def squeue_states(jobs: Sequence[str]) -> dict[str, str] | None:
     """States of those jobs that squeue knows, by name; None where it does not answer."""
     found = subprocess.run(
         ["squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i %T"],
@@ -160,7 +160,7 @@ def listed(jobs: Sequence[str]) -> dict[str, str] | None:
     return dict(line.split() for line in found.stdout.splitlines())
 
 
-def training_is_over(run_dir: RunDir) -> bool:
+def training_finished(run_dir: RunDir) -> bool:
     complete = run_dir.complete_checkpoints()
     return (
         run_dir.config.is_file()
@@ -169,23 +169,23 @@ def training_is_over(run_dir: RunDir) -> bool:
     )
 
 
-def unfinished(folders: Sequence[JobFolder]) -> list[JobFolder]:
+def unfinished_runs(folders: Sequence[JobFolder]) -> list[JobFolder]:
     """Those of runs that no job works on and that are not at their end."""
-    live = states(folders)
+    live = job_states(folders)
     found = zip(folders, live, strict=True)
     return [
         folder
         for folder, state in found
-        if not state and not training_is_over(RunDir(folder.run_dir))
+        if not state and not training_finished(RunDir(folder.run_dir))
     ]
 
 
 def cancel(folder: Path) -> str:
     """The job of a run, or those of all runs of a sweep, or of an encoding, that have one."""
-    found = launched(folder)
+    found = find_job_folders(folder)
     if len(found) == 1:
         return cancel_job(found[0])
-    live = [each for each, state in zip(found, states(found), strict=True) if state]
+    live = [each for each, state in zip(found, job_states(found), strict=True) if state]
     return (
         "\n".join(map(cancel_job, live))
         or f"{folder}: none of its {len(found)} jobs is with the scheduler"
@@ -198,9 +198,9 @@ def cancel_job(folder: JobFolder) -> str:
     done = subprocess.run(
         ["scancel", "--signal=USR2", str(job)], capture_output=True, text=True, check=False
     )
-    if done.returncode or states([folder]) == ["PENDING"]:
+    if done.returncode or job_states([folder]) == ["PENDING"]:
         subprocess.run(["scancel", str(job)], capture_output=True, check=False)
-    if folder.read_facts().get("kind") == "encode":
+    if folder.read_raw_record().get("kind") == "encode":
         return f"job {job}: told to end; `python -m launch encode` goes on from there"
     return (
         f"job {job}: told to end after a checkpoint; `python -m launch resume {folder.run_dir}` "
@@ -208,9 +208,9 @@ def cancel_job(folder: JobFolder) -> str:
     )
 
 
-def open_folder(run: Path) -> JobFolder:
+def single_job_folder(run: Path) -> JobFolder:
     """Raises ConfigError where nothing was launched, or several jobs were."""
-    found = launched(run)
+    found = find_job_folders(run)
     if len(found) > 1:
         raise ConfigError(
             f"{run}: holds {len(found)} jobs: name one of them, such as {found[0].path}"
@@ -218,7 +218,7 @@ def open_folder(run: Path) -> JobFolder:
     return found[0]
 
 
-def last_line(metrics: Path) -> dict[str, Any] | None:
+def last_logged_step(metrics: Path) -> dict[str, Any] | None:
     """Of what was logged; events are no such line."""
     lines = (line for line in newest_first(metrics) if "event" not in line)
     return next((line for line in lines if isinstance(line.get("step"), int)), None)
@@ -254,7 +254,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def age(then_s: float) -> str:
+def ago(then_s: float) -> str:
     gone = max(0, int(time.time() - then_s))
     return (
         f"{gone} s" if gone < 120 else f"{gone // 60} min" if gone < 7200 else f"{gone // 3600} h"

@@ -20,10 +20,10 @@ from typing import Any
 
 import submitit
 
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
 from launch.script import check_folder, check_script, check_setup, check_working_directory
-from launch.status import states
+from launch.status import job_states
 from launch.task import Task
 from lpl_pretrain import __version__
 from lpl_pretrain.config.rundir import RunDir
@@ -44,22 +44,24 @@ class Executor(submitit.SlurmExecutor):
         return check_script(text, {*self.parameters["setup"], *self.parameters["teardown"]})
 
 
-def submit(order: Order, profile: ClusterProfile) -> str:
+def submit(spec: JobSpec, profile: ClusterProfile) -> str:
     """The job's id.  Raises ConfigError with the scheduler's own words when it refuses."""
-    script(order, profile)  # refused before anything is written
-    (facts,) = begin([order], profile)
+    script(spec, profile)  # refused before anything is written
+    (records,) = prepare_folders([spec], profile)
     try:
-        job = executor_of(order, profile).submit(task_of(order, profile))
+        job = make_executor(spec, profile).submit(make_task(spec, profile))
     except (
         submitit.core.utils.FailedJobError,
         submitit.core.utils.FailedSubmissionError,
     ) as refusal:
-        raise refused(str(refusal)) from None
-    order.folder.write_facts({**facts, "job": job.job_id})
+        raise sbatch_refusal(str(refusal)) from None
+    spec.folder.write_record({**records, "job": job.job_id})
     return job.job_id
 
 
-def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list[dict[str, Any]]:
+def prepare_folders(
+    specs: Sequence[JobSpec], profile: ClusterProfile, **more: Any
+) -> list[dict[str, Any]]:
     """The facts of each but its job, as its folder has them from now on.  Raises ConfigError when
     one is being worked on.
     """
@@ -68,15 +70,15 @@ def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list
             "sbatch: not on the PATH: submit from a login node of the cluster, or start here "
             "with torchrun"
         )
-    for order, state in zip(orders, states([order.folder for order in orders]), strict=True):
+    for spec, state in zip(specs, job_states([spec.folder for spec in specs]), strict=True):
         if state:
             raise ConfigError(
-                f"{order.run_dir}: its job {order.folder.job} is {state}: wait for its end, or "
+                f"{spec.run_dir}: its job {spec.folder.job} is {state}: wait for its end, or "
                 "`python -m launch cancel` it"
             )
     found = []
-    for order in orders:
-        folder = order.folder
+    for spec in specs:
+        folder = spec.folder
         try:
             folder.path.mkdir(parents=True, exist_ok=True, mode=0o750)
         except OSError as problem:
@@ -85,57 +87,57 @@ def begin(orders: Sequence[Order], profile: ClusterProfile, **more: Any) -> list
                 "runs is mounted, or set run_dir"
             ) from None
         folder.cancelled.unlink(missing_ok=True)
-        folder.write_config(order.config)
-        complete = RunDir(order.run_dir).complete_checkpoints()
-        facts: dict[str, Any] = {
-            "kind": order.kind,
-            "part": order.part,
-            "argv": order.argv,
-            "run_dir": str(order.run_dir),
-            "cwd": order.cwd,
-            "nodes": order.nodes,
+        folder.write_config(spec.config)
+        complete = RunDir(spec.run_dir).complete_checkpoints()
+        records: dict[str, Any] = {
+            "kind": spec.kind,
+            "part": spec.part,
+            "argv": spec.argv,
+            "run_dir": str(spec.run_dir),
+            "cwd": spec.cwd,
+            "nodes": spec.nodes,
             "profile": profile.model_dump(mode="json"),
             "version": __version__,
             "step": complete[-1] if complete else 0,
             "submitted_at_s": time.time(),
             **more,
         }
-        folder.write_facts({**facts, "job": None})
-        found.append(facts)
+        folder.write_record({**records, "job": None})
+        found.append(records)
     return found
 
 
-def script(order: Order, profile: ClusterProfile) -> str:
+def script(spec: JobSpec, profile: ClusterProfile) -> str:
     """What `submit` would hand to sbatch."""
-    executor = executor_of(order, profile)
+    executor = make_executor(spec, profile)
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def task_of(order: Order, profile: ClusterProfile) -> Task:
+def make_task(spec: JobSpec, profile: ClusterProfile) -> Task:
     return Task(
-        order.command,
-        str(order.folder.path),
+        spec.command,
+        str(spec.folder.path),
         list(profile.container),
         fingerprint(),
         profile.on_changed_code,
-        order.module,
-        patient=profile.on_hang == "wait" or order.kind != "train",
-        share=order.share,
-        cwd=order.cwd,
+        spec.module,
+        kill_on_hang=profile.on_hang != "wait" and spec.kind == "train",
+        split=spec.split,
+        cwd=spec.cwd,
     )
 
 
-def executor_of(
-    order: Order, profile: ClusterProfile, links: Path | None = None
+def make_executor(
+    spec: JobSpec, profile: ClusterProfile, links: Path | None = None
 ) -> submitit.SlurmExecutor:
     """Nothing user-given reaches the script unquoted.  `links`: of an array, lead to the folders of
     its tasks.
 
     Raises ConfigError for what could not stand in a script.
     """
-    python, folder = shlex.quote(profile.python or sys.executable), order.folder.path
+    python, folder = shlex.quote(profile.python or sys.executable), spec.folder.path
     check_folder(folder)
-    check_working_directory(order.cwd)
+    check_working_directory(spec.cwd)
     check_setup(profile.setup)
     executor = Executor(folder=folder if links is None else links / "%a", python=python)
     here = (
@@ -145,9 +147,9 @@ def executor_of(
     )
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     exports.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    more: dict[str, Any] = {"requeue": True, "chdir": order.cwd}
-    if order.after is not None:
-        more |= {"dependency": order.after, "kill-on-invalid-dep": "yes"}
+    more: dict[str, Any] = {"requeue": True, "chdir": spec.cwd}
+    if spec.after is not None:
+        more |= {"dependency": spec.after, "kill-on-invalid-dep": "yes"}
     if profile.memory_gib_per_node is not None:
         more["mem"] = f"{int(1024 * profile.memory_gib_per_node)}M"
     asked = {
@@ -162,9 +164,9 @@ def executor_of(
         asked["exclude"] = ",".join(profile.exclude)
     executor.update_parameters(
         job_name=job_name(
-            order if links is None else replace(order, run_dir=order.array_dir, part="")
+            spec if links is None else replace(spec, run_dir=spec.array_dir, part="")
         ),
-        nodes=order.nodes,
+        nodes=spec.nodes,
         ntasks_per_node=profile.processes_per_node,
         cpus_per_task=profile.cpus_per_process,
         time=profile.time_limit_min,
@@ -180,20 +182,18 @@ def executor_of(
     return executor
 
 
-def job_name(order: Order) -> str:
+def job_name(spec: JobSpec) -> str:
     """Of a run's folder; what a scheduler's listing could stumble over is left out."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{order.run_dir.name}-{order.part or order.kind}")[
-        :100
-    ]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{spec.run_dir.name}-{spec.part or spec.kind}")[:100]
 
 
-def refused(error: str) -> ConfigError:
+def sbatch_refusal(error: str) -> ConfigError:
     return ConfigError(
-        f"sbatch refused this job: {words_of(error)}: see `sinfo`, and the profile's keys"
+        f"sbatch refused this job: {sbatch_error(error)}: see `sinfo`, and the profile's keys"
     )
 
 
-def words_of(error: str) -> str:
+def sbatch_error(error: str) -> str:
     """The scheduler's, out of submitit's traceback of a failed command."""
     lines = [line.strip() for line in error.splitlines() if line.strip().startswith("sbatch:")]
     return (

@@ -26,7 +26,7 @@ LONGEST_NAME = 180
 
 
 @dataclass(frozen=True)
-class Training:
+class PlannedRun:
     """One that has been checked."""
 
     run_dir: Path
@@ -35,9 +35,9 @@ class Training:
     settings: TrainConfig
 
 
-def trainings(
+def plan_runs(
     config: str, overrides: Sequence[str], sweeps: Sequence[str], ranks: int
-) -> list[Training]:
+) -> list[PlannedRun]:
     """One, or one for each combination.  Raises ConfigError that says of every wrong one what is
     wrong with it.
     """
@@ -46,28 +46,30 @@ def trainings(
         try:
             settings = load_config(TrainConfig, config, [*overrides, *changes])
             folder = resolved(settings.run_dir or f"runs/{settings.name}", "run_dir")
-            run_dir = folder / name_of(changes)
+            run_dir = folder / run_name(changes)
             settings = settings.model_copy(update={"run_dir": str(run_dir)})
-            keep_apart(folder, bool(sweeps))
+            check_sweep_folder(folder, bool(sweeps))
             accepted(settings, RunDir(run_dir), World(world_size=ranks))
         except LPLError as problem:
             if not sweeps:
                 raise
-            problems.append(f"{name_of(changes)}: {problem}")
+            problems.append(f"{run_name(changes)}: {problem}")
             continue
-        place = as_override("run_dir", str(run_dir))
-        argv = ["train", str(Path(config).resolve()), *overrides, *changes, place]
-        found.append(Training(run_dir, argv, settings))
+        run_dir_override = as_override("run_dir", str(run_dir))
+        argv = ["train", str(Path(config).resolve()), *overrides, *changes, run_dir_override]
+        found.append(PlannedRun(run_dir, argv, settings))
     if problems:
         raise ConfigError("\n".join(problems))
     return found
 
 
-def keep_apart(folder: Path, sweep: bool) -> None:
+def check_sweep_folder(folder: Path, sweep: bool) -> None:
     """Raises ConfigError where a folder would be a run and hold a sweep's runs: commands on it
     could mean either.
     """
-    if sweep and (RunDir(folder).config.is_file() or JobFolder(folder / "launch").facts.is_file()):
+    if sweep and (
+        RunDir(folder).config.is_file() or JobFolder(folder / "launch").record_file.is_file()
+    ):
         raise ConfigError(
             f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=..."
         )
@@ -93,7 +95,7 @@ def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
                 f"{key}=1,2"
             )
     found = list(itertools.product(*axes))
-    names = [name_of(changes) for changes in found]
+    names = [run_name(changes) for changes in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(
             f"--sweep: {names.count(twice)} combinations would be called {twice}: leave all "
@@ -142,7 +144,7 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def name_of(changes: Sequence[str]) -> str:
+def run_name(changes: Sequence[str]) -> str:
     """Of a folder: `lpl.target_share=0.1,optimizer.lr=1e-4`, and whatever could trouble a shell or
     a file system is `_`.
     """

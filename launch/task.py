@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.folder import HUNG, JobFolder, publish_json, this_job
+from launch.folder import HUNG, JobFolder, current_job_id, write_json
 from lpl_pretrain.errors import BAD_INPUT
 from lpl_pretrain.runtime.source_hash import fingerprint
 
@@ -50,7 +50,7 @@ class Allocation:
         numbers = (
             int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
         )
-        return cls(this_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
+        return cls(current_job_id(), int(os.environ.get("SLURM_RESTART_COUNT", "0")), *numbers)
 
 
 @dataclass
@@ -66,9 +66,9 @@ class Task:
     on_changed_code: str = "warn"
     module: str = "lpl_pretrain"
     """What Python is told to run."""
-    patient: bool = True
-    """A child that hangs is let be."""
-    share: tuple[int, int] = (0, 1)
+    kill_on_hang: bool = False
+    """Kill a child that hangs, once it has written its stacks."""
+    split: tuple[int, int] = (0, 1)
     """Which job this is of how many whose children count as one world: they need not meet."""
     cwd: str = ""
     """Where relative paths begin: the folder of the submission; "" in a job of an older version."""
@@ -77,7 +77,7 @@ class Task:
         """Ends with the child's exit status; 0 also for one that a signal met before it could
         listen.
         """
-        stop = Stop()
+        stop = SignalForwarder()
         here, folder, host = (
             Allocation.from_environment(),
             JobFolder(Path(self.folder)),
@@ -90,7 +90,7 @@ class Task:
                 f"launch: {host} does not see {self.cwd!r}, where the job was submitted: {problem}",
                 flush=True,
             )
-            folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
+            folder.write_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
             sys.exit(BAD_INPUT)
         if (now := fingerprint()) != self.code:
             print(
@@ -99,13 +99,13 @@ class Task:
                 flush=True,
             )
             if self.on_changed_code == "refuse":
-                folder.note_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
+                folder.write_exit(here.job, here.attempt, here.rank, BAD_INPUT, host, stopped=False)
                 sys.exit(BAD_INPUT)
         stacks = folder.stacks(here.job, here.attempt, here.rank, host)
         environment = {
             **os.environ,
             **rendezvous(here, folder, stop),
-            **self.place_of(here),
+            **self.rank_env(here),
             "LPL_STACKS_FILE": str(stacks),
         }
         status = 0
@@ -113,17 +113,17 @@ class Task:
             child = subprocess.Popen(
                 [*self.prefix, sys.executable, "-m", self.module, *self.argv], env=environment
             )
-            stop.pass_on_to(child)
-            status = child.wait() if self.patient else wait_or_kill(child, stacks)
+            stop.forward_to(child)
+            status = wait_or_kill(child, stacks) if self.kill_on_hang else child.wait()
         if stop.asked and status in (-stop.asked, 128 + stop.asked):
             status = 0
-        folder.note_exit(here.job, here.attempt, here.rank, status, host, stopped=bool(stop.asked))
+        folder.write_exit(here.job, here.attempt, here.rank, status, host, stopped=bool(stop.asked))
         if status:
             sys.exit(status if status > 0 else 128 - status)
         return status
 
-    def place_of(self, here: Allocation) -> dict[str, str]:
-        number, of = self.share
+    def rank_env(self, here: Allocation) -> dict[str, str]:
+        number, of = self.split
         rank, world_size = number * here.world_size + here.rank, of * here.world_size
         return {
             "RANK": str(rank),
@@ -149,7 +149,7 @@ def wait_or_kill(child: subprocess.Popen[bytes], stacks: Path) -> int:
     return HUNG if child.wait() else 0
 
 
-class Stop:
+class SignalForwarder:
     """Notes the scheduler's signals from now on, and passes them on once there is a child."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Stop:
         for number in (*SIGNALS, signal.SIGINT):
             signal.signal(number, self._note)
 
-    def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
+    def forward_to(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
         if self._to_pass_on:
             child.send_signal(self._to_pass_on)
@@ -176,7 +176,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str]:
+def rendezvous(here: Allocation, folder: JobFolder, stop: SignalForwarder) -> dict[str, str]:
     """Variables by which the ranks find each other: rank 0 publishes a port that was free a moment
     ago.
     """
@@ -184,7 +184,7 @@ def rendezvous(here: Allocation, folder: JobFolder, stop: Stop) -> dict[str, str
     if here.rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            publish_json(path, {"address": node_name(), "port": probe.getsockname()[1]})
+            write_json(path, {"address": node_name(), "port": probe.getsockname()[1]})
     deadline = time.monotonic() + WAIT_S
     while not path.is_file() and not stop.asked:
         if time.monotonic() > deadline:

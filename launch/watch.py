@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from launch.epilog import DONE
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
-from launch.status import ask, training_is_over
+from launch.status import job_state, training_finished
 from launch.submit import submit
 from lpl_pretrain.config.rundir import RunDir, step_name
 from lpl_pretrain.errors import ConfigError
@@ -33,7 +33,7 @@ OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "PMI")
 
 
 @dataclass
-class Watch:
+class EvaluationWatcher:
     run_dir: RunDir
     argv: list[str]
     """Behind `lpl-pretrain evaluate RUN`: the protocol's file and its overrides."""
@@ -53,7 +53,7 @@ class Watch:
         """Returns when training has ended and no evaluation can come any more: the steps that have
         no score.
         """
-        forget_own_job()
+        clear_job_environment()
         try:
             while not self.look():
                 time.sleep(poll_s)
@@ -64,7 +64,7 @@ class Watch:
     def look(self) -> bool:
         """Submits what is due; True when that was all."""
         over = (
-            self.training_is_over()
+            self.training_finished()
         )  # asked first: a checkpoint that comes meanwhile is seen below
         states = {
             step: self.state(step) for step in self.run_dir.pending_evaluations(self.protocol)
@@ -78,7 +78,7 @@ class Watch:
     def submit(self, step: int) -> None:
         """Raises ConfigError when the scheduler has refused for too long."""
         try:
-            job = submit(self.order(step), self.profile)
+            job = submit(self.spec(step), self.profile)
         except ConfigError as refusal:
             self.refusals += 1
             if self.refusals > MOST_REFUSALS:
@@ -88,37 +88,39 @@ class Watch:
             self.refusals, self.submitted[step] = 0, self.submitted.get(step, 0) + 1
             print(f"step {step:,}: job {job} scores it", flush=True)
 
-    def order(self, step: int) -> Order:
+    def spec(self, step: int) -> JobSpec:
         argv = ["evaluate", str(self.run_dir.path), *self.argv, f"--step={step}", "--pending"]
         part = f"evaluate/{self.protocol}/{step_name(step)}"
-        return Order("evaluate", argv, self.run_dir.path, self.nodes, part=part, config=self.config)
+        return JobSpec(
+            "evaluate", argv, self.run_dir.path, self.nodes, part=part, config=self.config
+        )
 
     def state(self, step: int) -> str:
         """Of a checkpoint without a score: none (nobody works on it), alive, or given up."""
-        lease, folder = self.run_dir.evaluation_lease(step, self.protocol), self.order(step).folder
+        lease, folder = self.run_dir.evaluation_lease(step, self.protocol), self.spec(step).folder
         if lease.is_file() and not is_stale(lease):
             return "alive"
         job = folder.job
         if job is None:
             return "none"
-        ended = ending(folder, job)
+        ended = final_reason(folder, job)
         if ended is None and not self.is_gone(job):
             return "alive"
         if ended in (None, DONE) and self.submitted.get(step, 0) < MOST_JOBS:
             return "none"
         return "given up"
 
-    def training_is_over(self) -> bool:
+    def training_finished(self) -> bool:
         """All steps are made, or its job went no further."""
-        if training_is_over(self.run_dir):
+        if training_finished(self.run_dir):
             return True
         folder = JobFolder(self.run_dir.path / "launch")
         job = folder.job
-        return job is not None and (ending(folder, job) is not None or self.is_gone(job))
+        return job is not None and (final_reason(folder, job) is not None or self.is_gone(job))
 
     def is_gone(self, job: str) -> bool:
         """The scheduler answers, and does not know it any more."""
-        self.absences[job] = self.absences.get(job, 0) + 1 if ask(job) == "" else 0
+        self.absences[job] = self.absences.get(job, 0) + 1 if job_state(job) == "" else 0
         return self.absences[job] >= ABSENCES
 
     def keep(self, steps: Iterable[int]) -> None:
@@ -131,13 +133,13 @@ class Watch:
             self.leases.pop(step).release()
 
 
-def ending(folder: JobFolder, job: str) -> str | None:
+def final_reason(folder: JobFolder, job: str) -> str | None:
     """Why a job has ended for good; None as long as it, or the scheduler, may go on with it."""
     mine = [attempt for attempt in folder.read_attempts() if attempt["job"] == job]
     return mine[-1]["reason"] if mine and not mine[-1]["requeued"] else None
 
 
-def forget_own_job() -> None:
+def clear_job_environment() -> None:
     """What the environment says of the job around us would be taken for options of those that we
     submit.
     """

@@ -57,19 +57,19 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
         check_model_runs(config, data.merged)
     except LPLError as refusal:
         if world.world_size > 1 and config.preflight is not None:  # another node may accept it
-            from lpl_pretrain.preflight.run import refuse
+            from lpl_pretrain.preflight.run import report_refusal
 
-            refuse(config, run_dir, world, refusal)
+            report_refusal(config, run_dir, world, refusal)
         raise
 
     from lpl_pretrain.parallel.build import needs_group
-    from lpl_pretrain.preflight.run import start
+    from lpl_pretrain.preflight.run import run_preflight
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.device import bf16_is_native
     from lpl_pretrain.runtime.log import log, set_up_logging
     from lpl_pretrain.trainer.loop import train
 
-    device = start(
+    device = run_preflight(
         config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel))
     )
     with (

@@ -51,13 +51,13 @@ class NodeBandwidth:
     mib_per_s: float
 
 
-def judge(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
+def diagnose(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
     """One entry of `facts` for each rank; none where another rank judges."""
     if not facts:
         return []
 
     def room(found: NodeReport) -> str | None:
-        wanted = found.wanted_gib if config.min_free_gib is None else config.min_free_gib
+        wanted = found.required_gib if config.min_free_gib is None else config.min_free_gib
         short = found.free_gib is not None and found.free_gib < wanted
         return (
             f"{found.free_gib:.2f} GiB free where checkpoints need {wanted:.2f}" if short else None
@@ -69,82 +69,88 @@ def judge(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]
     def no_device(found: NodeReport) -> str | None:
         absent = (
             found.device is None
-            and found.device_trouble is None
+            and found.device_problem is None
             and any(other.device for other in facts)
         )
         return found.no_device or ("none" if absent else None)
 
     return [
-        *_lacking(
+        *_failing(
             "input",
             facts,
             lambda f: f.refusal,
             "what other nodes accept",
             "see what this node has mounted",
         ),
-        *_odd("code", facts, lambda f: f.code[:12], "let all nodes see one copy of this package"),
-        *_odd("versions", facts, versions, "install the same on all nodes"),
-        *_lacking(
+        *_minority(
+            "code", facts, lambda f: f.code[:12], "let all nodes see one copy of this package"
+        ),
+        *_minority("versions", facts, versions, "install the same on all nodes"),
+        *_failing(
             "run folder",
             facts,
-            lambda f: f.run_dir_trouble,
+            lambda f: f.run_dir_problem,
             "to write in it",
             "mount it there, or set run_dir",
         ),
-        *_lacking(
+        *_failing(
             "run",
             facts,
             lambda f: f.in_use,
             "a run that nobody trains",
             "wait for its end",
-            alike=lambda f: f.rank,
+            comparable=lambda f: f.rank,
         ),
-        *_lacking(
+        *_failing(
             "disk",
             facts,
             room,
             "that much",
             "make room, keep fewer checkpoints, or set preflight.min_free_gib",
         ),
-        *_lacking(
+        *_failing(
             "data",
             facts,
-            lambda f: f.shard_trouble,
+            lambda f: f.shard_problem,
             "to read it",
             "mount it there",
-            alike=lambda f: f.shard,
-            of_all="none",
+            comparable=lambda f: f.shard,
+            fault_if_all="none",
         ),
-        *_lacking(
+        *_failing(
             "devices", facts, no_device, "one for each process", "start fewer processes on a node"
         ),
-        *_lacking(
+        *_failing(
             "arithmetic",
             facts,
-            lambda f: f.device_trouble,
+            lambda f: f.device_problem,
             "the right product",
             "have the node repaired",
-            of_all="node",
+            fault_if_all="node",
         ),
-        *_odd("device", facts, lambda f: f.device, "use nodes of one kind"),
-        *_memory(facts),
-        *_clocks(facts, config),
+        *_minority("device", facts, lambda f: f.device, "use nodes of one kind"),
+        *_device_memory(facts),
+        *_clock_skew(facts, config),
     ]
 
 
-def judge_links(links: Sequence[NodeBandwidth], config: PreflightConfig) -> list[Finding]:
+def diagnose_bandwidth(
+    bandwidths: Sequence[NodeBandwidth], config: PreflightConfig
+) -> list[Finding]:
     """One link for each node."""
-    if not links:
+    if not bandwidths:
         return []
-    usual = median_high(link.mib_per_s for link in links)
+    usual = median_high(bandwidth.mib_per_s for bandwidth in bandwidths)
     wanted = max(usual / config.slow_node_factor, config.min_bandwidth_mib_per_s or 0.0)
-    slow = [link for link in links if link.mib_per_s < wanted]
-    fault: Fault = "node" if config.strict and len(slow) < len(links) else "none"
-    found = [(link, f"{link.mib_per_s:.0f} MiB/s to its neighbours") for link in slow]
+    slow = [bandwidth for bandwidth in bandwidths if bandwidth.mib_per_s < wanted]
+    fault: Fault = "node" if config.strict and len(slow) < len(bandwidths) else "none"
+    found = [
+        (bandwidth, f"{bandwidth.mib_per_s:.0f} MiB/s to its neighbours") for bandwidth in slow
+    ]
     remedy = "look at its network, or at NCCL_SOCKET_IFNAME"
     return [
-        Finding("network", link.host, link.ranks, text, f"{wanted:.0f}", remedy, fault)
-        for link, text in found
+        Finding("network", bandwidth.host, bandwidth.ranks, text, f"{wanted:.0f}", remedy, fault)
+        for bandwidth, text in found
     ]
 
 
@@ -155,25 +161,27 @@ def by_host(facts: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
     return hosts
 
 
-def _lacking(
+def _failing(
     check: str,
     facts: Sequence[NodeReport],
     trouble: Callable[[NodeReport], str | None],
     wanted: str,
     remedy: str,
     *,
-    alike: Callable[[NodeReport], Hashable] = lambda found: None,
-    of_all: Fault = "run",
+    comparable: Callable[[NodeReport], Hashable] = lambda found: None,
+    fault_if_all: Fault = "run",
 ) -> list[Finding]:
     """Ranks in `trouble`: their nodes are at fault where one that tried the same (`alike`) is in
     none, else it is `of_all`.
     """
-    well = {alike(found) for found in facts if trouble(found) is None}
+    well = {comparable(found) for found in facts if trouble(found) is None}
     findings = []
     for host, ranks in by_host(facts).items():
         troubles = [(found, text) for found in ranks if (text := trouble(found)) is not None]
         if troubles:
-            fault: Fault = "node" if any(alike(found) in well for found, _ in troubles) else of_all
+            fault: Fault = (
+                "node" if any(comparable(found) in well for found, _ in troubles) else fault_if_all
+            )
             findings.append(
                 Finding(
                     check,
@@ -188,7 +196,7 @@ def _lacking(
     return findings
 
 
-def _odd(
+def _minority(
     check: str, facts: Sequence[NodeReport], value: Callable[[NodeReport], str | None], remedy: str
 ) -> list[Finding]:
     """Nodes whose `value`, where they have one, is not the commonest; all of them, where none is."""
@@ -208,7 +216,7 @@ def _odd(
     ]
 
 
-def _memory(facts: Sequence[NodeReport]) -> list[Finding]:
+def _device_memory(facts: Sequence[NodeReport]) -> list[Finding]:
     """Of the device with the least free memory on each node: another process may be there."""
     least = {
         host: min(free)
@@ -230,7 +238,7 @@ def _memory(facts: Sequence[NodeReport]) -> list[Finding]:
     ]
 
 
-def _clocks(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
+def _clock_skew(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
     """By each node's first rank."""
     firsts = [ranks[0] for ranks in by_host(facts).values()]
     usual, most = median_high(found.clock_s for found in firsts), config.max_clock_skew_s

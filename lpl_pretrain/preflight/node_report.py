@@ -44,19 +44,19 @@ class NodeReport:
     versions: dict[str, str] = field(default_factory=dict)
     refusal: str | None = None
     """Why this rank cannot begin, as far as it knows without torch."""
-    run_dir_trouble: str | None = None
+    run_dir_problem: str | None = None
     in_use: str | None = None
     """By whom the run is trained now, as rank 0 finds."""
     free_gib: float | None = None
     """Where the run's folder is."""
-    wanted_gib: float = 0.0
+    required_gib: float = 0.0
     shard: str | None = None
     """Which one was read: the same by processes of the same number on all nodes."""
-    shard_trouble: str | None = None
+    shard_problem: str | None = None
     device: str | None = None
     """Its name; None on a CPU, and where it does not answer."""
     no_device: str | None = None
-    device_trouble: str | None = None
+    device_problem: str | None = None
     memory_gib: float | None = None
     """Free on the device; None on a CPU."""
     clock_s: float = 0.0
@@ -64,7 +64,7 @@ class NodeReport:
     clock_accuracy_s: float = 0.0
 
 
-def observe(
+def inspect_node(
     config: TrainConfig,
     run_dir: RunDir,
     world: World,
@@ -72,21 +72,21 @@ def observe(
     refusal: LPLError | None = None,
 ) -> NodeReport:
     """`data` is None where `refusal` says why."""
-    free_gib, run_dir_trouble = probe_folder(run_dir)
+    free_gib, run_dir_problem = probe_folder(run_dir)
     in_use = run_in_use(run_dir, world) if world.rank == 0 and refusal is None else None
-    shard, shard_trouble = (None, None) if data is None else probe_shard(data, world.local_rank)
+    shard, shard_problem = (None, None) if data is None else probe_shard(data, world.local_rank)
     return NodeReport(
         rank=world.rank,
         host=socket.gethostname(),
         code=fingerprint(),
         versions=versions(),
-        refusal=None if refusal is None else _words(refusal),
-        run_dir_trouble=run_dir_trouble,
+        refusal=None if refusal is None else _format_error(refusal),
+        run_dir_problem=run_dir_problem,
         in_use=in_use,
         free_gib=free_gib,
-        wanted_gib=0.0 if data is None else checkpoints_gib(config, run_dir, data),
+        required_gib=0.0 if data is None else required_checkpoint_gib(config, run_dir, data),
         shard=shard,
-        shard_trouble=shard_trouble,
+        shard_problem=shard_problem,
         **probe_device(world.local_rank),
     )
 
@@ -111,7 +111,7 @@ def probe_folder(run_dir: RunDir) -> tuple[float | None, str | None]:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as problem:
-        return (0.0, None) if problem.errno in FULL else (None, _words(problem))
+        return (0.0, None) if problem.errno in FULL else (None, _format_error(problem))
     return free_gib, None
 
 
@@ -138,13 +138,13 @@ def probe_shard(data: DataFolders, local_rank: int) -> tuple[str, str | None]:
                 file.read(PROBE_BYTES)
             ) == PROBE_BYTES else f"{shard}: shorter than a header"
     except Exception as problem:  # drivers of object stores have errors of their own
-        return shard, _words(problem)
+        return shard, _format_error(problem)
 
 
 def probe_device(local_rank: int) -> dict[str, Any]:
     """A small product of whole numbers is exact in every format, or the device is broken."""
     if not torch.cuda.is_available():
-        return {"device_trouble": wrong_product(torch.device("cpu"))}
+        return {"device_problem": wrong_product(torch.device("cpu"))}
     if local_rank >= (count := torch.cuda.device_count()):
         return {
             "device": torch.cuda.get_device_name(0),
@@ -154,11 +154,11 @@ def probe_device(local_rank: int) -> dict[str, Any]:
     try:
         return {
             "device": torch.cuda.get_device_name(device),
-            "device_trouble": wrong_product(device),
+            "device_problem": wrong_product(device),
             "memory_gib": torch.cuda.mem_get_info(device)[0] / 2**30,
         }
     except RuntimeError as problem:
-        return {"device_trouble": _words(problem)}
+        return {"device_problem": _format_error(problem)}
 
 
 def wrong_product(device: torch.device) -> str | None:
@@ -168,7 +168,7 @@ def wrong_product(device: torch.device) -> str | None:
     return f"{wrong} wrong numbers in a product of matrices" if wrong else None
 
 
-def checkpoints_gib(config: TrainConfig, run_dir: RunDir, data: DataFolders) -> float:
+def required_checkpoint_gib(config: TrainConfig, run_dir: RunDir, data: DataFolders) -> float:
     """What the checkpoints that are still to come, and that will be kept, take; one is written
     before another is removed.
     """
@@ -200,5 +200,5 @@ def checkpoints_gib(config: TrainConfig, run_dir: RunDir, data: DataFolders) -> 
     )
 
 
-def _words(problem: BaseException) -> str:
+def _format_error(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {problem}"

@@ -23,8 +23,14 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import BAD_INPUT, UNFIT, LPLError, PreflightError
 from lpl_pretrain.preflight.bandwidth import all_reduce_mib_per_s, ring_mib_per_s
-from lpl_pretrain.preflight.diagnose import Finding, NodeBandwidth, by_host, judge, judge_links
-from lpl_pretrain.preflight.node_report import NodeReport, observe
+from lpl_pretrain.preflight.diagnose import (
+    Finding,
+    NodeBandwidth,
+    by_host,
+    diagnose,
+    diagnose_bandwidth,
+)
+from lpl_pretrain.preflight.node_report import NodeReport, inspect_node
 from lpl_pretrain.preflight.store_channel import StoreChannel
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.atomic import atomic_write
@@ -33,7 +39,7 @@ from lpl_pretrain.runtime.torchrun import record_error
 from lpl_pretrain.runtime.world import World
 
 
-def start(
+def run_preflight(
     config: TrainConfig,
     run_dir: RunDir,
     world: World,
@@ -49,49 +55,55 @@ def start(
         return join()
     set_up_logging(world.rank)  # to no file: there may be no folder for it
     began, store = time.monotonic(), dist.meet(world)
-    circle, facts = compare(store, world, observe(config, run_dir, world, data))
-    settle(circle, facts, judge(facts, config.preflight), run_dir)
+    channel, facts = gather_reports(store, world, inspect_node(config, run_dir, world, data))
+    publish_verdict(channel, facts, diagnose(facts, config.preflight), run_dir)
     device = join(store=store)
-    links = (
-        measure(circle, facts, device, config.preflight, run_dir) if world.world_size > 1 else ""
+    bandwidths = (
+        measure_bandwidth(channel, facts, device, config.preflight, run_dir)
+        if world.world_size > 1
+        else ""
     )
     if world.rank == 0:
-        log.info("preflight: %s%s; %.1f s", summary(facts), links, time.monotonic() - began)
+        log.info("preflight: %s%s; %.1f s", summary(facts), bandwidths, time.monotonic() - began)
     return device
 
 
-def refuse(config: TrainConfig, run_dir: RunDir, world: World, refusal: LPLError) -> None:
+def report_refusal(config: TrainConfig, run_dir: RunDir, world: World, refusal: LPLError) -> None:
     """Communicates: stands in for `start` on a rank that cannot begin; returns where the others
     cannot either.
     """
     assert config.preflight is not None
     set_up_logging(world.rank)
-    circle, facts = compare(dist.meet(world), world, observe(config, run_dir, world, None, refusal))
+    channel, facts = gather_reports(
+        dist.meet(world), world, inspect_node(config, run_dir, world, None, refusal)
+    )
     with suppress(PreflightError):
-        settle(circle, facts, judge(facts, config.preflight), run_dir)
+        publish_verdict(channel, facts, diagnose(facts, config.preflight), run_dir)
 
 
-def compare(store: Store, world: World, mine: NodeReport) -> tuple[StoreChannel, list[NodeReport]]:
+def gather_reports(
+    store: Store, world: World, mine: NodeReport
+) -> tuple[StoreChannel, list[NodeReport]]:
     """Communicates: on rank 0 what all ranks have found, with their clocks; elsewhere nothing.
 
     All ranks read their clocks between two moments of rank 0's, whose distance is the accuracy of
     the comparison.
     """
-    circle = StoreChannel(store, world, mine.host)
-    found = circle.gather("facts", asdict(mine))
+    channel = StoreChannel(store, world, mine.host)
+    found = channel.gather("facts", asdict(mine))
     before = time.time()
-    circle.tell("clock", None)
-    circle.told("clock")
-    clocks = circle.gather("clocks", time.time())
+    channel.send("clock", None)
+    channel.recv("clock")
+    clocks = channel.gather("clocks", time.time())
     middle, accuracy = (time.time() + before) / 2, (time.time() - before) / 2
-    return circle, [
+    return channel, [
         replace(NodeReport(**fact), clock_s=clock - middle, clock_accuracy_s=accuracy)
         for fact, clock in zip(found, clocks, strict=True)
     ]
 
 
-def measure(
-    circle: StoreChannel,
+def measure_bandwidth(
+    channel: StoreChannel,
     facts: Sequence[NodeReport],
     device: torch.device,
     config: PreflightConfig,
@@ -99,80 +111,85 @@ def measure(
 ) -> str:
     """Communicates: how fast the group is, and each node in it, in words."""
     nodes = by_host(facts)
-    circle.tell("leaders", [ranks[0].rank for ranks in nodes.values()])
-    leaders = circle.told("leaders")
+    channel.send("leaders", [ranks[0].rank for ranks in nodes.values()])
+    leaders = channel.recv("leaders")
     reduced, received = (
         all_reduce_mib_per_s(device),
-        circle.gather("ring", ring_mib_per_s(leaders, device)),
+        channel.gather("ring", ring_mib_per_s(leaders, device)),
     )
-    links = []
+    bandwidths = []
     if len(nodes) > 1:
         for (host, ranks), leader, behind in zip(
             nodes.items(), leaders, [*leaders[1:], leaders[0]], strict=True
         ):
-            links.append(
+            bandwidths.append(
                 NodeBandwidth(
                     host, [found.rank for found in ranks], max(received[leader], received[behind])
                 )
             )
-    settle(circle, facts, judge_links(links, config), run_dir, links)
+    publish_verdict(channel, facts, diagnose_bandwidth(bandwidths, config), run_dir, bandwidths)
     return f", all_reduce {reduced:.0f} MiB/s" + "".join(
-        f", {link.host} {link.mib_per_s:.0f} MiB/s" for link in links
+        f", {bandwidth.host} {bandwidth.mib_per_s:.0f} MiB/s" for bandwidth in bandwidths
     )
 
 
-def settle(
-    circle: StoreChannel,
+def publish_verdict(
+    channel: StoreChannel,
     facts: Sequence[NodeReport],
     findings: Sequence[Finding],
     run_dir: RunDir,
-    links: Sequence[NodeBandwidth] | None = None,
+    bandwidths: Sequence[NodeBandwidth] | None = None,
 ) -> None:
     """Communicates: what rank 0 has decided, is written and done; returns where nothing is in the
     way of training.
     """
     name, unfit = (
-        "network" if links is not None else "nodes",
+        "network" if bandwidths is not None else "nodes",
         {finding.host for finding in findings if finding.fault == "node"},
     )
     able = sorted(
-        (found.host in unfit, found.rank) for found in facts if found.run_dir_trouble is None
+        (found.host in unfit, found.rank) for found in facts if found.run_dir_problem is None
     )
     if any(finding.fault == "run" for finding in findings):
         able = []  # the error says it, and the disk may be full
-    report = {"time_s": time.time(), "findings": findings, "links": links or [], "ranks": facts}
-    circle.tell(f"{name} report", json.loads(json.dumps(report, default=asdict)))
-    circle.tell(
+    report = {
+        "time_s": time.time(),
+        "findings": findings,
+        "links": bandwidths or [],
+        "ranks": facts,
+    }
+    channel.send(f"{name} report", json.loads(json.dumps(report, default=asdict)))
+    channel.send(
         name, {"findings": list(map(asdict, findings)), "writer": able[0][1] if able else None}
     )
-    told = circle.told(name)
-    if told["writer"] == circle.world.rank:
+    verdict = channel.recv(name)
+    if verdict["writer"] == channel.world.rank:
         with atomic_write(run_dir.preflight) as temporary:
-            temporary.write_text(json.dumps(circle.told(f"{name} report"), indent=1) + "\n")
-    act(circle, [Finding(**finding) for finding in told["findings"]])
+            temporary.write_text(json.dumps(channel.recv(f"{name} report"), indent=1) + "\n")
+    enforce(channel, [Finding(**finding) for finding in verdict["findings"]])
 
 
-def act(circle: StoreChannel, findings: Sequence[Finding]) -> None:
+def enforce(channel: StoreChannel, findings: Sequence[Finding]) -> None:
     """Communicates where training cannot begin: rank 0 is the last to go, because the store goes
     with it.
     """
     unfit = {finding.host for finding in findings if finding.fault == "node"}
     general = [finding for finding in findings if finding.fault == "run"]
-    file = circle.world.error_file()
+    file = channel.world.error_file()
     here = [
         finding
         for finding in findings
-        if finding.fault == "node" and finding.host == circle.host and file is not None
+        if finding.fault == "node" and finding.host == channel.host and file is not None
     ]
     for finding in findings:
-        if circle.world.rank == 0 and finding.fault != "run" and finding not in here:
+        if channel.world.rank == 0 and finding.fault != "run" and finding not in here:
             log.warning(
                 "preflight: %s%s",
                 finding,
                 "; this node is unfit" if finding.fault == "node" else "",
             )
     if unfit or general:
-        circle.gather("gone", True)
+        channel.gather("gone", True)
     if general:
         may_pass = all(finding.check == "disk" for finding in general)
         raise PreflightError("\n".join(map(str, general)), status=1 if may_pass else BAD_INPUT)
@@ -181,7 +198,7 @@ def act(circle: StoreChannel, findings: Sequence[Finding]) -> None:
             "\n".join(f"preflight: {finding}; this node is unfit" for finding in here), file
         )
     if unfit:
-        dist.leave(UNFIT if circle.host in unfit else 0)
+        dist.leave(UNFIT if channel.host in unfit else 0)
 
 
 def summary(facts: Sequence[NodeReport]) -> str:
@@ -191,6 +208,6 @@ def summary(facts: Sequence[NodeReport]) -> str:
     return (
         f"{len(facts)} ranks on {len(by_host(facts))} nodes, {first.device or 'cpu'}, code "
         f"{first.code[:12]}, "
-        f"torch {first.versions['torch']}, {free:.1f} GiB free ({first.wanted_gib:.2f} wanted), "
+        f"torch {first.versions['torch']}, {free:.1f} GiB free ({first.required_gib:.2f} wanted), "
         f"clocks within {max(clocks) - min(clocks):.3f} s (± {first.clock_accuracy_s:.3f})"
     )

@@ -15,22 +15,22 @@ from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError, PreflightError
 from lpl_pretrain.preflight import run as preflight
-from lpl_pretrain.preflight.node_report import observe
+from lpl_pretrain.preflight.node_report import inspect_node
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
 
 TROUBLE = {
     "none": (set(), {}),
-    "data": ({2, 3}, {"shard_trouble": "gone"}),
-    "device": ({0}, {"device_trouble": "1 wrong number"}),
-    "rank 0 cannot write": ({0, 1}, {"run_dir_trouble": "read-only"}),
+    "data": ({2, 3}, {"shard_problem": "gone"}),
+    "device": ({0}, {"device_problem": "1 wrong number"}),
+    "rank 0 cannot write": ({0, 1}, {"run_dir_problem": "read-only"}),
     "code": ({2, 3}, {"code": "f" * 64}),
     "disk": ({0, 1, 2, 3}, {"free_gib": 0.0}),
     "in use": ({0}, {"in_use": "it is being trained by process 1 on x"}),
     "refusal": ({2, 3}, {}),
     "all refuse": ({0, 1, 2, 3}, {}),
-    "off": ({2, 3}, {"shard_trouble": "gone"}),
+    "off": ({2, 3}, {"shard_problem": "gone"}),
 }
 
 
@@ -53,15 +53,17 @@ def began(world, device, folder, latents, name):
     preflight.dist = SimpleNamespace(meet=lambda world: store, leave=leave)
 
     def changed(*arguments):
-        found = replace(observe(*arguments), host="ab"[world.rank // 2])
+        found = replace(inspect_node(*arguments), host="ab"[world.rank // 2])
         return replace(found, **changes) if world.rank in ranks else found
 
-    preflight.observe = changed
+    preflight.inspect_node = changed
     try:
         if "refus" in name and world.rank in ranks:
-            preflight.refuse(config, run_dir, world, ConfigError("no"))
+            preflight.report_refusal(config, run_dir, world, ConfigError("no"))
             return "refused by all"
-        preflight.start(config, run_dir, world, read_data(latents), lambda store=None: device)
+        preflight.run_preflight(
+            config, run_dir, world, read_data(latents), lambda store=None: device
+        )
         return "began"
     except Left as left:
         return left.args[0]
@@ -115,11 +117,14 @@ def test_the_report_says_who_and_how_fast(found):
         (2, "b"),
         (3, "b"),
     ]
-    assert [(link["host"], link["ranks"]) for link in report["links"]] == [
+    assert [(bandwidth["host"], bandwidth["ranks"]) for bandwidth in report["links"]] == [
         ("a", [0, 1]),
         ("b", [2, 3]),
     ]
-    assert all(link["mib_per_s"] > 0 for link in report["links"]) and report["findings"] == []
+    assert (
+        all(bandwidth["mib_per_s"] > 0 for bandwidth in report["links"])
+        and report["findings"] == []
+    )
     assert all(abs(rank["clock_s"]) <= rank["clock_accuracy_s"] for rank in report["ranks"]), (
         "one machine, one clock"
     )

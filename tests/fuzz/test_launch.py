@@ -23,13 +23,13 @@ from submitit.core.utils import DelayedSubmission
 
 from launch import options, sweep
 from launch.__main__ import commands
-from launch.array import array_script
+from launch.array import array_batch_script
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
-from launch.record import read_order
-from launch.submit import script, task_of
-from launch.watch import Watch
+from launch.record import read_spec
+from launch.submit import make_task, script
+from launch.watch import EvaluationWatcher
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import dump, load_config, validate
 from lpl_pretrain.config.override import as_override
@@ -150,13 +150,13 @@ def profile_of(word: str, value: str) -> ClusterProfile:
 @example("a\\b", "gpu", "x", False)
 def test_every_line_of_a_script_is_ours(name, word, value, array):
     def made(folder: Path, profile: ClusterProfile) -> str:
-        order = Order(
+        spec = JobSpec(
             "train", ["train", "x.yaml", as_override("name", name)], folder, 2, cwd="/home"
         )
         return (
-            array_script([order], profile, 1, folder.parent / "links")
+            array_batch_script([spec], profile, 1, folder.parent / "links")
             if array
-            else script(order, profile)
+            else script(spec, profile)
         )
 
     try:
@@ -209,16 +209,16 @@ def shell(tmp_path_factory):
 @example(ISSUE, ISSUE, False)
 def test_a_script_runs_nothing_else_in_a_real_shell(shell, name, value, array):
     """And what it says arrives: the folder of the task, and the value of a variable."""
-    order = Order("train", ["train", "x.yaml"], Path("/runs", name.lstrip("/")), 2)
+    spec = JobSpec("train", ["train", "x.yaml"], Path("/runs", name.lstrip("/")), 2)
     try:
         profile = profile_of("gpu", value)
-        links = order.run_dir.parent / "links"
-        text = array_script([order], profile, 1, links) if array else script(order, profile)
+        links = spec.run_dir.parent / "links"
+        text = array_batch_script([spec], profile, 1, links) if array else script(spec, profile)
     except LPLError:
         return
     arguments, x, made = shell(text)
     assert made == [] and x == value
-    folder = str(links / "%a") if array else str(order.folder.path)
+    folder = str(links / "%a") if array else str(spec.folder.path)
     assert arguments[-5:] == ["/bin/true", "-u", "-m", "submitit.core._submit", folder]
 
 
@@ -229,21 +229,21 @@ def argv_means(cls, argv: list[str], at: int):
     )
 
 
-def assert_means(order: Order, cls, at: int) -> object:
+def assert_means(spec: JobSpec, cls, at: int) -> object:
     """Both the command that is shown and the one that is run, also from their pickle, mean what was
     submitted.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        (stored := Path(scratch, "stored.yaml")).write_text(order.config, encoding="utf-8")
+        (stored := Path(scratch, "stored.yaml")).write_text(spec.config, encoding="utf-8")
         submitted = load_config(cls, stored)
-        DelayedSubmission(task_of(order, ClusterProfile())).dump(Path(scratch, "task.pkl"))
+        DelayedSubmission(make_task(spec, ClusterProfile())).dump(Path(scratch, "task.pkl"))
         argv = DelayedSubmission.load(Path(scratch, "task.pkl")).function.argv
         assert argv == [
-            *order.argv[:at],
-            str(order.folder.config),
-            *(w for w in order.argv[at + 1 :] if w.startswith("--")),
+            *spec.argv[:at],
+            str(spec.folder.config),
+            *(w for w in spec.argv[at + 1 :] if w.startswith("--")),
         ]
-    assert argv_means(cls, order.argv, at) == submitted
+    assert argv_means(cls, spec.argv, at) == submitted
     return submitted
 
 
@@ -284,18 +284,18 @@ def write(path: Path, config) -> str:
     return str(path)
 
 
-def submitted_by(*arguments: str) -> list[Order]:
+def submitted_by(*arguments: str) -> list[JobSpec]:
     """The orders that `python -m launch` would submit; none when it refuses."""
-    orders: list[Order] = []
+    specs: list[JobSpec] = []
 
-    def submit(order, profile):
-        script(order, profile)
-        orders.append(order)
+    def submit(spec, profile):
+        script(spec, profile)
+        specs.append(spec)
         return "1"
 
     def submit_array(some, profile, at_most):
-        array_script(some, profile, at_most, some[0].array_dir / "launch" / "array")
-        orders.extend(some)
+        array_batch_script(some, profile, at_most, some[0].array_dir / "launch" / "array")
+        specs.extend(some)
         return [f"1_{number}" for number in range(len(some))]
 
     with ExitStack() as stack:
@@ -307,7 +307,7 @@ def submitted_by(*arguments: str) -> list[Order]:
     if done.exception is not None:
         assert isinstance(done.exception, (LPLError, SystemExit)), (done.exception, done.output)
         return []
-    return orders
+    return specs
 
 
 def raw_train(name: str, folder: str, run_dir: str | None) -> dict:
@@ -330,10 +330,10 @@ def raw_train(name: str, folder: str, run_dir: str | None) -> dict:
 def test_names_that_yaml_would_read_otherwise_are_submitted(files, name):
     """So that the tests below are about something."""
     config = write(files / "named.yaml", raw_train(name, name, name))
-    (order,) = submitted_by(
+    (spec,) = submitted_by(
         "train", config, as_override("name", name), "--cluster", str(files / "cluster.yaml")
     )
-    settings = assert_means(order, TrainConfig, 1)
+    settings = assert_means(spec, TrainConfig, 1)
     assert (settings.name, settings.data.folder, settings.run_dir) == (
         name,
         name,
@@ -358,12 +358,12 @@ def test_a_training_is_what_was_submitted(files, name, folder, run_dir, override
     config = write(files / "train.yaml", raw_train(name, folder, run_dir))
     values = [as_override("", each).removeprefix("=") for each in swept or ()]
     axes = ["--sweep", f"data.folder={','.join(values)}"] if values else []
-    orders = submitted_by(
+    specs = submitted_by(
         "train", config, "--cluster", str(files / "cluster.yaml"), *axes, "--", *overrides
     )
-    for number, order in enumerate(orders):
-        settings = assert_means(order, TrainConfig, 1)
-        assert Path(settings.run_dir or f"runs/{settings.name}") == order.run_dir
+    for number, spec in enumerate(specs):
+        settings = assert_means(spec, TrainConfig, 1)
+        assert Path(settings.run_dir or f"runs/{settings.name}") == spec.run_dir
         if axes:
             assert settings.data.folder == swept[number], "as it was given"
         elif not overrides:
@@ -377,15 +377,15 @@ def test_a_training_is_what_was_submitted(files, name, folder, run_dir, override
 def test_an_encoding_is_what_was_submitted(files, output, source, value):
     raw = {"source": source, "output": output, "autoencoder": value, "resolution_px": 64}
     config = write(files / "encode.yaml", raw)
-    for order in submitted_by(
+    for spec in submitted_by(
         "encode",
         config,
         as_override("autoencoder", value),
         "--cluster",
         str(files / "cluster.yaml"),
     ):
-        settings = assert_means(order, EncodeConfig, 1)
-        assert Path(settings.output) == order.run_dir == Path(output).resolve()
+        settings = assert_means(spec, EncodeConfig, 1)
+        assert Path(settings.output) == spec.run_dir == Path(output).resolve()
         assert (settings.source, settings.autoencoder) == (source, value)
 
 
@@ -407,15 +407,15 @@ def test_a_pipeline_is_what_was_submitted(files, output, run_dir, name, override
         "--cluster",
         str(files / "cluster.yaml"),
     )
-    orders = submitted_by("pipeline", *given_files, "--", *overrides)
-    assert [order.kind for order in orders] in ([], ["encode", "encode", "train"])
-    for order in orders[:-1]:
-        assert assert_means(order, EncodeConfig, 1).output == str(Path(output).resolve())
-    for order in orders[-1:]:
-        settings = assert_means(order, TrainConfig, 1)
+    specs = submitted_by("pipeline", *given_files, "--", *overrides)
+    assert [spec.kind for spec in specs] in ([], ["encode", "encode", "train"])
+    for spec in specs[:-1]:
+        assert assert_means(spec, EncodeConfig, 1).output == str(Path(output).resolve())
+    for spec in specs[-1:]:
+        settings = assert_means(spec, TrainConfig, 1)
         assert (
             settings.data.folder == str(Path(output).resolve())
-            and Path(settings.run_dir) == order.run_dir
+            and Path(settings.run_dir) == spec.run_dir
         )
 
 
@@ -430,17 +430,17 @@ def test_an_evaluation_is_what_was_submitted(files, run, reference, name, watch)
     more = ["--watch"] if watch else []
     given_words = [run, protocol, as_override("reference", reference)]
     arguments = ["evaluate", "--cluster", str(files / "cluster.yaml"), *more, "--", *given_words]
-    for order in submitted_by(*arguments):
-        settings = assert_means(order, EvaluateConfig, 2)
-        assert (settings.name, settings.reference) == (name, reference) and order.argv[1] == str(
+    for spec in submitted_by(*arguments):
+        settings = assert_means(spec, EvaluateConfig, 2)
+        assert (settings.name, settings.reference) == (name, reference) and spec.argv[1] == str(
             Path(run).resolve()
         )
-        scoring = Watch(
-            RunDir(order.run_dir), order.command[2:3], name, ClusterProfile(), 1, 1, order.config
-        ).order(7)
-        assert scoring.config == order.config and scoring.command[:2] == [
+        scoring = EvaluationWatcher(
+            RunDir(spec.run_dir), spec.command[2:3], name, ClusterProfile(), 1, 1, spec.config
+        ).spec(7)
+        assert scoring.config == spec.config and scoring.command[:2] == [
             "evaluate",
-            str(order.run_dir),
+            str(spec.run_dir),
         ]
         assert scoring.command[2:] == [str(scoring.folder.config), "--step=7", "--pending"]
 
@@ -472,16 +472,16 @@ def test_a_record_is_ours_or_refused(files, changes):
         "run_dir": str(folder.run_dir),
         "nodes": 1,
     }
-    folder.write_facts(
+    folder.write_record(
         {**facts, "cwd": "/", "profile": ClusterProfile().model_dump(mode="json"), **changes}
     )
     try:
-        order, record = read_order(folder)
-        text = script(order, record.profile)
+        spec, record = read_spec(folder)
+        text = script(spec, record.profile)
     except LPLError as refusal:
         assert len(str(refusal)) < 3_000
         return
-    assert order.folder == folder and task_of(order, record.profile).argv == [
+    assert spec.folder == folder and make_task(spec, record.profile).argv == [
         "train",
         str(folder.config),
     ]

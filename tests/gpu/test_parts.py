@@ -157,7 +157,7 @@ def test_the_preflight_knows_the_device(gpu):
     found = probe_device(0)
     assert (
         found["device"] == torch.cuda.get_device_name(0)
-        and found["device_trouble"] is None
+        and found["device_problem"] is None
         and found["memory_gib"] > 1
     )
     assert "1 for process 1" in probe_device(1)["no_device"]

@@ -68,7 +68,7 @@ class Job:
         launched = self.ask(cluster, folder, run, *overrides, changes=changes, more=more)
         assert launched.returncode == 0, launched.stdout + launched.stderr
         self.folder = JobFolder(self.run / "launch")
-        self.id = self.folder.read_facts()["job"]
+        self.id = self.folder.read_raw_record()["job"]
 
     @staticmethod
     def ask(cluster, folder, run, *overrides, changes=(), more=()):

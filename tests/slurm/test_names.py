@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.array import array_script
-from launch.job_spec import Order
+from launch.array import array_batch_script
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
 from launch.submit import script
 
@@ -24,17 +24,17 @@ def test_a_job_logs_and_works_in_the_folders_that_were_meant(cluster, tmp_path, 
     work, run = tmp_path / f"work %u %j {name}", tmp_path / name
     work.mkdir()
     profile = ClusterProfile(python="/bin/echo", environment={"X": name}, setup=("pwd",))
-    order = Order("train", ["train"], run, 1, cwd=str(work))
-    order.folder.path.mkdir(parents=True)
+    spec = JobSpec("train", ["train"], run, 1, cwd=str(work))
+    spec.folder.path.mkdir(parents=True)
     links = tmp_path / f"links {name}"
     links.mkdir()
-    (links / "0").symlink_to(order.folder.path)
+    (links / "0").symlink_to(spec.folder.path)
     (tmp_path / "script.sh").write_text(
-        array_script([order], profile, 1, links) if array else script(order, profile)
+        array_batch_script([spec], profile, 1, links) if array else script(spec, profile)
     )
     job = cluster.run("sbatch", "--parsable", str(tmp_path / "script.sh")).stdout.strip()
-    folder = str(links / "%a") if array else str(order.folder.path)
-    log = order.folder.path / (f"{job}_0_0_log.out" if array else f"{job}_0_log.out")
+    folder = str(links / "%a") if array else str(spec.folder.path)
+    log = spec.folder.path / (f"{job}_0_0_log.out" if array else f"{job}_0_log.out")
     here = str(links) + "/0" if array else folder
     wanted = [str(work), f"-u -m submitit.core._submit {folder}", f"-m launch.epilog {here} 0"]
     cluster.wait(

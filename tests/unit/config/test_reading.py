@@ -352,7 +352,7 @@ def test_training_runs_the_model_on_meta_tensors_before_any_device(path, monkeyp
     data = SimpleNamespace(merged=dataset_index(side=8))
     monkeypatch.setattr(train_command, "accepted", lambda config, run_dir, world: (data, None))
     monkeypatch.setattr(
-        "lpl_pretrain.preflight.run.start", lambda *args: pytest.fail("a device was set up")
+        "lpl_pretrain.preflight.run.run_preflight", lambda *args: pytest.fail("a device was set up")
     )
     with pytest.raises(ConfigError, match="unknown mid_block_type"):
         train_command.run(str(path), ())

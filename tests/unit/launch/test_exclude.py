@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.epilog import Decision, Ending, decide, main
+from launch.epilog import AttemptResult, Decision, decide, main
 from launch.exclude import unfit_nodes
 from launch.folder import JobFolder
 from launch.profile import ClusterProfile
@@ -40,7 +40,7 @@ def job(tmp_path, monkeypatch):
     )
     folder = JobFolder(run.path / "launch")
     profile = ClusterProfile(exclude=("n9",)).model_dump(mode="json")
-    folder.write_facts(
+    folder.write_record(
         {"job": "7", "kind": "train", "run_dir": str(run.path), "step": 0, "profile": profile}
     )
     for name, value in {"SLURM_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}"}.items():
@@ -61,14 +61,14 @@ def job(tmp_path, monkeypatch):
 
 def note(folder, statuses):
     for rank, status, host in statuses:
-        folder.note_exit("7", 0, rank, status, host, stopped=False)
+        folder.write_exit("7", 0, rank, status, host, stopped=False)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_an_unfit_node_is_found_whatever_ended_first(job, order):
+@pytest.mark.parametrize("direction", [1, -1])
+def test_an_unfit_node_is_found_whatever_ended_first(job, direction):
     """The one that was killed because of it too: srun ends the others, and they may be faster."""
     folder, told, _ = job
-    note(folder, STATUSES[::order])
+    note(folder, STATUSES[::direction])
     decision = main(folder, 75)
     assert decision == Decision(True, "n2 is unfit: data: found a b, wanted c, 1 of 3 in a row")
     (attempt,) = folder.read_attempts()
@@ -79,9 +79,10 @@ def test_an_unfit_node_is_found_whatever_ended_first(job, order):
         "scontrol requeue 7",
         "scontrol update jobid=7 ExcNodeList=n9,n2",
     ], "in this order: see requeue"
-    assert ClusterProfile.model_validate(folder.read_facts()["profile"]).exclude == ("n9", "n2"), (
-        "for `launch resume`"
-    )
+    assert ClusterProfile.model_validate(folder.read_raw_record()["profile"]).exclude == (
+        "n9",
+        "n2",
+    ), "for `launch resume`"
 
 
 def test_has_teeth(job):
@@ -113,7 +114,7 @@ def test_a_job_that_could_never_start_ends_with_the_schedulers_words(job):
         "available"
     )
     assert not [line for line in told() if line.startswith("scontrol")]
-    assert folder.read_facts()["profile"]["exclude"] == ["n9"], (
+    assert folder.read_raw_record()["profile"]["exclude"] == ["n9"], (
         "a later `launch resume` is not refused for it"
     )
 
@@ -127,7 +128,7 @@ def test_a_job_that_could_never_start_ends_with_the_schedulers_words(job):
     ],
 )
 def test_whether_a_job_goes_on_without_a_node(policy, earlier, wanted):
-    ending = Ending(
+    ending = AttemptResult(
         75, over=False, cancelled=False, timed_out=False, steps=(5, 5), unfit={"n2": "why"}
     )
     attempts = [{"status": 75, "steps": [5, 5], "reason": "n1 is unfit"}] * earlier

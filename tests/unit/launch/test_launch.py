@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.epilog import Decision, Ending, decide, seconds, time_is_up
+from launch.epilog import AttemptResult, Decision, decide, parse_seconds, reached_time_limit
 from launch.folder import HUNG, JobFolder
 from launch.logs import news
 from launch.profile import ClusterProfile
-from launch.status import report, where
-from launch.submit import Order, job_name, script, task_of, words_of
-from launch.task import SIGNALS, Stop, Task
+from launch.status import format_failure, status_report
+from launch.submit import JobSpec, job_name, make_task, sbatch_error, script
+from launch.task import SIGNALS, SignalForwarder, Task
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
 from lpl_pretrain.runtime.source_hash import fingerprint
@@ -42,8 +42,8 @@ def launch(*arguments, **options):
     )
 
 
-def order(run_dir, *argv):
-    return Order("train", ["train", "x.yaml", *argv], Path(run_dir), 4)
+def spec(run_dir, *argv):
+    return JobSpec("train", ["train", "x.yaml", *argv], Path(run_dir), 4)
 
 
 def test_a_script_asks_for_what_the_profile_says(tmp_path):
@@ -55,7 +55,7 @@ def test_a_script_asks_for_what_the_profile_says(tmp_path):
         exclude=("n1", "n2"),
         signal_s=60,
     )
-    lines = script(order(tmp_path), profile).splitlines()
+    lines = script(spec(tmp_path), profile).splitlines()
     for wanted in (
         "nodes=4",
         "ntasks-per-node=8",
@@ -84,7 +84,7 @@ def test_nothing_hostile_reaches_a_shell_or_the_scheduler(tmp_path, where):
     profile = ClusterProfile(
         environment={"X": hostile if where == "environment" else "x"}, python="/bin/true"
     )
-    text = script(order(run_dir, HOSTILE), profile)
+    text = script(spec(run_dir, HOSTILE), profile)
     assert not [line for line in text.splitlines() if line.startswith("#SBATCH --nodes=99")]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").symlink_to("/bin/true")
@@ -105,7 +105,7 @@ def test_nothing_hostile_reaches_a_shell_or_the_scheduler(tmp_path, where):
 
 def test_directives_end_where_the_shell_begins(tmp_path):
     """sbatch reads `#SBATCH` up to the first command: a later one, in a quoted value, is none."""
-    text = script(order(tmp_path), ClusterProfile(environment={"X": HOSTILE.replace("\n", " ")}))
+    text = script(spec(tmp_path), ClusterProfile(environment={"X": HOSTILE.replace("\n", " ")}))
     first_command = next(
         i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#")
     )
@@ -114,7 +114,7 @@ def test_directives_end_where_the_shell_begins(tmp_path):
 
 def test_names_of_jobs_are_plain():
     assert (
-        job_name(order("/runs/" + HOSTILE.replace("/", "")))
+        job_name(spec("/runs/" + HOSTILE.replace("/", "")))
         == "a_b_touch_hacked_touch_hacked_SBATCH_--nodes_99_-train"
     )
 
@@ -145,7 +145,7 @@ def test_every_profile_loads(path):
 
 
 def ending(**changes):
-    return Ending(
+    return AttemptResult(
         **{
             "status": 0,
             "over": False,
@@ -226,9 +226,11 @@ def test_whether_a_job_goes_on(found, earlier, decision):
     ("run_time", "up"), [("00:08:20", False), ("00:08:50", True), ("1-00:00:00", True)]
 )
 def test_a_time_limit_is_told_from_a_preemption(run_time, up):
-    assert time_is_up(f"JobId=7 RunTime={run_time} TimeLimit=00:10:00 X=y", 10) is up
-    assert not time_is_up("", 10) and not time_is_up(f"RunTime={run_time} TimeLimit=UNLIMITED", 10)
-    assert seconds("2-03:04:05") == 2 * 86400 + 3 * 3600 + 4 * 60 + 5
+    assert reached_time_limit(f"JobId=7 RunTime={run_time} TimeLimit=00:10:00 X=y", 10) is up
+    assert not reached_time_limit("", 10) and not reached_time_limit(
+        f"RunTime={run_time} TimeLimit=UNLIMITED", 10
+    )
+    assert parse_seconds("2-03:04:05") == 2 * 86400 + 3 * 3600 + 4 * 60 + 5
 
 
 def test_the_schedulers_words_are_passed_on():
@@ -237,7 +239,7 @@ def test_the_schedulers_words_are_passed_on():
         "Batch job submission failed\nTraceback"
     )
     assert (
-        words_of(error)
+        sbatch_error(error)
         == "error: invalid partition specified: x error: Batch job submission failed"
     )
 
@@ -256,8 +258,8 @@ def test_logs_of_all_ranks_are_one(tmp_path):
 def test_exits_are_told_in_the_order_in_which_they_came(tmp_path):
     folder = JobFolder(tmp_path)
     for rank, status in ((3, 9), (0, 137)):
-        folder.note_exit("7", 1, rank, status, "node1", stopped=False)
-    folder.note_exit("7", 0, 1, 1, "node2", stopped=True)
+        folder.write_exit("7", 1, rank, status, "node1", stopped=False)
+    folder.write_exit("7", 0, 1, 1, "node2", stopped=True)
     assert [found["rank"] for found in folder.exits("7", 1)] == [3, 0]
 
 
@@ -350,8 +352,8 @@ def test_submitting_costs_no_torch():
 
 def test_facts_of_a_job_are_plain_json(tmp_path):
     folder = JobFolder(tmp_path)
-    folder.write_facts({"job": "7", "profile": ClusterProfile().model_dump(mode="json")})
-    assert json.loads(folder.facts.read_text())["job"] == "7" and folder.read_attempts() == []
+    folder.write_record({"job": "7", "profile": ClusterProfile().model_dump(mode="json")})
+    assert json.loads(folder.record_file.read_text())["job"] == "7" and folder.read_attempts() == []
 
 
 @pytest.fixture
@@ -394,9 +396,9 @@ def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, mon
     """
     task = Task([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
     monkeypatch.setattr(
-        Stop,
-        "pass_on_to",
-        lambda self, child, real=Stop.pass_on_to: (
+        SignalForwarder,
+        "forward_to",
+        lambda self, child, real=SignalForwarder.forward_to: (
             os.kill(os.getpid(), signal.SIGUSR2),
             real(self, child),
         ),
@@ -407,22 +409,22 @@ def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, mon
 
 
 @pytest.mark.parametrize(
-    ("child", "patient", "status"),
+    ("child", "kill_on_hang", "status"),
     [
-        ("echo stacks > $LPL_STACKS_FILE; exec sleep 30", False, HUNG),
-        ("echo stacks > $LPL_STACKS_FILE; sleep 2", True, 0),
-        ("echo stacks > $LPL_STACKS_FILE; sleep 0.5", False, 0),
-        (": > $LPL_STACKS_FILE; sleep 2; exit 3", False, 3),
+        ("echo stacks > $LPL_STACKS_FILE; exec sleep 30", True, HUNG),
+        ("echo stacks > $LPL_STACKS_FILE; sleep 2", False, 0),
+        ("echo stacks > $LPL_STACKS_FILE; sleep 0.5", True, 0),
+        (": > $LPL_STACKS_FILE; sleep 2; exit 3", True, 3),
     ],
     ids=["hangs", "hangs and is let be", "went on and ended well", "fails"],
 )
-def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, patient, status):
+def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, kill_on_hang, status):
     """Rank 3 was in training too and has written nothing: it is the suspect."""
     monkeypatch.setattr("launch.task.STACKS_POLL_S", 0.1)
     monkeypatch.setattr("launch.task.GRACE_S", 1.0)
     folder = JobFolder(tmp_path)
     folder.stacks("7", 0, 3, "node-2.site").touch()
-    task = Task([], str(tmp_path), ["sh", "-c", child], fingerprint(), patient=patient)
+    task = Task([], str(tmp_path), ["sh", "-c", child], fingerprint(), kill_on_hang=kill_on_hang)
     if status:
         with pytest.raises(SystemExit) as ended:
             task()
@@ -442,25 +444,31 @@ def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, pa
 
 def test_who_is_to_blame_is_told():
     known = {"job": "7", "attempt": 2}
-    assert where({**known, "rank": 1, "host": "n1"}) == " (rank 1 on n1)" and where(known) == ""
+    assert (
+        format_failure({**known, "rank": 1, "host": "n1"}) == " (rank 1 on n1)"
+        and format_failure(known) == ""
+    )
     told = " (silent: rank 3 on n2; stacks: launch/stacks_7_2_*.txt)"
-    assert where({**known, "silent_ranks": [{"rank": 3, "host": "n2"}]}) == told
-    assert "silent: none" in where({**known, "silent_ranks": []})
+    assert format_failure({**known, "silent_ranks": [{"rank": 3, "host": "n2"}]}) == told
+    assert "silent: none" in format_failure({**known, "silent_ranks": []})
 
 
 @pytest.mark.parametrize(
-    ("kind", "policy", "patient"),
-    [("train", "stop", False), ("train", "wait", True), ("encode", "stop", True)],
+    ("kind", "policy", "kill_on_hang"),
+    [("train", "stop", True), ("train", "wait", False), ("encode", "stop", False)],
 )
-def test_training_alone_is_watched(tmp_path, kind, policy, patient):
-    assert task_of(Order(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).patient is patient
+def test_training_alone_is_watched(tmp_path, kind, policy, kill_on_hang):
+    assert (
+        make_task(JobSpec(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).kill_on_hang
+        is kill_on_hang
+    )
 
 
 @pytest.mark.parametrize(("age_s", "told"), [(180, True), (3600, False)])
 def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
     folder = JobFolder(tmp_path / "launch")
     folder.path.mkdir()
-    folder.write_facts({"job": None, "nodes": 1, "argv": ["train"], "profile": {"exclude": []}})
+    folder.write_record({"job": None, "nodes": 1, "argv": ["train"], "profile": {"exclude": []}})
     slow = [
         {"event": "straggler", "rank": rank, "host": "n1", "measure": "data", "times": 2.5}
         for rank in (1, 3)
@@ -472,7 +480,7 @@ def test_the_newest_straggler_is_told_while_it_is_news(tmp_path, age_s, told):
     (tmp_path / "metrics.jsonl").write_text(
         "\n".join(map(json.dumps, lines)) + '\n{"step": 5, "tim'
     )
-    shown = report(tmp_path)
+    shown = status_report(tmp_path)
     assert ("straggler   rank 3 on n1: 2.5 times the median in `data`, 3 min ago" in shown) is told
     assert "rank 1" not in shown and "step        4" in shown
 

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from launch import record as recording
 from launch.__main__ import commands
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
-from launch.record import read_order
-from launch.status import cancel, report
-from launch.submit import submit, task_of
+from launch.record import read_spec
+from launch.status import cancel, status_report
+from launch.submit import make_task, submit
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
@@ -43,8 +43,8 @@ def folder(scheduler):
     run = scheduler / "a run"
     settings = train_config(run_dir=str(run))
     (scheduler / "train.yaml").write_text(dump(settings))
-    order = Order("train", ["train", str(scheduler / "train.yaml")], run, 2, config=dump(settings))
-    submit(order, ClusterProfile(partition="gpu"))
+    spec = JobSpec("train", ["train", str(scheduler / "train.yaml")], run, 2, config=dump(settings))
+    submit(spec, ClusterProfile(partition="gpu"))
     return JobFolder(run / "launch")
 
 
@@ -56,12 +56,12 @@ def asked(scheduler, program):
 
 def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
     """From wherever: also when its configuration's file has changed since, or is gone."""
-    before, record = read_order(folder)
+    before, record = read_spec(folder)
     (scheduler / "train.yaml").unlink()
     monkeypatch.chdir(folder.path)
-    after, _ = read_order(folder)
+    after, _ = read_spec(folder)
     assert after == before and after.cwd == record.cwd != os.getcwd()
-    assert task_of(after, record.profile).argv == ["train", str(folder.config)]
+    assert make_task(after, record.profile).argv == ["train", str(folder.config)]
     done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
     assert done.exit_code == 0 and len(asked(scheduler, "sbatch")) == 2, done.exception
 
@@ -69,19 +69,19 @@ def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
 def test_edits_after_the_submission_do_not_reach_the_job(folder, scheduler):
     submitted = load_config(TrainConfig, scheduler / "train.yaml")
     (scheduler / "train.yaml").write_text(dump(train_config(steps=999)))
-    order, _ = read_order(folder)
-    assert load_config(TrainConfig, order.command[1], order.command[2:]) == submitted
+    spec, _ = read_spec(folder)
+    assert load_config(TrainConfig, spec.command[1], spec.command[2:]) == submitted
 
 
 def test_a_record_of_an_older_version_is_submitted_again(folder):
     """It knows no folder in which paths begin, and no configuration was stored beside it."""
-    facts = folder.read_facts()
-    folder.write_facts(
+    facts = folder.read_raw_record()
+    folder.write_record(
         {key: value for key, value in facts.items() if key not in ("cwd", "part", "at_most")}
     )
     folder.config.unlink()
-    order, _ = read_order(folder)
-    assert order.command == order.argv == facts["argv"] and order.cwd == os.getcwd()
+    spec, _ = read_spec(folder)
+    assert spec.command == spec.argv == facts["argv"] and spec.cwd == os.getcwd()
 
 
 HOSTILE = [
@@ -120,7 +120,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("changes", HOSTILE, ids=str)
 def test_an_edited_record_is_refused(folder, scheduler, changes):
-    folder.write_facts({**folder.read_facts(), **changes})
+    folder.write_record({**folder.read_raw_record(), **changes})
     done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
     assert isinstance(done.exception, ConfigError), done.exception
     assert len(asked(scheduler, "sbatch")) == 1 and not list(scheduler.rglob("PWNED"))
@@ -130,17 +130,17 @@ def test_an_edited_record_is_refused(folder, scheduler, changes):
     "text", ["", "{ not", "[1]", "null", "[" * 5_000, b"\xff\xfe", '{"job": {}}'], ids=str
 )
 def test_a_damaged_record_is_named(folder, scheduler, text):
-    folder.facts.write_bytes(text if isinstance(text, bytes) else text.encode())
+    folder.record_file.write_bytes(text if isinstance(text, bytes) else text.encode())
     for command in ("status", "cancel", "resume", "logs"):
         done = CliRunner().invoke(commands, [command, str(folder.run_dir)])
-        assert isinstance(done.exception, ConfigError) and str(folder.facts) in str(
+        assert isinstance(done.exception, ConfigError) and str(folder.record_file) in str(
             done.exception
         ), command
     assert asked(scheduler, "scancel") == [] and len(asked(scheduler, "sbatch")) == 1
 
 
 def test_no_option_reaches_the_scheduler_as_a_job(folder, scheduler):
-    folder.write_facts({**folder.read_facts(), "job": "--user=me"})
+    folder.write_record({**folder.read_raw_record(), "job": "--user=me"})
     with pytest.raises(ConfigError, match="job='--user=me': wanted the number of a job"):
         cancel(folder.run_dir)
     assert asked(scheduler, "scancel") == []
@@ -149,31 +149,31 @@ def test_no_option_reaches_the_scheduler_as_a_job(folder, scheduler):
 def test_a_stored_configuration_of_another_run_is_refused(folder):
     folder.config.write_text(dump(train_config(run_dir="/elsewhere")))
     with pytest.raises(ConfigError, match="its command trains in /elsewhere"):
-        read_order(folder)
+        read_spec(folder)
     folder.config.write_text("{ not")
     with pytest.raises(ConfigError, match="config.yaml, line 1: not valid YAML"):
-        read_order(folder)
+        read_spec(folder)
 
 
 def test_a_run_that_was_copied_is_not_the_run(folder, scheduler):
     """Resumed there, the job would go on with the original."""
     folder.run_dir.rename(scheduler / "moved")
     with pytest.raises(ConfigError, match="was the run moved or copied"):
-        read_order(JobFolder(scheduler / "moved" / "launch"))
+        read_spec(JobFolder(scheduler / "moved" / "launch"))
 
 
 def test_shell_of_another_user_is_not_run(folder, monkeypatch):
     monkeypatch.setattr(recording.os, "geteuid", lambda: 4321)
-    os.chown(folder.facts, 1234, -1) if os.getuid() == 0 else pytest.skip(
+    os.chown(folder.record_file, 1234, -1) if os.getuid() == 0 else pytest.skip(
         "only root gives files away"
     )
     with pytest.raises(ConfigError, match="belongs to another user"):
-        read_order(folder)
+        read_spec(folder)
 
 
 def test_status_prints_what_a_terminal_does_not_obey(folder):
-    folder.write_facts({**folder.read_facts(), "argv": ["train", "x\x1b[2J\n"]})
-    shown = report(folder.run_dir)
+    folder.write_record({**folder.read_raw_record(), "argv": ["train", "x\x1b[2J\n"]})
+    shown = status_report(folder.run_dir)
     assert "\x1b" not in shown and r"x\x1b[2J\n" in shown
 
 
@@ -189,4 +189,4 @@ def test_damaged_lines_of_a_run_leave_a_status(folder):
         '{"event": "straggler", "time_s": 9e99}',
     ]
     (folder.run_dir / "metrics.jsonl").write_text("\n".join(lines) + '\n"\\ud8')
-    assert "step        3" in report(folder.run_dir).splitlines()
+    assert "step        3" in status_report(folder.run_dir).splitlines()

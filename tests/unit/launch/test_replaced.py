@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.epilog import REPLACED, main
-from launch.folder import LOST, JobFolder, publish_json
+from launch.epilog import SUPERSEDED, main
+from launch.folder import NO_RECORD, JobFolder, write_json
 from launch.profile import ClusterProfile
 
 
@@ -43,7 +43,7 @@ def test_only_the_newest_attempt_asks_for_another(
     says, asked = scheduler
     says(f"JobId=7 {words} RunTime=00:01:00 TimeLimit=01:00:00")
     folder = JobFolder(tmp_path)
-    folder.write_facts(
+    folder.write_record(
         {
             "kind": "train",
             "run_dir": str(tmp_path),
@@ -51,12 +51,12 @@ def test_only_the_newest_attempt_asks_for_another(
             "profile": ClusterProfile().model_dump(mode="json"),
         }
     )
-    publish_json(folder.rendezvous("7", later), {})
-    publish_json(folder.rendezvous("77", 5), {})
+    write_json(folder.rendezvous("7", later), {})
+    write_json(folder.rendezvous("77", 5), {})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     decision = main(folder, 1)
-    assert decision.requeue == noted and (decision.reason == REPLACED) != noted
+    assert decision.requeue == noted and (decision.reason == SUPERSEDED) != noted
     assert asked() == (["show", "requeue"] if asks else ["show"])
     assert bool(folder.read_attempts()) == noted
 
@@ -64,12 +64,16 @@ def test_only_the_newest_attempt_asks_for_another(
 def test_attempts_that_left_no_word_are_told(tmp_path):
     folder = JobFolder(tmp_path)
     for attempt in (1, 3):
-        publish_json(folder.rendezvous("7", attempt), {})
+        write_json(folder.rendezvous("7", attempt), {})
     for attempt, job in ((1, "7"), (2, "6")):
-        folder.note_attempt(
+        folder.append_attempt(
             {"job": job, "attempt": attempt, "reason": "stopped in time", "requeued": True}
         )
-    assert [attempt["reason"] for attempt in folder.history("7")] == [LOST, "stopped in time", LOST]
+    assert [attempt["reason"] for attempt in folder.history("7")] == [
+        NO_RECORD,
+        "stopped in time",
+        NO_RECORD,
+    ]
     assert folder.history("8") == folder.history(None) == []
 
 
@@ -87,10 +91,10 @@ def test_attempts_that_could_not_begin_are_failures(
     says(f"JobId=7 Restarts={attempt}")
     folder = JobFolder(tmp_path)
     profile = ClusterProfile(max_failures=2).model_dump(mode="json")
-    folder.write_facts({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": profile})
+    folder.write_record({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": profile})
     for number in begun:
-        publish_json(folder.rendezvous("7", number), {})
-    folder.note_attempt(
+        write_json(folder.rendezvous("7", number), {})
+    folder.append_attempt(
         {
             "job": "7",
             "attempt": 0,
@@ -113,7 +117,7 @@ def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler)
     says, asked = scheduler
     says("JobId=7 Restarts=0")
     folder = JobFolder(tmp_path)
-    folder.write_facts(
+    folder.write_record(
         {
             "kind": "train",
             "run_dir": str(tmp_path),

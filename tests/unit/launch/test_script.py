@@ -15,7 +15,7 @@ from launch import submit as submitting
 from launch.__main__ import commands
 from launch.array import submit_array
 from launch.folder import JobFolder
-from launch.job_spec import Order
+from launch.job_spec import JobSpec
 from launch.profile import ClusterProfile
 from launch.script import check_script, check_setup, resolved
 from launch.submit import script, submit
@@ -28,8 +28,8 @@ ATTACK = "x\ntouch PWNED #\n"
 CONTROL = ["\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"]
 
 
-def order(folder, **options):
-    return Order("train", ["train", "x.yaml"], Path(folder), 1, **options)
+def spec(folder, **options):
+    return JobSpec("train", ["train", "x.yaml"], Path(folder), 1, **options)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_line_break_in_a_name_runs_nothing(programs, monkeypatch, broken):
     if broken:
         monkeypatch.setattr(submitting, "check_folder", lambda path: None)
         monkeypatch.setattr(submitting, "check_script", lambda text, own: text)
-    wanted = order(programs / ATTACK), ClusterProfile(python="/bin/true")
+    wanted = spec(programs / ATTACK), ClusterProfile(python="/bin/true")
     if broken:
         (programs / "script.sh").write_text(script(*wanted))
         subprocess.run(["bash", "script.sh"], cwd=programs, capture_output=True)
@@ -67,8 +67,8 @@ def test_a_line_break_in_a_name_runs_nothing(programs, monkeypatch, broken):
 def test_what_a_folder_of_a_job_cannot_be_called(programs, character):
     folder = programs / f"runs{character}x"
     for send in (
-        lambda: submit(order(folder), ClusterProfile()),
-        lambda: submit_array([order(folder)], ClusterProfile(), 1),
+        lambda: submit(spec(folder), ClusterProfile()),
+        lambda: submit_array([spec(folder)], ClusterProfile(), 1),
     ):
         with pytest.raises(
             ConfigError,
@@ -117,7 +117,7 @@ def test_profiles_hold_plain_lines(changes, words):
 def test_setup_is_complete_by_itself(tmp_path, setup, words):
     """What is left open would take in our lines, and turn their quotes inside out."""
     with pytest.raises(ConfigError, match=words):
-        script(order(tmp_path), ClusterProfile(setup=setup))
+        script(spec(tmp_path), ClusterProfile(setup=setup))
 
 
 def test_setup_of_several_lines_is_shell():
@@ -153,7 +153,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("line", FOREIGN)
 def test_a_line_that_is_not_ours_is_refused(tmp_path, line):
-    text = script(order(tmp_path), ClusterProfile())
+    text = script(spec(tmp_path), ClusterProfile())
     own = {
         found for found in text.split("\n") if found.startswith(("export PYTHONPATH", "trap", "/"))
     }
@@ -193,7 +193,7 @@ def test_a_run_with_wildcards_in_its_name_is_found_exactly(tmp_path):
     for name in ("a[1]*?", "a1x"):
         folder = JobFolder(tmp_path / name / "launch")
         folder.path.mkdir(parents=True)
-        folder.note_exit("7", 0, len(name), 1, name, stopped=False)
+        folder.write_exit("7", 0, len(name), 1, name, stopped=False)
         folder.stacks("7", 0, 0, name).touch()
     found = JobFolder(tmp_path / "a[1]*?" / "launch")
     assert [exit["host"] for exit in found.exits("7", 0)] == ["a[1]*?"]
@@ -204,8 +204,8 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
     """And says so where its node does not see that folder, instead of going on in another one."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="removes backslashes"):
-        script(order(tmp_path / "run", cwd="/a\\b"), ClusterProfile())
-    wanted = order(tmp_path / "run")
+        script(spec(tmp_path / "run", cwd="/a\\b"), ClusterProfile())
+    wanted = spec(tmp_path / "run")
     assert f"#SBATCH --chdir={tmp_path}" in script(wanted, ClusterProfile()).splitlines()
     for name, value in {"JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NTASKS": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -225,10 +225,10 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
 
 
 def test_words_of_a_path_are_no_words_of_the_scheduler():
-    from launch.epilog import fields
+    from launch.epilog import parse_fields
 
     shown = (
         "JobId=7 JobState=RUNNING Restarts=0 StdErr=/runs/x JobState=CANCELLED "
         "Restarts=9/launch/7.err"
     )
-    assert fields(shown)["JobState"] == "RUNNING" and fields(shown)["Restarts"] == "0"
+    assert parse_fields(shown)["JobState"] == "RUNNING" and parse_fields(shown)["Restarts"] == "0"

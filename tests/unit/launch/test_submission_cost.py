@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.sweep import trainings
+from launch.sweep import plan_runs
 from lpl_pretrain.config import check
 from lpl_pretrain.config.hashing import WEIGHTS, autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
@@ -113,5 +113,5 @@ def test_weights_are_hashed_once_for_a_whole_sweep(config, monkeypatch, broken):
     autoencoder_identity.cache_clear()
     if broken:
         monkeypatch.setattr(check, "autoencoder_identity", autoencoder_identity.__wrapped__)
-    assert len(trainings(str(config), [], ["optimizer.lr=1e-3,2e-3,3e-3"], 8)) == 3
+    assert len(plan_runs(str(config), [], ["optimizer.lr=1e-3,2e-3,3e-3"], 8)) == 3
     assert opened.count(WEIGHTS) == (3 if broken else 1)

@@ -16,13 +16,13 @@ import yaml
 from submitit.core.utils import DelayedSubmission
 
 from launch import epilog, status
-from launch.array import array_script, submit_array
-from launch.folder import JobFolder, launched, this_job
-from launch.job_spec import Order
+from launch.array import array_batch_script, submit_array
+from launch.folder import JobFolder, current_job_id, find_job_folders
+from launch.job_spec import JobSpec
 from launch.logs import news
-from launch.options import place_encoding
+from launch.options import submit_or_preview_encoding
 from launch.profile import ClusterProfile
-from launch.sweep import LONGEST_NAME, combinations, name_of, split, trainings
+from launch.sweep import LONGEST_NAME, combinations, plan_runs, run_name, split
 from launch.task import Allocation
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.override import as_override
@@ -82,16 +82,17 @@ def test_what_is_no_sweep(sweeps, words):
 
 def test_names_say_what_was_changed_and_are_safe(tmp_path):
     assert (
-        name_of(("lpl.target_share=0.1", "optimizer.lr=1e-4"))
+        run_name(("lpl.target_share=0.1", "optimizer.lr=1e-4"))
         == "lpl.target_share=0.1,optimizer.lr=1e-4"
     )
     assert (
-        name_of(("optimizer.betas=[0.9,0.99]",)) == "optimizer.betas=0.9_0.99" and name_of(()) == ""
+        run_name(("optimizer.betas=[0.9,0.99]",)) == "optimizer.betas=0.9_0.99"
+        and run_name(()) == ""
     )
     for value in (HOSTILE, "../../up", "a/b", "%j\n", "-rf"):
-        name = name_of((f"key={value}",))
+        name = run_name((f"key={value}",))
         assert re.fullmatch(r"key=[A-Za-z0-9._+-]*", name) and (tmp_path / name).parent == tmp_path
-    long, longer = (name_of((f"key={'x' * count}",)) for count in (500, 501))
+    long, longer = (run_name((f"key={'x' * count}",)) for count in (500, 501))
     assert len(long) == len(longer) == LONGEST_NAME and long != longer
 
 
@@ -118,7 +119,7 @@ def config(tmp_path):
 
 
 def test_a_run_for_each_combination(config, tmp_path):
-    found = trainings(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
+    found = plan_runs(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
     assert [run.run_dir for run in found] == [
         tmp_path / "swept" / f"optimizer.lr={rate}" for rate in ("1e-3", "2e-3")
     ]
@@ -133,13 +134,13 @@ def test_a_run_for_each_combination(config, tmp_path):
         f'run_dir="{found[1].run_dir}"',
     ]
     assert {run.settings.run_dir for run in found} == {str(run.run_dir) for run in found}
-    (alone,) = trainings(str(config), [], [], 2)
+    (alone,) = plan_runs(str(config), [], [], 2)
     assert alone.run_dir == tmp_path / "swept"
 
 
 def test_every_wrong_combination_is_named(config):
     with pytest.raises(ConfigError) as refusal:
-        trainings(str(config), [], ["batch.global_batch_size=8,9", "steps=2,0"], 2)
+        plan_runs(str(config), [], ["batch.global_batch_size=8,9", "steps=2,0"], 2)
     lines = str(refusal.value).splitlines()
     names = [
         f"batch.global_batch_size={size},steps={steps}" for size, steps in ((8, 0), (9, 2), (9, 0))
@@ -147,7 +148,7 @@ def test_every_wrong_combination_is_named(config):
     assert [line.partition(": ")[0] for line in lines] == names
     assert "global_batch_size=9 is not a multiple of dp_world_size=2" in lines[1]
     with pytest.raises(ConfigError, match="optimizer.rate=1: .*unknown key"):
-        trainings(str(config), [], ["optimizer.rate=1,2"], 2)
+        plan_runs(str(config), [], ["optimizer.rate=1,2"], 2)
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_is_submitted(config, tmp_path):
@@ -160,25 +161,25 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_submitted(confi
         match=r"optimizer.lr=1e-3: .* belongs to another configuration:\n(.*\n)*  seed: the "
         r"run has 1",
     ):
-        trainings(str(config), [], ["optimizer.lr=1e-3,2e-3"], 2)
-    trainings(str(config), [], ["optimizer.lr=2e-3,3e-3"], 2)
+        plan_runs(str(config), [], ["optimizer.lr=1e-3,2e-3"], 2)
+    plan_runs(str(config), [], ["optimizer.lr=2e-3,3e-3"], 2)
 
 
 def test_a_folder_is_a_run_or_holds_a_sweep(config, tmp_path):
     JobFolder(tmp_path / "swept" / "x" / "launch").path.mkdir(parents=True)
-    trainings(str(config), [], [], 2)
-    JobFolder(tmp_path / "swept" / "x" / "launch").write_facts({"job": "1"})
+    plan_runs(str(config), [], [], 2)
+    JobFolder(tmp_path / "swept" / "x" / "launch").write_record({"job": "1"})
     with pytest.raises(ConfigError, match="swept: holds the runs of a sweep"):
-        trainings(str(config), [], [], 2)
-    trainings(str(config), [], ["optimizer.lr=1e-3"], 2)
+        plan_runs(str(config), [], [], 2)
+    plan_runs(str(config), [], ["optimizer.lr=1e-3"], 2)
     (tmp_path / "swept" / "config.yaml").write_text(config.read_text())
     with pytest.raises(ConfigError, match="swept: is a run itself"):
-        trainings(str(config), [], ["optimizer.lr=1e-3"], 2)
+        plan_runs(str(config), [], ["optimizer.lr=1e-3"], 2)
 
 
-def orders(folder, count=2):
+def specs(folder, count=2):
     return [
-        Order("train", ["train", "x.yaml", f"n={n}"], folder / f"n={n}", 4) for n in range(count)
+        JobSpec("train", ["train", "x.yaml", f"n={n}"], folder / f"n={n}", 4) for n in range(count)
     ]
 
 
@@ -202,8 +203,8 @@ def scheduler(tmp_path, monkeypatch):
     [(3, 2, "0-2%2"), (3, None, "0-2%3"), (1, None, "0-0%1"), (2, 9, "0-1%2")],
 )
 def test_the_script_asks_for_an_array(tmp_path, count, at_most, asked):
-    lines = array_script(
-        orders(tmp_path / "a sweep", count), ClusterProfile(), at_most, tmp_path / "links"
+    lines = array_batch_script(
+        specs(tmp_path / "a sweep", count), ClusterProfile(), at_most, tmp_path / "links"
     ).splitlines()
     assert [line for line in lines if "--array" in line] == [f"#SBATCH --array={asked}"]
     assert "#SBATCH --job-name=a_sweep-train" in lines and "#SBATCH --requeue" in lines
@@ -215,10 +216,10 @@ def test_each_task_finds_its_own_folder(scheduler, number):
     what they are told.
     """
     sweep = scheduler / "a sweep with 'marks' and $(touch hacked)"
-    tasks = submit_array(orders(sweep), ClusterProfile(python="echo"), None)
+    tasks = submit_array(specs(sweep), ClusterProfile(python="echo"), None)
     assert (
         tasks == ["4711_0", "4711_1"]
-        and [JobFolder(o.run_dir / "launch").job for o in orders(sweep)] == tasks
+        and [JobFolder(o.run_dir / "launch").job for o in specs(sweep)] == tasks
     )
     (scheduler / "bin" / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (scheduler / "bin" / "srun").chmod(0o755)
@@ -241,14 +242,16 @@ def test_each_task_finds_its_own_folder(scheduler, number):
     ).read_text(), "asked about again"
     (epilog_line,) = [line for line in words if "launch.epilog" in line]
     told = Path(epilog_line.partition("launch.epilog ")[2].removesuffix(" 0"))
-    assert JobFolder(told).read_facts()["argv"] == ["train", "x.yaml", f"n={number}"]
+    assert JobFolder(told).read_raw_record()["argv"] == ["train", "x.yaml", f"n={number}"]
 
 
 def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys, monkeypatch):
     """Two jobs of two processes count as four, and each has a folder of its own."""
     latents = scheduler / "some latents"
     assert (
-        place_encoding("some.yaml", latents, 2, ClusterProfile(processes_per_node=2), None, "x=1")
+        submit_or_preview_encoding(
+            "some.yaml", latents, 2, ClusterProfile(processes_per_node=2), None, "x=1"
+        )
         == "4711"
     )
     submitted = (scheduler / "submitted.sh").read_text()
@@ -267,22 +270,24 @@ def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys,
     seen = []
     for number in range(2):
         folder = JobFolder(latents / "launch" / "encode" / str(number))
-        assert (links / str(number)).resolve() == folder.path and folder.read_facts()["argv"][
+        assert (links / str(number)).resolve() == folder.path and folder.read_raw_record()["argv"][
             -1
         ] == "x=1"
         task = DelayedSubmission.load(folder.path / f"4711_{number}_submitted.pkl").function
         for rank in range(2):
             monkeypatch.setenv("SLURM_PROCID", str(rank))
-            seen.append(task.place_of(Allocation.from_environment()))
-    told = [line.split()[:3] for line in status.report(latents).splitlines()[1:]]
+            seen.append(task.rank_env(Allocation.from_environment()))
+    told = [line.split()[:3] for line in status.status_report(latents).splitlines()[1:]]
     assert told == [["encode/0", "4711_0", "RUNNING"], ["encode/1", "4711_1", "PENDING"]]
-    assert status.report(latents / "launch" / "encode" / "1").splitlines()[1].split()[:2] == [
+    assert status.status_report(latents / "launch" / "encode" / "1").splitlines()[1].split()[
+        :2
+    ] == [
         "encode/1",
         "4711_1",
     ]
     assert status.cancel(latents).count("`python -m launch encode` goes on from there") == 2
-    assert [place["RANK"] for place in seen] == ["0", "1", "2", "3"] and {
-        place["WORLD_SIZE"] for place in seen
+    assert [submit_or_preview["RANK"] for submit_or_preview in seen] == ["0", "1", "2", "3"] and {
+        submit_or_preview["WORLD_SIZE"] for submit_or_preview in seen
     } == {"4"}
 
 
@@ -290,10 +295,10 @@ def test_a_task_is_named_by_its_place_in_the_array(monkeypatch):
     """By its plain number, which may be the array's, `scontrol requeue` would take all of them."""
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    assert this_job() == "4711"
+    assert current_job_id() == "4711"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    assert this_job() == "4711_1"
+    assert current_job_id() == "4711_1"
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -310,11 +315,11 @@ def test_a_task_that_ends_early_requeues_itself_alone(scheduler, monkeypatch, br
         monkeypatch.setenv(f"SLURM_{name}", value)
     (scheduler / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {scheduler}/asked.txt\n')
     (scheduler / "bin" / "scontrol").chmod(0o755)
-    submit_array(orders(scheduler / "sweep"), ClusterProfile(max_failures=2), None)
+    submit_array(specs(scheduler / "sweep"), ClusterProfile(max_failures=2), None)
     folder = JobFolder(scheduler / "sweep" / "n=1" / "launch")
-    folder.note_exit("4711_1", 1, 0, 9, "node1", stopped=False)
+    folder.write_exit("4711_1", 1, 0, 9, "node1", stopped=False)
     if broken:
-        monkeypatch.setattr(epilog, "this_job", lambda: os.environ["SLURM_JOB_ID"])
+        monkeypatch.setattr(epilog, "current_job_id", lambda: os.environ["SLURM_JOB_ID"])
     decision = epilog.main(folder, 1)
     asked = (scheduler / "asked.txt").read_text().splitlines()
     assert ("requeue 4711_1" in asked) is not broken and ("requeue 4711" in asked) is broken
@@ -329,18 +334,20 @@ def test_logs_of_a_task(tmp_path):
 
 def test_nothing_is_submitted_while_one_run_is_worked_on(scheduler):
     sweep = scheduler / "sweep"
-    submit_array(orders(sweep, 2), ClusterProfile(), None)
+    submit_array(specs(sweep, 2), ClusterProfile(), None)
     (scheduler / "submitted.sh").unlink()
     with pytest.raises(ConfigError, match="n=0: its job 4711_0 is RUNNING"):
-        submit_array(orders(sweep, 3), ClusterProfile(), None)
+        submit_array(specs(sweep, 3), ClusterProfile(), None)
     assert not (scheduler / "submitted.sh").exists() and not (sweep / "n=2").exists()
 
 
 def test_a_line_for_each_run(scheduler):
     sweep = scheduler / "sweep"
-    submit_array(orders(sweep, 3), ClusterProfile(), None)
-    assert [folder.run_dir for folder in launched(sweep)] == [sweep / f"n={n}" for n in range(3)]
-    assert [folder.run_dir for folder in launched(sweep / "n=1")] == [sweep / "n=1"]
+    submit_array(specs(sweep, 3), ClusterProfile(), None)
+    assert [folder.run_dir for folder in find_job_folders(sweep)] == [
+        sweep / f"n={n}" for n in range(3)
+    ]
+    assert [folder.run_dir for folder in find_job_folders(sweep / "n=1")] == [sweep / "n=1"]
     RunDir(sweep / "n=0").metrics.write_text(
         json.dumps({"step": 1200, "samples_per_s": 51.24}) + "\n"
     )
@@ -350,8 +357,8 @@ def test_a_line_for_each_run(scheduler):
         "requeued": False,
         "reason": "refused its input: see the log",
     }
-    JobFolder(sweep / "n=2" / "launch").note_attempt(attempt)
-    head, *told = (re.split(r"\s{2,}", line) for line in status.report(sweep).splitlines())
+    JobFolder(sweep / "n=2" / "launch").append_attempt(attempt)
+    head, *told = (re.split(r"\s{2,}", line) for line in status.status_report(sweep).splitlines())
     assert head == ["name", "job", "state", "step", "samples/s", "restarts", "last attempt"]
     assert told == [
         ["n=0", "4711_0", "RUNNING", "1,200", "51.2", "0", "-"],
@@ -359,19 +366,22 @@ def test_a_line_for_each_run(scheduler):
         ["n=2", "4711_2", "-", "-", "-", "0", "refused its input: see the log"],
     ]
     with pytest.raises(ConfigError, match="holds 3 jobs: name one of them, such as .*n=0"):
-        status.open_folder(sweep)
+        status.single_job_folder(sweep)
 
 
 def test_cancel_is_for_those_that_live_and_resume_for_those_that_do_not(scheduler):
     sweep = scheduler / "sweep"
-    submit_array(orders(sweep, 4), ClusterProfile(), None)
+    submit_array(specs(sweep, 4), ClusterProfile(), None)
     finished = RunDir(sweep / "n=3")
     finished.config.write_text(yaml.safe_dump(train_config(steps=6).model_dump(mode="json")))
     finished.checkpoint(6).mkdir(parents=True)
     (finished.checkpoint(6) / "manifest.json").touch()
-    assert [folder.name for folder in status.unfinished(launched(sweep))] == ["n=2"]
+    assert [folder.name for folder in status.unfinished_runs(find_job_folders(sweep))] == ["n=2"]
     (finished.checkpoint(6) / "manifest.json").unlink()
-    assert [folder.name for folder in status.unfinished(launched(sweep))] == ["n=2", "n=3"]
+    assert [folder.name for folder in status.unfinished_runs(find_job_folders(sweep))] == [
+        "n=2",
+        "n=3",
+    ]
     assert [line.partition(":")[0] for line in status.cancel(sweep).splitlines()] == [
         "job 4711_0",
         "job 4711_1",

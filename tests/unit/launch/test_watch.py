@@ -12,7 +12,13 @@ import pytest
 from launch import watch
 from launch.folder import JobFolder
 from launch.profile import ClusterProfile
-from launch.watch import ABSENCES, MOST_JOBS, MOST_REFUSALS, Watch, forget_own_job
+from launch.watch import (
+    ABSENCES,
+    MOST_JOBS,
+    MOST_REFUSALS,
+    EvaluationWatcher,
+    clear_job_environment,
+)
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import ConfigError
@@ -24,16 +30,16 @@ class Scheduler:
     """Knows jobs until they end."""
 
     def __init__(self):
-        self.jobs, self.orders, self.answers, self.refuses = {}, [], True, False
+        self.jobs, self.specs, self.answers, self.refuses = {}, [], True, False
 
-    def submit(self, order, profile):
+    def submit(self, spec, profile):
         if self.refuses:
             raise ConfigError("sbatch refused this job")
-        job = str(100 + len(self.orders))
-        order.folder.path.mkdir(parents=True, exist_ok=True)
-        order.folder.write_facts({"job": job})
-        self.orders.append(order)
-        self.jobs[job] = order
+        job = str(100 + len(self.specs))
+        spec.folder.path.mkdir(parents=True, exist_ok=True)
+        spec.folder.write_record({"job": job})
+        self.specs.append(spec)
+        self.jobs[job] = spec
         return job
 
     def ask(self, job):
@@ -41,18 +47,18 @@ class Scheduler:
 
     def end(self, job, reason="done"):
         folder = self.jobs.pop(job).folder
-        folder.note_attempt({"job": job, "reason": reason, "requeued": False})
+        folder.append_attempt({"job": job, "reason": reason, "requeued": False})
 
     @property
     def steps(self):
-        return [int(order.folder.path.name.removeprefix("step_")) for order in self.orders]
+        return [int(spec.folder.path.name.removeprefix("step_")) for spec in self.specs]
 
 
 @pytest.fixture
 def scheduler(monkeypatch):
     found = Scheduler()
     monkeypatch.setattr(watch, "submit", found.submit)
-    monkeypatch.setattr(watch, "ask", found.ask)
+    monkeypatch.setattr(watch, "job_state", found.ask)
     return found
 
 
@@ -63,14 +69,16 @@ def run_dir(tmp_path):
     found.path.mkdir()
     found.config.write_text(dump(train_config(steps=40)))
     (found.path / "launch").mkdir()
-    JobFolder(found.path / "launch").write_facts({"job": "1"})
+    JobFolder(found.path / "launch").write_record({"job": "1"})
     return found
 
 
 @pytest.fixture
 def watching(run_dir, scheduler):
     scheduler.jobs["1"] = None
-    found = Watch(run_dir, ["quick.yaml"], "quick", ClusterProfile(), nodes=1, at_most=2)
+    found = EvaluationWatcher(
+        run_dir, ["quick.yaml"], "quick", ClusterProfile(), nodes=1, at_most=2
+    )
     yield found
     found.keep(())
 
@@ -90,12 +98,12 @@ def score(run_dir, step):
 
 
 def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, run_dir, scheduler):
-    assert not watching.look() and scheduler.orders == [], "nothing is there yet"
+    assert not watching.look() and scheduler.specs == [], "nothing is there yet"
     publish(run_dir, 10, 20, 30)
     for _ in range(3):
         assert not watching.look()
     assert scheduler.steps == [10, 20], "two at most"
-    assert scheduler.orders[0].argv == [
+    assert scheduler.specs[0].argv == [
         "evaluate",
         str(run_dir.path),
         "quick.yaml",
@@ -121,7 +129,7 @@ def test_one_that_begins_again_knows_what_was_submitted(watching, run_dir, sched
     publish(run_dir, 10, 20)
     watching.look()
     watching.keep(())
-    again = Watch(run_dir, watching.argv, "quick", ClusterProfile(), nodes=1, at_most=5)
+    again = EvaluationWatcher(run_dir, watching.argv, "quick", ClusterProfile(), nodes=1, at_most=5)
     assert not again.look() and scheduler.steps == [10, 20]
     again.keep(())
 
@@ -132,15 +140,15 @@ def test_training_that_goes_no_further_ends_it(watching, run_dir, scheduler, how
     score(run_dir, 10)
     assert not watching.look()
     folder = JobFolder(run_dir.path / "launch")
-    folder.note_attempt({"job": "1", "reason": "stopped in time", "requeued": True})
+    folder.append_attempt({"job": "1", "reason": "stopped in time", "requeued": True})
     del scheduler.jobs["1"]
     assert not watching.look(), "an attempt that goes on"
     if how == "lost":
         assert [watching.look() for _ in range(ABSENCES - 1)] == [False] * (ABSENCES - 2) + [True]
         return
-    folder.note_attempt({"job": "1", "reason": how, "requeued": False})
+    folder.append_attempt({"job": "1", "reason": how, "requeued": False})
     assert watching.look()
-    folder.write_facts({"job": "2"})
+    folder.write_record({"job": "2"})
     scheduler.jobs["2"] = None
     assert not watching.look(), "resumed: another job, of which nothing has ended"
 
@@ -173,7 +181,7 @@ def test_jobs_that_end_without_a_score(watching, run_dir, scheduler, reason, job
     publish(run_dir, 40)
     for _ in range(MOST_JOBS * (ABSENCES + 2)):
         over = watching.look()
-        for job in [job for job, order in scheduler.jobs.items() if order is not None]:
+        for job in [job for job, spec in scheduler.jobs.items() if spec is not None]:
             if reason is None:
                 del scheduler.jobs[job]
             else:
@@ -185,7 +193,7 @@ def test_jobs_that_end_without_a_score(watching, run_dir, scheduler, reason, job
 def test_what_another_evaluator_works_on_is_left_to_it(watching, run_dir, scheduler):
     publish(run_dir, 10)
     with Lease(run_dir.evaluation_lease(10, "quick")):
-        assert not watching.look() and scheduler.orders == []
+        assert not watching.look() and scheduler.specs == []
     watching.look()
     assert scheduler.steps == [10]
 
@@ -204,7 +212,7 @@ def test_the_job_around_it_is_forgotten(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SBATCH_PARTITION", "gpu")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    forget_own_job()
+    clear_job_environment()
 
     assert (
         "SLURM_JOB_ID" not in os.environ

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lpl_pretrain.config.preflight import PreflightConfig
-from lpl_pretrain.preflight.diagnose import NodeBandwidth, judge, judge_links
+from lpl_pretrain.preflight.diagnose import NodeBandwidth, diagnose, diagnose_bandwidth
 from lpl_pretrain.preflight.node_report import NodeReport
 
 NODES = ("a", "a", "b", "b", "c", "c")
@@ -20,7 +20,7 @@ FACTS = [
         code="0" * 64,
         versions={"torch": "2.9"},
         free_gib=100.0,
-        wanted_gib=40.0,
+        required_gib=40.0,
         shard=f"s{rank % 2}",
         device="H100",
         memory_gib=78.0,
@@ -31,11 +31,11 @@ TROUBLES = {
     "input": {"refusal": "DataError: no index"},
     "code": {"code": "f" * 64},
     "versions": {"versions": {"torch": "2.8"}},
-    "run folder": {"run_dir_trouble": "OSError: read-only"},
+    "run folder": {"run_dir_problem": "OSError: read-only"},
     "disk": {"free_gib": 3.0},
-    "data": {"shard_trouble": "FileNotFoundError: s0"},
+    "data": {"shard_problem": "FileNotFoundError: s0"},
     "devices": {"no_device": "1 for process 1"},
-    "arithmetic": {"device_trouble": "3 wrong numbers"},
+    "arithmetic": {"device_problem": "3 wrong numbers"},
     "device": {"device": "A100"},
     "memory": {"memory_gib": 20.0},
     "clock": {"clock_s": 9.0, "clock_accuracy_s": 0.1},
@@ -49,13 +49,15 @@ def changed(ranks, **changes):
 def found_in(facts, **config):
     return [
         (finding.check, finding.host, finding.fault)
-        for finding in judge(facts, PreflightConfig(**config))
+        for finding in diagnose(facts, PreflightConfig(**config))
     ]
 
 
 def test_nodes_that_are_alike_are_fit():
     assert (
-        found_in(FACTS) == [] and found_in(FACTS[:1]) == [] and judge([], PreflightConfig()) == []
+        found_in(FACTS) == []
+        and found_in(FACTS[:1]) == []
+        and diagnose([], PreflightConfig()) == []
     )
 
 
@@ -74,7 +76,7 @@ def test_what_no_node_can_do_is_the_runs_fault(check):
 
 def test_two_nodes_are_enough_where_one_has_no_accelerators():
     """Or one that does not answer: nothing is said about its name then."""
-    for check, trouble in (("devices", {}), ("arithmetic", {"device_trouble": "RuntimeError"})):
+    for check, trouble in (("devices", {}), ("arithmetic", {"device_problem": "RuntimeError"})):
         two = [
             found
             for found in changed({2, 3}, device=None, memory_gib=None, **trouble)
@@ -90,7 +92,7 @@ def test_nothing_is_odd_where_all_have_it(check):
 
 
 def test_a_broken_device_is_its_nodes_fault_even_on_all():
-    assert found_in(changed(range(6), device_trouble="nan")) == [
+    assert found_in(changed(range(6), device_problem="nan")) == [
         ("arithmetic", host, "node") for host in "abc"
     ]
 
@@ -102,7 +104,7 @@ def test_of_two_nodes_that_differ_neither_is_at_fault(check):
 
 
 def test_one_rank_makes_its_node_unfit():
-    (finding,) = judge(changed({5}, device_trouble="3 wrong numbers"), PreflightConfig())
+    (finding,) = diagnose(changed({5}, device_problem="3 wrong numbers"), PreflightConfig())
     assert (finding.host, finding.ranks) == ("c", [5])
     assert (
         str(finding)
@@ -115,10 +117,10 @@ def test_a_shard_that_nobody_can_read_is_no_nodes_fault():
     """The second process of every node reads `s1`; where one of them can, the others' nodes are at
     fault.
     """
-    assert found_in(changed({1, 3, 5}, shard_trouble="gone")) == [
+    assert found_in(changed({1, 3, 5}, shard_problem="gone")) == [
         ("data", host, "none") for host in "abc"
     ]
-    assert found_in(changed({1, 5}, shard_trouble="gone")) == [
+    assert found_in(changed({1, 5}, shard_problem="gone")) == [
         ("data", "a", "node"),
         ("data", "c", "node"),
     ]
@@ -141,7 +143,7 @@ def test_room_that_is_asked_for_goes_before_what_is_derived():
     assert found_in(changed({2, 3}, free_gib=3.0), min_free_gib=0.0) == []
 
 
-def links(**speeds):
+def bandwidths(**speeds):
     return [NodeBandwidth(host, [rank], speed) for rank, (host, speed) in enumerate(speeds.items())]
 
 
@@ -168,9 +170,9 @@ def test_slow_nodes(speeds, config, slow):
     """All of them slow: no node's fault, and no reason to stop."""
     assert [
         (found.host, found.fault)
-        for found in judge_links(links(**speeds), PreflightConfig(**config))
+        for found in diagnose_bandwidth(bandwidths(**speeds), PreflightConfig(**config))
     ] == slow
-    assert judge_links([], PreflightConfig(**config)) == []
+    assert diagnose_bandwidth([], PreflightConfig(**config)) == []
 
 
 def test_has_teeth():

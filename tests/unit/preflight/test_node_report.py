@@ -14,10 +14,10 @@ from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.preflight import node_report
 from lpl_pretrain.preflight.node_report import (
-    checkpoints_gib,
-    observe,
+    inspect_node,
     probe_folder,
     probe_shard,
+    required_checkpoint_gib,
     wrong_product,
 )
 from lpl_pretrain.runtime.world import World
@@ -33,17 +33,17 @@ def data(tmp_path_factory):
 
 
 def test_nothing_is_wrong_here(data, tmp_path):
-    found = observe(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
+    found = inspect_node(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
     troubles = (
         found.refusal,
-        found.run_dir_trouble,
-        found.shard_trouble,
+        found.run_dir_problem,
+        found.shard_problem,
         found.no_device,
-        found.device_trouble,
+        found.device_problem,
     )
     assert (
         troubles == (None,) * 5
-        and found.free_gib > found.wanted_gib > 0
+        and found.free_gib > found.required_gib > 0
         and found.shard.startswith(data)
     )
     assert not list(tmp_path.iterdir()), "the probe is gone, and made no folder"
@@ -107,12 +107,14 @@ def test_room_for_checkpoints_is_what_they_take(tmp_path):
         * sum(file.stat().st_size for file in made.run_dir.checkpoint(6).glob("*.safetensors"))
         / 2**30
     )
-    wanted = checkpoints_gib(config, made.run_dir, data)
+    wanted = required_checkpoint_gib(config, made.run_dir, data)
     assert 0.8 * size < wanted < size, (
         "two are there, and one is written before the oldest is removed"
     )
-    assert checkpoints_gib(config, RunDir(tmp_path / "new"), data) == pytest.approx(2 * wanted)
-    assert checkpoints_gib(train_config(steps=6), made.run_dir, data) == 0, "it is complete"
-    assert checkpoints_gib(
+    assert required_checkpoint_gib(config, RunDir(tmp_path / "new"), data) == pytest.approx(
+        2 * wanted
+    )
+    assert required_checkpoint_gib(train_config(steps=6), made.run_dir, data) == 0, "it is complete"
+    assert required_checkpoint_gib(
         train_config(steps=600, ema__power=[0.1]), made.run_dir, data
     ) == pytest.approx(5 / 4 * 2 * wanted)

@@ -14,7 +14,7 @@ from lpl_pretrain.runtime.world import World
 
 
 def test_silent_ranks_are_named_with_their_nodes(monkeypatch):
-    monkeypatch.setattr(store_channel, "PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(store_channel, "TIMEOUT", timedelta(seconds=0.2))
     store = HashStore()
     ranks = [StoreChannel(store, World(rank, 0, 4), f"node{rank}") for rank in range(3)]
     assert ranks[1].gather("facts", 1) == []
