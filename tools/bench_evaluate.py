@@ -80,17 +80,17 @@ def ours(
     folder = Path(dist.broadcast_json(tempfile.mkdtemp()))
 
     def run() -> Result:
-        spool = FeatureStore(folder / "spool", len(images), batch)
-        for some in spool.missing(world.rank, world.world_size):
-            spool.put(some, extractor(images[some.start : some.stop]))
+        store = FeatureStore(folder / "features", len(images), batch)
+        for some in store.missing(world.rank, world.world_size):
+            store.put(some, extractor(images[some.start : some.stop]))
         dist.barrier()
         found = (0.0, 0.0)
         if world.rank == 0:
             found = (
-                frechet_distance(spool.statistics("pooled"), real),
-                inception_score(spool.whole("logits"), seed=None)[0],
+                frechet_distance(store.statistics("pooled"), real),
+                inception_score(store.whole("logits"), seed=None)[0],
             )
-            shutil.rmtree(folder / "spool")
+            shutil.rmtree(folder / "features")
         dist.barrier()
         return found
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lpl_pretrain.checkpoint.manifest import STATE, Manifest, sync_folder, write_json
+from lpl_pretrain.checkpoint.retention import protected_steps
 from lpl_pretrain.checkpoint.staging import HostCopies, Task
 from lpl_pretrain.checkpoint.store import merge_parts, write_rank
 from lpl_pretrain.checkpoint.verify import (
@@ -30,13 +31,11 @@ from lpl_pretrain.checkpoint.verify import (
     open_checkpoint,
     warn_passed_over,
 )
-from lpl_pretrain.config.best import best_steps
 from lpl_pretrain.config.rundir import MANIFEST, REMOVING, WRITING, RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, is_transient
 from lpl_pretrain.parallel.strategy import Piece, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
-from lpl_pretrain.runtime.lease import is_stale
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.world import World
 
@@ -354,7 +353,7 @@ class CheckpointManager:
         newest = list(sound)
         if len(newest) < self.config.keep_last:
             return
-        kept = self._wanted()
+        kept = protected_steps(self.run_dir)
         if self.keep_due:
             kept.update([step for step in steps if self._is_due(step)][-1:])
         for step in steps:
@@ -367,11 +366,6 @@ class CheckpointManager:
 
     def _is_due(self, step: int) -> bool:
         return step % self.config.every_steps == 0
-
-    def _wanted(self) -> set[int]:
-        """Steps that evaluation needs: the best ones, and those that are being scored now."""
-        scored = {step for step, lease in self.run_dir.evaluation_leases() if not is_stale(lease)}
-        return scored | best_steps(self.run_dir.best_files(), log.warning)
 
     def _remove(self, folder: Path) -> None:
         """By rename first, so that a checkpoint is never seen half removed, and nobody begins a

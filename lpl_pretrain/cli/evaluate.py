@@ -45,7 +45,7 @@ def run(
         )
     while watch and not run_dir.config.is_file():  # training has not begun
         time.sleep(poll_s)
-    from lpl_pretrain.evaluation.job import evaluate  # torch: not for --help
+    from lpl_pretrain.evaluation.evaluator import evaluate  # torch: not for --help
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import log, set_up_logging
 

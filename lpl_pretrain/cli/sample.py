@@ -39,7 +39,7 @@ def run(
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.captions import Prompts
-    from lpl_pretrain.evaluation.files import publish_grid, publish_pictures, publish_tar
+    from lpl_pretrain.evaluation.image_files import publish_grid, publish_pictures, publish_tar
     from lpl_pretrain.evaluation.trained_run import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
@@ -74,7 +74,7 @@ def run(
                 "guidance_scale": guidance_scale,
                 "sampler": chosen.kind,
             }
-            facts = [{**shared, **fact} for fact in trained.told(seed, range(images))]
+            facts = [{**shared, **fact} for fact in trained.sample_metadata(seed, range(images))]
             (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
     except OSError as error:
         raise ConfigError(

@@ -87,7 +87,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
             log.warning(note)
         score = None
         if protocol is not None:
-            from lpl_pretrain.evaluation.job import evaluate
+            from lpl_pretrain.evaluation.evaluator import evaluate
 
             score = partial(
                 evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__

@@ -11,7 +11,7 @@ from lpl_pretrain.runtime.dist import first_over_ranks
 Result = TypeVar("Result")
 
 
-def together(action: Callable[[], Result], *, act: bool = True) -> Result | None:
+def run_and_agree(action: Callable[[], Result], *, act: bool = True) -> Result | None:
     """Collective. The result of `action` on the ranks that `act`; the CheckpointError of one is
     raised on all ranks.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.evaluation.features import Extractor, Features, resized, sha256_of
+from lpl_pretrain.evaluation.extractor import Extractor, Features, resized, sha256_of
 
 MEAN, STD = (
     (0.48145466, 0.4578275, 0.40821073),
@@ -55,7 +55,7 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
     )
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
-    def answer(network: Any, pixels: Tensor) -> Features:
+    def extract(network: Any, pixels: Tensor) -> Features:
         images = (resized(pixels, side).clamp(0, 255) / 255 - mean) / std
         return {"pooled": _embedding(network.get_image_features(pixel_values=images))}
 
@@ -73,7 +73,7 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
         weights_sha256=weights_sha256,
         preprocessing=f"bicubic, antialiased, to {side} px; mean {MEAN}, std {STD}",
         network=network,
-        answer=answer,
+        extract=extract,
         embed_text=embed_text,
     )
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.evaluation.checksummed_tensors import load_tensors, save_tensors
 from lpl_pretrain.evaluation.stats import FeatureStatistics
-from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)

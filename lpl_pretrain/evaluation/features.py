@@ -1,15 +1,7 @@
-"""Feature extractors: what network, which weights, which preprocessing, under which name.
-
-Pixels go in as uint8 (N, 3, H_px, W_px); features come out as float32: `pooled` (N, D), of
-Inception `spatial` and `logits` too. A score carries its extractor's name: `fid` and `kid` are said
-only of the published Inception weights.
-"""
+"""Loads feature extractors: EfficientNet-Lite0, the FID Inception, any network of timm, CLIP."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +10,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from lpl_pretrain.config.evaluation import FID_WEIGHTS_HELP, FID_WEIGHTS_SHA256_START
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation import inception
+from lpl_pretrain.evaluation.extractor import Extractor, Features, resized, sha256_of
 
 # not timm's `efficientnet_lite0`: other padding and BatchNorm eps, logits off by 3
 LITE0 = "tf_efficientnet_lite0"
 LITE0_SIDE_PX = 224
-CPU_CHUNK = (
-    4  # more at once falls out of the cache: Lite0 35 pictures/s at 4, 23 at 32, on one core
-)
-Features = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Extractor:
-    config: ExtractorConfig
-    suffix: str
-    """Of the names of its scores; "" for the published Inception."""
-    dimension: int
-    """Of `pooled`."""
-    weights_sha256: str
-    preprocessing: str
-    """In words, for the record: features are comparable only when it is the same."""
-    network: nn.Module
-    answer: Callable[[nn.Module, Tensor], Features]
-    embed_text: Callable[[list[str]], Tensor] | None = None
-    """Captions to (N, D), of a network that reads them."""
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Features:
-        """uint8 (N, 3, H_px, W_px) on any device -> float32 features by name, on the network's."""
-        if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise TypeError(
-                f"wanted uint8 pixels (N, 3, H, W), found {pixels.dtype} {tuple(pixels.shape)}"
-            )
-        there = pixels.to(self.device)
-        chunks = there.split(CPU_CHUNK) if there.device.type == "cpu" else [there]
-        found = [self.answer(self.network, chunk) for chunk in chunks]
-        return {name: torch.cat([features[name] for features in found]) for name in found[0]}
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    def named(self, metric: str) -> str:
-        """How a score is called: fid, sfid and kid of the published Inception, `metric` and the
-        extractor's label otherwise.
-        """
-        published = {"fd": "fid", "fd_infinity": "fid_infinity", "spatial_fd": "sfid"}
-        return f"{metric}{self.suffix}" if self.suffix else published.get(metric, metric)
-
-    def identity(self) -> dict[str, str | int]:
-        return {
-            "name": self.config.label,
-            "weights_sha256": self.weights_sha256,
-            "preprocessing": self.preprocessing,
-            "dimension": self.dimension,
-        }
 
 
 def load_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
@@ -115,7 +56,7 @@ def efficientnet_lite0(config: ExtractorConfig, device: torch.device) -> Extract
         weights_sha256=sha256_of(_lite0_file()),
         preprocessing=f"bicubic, antialiased, to {LITE0_SIDE_PX} px; (x / 255 - 0.498) / 0.502",
         network=network,
-        answer=_lite0_features,
+        extract=_lite0_features,
     )
 
 
@@ -141,7 +82,7 @@ def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> E
         for key in ("mean", "std")
     )
 
-    def answer(network: nn.Module, pixels: Tensor) -> Features:
+    def extract(network: nn.Module, pixels: Tensor) -> Features:
         return {"pooled": network((resized(pixels, side) / 255 - mean) / std).float()}
 
     return Extractor(
@@ -152,7 +93,7 @@ def timm_network(config: ExtractorConfig, path: Path, device: torch.device) -> E
         preprocessing=f"bicubic, antialiased, to {side} px; mean {network.default_cfg['mean']}, "
         f"std {network.default_cfg['std']}",
         network=network.eval().requires_grad_(False).to(device),
-        answer=answer,
+        extract=extract,
     )
 
 
@@ -193,25 +134,8 @@ def fid_inception(config: ExtractorConfig, path: Path, device: torch.device) -> 
         weights_sha256=sha256,
         preprocessing=f"TensorFlow 1 bilinear to {inception.SIDE_PX} px; (x - 128) / 128",
         network=network.to(device, memory_format=torch.channels_last),  # 1.5 times as fast on a CPU
-        answer=lambda network, pixels: network(pixels),
+        extract=lambda network, pixels: network(pixels),
     )
-
-
-def resized(pixels: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, 3, side, side) in 0 ... 255: Pillow's antialiased bicubic,
-    unrounded, as in clean-fid.
-    """
-    return interpolate(
-        pixels.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False
-    )
-
-
-def sha256_of(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _lite0_features(network: nn.Module, pixels: Tensor) -> Features:

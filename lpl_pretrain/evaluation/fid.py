@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 
-DOUBT = 1e-7
+ROUNDING_TOLERANCE = 1e-7
 """How much of tr(C_a) + tr(C_b) the rounding of the eigenvalues may come to."""
 
 
@@ -46,18 +46,18 @@ def cross_term(few: FeatureStatistics, many: FeatureStatistics, rank: int) -> Te
     a, b = few.covariance, many.covariance
     factor, failed = torch.linalg.cholesky_ex(b)
     if failed:
-        factor = root(b)
+        factor = covariance_factor(b)
     rank = min(rank, factor.shape[1])
     roots = torch.linalg.eigvalsh(factor.T @ a @ factor)[factor.shape[1] - rank :].sqrt()
     rounding = torch.finfo(a.dtype).eps * a.norm() * b.norm()
-    if (rounding / (2 * roots)).sum() <= DOUBT * (
+    if (rounding / (2 * roots)).sum() <= ROUNDING_TOLERANCE * (
         a.trace() + b.trace()
     ):  # not so for the NaN that a negative eigenvalue gives
         return roots.sum()
-    return torch.linalg.svdvals(root(b).T @ root(a)).sum()
+    return torch.linalg.svdvals(covariance_factor(b).T @ covariance_factor(a)).sum()
 
 
-def root(covariance: Tensor) -> Tensor:
+def covariance_factor(covariance: Tensor) -> Tensor:
     """(D, rank) R with R R^T = `covariance`; directions whose variance is below rounding are left
     out.
     """

@@ -20,7 +20,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
     the other set's manifold.
     """
     generated, real = prepared(generated, real, k)
-    return share_inside(real, generated, k), share_inside(generated, real, k)
+    return fraction_inside(real, generated, k), fraction_inside(generated, real, k)
 
 
 def density_coverage(generated: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
@@ -39,7 +39,7 @@ def density_coverage(generated: Tensor, real: Tensor, k: int = 5) -> tuple[float
     return pairs / (k * len(generated)), covered / len(real)
 
 
-def share_inside(centres: Tensor, points: Tensor, k: int) -> float:
+def fraction_inside(centres: Tensor, points: Tensor, k: int) -> float:
     """As in the authors' code, a picture on the surface is inside."""
     inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     for distances, radii in balls(centres, points, k):

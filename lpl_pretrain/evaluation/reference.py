@@ -28,12 +28,12 @@ from lpl_pretrain.encoding.images import to_square
 from lpl_pretrain.encoding.pictures import Picture
 from lpl_pretrain.encoding.sources import read_pictures
 from lpl_pretrain.errors import ConfigError, DataError
-from lpl_pretrain.evaluation.agree import together
+from lpl_pretrain.evaluation.agree import run_and_agree
+from lpl_pretrain.evaluation.checksummed_tensors import load_tensors, save_tensors
+from lpl_pretrain.evaluation.extractor import Extractor
 from lpl_pretrain.evaluation.feature_store import FeatureStore
-from lpl_pretrain.evaluation.features import Extractor
-from lpl_pretrain.evaluation.files import publish_grid
+from lpl_pretrain.evaluation.image_files import publish_grid
 from lpl_pretrain.evaluation.stats import FeatureStatistics
-from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 from lpl_pretrain.runtime.dist import barrier, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import progress
@@ -86,7 +86,7 @@ def open_reference(
     )
     while not broadcast_json(path.is_file()):
         lease = Lease(path.with_suffix(".lease"))
-        together(lease.take, act=world.rank == 0)
+        run_and_agree(lease.take, act=world.rank == 0)
         with lease if world.rank == 0 else nullcontext():
             if broadcast_json(lease.held):
                 build_reference(path, pictures, protocol, resolution_px, extractors, world)
@@ -106,9 +106,9 @@ def build_reference(
     world: World,
 ) -> None:
     """Collective. Of every picture, brought to `resolution_px` as `encode` does."""
-    spool = FeatureStore(path.with_suffix(".partial"), len(pictures), protocol.batch_size)
+    store = FeatureStore(path.with_suffix(".partial"), len(pictures), protocol.batch_size)
     with progress(len(pictures), "img", "reference") as bar:
-        for batch in spool.missing(world.rank, world.world_size):
+        for batch in store.missing(world.rank, world.world_size):
             pixels = torch.stack([_pixels(pictures[i], resolution_px) for i in batch])
             found = {
                 f"{e.config.label}/{kind}": rows
@@ -117,18 +117,18 @@ def build_reference(
                 if kind in COMPARED
             }
             digests = [list(bytes.fromhex(pictures[i].sha256())) for i in batch]
-            spool.put(batch, {**found, SHA256: torch.tensor(digests, dtype=torch.uint8)})
+            store.put(batch, {**found, SHA256: torch.tensor(digests, dtype=torch.uint8)})
             bar.update(len(batch))
     barrier()
     if world.rank == 0:
-        publish_reference(path, spool, pictures, protocol, resolution_px, extractors)
-        spool.remove()
+        publish_reference(path, store, pictures, protocol, resolution_px, extractors)
+        store.remove()
     barrier()
 
 
 def publish_reference(
     path: Path,
-    spool: FeatureStore,
+    store: FeatureStore,
     pictures: list[Picture],
     protocol: EvaluateConfig,
     resolution_px: int,
@@ -143,17 +143,17 @@ def publish_reference(
     for extractor in extractors:
         label = extractor.config.label
         for kind in COMPARED:
-            if next(spool.rows(f"{label}/{kind}"), None) is not None:
-                found = spool.statistics(f"{label}/{kind}").tensors()
+            if next(store.rows(f"{label}/{kind}"), None) is not None:
+                found = store.statistics(f"{label}/{kind}").tensors()
                 tensors |= {f"{label}/{kind}/{name}": tensor for name, tensor in found.items()}
         if alone:
-            tensors[f"{label}/features"] = spool.whole(f"{label}/pooled")[alone].contiguous()
+            tensors[f"{label}/features"] = store.whole(f"{label}/pooled")[alone].contiguous()
     grid, shown = path.with_suffix(".png"), evenly_spaced(len(pictures), protocol.grid_images)
     if shown:
         publish_grid(grid, torch.stack([_pixels(pictures[i], resolution_px) for i in shown]))
     fingerprint = hashlib.sha256()
     for picture, digest in zip(
-        pictures, (row for rows in spool.rows(SHA256) for row in rows), strict=True
+        pictures, (row for rows in store.rows(SHA256) for row in rows), strict=True
     ):
         fingerprint.update(f"{picture.key} {bytes(digest.tolist()).hex()}\n".encode())
     facts = {

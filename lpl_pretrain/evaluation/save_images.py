@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lpl_pretrain.config.protocol import EvaluateConfig
-from lpl_pretrain.evaluation.files import publish_npz, publish_pictures, publish_tar
+from lpl_pretrain.evaluation.image_files import publish_npz, publish_pictures, publish_tar
 from lpl_pretrain.evaluation.trained_run import TrainedRun
 
 
-def keep_images(
+def save_images(
     run: TrainedRun,
     step: int,
     protocol: EvaluateConfig,
@@ -34,7 +34,9 @@ def keep_images(
         "guidance_scale": scale,
         "weights": weights,
     }
-    facts = [{**shared, **fact} for fact in run.told(protocol.seed, range(protocol.images))]
+    facts = [
+        {**shared, **fact} for fact in run.sample_metadata(protocol.seed, range(protocol.images))
+    ]
     if protocol.keep_images == "png":
         publish_pictures(path.with_name(path.stem), pixels, facts)
     else:

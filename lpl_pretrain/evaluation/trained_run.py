@@ -53,7 +53,7 @@ class TrainedRun:
             names[label] for label in draw_classes(seed, indices, self.index.class_counts).tolist()
         ]
 
-    def told(self, seed: int, indices: Sequence[int]) -> list[dict[str, object]]:
+    def sample_metadata(self, seed: int, indices: Sequence[int]) -> list[dict[str, object]]:
         """What the model was asked for in each of these pictures: index, class and, where it reads
         text, caption.
         """

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from lpl_pretrain.config.load import flatten
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.report import scores
+from lpl_pretrain.report import score_tables
 from lpl_pretrain.report.charts import Chart, draw, smoothed, swatch
 from lpl_pretrain.report.embed import clean
 from lpl_pretrain.report.page import (
@@ -216,19 +216,19 @@ def drawn(charts: Sequence[Chart], records: Sequence[RunRecord]) -> list[dict[st
     ]
 
 
-def summary(name: str, runs: Sequence[scores.Records]) -> dict[str, Any]:
+def summary(name: str, runs: Sequence[score_tables.Records]) -> dict[str, Any]:
     """The two columns of the table that a protocol has: the newest score of each run, and its best."""
-    metric = scores.main_metric([record for records in runs for record in records])
+    metric = score_tables.main_metric([record for records in runs for record in records])
     cells, best = [], []
     for records in runs:
-        asked = [record for record in records if metric in scores.metrics([record])]
+        asked = [record for record in records if metric in score_tables.metrics([record])]
         newest, found = (
-            scores.best_entry(some, metric) if some else None for some in (asked[-1:], asked)
+            score_tables.best_entry(some, metric) if some else None for some in (asked[-1:], asked)
         )
         cells.append([cell(newest), cell(found)])
         best.append(found[1]["value"] if found else None)
     known = [value for value in best if value is not None]
-    first = (max if scores.higher_is_better(metric) else min)(known)
+    first = (max if score_tables.higher_is_better(metric) else min)(known)
     return {
         "protocol": name,
         "metric": metric,
@@ -255,17 +255,19 @@ def protocol(name: str, records: Sequence[RunRecord], labels: Sequence[str]) -> 
     """
     runs = [record.protocols().get(name, []) for record in records]
     together = [score for scored in runs for score in scored]
-    asked = scores.columns(together)
+    asked = score_tables.columns(together)
     charts = []
-    for metric in scores.metrics(together):
-        chart = scores.chart(together, metric)
+    for metric in score_tables.metrics(together):
+        chart = score_tables.chart(together, metric)
         for column in asked:
             found = {
-                label: scores.series(scored, metric, column)
+                label: score_tables.series(scored, metric, column)
                 for label, scored in zip(labels, runs, strict=True)
             }
             title = (
-                f"{chart.title}, {scores.heading(column, asked)}" if len(asked) > 1 else chart.title
+                f"{chart.title}, {score_tables.heading(column, asked)}"
+                if len(asked) > 1
+                else chart.title
             )
             charts.append(
                 replace(
@@ -287,7 +289,7 @@ def protocol(name: str, records: Sequence[RunRecord], labels: Sequence[str]) -> 
 
 
 def newest_grids(
-    records: Sequence[RunRecord], runs: Sequence[scores.Records]
+    records: Sequence[RunRecord], runs: Sequence[score_tables.Records]
 ) -> tuple[list[dict[str, Any] | None], int | None]:
     """(grid of each run, the newest step at which all that have grids have one); without such a
     step each shows its own newest.

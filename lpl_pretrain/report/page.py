@@ -19,12 +19,12 @@ from markupsafe import Markup
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.report import scores
+from lpl_pretrain.report import score_tables
 from lpl_pretrain.report.charts import Chart, draw
-from lpl_pretrain.report.checked import LONGEST_TEXT, is_step
-from lpl_pretrain.report.curves import training_charts
 from lpl_pretrain.report.embed import brief, find_picture, picture
 from lpl_pretrain.report.record import TAKEN_UP, RunRecord, read_run
+from lpl_pretrain.report.training_charts import training_charts
+from lpl_pretrain.report.validate import LONGEST_TEXT, is_step
 from lpl_pretrain.runtime.atomic import atomic_write
 
 TEMPLATE, STYLE_SHEET = "page.html", "page.css"
@@ -126,9 +126,9 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     if duration := training_seconds(record):
         found.append(("training time", clock(duration), sessions(record)))
     for name, records in record.protocols().items():
-        (_, scale), values = scores.best_column(records)
+        (_, scale), values = score_tables.best_column(records)
         ends = values if len(values) == 1 else [values[0], values[-1]]
-        first = scores.title(records[-1]["results"][0]["metric"])
+        first = score_tables.title(records[-1]["results"][0]["metric"])
         found.append((first, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
     if spikes := distinct_spikes(record):
         rollbacks = sum(action == "rollback" for _, action, _ in spikes)
@@ -189,14 +189,14 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
     """
     last, folder = records[-1], record.run_dir.path
     asked, events, end = (
-        scores.columns(records),
+        score_tables.columns(records),
         interruptions(record),
         max(last_step(record), last["step"]),
     )
     shown = []
-    for metric in scores.metrics(records):
-        chart = scores.chart(records, metric)
-        rows = scores.table(records, metric)
+    for metric in score_tables.metrics(records):
+        chart = score_tables.chart(records, metric)
+        rows = score_tables.table(records, metric)
         shown.append(
             {
                 "name": metric,
@@ -218,7 +218,7 @@ def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dic
         "images": images,
         "weights": ", ".join(dict.fromkeys(weights for weights, _ in asked)),
         "metrics": shown,
-        "headings": [scores.heading(column, asked) for column in asked],
+        "headings": [score_tables.heading(column, asked) for column in asked],
         "sampler": last["protocol"].get("sampler"),
         "shown_scale": max(scale for _, scale in asked),
         "biased": bool(dimensions) and images <= max(dimensions),

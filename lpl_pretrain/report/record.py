@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.report.checked import (
+from lpl_pretrain.report.embed import MOST_CONFIG_BYTES, brief, read_text
+from lpl_pretrain.report.validate import (
     LONGEST_TEXT,
     evaluation,
     is_number,
@@ -20,7 +21,6 @@ from lpl_pretrain.report.checked import (
     parse_json,
     parse_yaml,
 )
-from lpl_pretrain.report.embed import MOST_CONFIG_BYTES, brief, read_text
 
 MOST_STAGES, LONGEST_PROBLEM = 24, 300
 

@@ -16,7 +16,7 @@ import torch
 from lpl_pretrain.cli import evaluate as command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.errors import CheckpointError
-from lpl_pretrain.evaluation import job
+from lpl_pretrain.evaluation import evaluator
 from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.generate import Generator
 from lpl_pretrain.runtime.lease import Lease
@@ -52,7 +52,7 @@ def run(template):
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
     """And one thread, as several ranks have: convolutions round by the number of threads."""
-    monkeypatch.setattr(job, "load_extractor", color_means_extractor)
+    monkeypatch.setattr(evaluator, "load_extractor", color_means_extractor)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,11 +80,11 @@ def on_a_rank(world, device, run_dir, protocol, keyed_by_rank=False):
                     self, indices, seed=seed + world.rank, **more
                 ),
             )
-        return json.dumps(list(job.evaluate(run_dir, protocol, device, [6], world)))
+        return json.dumps(list(evaluator.evaluate(run_dir, protocol, device, [6], world)))
 
 
 def alone(run, protocol, steps=None):
-    return list(job.evaluate(run.run_dir, protocol, CPU, steps))
+    return list(evaluator.evaluate(run.run_dir, protocol, CPU, steps))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -126,10 +126,10 @@ def forked(function):
 def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
     protocol, put = run.protocol(**SMALL), FeatureStore.put
 
-    def die_at_the_third(spool, batch, tensors):
+    def die_at_the_third(store, batch, tensors):
         if batch.start == 8:
             os.kill(os.getpid(), signal.SIGKILL)
-        put(spool, batch, tensors)
+        put(store, batch, tensors)
 
     def doomed():
         alone(run, protocol, [3])  # real pictures are read and kept
@@ -153,7 +153,7 @@ def test_rivals_score_every_checkpoint_once(run, tmp_path):
     protocol = run.protocol(**SMALL)
 
     def evaluator(number):
-        done = [record["step"] for record in job.evaluate(run.run_dir, protocol, CPU)]
+        done = [record["step"] for record in evaluator.evaluate(run.run_dir, protocol, CPU)]
         (tmp_path / f"{number}.json").write_text(json.dumps(done))
 
     pids = [forked(lambda number=number: evaluator(number)) for number in range(3)]
@@ -198,9 +198,11 @@ def test_watch_waits_for_checkpoints_and_ends_with_training(run, tmp_path):
 def meets_damage(world, device, run_dir, protocol):
     """Steps that are scored, and what is said of the others; by name it is an error on every rank."""
     passed_over: dict[int, str] = {}
-    records = list(job.evaluate(run_dir, protocol, device, None, world, passed_over=passed_over))
+    records = list(
+        evaluator.evaluate(run_dir, protocol, device, None, world, passed_over=passed_over)
+    )
     with pytest.raises(CheckpointError) as caught:
-        list(job.evaluate(run_dir, protocol, device, [3], world))
+        list(evaluator.evaluate(run_dir, protocol, device, [3], world))
     return [record["step"] for record in records], list(passed_over.items()), str(caught.value)
 
 

@@ -20,7 +20,7 @@ from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import dump, load_run_config
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.evaluation.features import Extractor
+from lpl_pretrain.evaluation.extractor import Extractor
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.parallel.strategy import Piece
 from tests.support.autoencoders import tiny_folder

@@ -18,7 +18,7 @@ from lpl_pretrain.checkpoint.verify import damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, exit_status
-from lpl_pretrain.evaluation.files import publish_json
+from lpl_pretrain.evaluation.image_files import publish_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
 from tests.support.checkpoints import edit

@@ -19,7 +19,8 @@ from torch_fidelity import metric_fid, metric_isc
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.clip import clip_score
-from lpl_pretrain.evaluation.features import load_extractor, resized
+from lpl_pretrain.evaluation.extractor import resized
+from lpl_pretrain.evaluation.features import load_extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.inception_score import inception_score
 from lpl_pretrain.evaluation.stats import FeatureStatistics

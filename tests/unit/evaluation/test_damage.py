@@ -22,11 +22,11 @@ from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.evaluation import features, job, trained_run
+from lpl_pretrain.evaluation import evaluator, features, trained_run
+from lpl_pretrain.evaluation.checksummed_tensors import load_tensors, save_tensors
 from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.inception import random_weights
 from lpl_pretrain.evaluation.reference import read_npz, read_reference
-from lpl_pretrain.evaluation.tensors import load_tensors, save_tensors
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log
 from tests.support.checkpoints import edit
@@ -46,7 +46,7 @@ def prepared(monkeypatch):
     """A small extractor, and a log that caplog hears whatever a command in this process has set up
     before.
     """
-    for module in (job, features):
+    for module in (evaluator, features):
         monkeypatch.setattr(module, "load_extractor", color_means_extractor)
     monkeypatch.setattr(log, "propagate", True)
 
@@ -61,7 +61,9 @@ def steps_of(records) -> list[int]:
 
 def evaluate(run, steps=None, passed_over=None, **changes):
     return list(
-        job.evaluate(run.run_dir, protocol_of(run, **changes), CPU, steps, passed_over=passed_over)
+        evaluator.evaluate(
+            run.run_dir, protocol_of(run, **changes), CPU, steps, passed_over=passed_over
+        )
     )
 
 
@@ -98,7 +100,7 @@ def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(
     """The exit status says so to a scheduler; the others are scored."""
     path = tmp_path / "protocol.yaml"
     path.write_text(dump(protocol_of(run)))
-    real = job.Job._manifest
+    real = evaluator.Evaluator._manifest
 
     def refused(self, step):
         if step == 3:
@@ -106,7 +108,7 @@ def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(
         return real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.Job, "_manifest", refused)
+        patch.setattr(evaluator.Evaluator, "_manifest", refused)
         with pytest.raises(SystemExit) as ended:
             evaluate_command.run(str(run.run_dir.path), str(path), [], None)
     assert ended.value.code == 1 and "Input/output error" in capsys.readouterr().out
@@ -265,23 +267,23 @@ def flip(path: Path, position: int = -1) -> None:
 
 
 def test_features_on_disk_are_not_believed(tmp_path):
-    spool = FeatureStore(tmp_path, 8, 4)
-    for batch in spool.batches:
-        spool.put(batch, {"x": torch.randn(4, 3), "y": torch.randn(4, 2)})
+    store = FeatureStore(tmp_path, 8, 4)
+    for batch in store.batches:
+        store.put(batch, {"x": torch.randn(4, 3), "y": torch.randn(4, 2)})
     path = tmp_path / "pictures_00000004.safetensors"
     flip(path)
     with pytest.raises(
         DataError, match="pictures_00000004.safetensors: .*sha256.*remove this file"
     ):
-        spool.whole("y"), spool.whole("x")
+        store.whole("y"), store.whole("x")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(
         DataError, match="pictures_00000004.safetensors: cannot be read.*remove this file"
     ):
-        spool.whole("x")
+        store.whole("x")
     path.unlink()
     with pytest.raises(DataError, match="pictures_00000004.safetensors: cannot be read"):
-        spool.whole("x")
+        store.whole("x")
 
 
 def test_tensors_are_those_that_were_saved(tmp_path):

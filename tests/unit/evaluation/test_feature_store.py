@@ -14,24 +14,24 @@ ROWS = torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
 
 
 def filled(folder, batch_size=4, world_size=1, rows=ROWS):
-    spool = FeatureStore(folder, len(rows), batch_size)
+    store = FeatureStore(folder, len(rows), batch_size)
     for rank in reversed(range(world_size)):
-        for batch in spool.missing(rank, world_size):
-            spool.put(
+        for batch in store.missing(rank, world_size):
+            store.put(
                 batch,
                 {
                     "x": rows[batch.start : batch.stop],
                     **({"first": rows[:2].clone()} if batch.start == 0 else {}),
                 },
             )
-    return spool
+    return store
 
 
 def test_rows_come_back_in_order(tmp_path):
-    spool = filled(tmp_path, world_size=3)
-    assert torch.equal(spool.whole("x"), ROWS) and torch.equal(spool.first("x", 6), ROWS[:6])
-    assert torch.equal(spool.whole("first"), ROWS[:2])
-    assert spool.batches[-1] == range(20, 23) and not spool.missing(0, 1)
+    store = filled(tmp_path, world_size=3)
+    assert torch.equal(store.whole("x"), ROWS) and torch.equal(store.first("x", 6), ROWS[:6])
+    assert torch.equal(store.whole("first"), ROWS[:2])
+    assert store.batches[-1] == range(20, 23) and not store.missing(0, 1)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -45,22 +45,22 @@ def test_statistics_do_not_depend_on_the_number_of_processes(tmp_path, world_siz
 
 
 def test_has_teeth_a_batch_counted_twice(tmp_path):
-    spool = filled(tmp_path)
+    store = filled(tmp_path)
     wrong = FeatureStore(tmp_path, 23, 4)
-    total = spool.statistics("x")
+    total = store.statistics("x")
     for rows in wrong.rows("x", wrong.batches[-1:]):
         total.update(rows)
     assert not torch.allclose(total.mean, ROWS.double().mean(dim=0), rtol=1e-10)
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
-    spool = FeatureStore(tmp_path, 10, 4)
-    spool.put(range(4, 8), {"x": ROWS[4:8]})
-    assert spool.missing(0, 1) == [range(4), range(8, 10)] and spool.missing(1, 2) == []
+    store = FeatureStore(tmp_path, 10, 4)
+    store.put(range(4, 8), {"x": ROWS[4:8]})
+    assert store.missing(0, 1) == [range(4), range(8, 10)] and store.missing(1, 2) == []
     (tmp_path / ".pictures_00000000.safetensors.abcd.tmp").write_bytes(
         b"half a batch"
     )  # of a process that was killed
-    assert spool.missing(0, 2) == [range(4), range(8, 10)]
+    assert store.missing(0, 2) == [range(4), range(8, 10)]
 
 
 def test_half_of_the_pictures(tmp_path):

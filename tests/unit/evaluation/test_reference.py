@@ -11,7 +11,7 @@ import torch
 from lpl_pretrain.cli import reference as command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.errors import ConfigError, DataError
-from lpl_pretrain.evaluation import features, job
+from lpl_pretrain.evaluation import evaluator, features
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.reference import (
     check_provenance,
@@ -28,13 +28,15 @@ ALL = ["fd", "kid", "precision_recall"]
 
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
-    for module in (job, features):
+    for module in (evaluator, features):
         monkeypatch.setattr(module, "load_extractor", color_means_extractor)
 
 
 def evaluate(run, **changes):
     return list(
-        job.evaluate(run.run_dir, run.protocol(metrics=ALL, kid_subsets=2, **changes), CPU, [6])
+        evaluator.evaluate(
+            run.run_dir, run.protocol(metrics=ALL, kid_subsets=2, **changes), CPU, [6]
+        )
     )[0]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation import fid
-from lpl_pretrain.evaluation.fid import frechet_distance, root
+from lpl_pretrain.evaluation.fid import covariance_factor, frechet_distance
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -170,7 +170,7 @@ def test_mpmath_has_teeth(broken, monkeypatch):
     ]
     wanted, traces = by_mpmath(rows_a, rows_b)
     eigenvalues = torch.linalg.eigvalsh
-    monkeypatch.setattr(fid, "DOUBT", float("inf"))
+    monkeypatch.setattr(fid, "ROUNDING_TOLERANCE", float("inf"))
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: eigenvalues(matrix).abs())
     few = of(rows_a)
     if broken != "never_in_doubt":
@@ -225,7 +225,9 @@ def test_has_teeth(broken):
     rounding noise.
     """
     a, b = of(features(20, 200, seed=4)), of(features(20, 200, seed=5))
-    exact = torch.linalg.svdvals(root(b.covariance).T @ root(a.covariance)).sum()
+    exact = torch.linalg.svdvals(
+        covariance_factor(b.covariance).T @ covariance_factor(a.covariance)
+    ).sum()
     product = a.covariance @ b.covariance
     wrong = {
         "no_square_root": lambda: product.trace(),

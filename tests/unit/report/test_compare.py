@@ -16,7 +16,7 @@ from lpl_pretrain.cli.main import commands
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.report import scores
+from lpl_pretrain.report import score_tables
 from lpl_pretrain.report.charts import COLOURS, DASHES, Chart, draw, swatch
 from lpl_pretrain.report.compare import (
     Column,
@@ -200,7 +200,7 @@ def test_newest_and_best_scores():
 
 
 def test_where_higher_is_better(monkeypatch):
-    monkeypatch.setattr(scores, "higher_is_better", lambda metric: True)
+    monkeypatch.setattr(score_tables, "higher_is_better", lambda metric: True)
     assert summary("p", records([(1, 30.0)], [(1, 40.0)]))["first"] == [False, True]
 
 

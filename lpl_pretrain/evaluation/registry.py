@@ -14,9 +14,9 @@ from torch import Tensor
 from lpl_pretrain.config.evaluation import metrics_of
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.evaluation.clip import clip_score
+from lpl_pretrain.evaluation.extractor import Extractor
 from lpl_pretrain.evaluation.fd_infinity import bootstrap, frechet_infinity
 from lpl_pretrain.evaluation.feature_store import FeatureStore
-from lpl_pretrain.evaluation.features import Extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.inception_score import inception_score
 from lpl_pretrain.evaluation.kid_cmmd import cmmd, kernel_inception_distance
@@ -31,20 +31,20 @@ With `repeats` also `values`, one for each seed."""
 
 
 @dataclass(frozen=True)
-class Case:
+class MetricInputs:
     protocol: EvaluateConfig
     extractor: Extractor
-    made: FeatureStore
+    generated: FeatureStore
     real: Reference
 
     @property
     def label(self) -> str:
         return self.extractor.config.label
 
-    def made_rows(self, kind: str) -> Tensor:
-        return self.made.whole(f"{self.label}/{kind}").to(self.extractor.device)
+    def generated_features(self, kind: str) -> Tensor:
+        return self.generated.whole(f"{self.label}/{kind}").to(self.extractor.device)
 
-    def real_rows(self) -> Tensor:
+    def real_features(self) -> Tensor:
         return self.real.features[self.label].to(self.extractor.device)
 
     def entry(self, metric: str, value: float, **more: float) -> Entry:
@@ -52,12 +52,12 @@ class Case:
 
 
 def scores(
-    protocol: EvaluateConfig, extractor: Extractor, made: FeatureStore, real: Reference
+    protocol: EvaluateConfig, extractor: Extractor, generated: FeatureStore, real: Reference
 ) -> Iterator[Entry]:
     """All that `protocol` asks of this extractor."""
-    case = Case(protocol, extractor, made, real)
+    inputs = MetricInputs(protocol, extractor, generated, real)
     for metric in metrics_of(extractor.config, protocol.metrics):
-        yield from METRICS[metric](case)
+        yield from METRICS[metric](inputs)
 
 
 def over_seeds(repeats: list[list[Entry]]) -> list[Entry]:
@@ -81,71 +81,82 @@ def over_seeds(repeats: list[list[Entry]]) -> list[Entry]:
     return found
 
 
-def _frechet(case: Case, metric: str, kind: str) -> Entry:
-    real, name = case.real.statistics[f"{case.label}/{kind}"], f"{case.label}/{kind}"
-    entry = case.entry(metric, frechet_distance(case.made.statistics(name), real))
-    if len(case.made.batches) > 1:
-        entry["at_half"] = frechet_distance(case.made.statistics(name, share=0.5), real)
-    if case.protocol.bootstrap:
+def _frechet(inputs: MetricInputs, metric: str, kind: str) -> Entry:
+    real, name = inputs.real.statistics[f"{inputs.label}/{kind}"], f"{inputs.label}/{kind}"
+    entry = inputs.entry(metric, frechet_distance(inputs.generated.statistics(name), real))
+    if len(inputs.generated.batches) > 1:
+        entry["at_half"] = frechet_distance(inputs.generated.statistics(name, share=0.5), real)
+    if inputs.protocol.bootstrap:
         entry["std"] = bootstrap(
-            case.made_rows(kind), real, repeats=case.protocol.bootstrap, seed=case.protocol.seed
+            inputs.generated_features(kind),
+            real,
+            repeats=inputs.protocol.bootstrap,
+            seed=inputs.protocol.seed,
         )[1]
     return entry
 
 
-def _fd(case: Case) -> Iterator[Entry]:
-    yield _frechet(case, "fd", "pooled")
+def _fd(inputs: MetricInputs) -> Iterator[Entry]:
+    yield _frechet(inputs, "fd", "pooled")
 
 
-def _spatial_fd(case: Case) -> Iterator[Entry]:
-    yield _frechet(case, "spatial_fd", "spatial")
+def _spatial_fd(inputs: MetricInputs) -> Iterator[Entry]:
+    yield _frechet(inputs, "spatial_fd", "spatial")
 
 
-def _fd_infinity(case: Case) -> Iterator[Entry]:
-    real = case.real.statistics[f"{case.label}/pooled"]
-    yield case.entry(
-        "fd_infinity", frechet_infinity(case.made_rows("pooled"), real, seed=case.protocol.seed)
+def _fd_infinity(inputs: MetricInputs) -> Iterator[Entry]:
+    real = inputs.real.statistics[f"{inputs.label}/pooled"]
+    yield inputs.entry(
+        "fd_infinity",
+        frechet_infinity(inputs.generated_features("pooled"), real, seed=inputs.protocol.seed),
     )
 
 
-def _kid(case: Case) -> Iterator[Entry]:
-    protocol = case.protocol
+def _kid(inputs: MetricInputs) -> Iterator[Entry]:
+    protocol = inputs.protocol
     found = kernel_inception_distance(
-        case.made_rows("pooled"),
-        case.real_rows(),
+        inputs.generated_features("pooled"),
+        inputs.real_features(),
         subsets=protocol.kid_subsets,
         subset_size=protocol.kid_subset_size,
         seed=protocol.seed,
     )
-    yield case.entry("kid", found.value, std=found.std, low=found.low, high=found.high)
+    yield inputs.entry("kid", found.value, std=found.std, low=found.low, high=found.high)
 
 
-def _precision_recall(case: Case) -> Iterator[Entry]:
-    precision, recall = precision_recall(case.made_rows("pooled"), case.real_rows())
-    yield case.entry("precision", precision)
-    yield case.entry("recall", recall)
+def _precision_recall(inputs: MetricInputs) -> Iterator[Entry]:
+    precision, recall = precision_recall(
+        inputs.generated_features("pooled"), inputs.real_features()
+    )
+    yield inputs.entry("precision", precision)
+    yield inputs.entry("recall", recall)
 
 
-def _density_coverage(case: Case) -> Iterator[Entry]:
-    density, coverage = density_coverage(case.made_rows("pooled"), case.real_rows())
-    yield case.entry("density", density)
-    yield case.entry("coverage", coverage)
+def _density_coverage(inputs: MetricInputs) -> Iterator[Entry]:
+    density, coverage = density_coverage(
+        inputs.generated_features("pooled"), inputs.real_features()
+    )
+    yield inputs.entry("density", density)
+    yield inputs.entry("coverage", coverage)
 
 
-def _inception_score(case: Case) -> Iterator[Entry]:
-    mean, std = inception_score(case.made_rows("logits"), seed=case.protocol.seed)
-    yield case.entry("inception_score", mean, std=std)
+def _inception_score(inputs: MetricInputs) -> Iterator[Entry]:
+    mean, std = inception_score(inputs.generated_features("logits"), seed=inputs.protocol.seed)
+    yield inputs.entry("inception_score", mean, std=std)
 
 
-def _cmmd(case: Case) -> Iterator[Entry]:
-    yield case.entry("cmmd", cmmd(case.made_rows("pooled"), case.real_rows()))
+def _cmmd(inputs: MetricInputs) -> Iterator[Entry]:
+    yield inputs.entry("cmmd", cmmd(inputs.generated_features("pooled"), inputs.real_features()))
 
 
-def _clip_score(case: Case) -> Iterator[Entry]:
-    yield case.entry("clip_score", clip_score(case.made_rows("pooled"), case.made_rows("text")))
+def _clip_score(inputs: MetricInputs) -> Iterator[Entry]:
+    yield inputs.entry(
+        "clip_score",
+        clip_score(inputs.generated_features("pooled"), inputs.generated_features("text")),
+    )
 
 
-METRICS: dict[str, Callable[[Case], Iterator[Entry]]] = {
+METRICS: dict[str, Callable[[MetricInputs], Iterator[Entry]]] = {
     "fd": _fd,
     "spatial_fd": _spatial_fd,
     "fd_infinity": _fd_infinity,

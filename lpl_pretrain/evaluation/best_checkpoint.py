@@ -10,11 +10,11 @@ from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.records import Record, read_records
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.evaluation.files import publish_json
+from lpl_pretrain.evaluation.image_files import publish_json
 from lpl_pretrain.runtime.log import log
 
 
-def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
+def update_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
     """Write evaluations/best_<protocol>.json from all sound records; returns warnings.  Order of
     arrival does not matter.
     """
@@ -45,7 +45,7 @@ def note_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
     return warnings
 
 
-def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
+def repair_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
     """Rewrite the best-checkpoint file where the records disagree: an evaluator may have ended
     before it wrote it.
     """
@@ -56,7 +56,7 @@ def renew_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
         except DataError as error:
             log.warning("%s: it is written anew from the records", error)
     if any(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
-        for warning in note_best(run_dir, protocol):
+        for warning in update_best(run_dir, protocol):
             log.warning("%s", warning)
 
 

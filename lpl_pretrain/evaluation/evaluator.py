@@ -28,15 +28,16 @@ from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.records import FORMAT_VERSION, read_record
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.evaluation.agree import together
-from lpl_pretrain.evaluation.best import note_best, renew_best
+from lpl_pretrain.evaluation.agree import run_and_agree
+from lpl_pretrain.evaluation.best_checkpoint import repair_best, update_best
+from lpl_pretrain.evaluation.extractor import Extractor
 from lpl_pretrain.evaluation.feature_store import FeatureStore
-from lpl_pretrain.evaluation.features import Extractor, load_extractor
-from lpl_pretrain.evaluation.files import publish_grid, publish_json
+from lpl_pretrain.evaluation.features import load_extractor
 from lpl_pretrain.evaluation.generate import RULES
+from lpl_pretrain.evaluation.image_files import publish_grid, publish_json
 from lpl_pretrain.evaluation.reference import Reference, open_reference
-from lpl_pretrain.evaluation.save_images import keep_images
-from lpl_pretrain.evaluation.scores import over_seeds, scores
+from lpl_pretrain.evaluation.registry import over_seeds, scores
+from lpl_pretrain.evaluation.save_images import save_images
 from lpl_pretrain.evaluation.trained_run import TrainedRun, open_run
 from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
@@ -86,7 +87,7 @@ def evaluate(
     wanted = broadcast_json(wanted)
     check_same_protocol(run_dir, protocol)
     if world.rank == 0:
-        renew_best(run_dir, protocol)
+        repair_best(run_dir, protocol)
         clean_scored_steps(run_dir, protocol.name)
     if not wanted:
         return
@@ -96,11 +97,11 @@ def evaluate(
     )
     check_enough(protocol, extractors)
     reference = open_reference(run_dir, protocol, run.index.resolution_px, extractors, world)
-    job = Job(run, protocol, extractors, reference, world, stopping)
+    evaluator = Evaluator(run, protocol, extractors, reference, world, stopping)
     with suppress(Stopped):
         for step in wanted:
             try:
-                record = job.score(step, again=again and steps is not None)
+                record = evaluator.score(step, again=again and steps is not None)
             except CheckpointError as error:
                 if steps is not None:
                     raise
@@ -115,7 +116,7 @@ class Stopped(Exception):
     """On all ranks: what was generated until then is kept."""
 
 
-class Job:
+class Evaluator:
     """Everything that the scores of a run by a protocol have in common."""
 
     def __init__(
@@ -144,7 +145,7 @@ class Job:
         """
         run_dir, protocol, rank0 = self.run.run_dir, self.protocol, self.world.rank == 0
         lease = Lease(run_dir.evaluation_lease(step, protocol.name))
-        together(lease.take, act=rank0)
+        run_and_agree(lease.take, act=rank0)
         with lease if rank0 else nullcontext():
             done = (
                 not again
@@ -153,7 +154,7 @@ class Job:
             )
             if not broadcast_json(lease.held and not done):
                 return None
-            manifest = together(partial(self._manifest, step)) or b""
+            manifest = run_and_agree(partial(self._manifest, step)) or b""
             results, samples = self._results(step, self._work(step, manifest))
             if not rank0:
                 return broadcast_json(None)
@@ -180,7 +181,7 @@ class Job:
             }
             publish_json(run_dir.evaluation(step, protocol.name), record)
             shutil.rmtree(self._work(step, manifest), ignore_errors=True)
-            for warning in note_best(run_dir, protocol):
+            for warning in update_best(run_dir, protocol):
                 log.warning("%s", warning)
             return broadcast_json(record)
 
@@ -224,10 +225,10 @@ class Job:
         """Collective. Entries of the record (on rank 0), and the sheet of samples."""
         protocol, results, samples = self.protocol, [], None
         for weights in protocol.weights:
-            together(partial(self._load, step, weights))
+            run_and_agree(partial(self._load, step, weights))
             for scale in protocol.guidance_scales:
                 started, made = time.monotonic(), 0
-                spools = [
+                stores = [
                     FeatureStore(
                         work / f"{weights}_w{scale:g}_seed{protocol.seed + i}",
                         protocol.images,
@@ -235,21 +236,21 @@ class Job:
                     )
                     for i in range(protocol.repeats)
                 ]
-                for seed, spool in enumerate(spools, start=protocol.seed):
+                for seed, store in enumerate(stores, start=protocol.seed):
                     made += self._generate(
-                        spool, seed, scale, f"step {step}, {weights}, guidance {scale:g}"
+                        store, seed, scale, f"step {step}, {weights}, guidance {scale:g}"
                     )
                 if any_over_ranks(self.stopping())[0]:  # waits for all ranks
                     raise Stopped
                 if self.world.rank != 0:
                     continue
                 shared = {"weights": weights, "guidance_scale": scale, "images": protocol.images}
-                entries = over_seeds([self._scores(spool) for spool in spools])
+                entries = over_seeds([self._scores(store) for store in stores])
                 seconds = {"seconds": round(time.monotonic() - started, 2), "images_made_now": made}
                 results += [{**shared, **entry, **seconds} for entry in entries]
-                shown = spools[0]
+                shown = stores[0]
                 if protocol.keep_images != "none":
-                    keep_images(self.run, step, protocol, weights, scale, shown.rows(PIXELS))
+                    save_images(self.run, step, protocol, weights, scale, shown.rows(PIXELS))
                 if (
                     protocol.grid_images
                     and samples is None
@@ -260,17 +261,17 @@ class Job:
                     samples = str(path.relative_to(self.run.run_dir.path))
         return results, samples
 
-    def _scores(self, spool: FeatureStore) -> list[dict[str, Any]]:
+    def _scores(self, store: FeatureStore) -> list[dict[str, Any]]:
         return [
             entry
             for extractor in self.extractors
-            for entry in scores(self.protocol, extractor, spool, self.reference)
+            for entry in scores(self.protocol, extractor, store, self.reference)
         ]
 
-    def _generate(self, spool: FeatureStore, seed: int, scale: float, desc: str) -> int:
+    def _generate(self, store: FeatureStore, seed: int, scale: float, desc: str) -> int:
         """This rank's share of the pictures, and their features; how many there were left to make."""
         protocol, made = self.protocol, 0
-        missing = spool.missing(self.world.rank, self.world.world_size)
+        missing = store.missing(self.world.rank, self.world.world_size)
         with progress(sum(map(len, missing)), "img", desc) as bar:
             for batch in missing:
                 if self.stopping():
@@ -298,7 +299,7 @@ class Job:
                 shown *= seed == protocol.seed
                 if shown:
                     tensors[PIXELS] = pixels[:shown]
-                spool.put(batch, tensors)
+                store.put(batch, tensors)
                 made += len(batch)
                 bar.update(len(batch))
         return made

@@ -19,7 +19,7 @@ from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.evaluation import job
+from lpl_pretrain.evaluation import evaluator
 from lpl_pretrain.evaluation.trained_run import load_weights, open_run
 from lpl_pretrain.runtime.lease import Lease
 from tests.support.configs import train_config
@@ -29,13 +29,13 @@ CPU = torch.device("cpu")
 
 
 def evaluate(run_dir, protocol, steps=None):
-    return list(job.evaluate(run_dir, protocol, CPU, steps))
+    return list(evaluator.evaluate(run_dir, protocol, CPU, steps))
 
 
 @pytest.fixture(autouse=True)
 def small_extractor(request, monkeypatch):
     if "real_extractor" not in request.fixturenames:
-        monkeypatch.setattr(job, "load_extractor", color_means_extractor)
+        monkeypatch.setattr(evaluator, "load_extractor", color_means_extractor)
 
 
 @pytest.fixture
@@ -110,9 +110,11 @@ def test_error_bars_by_repeated_seeds(run, broken, monkeypatch):
         for i in (4, 5, 6)
     ]
     if broken:
-        generate = job.Job._generate
+        generate = evaluator.Evaluator._generate
         monkeypatch.setattr(
-            job.Job, "_generate", lambda self, spool, seed, *rest: generate(self, spool, 4, *rest)
+            evaluator.Evaluator,
+            "_generate",
+            lambda self, store, seed, *rest: generate(self, store, 4, *rest),
         )
     (record,) = evaluate(run.run_dir, run.protocol(name="all", seed=4, repeats=3), [6])
     assert (
@@ -355,18 +357,20 @@ def test_one_that_is_asked_to_stop_keeps_what_it_made(run):
     asked = iter([False, True])
     protocol = run.protocol(batch_size=4, name="stopped")
     assert (
-        list(job.evaluate(run.run_dir, protocol, CPU, [6], stopping=lambda: next(asked, True)))
+        list(
+            evaluator.evaluate(run.run_dir, protocol, CPU, [6], stopping=lambda: next(asked, True))
+        )
         == []
     )
     assert not run.run_dir.evaluation(6, "stopped").exists() and not run.run_dir.evaluation_leases()
     assert len(list(run.run_dir.path.glob("evaluations/*/stopped.*.partial/*/*.safetensors"))) == 1
-    (record,) = job.evaluate(run.run_dir, protocol, CPU, [6])
+    (record,) = evaluator.evaluate(run.run_dir, protocol, CPU, [6])
     assert [entry["images_made_now"] for entry in record["results"]] == [6, 10]
 
 
 def test_what_a_killed_evaluator_left_of_a_scored_step_is_removed(run):
     protocol = run.protocol(name="killed", images=4)
-    list(job.evaluate(run.run_dir, protocol, CPU, [3]))
+    list(evaluator.evaluate(run.run_dir, protocol, CPU, [3]))
     folder = run.run_dir.evaluation(3, "killed").parent
     scored = run.run_dir.evaluation(3, "killed").read_bytes()
     ended = subprocess.Popen(["true"])
@@ -383,7 +387,7 @@ def test_what_a_killed_evaluator_left_of_a_scored_step_is_removed(run):
     others = [folder / f"{protocol}.0123456789ab.partial" for protocol in ("another", "killed.too")]
     for other in others:
         other.mkdir()
-    list(job.evaluate(run.run_dir, protocol, CPU, [6]))
+    list(evaluator.evaluate(run.run_dir, protocol, CPU, [6]))
     assert not run.run_dir.evaluation_leases() and sorted(folder.glob("*.partial")) == others
     assert run.run_dir.evaluation(3, "killed").read_bytes() == scored
 
@@ -391,7 +395,7 @@ def test_what_a_killed_evaluator_left_of_a_scored_step_is_removed(run):
         run.run_dir.evaluation_lease(3, "killed")
     ) as lease:  # an evaluator at work on it again
         (folder / "killed.0123456789ab.partial").mkdir()
-        list(job.evaluate(run.run_dir, protocol, CPU, [6]))
+        list(evaluator.evaluate(run.run_dir, protocol, CPU, [6]))
         assert lease.held and list(folder.glob("killed.*.partial"))
 
 
@@ -402,10 +406,10 @@ def test_the_best_checkpoint_follows_the_records_where_an_evaluator_ended_betwee
     protocol = run.protocol(
         name="between", images=4, metrics=["kid"], kid_subset_size=4, best="kid_averages"
     )
-    list(job.evaluate(run.run_dir, protocol, CPU))
+    list(evaluator.evaluate(run.run_dir, protocol, CPU))
     path = run.run_dir.best("between")
     whole, best = path.read_bytes(), json.loads(path.read_text())
-    assert list(job.evaluate(run.run_dir, protocol, CPU)) == [] and path.read_bytes() == whole
+    assert list(evaluator.evaluate(run.run_dir, protocol, CPU)) == [] and path.read_bytes() == whole
     path.unlink()
     if left == "an older one":
         (other,) = {3, 6} - {best["step"]}
@@ -413,4 +417,4 @@ def test_the_best_checkpoint_follows_the_records_where_an_evaluator_ended_betwee
         path.write_text(
             json.dumps({"step": other, **{key: entry[key] for key in best.keys() - {"step"}}})
         )
-    assert list(job.evaluate(run.run_dir, protocol, CPU)) == [] and path.read_bytes() == whole
+    assert list(evaluator.evaluate(run.run_dir, protocol, CPU)) == [] and path.read_bytes() == whole

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.evaluation.best import note_best
+from lpl_pretrain.evaluation.best_checkpoint import update_best
 
 
 def scored(folder, values, *, metric="fid", best="fid", patience=3):
@@ -26,7 +26,7 @@ def scored(folder, values, *, metric="fid", best="fid", patience=3):
         other = {**shared, "metric": "other", "value": -99.0, "weights": "ema"}
         record = {"format_version": 2, "step": step, "protocol": {"name": "p", "best": best}}
         path.write_text(json.dumps({**record, "results": [*entries, other]}))
-        said = note_best(run_dir, protocol)
+        said = update_best(run_dir, protocol)
     return run_dir, said
 
 
