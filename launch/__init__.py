@@ -1,3 +1,4 @@
-"""The same commands on a SLURM cluster: `python -m launch train CONFIG --cluster PROFILE --nodes
-N`.  No torch in this package.
+"""The same commands on a SLURM cluster: `python -m launch train CONFIG --cluster PROFILE`.
+
+No torch in this package.
 """

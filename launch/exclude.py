@@ -1,68 +1,55 @@
-"""Nodes that the preflight found unfit: why, and how the job goes on without them."""
+"""Excluded nodes: which nodes the preflight found unfit, and how the job excludes them."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from collections.abc import Iterable
 from typing import Any
 
-from launch.folder import JobFolder
+from launch.job_folder import JobFolder
+from launch.slurm import sbatch_error
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import UNFIT
 
 
 def unfit_nodes(exits: Iterable[dict[str, Any]], run_dir: RunDir) -> dict[str, str]:
-    """Why, by the scheduler's name of the node: ranks say that they are unfit, the preflight's
-    report says why.
+    """{SLURM's name of an unfit node: reason}.
+
+    A rank's exit status says that its node is unfit, the preflight's report says why.
     """
-    nodes = {found["rank"]: found["host"] for found in exits if found["status"] == UNFIT}
-    report = (
-        json.loads(run_dir.preflight.read_text())
-        if nodes and run_dir.preflight.is_file()
-        else {"findings": []}
-    )
+    nodes = {record["rank"]: record["host"] for record in exits if record["status"] == UNFIT}
     reasons = dict.fromkeys(nodes.values(), "see the log")
-    for finding in report["findings"]:
+    if not nodes or not run_dir.preflight.is_file():
+        return reasons
+    for finding in json.loads(run_dir.preflight.read_text())["findings"]:
         if finding["fault"] == "node" and finding["ranks"][0] in nodes:
-            why = f"{finding['check']}: found {finding['found']}, wanted {finding['wanted']}"
-            reasons[nodes[finding["ranks"][0]]] = " ".join(why.split())
+            reason = f"{finding['check']}: found {finding['found']}, wanted {finding['wanted']}"
+            reasons[nodes[finding["ranks"][0]]] = " ".join(reason.split())
     return reasons
 
 
-def exclude(folder: JobFolder, job: str, nodes: Iterable[str], already: str) -> str | None:
-    """Also when the job is submitted again.  Nothing is excluded where the job could never start
-    then: the scheduler's words.
+def exclude(
+    folder: JobFolder, job: str, nodes: Iterable[str], excluded_in_slurm: str
+) -> str | None:
+    """Exclude `nodes` in the job's record, so that `launch resume` excludes them too.
 
-    `already`: the scheduler's own list, which a person may have made longer since submission; ""
-    where it says none.
+    Returns None; or sbatch's message when the job could never start without these nodes, in which
+    case the record stays as it is.  `excluded_in_slurm`: SLURM's own list, which the user may have
+    extended since submission; "" when it has none.
     """
-    from launch.submit import sbatch_error  # imports submitit
-
     record = folder.read_raw_record()
-    record["profile"]["exclude"] = excluded = [
-        *([already] if already else record["profile"]["exclude"]),
-        *nodes,
-    ]
+    before = [excluded_in_slurm] if excluded_in_slurm else record["profile"]["exclude"]
+    excluded = [*before, *nodes]
     script = folder.path / f"{job}_submission.sh"
-    command = ["sbatch", "--test-only", f"--exclude={','.join(excluded)}", str(script)]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    if asked.returncode:
-        return sbatch_error(asked.stderr)
+    test = subprocess.run(
+        ["sbatch", "--test-only", f"--exclude={','.join(excluded)}", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if test.returncode:
+        return sbatch_error(test.stderr)
+    record["profile"]["exclude"] = excluded
     folder.write_record(record)
     return None
-
-
-def requeue(job: str, excluded: list[str]) -> None:
-    """The scheduler takes no list of excluded nodes for a job that runs, so it gets one for the job
-    that waits again.
-
-    By then it has begun to end this very process, which has KillWait seconds left.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.run(["scontrol", "requeue", job], check=False)
-    if excluded:
-        subprocess.run(
-            ["scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(excluded)}"], check=False
-        )

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from launch.script import control_character
+from launch.script_checks import control_character
 from launch.secrets import looks_secret, secret_in_line, secret_in_words
 from lpl_pretrain.config.base import PathText, Section
 

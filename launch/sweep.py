@@ -1,5 +1,5 @@
-"""`--sweep key=value,value`: every combination of the values is a run of its own, named after them,
-in the folder of the sweep.
+"""`--sweep key=value,value`: a run for each combination of the values, named after them, in the
+sweep's folder.
 """
 
 from __future__ import annotations
@@ -11,69 +11,76 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.folder import JobFolder
-from launch.script import resolved
+from launch.job import JobSpec
+from launch.job_folder import JobFolder
+from launch.script_checks import resolve_path
 from lpl_pretrain.cli.train import accepted
-from lpl_pretrain.config.load import load_config
+from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, LPLError
 from lpl_pretrain.runtime.world import World
 
-NAMED_BY_US = ("name", "run_dir")
+NOT_SWEPT = ("name", "run_dir")
 LONGEST_NAME = 180
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One that has been checked."""
+    """A training run whose configuration has been checked."""
 
     run_dir: Path
     argv: list[str]
-    """Behind `lpl-pretrain`."""
+    """Arguments of `lpl-pretrain`."""
     settings: TrainConfig
+
+    def job_spec(self, nodes: int) -> JobSpec:
+        return JobSpec("train", self.argv, self.run_dir, nodes, config=dump(self.settings))
 
 
 def plan_runs(
     config: str, overrides: Sequence[str], sweeps: Sequence[str], ranks: int
 ) -> list[PlannedRun]:
-    """One, or one for each combination.  Raises ConfigError that says of every wrong one what is
-    wrong with it.
+    """Plan one run, or one for each combination of a sweep.
+
+    Raises ConfigError that lists the problem of every combination that is refused.
     """
-    found, problems = [], []
+    runs = []
+    problems = []
     for changes in combinations(sweeps):
         try:
             settings = load_config(TrainConfig, config, [*overrides, *changes])
-            folder = resolved(settings.run_dir or f"runs/{settings.name}", "run_dir")
+            folder = resolve_path(settings.run_dir or f"runs/{settings.name}", "run_dir")
             run_dir = folder / run_name(changes)
             settings = settings.model_copy(update={"run_dir": str(run_dir)})
             check_sweep_folder(folder, bool(sweeps))
             accepted(settings, RunDir(run_dir), World(world_size=ranks))
-        except LPLError as problem:
+        except LPLError as error:
             if not sweeps:
                 raise
-            problems.append(f"{run_name(changes)}: {problem}")
+            problems.append(f"{run_name(changes)}: {error}")
             continue
         run_dir_override = as_override("run_dir", str(run_dir))
         argv = ["train", str(Path(config).resolve()), *overrides, *changes, run_dir_override]
-        found.append(PlannedRun(run_dir, argv, settings))
+        runs.append(PlannedRun(run_dir, argv, settings))
     if problems:
         raise ConfigError("\n".join(problems))
-    return found
+    return runs
 
 
 def check_sweep_folder(folder: Path, sweep: bool) -> None:
-    """Raises ConfigError where a folder would be a run and hold a sweep's runs: commands on it
-    could mean either.
+    """Raises ConfigError where a folder would be both a run and the folder of a sweep: commands on
+    it could mean either.
     """
-    if sweep and (
-        RunDir(folder).config.is_file() or JobFolder(folder / "launch").record_file.is_file()
-    ):
-        raise ConfigError(
-            f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=..."
-        )
-    if not sweep and any(folder.glob("*/launch/job.json")):
+    if sweep:
+        run = RunDir(folder).config
+        record = JobFolder(folder / "launch").record_file
+        if run.is_file() or record.is_file():
+            raise ConfigError(
+                f"{folder}: is a run itself: give the sweep a folder of its own, run_dir=..."
+            )
+    elif any(folder.glob("*/launch/job.json")):
         raise ConfigError(
             f"{folder}: holds the runs of a sweep: give this one a folder among them, "
             f"run_dir={folder}/NAME"
@@ -81,33 +88,34 @@ def check_sweep_folder(folder: Path, sweep: bool) -> None:
 
 
 def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
-    """Overrides of each; the last key changes fastest.  Without a sweep it is one that changes
-    nothing.
+    """Overrides of each run; the last key changes fastest.  One run without overrides when there is
+    no sweep.
     """
-    axes = [axis(sweep) for sweep in sweeps]
+    axes = [parse_axis(sweep) for sweep in sweeps]
     keys = [sweep.partition("=")[0] for sweep in sweeps]
     for key in keys:
-        if key in NAMED_BY_US:
-            raise ConfigError(f"--sweep {key}: not to be swept: each run is named after what is")
+        if key in NOT_SWEPT:
+            raise ConfigError(f"--sweep {key}: cannot be swept: runs are named after their values")
         if keys.count(key) > 1:
             raise ConfigError(
                 f"--sweep {key}: given {keys.count(key)} times; give all its values at once: "
                 f"{key}=1,2"
             )
-    found = list(itertools.product(*axes))
-    names = [run_name(changes) for changes in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(
-            f"--sweep: {names.count(twice)} combinations would be called {twice}: leave all "
-            "but one out"
-        )
-    return found
+    runs = list(itertools.product(*axes))
+    names = [run_name(changes) for changes in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"--sweep: {names.count(name)} combinations would be called {name}: remove all "
+                "but one"
+            )
+    return runs
 
 
-def axis(sweep: str) -> list[str]:
-    """`key=value` for each value."""
+def parse_axis(sweep: str) -> list[str]:
+    """One override `key=value` for each value."""
     key, _, text = sweep.partition("=")
-    values = split(text)
+    values = split_values(text)
     if not key or not all(values):
         raise ConfigError(
             f"--sweep {sweep}: wanted key=value,value, such as lpl.target_share=0.1,0.2"
@@ -115,45 +123,48 @@ def axis(sweep: str) -> list[str]:
     return [f"{key}={value}" for value in values]
 
 
-def split(text: str) -> list[str]:
-    """At the commas that are outside of brackets and quotes.  Raises ConfigError where one of these
-    is left open.
+def split_values(text: str) -> list[str]:
+    """Split at the commas outside of brackets and quotes.
 
-    As in YAML, a quote opens at the beginning of a value only: `it's` has none.
+    Raises ConfigError for a bracket or quote that is not closed.  As in YAML, a quote opens at the
+    beginning of a value only: `it's` has none.
     """
-    parts, depth, quote, escaped = [""], 0, "", False
+    values = [""]
+    depth = 0
+    quote = ""
+    escaped = False
     for character in text:
-        begins = parts[-1].rstrip()[-1:] in ("", "[", "{", ",", ":")
+        at_start = values[-1].rstrip()[-1:] in ("", "[", "{", ",", ":")
         if quote:
             closes = character == quote and not escaped
             escaped = quote == '"' and character == "\\" and not escaped
             quote = "" if closes else quote
-        elif character in "'\"" and begins:
+        elif character in "'\"" and at_start:
             quote = character
         else:
             depth += (character in "[{") - (character in "]}")
         if character == "," and not depth and not quote:
-            parts.append("")
+            values.append("")
         else:
-            parts[-1] += character
+            values[-1] += character
     if depth or quote:
         raise ConfigError(
             f"--sweep: {text!r}: {quote or 'a bracket'} is left open: close it, or put the value "
             "in quotes"
         )
-    return [part.strip() for part in parts]
+    return [value.strip() for value in values]
 
 
 def run_name(changes: Sequence[str]) -> str:
-    """Of a folder: `lpl.target_share=0.1,optimizer.lr=1e-4`, and whatever could trouble a shell or
-    a file system is `_`.
+    """Folder name `lpl.target_share=0.1,optimizer.lr=1e-4`, with `_` for characters that are
+    special to a shell or a file system.
     """
-    words = (change.partition("=") for change in changes)
-    name = ",".join(f"{plain(key)}={plain(value)}" for key, _, value in words)
+    pairs = (change.partition("=") for change in changes)
+    name = ",".join(f"{sanitize(key)}={sanitize(value)}" for key, _, value in pairs)
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
 
 
-def plain(text: str) -> str:
+def sanitize(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")

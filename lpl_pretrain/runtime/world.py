@@ -48,7 +48,7 @@ class World:
 
     @staticmethod
     def stacks_file() -> Path | None:
-        """Where whoever started this process looks for its stacks (see launch/task.py)."""
+        """Where whoever started this process looks for its stacks (see launch/worker.py)."""
         return Path(os.environ["LPL_STACKS_FILE"]) if "LPL_STACKS_FILE" in os.environ else None
 
     @staticmethod

@@ -21,15 +21,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from submitit.core.utils import DelayedSubmission
 
-from launch import options, sweep
-from launch.__main__ import commands
-from launch.array import array_batch_script
-from launch.folder import JobFolder
-from launch.job_spec import JobSpec
+from launch import evaluation_jobs, sweep
+from launch.batch_script import array_batch_script, batch_script, make_worker
+from launch.cli import commands
+from launch.evaluation_jobs import EvaluationWatcher
+from launch.job import JobSpec, read_spec
+from launch.job_folder import JobFolder
 from launch.profile import ClusterProfile
-from launch.record import read_spec
-from launch.submit import make_task, script
-from launch.watch import EvaluationWatcher
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import dump, load_config, validate
 from lpl_pretrain.config.override import as_override
@@ -156,7 +154,7 @@ def test_every_line_of_a_script_is_ours(name, word, value, array):
         return (
             array_batch_script([spec], profile, 1, folder.parent / "links")
             if array
-            else script(spec, profile)
+            else batch_script(spec, profile)
         )
 
     try:
@@ -213,7 +211,9 @@ def test_a_script_runs_nothing_else_in_a_real_shell(shell, name, value, array):
     try:
         profile = profile_of("gpu", value)
         links = spec.run_dir.parent / "links"
-        text = array_batch_script([spec], profile, 1, links) if array else script(spec, profile)
+        text = (
+            array_batch_script([spec], profile, 1, links) if array else batch_script(spec, profile)
+        )
     except LPLError:
         return
     arguments, x, made = shell(text)
@@ -236,7 +236,7 @@ def assert_means(spec: JobSpec, cls, at: int) -> object:
     with tempfile.TemporaryDirectory() as scratch:
         (stored := Path(scratch, "stored.yaml")).write_text(spec.config, encoding="utf-8")
         submitted = load_config(cls, stored)
-        DelayedSubmission(make_task(spec, ClusterProfile())).dump(Path(scratch, "task.pkl"))
+        DelayedSubmission(make_worker(spec, ClusterProfile())).dump(Path(scratch, "task.pkl"))
         argv = DelayedSubmission.load(Path(scratch, "task.pkl")).function.argv
         assert argv == [
             *spec.argv[:at],
@@ -289,7 +289,7 @@ def submitted_by(*arguments: str) -> list[JobSpec]:
     specs: list[JobSpec] = []
 
     def submit(spec, profile):
-        script(spec, profile)
+        batch_script(spec, profile)
         specs.append(spec)
         return "1"
 
@@ -300,9 +300,9 @@ def submitted_by(*arguments: str) -> list[JobSpec]:
 
     with ExitStack() as stack:
         stack.enter_context(patch("launch.submit.submit", submit))
-        stack.enter_context(patch("launch.array.submit_array", submit_array))
+        stack.enter_context(patch("launch.submit.submit_array", submit_array))
         stack.enter_context(patch.object(sweep, "accepted", lambda *_: None))
-        stack.enter_context(patch.object(options, "check_protocol", lambda protocol: None))
+        stack.enter_context(patch.object(evaluation_jobs, "check_protocol", lambda protocol: None))
         done = CliRunner().invoke(commands, arguments)
     if done.exception is not None:
         assert isinstance(done.exception, (LPLError, SystemExit)), (done.exception, done.output)
@@ -437,7 +437,7 @@ def test_an_evaluation_is_what_was_submitted(files, run, reference, name, watch)
         )
         scoring = EvaluationWatcher(
             RunDir(spec.run_dir), spec.command[2:3], name, ClusterProfile(), 1, 1, spec.config
-        ).spec(7)
+        ).job_spec(7)
         assert scoring.config == spec.config and scoring.command[:2] == [
             "evaluate",
             str(spec.run_dir),
@@ -477,11 +477,11 @@ def test_a_record_is_ours_or_refused(files, changes):
     )
     try:
         spec, record = read_spec(folder)
-        text = script(spec, record.profile)
+        text = batch_script(spec, record.profile)
     except LPLError as refusal:
         assert len(str(refusal)) < 3_000
         return
-    assert spec.folder == folder and make_task(spec, record.profile).argv == [
+    assert spec.folder == folder and make_worker(spec, record.profile).argv == [
         "train",
         str(folder.config),
     ]

@@ -8,7 +8,7 @@ import time
 
 import yaml
 
-from launch.folder import JobFolder
+from launch.job_folder import JobFolder
 from tests.support import fork_server
 from tests.support.commands import ROOT, metric_lines
 from tests.support.latents import tiny_dataset

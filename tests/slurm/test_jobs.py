@@ -9,7 +9,7 @@ import shutil
 
 import yaml
 
-from launch.folder import JobFolder
+from launch.job_folder import JobFolder
 from lpl_pretrain.config.override import as_override
 from tests.slurm.job import COLD, STRATEGIES, Job, launch
 from tests.slurm.troubles import crash, preempt

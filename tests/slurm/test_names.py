@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-from launch.array import array_batch_script
-from launch.job_spec import JobSpec
+from launch.batch_script import array_batch_script, batch_script
+from launch.job import JobSpec
 from launch.profile import ClusterProfile
-from launch.submit import script
 
 NAMES = [
     'it\'s a "run" #1 $(touch canary) `touch canary`; touch canary &',
@@ -30,7 +29,7 @@ def test_a_job_logs_and_works_in_the_folders_that_were_meant(cluster, tmp_path, 
     links.mkdir()
     (links / "0").symlink_to(spec.folder.path)
     (tmp_path / "script.sh").write_text(
-        array_batch_script([spec], profile, 1, links) if array else script(spec, profile)
+        array_batch_script([spec], profile, 1, links) if array else batch_script(spec, profile)
     )
     job = cluster.run("sbatch", "--parsable", str(tmp_path / "script.sh")).stdout.strip()
     folder = str(links / "%a") if array else str(spec.folder.path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 
-from launch.folder import JobFolder
+from launch.job_folder import JobFolder
 from lpl_pretrain.config.rundir import RunDir
 from tests.support.commands import ROOT, lpl, metric_lines
 

@@ -7,7 +7,7 @@ import re
 import signal
 from pathlib import Path
 
-from launch.folder import HUNG
+from launch.job_folder import HUNG
 from tests.slurm.job import STRATEGIES, Job
 
 HANG = ["hang.at_least_s=4", "lpl=null", "steps=80"]

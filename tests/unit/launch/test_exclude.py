@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.epilog import AttemptResult, Decision, decide, main
+from launch.epilog import main
 from launch.exclude import unfit_nodes
-from launch.folder import JobFolder
+from launch.job_folder import JobFolder
 from launch.profile import ClusterProfile
+from launch.requeue import AttemptResult, Decision, decide
 from lpl_pretrain.config.rundir import RunDir
 
 SHOWN = "JobId=7 JobState=RUNNING ExcNodeList={excluded} RunTime=00:00:09 TimeLimit=01:00:00"
@@ -41,11 +42,19 @@ def job(tmp_path, monkeypatch):
     folder = JobFolder(run.path / "launch")
     profile = ClusterProfile(exclude=("n9",)).model_dump(mode="json")
     folder.write_record(
-        {"job": "7", "kind": "train", "run_dir": str(run.path), "step": 0, "profile": profile}
+        {
+            "job": "7",
+            "kind": "train",
+            "argv": ["train", "x.yaml"],
+            "run_dir": str(run.path),
+            "nodes": 2,
+            "step": 0,
+            "profile": profile,
+        }
     )
     for name, value in {"SLURM_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launch.exclude.signal.signal", lambda *arguments: None)
+    monkeypatch.setattr("launch.requeue.signal.signal", lambda *arguments: None)
 
     def answers(excluded="(null)", sbatch="exit 0"):
         shown = SHOWN.format(excluded=excluded)
@@ -110,8 +119,7 @@ def test_a_job_that_could_never_start_ends_with_the_schedulers_words(job):
     note(folder, STATUSES)
     decision = main(folder, 75)
     assert not decision.requeue and decision.reason.endswith(
-        "without it the scheduler says: allocation failure: Requested node configuration is not "
-        "available"
+        "without it sbatch says: allocation failure: Requested node configuration is not available"
     )
     assert not [line for line in told() if line.startswith("scontrol")]
     assert folder.read_raw_record()["profile"]["exclude"] == ["n9"], (
@@ -129,7 +137,7 @@ def test_a_job_that_could_never_start_ends_with_the_schedulers_words(job):
 )
 def test_whether_a_job_goes_on_without_a_node(policy, earlier, wanted):
     ending = AttemptResult(
-        75, over=False, cancelled=False, timed_out=False, steps=(5, 5), unfit={"n2": "why"}
+        75, finished=False, cancelled=False, timed_out=False, steps=(5, 5), unfit={"n2": "why"}
     )
     attempts = [{"status": 75, "steps": [5, 5], "reason": "n1 is unfit"}] * earlier
     assert decide(ending, attempts, max_timeouts=1, max_failures=2, on_unfit_node=policy) == wanted

@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.epilog import AttemptResult, Decision, decide, parse_seconds, reached_time_limit
-from launch.folder import HUNG, JobFolder
-from launch.logs import news
+from launch.batch_script import batch_script, job_name, make_worker
+from launch.job import JobSpec
+from launch.job_folder import HUNG, JobFolder
+from launch.monitor import format_failure, new_lines, status_report
 from launch.profile import ClusterProfile
-from launch.status import format_failure, status_report
-from launch.submit import JobSpec, job_name, make_task, sbatch_error, script
-from launch.task import SIGNALS, SignalForwarder, Task
+from launch.requeue import AttemptResult, Decision, decide
+from launch.signals import FORWARDED, SignalForwarder
+from launch.slurm import parse_seconds, reached_time_limit, sbatch_error
+from launch.worker import Worker
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
 from lpl_pretrain.runtime.source_hash import fingerprint
@@ -55,7 +57,7 @@ def test_a_script_asks_for_what_the_profile_says(tmp_path):
         exclude=("n1", "n2"),
         signal_s=60,
     )
-    lines = script(spec(tmp_path), profile).splitlines()
+    lines = batch_script(spec(tmp_path), profile).splitlines()
     for wanted in (
         "nodes=4",
         "ntasks-per-node=8",
@@ -84,7 +86,7 @@ def test_nothing_hostile_reaches_a_shell_or_the_scheduler(tmp_path, where):
     profile = ClusterProfile(
         environment={"X": hostile if where == "environment" else "x"}, python="/bin/true"
     )
-    text = script(spec(run_dir, HOSTILE), profile)
+    text = batch_script(spec(run_dir, HOSTILE), profile)
     assert not [line for line in text.splitlines() if line.startswith("#SBATCH --nodes=99")]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").symlink_to("/bin/true")
@@ -105,7 +107,9 @@ def test_nothing_hostile_reaches_a_shell_or_the_scheduler(tmp_path, where):
 
 def test_directives_end_where_the_shell_begins(tmp_path):
     """sbatch reads `#SBATCH` up to the first command: a later one, in a quoted value, is none."""
-    text = script(spec(tmp_path), ClusterProfile(environment={"X": HOSTILE.replace("\n", " ")}))
+    text = batch_script(
+        spec(tmp_path), ClusterProfile(environment={"X": HOSTILE.replace("\n", " ")})
+    )
     first_command = next(
         i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#")
     )
@@ -148,7 +152,7 @@ def ending(**changes):
     return AttemptResult(
         **{
             "status": 0,
-            "over": False,
+            "finished": False,
             "cancelled": False,
             "timed_out": False,
             "steps": (10, 20),
@@ -164,7 +168,7 @@ def attempt(status=0, steps=(0, 0), reason="stopped in time"):
 @pytest.mark.parametrize(
     ("found", "earlier", "decision"),
     [
-        (ending(over=True), [], Decision(False, "done")),
+        (ending(finished=True), [], Decision(False, "done")),
         (ending(cancelled=True), [], Decision(False, "cancelled")),
         (ending(status=2, steps=(0, 0)), [], Decision(False, "refused its input: see the log")),
         (ending(), [attempt()] * 500, Decision(True, "stopped in time")),
@@ -226,10 +230,10 @@ def test_whether_a_job_goes_on(found, earlier, decision):
     ("run_time", "up"), [("00:08:20", False), ("00:08:50", True), ("1-00:00:00", True)]
 )
 def test_a_time_limit_is_told_from_a_preemption(run_time, up):
-    assert reached_time_limit(f"JobId=7 RunTime={run_time} TimeLimit=00:10:00 X=y", 10) is up
-    assert not reached_time_limit("", 10) and not reached_time_limit(
-        f"RunTime={run_time} TimeLimit=UNLIMITED", 10
-    )
+    fields = {"RunTime": run_time, "TimeLimit": "00:10:00"}
+    assert reached_time_limit(fields, 10) is up
+    assert not reached_time_limit({}, 10)
+    assert not reached_time_limit({**fields, "TimeLimit": "UNLIMITED"}, 10)
     assert parse_seconds("2-03:04:05") == 2 * 86400 + 3 * 3600 + 4 * 60 + 5
 
 
@@ -249,10 +253,10 @@ def test_logs_of_all_ranks_are_one(tmp_path):
     (tmp_path / "7_1_log.err").write_text("eins\n")
     (tmp_path / "8_0_log.out").write_text("another job\n")
     read = {}
-    assert list(news(tmp_path, "7", read)) == ["[0] one", "[1] eins"]
+    assert list(new_lines(tmp_path, "7", read)) == ["[0] one", "[1] eins"]
     with (tmp_path / "7_0_log.out").open("a") as file:
         file.write("o\n")
-    assert list(news(tmp_path, "7", read)) == ["[0] two"]
+    assert list(new_lines(tmp_path, "7", read)) == ["[0] two"]
 
 
 def test_exits_are_told_in_the_order_in_which_they_came(tmp_path):
@@ -337,8 +341,8 @@ def test_what_watches_asks_for_one_processor_and_says_what_it_will_submit(tmp_pa
 
 def test_submitting_costs_no_torch():
     modules = (
-        "launch.__main__, launch.submit, launch.status, launch.logs, launch.epilog, "
-        "launch.task, launch.watch"
+        "launch.__main__, launch.submit, launch.monitor, launch.epilog, launch.worker, "
+        "launch.evaluation_jobs"
     )
     code = (
         f"import sys, {modules}; print([name for name in ('torch', 'diffusers') if name in "
@@ -366,7 +370,7 @@ def allocated(monkeypatch):
         "SLURM_NTASKS": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in FORWARDED}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -375,7 +379,7 @@ def allocated(monkeypatch):
 @pytest.mark.parametrize("policy", ["warn", "refuse"])
 def test_code_that_has_changed_is_told_and_refused_if_asked(tmp_path, policy, allocated, capsys):
     """As after a requeue: the task was pickled when the code was another."""
-    task = Task(["--version"], str(tmp_path), [], "0" * 64, policy)
+    task = Worker(["--version"], str(tmp_path), [], "0" * 64, policy)
     if policy == "refuse":
         with pytest.raises(SystemExit) as ended:
             task()
@@ -394,7 +398,7 @@ def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, mon
     """Between the start of the process and that of its child; and one that dies of it has ended
     well.
     """
-    task = Task([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
+    task = Worker([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
     monkeypatch.setattr(
         SignalForwarder,
         "forward_to",
@@ -420,11 +424,11 @@ def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, mon
 )
 def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, kill_on_hang, status):
     """Rank 3 was in training too and has written nothing: it is the suspect."""
-    monkeypatch.setattr("launch.task.STACKS_POLL_S", 0.1)
-    monkeypatch.setattr("launch.task.GRACE_S", 1.0)
+    monkeypatch.setattr("launch.worker.STACKS_POLL_S", 0.1)
+    monkeypatch.setattr("launch.worker.GRACE_S", 1.0)
     folder = JobFolder(tmp_path)
     folder.stacks("7", 0, 3, "node-2.site").touch()
-    task = Task([], str(tmp_path), ["sh", "-c", child], fingerprint(), kill_on_hang=kill_on_hang)
+    task = Worker([], str(tmp_path), ["sh", "-c", child], fingerprint(), kill_on_hang=kill_on_hang)
     if status:
         with pytest.raises(SystemExit) as ended:
             task()
@@ -436,7 +440,7 @@ def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, ki
     assert found.get("silent_ranks") == (
         [{"rank": 3, "host": "node-2.site"}] if status == HUNG else None
     )
-    folder.drop_empty_stacks("7")
+    folder.remove_empty_stacks("7")
     assert len(list(tmp_path.glob("stacks_7_0_rank_00000_*.txt"))) == (
         status != 3
     ) and not folder.silent_ranks("7", 0)
@@ -459,7 +463,7 @@ def test_who_is_to_blame_is_told():
 )
 def test_training_alone_is_watched(tmp_path, kind, policy, kill_on_hang):
     assert (
-        make_task(JobSpec(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).kill_on_hang
+        make_worker(JobSpec(kind, [], tmp_path, 1), ClusterProfile(on_hang=policy)).kill_on_hang
         is kill_on_hang
     )
 

@@ -8,14 +8,14 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from launch import record as recording
-from launch.__main__ import commands
-from launch.folder import JobFolder
-from launch.job_spec import JobSpec
+from launch import job as job_module
+from launch.batch_script import make_worker
+from launch.cli import commands
+from launch.job import JobSpec, read_spec
+from launch.job_folder import JobFolder
+from launch.monitor import cancel, status_report
 from launch.profile import ClusterProfile
-from launch.record import read_spec
-from launch.status import cancel, status_report
-from launch.submit import make_task, submit
+from launch.submit import submit
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
@@ -61,7 +61,7 @@ def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
     monkeypatch.chdir(folder.path)
     after, _ = read_spec(folder)
     assert after == before and after.cwd == record.cwd != os.getcwd()
-    assert make_task(after, record.profile).argv == ["train", str(folder.config)]
+    assert make_worker(after, record.profile).argv == ["train", str(folder.config)]
     done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
     assert done.exit_code == 0 and len(asked(scheduler, "sbatch")) == 2, done.exception
 
@@ -163,7 +163,7 @@ def test_a_run_that_was_copied_is_not_the_run(folder, scheduler):
 
 
 def test_shell_of_another_user_is_not_run(folder, monkeypatch):
-    monkeypatch.setattr(recording.os, "geteuid", lambda: 4321)
+    monkeypatch.setattr(job_module.os, "geteuid", lambda: 4321)
     os.chown(folder.record_file, 1234, -1) if os.getuid() == 0 else pytest.skip(
         "only root gives files away"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from launch.epilog import SUPERSEDED, main
-from launch.folder import NO_RECORD, JobFolder, write_json
+from launch.job_folder import NO_RECORD, JobFolder, write_json
 from launch.profile import ClusterProfile
 
 
@@ -24,6 +24,20 @@ def scheduler(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     return says, lambda: asked.read_text().split()
+
+
+def write_record(folder, profile):
+    folder.write_record(
+        {
+            "job": "7",
+            "kind": "train",
+            "argv": ["train", "x.yaml"],
+            "run_dir": str(folder.path),
+            "nodes": 1,
+            "step": 0,
+            "profile": profile.model_dump(mode="json"),
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,14 +57,7 @@ def test_only_the_newest_attempt_asks_for_another(
     says, asked = scheduler
     says(f"JobId=7 {words} RunTime=00:01:00 TimeLimit=01:00:00")
     folder = JobFolder(tmp_path)
-    folder.write_record(
-        {
-            "kind": "train",
-            "run_dir": str(tmp_path),
-            "step": 0,
-            "profile": ClusterProfile().model_dump(mode="json"),
-        }
-    )
+    write_record(folder, ClusterProfile())
     write_json(folder.rendezvous("7", later), {})
     write_json(folder.rendezvous("77", 5), {})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -90,8 +97,7 @@ def test_attempts_that_could_not_begin_are_failures(
     says, _ = scheduler
     says(f"JobId=7 Restarts={attempt}")
     folder = JobFolder(tmp_path)
-    profile = ClusterProfile(max_failures=2).model_dump(mode="json")
-    folder.write_record({"kind": "train", "run_dir": str(tmp_path), "step": 0, "profile": profile})
+    write_record(folder, ClusterProfile(max_failures=2))
     for number in begun:
         write_json(folder.rendezvous("7", number), {})
     folder.append_attempt(
@@ -117,14 +123,7 @@ def test_a_full_disk_is_no_reason_not_to_go_on(tmp_path, monkeypatch, scheduler)
     says, asked = scheduler
     says("JobId=7 Restarts=0")
     folder = JobFolder(tmp_path)
-    folder.write_record(
-        {
-            "kind": "train",
-            "run_dir": str(tmp_path),
-            "step": 0,
-            "profile": ClusterProfile().model_dump(mode="json"),
-        }
-    )
+    write_record(folder, ClusterProfile())
     folder.attempts.symlink_to("/dev/full")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(JobFolder, "read_attempts", lambda self: [])

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launch import submit as submitting
-from launch.__main__ import commands
-from launch.array import submit_array
-from launch.folder import JobFolder
-from launch.job_spec import JobSpec
+from launch import batch_script as batch_script_module
+from launch.batch_script import batch_script
+from launch.cli import commands
+from launch.job import JobSpec
+from launch.job_folder import JobFolder
 from launch.profile import ClusterProfile
-from launch.script import check_script, check_setup, resolved
-from launch.submit import script, submit
-from launch.task import Task
+from launch.script_checks import check_script, check_setup, resolve_path
+from launch.submit import submit, submit_array
+from launch.worker import Worker
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
 from lpl_pretrain.runtime.source_hash import ROOT, fingerprint
@@ -51,15 +51,15 @@ def programs(tmp_path, monkeypatch):
 def test_a_line_break_in_a_name_runs_nothing(programs, monkeypatch, broken):
     """Without the checks the shell runs what follows it."""
     if broken:
-        monkeypatch.setattr(submitting, "check_folder", lambda path: None)
-        monkeypatch.setattr(submitting, "check_script", lambda text, own: text)
+        monkeypatch.setattr(batch_script_module, "check_folder", lambda path: None)
+        monkeypatch.setattr(batch_script_module, "check_script", lambda text, own: text)
     wanted = spec(programs / ATTACK), ClusterProfile(python="/bin/true")
     if broken:
-        (programs / "script.sh").write_text(script(*wanted))
+        (programs / "script.sh").write_text(batch_script(*wanted))
         subprocess.run(["bash", "script.sh"], cwd=programs, capture_output=True)
     else:
         with pytest.raises(ConfigError, match=r"control character '\\n'"):
-            script(*wanted)
+            batch_script(*wanted)
     assert (programs / "PWNED").exists() is broken
 
 
@@ -117,7 +117,7 @@ def test_profiles_hold_plain_lines(changes, words):
 def test_setup_is_complete_by_itself(tmp_path, setup, words):
     """What is left open would take in our lines, and turn their quotes inside out."""
     with pytest.raises(ConfigError, match=words):
-        script(spec(tmp_path), ClusterProfile(setup=setup))
+        batch_script(spec(tmp_path), ClusterProfile(setup=setup))
 
 
 def test_setup_of_several_lines_is_shell():
@@ -153,7 +153,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("line", FOREIGN)
 def test_a_line_that_is_not_ours_is_refused(tmp_path, line):
-    text = script(spec(tmp_path), ClusterProfile())
+    text = batch_script(spec(tmp_path), ClusterProfile())
     own = {
         found for found in text.split("\n") if found.startswith(("export PYTHONPATH", "trap", "/"))
     }
@@ -184,7 +184,7 @@ def test_a_circle_of_links_is_no_run(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     try:
-        assert not resolved(str(tmp_path / "a"), "RUN").exists()
+        assert not resolve_path(str(tmp_path / "a"), "RUN").exists()
     except ConfigError as refusal:
         assert "not a path" in str(refusal)
 
@@ -204,19 +204,19 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
     """And says so where its node does not see that folder, instead of going on in another one."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="removes backslashes"):
-        script(spec(tmp_path / "run", cwd="/a\\b"), ClusterProfile())
+        batch_script(spec(tmp_path / "run", cwd="/a\\b"), ClusterProfile())
     wanted = spec(tmp_path / "run")
-    assert f"#SBATCH --chdir={tmp_path}" in script(wanted, ClusterProfile()).splitlines()
+    assert f"#SBATCH --chdir={tmp_path}" in batch_script(wanted, ClusterProfile()).splitlines()
     for name, value in {"JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NTASKS": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "run").mkdir()
-    there = Task(
+    there = Worker(
         [], str(tmp_path / "run"), ["sh", "-c", "pwd > where"], fingerprint(), cwd=str(tmp_path)
     )
     assert there() == 0 and (tmp_path / "where").read_text().strip() == str(tmp_path)
-    gone = Task(
+    gone = Worker(
         [], str(tmp_path / "run"), ["touch", "begun"], fingerprint(), cwd=str(tmp_path / "gone")
     )
     with pytest.raises(SystemExit) as ended:
@@ -225,7 +225,7 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
 
 
 def test_words_of_a_path_are_no_words_of_the_scheduler():
-    from launch.epilog import parse_fields
+    from launch.slurm import parse_fields
 
     shown = (
         "JobId=7 JobState=RUNNING Restarts=0 StdErr=/runs/x JobState=CANCELLED "

@@ -15,15 +15,16 @@ import pytest
 import yaml
 from submitit.core.utils import DelayedSubmission
 
-from launch import epilog, status
-from launch.array import array_batch_script, submit_array
-from launch.folder import JobFolder, current_job_id, find_job_folders
-from launch.job_spec import JobSpec
-from launch.logs import news
-from launch.options import submit_or_preview_encoding
+from launch import epilog, monitor
+from launch.batch_script import array_batch_script
+from launch.job import JobSpec
+from launch.job_folder import JobFolder, find_job_folders, single_job_folder
+from launch.monitor import new_lines
 from launch.profile import ClusterProfile
-from launch.sweep import LONGEST_NAME, combinations, plan_runs, run_name, split
-from launch.task import Allocation
+from launch.slurm import current_job_id
+from launch.submit import submit_array, submit_or_preview_encoding
+from launch.sweep import LONGEST_NAME, combinations, plan_runs, run_name, split_values
+from launch.worker import Allocation
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
@@ -50,7 +51,7 @@ SQUEUE = "#!/bin/sh\necho '4711_0 RUNNING\n4711_1 PENDING'\n"
     ],
 )
 def test_values_are_split_at_the_outer_commas(text, values):
-    assert split(text) == values
+    assert split_values(text) == values
     assert text.split(",") == values or len(text.split(",")) > len(values), (
         "the naive way differs where there are inner ones"
     )
@@ -69,8 +70,8 @@ def test_all_combinations_the_last_key_fastest():
         (["a=1,,2"], "wanted key=value,value"),
         (["=1"], "wanted key=value,value"),
         (["a=1", "a=2"], "--sweep a: given 2 times"),
-        (["run_dir=x,y"], "--sweep run_dir: not to be swept"),
-        (["name=x,y"], "--sweep name: not to be swept"),
+        (["run_dir=x,y"], "--sweep run_dir: cannot be swept"),
+        (["name=x,y"], "--sweep name: cannot be swept"),
         (["a=1,1"], "2 combinations would be called a=1"),
         (["a=x y,x_y"], "2 combinations would be called a=x_y"),
     ],
@@ -248,12 +249,9 @@ def test_each_task_finds_its_own_folder(scheduler, number):
 def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys, monkeypatch):
     """Two jobs of two processes count as four, and each has a folder of its own."""
     latents = scheduler / "some latents"
-    assert (
-        submit_or_preview_encoding(
-            "some.yaml", latents, 2, ClusterProfile(processes_per_node=2), None, "x=1"
-        )
-        == "4711"
-    )
+    argv = ["encode", "some.yaml", "x=1"]
+    profile = ClusterProfile(processes_per_node=2)
+    assert submit_or_preview_encoding(argv, latents, 2, profile, "") == "4711"
     submitted = (scheduler / "submitted.sh").read_text()
     assert "#SBATCH --array=0-1%2" in submitted and "#SBATCH --nodes=1\n" in submitted
     assert "#SBATCH --job-name=some_latents-encode\n" in submitted
@@ -267,7 +265,7 @@ def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys,
         "LOCALID": "0",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    seen = []
+    environments = []
     for number in range(2):
         folder = JobFolder(latents / "launch" / "encode" / str(number))
         assert (links / str(number)).resolve() == folder.path and folder.read_raw_record()["argv"][
@@ -276,19 +274,18 @@ def test_encoding_is_shared_by_tasks_that_begin_when_they_can(scheduler, capsys,
         task = DelayedSubmission.load(folder.path / f"4711_{number}_submitted.pkl").function
         for rank in range(2):
             monkeypatch.setenv("SLURM_PROCID", str(rank))
-            seen.append(task.rank_env(Allocation.from_environment()))
-    told = [line.split()[:3] for line in status.status_report(latents).splitlines()[1:]]
+            environments.append(task.rank_env(Allocation.from_environment()))
+    told = [line.split()[:3] for line in monitor.status_report(latents).splitlines()[1:]]
     assert told == [["encode/0", "4711_0", "RUNNING"], ["encode/1", "4711_1", "PENDING"]]
-    assert status.status_report(latents / "launch" / "encode" / "1").splitlines()[1].split()[
+    assert monitor.status_report(latents / "launch" / "encode" / "1").splitlines()[1].split()[
         :2
     ] == [
         "encode/1",
         "4711_1",
     ]
-    assert status.cancel(latents).count("`python -m launch encode` goes on from there") == 2
-    assert [submit_or_preview["RANK"] for submit_or_preview in seen] == ["0", "1", "2", "3"] and {
-        submit_or_preview["WORLD_SIZE"] for submit_or_preview in seen
-    } == {"4"}
+    assert monitor.cancel(latents).count("`python -m launch encode` continues from there") == 2
+    assert [ranks["RANK"] for ranks in environments] == ["0", "1", "2", "3"]
+    assert {ranks["WORLD_SIZE"] for ranks in environments} == {"4"}
 
 
 def test_a_task_is_named_by_its_place_in_the_array(monkeypatch):
@@ -329,7 +326,10 @@ def test_a_task_that_ends_early_requeues_itself_alone(scheduler, monkeypatch, br
 def test_logs_of_a_task(tmp_path):
     for name in ("4711_1_0_log.out", "4711_1_12_log.err", "4711_11_0_log.out", "4711_0_0_log.out"):
         (tmp_path / name).write_text(f"{name}\n")
-    assert list(news(tmp_path, "4711_1", {})) == ["[0] 4711_1_0_log.out", "[12] 4711_1_12_log.err"]
+    assert list(new_lines(tmp_path, "4711_1", {})) == [
+        "[0] 4711_1_0_log.out",
+        "[12] 4711_1_12_log.err",
+    ]
 
 
 def test_nothing_is_submitted_while_one_run_is_worked_on(scheduler):
@@ -358,7 +358,7 @@ def test_a_line_for_each_run(scheduler):
         "reason": "refused its input: see the log",
     }
     JobFolder(sweep / "n=2" / "launch").append_attempt(attempt)
-    head, *told = (re.split(r"\s{2,}", line) for line in status.status_report(sweep).splitlines())
+    head, *told = (re.split(r"\s{2,}", line) for line in monitor.status_report(sweep).splitlines())
     assert head == ["name", "job", "state", "step", "samples/s", "restarts", "last attempt"]
     assert told == [
         ["n=0", "4711_0", "RUNNING", "1,200", "51.2", "0", "-"],
@@ -366,7 +366,7 @@ def test_a_line_for_each_run(scheduler):
         ["n=2", "4711_2", "-", "-", "-", "0", "refused its input: see the log"],
     ]
     with pytest.raises(ConfigError, match="holds 3 jobs: name one of them, such as .*n=0"):
-        status.single_job_folder(sweep)
+        single_job_folder(sweep)
 
 
 def test_cancel_is_for_those_that_live_and_resume_for_those_that_do_not(scheduler):
@@ -376,13 +376,13 @@ def test_cancel_is_for_those_that_live_and_resume_for_those_that_do_not(schedule
     finished.config.write_text(yaml.safe_dump(train_config(steps=6).model_dump(mode="json")))
     finished.checkpoint(6).mkdir(parents=True)
     (finished.checkpoint(6) / "manifest.json").touch()
-    assert [folder.name for folder in status.unfinished_runs(find_job_folders(sweep))] == ["n=2"]
+    assert [folder.name for folder in monitor.unfinished_runs(find_job_folders(sweep))] == ["n=2"]
     (finished.checkpoint(6) / "manifest.json").unlink()
-    assert [folder.name for folder in status.unfinished_runs(find_job_folders(sweep))] == [
+    assert [folder.name for folder in monitor.unfinished_runs(find_job_folders(sweep))] == [
         "n=2",
         "n=3",
     ]
-    assert [line.partition(":")[0] for line in status.cancel(sweep).splitlines()] == [
+    assert [line.partition(":")[0] for line in monitor.cancel(sweep).splitlines()] == [
         "job 4711_0",
         "job 4711_1",
     ]
@@ -446,7 +446,7 @@ def test_the_command(config, scheduler):
     refused = launch("resume", scheduler / "swept")
     assert (
         refused.returncode == 2
-        and "all its runs are complete, or with the scheduler" in refused.stderr
+        and "all its runs are complete, or in SLURM's queue" in refused.stderr
     )
     (scheduler / "bin" / "squeue").write_text("#!/bin/sh\necho 4711_0 RUNNING\n")
     assert "1 jobs, each 1 nodes x 1 processes" in launch("resume", scheduler / "swept").stdout

@@ -9,16 +9,16 @@ import os
 
 import pytest
 
-from launch import watch
-from launch.folder import JobFolder
-from launch.profile import ClusterProfile
-from launch.watch import (
-    ABSENCES,
-    MOST_JOBS,
-    MOST_REFUSALS,
+from launch import evaluation_jobs
+from launch.evaluation_jobs import (
+    MAX_ABSENCES,
+    MAX_JOBS,
+    MAX_REFUSALS,
     EvaluationWatcher,
     clear_job_environment,
 )
+from launch.job_folder import JobFolder
+from launch.profile import ClusterProfile
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import ConfigError
@@ -57,8 +57,8 @@ class Scheduler:
 @pytest.fixture
 def scheduler(monkeypatch):
     found = Scheduler()
-    monkeypatch.setattr(watch, "submit", found.submit)
-    monkeypatch.setattr(watch, "job_state", found.ask)
+    monkeypatch.setattr(evaluation_jobs, "submit", found.submit)
+    monkeypatch.setattr(evaluation_jobs, "job_state", found.ask)
     return found
 
 
@@ -80,7 +80,7 @@ def watching(run_dir, scheduler):
         run_dir, ["quick.yaml"], "quick", ClusterProfile(), nodes=1, at_most=2
     )
     yield found
-    found.keep(())
+    found.hold_leases(())
 
 
 def publish(run_dir, *steps):
@@ -98,10 +98,10 @@ def score(run_dir, step):
 
 
 def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, run_dir, scheduler):
-    assert not watching.look() and scheduler.specs == [], "nothing is there yet"
+    assert not watching.poll() and scheduler.specs == [], "nothing is there yet"
     publish(run_dir, 10, 20, 30)
     for _ in range(3):
-        assert not watching.look()
+        assert not watching.poll()
     assert scheduler.steps == [10, 20], "two at most"
     assert scheduler.specs[0].argv == [
         "evaluate",
@@ -112,75 +112,77 @@ def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, 
     ]
     score(run_dir, 10)
     scheduler.end("100")
-    watching.look()
+    watching.poll()
     assert scheduler.steps == [10, 20, 30]
     publish(run_dir, 40)
     for step, job in ((20, "101"), (30, "102")):
         score(run_dir, step)
         scheduler.end(job)
-    assert not watching.look() and scheduler.steps == [10, 20, 30, 40], (
+    assert not watching.poll() and scheduler.steps == [10, 20, 30, 40], (
         "training has ended, but not all is scored"
     )
     score(run_dir, 40)
-    assert watching.look()
+    assert watching.poll()
 
 
 def test_one_that_begins_again_knows_what_was_submitted(watching, run_dir, scheduler):
     publish(run_dir, 10, 20)
-    watching.look()
-    watching.keep(())
+    watching.poll()
+    watching.hold_leases(())
     again = EvaluationWatcher(run_dir, watching.argv, "quick", ClusterProfile(), nodes=1, at_most=5)
-    assert not again.look() and scheduler.steps == [10, 20]
-    again.keep(())
+    assert not again.poll() and scheduler.steps == [10, 20]
+    again.hold_leases(())
 
 
 @pytest.mark.parametrize("how", ["given up", "cancelled", "lost"])
 def test_training_that_goes_no_further_ends_it(watching, run_dir, scheduler, how):
     publish(run_dir, 10)
     score(run_dir, 10)
-    assert not watching.look()
+    assert not watching.poll()
     folder = JobFolder(run_dir.path / "launch")
     folder.append_attempt({"job": "1", "reason": "stopped in time", "requeued": True})
     del scheduler.jobs["1"]
-    assert not watching.look(), "an attempt that goes on"
+    assert not watching.poll(), "an attempt that goes on"
     if how == "lost":
-        assert [watching.look() for _ in range(ABSENCES - 1)] == [False] * (ABSENCES - 2) + [True]
+        assert [watching.poll() for _ in range(MAX_ABSENCES - 1)] == [False] * (
+            MAX_ABSENCES - 2
+        ) + [True]
         return
     folder.append_attempt({"job": "1", "reason": how, "requeued": False})
-    assert watching.look()
+    assert watching.poll()
     folder.write_record({"job": "2"})
     scheduler.jobs["2"] = None
-    assert not watching.look(), "resumed: another job, of which nothing has ended"
+    assert not watching.poll(), "resumed: another job, of which nothing has ended"
 
 
 def test_a_scheduler_that_does_not_answer_says_nothing(watching, run_dir, scheduler):
     publish(run_dir, 10)
-    watching.look()
+    watching.poll()
     scheduler.answers = False
-    for _ in range(2 * ABSENCES):
-        assert not watching.look()
+    for _ in range(2 * MAX_ABSENCES):
+        assert not watching.poll()
     assert scheduler.steps == [10]
     scheduler.answers, scheduler.refuses = True, True
     publish(run_dir, 20)
     with pytest.raises(ConfigError, match="refused"):
-        for _ in range(MOST_REFUSALS + 1):
-            assert not watching.look()
+        for _ in range(MAX_REFUSALS + 1):
+            assert not watching.poll()
     scheduler.refuses = False
-    watching.look()
+    watching.poll()
     assert scheduler.steps == [10, 20] and watching.refusals == 0
 
 
 @pytest.mark.parametrize(
     ("reason", "jobs"),
-    [("done", MOST_JOBS), (None, MOST_JOBS), ("failed with status 1", 1), ("cancelled", 1)],
+    [("done", MAX_JOBS), (None, MAX_JOBS), ("failed with status 1", 1), ("cancelled", 1)],
 )
 def test_jobs_that_end_without_a_score(watching, run_dir, scheduler, reason, jobs):
     """Without a word they are tried again, a few times; what was decided stays so, and the others
     are scored.
     """
     publish(run_dir, 40)
-    for _ in range(MOST_JOBS * (ABSENCES + 2)):
-        over = watching.look()
+    for _ in range(MAX_JOBS * (MAX_ABSENCES + 2)):
+        over = watching.poll()
         for job in [job for job, spec in scheduler.jobs.items() if spec is not None]:
             if reason is None:
                 del scheduler.jobs[job]
@@ -193,18 +195,18 @@ def test_jobs_that_end_without_a_score(watching, run_dir, scheduler, reason, job
 def test_what_another_evaluator_works_on_is_left_to_it(watching, run_dir, scheduler):
     publish(run_dir, 10)
     with Lease(run_dir.evaluation_lease(10, "quick")):
-        assert not watching.look() and scheduler.specs == []
-    watching.look()
+        assert not watching.poll() and scheduler.specs == []
+    watching.poll()
     assert scheduler.steps == [10]
 
 
 def test_waiting_checkpoints_are_kept_from_retention(watching, run_dir, scheduler):
     """As long as they wait: their leases are those that checkpoint/manager.py asks for."""
     publish(run_dir, 10, 20, 30)
-    watching.look()
+    watching.poll()
     assert sorted(step for step, _ in run_dir.evaluation_leases()) == [10, 20, 30]
     score(run_dir, 20)
-    watching.look()
+    watching.poll()
     assert sorted(step for step, _ in run_dir.evaluation_leases()) == [10, 30]
 
 
