@@ -3,7 +3,7 @@ the floor, on the same shards.
 
     python tools/bench_stream.py --samples 16384 --rounds 5 [--skip 100000] [--json out.json]
 
-Latents of 4x32x32 (moments 8x32x32 in float16) with a class and facts, in shards of 4096 that lie
+Latents of 4x32x32 (moments 8x32x32 in float16) with a class and metadata, in shards of 4096, all
 in the page cache.  All give shuffled batches of 256.  The floor reads every shard once, front to
 back, and views the arrays: no shuffling, no copy, no batch. Contestants alternate, each round in
 another order; medians, and the ratio's range over the rounds.
@@ -58,13 +58,13 @@ def build(folder: Path, samples: int) -> None:
         moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE), dtype=np.float32).astype(
             np.float16
         )
-        facts = {
+        metadata = {
             "class_name": "x",
             "source_px": (256, 256),
             "resized_px": (256, 256),
             "crop_px": (0, 0),
         }
-        writer.add(Sample(f"{n:08d}", moments, n % 1000, facts=facts), moments)
+        writer.add(Sample(f"{n:08d}", moments, n % 1000, metadata=metadata), moments)
     writer.finish(skipped=[], class_names={}, source=0)
     record = PartRecord.model_validate_json(record_path(folder, "00000-0000").read_bytes())
     shards: list[ShardEntry] = [entry for _, entry in record.shards]

@@ -1,6 +1,4 @@
-"""`lpl-pretrain audit RUN`: was every update made of the samples that it should have been made of,
-whatever happened to the run?
-"""
+"""`lpl-pretrain audit RUN`: checks from logged samples that every update trained on the right ones."""
 
 from __future__ import annotations
 
@@ -12,34 +10,35 @@ from lpl_pretrain.errors import DataError
 
 
 def run(run: str) -> None:
-    """Raises DataError that lists what is wrong."""
+    """Prints a summary.  Raises DataError that lists the problems."""
     from lpl_pretrain.data.ledger import audit  # numpy and torch: not for --help
     from lpl_pretrain.data.order import SampleOrder
 
     run_dir = RunDir(expand(run))
     config = load_run_config(run_dir)
-    size, data = config.batch.global_batch_size, config.data
+    global_batch_size = config.batch.global_batch_size
+    data = config.data
     order = SampleOrder(
         read_data(data.folder),
         config.seed,
-        size,
+        global_batch_size,
         lanes=data.lanes,
         block_samples=data.block_samples,
     )
-    found = audit(run_dir, order, size)
-    if found.problems:
-        raise DataError("\n".join([f"{run}: {found.steps} updates were logged", *found.problems]))
+    result = audit(run_dir, order, global_batch_size)
+    if result.problems:
+        raise DataError("\n".join([f"{run}: {result.steps} updates were logged", *result.problems]))
     print(
-        f"{found.steps:,} updates of {size} samples, {found.starts} starts, {found.made_again} "
-        "updates made again after one"
+        f"{result.steps:,} updates of {global_batch_size} samples, {result.starts} starts, "
+        f"{result.repeated_updates} updates repeated after one"
     )
-    if found.rollbacks:
+    if result.rollbacks:
         print(
-            f"{found.rollbacks} of the starts are rollbacks after a spike; the samples of "
-            f"{found.jump_updates:,} updates were jumped over"
+            f"{result.rollbacks} of the starts are rollbacks after a spike; the samples of "
+            f"{result.jump_updates:,} updates were jumped over"
         )
-    print("no sample of an update was missed, none was seen twice")
+    print("no sample of an update was missed, none was read twice")
     print(
-        f"a sample of the data was seen {found.least} to {found.most} times; {found.stand_ins} "
-        "stood in for damaged ones"
+        f"each sample of the data was read {result.min_reads} to {result.max_reads} times; "
+        f"{result.substitutes} reads were of substitutes for unreadable samples"
     )

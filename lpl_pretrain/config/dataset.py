@@ -39,6 +39,7 @@ __all__ = [
     "INDEX_NAME",
     "MAX_CLASSES",
     "MIX_CYCLE_SAMPLES",
+    "REMEDY",
     "SINCE_VERSION_3",
     "AutoencoderEntry",
     "BucketEntry",
@@ -66,7 +67,8 @@ MIX_CYCLE_SAMPLES = 4096
 """Folders that are mixed by weight have their exact shares in every so many samples
 (data/mixture.py).
 """
-DAMAGED = "copy the file again from where it is whole, or encode the folder again"
+REMEDY = "copy the file again from where it is whole, or encode the folder again"
+"""For a corrupt or missing file of a data folder."""
 PROBLEMS_SHOWN = 8
 _WANTED = {
     "missing": "it is missing",
@@ -99,7 +101,7 @@ def parse_index(raw: bytes, path: str) -> DatasetIndex:
     try:
         fields = parse_json(raw, path)
     except JSONError as problem:
-        raise DataError(f"{problem}: {DAMAGED}") from None
+        raise DataError(f"{problem}: {REMEDY}") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is not int or version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
@@ -156,7 +158,7 @@ def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
             "credentials, and fsspec's driver"
         ) from None
     if max(size, len(raw)) > most_bytes:
-        raise DataError(f"{path}: has more than {most_bytes} bytes, wanted at most that: {DAMAGED}")
+        raise DataError(f"{path}: has more than {most_bytes} bytes, wanted at most that: {REMEDY}")
     return raw
 
 
@@ -165,19 +167,19 @@ def _check_digest(fields: dict[str, Any], version: int, path: str) -> None:
         if found := [name for name in SINCE_VERSION_3 if name in fields]:
             raise DataError(
                 f"{path}: format_version is {version}, but {found[0]} belongs to a later one: "
-                f"{DAMAGED}"
+                f"{REMEDY}"
             )
         return
     if absent := [name for name in SINCE_VERSION_3 if name not in fields]:
-        raise DataError(f"{path}: {absent[0]} is missing: {DAMAGED}")
+        raise DataError(f"{path}: {absent[0]} is missing: {REMEDY}")
     try:
         wanted = digest_of(fields)
     except (ValueError, RecursionError) as problem:
-        raise DataError(f"{path}: not valid JSON ({problem}): {DAMAGED}") from None
+        raise DataError(f"{path}: not valid JSON ({problem}): {REMEDY}") from None
     if fields["digest"] != wanted:
         raise DataError(
             f"{path}: digest is {_shown(fields['digest'])}, its fields give {wanted!r}: a field "
-            f"was changed: {DAMAGED}"
+            f"was changed: {REMEDY}"
         )
 
 

@@ -1,8 +1,5 @@
-"""What the trainer gets from the data: latents as stored, not yet sampled or normalised, and what
-is known about them.
-
-Shapes: moments (B, 2C, H, W), the posterior's mean then its standard deviation;  labels,
-sample_indices (B,) int64; sizes (B, 6) int64.
+"""Batches as the data pipeline hands them to the trainer: latents as stored, neither sampled nor
+normalised, with their labels, text and sizes.
 """
 
 from __future__ import annotations
@@ -17,15 +14,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class TextBatch:
-    """One encoder's view of the captions."""
+class TextEmbeddings:
+    """Embeddings of a batch of captions by one text encoder, padded to the longest caption."""
 
-    states: Tensor  # (B, T, D) float16, zero behind each caption's end
-    lengths: Tensor  # (B,) int64, true tokens of each
+    states: Tensor  # (B, T, D) float16 token embeddings; zero after the end of each caption
+    lengths: Tensor  # (B,) int64 number of tokens of each caption
     pooled: Tensor | None = None  # (B, P) float16
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> TextBatch:
-        return TextBatch(
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextEmbeddings:
+        """Applies `function` to every tensor."""
+        return TextEmbeddings(
             function(self.states),
             function(self.lengths),
             None if self.pooled is None else function(self.pooled),
@@ -34,35 +32,41 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class LatentBatch:
+    """B samples of one bucket."""
+
     moments: Tensor
-    """float16 or bfloat16, as stored; float32 after `to`."""
+    """(B, 2C, H, W) mean, then standard deviation, of the autoencoder's posterior; float16 or
+    bfloat16 as stored, float32 after `to`.
+    """
     labels: Tensor
-    """Class id; -1 is no class."""
+    """(B,) int64 class id; -1: no class."""
     sample_indices: Tensor
-    """Global sample counts: they name the random draws of each sample (runtime/rng.py)."""
+    """(B,) int64 global sample indices, which key the random draws of each sample
+    (runtime/rng.py).
+    """
     sizes: Tensor
-    """(height, width) of the source, (top, left) of the crop in the resized picture, (height,
-    width) of the crop, in pixels: what SDXL is conditioned on (arXiv 2307.01952, section 2.2).  -1:
-    not recorded.  For flipped samples, of the mirrored picture.
+    """(B, 6) int64 micro-conditioning of SDXL (arXiv 2307.01952, section 2.2), in pixels: (height,
+    width) of the source image, (top, left) of the crop in the resized image, (height, width) of the
+    crop.  -1: not recorded.  Flipped samples have the values of the mirrored image.
     """
     captions: list[str] | None = None
-    """Only when asked for; "" for a picture without one."""
-    text: dict[str, TextBatch] = field(default_factory=dict)
-    """By encoder; only those that were asked for."""
-    places: list[tuple[int, int, int]] = field(default_factory=list)
+    """None unless requested; "" for an image without a caption."""
+    text: dict[str, TextEmbeddings] = field(default_factory=dict)
+    """Encoder name -> embeddings, for the requested encoders."""
+    locations: list[tuple[int, int, int]] = field(default_factory=list)
     """(folder, shard, row) that each sample was read from."""
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """Does not wait for the copy when the batch is pinned; moments become float32 on the other
-        side.
-        """
+        """Copies the batch to `device`, moments as float32; asynchronous if the batch is pinned."""
         moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, moments=moved.moments.float())
 
     def pin_memory(self) -> LatentBatch:
+        """Copies the batch to page-locked memory."""
         return self.map(Tensor.pin_memory)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LatentBatch:
+        """Applies `function` to every tensor."""
         return LatentBatch(
             function(self.moments),
             function(self.labels),
@@ -70,44 +74,46 @@ class LatentBatch:
             function(self.sizes),
             self.captions,
             {name: text.map(function) for name, text in self.text.items()},
-            self.places,
+            self.locations,
         )
 
 
 def on_device(
     batches: Generator[LatentBatch, None, None], device: torch.device
 ) -> Generator[LatentBatch, None, None]:
-    """`batches`, on `device`.  On CUDA each is copied on a stream of its own while the one before
-    it is worked on.
+    """Copies each batch to `device`.  On CUDA a separate stream copies the next batch while the
+    consumer works on the current one.
 
-    Closing this closes `batches`.
+    Closing this generator closes `batches`.
     """
     with closing(batches):
         if device.type != "cuda":
             yield from (batch.to(device) for batch in batches)
             return
         copies = _copies(batches, device)
-        ready = next(copies, None)
-        while ready is not None:
-            batch, copied = ready
-            ready = next(copies, None)
+        pending = next(copies, None)
+        while pending is not None:
+            batch, copy_done = pending
+            pending = next(copies, None)
             compute = torch.cuda.current_stream(device)
-            compute.wait_event(copied)
-            batch.map(partial(_keep_for, stream=compute))
+            compute.wait_event(copy_done)
+            batch.map(partial(_record_stream, stream=compute))
             yield batch
 
 
 def _copies(
     batches: Iterator[LatentBatch], device: torch.device
 ) -> Iterator[tuple[LatentBatch, torch.cuda.Event]]:
+    """(batch on `device`, event that the end of its copy sets), copied on a stream of their own."""
     stream = torch.cuda.Stream(device)
     for batch in batches:
         with torch.cuda.stream(stream):
-            copied, done = batch.to(device), stream.record_event()
-        yield copied, done
+            copy = batch.to(device)
+            copy_done = stream.record_event()
+        yield copy, copy_done
 
 
-def _keep_for(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """Its memory is not given to anybody before `stream` is done with it."""
+def _record_stream(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    """Keeps the allocator from reusing the memory of `tensor` before `stream` is done with it."""
     tensor.record_stream(stream)
     return tensor

@@ -1,8 +1,8 @@
-"""Where the files of a data folder lie on this machine: as they are, or copies of a remote folder's
+"""Local paths of a data folder's files: the files themselves, or copies of a remote folder's files
 in a cache of limited size.
 
-The cache is named by content (sha256), shared by all processes of a machine, and holds nothing that
-cannot be fetched again.
+Cached files are named by content (sha256).  All processes of a machine share the cache, and
+everything in it can be downloaded again.
 """
 
 from __future__ import annotations
@@ -19,29 +19,35 @@ from lpl_pretrain.config.schema import CacheConfig
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.errors import ConfigError
 
-FETCH_THREADS = 4
+DOWNLOAD_THREADS = 4
 
 
 class Store(Protocol):
+    """Files of one data folder, by name, digest and size in bytes."""
+
     def path(self, file: str, sha256: str, size: int) -> Path:
-        """Where the file lies; for a remote folder, once it is here."""
+        """Local path of the file; waits for the download of a remote one."""
         ...
 
-    def ahead(self, file: str, sha256: str, size: int) -> None:
-        """It will be asked for soon."""
+    def prefetch(self, file: str, sha256: str, size: int) -> None:
+        """Starts to download the file in the background."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Cancels downloads that have not begun and waits for the others."""
+        ...
 
 
 class LocalStore:
+    """Files of a folder on this machine."""
+
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def path(self, file: str, sha256: str, size: int) -> Path:
         return self.folder / file
 
-    def ahead(self, file: str, sha256: str, size: int) -> None:
+    def prefetch(self, file: str, sha256: str, size: int) -> None:
         pass
 
     def close(self) -> None:
@@ -49,26 +55,31 @@ class LocalStore:
 
 
 class CachedStore:
-    """Threads and processes may ask for the same file: one fetches it, the others wait."""
+    """Files of a remote folder, downloaded when they are needed.
 
-    def __init__(self, url: str, config: CacheConfig, *, largest_bytes: int, at_once: int) -> None:
-        """`at_once` files of up to `largest_bytes` are read side by side.  Raises ConfigError when
-        they do not fit.
+    Threads and processes may request the same file: one of them downloads it, the others wait.
+    """
+
+    def __init__(
+        self, url: str, config: CacheConfig, *, max_file_bytes: int, concurrent_files: int
+    ) -> None:
+        """Raises ConfigError if the cache cannot hold twice `concurrent_files` files of
+        `max_file_bytes`: those that are read side by side, and those that come next.
         """
-        self.url, self.config = url.rstrip("/"), config
+        self.url = url.rstrip("/")
+        self.config = config
         self.max_bytes = int(config.max_gib * 2**30)
         self.folder = expand(config.folder)
-        wanted_gib = 2 * at_once * largest_bytes / 2**30
-        if wanted_gib > config.max_gib:
+        needed_gib = 2 * concurrent_files * max_file_bytes / 2**30
+        if needed_gib > config.max_gib:
             raise ConfigError(
-                f"data.cache.max_gib={config.max_gib}: {at_once} shards of up to "
-                f"{largest_bytes / 2**30:.3g} GiB are read "
-                "side by side, and the next ones fetched meanwhile: wanted at least "
-                f"{wanted_gib:.3g}, or fewer lanes"
+                f"data.cache.max_gib={config.max_gib}: {concurrent_files} shards of up to "
+                f"{max_file_bytes / 2**30:.3g} GiB are read side by side, and the next ones "
+                f"downloaded meanwhile: wanted at least {needed_gib:.3g}, or fewer lanes"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-        self._asked: dict[str, Future[Path]] = {}
+        self._pool = ThreadPoolExecutor(DOWNLOAD_THREADS, thread_name_prefix="download")
+        self._requested: dict[str, Future[Path]] = {}
 
     def path(self, file: str, sha256: str, size: int) -> Path:
         path = self.folder / f"{sha256}{''.join(Path(file).suffixes[-2:])}"
@@ -76,29 +87,30 @@ class CachedStore:
             if path.exists():
                 os.utime(path)  # the time of its last use
                 return path
-            self._make_room(size)
+            self._evict(size)
             return download(f"{self.url}/{file}", path, sha256, self.config.retries)
 
-    def ahead(self, file: str, sha256: str, size: int) -> None:
-        if file not in self._asked or self._asked[file].done():
-            self._asked[file] = self._pool.submit(
-                self.path, file, sha256, size
-            )  # an error shows when the file is needed
+    def prefetch(self, file: str, sha256: str, size: int) -> None:
+        if file not in self._requested or self._requested[file].done():
+            # an error is raised by `path`, when the file is needed
+            self._requested[file] = self._pool.submit(self.path, file, sha256, size)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _make_room(self, size: int) -> None:
-        """What a process has open stays readable for it after it is removed here."""
-        with FileLock(self.folder / ".room.lock"):
-            found = []
+    def _evict(self, new_bytes: int) -> None:
+        """Removes the least recently used files until `new_bytes` more fit.  Processes that have a
+        removed file open can read it on.
+        """
+        with FileLock(self.folder / ".evict.lock"):
+            by_last_use = []
             for path in self.folder.iterdir():
                 if not path.name.startswith("."):
                     stat = path.stat()
-                    found.append((stat.st_mtime_ns, stat.st_size, path))
-            total = sum(size for _, size, _ in found) + size
-            for _, freed, path in sorted(found):
+                    by_last_use.append((stat.st_mtime_ns, stat.st_size, path))
+            total = sum(size for _, size, _ in by_last_use) + new_bytes
+            for _, size, path in sorted(by_last_use):
                 if total <= self.max_bytes:
                     return
                 path.unlink(missing_ok=True)
-                total -= freed
+                total -= size

@@ -1,11 +1,12 @@
-"""In which order one pool of shards is read: random enough to train on, sequential enough for disks
-and object stores.
+"""Read order of one pool of shards: random enough to train on, sequential enough for disks and
+object stores.
 
-Each epoch shuffles the shards and lays them end to end.  That line is cut into `lanes` equal
-stretches, which are read side by side, one sample of each in turn; inside a stretch, samples are
-shuffled within blocks of `block_samples`.  So a batch mixes all lanes, and every lane moves through
-its shards in small steps.  A pool no larger than lanes x block_samples is permuted as a whole.  n
-counts samples of the pool since the start of training: position n costs the same for every n.
+Each epoch shuffles the shards and concatenates them.  The concatenation is cut into `lanes` equal
+ranges, which are read interleaved, one sample of each in turn (as tf.data's `interleave`); within a
+lane, samples are shuffled in blocks of `block_samples`.  A batch mixes all lanes, while every lane
+moves through its shards sequentially.  A pool of at most lanes x block_samples samples is permuted
+as a whole.  Pool indices count samples of the pool since the start of training; any of them is
+located at the same cost.
 """
 
 from __future__ import annotations
@@ -19,65 +20,71 @@ from lpl_pretrain.runtime.rng import numpy_generator
 
 
 class LaneOrder:
+    """Maps pool indices to (shard, row)."""
+
     def __init__(
         self, shard_samples: Sequence[int], seed: int, name: str, *, lanes: int, block_samples: int
     ) -> None:
-        """`name` is the identity of the pool: pools of the same size are in different orders."""
+        """`name` identifies the pool: pools of the same size are in different orders."""
         self.sizes = np.asarray(shard_samples, dtype=np.int64)
         self.samples = int(self.sizes.sum())
         assert self.samples > 0, (name, shard_samples)
-        self.seed, self.name = seed, name
+        self.seed = seed
+        self.name = name
         self.is_whole = self.samples <= lanes * block_samples
-        self.lanes, self.block_samples = (
-            (1, self.samples) if self.is_whole else (lanes, block_samples)
-        )
-        self._line = lru_cache(maxsize=2)(self._draw_line)
+        self.lanes = 1 if self.is_whole else lanes
+        self.block_samples = self.samples if self.is_whole else block_samples
+        self._shard_order = lru_cache(maxsize=2)(self._draw_shard_order)
         self._block = lru_cache(maxsize=4 * self.lanes)(self._draw_block)
 
-    def locate(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Counts (n,) -> (shard, row in it), both (n,) int64.  Every epoch serves every sample
-        exactly once.
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pool indices (n,) -> (shard, row), both (n,) int64.  Every epoch has every sample exactly
+        once.
         """
-        epochs, places = np.divmod(counts, self.samples)
-        steps, lanes = np.divmod(places, self.lanes)
-        blocks, inside = np.divmod(steps, self.block_samples)
-        shards, rows = np.empty_like(counts), np.empty_like(counts)
+        epochs, epoch_indices = np.divmod(indices, self.samples)
+        lane_indices, lanes = np.divmod(epoch_indices, self.lanes)
+        blocks, block_indices = np.divmod(lane_indices, self.block_samples)
+        shards = np.empty_like(indices)
+        rows = np.empty_like(indices)
         for epoch in np.unique(epochs):
-            order, ends = self._line(int(epoch))
             in_epoch = np.flatnonzero(epochs == epoch)
+            # position: index into the concatenation of the epoch's shards
             positions = np.empty(len(in_epoch), dtype=np.int64)
-            which, places_of = np.unique(
+            lane_blocks, inverse = np.unique(
                 blocks[in_epoch] * self.lanes + lanes[in_epoch], return_inverse=True
             )
-            for i, number in enumerate(which):
-                block, lane = divmod(int(number), self.lanes)
-                first, permutation = self._block(int(epoch), lane, block)
-                mine = places_of == i
-                positions[mine] = first + permutation[inside[in_epoch[mine]]]
-            turn = np.searchsorted(ends, positions, side="right")
-            shards[in_epoch] = order[turn]
-            rows[in_epoch] = positions - ends[turn] + self.sizes[order[turn]]
+            for i, lane_block in enumerate(lane_blocks):
+                block, lane = divmod(int(lane_block), self.lanes)
+                first, block_order = self._block(int(epoch), lane, block)
+                in_block = inverse == i
+                positions[in_block] = first + block_order[block_indices[in_epoch[in_block]]]
+            shard_order, shard_ends = self._shard_order(int(epoch))
+            nth_shard = np.searchsorted(shard_ends, positions, side="right")
+            shards[in_epoch] = shard_order[nth_shard]
+            shard_starts = shard_ends[nth_shard] - self.sizes[shard_order[nth_shard]]
+            rows[in_epoch] = positions - shard_starts
         return shards, rows
 
-    def _draw_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and where on the line each of them ends."""
+    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(order of the shards in the epoch, position at which each of them ends)."""
         order = permutation(len(self.sizes), self.seed, f"shard_order/{self.name}", epoch)
         return order, np.cumsum(self.sizes[order])
 
     def _draw_block(self, epoch: int, lane: int, block: int) -> tuple[int, np.ndarray]:
-        """Where on the line a block starts, and the order inside it."""
-        share, rest = divmod(
-            self.samples, self.lanes
-        )  # the first `rest` lanes are one sample longer
-        first = lane * share + min(lane, rest) + block * self.block_samples
-        end = (lane + 1) * share + min(lane + 1, rest)
-        size = min(self.block_samples, end - first)
+        """(position at which a block starts, order of the samples in it)."""
+        # the first `remainder` lanes are one sample longer
+        lane_samples, remainder = divmod(self.samples, self.lanes)
+        first = lane * lane_samples + min(lane, remainder) + block * self.block_samples
+        lane_end = (lane + 1) * lane_samples + min(lane + 1, remainder)
+        size = min(self.block_samples, lane_end - first)
         return first, permutation(size, self.seed, f"block_order/{self.name}", epoch, lane, block)
 
 
 def permutation(size: int, seed: int, purpose: str, *ids: int) -> np.ndarray:
-    """Sorted raw Philox words: numpy promises those across versions, and `Generator.permutation`
-    not.
+    """Random permutation of range(size).
+
+    Sorts raw Philox output, which numpy keeps stable across versions; `Generator.permutation` has
+    no such guarantee.
     """
-    words = numpy_generator(seed, purpose, *ids).bit_generator.random_raw(size)
-    return np.argsort(words, kind="stable")
+    keys = numpy_generator(seed, purpose, *ids).bit_generator.random_raw(size)
+    return np.argsort(keys, kind="stable")

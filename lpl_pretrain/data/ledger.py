@@ -1,13 +1,13 @@
-"""Which stored samples every update was made of: written by each rank as it trains, and checked
-afterwards against the order.
+"""Ledger of the stored samples that each update trained on: every rank appends to it while it
+trains; an audit compares it with the order afterwards.
 
-A line names its start and (global sample count, folder, shard, row) of what was read for one
-update.  An update made again after a restart is in the files twice, and the later one counts.
-About 25 bytes a sample.
+A line names the start of the run that it belongs to and the (sample index, folder, shard, row) of
+each sample that was read for one update.  An update that is repeated after a restart is in the
+ledger twice, and the later record counts.  About 25 bytes a sample.
 
-A rollback after a spike (trainer/rollback.py) is a start too.  The line of a start says how many
-updates' samples were jumped over until then, and a rollback's also why, so that the number can be
-checked.
+A rollback after a spike (trainer/rollback.py) is a start too.  The line of a start has the number
+of updates whose samples were jumped over until then, and that of a rollback its cause as well, so
+that the number can be checked.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.atomic import naming
 
-MOST_TOLD = 20
+MAX_PROBLEMS = 20
+"""Problems that an audit lists at most."""
+
+Record = list[int]
+"""[sample index, folder, shard, row]"""
 
 
 class Ledger:
-    """Of one rank.  `start` is a word that all ranks of this start have in common, and no other
-    start has.
-    """
+    """Writer of one rank's ledger."""
 
     def __init__(
         self,
@@ -41,30 +43,36 @@ class Ledger:
         jump_updates: int = 0,
         spike: tuple[int, int] | None = None,
     ) -> None:
-        """`spike`: (update that was rolled back, updates jumped over from it on)."""
+        """`start`: identifier of this start of the run, the same on all ranks.
+
+        `jump_updates`: updates whose samples were jumped over so far.  `spike`, for a rollback:
+        (update that was rolled back, updates jumped over from it on).
+        """
         line: dict[str, Any] = {"start": start, "step": first_step}
         if jump_updates:
             line["jump"] = jump_updates
         if spike is not None:
             line["spike"], line["skip_updates"] = spike
-        self.path, self.start = path, start
+        self.path = path
+        self.start = start
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
+            is_torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
             self.file = path.open("a", buffering=1)
-            self.file.write("\n" * torn + json.dumps(line) + "\n")
+            self.file.write("\n" * is_torn + json.dumps(line) + "\n")
 
-    def note(self, step: int, batches: Sequence[LatentBatch]) -> None:
-        """Update number `step` (from 1) was made of these."""
-        places = [
-            [count, *place]
+    def write(self, step: int, batches: Sequence[LatentBatch]) -> None:
+        """Appends the samples of `batches`, on which update number `step` (from 1) trains."""
+        records = [
+            [sample_index, *location]
             for batch in batches
-            for count, place in zip(batch.sample_indices.tolist(), batch.places, strict=True)
-        ]
-        with naming(self.path):
-            self.file.write(
-                json.dumps({"start": self.start, "step": step, "samples": places}) + "\n"
+            for sample_index, location in zip(
+                batch.sample_indices.tolist(), batch.locations, strict=True
             )
+        ]
+        line = {"start": self.start, "step": step, "samples": records}
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         with naming(self.path):
@@ -73,156 +81,185 @@ class Ledger:
 
 @dataclass
 class _Start:
-    """What the line of a start says, and what follows it."""
+    """The line of a start, and which updates followed it."""
 
     step: int
     jump: int
     spike: int | None
     skip_updates: int
     last: int = 0
-    """Newest update that was made after it."""
+    """Newest update after this start."""
     end: int | None = None
-    """The updates above this one were made again after a later start."""
+    """Updates above this one were repeated after a later start; None: there is no later start."""
 
 
 @dataclass(frozen=True)
 class Audit:
+    """Summary of a run's ledger."""
+
     steps: int
     starts: int
     rollbacks: int
-    """Those of the starts that followed a spike."""
-    made_again: int
-    """Updates that were made before a start and again after it."""
+    """Starts that followed a spike."""
+    repeated_updates: int
+    """Updates that ran before a start and again after it."""
     jump_updates: int
     """Updates whose samples were jumped over."""
-    stand_ins: int
-    """Samples that were read in the place of damaged ones."""
-    least: int
-    most: int
-    """How often a sample was seen, of all in the data."""
+    substitutes: int
+    """Samples that were read instead of unreadable ones."""
+    min_reads: int
+    """Smallest number of times that a sample of the data was read."""
+    max_reads: int
     problems: list[str]
 
 
 def audit(run_dir: RunDir, order: SampleOrder, global_batch_size: int) -> Audit:
-    """Compares what was read for every update with what it should have been.  Raises DataError
-    where nothing was written.
+    """Compares the samples of every update with those that `order` gives.
+
+    Raises DataError if the run has no ledger.
     """
     files = sorted(run_dir.path.glob("logs/samples_rank_*.jsonl"))
     if not files:
         raise DataError(
             f"{run_dir.path}/logs: no samples_rank_*.jsonl: train with log.samples=true"
         )
-    starts = _starts(files[0])
-    read: dict[int, list[list[int]]] = {}
-    jump_of: dict[int, int] = {}
-    made_again: set[tuple[str, int]] = set()
-    for path in files:
-        for start, line in _read(path):
-            if "samples" not in line:
-                continue
-            if start not in starts:
-                raise DataError(
-                    f"{path}: a start that {files[0].name} does not have: was that file removed?"
-                )
-            step, end = line["step"], starts[start].end
-            if end is not None and step > end:
-                made_again.add((start, step))
-            else:
-                read.setdefault(step, []).extend(line["samples"])
-                jump_of[step] = starts[start].jump
-    seen: Counter[tuple[int, ...]] = Counter()
-    problems, stand_ins, jump = _wrong_jumps(list(starts.values())), 0, 0
-    for step in range(1, max(read, default=0) + 1):
-        found, jump = read.get(step, []), jump_of.get(step, jump)
-        problems += _wrong(step, step - 1 + jump, found, global_batch_size)
-        seen.update(tuple(place) for _, *place in found)
-        places = order.locate([count for count, *_ in found])
-        wanted = zip(
-            places.folder.tolist(), places.shard.tolist(), places.row.tolist(), strict=True
+    starts = _read_starts(files[0])
+    records, jumps, repeated = _read_updates(files, starts)
+    problems = _jump_problems(list(starts.values()))
+    reads: Counter[tuple[int, ...]] = Counter()
+    substitutes = 0
+    jump = 0
+    for step in range(1, max(records, default=0) + 1):
+        samples = records.get(step, [])
+        jump = jumps.get(step, jump)
+        problems += _update_problems(step, step - 1 + jump, samples, global_batch_size)
+        locations = [tuple(location) for _, *location in samples]
+        reads.update(locations)
+        planned = order.locate([sample_index for sample_index, *_ in samples]).tuples()
+        substitutes += sum(
+            actual != wanted for actual, wanted in zip(locations, planned, strict=True)
         )
-        stand_ins += sum(
-            tuple(place) != should for (_, *place), should in zip(found, wanted, strict=True)
-        )
-    samples = sum(pool.order.samples for pools in order.pools for pool in pools)
-    least = min(seen.values(), default=0) if len(seen) == samples else 0
+    num_samples = sum(pool.order.samples for pools in order.pools for pool in pools)
     return Audit(
-        steps=len(read),
+        steps=len(records),
         starts=len(starts),
         rollbacks=sum(start.spike is not None for start in starts.values()),
-        made_again=len(made_again),
+        repeated_updates=repeated,
         jump_updates=jump,
-        stand_ins=stand_ins,
-        least=least,
-        most=max(seen.values(), default=0),
-        problems=problems[:MOST_TOLD],
+        substitutes=substitutes,
+        min_reads=min(reads.values(), default=0) if len(reads) == num_samples else 0,
+        max_reads=max(reads.values(), default=0),
+        problems=problems[:MAX_PROBLEMS],
     )
 
 
-def _starts(path: Path) -> dict[str, _Start]:
-    """By name, in the order in which they were made."""
-    found: dict[str, _Start] = {}
-    for name, line in _read(path):
+def _read_starts(path: Path) -> dict[str, _Start]:
+    """Starts of the run by identifier, oldest first."""
+    starts: dict[str, _Start] = {}
+    for identifier, line in _read(path):
         if "start" in line and "samples" not in line:
-            skip = line.get("skip_updates", 0)
-            found[name] = _Start(line["step"], line.get("jump", 0), line.get("spike"), skip)
-        elif "samples" in line and name in found:
-            found[name].last = max(found[name].last, line["step"])
-    later: int | None = None
-    for start in reversed(found.values()):
-        start.end = later
-        later = start.step if later is None else min(later, start.step)
-    return found
+            starts[identifier] = _Start(
+                step=line["step"],
+                jump=line.get("jump", 0),
+                spike=line.get("spike"),
+                skip_updates=line.get("skip_updates", 0),
+            )
+        elif "samples" in line and identifier in starts:
+            starts[identifier].last = max(starts[identifier].last, line["step"])
+    first_repeated: int | None = None
+    for start in reversed(starts.values()):
+        start.end = first_repeated
+        first_repeated = start.step if first_repeated is None else min(first_repeated, start.step)
+    return starts
 
 
-def _wrong_jumps(starts: list[_Start]) -> list[str]:
-    """A resumed start jumps as far as the update it resumes from; a rollback, to behind the spike."""
+def _read_updates(
+    files: list[Path], starts: dict[str, _Start]
+) -> tuple[dict[int, list[Record]], dict[int, int], int]:
+    """(records of each update, jump_updates of each update, number of repeated updates); of a
+    repeated update the latest records.
+
+    Raises DataError for a start that is not in `starts`.
+    """
+    records: dict[int, list[Record]] = {}
+    jumps: dict[int, int] = {}
+    repeated: set[tuple[str, int]] = set()
+    for path in files:
+        for identifier, line in _read(path):
+            if "samples" not in line:
+                continue
+            if identifier not in starts:
+                raise DataError(
+                    f"{path}: a start that {files[0].name} does not have: was that file removed?"
+                )
+            step = line["step"]
+            end = starts[identifier].end
+            if end is not None and step > end:
+                repeated.add((identifier, step))
+            else:
+                records.setdefault(step, []).extend(line["samples"])
+                jumps[step] = starts[identifier].jump
+    return records, jumps, len(repeated)
+
+
+def _jump_problems(starts: list[_Start]) -> list[str]:
+    """Starts with a wrong number of jumped updates.
+
+    A resumed start has the number of the update that it resumes from; a rollback jumps past the
+    spike.
+    """
     problems = []
     for number, start in enumerate(starts):
-        before = starts[:number]
+        earlier_starts = starts[:number]
         if start.spike is None:
-            held = (earlier.jump for earlier in reversed(before) if earlier.step < start.step)
-            wanted = next(held, 0)
+            resumed = (s.jump for s in reversed(earlier_starts) if s.step < start.step)
+            wanted = next(resumed, 0)
         else:
-            there = before[-1].jump if before else 0
-            wanted = start.spike - 1 + there + max(1, start.skip_updates) - start.step
-            if before and before[-1].last != start.spike:
-                last = before[-1].last
+            jump_before = earlier_starts[-1].jump if earlier_starts else 0
+            wanted = start.spike - 1 + jump_before + max(1, start.skip_updates) - start.step
+            if earlier_starts and earlier_starts[-1].last != start.spike:
                 problems.append(
-                    f"rollback to step {start.step}: of update {start.spike}, but {last} "
-                    "was the last"
+                    f"rollback to step {start.step}: of update {start.spike}, but "
+                    f"{earlier_starts[-1].last} was the last"
                 )
         if start.jump != wanted:
-            what = f"{start.jump} updates jumped over, wanted {wanted}"
-            problems.append(f"start at step {start.step}: {what}")
+            problems.append(
+                f"start at step {start.step}: {start.jump} updates jumped over, wanted {wanted}"
+            )
     return problems
 
 
-def _wrong(step: int, position: int, found: list[list[int]], size: int) -> list[str]:
-    """What is wrong with the samples `found` for update `step`, which is that of `position`."""
-    counts = Counter(count for count, *_ in found)
-    wanted = range(position * size, (position + 1) * size)
-    missed = [count for count in wanted if count not in counts]
-    twice = [count for count, times in counts.items() if times > 1]
-    foreign = [count for count in counts if count not in wanted]
-    told = {"missed": missed, "seen twice": twice, "of another update": foreign}
+def _update_problems(
+    step: int, position: int, records: list[Record], global_batch_size: int
+) -> list[str]:
+    """Wrong sample indices among the records of update `step`, whose global batch is number
+    `position` of the order.
+    """
+    reads = Counter(sample_index for sample_index, *_ in records)
+    wanted = range(position * global_batch_size, (position + 1) * global_batch_size)
+    wrong = {
+        "missed": [sample_index for sample_index in wanted if sample_index not in reads],
+        "read twice": [sample_index for sample_index, times in reads.items() if times > 1],
+        "of another update": [sample_index for sample_index in reads if sample_index not in wanted],
+    }
     return [
-        f"update {step}: {len(counts)} samples {what}, such as {counts[0]}"
-        for what, counts in told.items()
-        if counts
+        f"update {step}: {len(indices)} samples {problem}, such as {indices[0]}"
+        for problem, indices in wrong.items()
+        if indices
     ]
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(start, line) of all whole lines.
+    """(start, line) of each complete line.
 
     A line names its start, because a rank that was suspended may write one after those of a later
-    start; older versions' did not.
+    start.  Lines of older versions do not, and belong to the start above them.
     """
-    start = ""
+    identifier = ""
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue  # torn by a kill
-        start = line.get("start", start)
-        yield start, line
+        identifier = line.get("start", identifier)
+        yield identifier, line

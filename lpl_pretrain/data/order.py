@@ -1,9 +1,10 @@
-"""Which sample comes n-th: a pure function of (seed, fingerprints, n), the same for any ranks,
-workers and restarts.
+"""Order of training samples: sample index -> location, a pure function of (seed, fingerprints,
+index), the same for any number of ranks and workers and after any restart.
 
-n counts samples over all ranks since the start of training.  Three questions, each with an answer
-in closed form: which bucket is the global batch of (BucketSchedule), which folder gives the sample
-(Mixture), where in it does it lie (LaneOrder). A pool is the samples of one bucket in one folder.
+A sample index counts samples over all ranks since the start of training.  Its location is computed
+in closed form, in three steps: the bucket of its global batch (BucketSchedule), the folder that
+provides the sample (Mixture), the shard and row in that folder (LaneOrder).  The samples of one
+bucket in one folder form a pool.
 """
 
 from __future__ import annotations
@@ -15,27 +16,45 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpl_pretrain.config.data_mixture import DataFolders
+from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.data.lanes import LaneOrder
 from lpl_pretrain.data.mixture import BucketSchedule, Mixture
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where samples lie; arrays (n,) int64."""
+class Locations:
+    """Locations of n stored samples; arrays (n,) int64."""
 
     folder: np.ndarray
     shard: np.ndarray
     row: np.ndarray
 
+    @classmethod
+    def empty_like(cls, sample_indices: np.ndarray) -> Locations:
+        """Uninitialised locations, one for each sample index."""
+        return cls(
+            folder=np.empty_like(sample_indices),
+            shard=np.empty_like(sample_indices),
+            row=np.empty_like(sample_indices),
+        )
+
+    def tuples(self) -> list[tuple[int, int, int]]:
+        """(folder, shard, row) of each sample."""
+        return list(zip(self.folder.tolist(), self.shard.tolist(), self.row.tolist(), strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
+    """The samples of one bucket in one folder."""
+
     folder: int
     shards: np.ndarray  # (S,) numbers in the folder's index
     order: LaneOrder
 
 
 class SampleOrder:
+    """Maps sample indices to locations."""
+
     def __init__(
         self,
         data: DataFolders,
@@ -45,59 +64,50 @@ class SampleOrder:
         lanes: int,
         block_samples: int,
     ) -> None:
+        """`lanes`, `block_samples`: how each pool is shuffled (data/lanes.py)."""
         name = data.merged.order_key
         self.shapes = [(bucket.height, bucket.width) for bucket in data.merged.buckets]
         self.pools: list[list[Pool]] = []  # by bucket
         self._mixtures: list[Mixture] = []
-        shares: list[Fraction] = []  # of each bucket in all samples
+        bucket_samples: list[Fraction] = []
         for shape in self.shapes:
-            pools, weights = [], []
+            pools = []
+            weights = []
             for folder, (index, weight) in enumerate(zip(data.indexes, data.weights, strict=True)):
-                numbers = {
-                    i
-                    for i, bucket in enumerate(index.buckets)
-                    if (bucket.height, bucket.width) == shape
-                }
-                shards = np.array(
-                    [i for i, entry in enumerate(index.shards) if entry.bucket in numbers],
-                    dtype=np.int64,
-                )
+                shards = _shards_of_shape(index, shape)
                 if not shards.size:
                     continue
                 sizes = [index.shards[i].samples for i in shards]
                 label = f"{index.order_key}/{shape[0]}x{shape[1]}"
-                pools.append(
-                    Pool(
-                        folder,
-                        shards,
-                        LaneOrder(sizes, seed, label, lanes=lanes, block_samples=block_samples),
-                    )
-                )
+                order = LaneOrder(sizes, seed, label, lanes=lanes, block_samples=block_samples)
+                pools.append(Pool(folder, shards, order))
                 weights.append(weight * sum(sizes) / index.samples)
             self.pools.append(pools)
             self._mixtures.append(Mixture(weights, seed, f"{name}/{shape[0]}x{shape[1]}"))
-            shares.append(sum(weights, Fraction(0)))
-        samples = [share * data.merged.samples for share in shares]
-        self._buckets = BucketSchedule(samples, global_batch_size, seed, name)
+            bucket_samples.append(sum(weights, Fraction(0)) * data.merged.samples)
+        self._buckets = BucketSchedule(bucket_samples, global_batch_size, seed, name)
 
-    def locate(self, sample_indices: ArrayLike) -> Places:
-        """Global sample counts (n,) -> where those samples lie."""
-        counts = np.asarray(sample_indices, dtype=np.int64)
-        assert counts.size == 0 or counts.min() >= 0, counts.min()
-        places = Places(*(np.empty_like(counts) for _ in range(3)))
-        buckets, counts = self._buckets.assign(counts)
+    def locate(self, sample_indices: ArrayLike) -> Locations:
+        """Sample indices (n,) -> their locations."""
+        indices = np.asarray(sample_indices, dtype=np.int64)
+        assert indices.size == 0 or indices.min() >= 0, indices.min()
+        locations = Locations.empty_like(indices)
+        buckets, indices = self._buckets.assign(indices)
         for bucket in np.unique(buckets):
-            of_bucket = np.flatnonzero(buckets == bucket)
-            streams, inside = self._mixtures[bucket].assign(counts[of_bucket])
+            in_bucket = np.flatnonzero(buckets == bucket)
+            streams, stream_indices = self._mixtures[bucket].assign(indices[in_bucket])
             for stream in np.unique(streams):
-                pool, mine = self.pools[bucket][stream], of_bucket[streams == stream]
-                shards, places.row[mine] = pool.order.locate(inside[streams == stream])
-                places.folder[mine], places.shard[mine] = pool.folder, pool.shards[shards]
-        return places
+                pool = self.pools[bucket][stream]
+                in_stream = in_bucket[streams == stream]
+                shards, rows = pool.order.locate(stream_indices[streams == stream])
+                locations.folder[in_stream] = pool.folder
+                locations.shard[in_stream] = pool.shards[shards]
+                locations.row[in_stream] = rows
+        return locations
 
-    def shards_at_once(self, folder: int) -> int:
-        """How many shards of a folder are read side by side: one for each lane of each bucket, all
-        of a pool without lanes.
+    def concurrent_shards(self, folder: int) -> int:
+        """Number of shards of a folder that are read side by side: one for each lane of each
+        bucket, all shards of a pool without lanes.
         """
         pools = [pool for pools in self.pools for pool in pools if pool.folder == folder]
         return sum(
@@ -105,15 +115,29 @@ class SampleOrder:
             for pool in pools
         )
 
-    def substitute_location(self, place: tuple[int, int, int], key: int) -> tuple[int, int, int]:
-        """(folder, shard, row) of a sample of the same pool, picked by 64 random bits."""
-        folder, shard, _ = place
+    def substitute_location(self, location: tuple[int, int, int], key: int) -> tuple[int, int, int]:
+        """Location of a sample of the same pool, selected by 64 random bits."""
+        folder, shard, _ = location
         pool = next(
             pool
             for pools in self.pools
             for pool in pools
             if pool.folder == folder and (pool.shards == shard).any()
         )
-        position, ends = key % pool.order.samples, np.cumsum(pool.order.sizes)
-        turn = int(np.searchsorted(ends, position, side="right"))
-        return folder, int(pool.shards[turn]), int(position - ends[turn] + pool.order.sizes[turn])
+        position = key % pool.order.samples
+        ends = np.cumsum(pool.order.sizes)
+        i = int(np.searchsorted(ends, position, side="right"))
+        return folder, int(pool.shards[i]), int(position - ends[i] + pool.order.sizes[i])
+
+
+def _shards_of_shape(index: DatasetIndex, shape: tuple[int, int]) -> np.ndarray:
+    """Numbers (S,) of the shards whose latents have this (height, width)."""
+    buckets = {
+        number
+        for number, bucket in enumerate(index.buckets)
+        if (bucket.height, bucket.width) == shape
+    }
+    return np.array(
+        [number for number, entry in enumerate(index.shards) if entry.bucket in buckets],
+        dtype=np.int64,
+    )

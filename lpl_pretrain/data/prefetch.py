@@ -1,6 +1,4 @@
-"""Work done ahead of its consumer: `map` on threads, in order, bounded, with errors where the
-consumer stands.
-"""
+"""A prefetching, order-preserving `map` on threads."""
 
 from __future__ import annotations
 
@@ -14,17 +12,20 @@ Result = TypeVar("Result")
 
 
 def prefetch_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, buffer_size: int
 ) -> Generator[Result, None, None]:
-    """`items` is consumed on the caller's thread, `ahead` items early; closing the iterator joins
-    the threads.
+    """Yields `function(item)` in the order of `items`, computed on `threads` threads up to
+    `buffer_size` items ahead of the consumer.
+
+    `items` is consumed on the caller's thread.  An error of `function` is raised where its result
+    would have been yielded.  Closing the iterator joins the threads.
     """
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
+                if len(pending) > buffer_size:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -1,25 +1,22 @@
-"""One shard, open for reading: any sample's members, at one read each, checked for what they claim
-to be.
-"""
+"""Reader of one shard: any member of any sample with one read, checked against index.json."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry, TextEntry
+from lpl_pretrain.config.dataset import REMEDY, DatasetIndex, ShardEntry, TextEntry
+from lpl_pretrain.data.bad_samples import BadSample
 from lpl_pretrain.data.format import (
     CAPTION,
-    DAMAGED,
-    DTYPES,
     FLIPPED,
     MOMENTS,
     NO_CLASS,
-    EncodedText,
+    NUMPY_DTYPES,
+    CaptionEmbedding,
     file_sha256,
     npy_header,
     scan_shard,
@@ -29,21 +26,17 @@ from lpl_pretrain.data.offsets import Offsets, key_at
 from lpl_pretrain.errors import DataError
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    row: int | None
-    """None: the whole shard."""
-    reason: str
-
-
 class OpenShard:
+    """An open tar with its offsets.  Reads move no file position, so threads may share it."""
+
     def __init__(
         self, path: Path, offsets_path: Path, entry: ShardEntry, index: DatasetIndex
     ) -> None:
-        """Raises DataError for a file of the wrong size, offsets that are not the index's, class
+        """Raises DataError for a file of the wrong size, offsets that do not match the index, class
         ids out of range.
         """
-        self.path, self.entry = path, entry
+        self.path = path
+        self.entry = entry
         self._fd = -1
         check_size(path, entry)
         self.offsets = Offsets.read(offsets_path, entry)
@@ -53,7 +46,8 @@ class OpenShard:
                 f"{path}: has samples without {FLIPPED}, index.json says flipped: encode the "
                 "folder again"
             )
-        labels, classes = self.offsets.label, len(index.classes)
+        labels = self.offsets.label
+        classes = len(index.classes)
         wrong = np.flatnonzero((labels < (0 if classes else NO_CLASS)) | (labels >= classes))
         if wrong.size:
             raise DataError(
@@ -62,7 +56,8 @@ class OpenShard:
             )
         bucket = index.buckets[entry.bucket]
         self._header = npy_header(
-            DTYPES[index.moments_dtype], (2 * index.latent.channels, bucket.height, bucket.width)
+            NUMPY_DTYPES[index.moments_dtype],
+            (2 * index.latent.channels, bucket.height, bucket.width),
         )
         self._fd = os.open(path, os.O_RDONLY)
 
@@ -71,115 +66,124 @@ class OpenShard:
             os.close(self._fd)
 
     def where(self, row: int) -> str:
+        """Name of a sample for errors."""
         return f"{self.path}: sample {key_at(self.path, self.offsets, row)!r}"
 
-    def read_moments(self, row: int, flipped: bool, into: memoryview) -> None:
-        """`into`: the bytes of one sample's moments.  Reads move no file position, so threads may
-        share the file.
+    def read_moments(self, row: int, flipped: bool, buffer: memoryview) -> None:
+        """Reads one sample's moments, as stored, to `buffer`, which has exactly their size.
+
+        Raises DataError if the member is not the array that index.json describes.
         """
         if flipped:
-            offset, size = (int(value) for value in self.offsets.members[FLIPPED][row])
+            offset, size = self.offsets.members[FLIPPED][row].tolist()
         else:
-            offset, size = int(self.offsets.moments[row]), len(self._header) + len(into)
+            offset = int(self.offsets.moments[row])
+            size = len(self._header) + len(buffer)
         header = bytearray(len(self._header))
-        read = os.preadv(self._fd, [header, into], offset)
+        read = os.preadv(self._fd, [header, buffer], offset)
         if header != self._header or read != size:
             raise DataError(
                 f"{self.where(row)}: {FLIPPED if flipped else MOMENTS} is not the array that "
-                "index.json describes "
-                f"({read} bytes, starts with {bytes(header[:100])!r}): {DAMAGED}"
+                f"index.json describes ({read} bytes, starts with {bytes(header[:100])!r}): "
+                f"{REMEDY}"
             )
 
     def read_caption(self, row: int) -> str:
-        """Empty when there is none."""
+        """Caption of a sample; "" if it has none."""
         raw = self._read_member(row, CAPTION)
         try:
             return "" if raw is None else raw.decode()
-        except UnicodeDecodeError as problem:
+        except UnicodeDecodeError as error:
             raise DataError(
-                f"{self.where(row)}: .{CAPTION} is not UTF-8 ({problem}): {DAMAGED}"
+                f"{self.where(row)}: .{CAPTION} is not UTF-8 ({error}): {REMEDY}"
             ) from None
 
-    def read_text(self, row: int, name: str, entry: TextEntry) -> EncodedText:
-        states, scale, pooled = text_members(name)
-        dtype = np.dtype("i1" if entry.storage == "int8" else "<f2")
-        tokens = self._read_array(row, states, dtype, entry.width)
-        found = EncodedText(
-            tokens,
-            self._read_array(row, scale, np.dtype("<f2")) if entry.storage == "int8" else None,
-            self._read_array(row, pooled, np.dtype("<f2")) if entry.pooled_width else None,
+    def read_text(self, row: int, name: str, entry: TextEntry) -> CaptionEmbedding:
+        """Embedding of a sample's caption by encoder `name`, which `entry` describes."""
+        tokens, scale, pooled = text_members(name)
+        half = np.dtype("<f2")
+        is_int8 = entry.storage == "int8"
+        embedding = CaptionEmbedding(
+            self._read_array(row, tokens, np.dtype("i1") if is_int8 else half, entry.width),
+            self._read_array(row, scale, half) if is_int8 else None,
+            self._read_array(row, pooled, half) if entry.pooled_width else None,
         )
-        if problem := _text_problem(found, entry):
-            raise DataError(f"{self.where(row)}: text {name} {problem}: {DAMAGED}")
-        return found
+        if problem := _text_problem(embedding, entry):
+            raise DataError(f"{self.where(row)}: text {name} {problem}: {REMEDY}")
+        return embedding
 
-    def verify(self) -> list[Damage]:
-        """Reads every byte.  Empty when they are those that index.json means; else what is wrong,
-        as closely as can be said.
+    def verify(self) -> list[BadSample]:
+        """Reads every byte and compares checksums.  Returns the corrupt samples, or one record for
+        the whole shard if the corruption is outside of them; nothing if the shard is intact.
         """
-        if (found := file_sha256(self.path)) == self.entry.sha256:
+        if (actual := file_sha256(self.path)) == self.entry.sha256:
             return []
-        reason = f"{self.path}: sha256 is {found}, index.json says {self.entry.sha256}: {DAMAGED}"
+        reason = f"{self.path}: sha256 is {actual}, index.json says {self.entry.sha256}: {REMEDY}"
         try:
             scan_shard(self.path)
-        except DataError as problem:
-            reason = str(problem)
+        except DataError as error:
+            reason = str(error)
         spans = zip(
             self.offsets.start.tolist(),
             self.offsets.end.tolist(),
             self.offsets.crc32.tolist(),
             strict=True,
         )
-        rows = [
+        bad_rows = [
             row
             for row, (start, end, crc) in enumerate(spans)
             if zlib.crc32(os.pread(self._fd, end - start, start)) != crc
         ]
+        if not bad_rows:
+            return [BadSample(None, reason)]
         return [
-            Damage(row, f"sample {key_at(self.path, self.offsets, row)!r}, in {reason}")
-            for row in rows
-        ] or [Damage(None, reason)]
+            BadSample(row, f"sample {key_at(self.path, self.offsets, row)!r}, in {reason}")
+            for row in bad_rows
+        ]
 
     def _read_member(self, row: int, extension: str) -> bytes | None:
-        places = self.offsets.members.get(extension)
-        if places is None or places[row, 1] < 0:
+        """Content of a member; None if the sample has none with this extension."""
+        spans = self.offsets.members.get(extension)
+        if spans is None or spans[row, 1] < 0:
             return None
-        offset, size = (int(value) for value in places[row])
+        offset, size = spans[row].tolist()
         return os.pread(self._fd, size, offset)
 
     def _read_array(
         self, row: int, extension: str, dtype: np.dtype, width: int | None = None
     ) -> np.ndarray:
-        """(n, width), or (n,): n follows from the member's size."""
+        """(n, width) array, or (n,) without `width`; n follows from the member's size."""
         raw = self._read_member(row, extension)
         if raw is None:
             raise DataError(
                 f"{self.where(row)}: has no {extension}, though index.json lists it: encode the "
                 "folder again"
             )
-        head = len(npy_header(dtype.str, (1, width) if width else (1,)))
-        count = max(0, len(raw) - head) // (dtype.itemsize * (width or 1))
-        shape = (count, width) if width else (count,)
+        # n changes the digits in a .npy header, but not its padded length
+        header_bytes = len(npy_header(dtype.str, (1, width) if width else (1,)))
+        n = max(0, len(raw) - header_bytes) // (dtype.itemsize * (width or 1))
+        shape = (n, width) if width else (n,)
         header = npy_header(dtype.str, shape)
-        if not raw.startswith(header) or len(raw) != len(header) + dtype.itemsize * int(
-            np.prod(shape)
-        ):
+        wanted_bytes = len(header) + dtype.itemsize * int(np.prod(shape))
+        if not raw.startswith(header) or len(raw) != wanted_bytes:
             raise DataError(
-                f"{self.where(row)}: {extension} is not a {dtype} array of width {width}: {DAMAGED}"
+                f"{self.where(row)}: {extension} is not a {dtype} array of width {width}: {REMEDY}"
             )
         return np.frombuffer(raw, dtype, offset=len(header)).reshape(shape)
 
 
-def _text_problem(text: EncodedText, entry: TextEntry) -> str | None:
-    if not 0 < len(text.tokens) <= entry.max_tokens:
-        return f"has {len(text.tokens)} tokens, wanted 1 to {entry.max_tokens}"
-    if text.scale is not None and len(text.scale) != len(text.tokens):
-        return f"has {len(text.scale)} scales for {len(text.tokens)} tokens"
-    if text.pooled is not None and len(text.pooled) != entry.pooled_width:
-        return f"has a pooled vector of {len(text.pooled)}, wanted {entry.pooled_width}"
+def _text_problem(embedding: CaptionEmbedding, entry: TextEntry) -> str | None:
+    """What of an embedding does not match the encoder's entry in index.json."""
+    num_tokens = len(embedding.tokens)
+    if not 0 < num_tokens <= entry.max_tokens:
+        return f"has {num_tokens} tokens, wanted 1 to {entry.max_tokens}"
+    if embedding.scale is not None and len(embedding.scale) != num_tokens:
+        return f"has {len(embedding.scale)} scales for {num_tokens} tokens"
+    if embedding.pooled is not None and len(embedding.pooled) != entry.pooled_width:
+        return f"has a pooled vector of {len(embedding.pooled)}, wanted {entry.pooled_width}"
     halves = [
         array
-        for array in (text.tokens, text.scale, text.pooled)
+        for array in (embedding.tokens, embedding.scale, embedding.pooled)
         if array is not None and array.dtype == np.float16
     ]
     if any(((array.view("<i2") & 0x7FFF) >= 0x7C00).any() for array in halves):
@@ -188,9 +192,10 @@ def _text_problem(text: EncodedText, entry: TextEntry) -> str | None:
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found != entry.bytes:
-        state = "missing" if found is None else f"has {found} bytes"
+    """Raises DataError unless the file exists and has the size that index.json records."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry.bytes:
+        state = "missing" if size is None else f"has {size} bytes"
         raise DataError(
             f"{path}: {state}, index.json says {entry.bytes} bytes: copy it again, or encode the "
             "folder again"

@@ -59,7 +59,7 @@ class Decoded:
     fit: ResizeCrop
     pixels: np.ndarray  # uint8 (height_px, width_px, 3)
 
-    def facts(self) -> dict[str, object]:
+    def metadata(self) -> dict[str, object]:
         return {
             "class_name": self.picture.class_name,
             "image_sha256": self.image_sha256,
@@ -214,7 +214,7 @@ class PartEncoder:
                 self._decode,
                 _work(parts, scratch),
                 threads=DECODE_THREADS,
-                ahead=max(4 * self.config.batch_size, DECODE_THREADS),
+                buffer_size=max(4 * self.config.batch_size, DECODE_THREADS),
             )
             with closing(decoded), progress(total, " pictures", "encode") as bar:
                 for part in parts:
@@ -310,7 +310,7 @@ class PartEncoder:
                 encoded[0].stored[row],
                 picture.label,
                 picture.caption,
-                item.facts(),
+                item.metadata(),
                 encoded[1].stored[row] if self.config.flips else None,
                 {name: rows[row] for name, rows in texts.items()},
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.data.format import DTYPES, EncodedText
+from lpl_pretrain.data.format import NUMPY_DTYPES, CaptionEmbedding
 
 
 class Autoencoder(Protocol):
@@ -104,14 +104,14 @@ class Networks:
         ), moments.shape
         rounded = moments.to(torch.float16 if config.moments_dtype == "fp16" else torch.bfloat16)
         return StoredMoments(
-            rounded.view(torch.int16).cpu().numpy().view(DTYPES[config.moments_dtype]),
+            rounded.view(torch.int16).cpu().numpy().view(NUMPY_DTYPES[config.moments_dtype]),
             rounded.float().cpu().numpy(),
             rounded.isfinite().flatten(1).all(dim=1).cpu().numpy(),
             moments.abs().flatten(1).amax(dim=1).cpu().numpy(),
         )
 
     @torch.inference_mode()
-    def texts(self, captions: list[str]) -> dict[str, list[EncodedText]]:
+    def texts(self, captions: list[str]) -> dict[str, list[CaptionEmbedding]]:
         """By encoder, one for each caption."""
         return {
             name: [
@@ -122,13 +122,13 @@ class Networks:
         }
 
 
-def stored_text(states: Tensor, pooled: Tensor | None, storage: str) -> EncodedText:
+def stored_text(states: Tensor, pooled: Tensor | None, storage: str) -> CaptionEmbedding:
     """`states` (T, D) of the true tokens.  int8: each token is divided by its largest absolute
     value / 127.
     """
     tokens, vector = states.float().cpu(), None if pooled is None else pooled.half().cpu().numpy()
     if storage == "fp16":
-        return EncodedText(tokens.half().numpy(), None, vector)
+        return CaptionEmbedding(tokens.half().numpy(), None, vector)
     scale = (tokens.abs().amax(dim=1) / 127).half().clamp_(min=torch.finfo(torch.float16).tiny)
     values = (tokens / scale.float()[:, None]).round().clamp_(-127, 127).to(torch.int8)
-    return EncodedText(values.numpy(), scale.numpy(), vector)
+    return CaptionEmbedding(values.numpy(), scale.numpy(), vector)

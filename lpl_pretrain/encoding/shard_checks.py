@@ -16,7 +16,15 @@ import numpy as np
 import torch
 
 from lpl_pretrain.config.dataset import DatasetIndex, ShardEntry
-from lpl_pretrain.data.format import CAPTION, DTYPES, FACTS, FLIPPED, LABEL, NO_CLASS, scan_shard
+from lpl_pretrain.data.format import (
+    CAPTION,
+    FLIPPED,
+    LABEL,
+    METADATA,
+    NO_CLASS,
+    NUMPY_DTYPES,
+    scan_shard,
+)
 from lpl_pretrain.data.offsets import SUFFIX
 from lpl_pretrain.data.shard import OpenShard
 from lpl_pretrain.encoding.writer import LatentStatistics
@@ -72,7 +80,7 @@ def moments_as_floats(shard: OpenShard, index: DatasetIndex, row: int, flipped: 
     """(2C, H, W) float32"""
     bucket = index.buckets[shard.entry.bucket]
     stored = np.empty(
-        (2 * index.latent.channels, bucket.height, bucket.width), DTYPES[index.moments_dtype]
+        (2 * index.latent.channels, bucket.height, bucket.width), NUMPY_DTYPES[index.moments_dtype]
     )
     shard.read_moments(row, flipped, memoryview(stored.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
     if index.moments_dtype == "fp16":
@@ -160,13 +168,13 @@ def _read_facts(path: Path) -> Iterator[tuple[str, int | None, str | None, dict[
     with open(path, "rb") as file:
         for key, members in scan_shard(path).items():
             texts = {}
-            for extension in (LABEL, FACTS, CAPTION):
+            for extension in (LABEL, METADATA, CAPTION):
                 if extension in members:
                     offset, size = members[extension]
                     file.seek(offset)
                     texts[extension] = file.read(size)
             try:
-                label, facts = int(texts[LABEL]), json.loads(texts[FACTS])
+                label, facts = int(texts[LABEL]), json.loads(texts[METADATA])
                 caption = texts[CAPTION].decode() if CAPTION in texts else None
             except (ValueError, RecursionError) as problem:
                 raise DataError(

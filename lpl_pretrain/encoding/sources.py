@@ -18,7 +18,7 @@ import fsspec
 
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.config.paths import is_url
-from lpl_pretrain.data.format import split_member_name
+from lpl_pretrain.data.tar import split_member_name
 from lpl_pretrain.encoding.pictures import PICTURE_EXTENSIONS, Picture, Problem
 from lpl_pretrain.encoding.tars import read_tar
 from lpl_pretrain.errors import DataError

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lpl_pretrain.data.format import BLOCK, split_member_name
+from lpl_pretrain.data.tar import BLOCK, split_member_name
 from lpl_pretrain.encoding.pictures import PICTURE_EXTENSIONS, Picture, Problem
 from lpl_pretrain.errors import DataError
 

@@ -16,7 +16,7 @@ from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.online_text import stored_encoders, text_entries, text_entry
 from lpl_pretrain.config.schema import ConditioningConfig, TrainConfig
 from lpl_pretrain.data.null_text import read_null_text
-from lpl_pretrain.data.stream import LatentStream, Wants
+from lpl_pretrain.data.stream import LatentStream, RequestedFields
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.conditioning import TextConditioner
 from lpl_pretrain.runtime import rng
@@ -38,7 +38,10 @@ class Captions:
         """Of `config.data.folder`, by the encoders of `config.conditioning`.  Raises ConfigError."""
         self.prompts, conditioning = prompts, config.conditioning
         self._stream = LatentStream(
-            config.data, config.seed, 1, Wants(captions=True, text=stored_encoders(conditioning))
+            config.data,
+            config.seed,
+            1,
+            RequestedFields(captions=True, text=stored_encoders(conditioning)),
         )
         folders, index = self._stream.folders, self._stream.index
         entries = text_entries(conditioning, index.text)

@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class TextEmbeddings:
     """One encoder's view of some captions, as `encode` stores it in fp16."""
 
     states: Tensor  # (B, T, D) float16, zero behind each caption's end
@@ -95,14 +95,14 @@ class OnlineText:
         }
         return cls({name: encoder.to(device) for name, encoder in found.items()})
 
-    def __call__(self, captions: list[str]) -> dict[str, Embedded]:
+    def __call__(self, captions: list[str]) -> dict[str, TextEmbeddings]:
         return {name: _batched(encoder.encode(captions)) for name, encoder in self.encoders.items()}
 
 
-def _batched(found: list[tuple[Tensor, Tensor | None]]) -> Embedded:
+def _batched(found: list[tuple[Tensor, Tensor | None]]) -> TextEmbeddings:
     states = pad_sequence([tokens.half() for tokens, _ in found], batch_first=True)
     pooled = [vector.half() for _, vector in found if vector is not None]
-    return Embedded(states, torch.stack(pooled) if pooled else None)
+    return TextEmbeddings(states, torch.stack(pooled) if pooled else None)
 
 
 def load_text_encoder(config: TextEncoderConfig, where: str) -> TextEncoder:

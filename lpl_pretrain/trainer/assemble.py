@@ -18,7 +18,7 @@ from lpl_pretrain.config.online_text import stored_encoders, text_entries
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import ConditioningConfig, OnSpike, TrainConfig
 from lpl_pretrain.data.null_text import read_null_text
-from lpl_pretrain.data.stream import LatentStream, Wants
+from lpl_pretrain.data.stream import LatentStream, RequestedFields
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
@@ -126,10 +126,10 @@ def assemble(
     fence: Callable[[], None] = lambda: None,
 ) -> Run:
     """Collective: strategies shard as they are built.  `fence`: as CheckpointManager has it."""
-    wants = Wants(
+    requested = RequestedFields(
         captions=bool(config.conditioning.encoders), text=stored_encoders(config.conditioning)
     )
-    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, wants)
+    stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, requested)
     text = text_conditioner(config.conditioning, stream.folders, device)
     shape = None if text is None else text.shape
     if config.data.verify == "full":
@@ -207,7 +207,7 @@ def build_spike_guard(
         return None
     count = min(config.optimizer.spike.noise_levels, config.batch.global_batch_size)
     levels = NoiseLevels.of(count, config.diffusion.timesteps, schedule)
-    return SpikeGuard(config.optimizer.spike, levels, device, stream.name)
+    return SpikeGuard(config.optimizer.spike, levels, device, stream.location_name)
 
 
 def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
@@ -259,14 +259,14 @@ def verify(stream: LatentStream, world: World) -> None:
     """
     trouble, damaged = None, []
     try:
-        damaged = stream.verify(share=world.rank, shares=world.world_size)
+        damaged = stream.verify(rank=world.rank, world_size=world.world_size)
     except DataError as error:
         trouble = str(error)
     trouble = first_over_ranks(trouble)
     if trouble is not None:
         raise DataError(trouble)
     for rank in range(world.world_size):
-        stream.damage.mark(broadcast_json(damaged, source=rank))
+        stream.bad_samples.extend(broadcast_json(damaged, source=rank))
 
 
 def build_perceptual(

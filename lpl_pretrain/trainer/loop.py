@@ -99,7 +99,7 @@ def loop(
             with clock.part("ema"):
                 run.ema.update(done)
         if ledger is not None:
-            ledger.note(done, microbatches)
+            ledger.write(done, microbatches)
         tell(run, sinks, done, outcome)
         if outcome.spike is not None:
             with watchdog.paused():
@@ -204,7 +204,7 @@ def settings(
         values["skipped_updates"] = run.updater.health.skipped_updates
     if run.strategy.loss_scale.dynamic:
         values["loss_scale"] = run.strategy.loss_scale.value
-    if lost := run.stream.damage.lost_samples():
+    if lost := run.stream.bad_samples.num_samples():
         values["data/skipped_samples"] = lost
     if means and run.updater.perceptual is not None and run.updater.perceptual.weight.active(step):
         values["lpl/weight"] = run.updater.perceptual.weight.value(step)

@@ -122,8 +122,8 @@ class Updater:
         meter.end_update(applied=report.applied)
         samples, spike, left_out = [hand.sample_indices for hand in hands], None, None
         if self.spikes is not None:
-            places = [place for batch in batches for place in batch.places]
-            spike = self.spikes.judge(step, report, sum(samples, []), places)
+            locations = [location for batch in batches for location in batch.locations]
+            spike = self.spikes.judge(step, report, sum(samples, []), locations)
         if spike is None:
             left_out = self.health.judge(step, report, samples, losses)
         frozen = report.applied and self._calibrate(step, torch.stack(means).mean(dim=0))

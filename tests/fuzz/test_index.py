@@ -22,7 +22,7 @@ from lpl_pretrain.config.dataset import (
     read_index,
     shards_fingerprint_of,
 )
-from lpl_pretrain.data.format import DTYPES, scan_shard
+from lpl_pretrain.data.format import NUMPY_DTYPES, scan_shard
 from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.offsets import FIXED, Offsets
 from lpl_pretrain.data.shard import OpenShard
@@ -164,7 +164,7 @@ def read_everything(tar: Path, offsets: Path, index: DatasetIndex, sha256: dict[
     shard = OpenShard(tar, offsets, entry, index)
     shape = (2 * index.latent.channels, index.latent.height, index.latent.width)
     for row in range(len(shard.offsets)):
-        into = np.empty(shape, DTYPES[index.moments_dtype])
+        into = np.empty(shape, NUMPY_DTYPES[index.moments_dtype])
         shard.read_moments(row, False, memoryview(into.reshape(-1).view(np.uint8)))
         assert into.tobytes() in tar.read_bytes()
         shard.read_caption(row)
@@ -207,7 +207,7 @@ def test_bits_of_a_shard_and_its_offsets(
     pair = (changed_tar, offsets) if of_tar else (tar, changed_offsets)
     (changed_tar if of_tar else changed_offsets).write_bytes(raw)
     try:
-        found = [damage.reason for damage in OpenShard(*pair, index.shards[0], index).verify()]
+        found = [bad.reason for bad in OpenShard(*pair, index.shards[0], index).verify()]
     except DataError as problem:
         found = [str(problem)]
     assert found and all(

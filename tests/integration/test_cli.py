@@ -210,8 +210,8 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
     assert max(logged_losses(run)) == step + 2
     audited = lpl("audit", run).stdout
     assert (
-        f"{step + 2} updates of 8 samples, 2 starts, 0 updates made again" in audited
-        and "none was seen twice" in audited
+        f"{step + 2} updates of 8 samples, 2 starts, 0 updates repeated" in audited
+        and "none was read twice" in audited
     )
     whole = logged_losses(world / "whole")
     assert [logged_losses(run)[s] for s in range(1, 7)] == pytest.approx(

@@ -97,7 +97,7 @@ def test_ends_with_the_weights_of_a_run_left_alone(cluster, folder, way, lying_s
     told = lpl("audit", run).stdout
     assert (
         f"{last + EVERY} updates of 8 samples, {1 + len(job.resumes())} starts" in told
-        and "none was seen twice" in told
+        and "none was read twice" in told
     )
     assert not job.ranks(), "no process is left"
     reasons = [found["reason"] for found in attempts]

@@ -15,15 +15,14 @@ from safetensors.numpy import save
 
 from lpl_pretrain.config.dataset import ShardEntry
 from lpl_pretrain.data.format import (
-    END_OF_ARCHIVE,
-    EncodedText,
+    CaptionEmbedding,
     Sample,
-    _tar_member,
     npy_header,
     pack_sample,
     scan_shard,
 )
 from lpl_pretrain.data.offsets import FIXED, Offsets, ShardBuilder, key_at
+from lpl_pretrain.data.tar import END_OF_ARCHIVE, tar_member
 from lpl_pretrain.errors import DataError
 
 SHAPE = (4, 3, 2)
@@ -57,7 +56,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def full_sample(key: str = "a") -> Sample:
-    text = EncodedText(
+    text = CaptionEmbedding(
         np.ones((5, 8), np.int8), np.full(5, 0.5, np.float16), np.zeros(3, np.float16)
     )
     return Sample(key, moments(0), 1, "ünïcode 👩‍🚀", {"x": 1}, moments(1), {"minilm": text})
@@ -131,7 +130,7 @@ def test_webdataset_reads_every_member(tmp_path: Path) -> None:
         and found["txt"] == wanted.caption
     )
     text = wanted.text["minilm"]
-    restored = EncodedText(
+    restored = CaptionEmbedding(
         found["text_minilm.npy"], found["text_minilm_scale.npy"], found["text_minilm_pooled.npy"]
     )
     assert np.array_equal(restored.floats(), text.floats()) and np.array_equal(
@@ -150,14 +149,14 @@ def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
 
 def test_a_caption_of_77_tokens_at_width_384_costs_less_than_32_kb() -> None:
     bare = len(packed("a"))
-    text = EncodedText(np.ones((77, 384), np.int8), np.ones(77, np.float16))
+    text = CaptionEmbedding(np.ones((77, 384), np.int8), np.ones(77, np.float16))
     with_text = len(
         pack_sample(
             Sample("a", moments(0), 0, "a caption", {"class_name": "x"}, None, {"minilm": text})
         )[0]
     )
     assert with_text - bare < 32_000
-    half = EncodedText(np.ones((77, 384), np.float16))
+    half = CaptionEmbedding(np.ones((77, 384), np.float16))
     assert (
         len(pack_sample(Sample("a", moments(0), 0, text={"minilm": half}))[0]) - bare > 32_000
     )  # why int8 is the default
@@ -210,7 +209,7 @@ def test_missing_member(tmp_path: Path, extension: str) -> None:
         write_shard(
             tmp_path,
             packed("a"),
-            *(_tar_member(f"b.{e}", d) for e, d in blob.items() if e != extension),
+            *(tar_member(f"b.{e}", d) for e, d in blob.items() if e != extension),
         ),
         "'b'",
         f"no {extension}",
@@ -229,7 +228,7 @@ def test_path_traversal(tmp_path: Path, name: str) -> None:
 
 def header_with_size(name: str, size: bytes, kind: bytes = b"0") -> bytes:
     """A tar header whose size is this text, with the checksum that fits."""
-    raw = bytearray(_tar_member(name, b"")[:512])
+    raw = bytearray(tar_member(name, b"")[:512])
     raw[124:136], raw[156:157] = size.ljust(12, b"\0"), kind
     raw[148:156] = b" " * 8
     raw[148:156] = b"%06o\0 " % sum(raw)
@@ -289,13 +288,13 @@ def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardE
         ({"crc32": np.zeros(2, np.int64)}, "crc32 is int64 (2,), wanted uint32 (2,)"),
         ({"micro": np.zeros((2, 5), np.int32)}, "micro is int32 (2, 5), wanted int32 (2, 6)"),
         ({"label": np.zeros(3, np.int32)}, "has 3 samples, index.json says 2 in x.tar"),
-        ({"end": np.array([2**62, 2**63 - 1])}, "samples overlap, or lie behind"),
+        ({"end": np.array([2**62, 2**63 - 1])}, "samples overlap, or are beyond"),
         ({"start": np.array([-512, 0])}, "samples overlap"),
-        ({"moments": np.array([0, 0])}, "moments lie outside their sample"),
-        ({"member/txt": np.array([[0, 2**62], [0, 1]])}, "txt lies outside its sample"),
+        ({"moments": np.array([0, 0])}, "moments are outside their sample"),
+        ({"member/txt": np.array([[0, 2**62], [0, 1]])}, "txt is outside its sample"),
         (
             {"member/txt": np.array([[2**63 - 1, 2**63 - 1], [-1, -1]])},
-            "txt lies outside its sample",
+            "txt is outside its sample",
         ),
     ],
 )

@@ -31,7 +31,7 @@ def order():
 def batch(order, counts):
     found, nothing = order.locate(counts), torch.zeros(0)
     places = list(zip(found.folder.tolist(), found.shard.tolist(), found.row.tolist(), strict=True))
-    return LatentBatch(nothing, nothing, torch.tensor(counts), nothing, places=places)
+    return LatentBatch(nothing, nothing, torch.tensor(counts), nothing, locations=places)
 
 
 def train(run_dir, order, history=HISTORY, take=lambda step, rank, counts: counts):
@@ -41,7 +41,7 @@ def train(run_dir, order, history=HISTORY, take=lambda step, rank, counts: count
             for step in range(first + 1, last + 1):
                 counts = list(range((step - 1) * SIZE + rank, step * SIZE, ranks))
                 counts = take(step, rank, counts)
-                ledger.note(step, [batch(order, counts[:1]), batch(order, counts[1:])])
+                ledger.write(step, [batch(order, counts[:1]), batch(order, counts[1:])])
             ledger.close()
 
 
@@ -50,7 +50,7 @@ def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
     train(run_dir, order)
     found = audit(run_dir, order, SIZE)
     assert found.problems == []
-    assert (found.steps, found.starts, found.made_again, found.stand_ins) == (9, 3, 2, 0)
+    assert (found.steps, found.starts, found.repeated_updates, found.substitutes) == (9, 3, 2, 0)
     assert (found.least, found.most) == (9 * SIZE // SAMPLES, 9 * SIZE // SAMPLES), "three epochs"
 
 
@@ -63,7 +63,7 @@ def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
         ),
         (
             lambda step, rank, counts: [*counts, counts[0]] if (step, rank) == (2, 0) else counts,
-            "update 2: 1 samples seen twice",
+            "update 2: 1 samples read twice",
         ),
         (
             lambda step, rank, counts: [0, *counts[1:]] if (step, rank) == (4, 0) else counts,
@@ -103,7 +103,7 @@ def train_with_jumps(run_dir, order, history, ranks=2):
             for step in range(start["first"] + 1, start["last"] + 1):
                 position = step - 1 + start.get("taken", jump)
                 counts = list(range(position * SIZE + rank, (position + 1) * SIZE, ranks))
-                ledger.note(step, [batch(order, counts)])
+                ledger.write(step, [batch(order, counts)])
             ledger.close()
 
 
@@ -118,7 +118,7 @@ def test_a_rollback_jumps_over_samples(tmp_path, order, starts, steps, again):
     assert found.problems == []
     assert (found.steps, found.starts, found.jump_updates) == (steps, starts, 3)
     assert found.rollbacks == (2 if starts == 5 else 1)
-    assert found.made_again == again
+    assert found.repeated_updates == again
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_sample_in_the_place_of_another_is_counted(tmp_path, order):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[1]["samples"][0][2:] = [0, 8] if lines[1]["samples"][0][2:] != [0, 8] else [0, 7]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert audit(RunDir(tmp_path), order, SIZE).stand_ins == 1
+    assert audit(RunDir(tmp_path), order, SIZE).substitutes == 1
 
 
 def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path, order):
@@ -164,7 +164,7 @@ def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path, order):
     with file.open("a") as more:
         more.write('{"step": 3, "sam')
     ledger = Ledger(file, "last", 2)
-    ledger.note(3, [batch(order, list(range(16, 24)))])
+    ledger.write(3, [batch(order, list(range(16, 24)))])
     ledger.close()
     found = audit(RunDir(tmp_path), order, SIZE)
     assert found.problems == [] and found.steps == 3
@@ -175,10 +175,10 @@ def test_what_a_suspended_rank_writes_after_a_later_start_belongs_to_its_own(tmp
     suspended = [Ledger(run_dir.ledger(rank), "suspended", 0) for rank in range(2)]
     train(run_dir, order, history=[(0, 3, 2)])
     for rank, ledger in enumerate(suspended):
-        ledger.note(1, [batch(order, list(range(rank, SIZE, 2)))])
+        ledger.write(1, [batch(order, list(range(rank, SIZE, 2)))])
         ledger.close()
     found = audit(run_dir, order, SIZE)
-    assert found.problems == [] and (found.starts, found.made_again) == (2, 1)
+    assert found.problems == [] and (found.starts, found.repeated_updates) == (2, 1)
 
 
 def test_lines_of_older_versions_do_not_name_their_start(tmp_path, order):
@@ -190,7 +190,7 @@ def test_lines_of_older_versions_do_not_name_their_start(tmp_path, order):
                 del line["start"]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = audit(RunDir(tmp_path), order, SIZE)
-    assert found.problems == [] and (found.starts, found.made_again) == (3, 2)
+    assert found.problems == [] and (found.starts, found.repeated_updates) == (3, 2)
 
 
 def test_without_a_ledger(tmp_path, order):

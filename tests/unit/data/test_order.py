@@ -13,7 +13,7 @@ import pytest
 
 from lpl_pretrain.config.data_mixture import DataFolders
 from lpl_pretrain.config.dataset import MIX_CYCLE_SAMPLES
-from lpl_pretrain.data.order import Places, SampleOrder
+from lpl_pretrain.data.order import Locations, SampleOrder
 from tests.support.indexes import simulated_folders, simulated_index
 
 SQUARE, TALL, WIDE = (16, 16), (24, 12), (12, 24)
@@ -42,7 +42,7 @@ def order_of(
     return SampleOrder(data, seed, batch, lanes=lanes, block_samples=block)
 
 
-def table(places: Places) -> np.ndarray:
+def table(places: Locations) -> np.ndarray:
     return np.stack([places.folder, places.shard, places.row], axis=1)
 
 

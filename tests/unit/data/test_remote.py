@@ -137,7 +137,7 @@ def test_in_the_end_the_url_and_the_reason_are_named(
     Flaky(monkeypatch, 99)
     with pytest.raises(
         DataError,
-        match=r"memory://bucket/latents/latents-.* cannot be fetched \(connection reset by peer\)",
+        match=r"memory://bucket/latents/latents-.* cannot be downloaded \(connection reset by peer\)",
     ):
         open_remote(url, tmp_path / "cache", retries=1).read(range(23))
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]
@@ -147,7 +147,7 @@ def test_damage_that_stays_is_told_by_its_checksum(url: str, tmp_path: Path) -> 
     name = read_index(url).shards[0].file
     MEMORY.pipe(f"/bucket/latents/{name}", b"x" + MEMORY.cat(f"/bucket/latents/{name}")[1:])
     with pytest.raises(
-        DataError, match=f"{name}: cannot be fetched .sha256 is .*, index.json says"
+        DataError, match=f"{name}: cannot be downloaded .sha256 is .*, index.json says"
     ):
         open_remote(url, tmp_path / "cache", retries=1).read(range(23))
     stream = open_remote(
@@ -193,8 +193,8 @@ def test_least_recently_used_makes_room(tmp_path: Path) -> None:
     store = CachedStore(
         "memory://bucket",
         CacheConfig(folder=str(tmp_path), max_gib=1000 / 2**30),
-        largest_bytes=400,
-        at_once=1,
+        max_file_bytes=400,
+        concurrent_files=1,
     )
     a, b = (store.path(name, digests[name], 400) for name in "ab")
     time.sleep(0.01)
@@ -207,7 +207,9 @@ def test_one_process_fetches_and_the_others_wait(url: str, tmp_path: Path, opene
     """As threads here: each store has locks of its own, as processes have."""
     entry = read_index(url).shards[0]
     config = CacheConfig(folder=str(tmp_path / "cache"))
-    stores = [CachedStore(url, config, largest_bytes=entry.bytes, at_once=1) for _ in range(6)]
+    stores = [
+        CachedStore(url, config, max_file_bytes=entry.bytes, concurrent_files=1) for _ in range(6)
+    ]
     threads = [
         threading.Thread(target=store.path, args=(entry.file, entry.sha256, entry.bytes))
         for store in stores

@@ -222,7 +222,7 @@ def test_map_ahead_works_while_the_consumer_does() -> None:
         2, timeout=5
     )  # passes only when an item is worked on while the consumer waits here
     results = prefetch_map(
-        lambda item: both.wait() if item == 1 else item, range(4), threads=1, ahead=2
+        lambda item: both.wait() if item == 1 else item, range(4), threads=1, buffer_size=2
     )
     assert next(results) == 0
     both.wait()
@@ -240,7 +240,7 @@ def test_checksums(data_set: Path) -> None:
     ):
         open_stream(data_set).verify()
     assert (
-        open_stream(data_set).verify(share=0, shares=len(stream.index.shards)) == []
+        open_stream(data_set).verify(rank=0, world_size=len(stream.index.shards)) == []
     )  # that is somebody's healthy share
 
 
@@ -340,15 +340,15 @@ def test_damage_is_skipped_counted_and_alike_on_every_layout(
     damaged_set(data_set)
     options = {"on_error": "skip", "max_skipped_fraction": 0.2, "lanes": 2, "block_samples": 4}
     whole = open_stream(data_set, **options)
-    whole.damage.mark(whole.verify())
-    assert whole.damage.lost_samples() == 3 and caplog.text.count("skipped from now on") == 3
+    whole.bad_samples.extend(whole.verify())
+    assert whole.bad_samples.num_samples() == 3 and caplog.text.count("skipped from now on") == 3
     wanted = whole.read(range(96)).moments
     bad = expected(11 + 2)  # the third of shard 2
     bad[0, 0, 0] = 1.0
     assert not any(torch.equal(row, bad) for row in wanted)  # never served, though it looks sound
     for share in (1, 3, 8, 32):
         stream = open_stream(data_set, **options)
-        stream.damage.mark(whole.verify())  # as the ranks tell each other
+        stream.bad_samples.extend(whole.verify())  # as the ranks tell each other
         pieces = [stream.read(range(start, start + share)).moments for start in range(0, 96, share)]
         assert torch.equal(torch.cat(pieces), wanted)
     healthy = open_stream(data_set, **options)
@@ -378,7 +378,7 @@ def test_a_missing_shard_can_be_skipped(data_set: Path) -> None:
     entry = read_index(data_set).shards[3]
     (data_set / entry.file).unlink()
     stream = open_stream(data_set, on_error="skip", max_skipped_fraction=0.3)
-    assert stream.damage.lost_samples() == entry.samples
+    assert stream.bad_samples.num_samples() == entry.samples
     batch = stream.read(range(230))
     first = sum(shard.samples for shard in stream.index.shards[:3])
     lost = [expected(number) for number in range(first, 23)]
@@ -395,7 +395,7 @@ def test_too_much_damage_stops(data_set: Path) -> None:
     with pytest.raises(
         DataError, match="3 of 23 samples cannot be read, more than data.max_skipped_fraction=0.1"
     ):
-        stream.damage.mark(stream.verify())
+        stream.bad_samples.extend(stream.verify())
 
 
 # --- several folders, buckets, flips

@@ -15,7 +15,7 @@ from lpl_pretrain.cli import encode as command
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import load_config
-from lpl_pretrain.data.stream import LatentStream, Wants
+from lpl_pretrain.data.stream import LatentStream, RequestedFields
 from lpl_pretrain.encoding.encode import check_shapes, encode
 from lpl_pretrain.encoding.writer import LatentStatistics
 from lpl_pretrain.errors import ConfigError, DataError
@@ -488,7 +488,7 @@ def test_captions_in_any_unicode(tmp_path: Path) -> None:
     )
     encode_dataset(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
     assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == CAPTIONS
-    stream = LatentStream(data_config(tmp_path / "latents"), 0, 8, Wants(captions=True))
+    stream = LatentStream(data_config(tmp_path / "latents"), 0, 8, RequestedFields(captions=True))
     captions = stream.read(range(8)).captions
     assert captions is not None and sorted(captions) == sorted(CAPTIONS)
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.encode import EncodeConfig, TextEncoderConfig
-from lpl_pretrain.data.stream import LatentStream, Wants
+from lpl_pretrain.data.stream import LatentStream, RequestedFields
 from lpl_pretrain.encoding.encoders import stored_text
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.models.text import load_text_encoder
@@ -49,7 +49,7 @@ def text_config(folder: Path, text: dict, name: str = "latents") -> EncodeConfig
 
 
 def read_text(folder: Path, *names: str) -> tuple[list[str], LatentStream, object]:
-    stream = LatentStream(data_config(folder), 0, 5, Wants(captions=True, text=names))
+    stream = LatentStream(data_config(folder), 0, 5, RequestedFields(captions=True, text=names))
     batch = stream.read(range(5))
     assert batch.captions is not None
     return batch.captions, stream, batch
@@ -139,9 +139,9 @@ def test_minilm_costs_less_than_32_kb_a_caption(tmp_path: Path) -> None:
     text = {"minilm": {"folder": str(minilm()), "max_tokens": 77}}
     index = encode_dataset(encode_config(tar, tmp_path / "text", text=text), FakeAutoencoder())
     assert (index.shards[0].bytes - plain.shards[0].bytes) / 3 < 32_000
-    batch = LatentStream(data_config(tmp_path / "text"), 0, 3, Wants(text=("minilm",))).read(
-        range(3)
-    )
+    batch = LatentStream(
+        data_config(tmp_path / "text"), 0, 3, RequestedFields(text=("minilm",))
+    ).read(range(3))
     assert batch.text["minilm"].states.shape == (3, 77, 384)
 
 
