@@ -51,7 +51,9 @@ def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
     found = audit(run_dir, order, SIZE)
     assert found.problems == []
     assert (found.steps, found.starts, found.repeated_updates, found.substitutes) == (9, 3, 2, 0)
-    assert (found.min_reads, found.max_reads) == (9 * SIZE // SAMPLES, 9 * SIZE // SAMPLES), "three epochs"
+    assert (found.min_reads, found.max_reads) == (9 * SIZE // SAMPLES, 9 * SIZE // SAMPLES), (
+        "three epochs"
+    )
 
 
 @pytest.mark.parametrize(
