@@ -118,7 +118,7 @@ def parse_axis(sweep: str) -> list[str]:
     values = split_values(text)
     if not key or not all(values):
         raise ConfigError(
-            f"--sweep {sweep}: wanted key=value,value, such as lpl.target_share=0.1,0.2"
+            f"--sweep {sweep}: wanted key=value,value, such as lpl.target_fraction=0.1,0.2"
         )
     return [f"{key}={value}" for value in values]
 
@@ -156,7 +156,7 @@ def split_values(text: str) -> list[str]:
 
 
 def run_name(changes: Sequence[str]) -> str:
-    """Folder name `lpl.target_share=0.1,optimizer.lr=1e-4`, with `_` for characters that are
+    """Folder name `lpl.target_fraction=0.1,optimizer.lr=1e-4`, with `_` for characters that are
     special to a shell or a file system.
     """
     pairs = (change.partition("=") for change in changes)

@@ -3,8 +3,8 @@
     python tools/bench_batch_plan.py
 
 The quantity is the mean over a batch of gate * (0.2 + noise level), a stand-in for LPL whose only
-randomness is t: rectified flow, logit-normal t, `min_snr: 3`.  `sample_share` decodes that fraction
-of the gated samples, weighted by its inverse.
+randomness is t: rectified flow, logit-normal t, `snr_above: 3`.  `sample_fraction` decodes that
+fraction of the gated samples, weighted by its inverse.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Estimator:
 
 
 def main() -> None:
-    print("batch  sample_share  mean, plain  mean, planned  variance, plain / planned")
+    print("batch  sample_fraction  mean, plain  mean, planned  variance, plain / planned")
     for size, draws in ((32, 100_000), (256, 400_000)):
         estimator = Estimator(size=size)
         plain = estimator.plain(3_200_000)

@@ -171,12 +171,12 @@ def gates(figure: plt.Figure) -> None:
         schedule, t = make_schedule(kind), quantile(timesteps, u)
         axes.hist(t.numpy(), bins=80, range=(0, 1), density=True, color="#c9ced6")
         for gate, colour in (
-            (GateConfig(min_snr=3), "#2557d6"),
-            (GateConfig(max_noise_level=3), "#d9622b"),
+            (GateConfig(snr_above=3), "#2557d6"),
+            (GateConfig(noise_level_below=3), "#d9622b"),
         ):
             threshold = max_noise_level(gate, schedule)
             share = gate_share(threshold, schedule, timesteps)
-            name = "min_snr: 3" if gate.min_snr else "max_noise_level: 3"
+            name = "snr_above: 3" if gate.snr_above else "noise_level_below: 3"
             edge = quantile(timesteps, torch.tensor([share], dtype=torch.float64)).item()
             axes.axvline(edge, color=colour, label=f"{name}, {share:.0%}")
         axes.set_title(f"samples inside the gate: {title}", fontsize=10)

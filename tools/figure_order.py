@@ -26,7 +26,9 @@ def positions(order: LaneOrder, counts: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    order = LaneOrder([SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, block_samples=BLOCK)
+    order = LaneOrder(
+        [SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, shuffle_block_samples=BLOCK
+    )
     counts = np.arange(order.samples)
     found = positions(order, counts)
     figure, (left, right) = plt.subplots(

@@ -2,7 +2,7 @@
 counted on meta tensors.
 
     python tools/lpl_cost.py configs/train/dit_xl2_in256_lpl.yaml --decoder sd --latent 4,32,32
-    python tools/lpl_cost.py configs/train/emoji_dit_lpl.yaml lpl.sample_share=0.5
+    python tools/lpl_cost.py configs/train/emoji_dit_lpl.yaml lpl.sample_fraction=0.5
     python tools/lpl_cost.py --decoder flux --latent 32 --denoiser xl2      # with configs/train/dit_xl2_in256_lpl.yaml
 
 Nothing is loaded, nothing is computed: the decoder is built from its config.json alone, or is a
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write both tables here too")
     args = parser.parse_intermixed_args(arguments)
     config = read_config(args.words, args.denoiser)
-    lpl = config.lpl or LPLConfig(target_share=0.2)
+    lpl = config.lpl or LPLConfig(target_fraction=0.2)
     network = build_network(args.decoder or lpl.decoder or config.autoencoder)
     channels, height, width = latent = latent_shape(
         args.latent, network.config.latent_channels, config
@@ -148,7 +148,9 @@ class Case:
 
     def decoded_samples(self, lpl: LPLConfig) -> int:
         """Of one step over all slots, padding included."""
-        choice = LPLSubset.of(self.config.batch.global_batch_size, self.share(), lpl.sample_share)
+        choice = LPLSubset.of(
+            self.config.batch.global_batch_size, self.share(), lpl.sample_fraction
+        )
         return choice.prefix(self.slots) * self.slots
 
     @cached_property
@@ -281,7 +283,7 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
         tiny = diffusers.AutoencoderTiny(
             latent_channels=channels, latent_magnitude=3
         ).requires_grad_(False)
-    small, half = decoder_stages(tiny), 0.5 * case.lpl.sample_share
+    small, half = decoder_stages(tiny), 0.5 * case.lpl.sample_fraction
     yield "as configured", decoder, case.lpl
     flipped = not case.lpl.activation_checkpointing
     yield (
@@ -292,20 +294,20 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
     for last in range(len(asked) - 1, 0, -1):
         yield f"stages up to {asked[last - 1]}", decoder, plus(stages=asked[:last])
     yield f"crop: {{side: {crop['side']}, halo: {crop['halo']}}}", decoder, plus(crop=crop)
-    yield f"sample_share: {half:g}", decoder, plus(sample_share=half)
+    yield f"sample_fraction: {half:g}", decoder, plus(sample_fraction=half)
     early = asked[: max(1, len(asked) - 2)]
     yield (
         f"stages up to {early[-1]}, crop, share",
         decoder,
-        plus(stages=early, crop=crop, sample_share=half),
+        plus(stages=early, crop=crop, sample_fraction=half),
     )
     yield "decoder: of TAESD's size", small, plus(stages=None, depth_weights="uniform")
     yield (
         "decoder: of TAESD's size, share",
         small,
-        plus(stages=None, depth_weights="uniform", sample_share=half),
+        plus(stages=None, depth_weights="uniform", sample_fraction=half),
     )
-    everything = plus(stages=None, depth_weights="uniform", crop=crop, sample_share=half)
+    everything = plus(stages=None, depth_weights="uniform", crop=crop, sample_fraction=half)
     yield "decoder: of TAESD's size, crop, share", small, everything
 
 

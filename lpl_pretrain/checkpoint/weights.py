@@ -50,7 +50,7 @@ def reconstructed(
         have = ", ".join(map(str, run_dir.complete_snapshots())) or "none"
         raise CheckpointError(
             f"{run_dir.path}: no snapshot of step {step or 'any'}, there are: {have}; set "
-            "ema.power and ema.snapshot_every_steps"
+            "ema.sigma_rel and ema.snapshot_every_steps"
         )
     readers = _open_snapshots(run_dir, steps, identity, newest_may_be_damaged=step is None)
     steps = list(readers)

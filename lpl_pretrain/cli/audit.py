@@ -23,7 +23,7 @@ def run(run: str) -> None:
         config.seed,
         global_batch_size,
         lanes=data.lanes,
-        block_samples=data.block_samples,
+        shuffle_block_samples=data.shuffle_block_samples,
     )
     result = audit(run_dir, order, global_batch_size)
     if result.problems:

@@ -51,7 +51,7 @@ def run(
         tensors, facts = stored(run_dir, weights, step, run_identity(config))
     else:
         tensors, facts = reconstructed(
-            run_dir, config.ema.power, sigma_rel, step, run_identity(config)
+            run_dir, config.ema.sigma_rel, sigma_rel, step, run_identity(config)
         )
     parameters = sum(tensor.numel() for tensor in tensors.values())
     try:

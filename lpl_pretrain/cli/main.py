@@ -280,8 +280,8 @@ def report(runs: tuple[str, ...], output: str | None) -> None:
 @commands.command()
 @click.argument("run")
 def audit(run: str) -> None:
-    """Check that every update of RUN, trained with log.samples=true, trained on its samples: none
-    missed, none read twice.
+    """Check that every update of RUN, trained with log.sample_indices=true, trained on its samples:
+    none missing, none twice.
     """
     from lpl_pretrain.cli import audit as command
 

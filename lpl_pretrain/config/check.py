@@ -21,6 +21,7 @@ from lpl_pretrain.config.lpl_check import FIRST_BETA as FIRST_BETA
 from lpl_pretrain.config.lpl_check import lpl_problems
 from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.online_text import online_problems, stored_encoders, text_entries
+from lpl_pretrain.config.renamed_keys import first_key
 from lpl_pretrain.config.schema import (
     DataConfig,
     ParallelConfig,
@@ -45,7 +46,7 @@ FREE_TO_CHANGE = (
     "inline_evaluation",
     "log",
     "preflight",
-    "hang",
+    "watchdog",
     "parallel",
     "batch.micro_batch_size",
     "autoencoder",
@@ -97,13 +98,13 @@ def check_run(config: TrainConfig, index: DatasetIndex, dp_world_size: int) -> N
         *data_problems(config.data, index, stored_encoders(config.conditioning)),
         *online_problems(config.conditioning, config.data.folder, index.captions),
         *text_problems(
-            config.conditioning.text,
+            config.conditioning.text_encoders,
             text_entries(config.conditioning, index.text),
             config.data.folder,
             model=config.model,
         ),
         *caption_problems(
-            config.conditioning.text,
+            config.conditioning.text_encoders,
             config.data.folder,
             captions=index.captions,
             samples=index.samples,
@@ -151,16 +152,20 @@ def run_identity(config: TrainConfig) -> str:
     """sha256 over what the run learns by: all keys that may not change when it goes on and that are
     not at their default.
 
-    A key that a later version adds does not change it.
+    Neither a key that a later version adds nor one that it renames changes it.
     """
     settings = flatten(config.model_dump(mode="json", exclude_defaults=True))
-    kept = {key: value for key, value in settings.items() if not _is_free(key, config)}
+    kept = {
+        first_key("TrainConfig", key): value
+        for key, value in settings.items()
+        if not _is_free(key, config)
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _is_free(key: str, config: TrainConfig) -> bool:
     if key == "steps":
-        return config.optimizer.decay != "cosine"
+        return config.optimizer.lr_schedule != "cosine"
     return any(key == name or key.startswith(name + ".") for name in FREE_TO_CHANGE)
 
 

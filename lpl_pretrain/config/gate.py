@@ -31,15 +31,15 @@ def gate_fraction(gate: GateConfig, diffusion: DiffusionConfig) -> float:
 
 
 def _max_noise_level(gate: GateConfig, levels: tuple[float, ...]) -> float:
-    if gate.max_noise_level is not None:
-        return gate.max_noise_level
-    if gate.min_snr is not None:
-        return gate.min_snr**-0.5
-    assert gate.max_timestep is not None
+    if gate.noise_level_below is not None:
+        return gate.noise_level_below
+    if gate.snr_above is not None:
+        return gate.snr_above**-0.5
+    assert gate.timestep_below is not None
     if not levels:
         return 0.0
     last_in, first_out = (
-        min(step, TIMESTEPS - 1) for step in (gate.max_timestep - 1, gate.max_timestep)
+        min(step, TIMESTEPS - 1) for step in (gate.timestep_below - 1, gate.timestep_below)
     )
     return (levels[last_in] + levels[first_out]) / 2
 

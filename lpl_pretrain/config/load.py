@@ -20,6 +20,7 @@ from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.message import listed, one_line, short
 from lpl_pretrain.config.paths import ASSETS, expand, resolve_path
 from lpl_pretrain.config.problems import problems_of
+from lpl_pretrain.config.renamed_keys import is_stored_copy, with_new_keys
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.yaml_reader import MAX_DEPTH, read_mapping, read_value
@@ -34,11 +35,12 @@ __all__ = [
     "load_run_config",
     "resolve_path",
     "validate",
+    "validate_stored",
 ]
 MAX_BASES = 16
 ALTERNATIVES = {
-    "lpl": frozenset({"weight", "target_share"}),
-    "lpl.gate": frozenset({"min_snr", "max_noise_level", "max_timestep"}),
+    "lpl": frozenset({"weight", "target_fraction"}),
+    "lpl.gate": frozenset({"snr_above", "noise_level_below", "timestep_below"}),
     "init_from": frozenset({"run", "file", "diffusers"}),
 }
 """By section: keys of which exactly one is set.  A file over its base, or an override, replaces the
@@ -49,7 +51,10 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Raises ConfigError that lists every wrong key or value at once, up to a limit."""
-    raw = _read_with_base(expand(path), seen=())
+    file = expand(path)
+    raw = _read_with_base(file, seen=())
+    if is_stored_copy(file):
+        raw = with_new_keys(cls.__name__, raw)
     given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         _apply_override(raw, override, given)
@@ -63,7 +68,8 @@ def load_run_config(run_dir: RunDir) -> TrainConfig:
             f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with "
             "`lpl-pretrain train`"
         )
-    return load_config(TrainConfig, run_dir.config)
+    raw = _read_with_base(run_dir.config, seen=())
+    return validate_stored(TrainConfig, raw, where=str(run_dir.config))
 
 
 def validate(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyConfig:
@@ -71,6 +77,11 @@ def validate(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyConfig
         return cls.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(listed(where, problems_of(cls, error))) from None
+
+
+def validate_stored(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyConfig:
+    """As `validate`, for settings that this package stored, perhaps under earlier names of keys."""
+    return validate(cls, with_new_keys(cls.__name__, raw), where)
 
 
 def dump(config: Section) -> str:

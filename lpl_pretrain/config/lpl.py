@@ -28,23 +28,23 @@ class GateConfig(Section):
     of the three is set.
     """
 
-    min_snr: Optional[PositiveFloat] = None
+    snr_above: Optional[PositiveFloat] = None
     """alpha_t^2 / sigma_t^2 at least this."""
-    max_noise_level: Optional[PositiveFloat] = None
+    noise_level_below: Optional[PositiveFloat] = None
     """sigma_t / alpha_t at most this."""
-    max_timestep: Optional[PositiveInt] = None
+    timestep_below: Optional[PositiveInt] = None
     """Integer timestep below this (discrete schedules only)."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> GateConfig:
         found = [
             name
-            for name in ("min_snr", "max_noise_level", "max_timestep")
+            for name in ("snr_above", "noise_level_below", "timestep_below")
             if getattr(self, name) is not None
         ]
         if len(found) != 1:
             raise ValueError(
-                "set exactly one of min_snr, max_noise_level, max_timestep; found "
+                "set exactly one of snr_above, noise_level_below, timestep_below; found "
                 f"{found or 'none'}"
             )
         return self
@@ -131,7 +131,7 @@ class CropConfig(Section):
 LPL_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "diffusers_script": {
-        "gate": {"max_timestep": 200},
+        "gate": {"timestep_below": 200},
         "normalize": {"over": "channels", "source": "target", "kind": "l2_norm"},
         "outliers": {
             "first_stage": 2,
@@ -151,10 +151,10 @@ class LPLConfig(Section):
 
     preset: Literal["paper", "diffusers_script"] = "paper"
     """The paper's loss as far as it is known, or the numbers of the one public implementation."""
-    gate: GateConfig = GateConfig(min_snr=3.0)
+    gate: GateConfig = GateConfig(snr_above=3.0)
     weight: Optional[PositiveFloat] = None
-    """Explicit weight of LPL in the total loss; or `target_share`."""
-    target_share: Optional[Annotated[float, Field(ge=0.0, lt=1.0)]] = None
+    """Explicit weight of LPL in the total loss; or `target_fraction`."""
+    target_fraction: Optional[Annotated[float, Field(ge=0.0, lt=1.0)]] = None
     """Share of the total loss that LPL should have; its weight is measured over
     `calibration_steps`, then frozen.
     """
@@ -180,7 +180,7 @@ class LPLConfig(Section):
     """omega: 1 / upscaling of each stage, 1, or a list with one number for each compared stage."""
     outliers: Optional[OutlierConfig] = OutlierConfig()
     """null: no position is left out."""
-    sample_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the gated samples that go through the decoder, drawn at random, weighted by its
     inverse: unbiased and cheaper.
     """
@@ -248,9 +248,9 @@ class LPLConfig(Section):
 
     @model_validator(mode="after")
     def _one_weight(self) -> LPLConfig:
-        if (self.weight is None) == (self.target_share is None):
+        if (self.weight is None) == (self.target_fraction is None):
             raise ValueError(
-                f"set exactly one of weight and target_share; found weight={self.weight}, "
-                f"target_share={self.target_share}"
+                f"set exactly one of weight and target_fraction; found weight={self.weight}, "
+                f"target_fraction={self.target_fraction}"
             )
         return self

@@ -29,15 +29,17 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
         return []
     problems = _never_runs(config, lpl)
     if (
-        lpl.gate.max_timestep is not None
+        lpl.gate.timestep_below is not None
         and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW
     ):
         problems.append(
-            f"lpl.gate.max_timestep={lpl.gate.max_timestep}: rectified_flow has no integer "
+            f"lpl.gate.timestep_below={lpl.gate.timestep_below}: rectified_flow has no integer "
             "timesteps; "
-            "use lpl.gate.min_snr or lpl.gate.max_noise_level"
+            "use lpl.gate.snr_above or lpl.gate.noise_level_below"
         )
-    limit = lpl.gate.max_noise_level or (lpl.gate.min_snr**-0.5 if lpl.gate.min_snr else math.inf)
+    limit = lpl.gate.noise_level_below or (
+        lpl.gate.snr_above**-0.5 if lpl.gate.snr_above else math.inf
+    )
     beta = FIRST_BETA.get(config.diffusion.schedule, 0.0)
     if limit < (least := (beta / (1 - beta)) ** 0.5):
         problems = [
@@ -83,13 +85,12 @@ def _never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
     if lpl.first_weighted_step >= steps:
         return [
             f"lpl.start_step={start} with lpl.calibration_steps={lpl.calibration_steps} and "
-            f"steps={steps}: the weight of "
-            f"lpl.target_share={lpl.target_share} is known after step {lpl.first_weighted_step}, "
-            "so that LPL never is a part "
-            "of the loss; start earlier, calibrate over fewer steps, or set lpl.weight"
+            f"steps={steps}: the weight of lpl.target_fraction={lpl.target_fraction} is known after "
+            f"step {lpl.first_weighted_step}, so that LPL never is a part of the loss; start "
+            "earlier, calibrate over fewer steps, or set lpl.weight"
         ]
     if (
-        lpl.gate.max_timestep is not None
+        lpl.gate.timestep_below is not None
         and config.diffusion.schedule is ScheduleKind.RECTIFIED_FLOW
     ):
         return []  # refused for that

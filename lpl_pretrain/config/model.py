@@ -94,14 +94,14 @@ class DiTConfig(TransformerConfig):
     rms_norm: bool = False
     """RMSNorm (arXiv 1910.07467) for LayerNorm."""
     text: Optional[Literal["in_context", "cross_attention"]] = None
-    """Read the encoders of `conditioning.text`: as tokens before those of the picture, or by an
-    attention of every block.
+    """Read the encoders of `conditioning.text_encoders`: as tokens before those of the image
+    (in_context), or by a cross-attention in every block.
     """
     learned_sigma: bool = False
     """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the
     published checkpoints do.
     """
-    timestep_rates: Literal["dit", "diffusers"] = "dit"
+    timestep_frequencies: Literal["dit", "diffusers"] = "dit"
     """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for
     export wants its.
     """
@@ -130,7 +130,7 @@ class DiTConfig(TransformerConfig):
 
 class MMDiTConfig(TransformerConfig):
     """Multimodal diffusion transformer (SD3, arXiv 2403.03206): conditioned on the text encoders of
-    `conditioning.text`.
+    `conditioning.text_encoders`.
     """
 
     SIZES = MMDIT_SIZES

@@ -24,7 +24,10 @@ def _data_notes(config: TrainConfig, index: DatasetIndex) -> Iterator[str]:
     if model.reads_text:
         unused = sorted(set(index.text) - set(stored_encoders(config.conditioning)))
         if unused:
-            yield f"conditioning.text: the stored embeddings by {', '.join(unused)} are not used"
+            yield (
+                "conditioning.text_encoders: the stored embeddings by "
+                f"{', '.join(unused)} are not used"
+            )
         if index.captions < index.samples:
             missing = 1 - index.captions / index.samples
             yield (

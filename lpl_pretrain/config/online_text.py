@@ -15,7 +15,11 @@ from lpl_pretrain.config.text_layout import encoders
 
 def stored_encoders(conditioning: ConditioningConfig) -> tuple[str, ...]:
     """Names of those whose embeddings are read from the data folder."""
-    return tuple(name for name in encoders(conditioning.text) if name not in conditioning.encoders)
+    return tuple(
+        name
+        for name in encoders(conditioning.text_encoders)
+        if name not in conditioning.online_encoders
+    )
 
 
 def text_entries(
@@ -23,8 +27,8 @@ def text_entries(
 ) -> dict[str, TextEntry]:
     """`stored`, of the data folder, and those that run beside the model.  Raises ConfigError."""
     online = {
-        name: text_entry(settings, f"conditioning.encoders.{name}")
-        for name, settings in conditioning.encoders.items()
+        name: text_entry(settings, f"conditioning.online_encoders.{name}")
+        for name, settings in conditioning.online_encoders.items()
     }
     return {**stored, **online}
 
@@ -57,14 +61,15 @@ def text_entry(config: TextEncoderConfig, where: str) -> TextEntry:
 
 def online_problems(conditioning: ConditioningConfig, folder: object, captions: int) -> list[str]:
     """`captions`: how many samples of the data folder have one."""
-    unused = sorted(set(conditioning.encoders) - set(encoders(conditioning.text)))
+    unused = sorted(set(conditioning.online_encoders) - set(encoders(conditioning.text_encoders)))
     problems = [
-        f"conditioning.encoders.{name}: not named in conditioning.text={list(conditioning.text)}"
+        f"conditioning.online_encoders.{name}: not named in "
+        f"conditioning.text_encoders={list(conditioning.text_encoders)}"
         for name in unused
     ]
-    if conditioning.encoders and not captions:
+    if conditioning.online_encoders and not captions:
         problems.append(
-            f"conditioning.encoders: {folder} holds no captions to encode; encode a source "
+            f"conditioning.online_encoders: {folder} holds no captions to encode; encode a source "
             "that has some"
         )
     return problems

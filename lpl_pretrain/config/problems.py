@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lpl_pretrain.config.base import MAX_INT, REFUSED_TEXT
 from lpl_pretrain.config.message import short, shorten
+from lpl_pretrain.config.renamed_keys import new_key
 
 MAPPING, LIST = "wanted a section, which is a mapping of keys to values", "wanted a list"
 TEXT = "wanted text (in quotes where it looks like a number, a date, true, false or null)"
@@ -86,30 +87,33 @@ def problems_of(cls: type[BaseModel], error: ValidationError) -> list[str]:
         groups.setdefault(number if place.union is None else place.keys, []).append(
             (place, problem)
         )
-    return [line for group in groups.values() for line in dict.fromkeys(_lines(group))]
+    name = cls.__name__
+    return [line for group in groups.values() for line in dict.fromkeys(_lines(group, name))]
 
 
-def _lines(group: list[tuple[Location, Any]]) -> list[str]:
+def _lines(group: list[tuple[Location, Any]], config_class: str) -> list[str]:
     """Of one value: what is wrong with it as the member of a union whose kind it has, or that it is
     none of them.
     """
     place, problem = group[0]
     if place.union is None:
-        return [_explain(place, problem)]
+        return [_explain(place, problem, config_class)]
     fitting = [
         (other, its)
         for other, its in group
         if other.beyond or other.is_key or its["type"] not in OTHER_KIND | {"literal_error": ""}
     ]
     if fitting:
-        return [_explain(other, its) for other, its in fitting]
+        return [_explain(other, its, config_class) for other, its in fitting]
     wanted = " or ".join(dict.fromkeys(_described(member) for member in _members(place.union)))
     return [f"{place.path}={short(problem['input'])}: wanted {wanted}"]
 
 
-def _explain(place: Location, problem: Any) -> str:
+def _explain(place: Location, problem: Any, config_class: str) -> str:
     path, kind, context = place.path, problem["type"], problem.get("ctx") or {}
     if kind == "extra_forbidden":
+        if renamed := new_key(config_class, ".".join(place.keys)):
+            return f"{path}: this key is called {renamed} now; rename it"
         return f"{path}: unknown key; {_hint(place.keys[-1], place.section)}"
     if kind == "missing":
         return f"{path}: missing, and it has no default"

@@ -140,7 +140,7 @@ class EvaluateConfig(Section):
     """
     kid_subsets: PositiveInt = 100
     kid_subset_size: PositiveInt = 1000
-    few_images: Literal["warn", "refuse"] = "warn"
+    on_too_few_images: Literal["warn", "refuse"] = "warn"
     """What is done about fewer pictures than features, which bias a Frechet distance upwards."""
     precision: Literal["fp32", "bf16"] = "fp32"
     keep_images: Literal["none", "png", "npz", "tar"] = "none"

@@ -74,7 +74,7 @@ def finished(config: TrainConfig, run_dir: RunDir) -> str | None:
             f"complete: it has made {complete[-1]} steps, and steps={config.steps} asks for no "
             "more; nothing to do"
         )
-    cosine = config.optimizer.decay == "cosine"
+    cosine = config.optimizer.lr_schedule == "cosine"
     more = (
         "a cosine ends with its steps: a longer run is a new one"
         if cosine

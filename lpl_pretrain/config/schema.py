@@ -113,7 +113,7 @@ class DataConfig(Section):
     lanes: PositiveInt = 16
     """Stretches of the data that are read side by side (data/lanes.py): a batch mixes all of them.
     """
-    block_samples: PositiveInt = 1024
+    shuffle_block_samples: PositiveInt = 1024
     """Samples that are shuffled among each other inside a lane."""
     flips: bool = False
     """Take the mirrored picture's latent for half of the samples; wants a folder encoded with
@@ -142,11 +142,11 @@ class ConditioningConfig(Section):
     """Share of samples trained with the null class, for classifier-free guidance (arXiv
     2207.12598).
     """
-    text: tuple[Union[Name, tuple[Name, ...]], ...] = ()
+    text_encoders: tuple[Union[Name, tuple[Name, ...]], ...] = ()
     """Text encoders of the data folder (mmdit): behind each other, or side by side in a group:
     [[clip_l, clip_g], t5].
     """
-    encoders: dict[Name, TextEncoderConfig] = {}
+    online_encoders: dict[Name, TextEncoderConfig] = {}
     """Those of `text` that run while training, on the data's captions, by name; the others'
     embeddings are read from the folder.
     """
@@ -229,7 +229,7 @@ class OptimizerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm; use a large number for none."""
     warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
     """After the warm-up: constant, a cosine to zero at `steps`, or 1 / sqrt of the step from
     `decay_from_steps` on.
     """
@@ -250,10 +250,10 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _inverse_sqrt_starts_somewhere(self) -> OptimizerConfig:
-        if (self.decay == "inverse_sqrt") != (self.decay_from_steps is not None):
+        if (self.lr_schedule == "inverse_sqrt") != (self.decay_from_steps is not None):
             raise ValueError(
-                f"decay_from_steps={self.decay_from_steps} with decay={self.decay}: set it with "
-                "inverse_sqrt and only with it"
+                f"decay_from_steps={self.decay_from_steps} with lr_schedule={self.lr_schedule}: set "
+                "it with inverse_sqrt and only with it"
             )
         return self
 
@@ -343,7 +343,7 @@ class EMAConfig(Section):
     """Use min(decay, (1 + step) / (10 + step)), so that early averages are not dominated by the
     initial weights.
     """
-    power: tuple[Annotated[float, Field(gt=0.01, lt=0.28)], ...] = ()
+    sigma_rel: tuple[Annotated[float, Field(gt=0.01, lt=0.28)], ...] = ()
     """Relative standard deviations of power-function averages that are tracked beside it (arXiv
     2312.02696, section 3).
     """
@@ -354,14 +354,14 @@ class EMAConfig(Section):
 
     @model_validator(mode="after")
     def _snapshots_hold_something(self) -> EMAConfig:
-        if self.snapshot_every_steps is not None and not self.power:
+        if self.snapshot_every_steps is not None and not self.sigma_rel:
             raise ValueError(
-                f"snapshot_every_steps={self.snapshot_every_steps} without power: there is nothing "
-                "to keep; add power: [0.05, 0.10]"
+                f"snapshot_every_steps={self.snapshot_every_steps} without sigma_rel: there is "
+                "nothing to keep; add sigma_rel: [0.05, 0.10]"
             )
-        if len({power_kind(sigma_rel) for sigma_rel in self.power}) < len(self.power):
+        if len({power_kind(sigma_rel) for sigma_rel in self.sigma_rel}) < len(self.sigma_rel):
             raise ValueError(
-                f"power={list(self.power)}: lengths differ by less than 0.001; leave one out"
+                f"sigma_rel={list(self.sigma_rel)}: two differ by less than 0.001; leave one out"
             )
         return self
 
@@ -390,14 +390,14 @@ class WandbConfig(Section):
 
 class LogConfig(Section):
     every_steps: PositiveInt = 50
-    samples: bool = False
+    sample_indices: bool = False
     """Also write down which samples each update was made of; `lpl-pretrain audit` compares that
     with what it should have been.
     """
     wandb: WandbConfig = WandbConfig()
 
 
-class HangConfig(Section):
+class WatchdogConfig(Section):
     """When no step has ended for `factor` times the median of the last ones, and for at least
     `at_least_s`, the run hangs.
 
@@ -430,7 +430,7 @@ class TrainConfig(Section):
     conditioning: ConditioningConfig = ConditioningConfig()
     diffusion: DiffusionConfig
     lpl: Optional[LPLConfig] = None
-    """null, or a target_share of 0: without it."""
+    """null, or a target_fraction of 0: without it."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -443,7 +443,7 @@ class TrainConfig(Section):
     log: LogConfig = LogConfig()
     preflight: Optional[PreflightConfig] = PreflightConfig()
     """null: training begins without a look at its nodes."""
-    hang: Optional[HangConfig] = HangConfig()
+    watchdog: Optional[WatchdogConfig] = WatchdogConfig()
     """null: nobody watches."""
 
     @field_validator("lpl")
@@ -454,6 +454,6 @@ class TrainConfig(Section):
         """The baseline of a sweep over shares decodes nothing.  A start as a fraction of `steps`
         becomes a number of steps.
         """
-        if lpl is None or lpl.target_share == 0:
+        if lpl is None or lpl.target_fraction == 0:
             return None
         return lpl.starting_within(fields.data["steps"]) if "steps" in fields.data else lpl

@@ -51,25 +51,26 @@ def text_problems(
     names, kind = encoders(layout), model.kind
     if not names:
         missing = (
-            f"conditioning.text=[]: model.kind={kind} reads text; name encoders of {folder}: "
+            f"conditioning.text_encoders=[]: model.kind={kind} reads text; name encoders of "
+            f"{folder}: "
             f"{sorted(entries)}"
         )
         return [missing] if model.reads_text else []
     if not model.reads_text:
         return [
-            f"conditioning.text={list(names)}: this model reads no text; use mmdit, "
+            f"conditioning.text_encoders={list(names)}: this model reads no text; use mmdit, "
             "model.text=cross_attention, or leave it out"
         ]
     if len(set(names)) < len(names):
-        return [f"conditioning.text={list(names)}: an encoder is named twice"]
+        return [f"conditioning.text_encoders={list(names)}: an encoder is named twice"]
     if (
         model.needs_pooled
         and all(name in entries for name in names)
         and not any(entries[name].pooled_width for name in names)
     ):
         return [
-            f"conditioning.text={list(names)}: none of them has a pooled vector, which this model "
-            "is conditioned on: "
+            f"conditioning.text_encoders={list(names)}: none of them has a pooled vector, which this "
+            "model is conditioned on: "
             "encode with pooled: true for one of them"
         ]
     return []
@@ -82,8 +83,8 @@ def caption_problems(layout: Layout, folder: object, *, captions: int, samples: 
     if not layout or captions:
         return []
     return [
-        f"conditioning.text={list(encoders(layout))}: {folder} holds no captions, 100 % of its "
-        f"{samples} samples have none, so "
+        f"conditioning.text_encoders={list(encoders(layout))}: {folder} holds no captions, 100 % of "
+        f"its {samples} samples have none, so "
         "that every one would be trained with the null text: encode a source with captions (.txt, "
         "or in .json), or train a "
         "model that reads no text"

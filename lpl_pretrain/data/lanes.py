@@ -3,10 +3,10 @@ object stores.
 
 Each epoch shuffles the shards and concatenates them.  The concatenation is cut into `lanes` equal
 ranges, which are read interleaved, one sample of each in turn (as tf.data's `interleave`); within a
-lane, samples are shuffled in blocks of `block_samples`.  A batch mixes all lanes, while every lane
-moves through its shards sequentially.  A pool of at most lanes x block_samples samples is permuted
-as a whole.  Pool indices count samples of the pool since the start of training; any of them is
-located at the same cost.
+lane, samples are shuffled in blocks of `shuffle_block_samples`.  A batch mixes all lanes, while
+every lane moves through its shards sequentially.  A pool of at most lanes x shuffle_block_samples
+samples is permuted as a whole.  Pool indices count samples of the pool since the start of training;
+any of them is located at the same cost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ class LaneOrder:
     """Maps pool indices to (shard, row)."""
 
     def __init__(
-        self, shard_samples: Sequence[int], seed: int, name: str, *, lanes: int, block_samples: int
+        self,
+        shard_samples: Sequence[int],
+        seed: int,
+        name: str,
+        *,
+        lanes: int,
+        shuffle_block_samples: int,
     ) -> None:
         """`name` identifies the pool: pools of the same size are in different orders."""
         self.sizes = np.asarray(shard_samples, dtype=np.int64)
@@ -31,9 +37,9 @@ class LaneOrder:
         assert self.samples > 0, (name, shard_samples)
         self.seed = seed
         self.name = name
-        self.is_whole = self.samples <= lanes * block_samples
+        self.is_whole = self.samples <= lanes * shuffle_block_samples
         self.lanes = 1 if self.is_whole else lanes
-        self.block_samples = self.samples if self.is_whole else block_samples
+        self.shuffle_block_samples = self.samples if self.is_whole else shuffle_block_samples
         self._shard_order = lru_cache(maxsize=2)(self._draw_shard_order)
         self._block = lru_cache(maxsize=4 * self.lanes)(self._draw_block)
 
@@ -43,7 +49,7 @@ class LaneOrder:
         """
         epochs, epoch_indices = np.divmod(indices, self.samples)
         lane_indices, lanes = np.divmod(epoch_indices, self.lanes)
-        blocks, block_indices = np.divmod(lane_indices, self.block_samples)
+        blocks, block_indices = np.divmod(lane_indices, self.shuffle_block_samples)
         shards = np.empty_like(indices)
         rows = np.empty_like(indices)
         for epoch in np.unique(epochs):
@@ -74,9 +80,9 @@ class LaneOrder:
         """(position at which a block starts, order of the samples in it)."""
         # the first `remainder` lanes are one sample longer
         lane_samples, remainder = divmod(self.samples, self.lanes)
-        first = lane * lane_samples + min(lane, remainder) + block * self.block_samples
+        first = lane * lane_samples + min(lane, remainder) + block * self.shuffle_block_samples
         lane_end = (lane + 1) * lane_samples + min(lane + 1, remainder)
-        size = min(self.block_samples, lane_end - first)
+        size = min(self.shuffle_block_samples, lane_end - first)
         return first, permutation(size, self.seed, f"block_order/{self.name}", epoch, lane, block)
 
 

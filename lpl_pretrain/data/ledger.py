@@ -121,7 +121,7 @@ def audit(run_dir: RunDir, order: SampleOrder, global_batch_size: int) -> Audit:
     files = sorted(run_dir.path.glob("logs/samples_rank_*.jsonl"))
     if not files:
         raise DataError(
-            f"{run_dir.path}/logs: no samples_rank_*.jsonl: train with log.samples=true"
+            f"{run_dir.path}/logs: no samples_rank_*.jsonl: train with log.sample_indices=true"
         )
     starts = _read_starts(files[0])
     records, jumps, repeated = _read_updates(files, starts)

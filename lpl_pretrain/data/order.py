@@ -62,9 +62,9 @@ class SampleOrder:
         global_batch_size: int,
         *,
         lanes: int,
-        block_samples: int,
+        shuffle_block_samples: int,
     ) -> None:
-        """`lanes`, `block_samples`: how each pool is shuffled (data/lanes.py)."""
+        """`lanes`, `shuffle_block_samples`: how each pool is shuffled (data/lanes.py)."""
         name = data.merged.order_key
         self.shapes = [(bucket.height, bucket.width) for bucket in data.merged.buckets]
         self.pools: list[list[Pool]] = []  # by bucket
@@ -79,7 +79,9 @@ class SampleOrder:
                     continue
                 sizes = [index.shards[i].samples for i in shards]
                 label = f"{index.order_key}/{shape[0]}x{shape[1]}"
-                order = LaneOrder(sizes, seed, label, lanes=lanes, block_samples=block_samples)
+                order = LaneOrder(
+                    sizes, seed, label, lanes=lanes, shuffle_block_samples=shuffle_block_samples
+                )
                 pools.append(Pool(folder, shards, order))
                 weights.append(weight * sum(sizes) / index.samples)
             self.pools.append(pools)

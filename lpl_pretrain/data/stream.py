@@ -88,7 +88,7 @@ class LatentStream:
             seed,
             global_batch_size,
             lanes=config.lanes,
-            block_samples=config.block_samples,
+            shuffle_block_samples=config.shuffle_block_samples,
         )
         concurrent = [self.order.concurrent_shards(i) for i in range(len(self.folders.paths))]
         self._max_open_shards = min(2 * sum(concurrent), MAX_OPEN_SHARDS)
@@ -345,7 +345,7 @@ class LatentStream:
         if not any(isinstance(store, CachedStore) for store in self._stores):
             return
         lanes = self.config.lanes
-        horizon = lanes * self.config.block_samples
+        horizon = lanes * self.config.shuffle_block_samples
         newest = int(indices.max(initial=0))
         if newest + horizon * 3 // 4 < self._prefetched_to:
             return

@@ -24,7 +24,7 @@ class EMATracker:
         """Starts at the current values of `pieces` (strategy.local_params() after setup)."""
         self.config = config
         self._live = list(pieces)
-        kinds = [MAIN, *(power_kind(sigma_rel) for sigma_rel in config.power)]
+        kinds = [MAIN, *(power_kind(sigma_rel) for sigma_rel in config.sigma_rel)]
         self._averages = {
             kind: [replace(piece, tensor=piece.tensor.detach().clone()) for piece in self._live]
             for kind in kinds
@@ -38,7 +38,7 @@ class EMATracker:
         decays = {MAIN: decay_at(step, self.config.decay, self.config.warmup)}
         decays |= {
             power_kind(sigma_rel): power_decay_at(step, sigma_rel)
-            for sigma_rel in self.config.power
+            for sigma_rel in self.config.sigma_rel
         }
         if not self._live:
             return

@@ -73,7 +73,7 @@ def contact_sheet(
             f"{autoencoder.identity[:12]}: name that one with --autoencoder"
         )
     few = (
-        {"lanes": 2, "block_samples": 256} if is_url(folder) else {}
+        {"lanes": 2, "shuffle_block_samples": 256} if is_url(folder) else {}
     )  # looks into as few remote shards as it can
     stream = LatentStream(DataConfig.model_validate({"folder": folder} | few), 0, BATCH)
     images: list[Image.Image] = []

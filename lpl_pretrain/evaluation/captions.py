@@ -46,7 +46,7 @@ class Captions:
         folders, index = self._stream.folders, self._stream.index
         entries = text_entries(conditioning, index.text)
         empty = read_null_text(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
-        here = dict(conditioning.encoders)
+        here = dict(conditioning.online_encoders)
         if prompts is not None:
             here |= _encoders_of(index, conditioning, prompts.folders)
         online = None
@@ -54,7 +54,7 @@ class Captions:
             from lpl_pretrain.models.text import OnlineText  # imports transformers
 
             online = OnlineText.load(here, device)
-        self.conditioner = TextConditioner(conditioning.text, entries, empty, online)
+        self.conditioner = TextConditioner(conditioning.text_encoders, entries, empty, online)
         side = [
             count * index.autoencoder.downscale
             for count in (index.latent.height, index.latent.width)

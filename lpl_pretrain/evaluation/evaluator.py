@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-from lpl_pretrain.config.load import differences, load_run_config, validate
+from lpl_pretrain.config.load import differences, load_run_config, validate_stored
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.records import FORMAT_VERSION, read_record
+from lpl_pretrain.config.renamed_keys import with_first_keys
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.agree import run_and_agree
@@ -48,7 +49,7 @@ PACKAGES = ("lpl-pretrain", "torch", "diffusers", "timm", "torchvision", "transf
 PIXELS = "pixels"
 KEY_LENGTH = 12
 """Hexadecimal digits in the name of a folder of features."""
-FREE_TO_CHANGE = {"best", "patience", "keep_images", "few_images"}
+FREE_TO_CHANGE = {"best", "patience", "keep_images", "on_too_few_images"}
 """Keys of a protocol that its scores do not depend on."""
 
 
@@ -214,7 +215,7 @@ class Evaluator:
         are not taken up again.
         """
         facts = [
-            self.protocol.model_dump(mode="json"),
+            with_first_keys("EvaluateConfig", self.protocol.model_dump(mode="json")),
             [e.identity() for e in self.extractors],
             self.run.index.fingerprint,
         ]
@@ -317,8 +318,8 @@ def check_enough(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
                 "is biased upwards; compare only scores of the same protocol, or use kid, "
                 "which is not"
             )
-            if protocol.few_images == "refuse":
-                raise ConfigError(f"{text} (few_images=refuse)")
+            if protocol.on_too_few_images == "refuse":
+                raise ConfigError(f"{text} (on_too_few_images=refuse)")
             log.warning("%s", text)
 
 
@@ -354,7 +355,7 @@ def check_same_protocol(run_dir: RunDir, protocol: EvaluateConfig) -> None:
                 f"give the protocol another name, such as name={protocol.name}_2, or remove the "
                 "old scores"
             )
-        stored = validate(EvaluateConfig, record["protocol"], where=str(path))
+        stored = validate_stored(EvaluateConfig, record["protocol"], where=str(path))
         changed = {
             key: values
             for key, values in differences(stored, protocol).items()

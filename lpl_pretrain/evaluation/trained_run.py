@@ -77,7 +77,7 @@ def load_weights(
     identity = run_identity(config)
     if weights.startswith(POSTHOC):
         sigma_rel = float(weights.removeprefix(POSTHOC))
-        tensors, facts = reconstructed(run_dir, config.ema.power, sigma_rel, step, identity)
+        tensors, facts = reconstructed(run_dir, config.ema.sigma_rel, sigma_rel, step, identity)
     else:
         tensors, facts = stored(run_dir, weights, step, identity)
     found = int(facts["step"])
@@ -95,8 +95,8 @@ def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
     """With weights still to be loaded, frozen."""
     conditioning = config.conditioning
     text = (
-        text_shape(conditioning.text, text_entries(conditioning, index.text))
-        if conditioning.text
+        text_shape(conditioning.text_encoders, text_entries(conditioning, index.text))
+        if conditioning.text_encoders
         else None
     )
     return (
@@ -115,10 +115,10 @@ def open_guide(
     run_dir = RunDir(Path(guide.run))
     theirs = load_run_config(run_dir)
     asked, found = (some.diffusion.model_dump(mode="json") for some in (config, theirs))
-    if theirs.conditioning.text != config.conditioning.text:
+    if theirs.conditioning.text_encoders != config.conditioning.text_encoders:
         raise ConfigError(
-            f"guide.run={guide.run}: reads {theirs.conditioning.text}, this run "
-            f"{config.conditioning.text}"
+            f"guide.run={guide.run}: reads {theirs.conditioning.text_encoders}, this run "
+            f"{config.conditioning.text_encoders}"
         )
     for key in ("prediction", "schedule", "zero_terminal_snr"):
         mine, other = asked[key], found[key]
@@ -165,9 +165,9 @@ def open_run(
         config.diffusion.schedule, zero_terminal_snr=config.diffusion.zero_terminal_snr
     )
     weak = None if guide is None else open_guide(guide, config, index, device)
-    if prompts is not None and not config.conditioning.text:
+    if prompts is not None and not config.conditioning.text_encoders:
         raise ConfigError(f"--prompt: {run_dir.path} was trained without text")
-    captions = Captions(config, device, prompts) if config.conditioning.text else None
+    captions = Captions(config, device, prompts) if config.conditioning.text_encoders else None
     prediction, counts = config.diffusion.prediction, index.class_counts
     generator = Generator(
         denoiser, decode, prediction, schedule, shape, counts, device, weak, captions

@@ -65,7 +65,7 @@ def check_model_runs(config: TrainConfig, index: DatasetIndex) -> None:
     It finds what rules in `config` do not, such as blocks of a U-Net that do not fit together.  A
     transformer is checked at a depth of 2: all its blocks but the last are alike.
     """
-    layout, conditioning = config.conditioning.text, config.conditioning
+    layout, conditioning = config.conditioning.text_encoders, config.conditioning
     text = text_shape(layout, text_entries(conditioning, index.text)) if layout else None
     check_denoiser_runs(config.model, index, text)
 

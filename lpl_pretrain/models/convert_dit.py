@@ -57,11 +57,11 @@ def to_diffusers(
         raise ConfigError(
             f"model.{own[0]}: diffusers' DiT has no such thing; export without --format diffusers"
         )
-    if config.timestep_rates != "diffusers":
+    if config.timestep_frequencies != "diffusers":
         raise ConfigError(
-            "model.timestep_rates=dit: diffusers' DiT embeds time at other frequencies, so its "
-            "pictures would differ; "
-            "train with model.timestep_rates=diffusers to export there"
+            "model.timestep_frequencies=dit: diffusers' DiT embeds time at other frequencies, so "
+            "its pictures would differ; "
+            "train with model.timestep_frequencies=diffusers to export there"
         )
     settings = {
         "num_attention_heads": config.heads,
@@ -117,7 +117,7 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[DiTConfig, S
         patch_size=settings["patch_size"],
         learned_sigma=(settings.get("out_channels") or settings["in_channels"])
         == 2 * settings["in_channels"],
-        timestep_rates="diffusers",
+        timestep_frequencies="diffusers",
     )
     ours = {f"{name}.{end}": state[f"{AROUND[name]}.{end}"] for name in AROUND for end in ENDS}
     for name, other in EMBEDDERS.items():

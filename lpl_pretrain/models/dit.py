@@ -46,7 +46,7 @@ class DiT(PatchTransformer):
             None, config.patch_size, channels, config.width, strict_img_size=False
         )
         self.t_embedder = TimestepEmbedder(
-            config.width, last_rate_is_slowest=config.timestep_rates == "diffusers"
+            config.width, last_rate_is_slowest=config.timestep_frequencies == "diffusers"
         )
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         self.text_embedder = self.pooled_embedder = None

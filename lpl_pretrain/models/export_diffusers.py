@@ -154,7 +154,9 @@ def network_of(
             "id2label": {str(i): name for i, name in enumerate(index.classes)}
         }
         return "transformer", "DiTTransformer2DModel", settings, theirs, "DiTPipeline", labels
-    text = text_shape(config.conditioning.text, text_entries(config.conditioning, index.text))
+    text = text_shape(
+        config.conditioning.text_encoders, text_entries(config.conditioning, index.text)
+    )
     if isinstance(model, MMDiTConfig):
         settings, theirs = convert_mmdit.to_diffusers(
             state, model, channels=channels, side=side, text=text

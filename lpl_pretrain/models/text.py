@@ -90,7 +90,7 @@ class OnlineText:
     def load(cls, settings: dict[str, TextEncoderConfig], device: torch.device) -> OnlineText:
         """Raises ConfigError."""
         found = {
-            name: load_text_encoder(config, f"conditioning.encoders.{name}")
+            name: load_text_encoder(config, f"conditioning.online_encoders.{name}")
             for name, config in settings.items()
         }
         return cls({name: encoder.to(device) for name, encoder in found.items()})

@@ -178,14 +178,14 @@ def required_checkpoint_gib(config: TrainConfig, run_dir: RunDir, data: DataFold
 
     index, complete = data.merged, run_dir.complete_checkpoints()
     text = (
-        text_shape(config.conditioning.text, text_entries(config.conditioning, index.text))
-        if config.conditioning.text
+        text_shape(config.conditioning.text_encoders, text_entries(config.conditioning, index.text))
+        if config.conditioning.text_encoders
         else None
     )
     with torch.device("meta"):
         model = build_denoiser(config.model, index.latent, len(index.classes), text=text)
     copies = (
-        2 + MOMENTS[config.optimizer.kind] + len(config.ema.power)
+        2 + MOMENTS[config.optimizer.kind] + len(config.ema.sigma_rel)
     )  # of parameters: themselves, their average, the rest
     size = (
         copies

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpl_pretrain.config.renamed_keys import with_new_keys
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.report.embed import MOST_CONFIG_BYTES, brief, read_text
 from lpl_pretrain.report.validate import (
@@ -126,7 +127,9 @@ def read_config(run_dir: RunDir, problems: list[str]) -> tuple[dict[str, Any], s
             f"{run_dir.config.name}: not valid YAML ({brief(str(problem), LONGEST_PROBLEM)})"
         )
         return {}, text
-    return settings if isinstance(settings, dict) else {}, text
+    if not isinstance(settings, dict):
+        return {}, text
+    return with_new_keys("TrainConfig", settings), text
 
 
 def read_metrics(

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from statistics import median
 
-from lpl_pretrain.config.schema import HangConfig
+from lpl_pretrain.config.schema import WatchdogConfig
 from lpl_pretrain.runtime.log import log
 
 AT_FIRST, REMEMBERED = 5, 101
@@ -32,7 +32,7 @@ class Watchdog:
     the end if it is empty.
     """
 
-    def __init__(self, config: HangConfig | None, path: Path) -> None:
+    def __init__(self, config: WatchdogConfig | None, path: Path) -> None:
         self.config, self.path = config, path
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._last: float | None = None

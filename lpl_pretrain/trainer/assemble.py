@@ -127,7 +127,8 @@ def assemble(
 ) -> Run:
     """Collective: strategies shard as they are built.  `fence`: as CheckpointManager has it."""
     requested = RequestedFields(
-        captions=bool(config.conditioning.encoders), text=stored_encoders(config.conditioning)
+        captions=bool(config.conditioning.online_encoders),
+        text=stored_encoders(config.conditioning),
     )
     stream = LatentStream(config.data, config.seed, config.batch.global_batch_size, requested)
     text = text_conditioner(config.conditioning, stream.folders, device)
@@ -236,7 +237,7 @@ def text_conditioner(
     """None for models that read no text.  The empty caption is that of the first folder: all were
     encoded by the same encoder.
     """
-    if not conditioning.text:
+    if not conditioning.text_encoders:
         return None
     empty = read_null_text(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
     there = {
@@ -244,12 +245,12 @@ def text_conditioner(
         for name, found in empty.items()
     }
     online = None
-    if conditioning.encoders:
+    if conditioning.online_encoders:
         from lpl_pretrain.models.text import OnlineText  # imports transformers
 
-        online = OnlineText.load(conditioning.encoders, device)
+        online = OnlineText.load(conditioning.online_encoders, device)
     return TextConditioner(
-        conditioning.text, text_entries(conditioning, folders.merged.text), there, online
+        conditioning.text_encoders, text_entries(conditioning, folders.merged.text), there, online
     )
 
 
@@ -285,7 +286,7 @@ def build_perceptual(
         return None, LPLSubset(0, 0)
     threshold = max_noise_level(lpl.gate, schedule)
     share = gate_share(threshold, schedule, config.diffusion.timesteps)
-    choice = LPLSubset.of(config.batch.global_batch_size, share, lpl.sample_share)
+    choice = LPLSubset.of(config.batch.global_batch_size, share, lpl.sample_fraction)
     features = build_features(config, lpl, index, scaling)
     flops = lpl_flops(lpl, features, index)
     if lpl.compile:

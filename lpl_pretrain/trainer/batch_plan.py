@@ -40,9 +40,9 @@ class LPLSubset:
     chosen: int
 
     @classmethod
-    def of(cls, global_batch_size: int, gate_share: float, sample_share: float) -> LPLSubset:
+    def of(cls, global_batch_size: int, gate_share: float, sample_fraction: float) -> LPLSubset:
         candidates = math.ceil(global_batch_size * gate_share)
-        return cls(candidates, max(1, math.ceil(candidates * sample_share)))
+        return cls(candidates, max(1, math.ceil(candidates * sample_fraction)))
 
     @property
     def inclusion(self) -> float:

@@ -56,7 +56,7 @@ def train(
     """
     run = assemble(config, run_dir, world, device, fence)
     sinks = Trackers(run_dir, config, world.rank, fence)
-    watchdog = Watchdog(config.hang, world.stacks_file() or run_dir.stacks(world.rank))
+    watchdog = Watchdog(config.watchdog, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         start = Start(restore(run, sinks))
         begin(start.step)
@@ -83,7 +83,7 @@ def loop(
         run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks
     )
     batches = run.stream.prefetch(run.requests(first_step), run.device)
-    ledger = open_ledger(run, start) if config.log.samples else None
+    ledger = open_ledger(run, start) if config.log.sample_indices else None
     scored = first_step
     bar = (
         progress(config.steps, "step", config.name, initial=first_step)

@@ -13,9 +13,9 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     """For update number `step`, counted from 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    if config.decay == "constant":
+    if config.lr_schedule == "constant":
         return config.lr
-    if config.decay == "inverse_sqrt":
+    if config.lr_schedule == "inverse_sqrt":
         assert config.decay_from_steps is not None
         return config.lr / math.sqrt(max(1.0, (step + 1) / config.decay_from_steps))
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)

@@ -17,7 +17,7 @@ from tests.support.latents import mixed_dataset, tiny_dataset
 from tests.support.ranks import run_ranks
 
 BATCH, STEPS = 24, 6
-LIVELY = {"lanes": 2, "block_samples": 3, "flips": True}
+LIVELY = {"lanes": 2, "shuffle_block_samples": 3, "flips": True}
 
 
 @pytest.fixture(scope="module")

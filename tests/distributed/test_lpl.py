@@ -21,14 +21,14 @@ from tests.support.training import ROOT, ZERO_CONFIGS, join_ranks
 STEPS = 2
 LPL = {
     "weight": 3.0,
-    "gate": {"max_noise_level": 0.7},
+    "gate": {"noise_level_below": 0.7},
     "chunk_size": 2,
 }  # three of eight samples: uneven over two ranks
 OPTIONS = {
     "the paper's": {},
     "crop, half of the samples": {
         "crop": {"side": 4, "halo": 1},
-        "sample_share": 0.5,
+        "sample_fraction": 0.5,
         "noise_weighting": {"kind": "min_snr"},
     },
     "batch statistics": {"normalize": {"over": "batch"}},
@@ -177,7 +177,7 @@ def test_has_teeth_padding_that_counts(data):
     """Two chosen samples in four microbatches: two of those hold one that was not chosen, and
     decode it all the same.
     """
-    lpl = {"sample_share": 0.5}
+    lpl = {"sample_fraction": 0.5}
     results = run_ranks(2, train, data, "ddp", "fp64", 2, lpl, True)
     with pytest.raises(AssertionError):
         assert_same(results, reference(data, lpl), rtol=1e-3, atol=1e-4)

@@ -35,7 +35,7 @@ def new_run(world, device, data, folder, strategy, **optimizer):
         optimizer={"kind": "sgd", "lr": 0.05, **optimizer},
         parallel=parallel,
         batch={"global_batch_size": 8, "micro_batch_size": 2},
-        lpl={"target_share": 0.2, "calibration_steps": 2, "gate": {"max_noise_level": 0.7}},
+        lpl={"target_fraction": 0.2, "calibration_steps": 2, "gate": {"noise_level_below": 0.7}},
     )
     return assemble(config, RunDir(folder), world, device)
 

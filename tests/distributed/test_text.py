@@ -64,13 +64,13 @@ def config_of(
         "data__folder": data[0],
         "autoencoder": data[1],
         "model": MODELS[model],
-        "conditioning": {"text": LAYOUT, "text_dropout": 0.3},
+        "conditioning": {"text_encoders": LAYOUT, "text_dropout": 0.3},
         "optimizer": {"kind": "sgd", "lr": 0.05, "max_grad_norm": 1e9},
         "parallel": parallel,
         "batch": {"global_batch_size": 8, "micro_batch_size": micro_batch_size},
         "lpl": {
             "weight": 3.0,
-            "gate": {"max_noise_level": 0.7},
+            "gate": {"noise_level_below": 0.7},
             "decoder_precision": "fp64" if precision == "fp64" else "fp32",
         },
     }
@@ -175,9 +175,9 @@ def online_config(data, names=("t5",), **changes):
         "t5": {"folder": str(folder / "t5"), "max_tokens": 8},
     }
     conditioning = {
-        "text": LAYOUT,
+        "text_encoders": LAYOUT,
         "text_dropout": 0.3,
-        "encoders": {name: known[name] for name in names},
+        "online_encoders": {name: known[name] for name in names},
     }
     return config_of(data, conditioning=conditioning, **changes)
 
@@ -266,13 +266,17 @@ def test_what_a_run_with_idle_encoders_is_told(data):
     config = online_config(data, ("clip", "t5"))
     check_run(config, index, 1)
     silent = index.model_copy(update={"captions": 0, "text": {}})
-    with pytest.raises(ConfigError, match="conditioning.encoders: .* holds no captions to encode"):
+    with pytest.raises(
+        ConfigError, match="conditioning.online_encoders: .* holds no captions to encode"
+    ):
         check_run(config, silent, 1)
     idle = config.model_copy(
-        update={"conditioning": config.conditioning.model_copy(update={"text": ("clip",)})}
+        update={"conditioning": config.conditioning.model_copy(update={"text_encoders": ("clip",)})}
     )
     with pytest.raises(
-        ConfigError, match=r"conditioning.encoders.t5: not named in conditioning.text=\['clip'\]"
+        ConfigError,
+        match="conditioning.online_encoders.t5: not named in "
+        r"conditioning.text_encoders=\['clip'\]",
     ):
         check_run(idle, index, 1)
 
@@ -281,8 +285,8 @@ def test_what_a_run_without_its_text_is_told(data):
     index = read_data(data[0]).merged
     for conditioning, words in (
         ({}, "model.kind=mmdit reads text; name encoders of .*\\['clip', 't5'\\]"),
-        ({"text": ["bert"]}, "has no embeddings by 'bert', it has \\['clip', 't5'\\]"),
-        ({"text": ["t5"]}, "none of them has a pooled vector"),
+        ({"text_encoders": ["bert"]}, "has no embeddings by 'bert', it has \\['clip', 't5'\\]"),
+        ({"text_encoders": ["t5"]}, "none of them has a pooled vector"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_run(config_of(data, conditioning=conditioning), index, 1)

@@ -204,7 +204,7 @@ def test_any_text(folder, text):
 @example(field=("train", "model.settings"), value={"block_out_channels": 3})
 @example(field=("train", "data.folder"), value={f"f{i}": "x" for i in range(100)})
 @example(field=("train", "lpl.depth_weights"), value=["x"] * 1000)
-@example(field=("train", "conditioning.text"), value=[[["x"]]])
+@example(field=("train", "conditioning.text_encoders"), value=[[["x"]]])
 @example(field=("train", "lpl.outliers.kernels"), value=[[2, 2]] * 500)
 def test_any_value_of_any_field(folder, field, value):
     """Beside a complete configuration, so that most problems are those of the value."""
@@ -359,7 +359,7 @@ dit_options = st.fixed_dictionaries(
         "rms_norm": st.booleans(),
         "text": st.sampled_from([None, "in_context", "cross_attention"]),
         "learned_sigma": st.booleans(),
-        "timestep_rates": st.sampled_from(["dit", "diffusers"]),
+        "timestep_frequencies": st.sampled_from(["dit", "diffusers"]),
     },
 )
 MIDDLE = [None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "x"]

@@ -261,7 +261,7 @@ OVERRIDES = st.lists(
                 "steps=7",
                 "optimizer.lr=1e-5",
                 "optimizer.betas=[0.9, 0.95]",
-                "lpl={target_share: 0.1}",
+                "lpl={target_fraction: 0.1}",
                 "ema.decay=0.99",
             ]
         ),

@@ -61,9 +61,11 @@ NAMES: dict[str, Field] = {
     "name": train(name=lambda text: text),
     "log.wandb.project": train(log=lambda text: {"wandb": {"project": text}}),
     "log.wandb.entity": train(log=lambda text: {"wandb": {"entity": text}}),
-    "conditioning.text": train(conditioning=lambda text: {"text": [text]}),
-    "conditioning.text.0": train(conditioning=lambda text: {"text": [[text]]}),
-    "conditioning.encoders": train(conditioning=lambda text: {"encoders": {text: FOLDER}}),
+    "conditioning.text_encoders": train(conditioning=lambda text: {"text_encoders": [text]}),
+    "conditioning.text_encoders.0": train(conditioning=lambda text: {"text_encoders": [[text]]}),
+    "conditioning.online_encoders": train(
+        conditioning=lambda text: {"online_encoders": {text: FOLDER}}
+    ),
     "text": encode(text=lambda text: {text: FOLDER}),
     "protocol": evaluate(name=lambda text: text),
     "best": evaluate(best=lambda text: text),
@@ -82,8 +84,8 @@ PATHS: dict[str, Field] = {
     "init_from.diffusers": train(init_from=lambda text: {"diffusers": text}),
     "lpl.decoder": train(lpl=lambda text: {"weight": 1.0, "decoder": text}),
     "parallel.zero_config": train(parallel=lambda text: {"strategy": "zero", "zero_config": text}),
-    "conditioning.encoders.folder": train(
-        conditioning=lambda text: {"encoders": {"a": {"folder": text}}}
+    "conditioning.online_encoders.folder": train(
+        conditioning=lambda text: {"online_encoders": {"a": {"folder": text}}}
     ),
     "source": encode(source=lambda text: text),
     "source of several": encode(source=lambda text: [text]),

@@ -17,12 +17,12 @@ autoencoder: asset:autoencoder_emoji
 data: {{folder: {folder}/latents}}
 model: {{width: 64, depth: 2, heads: 2}}
 diffusion: {{prediction: flow, schedule: rectified_flow, timesteps: {{distribution: logit_normal}}}}
-lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 1, calibration_steps: 2}}
+lpl: {{target_fraction: 0.2, gate: {{noise_level_below: 1.0}}, start_step: 1, calibration_steps: 2}}
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: 2}}
 log: {{every_steps: 1}}
-ema: {{power: [0.05, 0.1]}}
+ema: {{sigma_rel: [0.05, 0.1]}}
 """
 ZERO2, ZERO3 = (f"parallel.zero_config={ROOT}/configs/zero/zero{stage}.json" for stage in (2, 3))
 WAYS = {

@@ -34,7 +34,7 @@ MODELS = {
         "depth": 2,
         "heads": 2,
         "learned_sigma": True,
-        "timestep_rates": "diffusers",
+        "timestep_frequencies": "diffusers",
     },
     "mmdit": TINY_MMDIT,
     "sdxl": TINY_SDXL,
@@ -58,7 +58,7 @@ def captioned(tmp_path_factory):
 
 def exported(folder: Path, data, kind, **changes):
     """(our run with random weights, the folder that it became)."""
-    conditioning = {} if kind == "dit" else {"text": ["clip", "t5"]}
+    conditioning = {} if kind == "dit" else {"text_encoders": ["clip", "t5"]}
     settings = {
         "model": MODELS[kind],
         "diffusion": DIFFUSIONS[kind],

@@ -21,11 +21,11 @@ autoencoder: {autoencoder}
 data: {{folder: {latents}, verify: sizes}}
 model: {{width: 32, depth: 2, heads: 2}}
 diffusion: {{prediction: flow, schedule: rectified_flow}}
-lpl: {{weight: 1.0, gate: {{max_noise_level: 1.0}}, start_step: 60}}
+lpl: {{weight: 1.0, gate: {{noise_level_below: 1.0}}, start_step: 60}}
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 8}}
 checkpoint: {{every_steps: {every}}}
-log: {{every_steps: 1, samples: true}}
+log: {{every_steps: 1, sample_indices: true}}
 """
 STRATEGIES = {
     "fsdp2": ["parallel.strategy=fsdp2"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.job_folder import HUNG
 from tests.slurm.job import STRATEGIES, Job
 
-HANG = ["hang.at_least_s=4", "lpl=null", "steps=80"]
+HANG = ["watchdog.at_least_s=4", "lpl=null", "steps=80"]
 
 
 def stop_a_rank(job, node, stopped):

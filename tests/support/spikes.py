@@ -23,7 +23,7 @@ BATCH, SAMPLES, POISONED = 8, 96, 5
 STEPS, EVERY = 16, 4
 FIRST, SECOND = 10, 16
 """Positions of the poisoned shard in the first two epochs, each of 12 updates."""
-DATA: dict[str, Any] = {"lanes": 1, "block_samples": BATCH}
+DATA: dict[str, Any] = {"lanes": 1, "shuffle_block_samples": BATCH}
 """A block is one shard, and one update."""
 SPIKE = {"window_updates": 16, "min_updates": 8, "noise_levels": 4}
 
@@ -83,7 +83,7 @@ def spike_config(
             "parallel": parallel,
             "batch": {"global_batch_size": BATCH, "micro_batch_size": 2},
             "checkpoint": {"every_steps": EVERY},
-            "log": {"every_steps": 1, "samples": True},
+            "log": {"every_steps": 1, "sample_indices": True},
             "preflight": None,
             **changes,
         }

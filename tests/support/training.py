@@ -76,7 +76,7 @@ class Training:
             tiny_denoiser(seed + world.rank), BLOCKS, OPTIMIZERS[case.optimizer]
         )
         self.ema = EMATracker(
-            self.strategy.local_params(), EMAConfig(decay=case.ema_decay, power=(0.05, 0.1))
+            self.strategy.local_params(), EMAConfig(decay=case.ema_decay, sigma_rel=(0.05, 0.1))
         )
         self.norms: list[float] = []
         self.losses: list[float] = []

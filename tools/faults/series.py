@@ -38,12 +38,12 @@ autoencoder: {inputs}/autoencoder
 data: {{folder: {inputs}/latents}}
 model: {{width: 32, depth: 2, heads: 2}}
 diffusion: {{prediction: flow, schedule: rectified_flow}}
-lpl: {{target_share: 0.2, gate: {{max_noise_level: 1.0}}, start_step: 0, calibration_steps: 3}}
+lpl: {{target_fraction: 0.2, gate: {{noise_level_below: 1.0}}, start_step: 0, calibration_steps: 3}}
 optimizer: {{lr: 1.0e-3}}
 batch: {{global_batch_size: 4}}
 checkpoint: {{every_steps: 2, asynchronous: true}}
-ema: {{power: [0.05, 0.1], snapshot_every_steps: 3}}
-log: {{every_steps: 1, samples: true}}
+ema: {{sigma_rel: [0.05, 0.1], snapshot_every_steps: 3}}
+log: {{every_steps: 1, sample_indices: true}}
 """
 PROTOCOL = """
 name: quick

@@ -253,7 +253,7 @@ OWNED = {
     "managed_gradient_accumulation": "batch (accumulation follows from it)",
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer",
-    "scheduler": "optimizer.warmup_steps and optimizer.decay",
+    "scheduler": "optimizer.warmup_steps and optimizer.lr_schedule",
     "fp16": "parallel.precision",
     "bf16": "parallel.precision",
     "bfloat16": "parallel.precision",

@@ -81,7 +81,7 @@ def _scheduler(value: Any) -> Iterator[str]:
     kind, parameters = _kind_and_parameters(value)
     yield from _count("optimizer.warmup_steps")(parameters.get("warmup_num_steps"))
     if kind in SCHEDULERS:
-        yield f"optimizer.decay={SCHEDULERS[kind]}"
+        yield f"optimizer.lr_schedule={SCHEDULERS[kind]}"
     yield from _count("steps")(parameters.get("total_num_steps"))
     if _positive(parameters.get("warmup_max_lr")):
         yield f"optimizer.lr={parameters['warmup_max_lr']!r}"

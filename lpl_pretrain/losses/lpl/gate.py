@@ -20,14 +20,14 @@ from lpl_pretrain.errors import ConfigError
 
 def max_noise_level(gate: GateConfig, schedule: Schedule) -> float:
     """The gate is open where noise_level <= this."""
-    if gate.max_noise_level is not None:
-        return gate.max_noise_level
-    if gate.min_snr is not None:
-        return gate.min_snr**-0.5
-    assert gate.max_timestep is not None
+    if gate.noise_level_below is not None:
+        return gate.noise_level_below
+    if gate.snr_above is not None:
+        return gate.snr_above**-0.5
+    assert gate.timestep_below is not None
     last_in, first_out = (
         min(timestep, TIMESTEPS - 1) / TIMESTEPS
-        for timestep in (gate.max_timestep - 1, gate.max_timestep)
+        for timestep in (gate.timestep_below - 1, gate.timestep_below)
     )
     return (
         schedule.noise_level(torch.tensor([last_in, first_out], dtype=torch.float64)).mean().item()

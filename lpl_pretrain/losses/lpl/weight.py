@@ -61,12 +61,13 @@ class LPLWeight:
         diffusion, perceptual = self.sums.tolist()
         if not perceptual > 0.0:
             raise NonFiniteError(
-                f"lpl.target_share={self.config.target_share}: LPL summed to {perceptual} over "
+                f"lpl.target_fraction={self.config.target_fraction}: LPL summed to {perceptual} "
+                "over "
                 f"{self.config.calibration_steps} calibration steps, so no weight gives it a "
                 "share: open lpl.gate, "
                 "raise lpl.calibration_steps, or set lpl.weight"
             )
-        share = self.config.target_share
+        share = self.config.target_fraction
         assert share is not None
         self.frozen = share / (1 - share) * diffusion / perceptual
         return True

@@ -75,14 +75,14 @@ def test_a_good_run_passes(identity):
         ),
         ({"diffusion__prediction": "v"}, ["diffusion.prediction=v"]),
         (
-            {"lpl__weight": 1.0, "lpl__gate": {"max_timestep": 200}},
-            ["lpl.gate.max_timestep=200", "min_snr"],
+            {"lpl__weight": 1.0, "lpl__gate": {"timestep_below": 200}},
+            ["lpl.gate.timestep_below=200", "snr_above"],
         ),
         ({"data__flips": True}, ["data.flips=true: data/x holds no flipped latents"]),
         (
             {
                 "lpl__weight": 1,
-                "lpl__gate": {"min_snr": 1e9},
+                "lpl__gate": {"snr_above": 1e9},
                 "diffusion": {"prediction": "v", "schedule": "cosine"},
             },
             ["lpl.gate: no sample can pass a noise level of 3.162e-05", "of cosine has 0.006425"],
@@ -202,8 +202,8 @@ def test_continuing_a_run_names_what_differs():
 def test_a_cosine_fixes_the_number_of_steps():
     with pytest.raises(ConfigError, match="steps: the run has 6, you ask for 7"):
         check_same_run(
-            train_config(optimizer__decay="cosine"),
-            train_config(optimizer__decay="cosine", steps=7),
+            train_config(optimizer__lr_schedule="cosine"),
+            train_config(optimizer__lr_schedule="cosine", steps=7),
             Path("runs/x"),
         )
 
@@ -226,7 +226,7 @@ def test_the_identity_of_a_run_is_what_it_learns_by():
         {"conditioning": {"label_dropout": 0.4}},
     ):
         assert run_identity(train_config(**learned)) != base, learned
-    cosine = {"optimizer__decay": "cosine"}
+    cosine = {"optimizer__lr_schedule": "cosine"}
     assert run_identity(train_config(steps=7, **cosine)) != run_identity(
         train_config(steps=8, **cosine)
     )
@@ -269,12 +269,12 @@ def test_every_recipe_fits_itself(path):
         name: TextEntry(
             identity="0" * 64, width=768, max_tokens=77, pooled_width=768, storage="fp16"
         )
-        for name in encoders(config.conditioning.text)
+        for name in encoders(config.conditioning.text_encoders)
     }
     index = dataset_index(side=64).model_copy(update={"text": entries, "flipped": True})
     assert grad_accum_steps(config, 8) >= 1
-    assert not data_problems(config.data, index, encoders(config.conditioning.text))
-    assert not text_problems(config.conditioning.text, entries, "data", model=config.model)
+    assert not data_problems(config.data, index, encoders(config.conditioning.text_encoders))
+    assert not text_problems(config.conditioning.text_encoders, entries, "data", model=config.model)
     assert not objective_problems(config) and not model_problems(config, index)
     if config.parallel.zero_config is not None:
         assert read_zero_config(config.parallel.zero_config)["zero_optimization"]["stage"] in (
@@ -298,22 +298,22 @@ def test_every_recipe_fits_itself(path):
             "lpl.start_step=1000000 with steps=6: LPL never runs",
         ),
         (
-            {"lpl__target_share": 0.2, "lpl__calibration_steps": 7},
+            {"lpl__target_fraction": 0.2, "lpl__calibration_steps": 7},
             "start_step=0 with lpl.calibration_steps=7 and steps=6",
         ),
         (
-            {"lpl__target_share": 0.2, "lpl__start_step": 4, "lpl__calibration_steps": 2},
+            {"lpl__target_fraction": 0.2, "lpl__start_step": 4, "lpl__calibration_steps": 2},
             "LPL never is a part of the loss",
         ),
         (
-            {"lpl__weight": 1.0, "lpl__gate": {"max_noise_level": 1e-9}},
+            {"lpl__weight": 1.0, "lpl__gate": {"noise_level_below": 1e-9}},
             "lpl.gate: 1e-09 of the samples pass it under diffusion.timesteps, 4.8e-08 over "
             "all steps",
         ),
         (
             {
                 "lpl__weight": 1.0,
-                "lpl__gate": {"min_snr": 3.0},
+                "lpl__gate": {"snr_above": 3.0},
                 "diffusion__timesteps": {"distribution": "logit_normal", "mean": 10.0, "std": 0.1},
             },
             "lpl.gate: .* so that LPL never runs: open the gate",
@@ -329,7 +329,9 @@ def test_lpl_of_one_step_is_enough(identity):
     index = dataset_index(identity=identity)
     check_run(train_config(lpl__weight=1.0, lpl__start_step=5), index, 1)
     check_run(
-        train_config(lpl__target_share=0.2, lpl__start_step=3, lpl__calibration_steps=2), index, 1
+        train_config(lpl__target_fraction=0.2, lpl__start_step=3, lpl__calibration_steps=2),
+        index,
+        1,
     )
 
 
@@ -345,11 +347,11 @@ def test_lpl_of_one_step_is_enough(identity):
     ids=lambda timesteps: timesteps.get("distribution", "uniform"),
 )
 @pytest.mark.parametrize(
-    "gate", [{"min_snr": 3.0}, {"max_noise_level": 2.5}, {"max_timestep": 200}], ids=str
+    "gate", [{"snr_above": 3.0}, {"noise_level_below": 2.5}, {"timestep_below": 200}], ids=str
 )
 def test_the_gate_without_torch_is_the_gate(kind, timesteps, gate):
     """config/gate.py against losses/lpl/gate.py."""
-    if kind is ScheduleKind.RECTIFIED_FLOW and "max_timestep" in gate:
+    if kind is ScheduleKind.RECTIFIED_FLOW and "timestep_below" in gate:
         return
     for options in (
         ({}, {"zero_terminal_snr": True})
@@ -440,7 +442,7 @@ def text_index(identity, **changes):
     return dataset_index(identity=identity).model_copy(update={"text": {"clip": entry}, **changes})
 
 
-TEXT = {"model": TINY_MMDIT, "conditioning": {"text": ["clip"]}}
+TEXT = {"model": TINY_MMDIT, "conditioning": {"text_encoders": ["clip"]}}
 
 
 def test_a_text_model_on_latents_without_captions_is_refused(identity):
@@ -485,7 +487,7 @@ def test_a_text_model_on_latents_without_captions_is_refused(identity):
             ],
         ),
         (
-            {"model": TINY_SDXL, "conditioning": {"text": ["clip"]}},
+            {"model": TINY_SDXL, "conditioning": {"text_encoders": ["clip"]}},
             {"captions": 32},
             ["model.kind=unet: this model reads no classes"],
         ),
@@ -509,7 +511,7 @@ def test_stored_encoders_that_are_not_read_are_named(identity):
     index = text_index(identity, captions=32, classes=[])
     index = index.model_copy(update={"text": {**index.text, "t5": index.text["clip"]}})
     assert start_notes(train_config(**TEXT), index) == [
-        "conditioning.text: the stored embeddings by t5 are not used"
+        "conditioning.text_encoders: the stored embeddings by t5 are not used"
     ]
 
 

@@ -73,9 +73,12 @@ def test_dump_loads_back(tmp_path, base):
         ("steps=0", ["steps=0", "greater than 0"]),
         ("model.width=33", ["width=33", "heads=2", "multiple"]),
         ("lpl.weight=-1", ["lpl.weight=-1"]),
-        ("lpl={}", ["weight", "target_share"]),
-        ("lpl={weight: 1, target_share: 0.2}", ["exactly one of weight and target_share"]),
-        ("lpl={weight: 1, gate: {min_snr: 3, max_noise_level: 3}}", ["exactly one of min_snr"]),
+        ("lpl={}", ["weight", "target_fraction"]),
+        ("lpl={weight: 1, target_fraction: 0.2}", ["exactly one of weight and target_fraction"]),
+        (
+            "lpl={weight: 1, gate: {snr_above: 3, noise_level_below: 3}}",
+            ["exactly one of snr_above"],
+        ),
         (
             "diffusion.prediction=epsilon",
             ["diffusion.prediction='epsilon'", "'eps', 'v' or 'flow'"],
@@ -169,16 +172,16 @@ def test_a_section_of_another_kind_replaces(tmp_path):
 def test_one_of_several_alternatives_replaces_another(tmp_path):
     """Over a base and by an override; two in one place stay a mistake."""
     recipe = CONFIGS / "train/emoji_dit_lpl.yaml"
-    config = load_config(TrainConfig, recipe, ["lpl.gate.max_noise_level=0.5", "lpl.weight=2"])
-    assert (config.lpl.gate.min_snr, config.lpl.gate.max_noise_level) == (None, 0.5)
-    assert (config.lpl.weight, config.lpl.target_share) == (2, None)
+    config = load_config(TrainConfig, recipe, ["lpl.gate.noise_level_below=0.5", "lpl.weight=2"])
+    assert (config.lpl.gate.snr_above, config.lpl.gate.noise_level_below) == (None, 0.5)
+    assert (config.lpl.weight, config.lpl.target_fraction) == (2, None)
     delta = tmp_path / "delta.yaml"
-    delta.write_text(f"base: {recipe}\nlpl: {{gate: {{max_noise_level: 0.5}}}}\n")
-    assert load_config(TrainConfig, delta).lpl.gate.max_noise_level == 0.5
-    with pytest.raises(ConfigError, match="exactly one of min_snr"):
-        load_config(TrainConfig, recipe, ["lpl.gate.min_snr=3", "lpl.gate.max_noise_level=0.5"])
-    delta.write_text(f"base: {recipe}\nlpl: {{gate: {{max_noise_level: 0.5, min_snr: 3}}}}\n")
-    with pytest.raises(ConfigError, match="exactly one of min_snr"):
+    delta.write_text(f"base: {recipe}\nlpl: {{gate: {{noise_level_below: 0.5}}}}\n")
+    assert load_config(TrainConfig, delta).lpl.gate.noise_level_below == 0.5
+    with pytest.raises(ConfigError, match="exactly one of snr_above"):
+        load_config(TrainConfig, recipe, ["lpl.gate.snr_above=3", "lpl.gate.noise_level_below=0.5"])
+    delta.write_text(f"base: {recipe}\nlpl: {{gate: {{noise_level_below: 0.5, snr_above: 3}}}}\n")
+    with pytest.raises(ConfigError, match="exactly one of snr_above"):
         load_config(TrainConfig, delta)
 
 

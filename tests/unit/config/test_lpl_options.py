@@ -34,13 +34,13 @@ from tests.support.configs import train_config
         ({"outliers": {"kernels": []}}, ["kernels=[]"]),
         ({"outliers": {"enabled": False}}, ["lpl.outliers.enabled", "unknown key"]),
         ({"distance": "l2"}, ["lpl.distance='l2'", "'mse' or 'l1'"]),
-        ({"sample_share": 0.0}, ["lpl.sample_share=0.0"]),
+        ({"sample_fraction": 0.0}, ["lpl.sample_fraction=0.0"]),
         ({"crop": {"side": 0}}, ["lpl.crop.side=0"]),
         ({"crop": {"halo": 2}}, ["lpl.crop.side", "missing"]),
         ({"depth_weights": [-1.0]}, ["lpl.depth_weights", "greater than or equal to 0"]),
         ({"preset": "papr"}, ["lpl.preset='papr'", "'paper' or 'diffusers_script'"]),
-        ({"gate": {}}, ["lpl.gate", "exactly one of min_snr"]),
-        ({"target_share": 0.2}, ["exactly one of weight and target_share"]),
+        ({"gate": {}}, ["lpl.gate", "exactly one of snr_above"]),
+        ({"target_fraction": 0.2}, ["exactly one of weight and target_fraction"]),
         ({"decoder_precision": "fp16"}, ["lpl.decoder_precision='fp16'"]),
     ],
     ids=str,
@@ -59,7 +59,7 @@ def test_a_share_of_zero_is_a_run_without_it(share):
     raw = train_config().model_dump(mode="json")
     config, without = (
         validate(TrainConfig, {**raw, "lpl": lpl}, "x.yaml")
-        for lpl in ({"target_share": share}, None)
+        for lpl in ({"target_fraction": share}, None)
     )
     assert (config == without) is (share == 0) and (config.lpl is None) is (share == 0)
 
@@ -67,7 +67,7 @@ def test_a_share_of_zero_is_a_run_without_it(share):
 def test_the_public_implementation_as_a_preset():
     lpl = LPLConfig(weight=1.0, preset="diffusers_script")
     assert (
-        lpl.gate.max_timestep == 200
+        lpl.gate.timestep_below == 200
         and lpl.normalize.over == "channels"
         and lpl.normalize.source == "target"
     )
@@ -82,12 +82,12 @@ def test_keys_beside_a_preset_win_one_by_one():
     lpl = LPLConfig(
         weight=1.0,
         preset="diffusers_script",
-        gate={"min_snr": 4},
+        gate={"snr_above": 4},
         normalize={"source": "own"},
         outliers=None,
         distance="l1",
     )
-    assert (lpl.gate.min_snr, lpl.gate.max_timestep) == (4, None)
+    assert (lpl.gate.snr_above, lpl.gate.timestep_below) == (4, None)
     assert (
         (lpl.normalize.source, lpl.normalize.kind) == ("own", "l2_norm")
         and lpl.outliers is None

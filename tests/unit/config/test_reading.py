@@ -133,7 +133,7 @@ def test_aliases_and_merge_keys_are_copies(path):
             "lpl={weight: 1, outliers: {kernels: [[1, 3], [1, x]]}}",
             ["lpl.outliers.kernels.1.1='x': wanted an integer"],
         ),
-        ("conditioning.text=[[a, 5]]", ["conditioning.text.0.1=5: wanted text"]),
+        ("conditioning.text_encoders=[[a, 5]]", ["conditioning.text_encoders.0.1=5: wanted text"]),
         ("model={kind: [1]}", ["model.kind='[1]': wanted one of"]),
         ("model={size: [1]}", ["model.size=[1]"]),
         ("model=3", ["model=3: wanted a section"]),

@@ -143,7 +143,7 @@ def test_a_finished_run(tmp_path, changes, words):
 
 def test_a_finished_run_of_another_configuration_is_refused(tmp_path):
     run_dir = RunDir(tmp_path)
-    cosine = {"optimizer__decay": "cosine", "optimizer__warmup_steps": 1}
+    cosine = {"optimizer__lr_schedule": "cosine", "optimizer__warmup_steps": 1}
     begin(run_dir, train_config(steps=3, **cosine))
     assert "a longer run is a new one" in (finished(train_config(steps=3, **cosine), run_dir) or "")
     with pytest.raises(ConfigError, match="steps: the run has 3, you ask for 2"):

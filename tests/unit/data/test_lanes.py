@@ -18,7 +18,7 @@ SIZES = [7, 1, 30, 12, 12, 50, 3, 2]
 def lanes(
     seed: int = 0, lanes: int = 4, block: int = 8, sizes: list[int] = SIZES, name: str = "pool"
 ) -> LaneOrder:
-    return LaneOrder(sizes, seed, name, lanes=lanes, block_samples=block)
+    return LaneOrder(sizes, seed, name, lanes=lanes, shuffle_block_samples=block)
 
 
 def flat(order: LaneOrder, counts: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_seed_name_and_epoch_change_it() -> None:
 def test_a_pool_that_fits_the_blocks_is_permuted_as_a_whole() -> None:
     """Neighbours in storage land anywhere: no lane holds them together."""
     order = lanes(lanes=16, block=1024, sizes=[100] * 20)
-    assert (order.lanes, order.block_samples) == (1, 2000)
+    assert (order.lanes, order.shuffle_block_samples) == (1, 2000)
     distance = np.abs(np.diff(flat(order, np.arange(2000))))
     assert 550 < distance.mean() < 780  # a third of 2000 for a random permutation
 

@@ -25,7 +25,7 @@ HISTORY = [(0, 5, 2), (4, 7, 4), (6, 9, 1)]
 @pytest.fixture
 def order():
     folders = simulated_folders({"a": 1.0}, {"a": simulated_index("a", {(16, 16): [9, 15]})})
-    return SampleOrder(folders, 7, SIZE, lanes=2, block_samples=4)
+    return SampleOrder(folders, 7, SIZE, lanes=2, shuffle_block_samples=4)
 
 
 def batch(order, counts):
@@ -196,5 +196,5 @@ def test_lines_of_older_versions_do_not_name_their_start(tmp_path, order):
 
 
 def test_without_a_ledger(tmp_path, order):
-    with pytest.raises(DataError, match="train with log.samples=true"):
+    with pytest.raises(DataError, match="train with log.sample_indices=true"):
         audit(RunDir(tmp_path), order, SIZE)

@@ -39,7 +39,7 @@ def mixed() -> DataFolders:
 def order_of(
     data: DataFolders, seed: int = 7, batch: int = 48, lanes: int = 3, block: int = 4
 ) -> SampleOrder:
-    return SampleOrder(data, seed, batch, lanes=lanes, block_samples=block)
+    return SampleOrder(data, seed, batch, lanes=lanes, shuffle_block_samples=block)
 
 
 def table(places: Locations) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_ten_million_samples_open_at_once() -> None:
     index = simulated_index("a", {SQUARE: [8192] * 900, TALL: [8192] * 200, WIDE: [8192] * 121})
     folders = simulated_folders({"a": 1.0}, {"a": index})
     started = time.perf_counter()
-    SampleOrder(folders, 0, 1024, lanes=16, block_samples=1024).locate(
+    SampleOrder(folders, 0, 1024, lanes=16, shuffle_block_samples=1024).locate(
         np.arange(10_000_384, 10_000_384 + 1024)
     )
     assert time.perf_counter() - started < 1.0

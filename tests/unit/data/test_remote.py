@@ -90,7 +90,7 @@ def test_same_samples_as_from_disk_and_each_file_fetched_once(
 
 
 def test_the_next_shards_are_fetched_ahead(url: str, tmp_path: Path, opened) -> None:
-    stream = open_remote(url, tmp_path / "cache", lanes=2, block_samples=3)
+    stream = open_remote(url, tmp_path / "cache", lanes=2, shuffle_block_samples=3)
     stream.read(range(2))
     deadline = time.monotonic() + 10
     while sum(name.endswith(".tar") for name in opened) < 3 and time.monotonic() < deadline:
@@ -171,11 +171,11 @@ def test_the_cache_keeps_to_its_size(url: str, tmp_path: Path) -> None:
     largest = max(entry.bytes for entry in index.shards)
     cache = tmp_path / "cache"
     limit = 2.2 * largest
-    stream = open_remote(url, cache, max_gib=limit / 2**30, lanes=1, block_samples=2)
+    stream = open_remote(url, cache, max_gib=limit / 2**30, lanes=1, shuffle_block_samples=2)
     wanted = stream.read(range(69)).moments
     assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= limit
     assert torch.equal(
-        open_remote(url, cache, max_gib=limit / 2**30, lanes=1, block_samples=2)
+        open_remote(url, cache, max_gib=limit / 2**30, lanes=1, shuffle_block_samples=2)
         .read(range(69))
         .moments,
         wanted,

@@ -94,9 +94,9 @@ def test_one_epoch_is_every_sample(data_set: Path) -> None:
 
 
 def test_same_rows_for_any_cut_and_resume(data_set: Path) -> None:
-    whole = open_stream(data_set, lanes=2, block_samples=4).read(range(96)).moments
+    whole = open_stream(data_set, lanes=2, shuffle_block_samples=4).read(range(96)).moments
     for share in (1, 3, 8, 32, 96):
-        stream = open_stream(data_set, lanes=2, block_samples=4)
+        stream = open_stream(data_set, lanes=2, shuffle_block_samples=4)
         pieces = [stream.read(range(start, start + share)).moments for start in range(0, 96, share)]
         assert torch.equal(torch.cat(pieces), whole)
 
@@ -121,7 +121,7 @@ def test_close_and_go_on(data_set: Path) -> None:
 
 
 def test_open_shards_are_limited(data_set: Path) -> None:
-    stream = open_stream(data_set, lanes=1, block_samples=1)
+    stream = open_stream(data_set, lanes=1, shuffle_block_samples=1)
     stream.read(range(23))
     assert len(stream._open) <= 4
 
@@ -192,8 +192,10 @@ def test_prefetch_to_a_device(data_set: Path) -> None:
 def test_workers_change_nothing(data_set: Path, workers: int) -> None:
     requests = [range(start, start + 5) for start in range(0, 200, 5)]
     wanted = list(open_stream(data_set).prefetch(requests))
-    got = list(open_stream(data_set, workers=workers, lanes=2, block_samples=4).prefetch(requests))
-    alike = list(open_stream(data_set, lanes=2, block_samples=4).prefetch(requests))
+    got = list(
+        open_stream(data_set, workers=workers, lanes=2, shuffle_block_samples=4).prefetch(requests)
+    )
+    alike = list(open_stream(data_set, lanes=2, shuffle_block_samples=4).prefetch(requests))
     assert all(torch.equal(a.moments, b.moments) for a, b in zip(got, alike, strict=True))
     assert not all(
         torch.equal(a.moments, b.moments) for a, b in zip(got, wanted, strict=True)
@@ -338,7 +340,12 @@ def test_damage_is_skipped_counted_and_alike_on_every_layout(
     data_set: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged_set(data_set)
-    options = {"on_error": "skip", "max_skipped_fraction": 0.2, "lanes": 2, "block_samples": 4}
+    options = {
+        "on_error": "skip",
+        "max_skipped_fraction": 0.2,
+        "lanes": 2,
+        "shuffle_block_samples": 4,
+    }
     whole = open_stream(data_set, **options)
     whole.bad_samples.extend(whole.verify())
     assert whole.bad_samples.num_samples() == 3 and caplog.text.count("skipped from now on") == 3

@@ -122,7 +122,7 @@ def trained(lengths, steps=3000, every=50):
     """A drifting random walk; the averages tracked along it, and what snapshots would have kept."""
     generator = torch.Generator().manual_seed(0)
     live = torch.zeros(64, dtype=torch.float64)
-    tracker = EMATracker([APiece("a", live)], EMAConfig(power=lengths))
+    tracker = EMATracker([APiece("a", live)], EMAConfig(sigma_rel=lengths))
     kept = {}
     for step in range(1, steps + 1):
         live += torch.randn(64, generator=generator, dtype=torch.float64) / step**0.5 + 1e-3
@@ -163,9 +163,9 @@ def test_a_stored_average_is_reconstructed_as_itself():
 
 def test_lengths_that_make_no_sense():
     for wrong, message in (
-        ({"power": [0.3]}, "less than 0.28"),
-        ({"snapshot_every_steps": 5}, "without power"),
-        ({"power": [0.05, 0.0501]}, "differ by less than"),
+        ({"sigma_rel": [0.3]}, "less than 0.28"),
+        ({"snapshot_every_steps": 5}, "without sigma_rel"),
+        ({"sigma_rel": [0.05, 0.0501]}, "differ by less than"),
     ):
         with pytest.raises(ValidationError, match=message):
             EMAConfig.model_validate(wrong)

@@ -158,7 +158,7 @@ def test_pictures_are_kept_where_asked(run, kind):
 
 
 def test_an_average_of_any_length_is_rebuilt_and_scored(tmp_path):
-    run = make_run(tmp_path, "flow", "rectified_flow", ema__power=(0.05, 0.1))
+    run = make_run(tmp_path, "flow", "rectified_flow", ema__sigma_rel=(0.05, 0.1))
     for step in (3, 6):
         save_snapshot(run.run_dir, step)
     trained = open_run(run.run_dir, CPU)
@@ -222,7 +222,10 @@ def test_another_protocol_of_the_same_name_is_refused(run):
         ),
         ({"metrics": ["fd", "fd"]}, "one is named twice"),
         ({"bootstrap": 5, "repeats": 3}, "two error bars for one score"),
-        ({"few_images": "refuse"}, "images=10 for the 12 features.*few_images=refuse"),
+        (
+            {"on_too_few_images": "refuse"},
+            "images=10 for the 12 features.*on_too_few_images=refuse",
+        ),
     ],
 )
 def test_protocols_that_cannot_run(run, changes, message):

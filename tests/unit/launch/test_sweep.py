@@ -83,8 +83,8 @@ def test_what_is_no_sweep(sweeps, words):
 
 def test_names_say_what_was_changed_and_are_safe(tmp_path):
     assert (
-        run_name(("lpl.target_share=0.1", "optimizer.lr=1e-4"))
-        == "lpl.target_share=0.1,optimizer.lr=1e-4"
+        run_name(("lpl.target_fraction=0.1", "optimizer.lr=1e-4"))
+        == "lpl.target_fraction=0.1,optimizer.lr=1e-4"
     )
     assert (
         run_name(("optimizer.betas=[0.9,0.99]",)) == "optimizer.betas=0.9_0.99"

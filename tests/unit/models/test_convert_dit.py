@@ -17,7 +17,7 @@ from lpl_pretrain.models.layers import sincos_position_embedding
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
 CLASSES = 5
 CONFIG = DiTConfig(
-    width=48, depth=3, heads=3, patch_size=2, learned_sigma=True, timestep_rates="diffusers"
+    width=48, depth=3, heads=3, patch_size=2, learned_sigma=True, timestep_frequencies="diffusers"
 )
 
 
@@ -63,7 +63,9 @@ def test_diffusers_gives_the_same_answers(learned_sigma):
 def test_has_teeth_other_rates():
     """What the published rates would have made of the same weights."""
     model = random_model()
-    other = build_denoiser(CONFIG.model_copy(update={"timestep_rates": "dit"}), LATENT, CLASSES)
+    other = build_denoiser(
+        CONFIG.model_copy(update={"timestep_frequencies": "dit"}), LATENT, CLASSES
+    )
     other.load_state_dict(model.state_dict())
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), Conditioning(torch.tensor([1]))
     with pytest.raises(AssertionError):
@@ -105,7 +107,10 @@ def test_the_published_names():
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"rope": True}, "model.rope: "), ({"timestep_rates": "dit"}, "timestep_rates=dit")],
+    [
+        ({"rope": True}, "model.rope: "),
+        ({"timestep_frequencies": "dit"}, "timestep_frequencies=dit"),
+    ],
 )
 def test_what_diffusers_cannot_express(change, words):
     config = CONFIG.model_copy(update=change)

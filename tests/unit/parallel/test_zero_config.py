@@ -533,7 +533,7 @@ def test_a_foreign_file_is_adapted_and_what_was_taken_out_is_named(tmp_path):
         "bf16 = {'enabled': True}: write parallel.precision=bf16",
         "optimizer.kind=adamw optimizer.lr=3e-05 optimizer.betas=[0.8,0.999] optimizer.eps=1e-08 "
         "optimizer.weight_decay=3e-07",
-        "write optimizer.warmup_steps=500 optimizer.decay=constant optimizer.lr=3e-05",
+        "write optimizer.warmup_steps=500 optimizer.lr_schedule=constant optimizer.lr=3e-05",
         "activation_checkpointing = {'partition_activations': True}: write "
         "parallel.activation_checkpointing=blocks",
         "write log.wandb.mode=online log.wandb.project=them log.wandb.entity=us",

@@ -70,9 +70,9 @@ def test_words():
     """A first word with `=` is an override; overrides win over `--denoiser`; one side takes the
     decoder's channels.
     """
-    config = lpl_cost.read_config(["model.depth=3", "lpl.sample_share=0.5"], "s2")
+    config = lpl_cost.read_config(["model.depth=3", "lpl.sample_fraction=0.5"], "s2")
     assert (config.name, config.model.width, config.model.depth) == ("dit_xl2_in256_lpl", 384, 3)
-    assert config.lpl.sample_share == 0.5
+    assert config.lpl.sample_fraction == 0.5
     assert lpl_cost.latent_shape("8", 16, config) == (16, 8, 8) and lpl_cost.latent_shape(
         "16,8,4", 16, config
     ) == (16, 8, 4)
@@ -120,7 +120,7 @@ def test_options_save_what_they_say(small):
     assert rows["crop: {side: 8, halo: 4}"]["GFLOP a sample"] == pytest.approx(
         base["GFLOP a sample"], rel=0.01
     )  # a halo too wide
-    half = rows["sample_share: 0.5"]
+    half = rows["sample_fraction: 0.5"]
     assert half["samples a step"] == 6 and half["GFLOP a sample"] == base["GFLOP a sample"]
     assert half["of the denoiser's step"] == pytest.approx(0.6 * base["of the denoiser's step"])
 

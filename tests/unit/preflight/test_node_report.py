@@ -116,5 +116,5 @@ def test_room_for_checkpoints_is_what_they_take(tmp_path):
     )
     assert required_checkpoint_gib(train_config(steps=6), made.run_dir, data) == 0, "it is complete"
     assert required_checkpoint_gib(
-        train_config(steps=600, ema__power=[0.1]), made.run_dir, data
+        train_config(steps=600, ema__sigma_rel=[0.1]), made.run_dir, data
     ) == pytest.approx(5 / 4 * 2 * wanted)

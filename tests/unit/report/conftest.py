@@ -52,7 +52,7 @@ def run(tmp_path) -> RunDir:
     run_dir = RunDir(tmp_path / "a run")
     run_dir.path.mkdir()
     run_dir.config.write_text(
-        dump(train_config(name="<b>tiny<i> & co", steps=120, lpl={"target_share": 0.2}))
+        dump(train_config(name="<b>tiny<i> & co", steps=120, lpl={"target_fraction": 0.2}))
     )
     run_dir.provenance.write_text(
         json.dumps(

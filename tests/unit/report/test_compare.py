@@ -45,8 +45,8 @@ def change(run: RunDir, path: Path, **changes) -> RunDir:
 def sweep(run, tmp_path):
     """Three runs; the last has no LPL and has just begun."""
     folder = tmp_path / "a sweep"
-    change(run, folder / "share=0.1", lpl={"target_share": 0.1})
-    change(run, folder / "share=0.2", lpl={"target_share": 0.2})
+    change(run, folder / "share=0.1", lpl={"target_fraction": 0.1})
+    change(run, folder / "share=0.2", lpl={"target_fraction": 0.2})
     begun = change(run, folder / "share=null", lpl=None)
     for gone in ("evaluations", "samples"):
         shutil.rmtree(begun.path / gone)
@@ -74,7 +74,7 @@ def test_one_page_of_a_folder_of_runs(sweep):
         "LPL's share of the total loss",
     ):
         assert words in page.text, words
-    assert page.text.count("lpl.target_share") == 1, (
+    assert page.text.count("lpl.target_fraction") == 1, (
         "what is equal in all is no column" and "optimizer.lr" not in page.text
     )
     assert page.tags.count("img") == 2 and outside_references(page) == []

@@ -15,12 +15,12 @@ from contextlib import nullcontext
 
 import pytest
 
-from lpl_pretrain.config.schema import HangConfig
+from lpl_pretrain.config.schema import WatchdogConfig
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.watchdog import AT_FIRST, Watchdog
 from tests.support.commands import ROOT
 
-HANG_S, QUICK = 1.0, HangConfig(factor=4, at_least_s=0.4)
+HANG_S, QUICK = 1.0, WatchdogConfig(factor=4, at_least_s=0.4)
 HELD = {
     "asleep": lambda: time.sleep(HANG_S),
     "for a lock": lambda: (lock := threading.Lock()).acquire() and lock.acquire(timeout=HANG_S),
@@ -77,8 +77,9 @@ def test_a_hang_leaves_the_stacks_of_all_threads(watch, path, how, caplog, monke
 def test_stacks_survive_a_kill(path):
     code = f"""
 import os, time; from pathlib import Path
-from lpl_pretrain.config.schema import HangConfig; from lpl_pretrain.runtime.watchdog import Watchdog
-watchdog = Watchdog(HangConfig(at_least_s=0.3), Path({str(path)!r}))
+from lpl_pretrain.config.schema import WatchdogConfig
+from lpl_pretrain.runtime.watchdog import Watchdog
+watchdog = Watchdog(WatchdogConfig(at_least_s=0.3), Path({str(path)!r}))
 [watchdog.step_done() for _ in range(9)]
 time.sleep(1); os.kill(os.getpid(), 9)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
@@ -88,7 +89,7 @@ time.sleep(1); os.kill(os.getpid(), 9)"""
 @pytest.mark.parametrize(("factor", "hangs"), [(8, False), (1.5, True)])
 def test_a_slow_step_is_no_hang(watch, path, factor, hangs):
     """Longer than `at_least_s`; with a smaller factor it is one."""
-    watchdog = watch(HangConfig(factor=factor, at_least_s=0.1))
+    watchdog = watch(WatchdogConfig(factor=factor, at_least_s=0.1))
     steps(watchdog, seconds=0.2)
     steps(watchdog, 1, seconds=0.6)
     assert bool(path.stat().st_size) is hangs

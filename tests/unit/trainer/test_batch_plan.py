@@ -65,7 +65,7 @@ def test_steps_and_seeds_differ():
 
 
 def test_inverse_square_root():
-    config = OptimizerConfig(lr=1.0, warmup_steps=2, decay="inverse_sqrt", decay_from_steps=4)
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, lr_schedule="inverse_sqrt", decay_from_steps=4)
     assert [learning_rate(config, step, 100) for step in (0, 1, 3, 15, 63)] == [
         0.5,
         1.0,
@@ -73,23 +73,23 @@ def test_inverse_square_root():
         0.5,
         0.25,
     ]
-    with pytest.raises(ValueError, match="decay_from_steps=None with decay=inverse_sqrt"):
-        OptimizerConfig(decay="inverse_sqrt")
+    with pytest.raises(ValueError, match="decay_from_steps=None with lr_schedule=inverse_sqrt"):
+        OptimizerConfig(lr_schedule="inverse_sqrt")
 
 
 def test_learning_rate():
-    config = OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine")
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, lr_schedule="cosine")
     assert [learning_rate(config, s, 8) for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
     assert learning_rate(config, 6, 8) == pytest.approx(0.5)
     assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=4), 1000, 8) == 1.0
 
 
-@pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.3, 0.01])
+@pytest.mark.parametrize("sample_fraction", [1.0, 0.5, 0.3, 0.01])
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
-def test_chosen_samples_come_first_and_are_the_same_for_any_slots(sample_share, slots):
-    choice = LPLSubset.of(48, 0.4, sample_share)
+def test_chosen_samples_come_first_and_are_the_same_for_any_slots(sample_fraction, slots):
+    choice = LPLSubset.of(48, 0.4, sample_fraction)
     d = replace(dealer(), choice=choice)
-    assert choice.candidates == 20 and choice.chosen == math.ceil(20 * sample_share)
+    assert choice.candidates == 20 and choice.chosen == math.ceil(20 * sample_fraction)
     for step in range(5):
         one = d.deal(step, 1)[0]
         hands = d.deal(step, slots)
@@ -121,10 +121,10 @@ def test_every_candidate_has_the_same_chance():
     assert (share[:20] - 0.35).abs().max() < 5 * math.sqrt(0.35 * 0.65 / steps)
 
 
-@pytest.mark.parametrize("sample_share", [1.0, 0.5, 0.25])
-def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_share):
+@pytest.mark.parametrize("sample_fraction", [1.0, 0.5, 0.25])
+def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_fraction):
     estimator = Estimator()
-    plain, dealt = estimator.plain(1_600_000), estimator.planned(100_000, sample_share)
+    plain, dealt = estimator.plain(1_600_000), estimator.planned(100_000, sample_fraction)
     error = math.sqrt(dealt.var() / len(dealt) + plain.var() / len(plain))
     assert abs(dealt.mean() - plain.mean()) < 4 * error
     assert error < 0.02 * plain.mean()

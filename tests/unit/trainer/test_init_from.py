@@ -29,7 +29,7 @@ from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
-DIFFUSERS_MODEL = {"width": 32, "depth": 2, "heads": 2, "timestep_rates": "diffusers"}
+DIFFUSERS_MODEL = {"width": 32, "depth": 2, "heads": 2, "timestep_frequencies": "diffusers"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def begins(world, device, data, folder, init, strategy):
         data,
         init_from=init,
         parallel={"strategy": strategy},
-        lpl={"weight": 1.0, "gate": {"max_noise_level": 0.7}},
+        lpl={"weight": 1.0, "gate": {"noise_level_below": 0.7}},
     )
     run = assemble(config, RunDir(folder), world, device)
     run.checkpoints.save(0, run.strategy, run.ema, {}, samples_seen=0)
@@ -135,7 +135,8 @@ def test_a_diffusers_folder(tmp_path):
         assert all(torch.equal(p, state[key]) for key, p in fresh.named_parameters())
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
     with pytest.raises(
-        ConfigError, match="has timestep_rates=diffusers, model.timestep_rates is dit: set it so"
+        ConfigError,
+        match="has timestep_frequencies=diffusers, model.timestep_frequencies is dit: set it so",
     ):
         load_init_from(InitConfig(diffusers=str(tmp_path / "one")), model_of())
     SD3Transformer2DModel(num_layers=1, num_attention_heads=1).save_pretrained(tmp_path / "sd3")

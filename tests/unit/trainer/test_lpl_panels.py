@@ -79,7 +79,7 @@ def test_a_shut_gate_and_a_run_that_has_not_started_lpl_leave_nothing(data, tmp_
 
 
 def test_microbatches_that_hold_padding_alone_are_not_what_is_shown(data, tmp_path):
-    run = new_run(data, tmp_path, batch__micro_batch_size=2, lpl__sample_share=0.3)
+    run = new_run(data, tmp_path, batch__micro_batch_size=2, lpl__sample_fraction=0.3)
     assert run.hands(0)[0].chosen == 1 and run.hands(0)[-1].chosen == 0
     one_update(run)
     draw(run, tmp_path / "a.png")

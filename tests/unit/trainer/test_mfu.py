@@ -52,7 +52,7 @@ def test_an_update_costs_what_was_promised(tmp_path):
     latents, autoencoder = tiny_dataset(tmp_path)
     lpl = {
         "weight": 1.0,
-        "gate": {"max_noise_level": 0.7},
+        "gate": {"noise_level_below": 0.7},
         "activation_checkpointing": False,
         "chunk_size": 1,
     }

@@ -384,7 +384,7 @@ def updates(data, folder, on_spike, count, **changes):
 
 def test_without_spikes_nothing_changes(data, tmp_path):
     """Bit for bit, and the host waits once an update with or without."""
-    lpl = {"lpl": {"weight": 1.0, "start_step": 3, "gate": {"max_noise_level": 1.0}}}
+    lpl = {"lpl": {"weight": 1.0, "start_step": 3, "gate": {"noise_level_below": 1.0}}}
     plain, means, _, reads, run = updates(data, tmp_path, "ignore", 10, **lpl)
     assert run.updater.spikes is None and run.state(10)["spikes"] is None and set(reads) == {1}
     guarded, same, outcomes, fewer, run = updates(data, tmp_path, "skip", 10, **lpl)
@@ -409,7 +409,7 @@ def test_a_state_without_spikes_is_read(data, tmp_path):
 
 
 def test_the_jump_moves_samples_noise_levels_and_lpls_choice_alike(data, tmp_path):
-    lpl = {"weight": 1.0, "sample_share": 0.5, "gate": {"max_noise_level": 1.0}}
+    lpl = {"weight": 1.0, "sample_fraction": 0.5, "gate": {"noise_level_below": 1.0}}
     *_, run = updates(data, tmp_path, "ignore", 0, lpl=lpl)
     later = run.hands(7)
     run.jump_updates = 3

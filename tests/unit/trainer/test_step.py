@@ -37,7 +37,7 @@ def new_run(data, tmp_path, **changes):
         "optimizer__lr": 0.5,
         "optimizer__max_grad_norm": 1e9,
         "lpl__weight": 0.7,
-        "lpl__gate": {"max_noise_level": 1.0},
+        "lpl__gate": {"noise_level_below": 1.0},
         "lpl__chunk_size": 3,
         **changes,
     }
@@ -102,7 +102,7 @@ def test_microbatches_change_nothing(data, tmp_path, micro_batch_size):
     "changes",
     [
         {"lpl__weight": 1.4},
-        {"lpl__gate": {"max_noise_level": 0.3}},
+        {"lpl__gate": {"noise_level_below": 0.3}},
         {"seed": 1},
         {"conditioning": {"label_dropout": 1.0}},
         {"data__posterior": "mean"},
@@ -126,9 +126,9 @@ def test_has_teeth(data, tmp_path, changes):
 @pytest.mark.parametrize(
     "prediction, schedule, gate",
     [
-        ("eps", "scaled_linear", {"max_timestep": 300}),
-        ("v", "cosine", {"min_snr": 3.0}),
-        ("eps", "linear", {"max_noise_level": 1.0}),
+        ("eps", "scaled_linear", {"timestep_below": 300}),
+        ("v", "cosine", {"snr_above": 3.0}),
+        ("eps", "linear", {"noise_level_below": 1.0}),
     ],
 )
 def test_other_objectives_run(data, tmp_path, prediction, schedule, gate):
@@ -150,7 +150,7 @@ def test_learned_sigma_adds_its_bound(data, tmp_path):
         tmp_path,
         model__learned_sigma=True,
         diffusion={"prediction": "eps", "schedule": "linear"},
-        lpl__gate={"max_noise_level": 1.0},
+        lpl__gate={"noise_level_below": 1.0},
     )
     _, values = one_update(run)
     assert (
@@ -210,14 +210,14 @@ def test_lpl_adds_no_host_read_to_an_update(data, tmp_path, calibrating):
     """
     counts = []
     weight = (
-        {"lpl__weight": None, "lpl__target_share": 0.2, "lpl__calibration_steps": 9}
+        {"lpl__weight": None, "lpl__target_fraction": 0.2, "lpl__calibration_steps": 9}
         if calibrating
         else {}
     )
     for changes in (
         {"lpl__start_step": 100},
         weight,
-        {**weight, "lpl__crop": {"side": 4, "halo": 1}, "lpl__sample_share": 0.5},
+        {**weight, "lpl__crop": {"side": 4, "halo": 1}, "lpl__sample_fraction": 0.5},
     ):
         run, meter = new_run(data, tmp_path, batch__micro_batch_size=4, **changes), Meter(CPU)
         hands = run.hands(0)
@@ -238,7 +238,7 @@ def test_has_teeth_a_read_is_counted():
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
-    run, clock, meter = new_run(data, tmp_path, lpl__sample_share=share), Clock(CPU), Meter(CPU)
+    run, clock, meter = new_run(data, tmp_path, lpl__sample_fraction=share), Clock(CPU), Meter(CPU)
     hands = run.hands(0)
     run.updater.update(
         0, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, clock

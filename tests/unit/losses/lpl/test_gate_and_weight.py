@@ -24,14 +24,14 @@ UNIFORM, LOGIT_NORMAL = TimestepConfig(), TimestepConfig(distribution="logit_nor
 @pytest.mark.parametrize(
     "kind, gate, timesteps, share",
     [
-        ("scaled_linear", {"max_noise_level": 3}, UNIFORM, 0.674),
-        ("scaled_linear", {"min_snr": 3}, UNIFORM, 0.203),
-        ("scaled_linear", {"min_snr": 6}, UNIFORM, 0.129),
-        ("scaled_linear", {"max_timestep": 200}, UNIFORM, 0.200),
-        ("rectified_flow", {"max_noise_level": 3}, UNIFORM, 0.75),
-        ("rectified_flow", {"min_snr": 3}, UNIFORM, 0.366),
-        ("rectified_flow", {"max_noise_level": 3}, LOGIT_NORMAL, 0.864),
-        ("rectified_flow", {"min_snr": 3}, LOGIT_NORMAL, 0.291),
+        ("scaled_linear", {"noise_level_below": 3}, UNIFORM, 0.674),
+        ("scaled_linear", {"snr_above": 3}, UNIFORM, 0.203),
+        ("scaled_linear", {"snr_above": 6}, UNIFORM, 0.129),
+        ("scaled_linear", {"timestep_below": 200}, UNIFORM, 0.200),
+        ("rectified_flow", {"noise_level_below": 3}, UNIFORM, 0.75),
+        ("rectified_flow", {"snr_above": 3}, UNIFORM, 0.366),
+        ("rectified_flow", {"noise_level_below": 3}, LOGIT_NORMAL, 0.864),
+        ("rectified_flow", {"snr_above": 3}, LOGIT_NORMAL, 0.291),
     ],
 )
 def test_published_shares(kind, gate, timesteps, share):
@@ -41,9 +41,9 @@ def test_published_shares(kind, gate, timesteps, share):
     ) == pytest.approx(share, abs=6e-4)
 
 
-def test_max_timestep_is_exclusive():
+def test_timestep_below_is_exclusive():
     schedule = make_schedule(ScheduleKind.SCALED_LINEAR)
-    threshold = max_noise_level(GateConfig(max_timestep=200), schedule)
+    threshold = max_noise_level(GateConfig(timestep_below=200), schedule)
     levels = schedule.noise_level(torch.tensor([0.199, 0.200]))
     assert levels[0] <= threshold < levels[1]
 
@@ -51,7 +51,7 @@ def test_max_timestep_is_exclusive():
 def test_a_gate_that_never_opens_is_refused():
     schedule = make_schedule(ScheduleKind.SCALED_LINEAR)
     with pytest.raises(ConfigError, match="no sample can pass"):
-        gate_share(max_noise_level(GateConfig(min_snr=1e9), schedule), schedule, UNIFORM)
+        gate_share(max_noise_level(GateConfig(snr_above=1e9), schedule), schedule, UNIFORM)
 
 
 def test_a_gate_that_is_always_open():
@@ -72,8 +72,8 @@ def test_explicit_weight_with_start_and_ramp():
     assert not weight.active(9) and weight.active(10) and not weight.calibrating(10)
 
 
-def test_target_share_is_reached_and_frozen():
-    weight = LPLWeight(LPLConfig(target_share=0.2, start_step=5, calibration_steps=3))
+def test_target_fraction_is_reached_and_frozen():
+    weight = LPLWeight(LPLConfig(target_fraction=0.2, start_step=5, calibration_steps=3))
     assert [weight.observe(step, means(0.5, 0.02)) for step in (5, 6)] == [False, False]
     assert weight.value(6) == 0.0 and weight.observe(7, means(0.5, 0.02))
     w = weight.value(8)
@@ -82,7 +82,7 @@ def test_target_share_is_reached_and_frozen():
 
 
 def test_calibration_survives_a_restart():
-    config = LPLConfig(target_share=0.2, calibration_steps=3)
+    config = LPLConfig(target_fraction=0.2, calibration_steps=3)
     whole, first, second = LPLWeight(config), LPLWeight(config), LPLWeight(config)
     for step, lpl in enumerate((0.01, 0.03, 0.02)):
         whole.observe(step, means(0.5, lpl))
@@ -94,7 +94,7 @@ def test_calibration_survives_a_restart():
 
 
 def test_calibration_on_nothing_is_an_error():
-    weight = LPLWeight(LPLConfig(target_share=0.2, calibration_steps=1))
+    weight = LPLWeight(LPLConfig(target_fraction=0.2, calibration_steps=1))
     with pytest.raises(NonFiniteError, match="set lpl.weight"):
         weight.observe(0, means(0.5, 0.0))
 
