@@ -30,7 +30,7 @@ from lpl_pretrain.config.schema import CheckpointConfig, EMAConfig, OptimizerCon
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.parallel.build import make_strategy, needs_group
+from lpl_pretrain.parallel.build import make_strategy, needs_process_group
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.optimizer import make_optimizer
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write; by default in the temporary folder")
     args = parser.parse_args()
     world, parallel = World.from_environment(), ParallelConfig(strategy=args.strategy)
-    device = dist.start(world, group=needs_group(parallel))
+    device = dist.start(world, group=needs_process_group(parallel))
     model = build_denoiser(MODEL, LATENT, num_classes=1000)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = make_strategy(parallel, world, device)

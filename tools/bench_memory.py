@@ -34,7 +34,7 @@ from lpl_pretrain.config.schema import EMAConfig, OptimizerConfig, ParallelConfi
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.parallel.build import make_strategy, needs_group
+from lpl_pretrain.parallel.build import make_strategy, needs_process_group
 from lpl_pretrain.runtime import dist
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.optimizer import make_optimizer
@@ -88,7 +88,7 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
             "precision": precision,
         }
     parallel = ParallelConfig.model_validate(raw)
-    device = dist.start(world, group=needs_group(parallel))
+    device = dist.start(world, group=needs_process_group(parallel))
     before = live_bytes()
     model = build_denoiser(
         DiTConfig(width=256, depth=depth, heads=4, patch_size=2), LATENT, num_classes=10

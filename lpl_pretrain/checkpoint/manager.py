@@ -34,7 +34,7 @@ from lpl_pretrain.checkpoint.verify import (
 from lpl_pretrain.config.rundir import MANIFEST, REMOVING, WRITING, RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, is_transient
-from lpl_pretrain.parallel.strategy import Piece, Strategy
+from lpl_pretrain.parallel.strategy import ParamRange, Strategy
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.world import World
@@ -43,7 +43,7 @@ from lpl_pretrain.runtime.world import World
 class HasPieces(Protocol):
     """What is restored beside the strategy: an EMATracker."""
 
-    def pieces(self, *, power_only: bool = False) -> Iterator[tuple[str, Piece]]: ...
+    def pieces(self, *, power_only: bool = False) -> Iterator[tuple[str, ParamRange]]: ...
 
 
 class CheckpointManager:
@@ -271,14 +271,14 @@ class CheckpointManager:
                 reader.fill(kind, piece)
 
         _together(f"{checkpoint.folder}: cannot be restored", fill)
-        strategy.accept_loaded(checkpoint.manifest.optimizer_steps)
+        strategy.sync_after_load(checkpoint.manifest.optimizer_steps)
         return checkpoint.state
 
     def _save(
         self,
         final: Path,
         strategy: Strategy,
-        live: Iterator[tuple[str, Piece]],
+        live: Iterator[tuple[str, ParamRange]],
         state: dict[str, Any],
         step: int,
         samples_seen: int,
@@ -385,7 +385,7 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, Piece]]:
+def _entries(strategy: Strategy, ema: HasPieces) -> Iterator[tuple[str, ParamRange]]:
     """(kind, live piece) of everything that a checkpoint holds of this rank."""
     for piece in strategy.local_params():
         yield "param", piece

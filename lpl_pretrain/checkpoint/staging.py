@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.errors import CheckpointError
-from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.parallel.strategy import ParamRange
 
 
 class HostCopies:
@@ -25,8 +25,8 @@ class HostCopies:
 
     @torch.no_grad()
     def of(
-        self, entries: Iterable[tuple[str, Piece]], device: torch.device
-    ) -> list[tuple[str, Piece]]:
+        self, entries: Iterable[tuple[str, ParamRange]], device: torch.device
+    ) -> list[tuple[str, ParamRange]]:
         """The same pieces on the host; they are valid until the next call."""
         cuda, copies = device.type == "cuda", []
         for kind, piece in entries:

@@ -27,7 +27,7 @@ from torch import Tensor
 from lpl_pretrain.checkpoint.index import Entries, Index, tiling_problem
 from lpl_pretrain.checkpoint.manifest import INDEX, FileRecord, Manifest, pieces_file, write_json
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
-from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.parallel.strategy import ParamRange
 from lpl_pretrain.runtime.tensors import DTYPES, safetensors_blocks
 
 LISTED = 5
@@ -37,7 +37,7 @@ def part_file(rank: int) -> str:
     return f"part_{rank:05d}.json"
 
 
-def write_rank(folder: Path, rank: int, entries: Iterable[tuple[str, Piece]]) -> None:
+def write_rank(folder: Path, rank: int, entries: Iterable[tuple[str, ParamRange]]) -> None:
     """This rank's pieces, given as (kind, piece), and the part of the index that tells of them."""
     entries = list(entries)
     tensors = {f"{kind}/{piece.name}": piece.tensor.detach() for kind, piece in entries}
@@ -125,7 +125,7 @@ class Reader:
             )
 
     @torch.no_grad()
-    def fill(self, kind: str, piece: Piece) -> None:
+    def fill(self, kind: str, piece: ParamRange) -> None:
         """Overwrite the live tensor of `piece`, from however many ranks' ranges it takes."""
         filled = 0
         for start, stop, rank in self._entry(kind, piece.name)["ranges"]:
@@ -155,7 +155,7 @@ class Reader:
         entry = self._entry(kind, name)
         dtype = next(key for key, value in DTYPES.items() if value == entry["dtype"])
         tensor = torch.empty(entry["shape"], dtype=dtype)
-        self.fill(kind, Piece(name, tuple(entry["shape"]), 0, tensor.view(-1)))
+        self.fill(kind, ParamRange(name, tuple(entry["shape"]), 0, tensor.view(-1)))
         return tensor
 
     def _entry(self, kind: str, name: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
             report_refusal(config, run_dir, world, refusal)
         raise
 
-    from lpl_pretrain.parallel.build import needs_group
+    from lpl_pretrain.parallel.build import needs_process_group
     from lpl_pretrain.preflight.run import run_preflight
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.device import bf16_is_native
@@ -70,7 +70,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     from lpl_pretrain.trainer.loop import train
 
     device = run_preflight(
-        config, run_dir, world, data, partial(dist.start, world, group=needs_group(config.parallel))
+        config, run_dir, world, data, partial(dist.start, world, group=needs_process_group(config.parallel))
     )
     with (
         hold(run_dir, world, missing) as lease,

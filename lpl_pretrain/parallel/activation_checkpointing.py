@@ -1,8 +1,7 @@
-"""What is done to a model's blocks before it is sharded: activation checkpointing, then
-compilation; names stay as they were.
+"""Activation checkpointing and compilation of a model's blocks, before the model is sharded.
 
-The order is fixed: checkpoint, compile, shard.  The compiled function is what recomputes, and the
-hooks that an engine hangs on a block stay outside both.
+The order is fixed: checkpoint, compile, shard.  The compiled function includes the recomputation,
+and the hooks that an engine registers on a block stay outside both.  Parameters keep their names.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import (
 from lpl_pretrain.config.schema import ActivationCheckpointing, ParallelConfig
 
 aten = torch.ops.aten
-EXPENSIVE = {
+SAVED_OPERATORS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -33,34 +32,33 @@ EXPENSIVE = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Products and attention: their outputs are kept by `selective`, everything between them is
-computed again.
+"""Matrix products, convolutions and attention: `selective` saves their outputs and recomputes all
+other activations.
 """
 
 
 def prepare_blocks(model: nn.Module, blocks: list[str], config: ParallelConfig) -> None:
-    """Changes how the blocks' forward runs, in place; what it computes stays the same."""
-    for number, name in enumerate(blocks):
+    """Wraps forward of the sub-modules named in `blocks`, in place; results stay the same."""
+    kind = config.activation_checkpointing
+    for index, name in enumerate(blocks):
         block = model.get_submodule(name)
-        if (
-            config.activation_checkpointing is not ActivationCheckpointing.NONE
-            and number % config.checkpoint_every_blocks == 0
-        ):
-            block.forward = _recomputing(block.forward, config.activation_checkpointing)
+        checkpointed = index % config.checkpoint_every_blocks == 0
+        if kind is not ActivationCheckpointing.NONE and checkpointed:
+            block.forward = _checkpointed(block.forward, kind)
         if config.compile:
             block.forward = torch.compile(block.forward)
 
 
-def _recomputing(forward: Callable[..., Any], kind: ActivationCheckpointing) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], kind: ActivationCheckpointing) -> Callable[..., Any]:
+    """Returns `forward` with recomputation in backward; blocks draw no random numbers."""
+    recompute = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     if kind is ActivationCheckpointing.BLOCKS:
-        return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        return recompute
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return partial(
-        checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    return partial(recompute, context_fn=contexts)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return (
-        CheckpointPolicy.MUST_SAVE if operator in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    if operator in SAVED_OPERATORS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

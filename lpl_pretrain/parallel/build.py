@@ -1,4 +1,4 @@
-"""From configuration to strategy."""
+"""Builds the strategy that a configuration selects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.runtime.world import World
 
 
-def needs_group(config: ParallelConfig) -> bool:
-    """Whether `runtime.dist.start` must make a process group even for one process."""
+def needs_process_group(config: ParallelConfig) -> bool:
+    """Whether the strategy needs a process group even with one process."""
     return config.strategy is not StrategyKind.LOCAL
 
 
 def make_strategy(config: ParallelConfig, world: World, device: torch.device) -> Strategy:
-    """Imports only the engine that is asked for."""
+    """Imports only the engine of the selected strategy.  Raises ConfigError."""
     if config.strategy is StrategyKind.LOCAL:
         from lpl_pretrain.parallel.local import LocalStrategy
 
@@ -30,4 +30,6 @@ def make_strategy(config: ParallelConfig, world: World, device: torch.device) ->
         return FSDP2Strategy(config, world, device)
     from lpl_pretrain.parallel.deepspeed_zero import ZeroStage0Strategy, ZeroStrategy, zero_stage
 
-    return (ZeroStrategy if zero_stage(config) else ZeroStage0Strategy)(config, world, device)
+    if zero_stage(config) == 0:
+        return ZeroStage0Strategy(config, world, device)
+    return ZeroStrategy(config, world, device)

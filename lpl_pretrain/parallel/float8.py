@@ -1,10 +1,10 @@
-"""Linear layers of the blocks with float8 products (torchao): 8 bits into the tensor cores,
-everything else as under bf16.
+"""Float8 matrix products for the linear layers of the blocks (torchao); everything else computes as
+under bf16.
 
-Scales are taken anew from every tensor (arXiv 2209.05433, section 3): inputs and weights e4m3,
-gradients e5m2.  Weights stay what they were, under their names.  Not touched are the layers before
-and after the blocks, and in them those that turn the condition into a modulation: they see one row
-a sample, too few to gain anything.
+Each tensor is scaled by its own current maximum (arXiv 2209.05433, section 3): inputs and weights
+become e4m3, gradients e5m2.  Weights keep their names, values and dtype.  The layers before and
+after the blocks stay as they are, and so do those inside a block that turn the condition into a
+modulation: their input has one row per sample, too few for float8 to pay off.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ import torch
 from torch import nn
 
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.device import name_of
+from lpl_pretrain.runtime.device import device_name
 
-CAPABILITY = (8, 9)  # of CUDA devices: Ada; Hopper is 9.0
-MULTIPLE = 16  # a float8 product wants both sides of a weight to be a multiple of it
-PER_SAMPLE = ("modulation", "time_emb_proj")  # in the names of the layers that see the condition
+MIN_COMPUTE_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+SIZE_MULTIPLE = 16
+"""Both sizes of a weight must be divisible by this for a float8 product."""
+SKIPPED_LAYERS = ("modulation", "time_emb_proj")
+"""Parts of the names of layers whose input is the condition."""
 
 
 def use_float8(model: nn.Module, blocks: list[str], device: torch.device) -> None:
-    """Swaps layers in place.  Raises ConfigError where there is no hardware, no torchao, or no
-    layer of a fitting size.
+    """Converts layers in place.  Raises ConfigError if the device has no float8 products, if
+    torchao is not installed, or if no layer has a suitable size.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
         raise ConfigError(
             "parallel.precision='fp8': its products need an NVIDIA GPU of compute capability 8.9 "
-            "or newer "
-            f"(Ada, Hopper, Blackwell), this is {name_of(device)}: use bf16"
+            f"or newer (Ada, Hopper, Blackwell), this is {device_name(device)}: use bf16"
         )
-    swap_layers(model, blocks, emulate=False)
+    convert_linear_layers(model, blocks, emulate=False)
 
 
-def swap_layers(model: nn.Module, blocks: list[str], *, emulate: bool) -> int:
-    """Returns how many layers were swapped.  `emulate`: rounds to float8 and multiplies in float32,
-    on any device (tests).
+def convert_linear_layers(model: nn.Module, blocks: list[str], *, emulate: bool) -> int:
+    """Converts the layers in place and returns their number.
+
+    With `emulate`, products round to float8 and multiply in float32, on any device (tests).
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -43,29 +45,33 @@ def swap_layers(model: nn.Module, blocks: list[str], *, emulate: bool) -> int:
         raise ConfigError(
             "parallel.precision='fp8': torchao is not installed: pip install 'lpl-pretrain[fp8]'"
         ) from error
-    swapped = 0
+    num_converted = 0
 
-    def fits(layer: nn.Module, name: str) -> bool:
-        nonlocal swapped
-        fitting = (
-            isinstance(layer, nn.Linear)
-            and layer.in_features % MULTIPLE == 0
-            and layer.out_features % MULTIPLE == 0
-        )
-        fitting = fitting and not any(part in name for part in PER_SAMPLE)
-        swapped += fitting
-        return fitting
+    def is_suitable(layer: nn.Module, name: str) -> bool:
+        nonlocal num_converted
+        suitable = _is_suitable(layer, name)
+        num_converted += suitable
+        return suitable
 
-    # padded: the gradient of a weight sums over the tokens, whose number need not be such a
-    # multiple
+    # Padded: the gradient of a weight sums over the tokens, whose number need not be a multiple.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
-
     for block in blocks:
-        convert_to_float8_training(model.get_submodule(block), module_filter_fn=fits, config=config)
-    if not swapped:
+        convert_to_float8_training(
+            model.get_submodule(block), module_filter_fn=is_suitable, config=config
+        )
+    if not num_converted:
         raise ConfigError(
             "parallel.precision='fp8': no linear layer of the blocks has both sides a multiple of "
-            f"{MULTIPLE}: "
-            "choose such a model.width, or use bf16"
+            f"{SIZE_MULTIPLE}: choose such a model.width, or use bf16"
         )
-    return swapped
+    return num_converted
+
+
+def _is_suitable(layer: nn.Module, name: str) -> bool:
+    """Whether a float8 product can replace this layer's and is faster."""
+    return (
+        isinstance(layer, nn.Linear)
+        and layer.in_features % SIZE_MULTIPLE == 0
+        and layer.out_features % SIZE_MULTIPLE == 0
+        and not any(part in name for part in SKIPPED_LAYERS)
+    )

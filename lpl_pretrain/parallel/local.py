@@ -6,18 +6,19 @@ from torch import Tensor, nn
 
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.precision import AutocastWrapper
-from lpl_pretrain.parallel.torch_optimizer import NativeStrategy
+from lpl_pretrain.parallel.torch_optimizer import TorchOptimizerStrategy
 
 
-class LocalStrategy(NativeStrategy):
-    def _wrap(self, door: AutocastWrapper, model: nn.Module, blocks: list[str]) -> nn.Module:
+class LocalStrategy(TorchOptimizerStrategy):
+    def _wrap(
+        self, autocast_model: AutocastWrapper, model: nn.Module, blocks: list[str]
+    ) -> nn.Module:
         if self.world.world_size > 1:
             raise ConfigError(
                 f"parallel.strategy='local' with {self.world.world_size} processes: each would "
-                "train its own model; "
-                "use ddp, fsdp2 or zero, or start one process"
+                "train its own model; use ddp, fsdp2 or zero, or start one process"
             )
-        return door
+        return autocast_model
 
     def _owned(self, tensor: Tensor) -> tuple[int, Tensor]:
         return 0, tensor.view(-1)

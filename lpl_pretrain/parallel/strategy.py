@@ -1,10 +1,8 @@
-"""The one door to local, DDP, FSDP2 and DeepSpeed ZeRO training: what a strategy promises, whatever
-it shards.
+"""Contract between the trainer and a sharding strategy (local, DDP, FSDP2, DeepSpeed ZeRO).
 
-Every sharding behind it gives a rank a contiguous range of the row-major flattened parameter; a
-`Piece` is such a range, and EMA and checkpoints are built on pieces alone, so they know no
-strategy.  Master weights, gradients' accumulation and optimizer moments are float32 (float64 under
-fp64).
+Whatever a strategy shards, each rank owns contiguous ranges of the row-major flattened parameters.
+A `ParamRange` is one such range; EMA and checkpoints work on ranges alone and know no strategy.
+Master weights, gradient accumulation and optimizer moments are float32 (float64 under fp64).
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.parallel.activation_checkpointing import prepare_blocks
 from lpl_pretrain.parallel.float8 import use_float8
 from lpl_pretrain.parallel.loss_scale import LossScale
-from lpl_pretrain.parallel.precision import AutocastWrapper, PrecisionPolicy, recipe
+from lpl_pretrain.parallel.precision import AutocastWrapper, PrecisionPolicy, precision_policy
 from lpl_pretrain.runtime.dist import sum_over_ranks
 from lpl_pretrain.runtime.world import World
 
@@ -33,24 +31,24 @@ MakeOptimizer = Callable[[dict[str, nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class UpdateCheck:
-    """Decides, between the gradient norm and the update, whether the update is made."""
+    """Decides, between the gradient norm and the update, whether the update is applied."""
 
     values: Tensor
-    """(n,) float64 on the device: this rank's summands of what `accept` gets, summed over ranks."""
+    """(n,) float64 on the device: this rank's summands; `accept` gets their sums over ranks."""
     accept: Callable[[float, list[float]], bool]
     """Gets the norm before clipping and the sums, both bit for bit the same on every rank."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements [start, stop) of one flattened parameter, or of a tensor that goes with it (a
-    moment, an average).
-    """
+class ParamRange:
+    """Elements [start, stop) of one flattened parameter, or of its moment or moving average."""
 
     name: str
-    shape: tuple[int, ...]  # of the whole parameter
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
     start: int
-    tensor: Tensor  # 1-D, never empty; writing to it writes to the live state
+    tensor: Tensor
+    """(stop - start,), never empty; writing to it writes to the live state."""
 
     @property
     def stop(self) -> int:
@@ -59,17 +57,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Of one update; the same on all ranks."""
+    """Result of one update; the same on all ranks."""
 
     applied: bool
-    """False when the gradient was not finite or was rejected: nothing but the norm is new."""
-    grad_norm: float
-    """L2 norm of the whole gradient of the global batch, before clipping; NaN when it was not
-    finite.
+    """False when the gradient was not finite or was rejected: parameters and moments are unchanged.
     """
+    grad_norm: float
+    """L2 norm of the gradient of the global batch, before clipping; NaN when it was not finite."""
     scale_lowered: bool = False
-    """fp16: the loss was scaled too high for float16, which happens now and then; the next update
-    tries half of it.
+    """fp16 only: the scaled loss overflowed float16, which is expected now and then; the next
+    update uses half the scale.
     """
 
     @property
@@ -81,47 +78,40 @@ class StepReport:
 class Strategy(ABC):
     """Contract, the same for every implementation (tests/distributed/test_strategies.py):
 
-    - after `step`, parameters equal those of one process that saw the whole global batch;
-    - `backward` takes the MEAN loss of one micro-batch; dividing by accumulation and by ranks is
-      done here, once;
-    - a loss or gradient that is not finite, on any rank, is found before the update, which is then
-      left out on all of them;
-    - every method is collective unless it says otherwise: all ranks call it, in the same order, or
-      none does.
+    - after `step`, parameters equal those of one process that trained on the whole global batch;
+    - `backward` takes the MEAN loss of one micro-batch; dividing by the number of micro-batches and
+      by the number of ranks is done here, once;
+    - a loss or gradient that is not finite, on any rank, is detected before the update, and every
+      rank then skips the update;
+    - every method is collective unless its docstring says otherwise: all ranks call it, in the same
+      order, or none does.
     """
 
     def __init__(self, config: ParallelConfig, world: World, device: torch.device) -> None:
-        self.config, self.world, self.device = config, world, device
-        self.recipe: PrecisionPolicy = recipe(config.strategy, config.precision)
+        self.config = config
+        self.world = world
+        self.device = device
+        self.precision: PrecisionPolicy = precision_policy(config.strategy, config.precision)
         self.loss_scale = LossScale.fp16() if config.precision is Precision.FP16 else LossScale()
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name and shape of every parameter, in the model's order: the same on all ranks and under
         all strategies.
         """
         self.optimizer_steps = 0
-        """Updates applied; a refused one does not count."""
+        """Updates applied; a skipped one does not count."""
 
     def setup(
         self, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
     ) -> nn.Module:
-        """Shard at the sub-modules named in `blocks`, which the model names; returns what to call
-        in forward.
+        """Collective.  Shards `model` at the sub-modules named in `blocks`; returns the module to
+        call in forward.
 
-        Training starts from rank 0's weights.  Only trainable parameters may be inside: frozen
-        networks stay outside a strategy. `make_optimizer` gets the parameters by name, in the order
-        of `shapes`.
+        Training starts from rank 0's weights.  Every parameter must be trainable: frozen networks
+        stay outside a strategy.  `make_optimizer` gets the parameters by name, in the order of
+        `shapes`.  Raises ConfigError.
         """
-        frozen = [
-            name for name, parameter in model.named_parameters() if not parameter.requires_grad
-        ]
-        if frozen:
-            raise ConfigError(
-                f"model: {len(frozen)} parameters do not require gradients "
-                f"({', '.join(frozen[:3])} ...); a strategy "
-                "shards trainable ones only: register fixed tensors as buffers, keep frozen "
-                "networks outside"
-            )
-        model.to(device=self.device, dtype=self.recipe.master)
+        _require_trainable(model)
+        model.to(device=self.device, dtype=self.precision.master)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if dist.is_initialized():
             for tensor in [*model.parameters(), *model.buffers()]:
@@ -129,17 +119,16 @@ class Strategy(ABC):
         if self.config.precision is Precision.FP8:
             use_float8(model, blocks, self.device)
         prepare_blocks(model, blocks, self.config)
-        return self._shard(
-            AutocastWrapper(model, self.recipe, self.device.type), model, blocks, make_optimizer
-        )
+        autocast_model = AutocastWrapper(model, self.precision, self.device.type)
+        return self._shard(autocast_model, model, blocks, make_optimizer)
 
     def backward(self, loss: Tensor, *, microbatch: int, of: int) -> None:
-        """Add the gradient of micro-batch `microbatch` (0 .. of-1) of this update; `loss` is its
-        mean over this rank's samples.
+        """Collective.  Adds the gradient of micro-batch `microbatch` (0 .. of-1) of this update;
+        `loss` is its mean over this rank's samples.
         """
         assert loss.ndim == 0 and 0 <= microbatch < of, (loss.shape, microbatch, of)
-        # A loss can overflow where its gradient does not; NaN in the gradient is what every rank
-        # will find, in one check.
+        # A loss can overflow where its gradient does not.  NaN in the gradient reaches every rank,
+        # so one check of the gradient norm finds both.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._backward(loss / of, last=microbatch == of - 1)
 
@@ -150,48 +139,54 @@ class Strategy(ABC):
         max_grad_norm: float,
         check: UpdateCheck | None = None,
     ) -> StepReport:
-        """Clip to the global norm `max_grad_norm` and update; or change nothing, on every rank, and
-        say so.
+        """Collective.  Clips to the global norm `max_grad_norm` and updates, or leaves parameters
+        and moments unchanged on every rank; the report says which.
 
-        `check` may reject a finite gradient: one reduction more, no further wait for the device.
+        `check` may reject a finite gradient; it costs one more reduction, but no further wait for
+        the device.
         """
         norm, applied = self._update(lr, max_grad_norm, check)
         self.optimizer_steps += applied
-        lowered = self.loss_scale.update(finite=math.isfinite(norm))
-        return StepReport(applied, norm if math.isfinite(norm) else math.nan, lowered)
+        finite = math.isfinite(norm)
+        scale_lowered = self.loss_scale.update(finite=finite)
+        return StepReport(applied, norm if finite else math.nan, scale_lowered)
 
     @abstractmethod
-    def local_params(self) -> Iterator[Piece]:
-        """Not collective: the pieces of master parameters that this rank owns, in the order of
-        `shapes`; all ranks' tile them.
+    def local_params(self) -> Iterator[ParamRange]:
+        """Ranges of the master parameters that this rank owns, in the order of `shapes`.  Not
+        collective.
+
+        The ranges of all ranks tile every parameter.
         """
 
     @abstractmethod
-    def local_optimizer_state(self) -> Iterator[tuple[str, Piece]]:
-        """Not collective: (state name, piece), as ("exp_avg", ...), on the ranges of
-        `local_params`; exists from setup on.
+    def local_optimizer_state(self) -> Iterator[tuple[str, ParamRange]]:
+        """(state name, range), as ("exp_avg", ...), on the ranges of `local_params`; exists from
+        `setup` on.  Not collective.
         """
 
     @abstractmethod
-    def accept_loaded(self, optimizer_steps: int) -> None:
-        """Call after writing into the pieces: working copies of parameters and moments follow them,
-        and so does the step count.
+    def sync_after_load(self, optimizer_steps: int) -> None:
+        """Collective.  Call after writing into the ranges: updates the working copies of parameters
+        and moments from them, and sets the step count.
         """
 
     @abstractmethod
     def _shard(
         self,
-        door: AutocastWrapper,
+        autocast_model: AutocastWrapper,
         model: nn.Module,
         blocks: list[str],
         make_optimizer: MakeOptimizer,
     ) -> nn.Module:
-        """Wrap `door` (which holds `model`), make the optimizer and its state."""
+        """Collective.  Wraps `autocast_model` (which holds `model`), makes the optimizer and its
+        state.
+        """
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backward, at `loss_scale`, of a loss that is already divided by the number of
-        micro-batches; averages over ranks.
+        """Collective.  Runs backward, at `loss_scale`, of a loss that is already divided by the
+        number of micro-batches; averages the gradient over ranks.
         """
 
     @abstractmethod
@@ -201,18 +196,30 @@ class Strategy(ABC):
         max_grad_norm: float,
         check: UpdateCheck | None,
     ) -> tuple[float, bool]:
-        """Update and forget the gradient: (its norm, whether it was applied).
+        """Collective.  Updates and clears the gradient; returns (norm of the gradient, whether the
+        update was applied).
 
-        It is not applied when its norm is not finite, or `check` does not accept it.
+        It is not applied when the norm is not finite, or when `check` does not accept it.
         """
 
-    def _read(self, norm: Tensor, check: UpdateCheck) -> tuple[float, float, list[float]]:
+    def _reduce_norm(self, norm: Tensor, check: UpdateCheck) -> tuple[float, float, list[float]]:
         """Collective.  (this rank's `norm`, its mean over ranks, sums of `check.values`).
 
-        One copy to the host.  Ranks may compute a norm that differs in the last bit; the reduction
-        gives all of them the same bits.
+        Ranks may compute a norm that differs in the last bit; the reduction gives all of them the
+        same bits.  Waits for the device once.
         """
-        mine = norm.detach().reshape(1).to(check.values)
-        shared = sum_over_ranks(torch.cat([mine / self.world.world_size, check.values]))
-        own, mean, *sums = torch.cat([mine, shared]).tolist()
+        local_norm = norm.detach().reshape(1).to(check.values)
+        summands = torch.cat([local_norm / self.world.world_size, check.values])
+        own, mean, *sums = torch.cat([local_norm, sum_over_ranks(summands)]).tolist()
         return own, mean, sums
+
+
+def _require_trainable(model: nn.Module) -> None:
+    """Raises ConfigError if a parameter of `model` does not require a gradient."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise ConfigError(
+            f"model: {len(frozen)} parameters do not require gradients "
+            f"({', '.join(frozen[:3])} ...); a strategy shards trainable ones only: register fixed "
+            "tensors as buffers, keep frozen networks outside"
+        )

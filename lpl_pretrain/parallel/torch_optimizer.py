@@ -1,8 +1,8 @@
-"""What local, DDP and FSDP2 share: a torch optimizer that steps the module's own parameters,
-clipped by one global norm.
+"""Base of local, DDP and FSDP2: a torch optimizer steps the module's own parameters, with the
+gradient clipped to one global norm.
 
-Also `materialize_state`, which gives any torch optimizer its moments before the first update: a
-checkpoint is read into them.
+`materialize_state` gives any torch optimizer its moments before the first update: a checkpoint is
+loaded into them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lpl_pretrain.parallel.precision import AutocastWrapper
-from lpl_pretrain.parallel.strategy import MakeOptimizer, Piece, Strategy, UpdateCheck
+from lpl_pretrain.parallel.strategy import MakeOptimizer, ParamRange, Strategy, UpdateCheck
 
 STEP = "step"
+"""Key of the update count in the state of torch's optimizers."""
 
 
-class NativeStrategy(Strategy):
+class TorchOptimizerStrategy(Strategy):
     def _shard(
         self,
-        door: AutocastWrapper,
+        autocast_model: AutocastWrapper,
         model: nn.Module,
         blocks: list[str],
         make_optimizer: MakeOptimizer,
     ) -> nn.Module:
-        wrapped = self._wrap(door, model, blocks)
+        wrapped = self._wrap(autocast_model, model, blocks)
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters)
         materialize_state(self._optimizer)
@@ -45,9 +46,13 @@ class NativeStrategy(Strategy):
         max_grad_norm: float,
         check: UpdateCheck | None,
     ) -> tuple[float, bool]:
-        gradients = [self._local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        squared = self._sum_over_shards(_squared_norm(gradients, self.device))
-        norm, applied = self._judge(squared, check)
+        gradients = [
+            self._local_shard(parameter.grad)
+            for parameter in self._parameters.values()
+            if parameter.grad is not None
+        ]
+        squared_norm = self._sum_over_shards(_squared_norm(gradients, self.device))
+        norm, applied = self._check_norm(squared_norm, check)
         if applied:
             factor = min(1.0, max_grad_norm / (norm + 1e-6)) / self.loss_scale.value
             if factor != 1.0:
@@ -58,95 +63,100 @@ class NativeStrategy(Strategy):
         self._optimizer.zero_grad(set_to_none=True)
         return norm, applied
 
-    def _judge(self, squared: Tensor, check: UpdateCheck | None) -> tuple[float, bool]:
-        """Collective.  (norm, whether to apply), from the squared norm of the scaled gradient."""
+    def _check_norm(self, squared_norm: Tensor, check: UpdateCheck | None) -> tuple[float, bool]:
+        """Collective.  (norm, whether to apply the update), from the squared norm of the scaled
+        gradient.
+        """
+        scale = self.loss_scale.value
         if check is None:
-            norm = math.sqrt(squared.item()) / self.loss_scale.value
+            norm = math.sqrt(squared_norm.item()) / scale
             return norm, math.isfinite(norm)
-        own, mean, sums = self._read(squared, check)
-        norm, agreed = (math.sqrt(value) / self.loss_scale.value for value in (own, mean))
-        if not math.isfinite(agreed):
+        own_squared, mean_squared, sums = self._reduce_norm(squared_norm, check)
+        agreed_norm = math.sqrt(mean_squared) / scale
+        if not math.isfinite(agreed_norm):
             return math.nan, False
-        return norm, check.accept(agreed, sums)
+        return math.sqrt(own_squared) / scale, check.accept(agreed_norm, sums)
 
-    def local_params(self) -> Iterator[Piece]:
+    def local_params(self) -> Iterator[ParamRange]:
         for name, parameter in self._parameters.items():
-            yield from self._piece(name, parameter)
+            yield from self._owned_range(name, parameter)
 
-    def local_optimizer_state(self) -> Iterator[tuple[str, Piece]]:
+    def local_optimizer_state(self) -> Iterator[tuple[str, ParamRange]]:
         for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state[parameter].items():
-                if key != STEP:
-                    for piece in self._piece(name, value):
-                        yield key, piece
+            for key, moment in self._moments(parameter).items():
+                for param_range in self._owned_range(name, moment):
+                    yield key, param_range
 
     @torch.no_grad()
-    def accept_loaded(self, optimizer_steps: int) -> None:
+    def sync_after_load(self, optimizer_steps: int) -> None:
         for parameter in self._parameters.values():
-            moments = [
-                value for key, value in self._optimizer.state[parameter].items() if key != STEP
-            ]
-            for tensor in [parameter.detach(), *moments]:
-                self._complete(tensor)
+            for tensor in [parameter.detach(), *self._moments(parameter).values()]:
+                self._all_gather_replicas(tensor)
         set_steps(self._optimizer, optimizer_steps)
         self.optimizer_steps = optimizer_steps
 
-    def _piece(self, name: str, tensor: Tensor) -> Iterator[Piece]:
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Optimizer state of `parameter` by name, without the step count."""
+        state = self._optimizer.state[parameter]
+        return {key: value for key, value in state.items() if key != STEP}
+
+    def _owned_range(self, name: str, tensor: Tensor) -> Iterator[ParamRange]:
+        """Yields this rank's range of `tensor`, or nothing if it owns no element."""
         start, owned = self._owned(tensor.detach())
         if owned.numel():
-            yield Piece(name, self.shapes[name], start, owned)
+            yield ParamRange(name, self.shapes[name], start, owned)
 
     @abstractmethod
-    def _wrap(self, door: AutocastWrapper, model: nn.Module, blocks: list[str]) -> nn.Module:
-        """Before the optimizer is made, because sharding replaces parameters."""
+    def _wrap(
+        self, autocast_model: AutocastWrapper, model: nn.Module, blocks: list[str]
+    ) -> nn.Module:
+        """Collective.  Runs before the optimizer is made, because sharding replaces parameters."""
 
     @abstractmethod
     def _owned(self, tensor: Tensor) -> tuple[int, Tensor]:
-        """Start and live 1-D view of this rank's range of a parameter, or of a moment laid out like
+        """(start, live 1-D view) of this rank's range of a parameter, or of a moment laid out like
         it.
         """
 
-    def _local(self, tensor: Tensor) -> Tensor:
-        """The part of a reduced gradient, or of a parameter, that is in this rank's memory."""
+    def _local_shard(self, tensor: Tensor) -> Tensor:
+        """Returns the part of a reduced gradient, or of a parameter, that this rank stores."""
         return tensor
 
     def _sum_over_shards(self, value: Tensor) -> Tensor:
-        """Communicates if gradients are sharded."""
+        """Collective if gradients are sharded.  Sums `value` over the ranks that shard them."""
         return value
 
-    def _complete(self, tensor: Tensor) -> None:
-        """Communicates if ranks hold more than they own: fills `tensor` from the owners' ranges."""
+    def _all_gather_replicas(self, tensor: Tensor) -> None:
+        """Collective if ranks store more than they own.  Fills `tensor` from its owners' ranges."""
 
 
 def _squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares, () float64: the sums of single tensors keep their own precision, their total
-    must not depend on the order.
+    """Sum of squares, () float64.
+
+    Each tensor's norm keeps the tensor's own precision; their total must not depend on the order.
     """
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()])
-    return (
-        torch.stack(norms).double().square().sum()
-        if norms
-        else torch.zeros((), dtype=torch.float64, device=device)
-    )
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(norms).double().square().sum()
 
 
 @torch.no_grad()
 def materialize_state(optimizer: Optimizer) -> None:
-    """Create the moments as the first update would, at zero, and change nothing else: a zero
-    gradient at a zero learning rate.
+    """Creates the moments as the first update would, at zero, and changes nothing else.
+
+    Runs one update with zero gradients at learning rate zero.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    rates, gradients = (
-        [group["lr"] for group in optimizer.param_groups],
-        [parameter.grad for parameter in parameters],
-    )
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient  # None, or a buffer that an engine has put there
     for state in optimizer.state.values():
@@ -156,7 +166,7 @@ def materialize_state(optimizer: Optimizer) -> None:
 
 
 def set_steps(optimizer: Optimizer, steps: int) -> None:
-    """Adam's bias correction counts updates in a tensor per parameter."""
+    """Sets the number of updates that Adam's bias correction counts, in a tensor per parameter."""
     for state in optimizer.state.values():
         if STEP in state:
             state[STEP].fill_(steps)

@@ -18,7 +18,7 @@ def bf16_is_native(device: torch.device) -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def name_of(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """As its vendor calls it; `cpu` for every CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -39,7 +39,7 @@ from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.planning.peak import peak_flops
 from lpl_pretrain.runtime import rng
-from lpl_pretrain.runtime.device import name_of
+from lpl_pretrain.runtime.device import device_name
 from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks, sum_over_ranks
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset, MicrobatchPlan
@@ -192,7 +192,7 @@ def assemble(
             lpl=accumulation * perceptual.prefix * perceptual.flops
             if perceptual is not None
             else 0.0,
-            peak=peak_flops(name_of(device), config.parallel.precision),
+            peak=peak_flops(device_name(device), config.parallel.precision),
         ),
     )
 

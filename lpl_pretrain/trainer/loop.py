@@ -80,7 +80,10 @@ def loop(
     first_step = logged = start.step
     config, meter, clock = run.config, Meter(run.device), Clock(run.device)
     stragglers = Stragglers(
-        run.world, run.device, run.strategy.recipe.autocast or run.strategy.recipe.master, sinks
+        run.world,
+        run.device,
+        run.strategy.precision.autocast or run.strategy.precision.master,
+        sinks,
     )
     batches = run.stream.prefetch(run.requests(first_step), run.device)
     ledger = open_ledger(run, start) if config.log.sample_indices else None

@@ -145,7 +145,7 @@ class Updater:
             if config.data.posterior == "sample"
             else None
         )
-        wide = self.strategy.recipe.master  # float32, or float64 in parity tests
+        wide = self.strategy.precision.master  # float32, or float64 in parity tests
         z0 = self.scaling.normalize(sample_posterior(batch.moments, posterior_noise)).to(wide)
         eps = rng.normal(config.seed, "noise", ids, latent_shape).to(self.device, wide)
         dropped = (

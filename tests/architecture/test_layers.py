@@ -56,7 +56,7 @@ ALLOWED = {
     },
 }
 HEAVY = {
-    "deepspeed": {"parallel/deepspeed_zero.py"},
+    "deepspeed": {"parallel/deepspeed_"},
     "diffusers": {"models/autoencoder.py", "models/unet.py", "diffusion/samplers.py"},
     "timm": {"models/layers.py", "evaluation/features.py"},
     "transformers": {"models/text.py", "evaluation/clip.py"},

@@ -326,7 +326,11 @@ def test_all_ranks_are_asked_the_same(strategies, name):
 
 
 def local_verdicts(world, device):
-    Strategy._read = lambda self, norm, check: (norm.item(), norm.item(), check.values.tolist())
+    Strategy._reduce_norm = lambda self, norm, check: (
+        norm.item(),
+        norm.item(),
+        check.values.tolist(),
+    )
     return steps_with(world, device, "ddp", "fp64")["asked"]
 
 
@@ -342,7 +346,7 @@ def off_by_one_bit(world, device):
     strategy = Training(world, device, Case("ddp")).strategy
     norm = torch.tensor([math.nextafter(4.0, 5.0) if world.rank else 4.0], dtype=torch.float64)
     values = torch.zeros(1, dtype=torch.float64)
-    return list(strategy._read(norm, UpdateCheck(values, lambda *_: True))[:2])
+    return list(strategy._reduce_norm(norm, UpdateCheck(values, lambda *_: True))[:2])
 
 
 def test_a_norm_that_differs_in_its_last_bit_is_agreed_on():

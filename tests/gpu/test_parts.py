@@ -18,8 +18,8 @@ from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling, load_autoencoder
 from lpl_pretrain.models.decoder import decoder_stages
-from lpl_pretrain.parallel.float8 import swap_layers
-from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.parallel.float8 import convert_linear_layers
+from lpl_pretrain.parallel.strategy import ParamRange
 from lpl_pretrain.preflight.node_report import probe_device
 from lpl_pretrain.runtime.device import bf16_is_native
 from lpl_pretrain.runtime.dist import start
@@ -101,7 +101,7 @@ def test_float8_products_are_near(gpu):
     ).to(gpu, torch.bfloat16)
     x = torch.randn(24, 64, device=gpu, dtype=torch.bfloat16)
     exact = block["block"](x)
-    assert swap_layers(block, ["block"], emulate=False) == 2
+    assert convert_linear_layers(block, ["block"], emulate=False) == 2
     block["block"].compile()
     error = (block["block"](x) - exact).float().norm() / exact.float().norm()
     assert 1e-4 < error < 0.1
@@ -128,7 +128,7 @@ def test_pinned_copies_hold_the_moment(gpu):
     copies, value = HostCopies(), torch.zeros(1 << 22, device=gpu)
     for moment in range(4):
         value += 1
-        ((_, piece),) = copies.of([("param", Piece("w", (1 << 22,), 0, value))], gpu)
+        ((_, piece),) = copies.of([("param", ParamRange("w", (1 << 22,), 0, value))], gpu)
         value += 100  # right behind
         assert piece.tensor.is_pinned() and bool((piece.tensor == 101 * moment + 1).all())
 

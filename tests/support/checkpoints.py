@@ -17,7 +17,7 @@ from lpl_pretrain.checkpoint.manifest import DIGEST, STATE, Manifest, digest_of,
 from lpl_pretrain.checkpoint.store import merge_parts, write_rank
 from lpl_pretrain.checkpoint.verify import Checkpoint, open_checkpoint
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.parallel.strategy import ParamRange
 
 SHAPES = {"a.weight": (4, 3), "b": (5,)}
 KINDS = ("param", "ema", "optimizer.exp_avg")
@@ -59,7 +59,7 @@ def save(
             for name, tensor in named.items():
                 flat = tensor.flatten()
                 start, stop = (len(flat) * r // ranks for r in (rank, rank + 1))
-                entries.append((kind, Piece(name, SHAPES[name], start, flat[start:stop])))
+                entries.append((kind, ParamRange(name, SHAPES[name], start, flat[start:stop])))
         write_rank(folder, rank, entries)
     files = merge_parts(folder, ranks)
     files[STATE] = write_json(folder / STATE, state_of(step))

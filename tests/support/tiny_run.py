@@ -22,7 +22,7 @@ from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.evaluation.extractor import Extractor
 from lpl_pretrain.models.build import build_denoiser
-from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.parallel.strategy import ParamRange
 from tests.support.autoencoders import tiny_folder
 from tests.support.configs import dataset_index, train_config
 
@@ -77,8 +77,8 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
     folder = run_dir.checkpoint(step)
     folder.mkdir(parents=True)
     named = [(name, tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
-    param = [("param", Piece(name, shape, 0, p.flatten())) for name, shape, p in named]
-    ema = [("ema", Piece(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named]
+    param = [("param", ParamRange(name, shape, 0, p.flatten())) for name, shape, p in named]
+    ema = [("ema", ParamRange(name, shape, 0, 0.9 * p.flatten())) for name, shape, p in named]
     publish(folder, step, [*param, *ema], run_identity(config))
 
 
@@ -90,11 +90,13 @@ def save_snapshot(run_dir: RunDir, step: int) -> None:
     folder.mkdir(parents=True)
     for name, tensor in read_full(run_dir.checkpoint(step), "param").items():
         for kind, factor in (("ema_power_0.050", 0.8), ("ema_power_0.100", 0.6)):
-            pieces.append((kind, Piece(name, tuple(tensor.shape), 0, factor * tensor.flatten())))
+            pieces.append(
+                (kind, ParamRange(name, tuple(tensor.shape), 0, factor * tensor.flatten()))
+            )
     publish(folder, step, pieces, run_identity(load_run_config(run_dir)))
 
 
-def publish(folder: Path, step: int, pieces: list[tuple[str, Piece]], identity: str) -> None:
+def publish(folder: Path, step: int, pieces: list[tuple[str, ParamRange]], identity: str) -> None:
     """The files of a checkpoint of one rank."""
     write_rank(folder, 0, pieces)
     files = merge_parts(folder, 1)

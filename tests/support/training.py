@@ -15,7 +15,7 @@ from torch import Tensor
 from lpl_pretrain.config.schema import EMAConfig, OptimizerConfig, ParallelConfig
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.parallel.build import make_strategy
-from lpl_pretrain.parallel.strategy import Piece, StepReport, Strategy
+from lpl_pretrain.parallel.strategy import ParamRange, StepReport, Strategy
 from lpl_pretrain.runtime.dist import mean_over_ranks
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.optimizer import make_optimizer
@@ -124,7 +124,7 @@ class Training:
         z_t, t, cond, target = batch(
             self.step, range(first, first + per_rank), self.strategy.device
         )
-        wide = self.strategy.recipe.master
+        wide = self.strategy.precision.master
         return (self.module(z_t, t, cond).to(wide) - target.to(wide)).square().mean()
 
 
@@ -145,12 +145,12 @@ def join_ranks(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]
     assert all(result["norms"] == results[0]["norms"] for result in results), (
         "ranks disagree about the gradient norm"
     )
-    found: dict[str, dict[str, list[Piece]]] = {}
+    found: dict[str, dict[str, list[ParamRange]]] = {}
     for result in results:
         for kind, pieces in result["pieces"].items():
             for name, shape, start, tensor in pieces:
                 found.setdefault(kind, {}).setdefault(name, []).append(
-                    Piece(name, tuple(shape), start, tensor)
+                    ParamRange(name, tuple(shape), start, tensor)
                 )
     joined = {
         kind: {name: _join(pieces) for name, pieces in named.items()}
@@ -181,7 +181,7 @@ def assert_identical(
         assert not different, f"{kind}: {different} differ"
 
 
-def _join(pieces: list[Piece]) -> Tensor:
+def _join(pieces: list[ParamRange]) -> Tensor:
     pieces = sorted(pieces, key=lambda piece: piece.start)
     ends = [0, *(piece.stop for piece in pieces)]
     assert [piece.start for piece in pieces] == ends[:-1], f"{pieces[0].name}: pieces do not tile"

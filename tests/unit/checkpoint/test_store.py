@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lpl_pretrain.checkpoint.manifest import sha256_of
 from lpl_pretrain.checkpoint.store import Reader, merge_parts, pieces_file, read_full, write_rank
 from lpl_pretrain.errors import CheckpointError
-from lpl_pretrain.parallel.strategy import Piece
+from lpl_pretrain.parallel.strategy import ParamRange
 
 SHAPES = {"a.weight": (7, 5), "b": (1,), "c.bias": (3, 2, 4)}
 KINDS = ("param", "ema")
@@ -34,13 +34,15 @@ def cut(numel: int, ranks: int, seed: int) -> list[tuple[int, int]]:
     return list(zip([0, *inner], [*inner, numel], strict=True))
 
 
-def owned(tensors, rank: int, ranks: int, seed: int) -> list[tuple[str, Piece]]:
+def owned(tensors, rank: int, ranks: int, seed: int) -> list[tuple[str, ParamRange]]:
     found = []
     for kind in KINDS:
         for number, (name, tensor) in enumerate(tensors[kind].items()):
             start, stop = cut(tensor.numel(), ranks, seed + number)[rank]
             if start < stop:
-                found.append((kind, Piece(name, SHAPES[name], start, tensor.view(-1)[start:stop])))
+                found.append(
+                    (kind, ParamRange(name, SHAPES[name], start, tensor.view(-1)[start:stop]))
+                )
     return found
 
 
@@ -97,14 +99,14 @@ def test_a_gap_is_refused_when_saving(tmp_path, lost):
     ranges = [(0, 3), (3, 6), (6, 9)]
     del ranges[["first", "middle", "last"].index(lost)]
     for rank, (start, stop) in enumerate(ranges):
-        write_rank(tmp_path, rank, [("param", Piece("w", (9,), start, tensor[start:stop]))])
+        write_rank(tmp_path, rank, [("param", ParamRange("w", (9,), start, tensor[start:stop]))])
     with pytest.raises(CheckpointError, match="param/w: "):
         merge_parts(tmp_path, 2)
 
 
 def test_an_overlap_is_refused_too(tmp_path):
     for rank in range(2):
-        write_rank(tmp_path, rank, [("param", Piece("w", (9,), 0, torch.zeros(9)))])
+        write_rank(tmp_path, rank, [("param", ParamRange("w", (9,), 0, torch.zeros(9)))])
     with pytest.raises(
         CheckpointError, match="rank 1 owns elements 0..9, wanted a range that starts at 9"
     ):
@@ -136,6 +138,6 @@ def test_reading_touches_only_the_files_it_needs(tmp_path):
     start, stop, rank = index["param"]["a.weight"]["ranges"][0]
     for other in {0, 1, 2} - {rank}:
         (tmp_path / pieces_file(other)).unlink()
-    piece = Piece("a.weight", SHAPES["a.weight"], start, torch.empty(stop - start))
+    piece = ParamRange("a.weight", SHAPES["a.weight"], start, torch.empty(stop - start))
     Reader(tmp_path).fill("param", piece)
     assert torch.equal(piece.tensor, tensors["param"]["a.weight"].view(-1)[start:stop])

@@ -1,5 +1,5 @@
-"""Activation checkpointing and compilation of blocks: the same numbers, fewer bytes, the same
-names.
+"""Activation checkpointing and compilation of blocks change neither gradients nor parameter names,
+and checkpointing saves memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def model_of(**options: object) -> torch.nn.Module:
 
 def loss_of(model: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    z_t, t = torch.randn(8, 4, 16, 16, generator=generator), torch.rand(8, generator=generator)
+    z_t = torch.randn(8, 4, 16, 16, generator=generator)
+    t = torch.rand(8, generator=generator)
     return model(z_t, t, Conditioning(torch.arange(8) % 3)).square().mean()
 
 
@@ -52,37 +53,36 @@ def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_gradients_and_names(kind: str) -> None:
-    wanted, got = gradients_of(model_of()), gradients_of(model_of(**KINDS[kind]))
+def test_gradients_and_names_stay_the_same(kind: str) -> None:
+    wanted = gradients_of(model_of())
+    got = gradients_of(model_of(**KINDS[kind]))
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_compiled_blocks_are_the_same_function() -> None:
-    wanted, got = (
-        gradients_of(model_of()),
-        gradients_of(model_of(compile=True, activation_checkpointing="blocks")),
-    )
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    wanted = gradients_of(model_of())
+    got = gradients_of(model_of(compile=True, activation_checkpointing="blocks"))
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def peak_and_flops(kind: str) -> tuple[int, int]:
     model = model_of(**KINDS[kind])
-    gradients_of(model)  # gradients are there already when the bytes are counted
+    gradients_of(model)  # allocates the gradients before the bytes are counted
     with LiveBytes() as live:
         loss_of(model).backward()
     flops = count_flops(lambda: loss_of(model).backward())
     return live.peak, flops
 
 
-def test_what_is_kept_and_what_is_computed_again() -> None:
-    """Fewer bytes for more FLOPs, in this order: none, every second block, all blocks; selective
-    recomputes no product.
-    """
-    found = {kind: peak_and_flops(kind) for kind in KINDS}
-    none, second, selective, blocks = (found[kind] for kind in KINDS)
+def test_memory_falls_and_flops_rise_with_the_checkpointed_blocks() -> None:
+    """Order: none, every second block, all blocks; selective recomputes no matrix product."""
+    none = peak_and_flops("none")
+    second = peak_and_flops("every second block")
+    selective = peak_and_flops("selective")
+    blocks = peak_and_flops("blocks")
     assert blocks[0] < second[0] < none[0] and blocks[0] < selective[0] < none[0]
     assert none[1] == pytest.approx(selective[1], rel=1e-3) and none[1] < second[1] < blocks[1]
     assert blocks[1] / none[1] == pytest.approx(4 / 3, rel=0.05)  # forward twice, backward once

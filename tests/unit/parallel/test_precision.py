@@ -1,4 +1,4 @@
-"""One table says what every strategy computes in; the door casts what it must and nothing else."""
+"""Precision of each strategy; dtypes that the model gets under autocast; loss scaling for fp16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from lpl_pretrain.config.schema import ParallelConfig, Precision, StrategyKind
 from lpl_pretrain.parallel.loss_scale import LossScale
-from lpl_pretrain.parallel.precision import AutocastWrapper, PrecisionPolicy, recipe
+from lpl_pretrain.parallel.precision import AutocastWrapper, PrecisionPolicy, precision_policy
 
 
 @dataclass(frozen=True)
@@ -19,33 +19,33 @@ class Cond:
     tokens: torch.Tensor
 
 
-class Asks(nn.Module):
+class DtypeRecorder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 2)
 
     def forward(self, x, t, cond):
-        self.seen = [x.dtype, t.dtype, cond.labels.dtype, cond.tokens.dtype]
+        self.input_dtypes = [x.dtype, t.dtype, cond.labels.dtype, cond.tokens.dtype]
         return self.linear(x)
 
 
 @pytest.mark.parametrize("strategy", StrategyKind)
-def test_masters_are_wide_under_every_precision(strategy):
-    assert recipe(strategy, Precision.FP32) == PrecisionPolicy(torch.float32)
+def test_master_weights_are_float32_under_every_precision(strategy):
+    assert precision_policy(strategy, Precision.FP32) == PrecisionPolicy(torch.float32)
     sharded = strategy is StrategyKind.FSDP2 or strategy.is_zero
-    narrow = {
+    compute_dtypes = {
         Precision.BF16: torch.bfloat16,
         Precision.FP8: torch.bfloat16,
         Precision.FP16: torch.float16,
     }
-    for precision, dtype in narrow.items():
-        assert recipe(strategy, precision) == PrecisionPolicy(
+    for precision, dtype in compute_dtypes.items():
+        assert precision_policy(strategy, precision) == PrecisionPolicy(
             torch.float32, dtype, dtype if sharded else None
         )
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp8"])
-def test_what_zero_does_not_know(precision):
+def test_zero_refuses_fp64_and_fp8(precision):
     with pytest.raises(
         ValueError, match=f"precision='{precision}' with strategy='zero'.*use bf16, fp16 or fp32"
     ):
@@ -59,10 +59,10 @@ def test_the_scale_is_halved_by_an_overflow_and_doubled_after_many_good_updates(
     saved = scale.state()
     scale.update(finite=True)
     assert (scale.value, scale.good_updates) == (2.0**16, 0)
-    again = LossScale.fp16()
-    again.load_state(saved)
-    again.update(finite=True)
-    assert again == scale
+    resumed = LossScale.fp16()
+    resumed.load_state(saved)
+    resumed.update(finite=True)
+    assert resumed == scale
     scale.value = 2.0
     assert scale.update(finite=False) and not scale.update(finite=False) and scale.value == 1.0
 
@@ -74,7 +74,7 @@ def test_without_fp16_there_is_no_scale():
 
 
 @pytest.mark.parametrize(
-    "precision, inside, answer",
+    "precision, input_dtype, output_dtype",
     [
         ("fp32", torch.float32, torch.float32),
         ("bf16", torch.float32, torch.bfloat16),
@@ -82,11 +82,13 @@ def test_without_fp16_there_is_no_scale():
         ("fp64", torch.float64, torch.float64),
     ],
 )
-def test_what_the_model_sees(precision, inside, answer):
-    model = Asks().to(torch.float64 if precision == "fp64" else torch.float32)
-    door = AutocastWrapper(model, recipe(StrategyKind.DDP, Precision(precision)), "cpu")
-    out = door(
+def test_inputs_stay_float32_under_autocast(precision, input_dtype, output_dtype):
+    model = DtypeRecorder().to(torch.float64 if precision == "fp64" else torch.float32)
+    autocast_model = AutocastWrapper(
+        model, precision_policy(StrategyKind.DDP, Precision(precision)), "cpu"
+    )
+    output = autocast_model(
         torch.ones(3, 2), torch.ones(3), Cond(torch.ones(3, dtype=torch.int64), torch.ones(3, 1))
     )
-    assert model.seen == [inside, inside, torch.int64, inside]
-    assert out.dtype is answer
+    assert model.input_dtypes == [input_dtype, input_dtype, torch.int64, input_dtype]
+    assert output.dtype is output_dtype

@@ -1,4 +1,4 @@
-"""Moments exist before the first update, and making them changes nothing."""
+"""`materialize_state` creates moments before the first update and changes nothing else."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5), {"momentum_buffer"}),
     ],
 )
-def test_materialized_state_continues_as_if_it_had_not_been(make, moments):
+def test_updates_after_materialize_state_are_the_same(make, moments):
     def trained(materialize: bool) -> list[torch.Tensor]:
         model = tiny_denoiser().double()
         optimizer = make(list(model.parameters()))

@@ -1,4 +1,4 @@
-"""Ranks come from torchrun's three variables, all or none."""
+"""`World` reads torchrun's three environment variables: all of them or none."""
 
 import pytest
 
@@ -24,15 +24,15 @@ def test_as_torchrun_sets_them(environment):
 
 
 @pytest.mark.parametrize(
-    "values, words",
+    "values, message",
     [
         ({"RANK": "1"}, "LOCAL_RANK is not set, WORLD_SIZE is not set"),
         ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK='x'"),
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
     ],
 )
-def test_half_an_environment_is_refused(environment, values, words):
+def test_an_incomplete_environment_is_refused(environment, values, message):
     for name, value in values.items():
         environment.setenv(name, value)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         World.from_environment()
