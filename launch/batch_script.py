@@ -26,7 +26,7 @@ from launch.script_checks import (
     check_working_directory,
 )
 from launch.worker import Worker
-from lpl_pretrain.runtime.source_hash import ROOT, fingerprint
+from lpl_pretrain.runtime.source_hash import ROOT, source_hash
 
 LONGEST_JOB_NAME = 100
 
@@ -71,7 +71,7 @@ def make_worker(spec: JobSpec, profile: ClusterProfile) -> Worker:
         spec.command,
         str(spec.folder.path),
         list(profile.container),
-        fingerprint(),
+        source_hash(),
         profile.on_changed_code,
         spec.module,
         kill_on_hang=profile.on_hang != "wait" and spec.kind == "train",

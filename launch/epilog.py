@@ -27,7 +27,7 @@ from launch.slurm import (
 )
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import UNFIT, LPLError
-from lpl_pretrain.runtime.source_hash import fingerprint
+from lpl_pretrain.runtime.source_hash import source_hash
 
 SUPERSEDED = "a later attempt has started"
 
@@ -111,7 +111,7 @@ def record_attempt(
         "reason": decision.reason,
         "requeued": decision.requeue,
         "steps": list(result.steps),
-        "code": fingerprint(),
+        "code": source_hash(),
         "time_s": time.time(),
         **first_failed_rank(failed),
     }

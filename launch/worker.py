@@ -19,7 +19,7 @@ from launch.rendezvous import rendezvous_env
 from launch.signals import SignalForwarder
 from launch.slurm import current_job_id, node_name, restart_count
 from lpl_pretrain.errors import BAD_INPUT
-from lpl_pretrain.runtime.source_hash import fingerprint
+from lpl_pretrain.runtime.source_hash import source_hash
 
 STACKS_POLL_S = 1.0
 """Interval between checks whether a rank has dumped its stacks, which it does when it hangs."""
@@ -111,7 +111,7 @@ class Worker:
             os.chdir(self.cwd or os.curdir)
         except OSError as error:  # SLURM itself would go on in another folder
             return f"{host} does not see {self.cwd!r}, where the job was submitted: {error}"
-        if (now := fingerprint()) == self.code:
+        if (now := source_hash()) == self.code:
             return None
         changed = (
             f"the code has changed since this job was submitted ({self.code[:12]} then, "

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write; by default in the temporary folder")
     args = parser.parse_args()
     world, parallel = World.from_environment(), ParallelConfig(strategy=args.strategy)
-    device = dist.start(world, group=needs_process_group(parallel))
+    device = dist.init(world, group=needs_process_group(parallel))
     model = build_denoiser(MODEL, LATENT, num_classes=1000)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = make_strategy(parallel, world, device)
@@ -92,7 +92,7 @@ def main() -> None:
     if world.rank == 0:
         tell(found, parameters, world)
         shutil.rmtree(folder)
-    dist.leave()
+    dist.exit()
 
 
 def one_save(

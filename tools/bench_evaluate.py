@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     args = parser.parse_args()
     world = World.from_environment()
-    device = dist.start(world)
+    device = dist.init(world)
     with tempfile.TemporaryDirectory() as name:
         path = args.weights or Path(name) / "weights.pth"
         if args.weights is None:

@@ -88,7 +88,7 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
             "precision": precision,
         }
     parallel = ParallelConfig.model_validate(raw)
-    device = dist.start(world, group=needs_process_group(parallel))
+    device = dist.init(world, group=needs_process_group(parallel))
     before = live_bytes()
     model = build_denoiser(
         DiTConfig(width=256, depth=depth, heads=4, patch_size=2), LATENT, num_classes=10
@@ -118,7 +118,7 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
     total = dist.sum_over_ranks(mine) / world.world_size
     if world.rank == 0:
         output.write_text(json.dumps({"parameters": parameters, "bytes": total.item()}))
-    dist.leave()
+    dist.exit()
 
 
 def count(strategy: str, precision: str, ranks: int, depth: int) -> dict[str, float]:

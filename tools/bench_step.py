@@ -5,7 +5,7 @@ process, alternating, as a ratio.
 
 Bare: latents already in memory, torch.randn noise, autocast, backward, clip, AdamW, EMA.  Ours:
 everything `train` does in a step, that is reading from shards, keyed draws, dealing, metrics,
-strategy and EMA.  The ratio is the median over rounds. Both run after `runtime.dist.start`, which
+strategy and EMA.  The ratio is the median over rounds. Both run after `runtime.dist.init`, which
 on a CPU keeps freed memory from going back to the system.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(TrainConfig, args.config, args.overrides)
     with TemporaryDirectory() as scratch:
-        device = dist.start(World())
+        device = dist.init(World())
         run = assemble(config, RunDir(Path(scratch)), World(), device)
         loops = {"bare": bare_loop(run), "ours": our_loop(run)}
         seconds: dict[str, list[float]] = {name: [] for name in loops}

@@ -35,7 +35,7 @@ from lpl_pretrain.config.rundir import MANIFEST, REMOVING, WRITING, RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, is_transient
 from lpl_pretrain.parallel.strategy import ParamRange, Strategy
-from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks
+from lpl_pretrain.runtime.dist import broadcast_json, first_error
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.world import World
 
@@ -52,7 +52,7 @@ class CheckpointManager:
         run_dir: RunDir,
         config: CheckpointConfig,
         identity: str = "",
-        fence: Callable[[], None] = lambda: None,
+        check_ownership: Callable[[], None] = lambda: None,
         samples_per_step: int | None = None,
         *,
         keep_due: bool = False,
@@ -60,13 +60,18 @@ class CheckpointManager:
         """`identity`: of the run's configuration (config/check.py); a checkpoint of another one is
         refused.
 
-        `fence` does not return, on rank 0, where the run is another process's by now.
+        `check_ownership` does not return, on rank 0, where the run is another process's by now.
 
         `samples_per_step`, the global batch size, says that a training run goes on from what is
         restored: the trainer's state must be whole, and count as many samples. `keep_due`: the
         newest checkpoint at a multiple of `every_steps` stays, whatever came after it.
         """
-        self.run_dir, self.config, self.identity, self.fence = run_dir, config, identity, fence
+        self.run_dir, self.config, self.identity, self.check_ownership = (
+            run_dir,
+            config,
+            identity,
+            check_ownership,
+        )
         self.samples_per_step, self.keep_due = samples_per_step, keep_due
         self._copies = HostCopies()
         self._phases: list[Task] = []
@@ -143,7 +148,7 @@ class CheckpointManager:
         if not self._phases:
             return
         done, *self._phases = self._phases
-        trouble = first_over_ranks(done.wait())
+        trouble = first_error(done.wait())
         if trouble is not None:
             self._phases = []
             if self._temporary is not None:
@@ -226,9 +231,9 @@ class CheckpointManager:
             damaged = str(error)
         except CheckpointError as error:
             refused = str(error)
-        if (refused := first_over_ranks(refused)) is not None:
+        if (refused := first_error(refused)) is not None:
             raise CheckpointError(refused)
-        if (damaged := first_over_ranks(damaged)) is not None:
+        if (damaged := first_error(damaged)) is not None:
             return damaged
         assert checkpoint is not None
         return checkpoint
@@ -237,7 +242,7 @@ class CheckpointManager:
         """Collective.  Removes checkpoints and snapshots of later steps, which a rollback undid."""
 
         def remove() -> None:
-            self.fence()
+            self.check_ownership()
             for later in self.run_dir.complete_checkpoints():
                 if later > step:
                     self._remove(self.run_dir.checkpoint(later))
@@ -295,7 +300,7 @@ class CheckpointManager:
                 step, samples_seen, updates, kind, world.world_size, self.identity, files
             ).write(temporary)
             sync_folder(temporary)
-            self.fence()
+            self.check_ownership()
             self._remove(final)
             temporary.rename(final)
             if final == self.run_dir.checkpoint(step):
@@ -332,7 +337,7 @@ class CheckpointManager:
         return broadcast_json(secrets.token_hex(4))
 
     def _start(self, temporary: Path) -> None:
-        self.fence()
+        self.check_ownership()
         self._sweep()
         temporary.mkdir(parents=True)
 
@@ -404,6 +409,6 @@ def _together(
     """Communicates: run `action` on the ranks that `act`; an error on any of them is raised on all."""
     task = Task(what, action if act else lambda: None)
     task.run()
-    trouble = first_over_ranks(task.trouble)
+    trouble = first_error(task.trouble)
     if trouble is not None:
         raise error(trouble) from task.cause

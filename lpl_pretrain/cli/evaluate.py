@@ -49,7 +49,7 @@ def run(
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import log, set_up_logging
 
-    device = dist.start(world, patience=PATIENCE)
+    device = dist.init(world, timeout=PATIENCE)
     set_up_logging(world.rank)
     records: list[dict[str, Any]] = []
     passed_over: dict[int, str] = {}
@@ -89,7 +89,7 @@ def run(
         is_transient(CheckpointError(text)) for text in damaged
     )  # the same command may score them
     if world.world_size > 1:
-        dist.leave(int(again))
+        dist.exit(int(again))
     if again:
         sys.exit(1)
 

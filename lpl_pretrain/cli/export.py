@@ -19,7 +19,7 @@ from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.log import log
-from lpl_pretrain.runtime.preempt import leaves_traces
+from lpl_pretrain.runtime.preempt import needs_cleanup
 
 POSTHOC = "posthoc_"
 WEIGHTS = re.compile(r"ema|raw|ema_power_0\.[0-9]{3}|posthoc_0?\.[0-9]+")
@@ -122,7 +122,7 @@ def write_folder(
 
     temporary = output.with_name(f".{output.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    leaves_traces()
+    needs_cleanup()
     temporary.mkdir(parents=True)
     try:
         write_pipeline(

@@ -17,7 +17,13 @@ import click
 from lpl_pretrain import __version__
 from lpl_pretrain.errors import LPLError, StorageError, exit_status, is_lost_rank
 from lpl_pretrain.runtime.command import command_line
-from lpl_pretrain.runtime.preempt import INTERRUPTED, Interrupted, StopRequest, say, stop_request
+from lpl_pretrain.runtime.preempt import (
+    INTERRUPTED,
+    Interrupted,
+    StopRequest,
+    stop_request,
+    write_stderr,
+)
 from lpl_pretrain.runtime.torchrun import peer_failed, record_error
 from lpl_pretrain.runtime.world import World
 
@@ -325,17 +331,17 @@ def run(group: click.Group) -> None:
     """
     os.umask(os.umask(0o077) | 0o002)
     stop, file = stop_request(), World.error_file()
-    stop.torchrun, stop.peer_failed = (
-        World.by_torchrun(),
+    stop.under_torchrun, stop.peer_failed = (
+        World.under_torchrun(),
         lambda: file is not None and peer_failed(file),
     )
     with suppress(LPLError):  # a command that needs ranks says what is wrong with them
-        stop.speaks = World.from_environment().rank == 0
+        stop.prints = World.from_environment().rank == 0
     try:
         run_command(group, stop, file)
     except Interrupted as interruption:
-        if stop.speaks:
-            say(str(interruption))
+        if stop.prints:
+            write_stderr(str(interruption))
         end(INTERRUPTED)
 
 
@@ -353,13 +359,13 @@ def run_command(group: click.Group, stop: StopRequest, file: Path | None) -> Non
     except Exception as error:
         consequence = f"{type(error).__name__}: {first_line(error)}"
         if stop.interrupted:  # the other ranks may be gone
-            raise Interrupted(f"{stop.farewell} ({consequence})") from error
+            raise Interrupted(f"{stop.exit_message} ({consequence})") from error
         if stop.peer_failed():  # the connection to that rank is gone
             end(1)
         if (
             is_lost_rank(error) and file is None
         ):  # torchrun's own report tells of the rank that has ended
-            say(
+            write_stderr(
                 "another rank has ended or cannot be reached any more; its own error says why "
                 f"({consequence})"
             )
@@ -394,4 +400,4 @@ def end(status: int) -> NoReturn:
 
 def goes_on(what: str) -> None:
     """After Ctrl-C the command under way can be given again."""
-    stop_request().farewell = f"interrupted: {what}; the same command goes on: {command_line()}"
+    stop_request().exit_message = f"interrupted: {what}; the same command goes on: {command_line()}"

@@ -41,7 +41,7 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import set_up_logging
 
-    device = dist.start(world, patience=PATIENCE)
+    device = dist.init(world, timeout=PATIENCE)
     set_up_logging(world.rank)
     extractors = [load_extractor(entry, device) for entry in settings.extractors]
     build_reference(
@@ -54,4 +54,4 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
             f"{', '.join(facts['extractors'])}"
         )
     if world.world_size > 1:
-        dist.leave()
+        dist.exit()

@@ -23,7 +23,7 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.errors import CheckpointError, ConfigError, LPLError
 from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.command import command_line
-from lpl_pretrain.runtime.lease import STALE_S, Lease, holder_of
+from lpl_pretrain.runtime.lease import STALE_S, Lease, describe_holder
 from lpl_pretrain.runtime.preempt import (
     INTERRUPTED,
     SIGNALS,
@@ -70,7 +70,11 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     from lpl_pretrain.trainer.loop import train
 
     device = run_preflight(
-        config, run_dir, world, data, partial(dist.start, world, group=needs_process_group(config.parallel))
+        config,
+        run_dir,
+        world,
+        data,
+        partial(dist.init, world, group=needs_process_group(config.parallel)),
     )
     with (
         hold(run_dir, world, missing) as lease,
@@ -92,21 +96,21 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
             score = partial(
                 evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__
             )
-        fence = lease.check if lease else lambda: None
-        complete = train(config, run_dir, world, device, stop, score, fence, begin)
-        fence()  # a process that was suspended may find that its heir has made all steps
+        check_ownership = lease.check_ownership if lease else lambda: None
+        complete = train(config, run_dir, world, device, stop, score, check_ownership, begin)
+        check_ownership()  # a process that was suspended may find that its heir has made all steps
     if complete:
         log.info("%s: complete", run_dir.path)
-    dist.leave(0 if complete or not stop.interrupted else INTERRUPTED)
+    dist.exit(0 if complete or not stop.interrupted else INTERRUPTED)
 
 
 def listen() -> StopRequest:
     stop = stop_request().listen(SIGNALS)
-    stop.how_to_go_on = "the same command goes on from there"
+    stop.resume_hint = "the same command goes on from there"
     if not World.scheduler_job():  # whose job goes on by itself
-        stop.how_to_go_on += f": {command_line()}"
-    stop.farewell = (
-        f"interrupted: nothing was saved now; {stop.how_to_go_on.replace(' from there', '')}"
+        stop.resume_hint += f": {command_line()}"
+    stop.exit_message = (
+        f"interrupted: nothing was saved now; {stop.resume_hint.replace(' from there', '')}"
     )
     return stop
 
@@ -130,10 +134,10 @@ def begun(
 
     A start that is refused before that leaves what it found; `new`: the folder was not there.
     """
-    from lpl_pretrain.runtime.dist import hosts_of_ranks
+    from lpl_pretrain.runtime.dist import all_gather_hostnames
     from lpl_pretrain.trainer import provenance
 
-    hosts, steps_begin = hosts_of_ranks(), False
+    hosts, steps_begin = all_gather_hostnames(), False
     before = run_dir.config.read_bytes() if run_dir.config.is_file() else None
     changes = changed(config, run_dir)
 
@@ -201,7 +205,7 @@ def hold(run_dir: RunDir, world: World, missing: Sequence[Path] = ()) -> Iterato
     A process that has lost it ends.  Folders that were `missing`, and are empty in the end, are
     removed.
     """
-    from lpl_pretrain.runtime.dist import first_over_ranks
+    from lpl_pretrain.runtime.dist import first_error
 
     lease = (
         Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir))
@@ -210,7 +214,7 @@ def hold(run_dir: RunDir, world: World, missing: Sequence[Path] = ()) -> Iterato
     )
     try:
         trouble = None if lease is None else taken_by_another(lease, run_dir)
-        if (trouble := first_over_ranks(trouble)) is not None:
+        if (trouble := first_error(trouble)) is not None:
             raise CheckpointError(trouble)
         yield lease
     finally:
@@ -229,7 +233,7 @@ def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
     except CheckpointError as error:
         return str(error)
     return (
-        f"{run_dir.path}: is being trained by {holder_of(run_dir.live)}: wait for its end, or give "
+        f"{run_dir.path}: is being trained by {describe_holder(run_dir.live)}: wait for its end, or give "
         "this one "
         f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
     )

@@ -23,7 +23,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.batch import LatentBatch
 from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.atomic import naming
+from lpl_pretrain.runtime.atomic import add_path_to_oserror
 
 MAX_PROBLEMS = 20
 """Problems that an audit lists at most."""
@@ -55,7 +55,7 @@ class Ledger:
             line["spike"], line["skip_updates"] = spike
         self.path = path
         self.start = start
-        with naming(path):
+        with add_path_to_oserror(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
             self.file = path.open("a", buffering=1)
@@ -71,11 +71,11 @@ class Ledger:
             )
         ]
         line = {"start": self.start, "step": step, "samples": records}
-        with naming(self.path):
+        with add_path_to_oserror(self.path):
             self.file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        with naming(self.path):
+        with add_path_to_oserror(self.path):
             self.file.close()
 
 

@@ -44,7 +44,7 @@ from lpl_pretrain.errors import ConfigError, DataError, is_transient
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.atomic import scratch_folder
 from lpl_pretrain.runtime.log import log, progress
-from lpl_pretrain.runtime.preempt import leaves_traces
+from lpl_pretrain.runtime.preempt import needs_cleanup
 from lpl_pretrain.runtime.world import World
 
 DECODE_THREADS = min(16, os.cpu_count() or 1)
@@ -207,7 +207,7 @@ class PartEncoder:
             if any(part.samples is None for part in parts)
             else sum(part.samples or 0 for part in parts)
         )
-        leaves_traces()
+        needs_cleanup()
         remote = any(part.unit.is_remote_tar for part in parts)
         with scratch_folder("lpl-encode") if remote else nullcontext(Path()) as scratch:
             decoded = prefetch_map(

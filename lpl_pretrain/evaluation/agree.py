@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lpl_pretrain.errors import CheckpointError
-from lpl_pretrain.runtime.dist import first_over_ranks
+from lpl_pretrain.runtime.dist import first_error
 
 Result = TypeVar("Result")
 
@@ -20,6 +20,6 @@ def run_and_agree(action: Callable[[], Result], *, act: bool = True) -> Result |
         result = action() if act else None
     except CheckpointError as error:
         problem = str(error)
-    if (problem := first_over_ranks(problem)) is not None:
+    if (problem := first_error(problem)) is not None:
         raise CheckpointError(problem)
     return result

@@ -23,7 +23,7 @@ from lpl_pretrain.config.schema import Precision, TrainConfig
 from lpl_pretrain.config.text_layout import text_shape
 from lpl_pretrain.errors import LPLError
 from lpl_pretrain.runtime.lease import Lease
-from lpl_pretrain.runtime.source_hash import fingerprint
+from lpl_pretrain.runtime.source_hash import source_hash
 from lpl_pretrain.runtime.world import World
 
 SIDE = 512
@@ -78,7 +78,7 @@ def inspect_node(
     return NodeReport(
         rank=world.rank,
         host=socket.gethostname(),
-        code=fingerprint(),
+        code=source_hash(),
         versions=versions(),
         refusal=None if refusal is None else _format_error(refusal),
         run_dir_problem=run_dir_problem,

@@ -54,7 +54,7 @@ def run_preflight(
     if config.preflight is None:
         return join()
     set_up_logging(world.rank)  # to no file: there may be no folder for it
-    began, store = time.monotonic(), dist.meet(world)
+    began, store = time.monotonic(), dist.rendezvous_store(world)
     channel, facts = gather_reports(store, world, inspect_node(config, run_dir, world, data))
     publish_verdict(channel, facts, diagnose(facts, config.preflight), run_dir)
     device = join(store=store)
@@ -75,7 +75,7 @@ def report_refusal(config: TrainConfig, run_dir: RunDir, world: World, refusal: 
     assert config.preflight is not None
     set_up_logging(world.rank)
     channel, facts = gather_reports(
-        dist.meet(world), world, inspect_node(config, run_dir, world, None, refusal)
+        dist.rendezvous_store(world), world, inspect_node(config, run_dir, world, None, refusal)
     )
     with suppress(PreflightError):
         publish_verdict(channel, facts, diagnose(facts, config.preflight), run_dir)
@@ -198,7 +198,7 @@ def enforce(channel: StoreChannel, findings: Sequence[Finding]) -> None:
             "\n".join(f"preflight: {finding}; this node is unfit" for finding in here), file
         )
     if unfit:
-        dist.leave(UNFIT if channel.host in unfit else 0)
+        dist.exit(UNFIT if channel.host in unfit else 0)
 
 
 def summary(facts: Sequence[NodeReport]) -> str:

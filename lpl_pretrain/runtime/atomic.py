@@ -1,4 +1,6 @@
-"""Writing under a temporary name, then renaming: a file that exists is whole."""
+"""Atomic writes: a file is written under a temporary name and then renamed, so that a file that
+exists is complete.
+"""
 
 from __future__ import annotations
 
@@ -13,43 +15,45 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from lpl_pretrain.runtime.preempt import leaves_traces
+from lpl_pretrain.runtime.preempt import needs_cleanup
 
 LEFTOVER = re.compile(r"^\..*\.(?P<host>[^.]+)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` when the block ends, and nothing is left
-    when it raises.
+    """Yields a temporary path beside `path`; renames it to `path` when the block ends, removes it
+    when the block raises.
 
-    What killed processes of this machine left in the folder is removed.  An OSError names `path`.
+    Leftovers of killed processes of this machine in the folder are removed.  An OSError names
+    `path`.
     """
-    with naming(path):
+    with add_path_to_oserror(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        leaves_traces()
+        needs_cleanup()
         remove_leftovers(path.parent)
         temporary = temporary_name(path)
         try:
             yield temporary
             os.replace(temporary, path)
         except BaseException:
-            with suppress(OSError):  # it must not hide the first error
+            with suppress(OSError):  # must not hide the first error
                 temporary.unlink(missing_ok=True)
             raise
 
 
 def temporary_name(path: Path) -> Path:
-    """Beside `path`, unique on a file system that several nodes share; it says whose it is (see
-    remove_leftovers).
+    """Returns a path beside `path`, unique on a file system that several nodes share.
+
+    It contains host and process ID, which `remove_leftovers` reads.
     """
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError that passes through here and names no file names `path`: write and fsync know
-    descriptors only.
+def add_path_to_oserror(path: Path) -> Iterator[None]:
+    """Adds `path` to an OSError that names no file, such as one of write or fsync, which get only a
+    descriptor.
     """
     try:
         yield
@@ -61,12 +65,13 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """A folder in TMPDIR, which is removed at the end.  Those that killed processes of this machine
-    left are removed first.
+    """Yields a new folder in TMPDIR and removes it at the end.
+
+    Leftovers of killed processes of this machine are removed first.
     """
     parent = Path(tempfile.gettempdir())
-    leaves_traces()
-    with suppress(OSError):  # those of other users
+    needs_cleanup()
+    with suppress(OSError):  # leftovers of other users
         remove_leftovers(parent)
     folder = temporary_name(parent / name)
     folder.mkdir(mode=0o700)
@@ -77,8 +82,9 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Temporary files and folders whose process was on this machine and is gone; looked for once by
-    each process and folder.
+    """Removes temporary files and folders whose process ran on this machine and has ended.
+
+    A process does so once per folder.
     """
     _remove_leftovers(folder, os.getpid())
 
@@ -88,8 +94,8 @@ def _remove_leftovers(folder: Path, pid: int) -> None:
     if not Path("/proc/self").exists():
         return
     for name in os.listdir(folder):
-        found = LEFTOVER.match(name)
-        if found and found["host"] == _host() and not Path(f"/proc/{found['pid']}").exists():
+        match = LEFTOVER.match(name)
+        if match and match["host"] == _host() and not Path(f"/proc/{match['pid']}").exists():
             _remove(folder / name)
 
 

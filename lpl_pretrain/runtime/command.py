@@ -1,4 +1,4 @@
-"""The command that started this process, for messages that say how to go on."""
+"""Command line that started this process, for messages that tell how to resume."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ TORCHRUN = ("torchrun", "torch.distributed.run")
 
 
 def command_line() -> str:
-    """For a shell in the same folder; of a worker of torchrun, torchrun's where it can be read."""
-    typed = sys.argv
-    if World.by_torchrun():
+    """Returns the command for a shell in the same folder.
+
+    In a worker of torchrun it is torchrun's command, if that can be read.
+    """
+    arguments = sys.argv
+    if World.under_torchrun():
         parent = Path(f"/proc/{os.getppid()}/cmdline")
-        found = os.fsdecode(parent.read_bytes()).split("\0")[1:-1] if parent.is_file() else []
-        if any(Path(part).name in TORCHRUN for part in found):
-            typed = found
-    return shlex.join(shortened(typed))
+        if parent.is_file():
+            parent_arguments = os.fsdecode(parent.read_bytes()).split("\0")[1:-1]
+            if any(Path(argument).name in TORCHRUN for argument in parent_arguments):
+                arguments = parent_arguments
+    return shlex.join(shorten(arguments))
 
 
-def shortened(arguments: Sequence[str]) -> list[str]:
-    """Without the folders of a program that is found without them."""
+def shorten(arguments: Sequence[str]) -> list[str]:
+    """Strips the folder of a program that the shell finds by its name."""
     first, *rest = arguments
     if first.startswith("-"):
         return ["python", *arguments]
     module = "/".join(Path(first).parts[-2:])
-    return (
-        ["python", "-m", MODULES[module], *rest] if module in MODULES else [Path(first).name, *rest]
-    )
+    if module in MODULES:
+        return ["python", "-m", MODULES[module], *rest]
+    return [Path(first).name, *rest]

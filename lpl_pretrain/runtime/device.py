@@ -1,4 +1,4 @@
-"""What the machine's processor or accelerator can do."""
+"""Properties of the processor or accelerator, and memory settings of the host."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import ctypes
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+# Parameters of mallopt in glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """False where bf16 is emulated: on a CPU without the instructions a convolution takes a hundred
-    times longer.
+    """Whether the device has bf16 instructions.
+
+    Without them a CPU emulates bf16: a convolution takes a hundred times longer.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -19,29 +22,27 @@ def bf16_is_native(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """As its vendor calls it; `cpu` for every CPU."""
+    """Vendor's name of a GPU; `cpu` for every CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """`peak_gib`: the most that tensors have taken of a GPU since the process began; nothing on a
-    CPU.
+    """Most GiB of a GPU that tensors have occupied since the process started, as `peak_gib`.
+
+    Empty on a CPU.
     """
-    return (
-        {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-        if device.type == "cuda"
-        else {}
-    )
+    if device.type != "cuda":
+        return {}
+    return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
 
 def keep_freed_memory() -> None:
-    """For training on a CPU: keep what a step has freed for the next one, instead of giving it back
-    and faulting it in again.
+    """Makes glibc keep freed memory for the next training step instead of returning it to the OS.
 
-    glibc decides that by what lies at the top of its heap; where it went wrong, a tenth of a step
-    was page faults.
+    By default glibc decides by what is at the top of its heap; where it decided to return memory,
+    page faults took a tenth of a step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another C library does as it likes
+    if mallopt is not None:  # other C libraries have no such function
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest value that it accepts

@@ -1,7 +1,8 @@
-"""Starting and ending the process group, and the few collectives that rooms above `parallel` use.
+"""Start and end of the process group, and the collectives that the other packages use.
 
-gloo on CPU, nccl on CUDA.  Without a group (one process, strategy local) every collective is the
-identity, so callers never ask. Objects travel as JSON: nothing is pickled.
+The backend is gloo on CPU, nccl on CUDA.  Without a process group (one process, strategy local)
+every collective returns its input, so callers need not distinguish.  Objects are sent as JSON:
+nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,69 +23,64 @@ from torch.distributed.rendezvous import rendezvous
 from lpl_pretrain.runtime.device import keep_freed_memory
 from lpl_pretrain.runtime.world import World
 
-HOST_BYTES = 64
-"""The longest name of a machine on Linux."""
+HOSTNAME_BYTES = 64
+"""Longest hostname on Linux."""
 
 
-def meet(world: World) -> dist.Store:
-    """Communicates when there is more than one rank: where ranks leave word for each other before
-    there is a group.
-    """
-    return (
-        dist.HashStore()
-        if world.world_size == 1
-        else next(rendezvous("env://", world.rank, world.world_size))[0]
-    )
+def rendezvous_store(world: World) -> dist.Store:
+    """Collective.  Returns the store with which ranks exchange messages before `init`."""
+    if world.world_size == 1:
+        return dist.HashStore()
+    store, _, _ = next(rendezvous("env://", world.rank, world.world_size))
+    return store
 
 
-def start(
+def init(
     world: World,
     *,
     group: bool = False,
     store: dist.Store | None = None,
-    patience: timedelta | None = None,
+    timeout: timedelta | None = None,
 ) -> torch.device:
-    """Communicates when there is more than one rank: picks this rank's device and joins the process
-    group.
+    """Collective.  Selects this rank's device and joins the process group.
 
-    `group` asks for a group on one process too: DDP, FSDP2 and ZeRO need one.  Ranks meet at
-    `store`, or where torchrun says. `patience`: how long a rank may wait for another before the run
-    counts as hung; absent: the backend's 10 or 30 minutes.
+    `group` makes a process group with one process too: DDP, FSDP2 and ZeRO need one.  Ranks find
+    each other through `store`, or else through torchrun's environment variables.  `timeout` is how
+    long a rank waits in a collective before it fails; by default the backend's 10 or 30 minutes.
     """
-    device = (
-        torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    )
-    if device.type == "cuda":
+    if torch.cuda.is_available():
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     else:
+        device = torch.device("cpu")
         keep_freed_memory()
     if world.world_size > 1 or group:
         if store is None and world.world_size == 1:
             store = dist.HashStore()
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, timeout=patience, rank=world.rank, world_size=world.world_size, store=store
+            backend, timeout=timeout, rank=world.rank, world_size=world.world_size, store=store
         )
     return device
 
 
-def stop() -> None:
-    """Communicates: waits for all ranks, then leaves the group.  Call it after success only: a
-    failed rank never arrives.
+def shutdown() -> None:
+    """Collective.  Waits for all ranks, then leaves the process group.
+
+    Call it after success only: the wait would never end for a rank that failed.
     """
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
 
 
-def leave(status: int = 0) -> NoReturn:
-    """Communicates, then ends the process without running destructors: the last line of a command
-    started by torchrun.
+def exit(status: int = 0) -> NoReturn:
+    """Collective.  Shuts down, then ends the process without running destructors.
 
-    Of ranks that exit normally after all work is done, one in a dozen dies of SIGABRT (gloo's
-    threads); none that left so did.
+    Commands that torchrun starts end with it: of ranks that exited normally, one in twelve died of
+    SIGABRT in gloo's threads after all work was done.
     """
-    stop()
+    shutdown()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,7 +88,7 @@ def leave(status: int = 0) -> NoReturn:
 
 
 def barrier() -> None:
-    """Communicates: returns when every rank has called it."""
+    """Collective.  Returns when every rank has called it."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1, device=_device()))
         if _device().type == "cuda":
@@ -100,7 +96,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Communicates: the elementwise sum, a new tensor; `value` has the same shape on all ranks."""
+    """Collective.  Returns the elementwise sum in a new tensor; shapes agree on all ranks."""
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -108,13 +104,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Communicates: the elementwise mean, a new tensor; `value` has the same shape on all ranks."""
+    """Collective.  Returns the elementwise mean in a new tensor; shapes agree on all ranks."""
     return sum_over_ranks(value) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
-def rows_over_ranks(row: Tensor) -> Tensor:
-    """Communicates: (ranks, n) on the CPU, the `row` (n,) of every rank; all have one length and
-    type.
+def all_gather_rows(row: Tensor) -> Tensor:
+    """Collective.  Returns (ranks, n) on the CPU: the `row` (n,) of every rank.
+
+    Length and dtype of the rows agree on all ranks.
     """
     if not dist.is_initialized():
         return row[None].cpu()
@@ -123,15 +120,15 @@ def rows_over_ranks(row: Tensor) -> Tensor:
     return sum_over_ranks(rows).cpu()
 
 
-def hosts_of_ranks() -> list[str]:
-    """Communicates: the name of each rank's machine."""
-    name = socket.gethostname().encode()[:HOST_BYTES]
-    rows = rows_over_ranks(torch.tensor(list(name.ljust(HOST_BYTES, b"\0")), dtype=torch.int32))
+def all_gather_hostnames() -> list[str]:
+    """Collective.  Returns the hostname of each rank."""
+    name = socket.gethostname().encode()[:HOSTNAME_BYTES].ljust(HOSTNAME_BYTES, b"\0")
+    rows = all_gather_rows(torch.tensor(list(name), dtype=torch.int32))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
 
 
 def any_over_ranks(*values: bool) -> list[bool]:
-    """Communicates: each True on all ranks when it is on one."""
+    """Collective.  Returns each value's logical OR over ranks."""
     if not dist.is_initialized():
         return list(values)
     flags = torch.tensor(values, dtype=torch.int32, device=_device())
@@ -139,26 +136,25 @@ def any_over_ranks(*values: bool) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-def first_over_ranks(message: str | None) -> str | None:
-    """Communicates: the message of the lowest rank that has one, on all ranks; so that all raise
-    the same error, or none does.
+def first_error(message: str | None) -> str | None:
+    """Collective.  Returns, on all ranks, the message of the lowest rank that has one, or None.
+
+    All ranks can then raise the same error, or none does.
     """
     if not dist.is_initialized():
         return message
-    source = torch.tensor(
-        [dist.get_world_size() if message is None else dist.get_rank()], device=_device()
-    )
+    world_size = dist.get_world_size()
+    source = torch.tensor([world_size if message is None else dist.get_rank()], device=_device())
     dist.all_reduce(source, op=dist.ReduceOp.MIN)
-    return (
-        None
-        if int(source) == dist.get_world_size()
-        else broadcast_json(message, source=int(source))
-    )
+    if int(source) == world_size:
+        return None
+    return broadcast_json(message, source=int(source))
 
 
 def broadcast_json(value: Any, *, source: int = 0) -> Any:
-    """Communicates: the value of rank `source` on all ranks, after a round through JSON (so tuples
-    are lists everywhere).
+    """Collective.  Returns the value of rank `source` on all ranks.
+
+    The value passes through JSON on rank `source` too, so tuples become lists everywhere.
     """
     if not dist.is_initialized():
         return json.loads(json.dumps(value))
@@ -171,8 +167,7 @@ def broadcast_json(value: Any, *, source: int = 0) -> Any:
 
 
 def _device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
+    """Device of the tensors that the backend communicates."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,17 +1,18 @@
-"""One worker for one piece of work, on a file system that several nodes share, whatever kills the
-worker.
+"""Lease on a task: one process at a time holds it, on a file system that several nodes share.
 
-A lease is a file that appears whole, by a hard link, and so to one worker only.  Its holder touches
-it now and then.  One that was not touched for `STALE_S`, or whose process on this host is gone, or
-that this very job held before it was requeued, belongs to nobody and is taken over, by a rename,
-and so by one worker only.  Times are compared on the file system's own clock.
+A lease is a file that is created complete, by a hard link, so that only one process succeeds.  Its
+holder touches it regularly.  It expires when it was not touched for `STALE_S`, when its process on
+this host has ended, or when this same job held it before it was requeued.  An expired lease is
+taken over by a rename, so that only one process succeeds.  Times are compared on the file system's
+own clock.
 
-A file that does not hold what a worker writes (empty, cut, edited, a link or a pipe) belongs to
-nobody at once, because a lease appears whole; so does one that was touched far in the future.  One
-that cannot be read (no permission, an I/O error) is left alone until it is stale.
+A file that is not a valid lease (empty, truncated, edited, a link or a pipe) counts as expired at
+once, because a lease is created complete; so does one that was touched far in the future.  One that
+cannot be read (no permission, an I/O error) is left alone until it is stale.
 
-Nobody can know that a worker is dead on a node that does not answer: one that was cut off, or
-suspended, and is succeeded, finds out when it touches the lease, or asks, and is told by `on_loss`.
+A process on a node that does not answer may still run.  If it was disconnected or suspended and its
+lease was taken over, it finds out when it touches the lease or calls `check_ownership`, and
+`on_loss` is called (fencing).
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from pathlib import Path
 
 from lpl_pretrain.config.strict_json import JSONError, is_count, parse_json
 from lpl_pretrain.errors import CheckpointError, SaveError, is_transient
-from lpl_pretrain.runtime.atomic import naming, remove_leftovers, temporary_name
-from lpl_pretrain.runtime.preempt import Interrupted, leaves_traces, uninterrupted
+from lpl_pretrain.runtime.atomic import add_path_to_oserror, remove_leftovers, temporary_name
+from lpl_pretrain.runtime.preempt import Interrupted, defer_interrupt, needs_cleanup
 
 STALE_S = 120.0
-TOUCH_S = 15.0
-MOST_BYTES = 1 << 16
+TOUCH_INTERVAL_S = 15.0
+MAX_BYTES = 1 << 16
 
 
 class Lease:
-    """`with Lease(path) as lease: if lease.held: ...`; nothing is waited for."""
+    """Lease on `path`: `with Lease(path) as lease: if lease.held: ...`; it never waits."""
 
     def __init__(
         self,
@@ -48,63 +49,59 @@ class Lease:
         job: str = "",
         on_loss: Callable[[], None] = lambda: None,
         stale_s: float = STALE_S,
-        touch_s: float = TOUCH_S,
+        touch_s: float = TOUCH_INTERVAL_S,
     ) -> None:
-        """`job`: of a scheduler, which runs it once at a time.  `on_loss` may be called by a
-        thread.
+        """`job`: ID of a scheduler's job, which never runs twice at a time.  `on_loss` may be
+        called on a thread.
         """
-        self.path, self.job, self.on_loss, self.stale_s, self.touch_s = (
-            path,
-            job,
-            on_loss,
-            stale_s,
-            touch_s,
-        )
+        self.path = path
+        self.job = job
+        self.on_loss = on_loss
+        self.stale_s = stale_s
+        self.touch_s = touch_s
         self.token = secrets.token_hex(8)
-        self._over = threading.Event()
+        self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def held(self) -> bool:
-        """By this worker, as far as the file tells."""
+        """Whether this process holds the lease, according to the file."""
         return self._thread is not None and (_read(self.path) or {}).get("token") == self.token
 
-    def check(self) -> None:
-        """`on_loss` if it is this worker's no more: asked before writing what would be in an heir's
-        way.
+    def check_ownership(self) -> None:
+        """Calls `on_loss` if the lease was taken over; call it before every write to shared files.
 
-        Raises SaveError once it was released, for what still saves in the background while an error
-        ends the training.
+        Raises SaveError if the lease was released: a save may still run in the background while an
+        error ends the training.
         """
-        if self._over.is_set():
+        if self._released.is_set():
             raise SaveError(
-                f"{self.path}: was released, for training has ended: nothing is saved any more"
+                f"{self.path}: was released because training has ended: nothing is saved any more"
             )
         if not self.held:
             self.on_loss()
 
     def other_holder(self) -> dict:
-        """Who holds it so that it cannot be taken now; {} when nobody does."""
+        """Content of the lease if a live process holds it, else {}."""
         holder = read_lease(self.path)
-        return (
-            {}
-            if not holder or is_stale(self.path, self.stale_s) or self._is_dead(holder)
-            else holder
-        )
+        if not holder or is_stale(self.path, self.stale_s) or self._is_dead(holder):
+            return {}
+        return holder
 
     def take(self) -> bool:
-        """Now, or not at all; once taken it stays so until this context is left.  Raises
-        CheckpointError where it cannot be.
+        """Takes the lease if it is free or expired, without waiting; returns whether it is held.
+
+        Raises CheckpointError, or SaveError for a transient I/O error.
         """
-        leaves_traces()
+        needs_cleanup()
         try:
-            with uninterrupted():
-                return self._taken()
+            with defer_interrupt():
+                return self._try_take()
         except Interrupted:
             self.release()
             raise
 
-    def _taken(self) -> bool:
+    def _try_take(self) -> bool:
         try:
             if self.path.is_dir() and not self.path.is_symlink():
                 raise CheckpointError(
@@ -113,7 +110,7 @@ class Lease:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path.parent)
             taken = self._thread is None and (
-                self._take() or (self._clear_stale() and self._take())
+                self._create() or (self._remove_expired() and self._create())
             )
         except OSError as error:
             kind = SaveError if is_transient(error) else CheckpointError
@@ -133,20 +130,22 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        with uninterrupted():
+        """Removes the lease if this process holds it."""
+        with defer_interrupt():
             self._release()
 
     def _release(self) -> None:
         if self._thread is None:
             return
-        self._over.set()
+        self._released.set()
         self._thread.join()
-        with suppress(OSError):  # what cannot be removed becomes stale
+        with suppress(OSError):  # a file that cannot be removed becomes stale
             if self.held:
                 self.path.unlink()
         self._thread = None
 
-    def _take(self) -> bool:
+    def _create(self) -> bool:
+        """Creates the file; returns False if it exists."""
         holder = {
             "token": self.token,
             "job": self.job,
@@ -154,34 +153,35 @@ class Lease:
             "pid": os.getpid(),
             "since": time.time(),
         }
-        mine = temporary_name(self.path)
+        temporary = temporary_name(self.path)
         try:
-            with naming(mine):
-                mine.write_text(json.dumps(holder))
-            os.link(mine, self.path)
+            with add_path_to_oserror(temporary):
+                temporary.write_text(json.dumps(holder))
+            os.link(temporary, self.path)
         except FileExistsError:
             return False
         finally:
-            mine.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return True
 
-    def _clear_stale(self) -> bool:
-        """True when the lease was nobody's and is out of the way."""
+    def _remove_expired(self) -> bool:
+        """Removes an expired lease; returns whether no lease is left."""
         holder = read_lease(self.path)
         if not (is_stale(self.path, self.stale_s) or self._is_dead(holder)):
             return not os.path.lexists(self.path)
-        seen, aside = holder.get("token"), temporary_name(self.path)
+        expired_token = holder.get("token")
+        renamed = temporary_name(self.path)
         with suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if (
-                read_lease(aside).get("token") != seen
-            ):  # another worker had taken it over in the meantime: back with it
+            os.rename(self.path, renamed)
+            if read_lease(renamed).get("token") != expired_token:
+                # Another process took the lease over in the meantime: put its lease back.
                 with suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+                    os.link(renamed, self.path)
+            renamed.unlink()
         return not os.path.lexists(self.path)
 
     def _is_dead(self, holder: dict) -> bool:
+        """Whether `holder` has certainly ended: a process of this host, or of this requeued job."""
         if self.job and holder.get("job") == self.job:
             return True
         return (
@@ -191,8 +191,8 @@ class Lease:
         )
 
     def _keep_touching(self) -> None:
-        while not self._over.wait(self.touch_s):
-            with suppress(OSError):  # of a file system that may come back
+        while not self._released.wait(self.touch_s):
+            with suppress(OSError):  # the file system may recover
                 if self.held:
                     os.utime(self.path)
                 else:
@@ -200,8 +200,8 @@ class Lease:
 
 
 def is_stale(path: Path, stale_s: float = STALE_S) -> bool:
-    """Whether this lease is nobody's, as far as the file tells.  False for a lease that is not
-    there.
+    """Whether this lease has expired, according to the file alone.  False for one that does not
+    exist.
     """
     try:
         touched = path.lstat().st_mtime
@@ -217,15 +217,15 @@ def is_stale(path: Path, stale_s: float = STALE_S) -> bool:
 
 
 def read_lease(path: Path) -> dict:
-    """Who holds it: token, job, host and pid; {} when nobody does, or when it cannot be read."""
+    """Content of a lease: token, job, host and pid; {} if it is not valid or cannot be read."""
     try:
         return _read(path) or {}
     except OSError:
         return {}
 
 
-def holder_of(path: Path) -> str:
-    """Who holds it, for messages."""
+def describe_holder(path: Path) -> str:
+    """Describes the holder of a lease in messages."""
     holder = read_lease(path)
     if not holder:
         return f"a process that cannot be named ({path} cannot be read)"
@@ -233,35 +233,35 @@ def holder_of(path: Path) -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """The content of a lease; None when it is not there, {} when it is not what a worker writes.
-    Raises OSError.
-    """
+    """Content of a lease; None if no file exists, {} if it is not valid.  Raises OSError."""
     try:
-        found = path.lstat()
-        if stat.S_ISDIR(found.st_mode):
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
             return {}
         content = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
     except JSONError:
         return {}
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), str) for key in ("token", "host")
-    ):
-        return {}
-    sound = (
-        isinstance(content.get("job", ""), str)
+    return content if _is_valid(content) else {}
+
+
+def _is_valid(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("token"), str)
+        and isinstance(content.get("host"), str)
+        and isinstance(content.get("job", ""), str)
         and is_count(content.get("pid"))
         and content["pid"] > 0
     )
-    return content if sound else {}
 
 
 def _now(folder: Path) -> float:
-    """By the clock of the file system, which is not this machine's; by this machine's where nothing
-    can be written.
+    """Current time on the file system's clock, in seconds; on this machine's clock if nothing can
+    be written.
     """
     probe = temporary_name(folder / "now")
     try:

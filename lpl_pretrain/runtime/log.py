@@ -1,5 +1,5 @@
-"""How long work speaks: a progress bar on a terminal, plain lines in a log; one file per rank in
-the run directory.
+"""Logging and progress: a progress bar on a terminal, plain lines elsewhere, and one log file per
+rank in the run directory.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-LINE_EVERY_S = 15.0
+PROGRESS_INTERVAL_S = 15.0
 log = logging.getLogger("lpl_pretrain")
 
 
 def progress(total: int | None, unit: str, desc: str, *, initial: int = 0) -> tqdm:
-    """A tqdm with rate and time left; when stderr is no terminal it writes a plain line every 15 s
-    instead of redrawing.
+    """Returns a tqdm bar with rate and time left.
+
+    If stderr is not a terminal, it prints a plain line every 15 s instead of redrawing.
     """
     if sys.stderr.isatty():
         return tqdm(
@@ -27,33 +28,34 @@ def progress(total: int | None, unit: str, desc: str, *, initial: int = 0) -> tq
         unit=unit,
         desc=desc,
         initial=initial,
-        file=_Lines(),
-        mininterval=LINE_EVERY_S,
+        file=_LineWriter(),
+        mininterval=PROGRESS_INTERVAL_S,
         ncols=100,
         ascii=True,
     )
 
 
 def set_up_logging(rank: int, file: Path | None = None) -> None:
-    """Rank 0 speaks on stderr; every rank writes to its own file when one is given."""
+    """Logs to stderr on rank 0, and on every rank to `file` if one is given."""
     log.setLevel(logging.INFO)
     log.handlers.clear()
     log.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if rank == 0 else []
     if file is not None:
-        handlers.append(_File(file, delay=True))
+        handlers.append(_LogFile(file, delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
 
 
-class _File(logging.FileHandler):
-    """Is made with its folder when there is something to write.  A line that cannot be written does
-    not end the work.
+class _LogFile(logging.FileHandler):
+    """Log file that is created, with its folder, at the first line.
+
+    A line that cannot be written does not end the process.
     """
 
-    refused: str | None = None
-    """The reason why the last line could not be written: told once, and not for every line."""
+    reported: str | None = None
+    """Message about the last line that could not be written; each message is printed once."""
 
     def _open(self):  # type: ignore[no-untyped-def]
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
@@ -63,15 +65,15 @@ class _File(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif self.refused != (
-            reason := f"{self.baseFilename}: {error.strerror}: lines of the log are lost"
-        ):
-            self.refused = reason
-            sys.stderr.write(f"StorageError: {reason}\n")
+            return
+        message = f"{self.baseFilename}: {error.strerror}: lines of the log are lost"
+        if message != self.reported:
+            self.reported = message
+            sys.stderr.write(f"StorageError: {message}\n")
 
 
-class _Lines:
-    """Turns a bar's carriage returns into lines."""
+class _LineWriter:
+    """Stream that turns a progress bar's carriage returns into lines on stderr."""
 
     def write(self, text: str) -> None:
         text = text.replace("\r", "").rstrip()

@@ -1,8 +1,8 @@
 """Every random draw is a function of (seed, purpose, ids): the same on any number of ranks, workers
 and restarts.
 
-No generator state is ever saved.  An id is a global sample index, a step, an epoch: whatever names
-the draw.
+No generator state is ever saved.  The ids identify the draw: a global sample index, a step, an
+epoch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 
 
 def key(seed: int, purpose: str, *ids: int) -> int:
-    """64 bits that name one draw."""
-    digest = hashlib.blake2b(
-        f"{seed}/{purpose}/{'/'.join(map(str, ids))}".encode(), digest_size=8
-    ).digest()
+    """64-bit seed of one draw."""
+    name = f"{seed}/{purpose}/{'/'.join(map(str, ids))}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
@@ -36,6 +35,5 @@ def normal(seed: int, purpose: str, ids: Iterable[int], shape: tuple[int, ...]) 
 
 def uniform(seed: int, purpose: str, ids: Iterable[int]) -> Tensor:
     """(len(ids),) float64 in [0, 1); element i depends on ids[i] alone."""
-    return torch.tensor([key(seed, purpose, i) / 2.0**64 for i in ids], dtype=torch.float64).clamp_(
-        max=1 - 2.0**-53
-    )
+    values = [key(seed, purpose, i) / 2.0**64 for i in ids]
+    return torch.tensor(values, dtype=torch.float64).clamp_(max=1 - 2.0**-53)

@@ -1,6 +1,4 @@
-"""Which code this is: a requeued job finds whatever lies on the disk by then, and nodes may not see
-the same.
-"""
+"""Hash of the source code, to detect that it differs between nodes or changed before a requeue."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lpl_pretrain", "launch")
 
 
-def fingerprint() -> str:
-    """sha256 over the names and bytes of all Python files of this package."""
+def source_hash() -> str:
+    """sha256 over the names and bytes of all Python files of PACKAGES, as hexadecimal digits."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):

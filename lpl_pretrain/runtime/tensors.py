@@ -1,7 +1,7 @@
-"""Safetensors files whose bytes depend on their content alone.
+"""Writer of safetensors files whose bytes depend on their content alone.
 
-The safetensors library orders the metadata at random in each process, and writes to a temporary
-file that a kill leaves behind.
+The safetensors library orders the metadata at random in each process, and leaves a temporary file
+behind when it is killed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ DTYPES = {
 def safetensors_blocks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The parts of a safetensors file, one tensor at a time in memory, for `writelines`.  Raises
-    KeyError for other dtypes.
+    """Yields the bytes of a safetensors file in blocks, with one tensor at a time on the host.
+
+    Raises KeyError for a dtype that is not in DTYPES.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -43,7 +44,7 @@ def safetensors_blocks(
         }
         offset = end
     text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""How long the parts of a step take, without making the host wait for the device."""
+"""Timers for the parts of a step that do not make the host wait for the device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch
 
 
 class DeviceTimer:
-    """`with timer:` around the part; `flush()` waits for the device, says the seconds since the
-    last flush, and starts anew.
-    """
+    """Measures what runs inside `with timer:` on the device (CUDA events), or on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -31,7 +29,9 @@ class DeviceTimer:
         self._spans[-1] += (self._mark(),)
 
     def flush(self) -> float:
-        spans, self._spans = self._spans, []
+        """Waits for the device; returns the seconds since the last flush and resets the timer."""
+        spans = self._spans
+        self._spans = []
         if self._cuda and spans:
             torch.cuda.synchronize()
             return sum(start.elapsed_time(end) for start, end in spans) / 1000
@@ -46,33 +46,35 @@ class DeviceTimer:
 
 
 class Clock:
-    """Seconds by name since the last flush: `phase` is what the host spends, `part` what the device
-    does.
-    """
+    """Sums seconds by name: `host` measures time on the host, `device` time on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._phases: dict[str, float] = {}
-        self._parts: dict[str, DeviceTimer] = {}
-        self._started = time.perf_counter()
+        self._device = device
+        self._host_seconds: dict[str, float] = {}
+        self._device_timers: dict[str, DeviceTimer] = {}
+        self._last_flush = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def host(self, name: str) -> Iterator[None]:
         entered = time.perf_counter()
         yield
-        self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - entered
+        elapsed = time.perf_counter() - entered
+        self._host_seconds[name] = self._host_seconds.get(name, 0.0) + elapsed
 
-    def part(self, name: str) -> DeviceTimer:
-        if name not in self._parts:
-            self._parts[name] = DeviceTimer(self.device)
-        return self._parts[name]
+    def device(self, name: str) -> DeviceTimer:
+        if name not in self._device_timers:
+            self._device_timers[name] = DeviceTimer(self._device)
+        return self._device_timers[name]
 
     def flush(self) -> dict[str, float]:
-        """Also `all`: the seconds since the last flush, whatever they were spent on.  What did not
-        happen is absent.
+        """Returns seconds by name since the last flush, and the total under `all`; resets them.
+
+        Waits for the device.  A name that was not measured is absent.
         """
-        parts = {name: seconds for name, timer in self._parts.items() if (seconds := timer.flush())}
+        device_seconds = {name: timer.flush() for name, timer in self._device_timers.items()}
+        measured = {name: seconds for name, seconds in device_seconds.items() if seconds}
         now = time.perf_counter()
-        found = {"all": now - self._started, **self._phases, **parts}
-        self._phases, self._started = {}, now
-        return found
+        result = {"all": now - self._last_flush, **self._host_seconds, **measured}
+        self._host_seconds = {}
+        self._last_flush = now
+        return result

@@ -1,5 +1,6 @@
-"""Which process this is among all: the only place in the package that reads ranks from the
-environment.
+"""Rank and world size of this process, and other environment variables of torchrun and SLURM.
+
+No other module of the package reads environment variables.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """As torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; one process when none of them is set."""
-        found = {name: os.environ[name] for name in NAMES if name in os.environ}
-        if not found:
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them; one process if none is set.
+
+        Raises ConfigError.
+        """
+        values = {name: os.environ[name] for name in NAMES if name in os.environ}
+        if not values:
             return cls()
-        missing = [name for name in NAMES if name not in found]
-        bad = [f"{name}={value!r}" for name, value in found.items() if not value.isdigit()]
-        if missing or bad:
+        problems = [f"{name}={value!r}" for name, value in values.items() if not value.isdigit()]
+        problems += [f"{name} is not set" for name in NAMES if name not in values]
+        if problems:
             raise ConfigError(
-                f"environment: {', '.join(bad + [f'{name} is not set' for name in missing])}; "
-                "wanted three integers: "
-                "start with torchrun, or unset all three for one process"
+                f"environment: {', '.join(problems)}; wanted three integers: start with torchrun, "
+                "or unset all three for one process"
             )
-        rank, local_rank, world_size = (int(found[name]) for name in NAMES)
+        rank, local_rank, world_size = (int(values[name]) for name in NAMES)
         if not rank < world_size:
             raise ConfigError(
                 f"environment: RANK={rank} is not below WORLD_SIZE={world_size}: start "
@@ -43,25 +46,27 @@ class World:
 
     @staticmethod
     def scheduler_job() -> str:
-        """Of SLURM; "" outside of it."""
+        """Job ID of SLURM; "" outside of SLURM."""
         return os.environ.get("SLURM_JOB_ID", "")
 
     @staticmethod
     def stacks_file() -> Path | None:
-        """Where whoever started this process looks for its stacks (see launch/worker.py)."""
-        return Path(os.environ["LPL_STACKS_FILE"]) if "LPL_STACKS_FILE" in os.environ else None
+        """File in which the parent process expects a dump of stacks (launch/worker.py), if any."""
+        path = os.environ.get("LPL_STACKS_FILE")
+        return None if path is None else Path(path)
 
     @staticmethod
     def error_file() -> Path | None:
-        """Where torchrun reads why this process failed; None where another program started it."""
-        return Path(found) if (found := os.environ.get("TORCHELASTIC_ERROR_FILE")) else None
+        """File in which torchrun expects the error of this process; None without torchrun."""
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        return Path(path) if path else None
 
     @staticmethod
-    def by_torchrun() -> bool:
+    def under_torchrun() -> bool:
         return "TORCHELASTIC_RUN_ID" in os.environ
 
     def to_environment(self) -> None:
-        """For engines that look there themselves (DeepSpeed wants LOCAL_RANK even on one process)."""
+        """Sets the variables for engines that read them: DeepSpeed needs LOCAL_RANK even alone."""
         os.environ.update(
             RANK=str(self.rank), LOCAL_RANK=str(self.local_rank), WORLD_SIZE=str(self.world_size)
         )

@@ -40,7 +40,7 @@ from lpl_pretrain.parallel.strategy import Strategy
 from lpl_pretrain.planning.peak import peak_flops
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.device import device_name
-from lpl_pretrain.runtime.dist import broadcast_json, first_over_ranks, sum_over_ranks
+from lpl_pretrain.runtime.dist import broadcast_json, first_error, sum_over_ranks
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset, MicrobatchPlan
 from lpl_pretrain.trainer.init_from import load_init_from
@@ -123,9 +123,12 @@ def assemble(
     run_dir: RunDir,
     world: World,
     device: torch.device,
-    fence: Callable[[], None] = lambda: None,
+    check_ownership: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Collective: strategies shard as they are built.  `fence`: as CheckpointManager has it."""
+    """Collective.  Builds the parts of a run; strategies shard as they are built.
+
+    `check_ownership`: see CheckpointManager.
+    """
     requested = RequestedFields(
         captions=bool(config.conditioning.online_encoders),
         text=stored_encoders(config.conditioning),
@@ -180,7 +183,7 @@ def assemble(
             run_dir,
             config.checkpoint,
             run_identity(config),
-            fence,
+            check_ownership,
             config.batch.global_batch_size,
             keep_due=config.optimizer.on_spike is OnSpike.ROLLBACK,
         ),
@@ -226,7 +229,7 @@ def begin_with(init: InitConfig, model: Denoiser, world: World) -> None:
                 f"init_from: {init.model_dump(exclude_defaults=True)} cannot be read: "
                 f"{type(error).__name__}: {error}"
             )
-    trouble = first_over_ranks(trouble)
+    trouble = first_error(trouble)
     if trouble is not None:
         raise CheckpointError(trouble)
 
@@ -263,7 +266,7 @@ def verify(stream: LatentStream, world: World) -> None:
         damaged = stream.verify(rank=world.rank, world_size=world.world_size)
     except DataError as error:
         trouble = str(error)
-    trouble = first_over_ranks(trouble)
+    trouble = first_error(trouble)
     if trouble is not None:
         raise DataError(trouble)
     for rank in range(world.world_size):

@@ -44,18 +44,18 @@ def train(
     device: torch.device,
     stop: StopRequest,
     score: Score | None = None,
-    fence: Callable[[], None] = lambda: None,
+    check_ownership: Callable[[], None] = lambda: None,
     begin: Callable[[int], None] = lambda first_step: None,
 ) -> bool:
     """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run
     is complete.
 
-    `score` is called after every published checkpoint, and training waits for it.  `fence` does not
+    `score` is called after every published checkpoint, and training waits for it.  `check_ownership` does not
     return where the run is another process's by now; it is called before writing to what the two
     would share.  `begin` is called when steps begin.
     """
-    run = assemble(config, run_dir, world, device, fence)
-    sinks = Trackers(run_dir, config, world.rank, fence)
+    run = assemble(config, run_dir, world, device, check_ownership)
+    sinks = Trackers(run_dir, config, world.rank, check_ownership)
     watchdog = Watchdog(config.watchdog, world.stacks_file() or run_dir.stacks(world.rank))
     try:
         start = Start(restore(run, sinks))
@@ -95,11 +95,11 @@ def loop(
     )
     for step in range(first_step, config.steps):
         done = step + 1
-        with clock.phase("data"):
+        with clock.host("data"):
             microbatches = list(islice(batches, run.grad_accum_steps))
-        with clock.phase("update"):
+        with clock.host("update"):
             outcome = run.updater.update(step, run.hands(step), microbatches, meter, clock)
-            with clock.part("ema"):
+            with clock.device("ema"):
                 run.ema.update(done)
         if ledger is not None:
             ledger.write(done, microbatches)
@@ -129,12 +129,12 @@ def loop(
                 bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
         stopping, writing = any_over_ranks(bool(stop), run.checkpoints.busy)
         stop.finishes_step = True  # from here on Ctrl-C waits for it
-        with clock.phase("checkpoint"):
+        with clock.host("checkpoint"):
             if not writing:
                 run.checkpoints.advance()
             save(run, done, last=stopping or done == config.steps)
         if score is not None and run.checkpoints.published > scored and not stopping:
-            with clock.phase("evaluation"), watchdog.paused():
+            with clock.host("evaluation"), watchdog.paused():
                 sinks.scores(score())
             scored = run.checkpoints.published
         watchdog.step_done()
@@ -147,7 +147,7 @@ def loop(
             signal = stop.signal_name or "signal to another rank"
             sinks.event("stopped", done, signal=signal)
             log.info(
-                "%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.how_to_go_on
+                "%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.resume_hint
             )
             return False
     if bar is not None:

@@ -22,7 +22,7 @@ from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.log import log
-from lpl_pretrain.runtime.source_hash import fingerprint
+from lpl_pretrain.runtime.source_hash import source_hash
 
 PACKAGES = ("lpl-pretrain", "torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy")
 DIFF = "git_diff"
@@ -50,7 +50,7 @@ def describe(
         "hosts": list(dict.fromkeys(hosts)),
         "config_changes": changes,
         "argv": sys.argv,
-        "code": fingerprint(),
+        "code": source_hash(),
         "git_commit": _git("rev-parse", "HEAD"),
         DIFF: _git("diff", "HEAD"),
         "versions": {

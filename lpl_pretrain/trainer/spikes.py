@@ -34,7 +34,7 @@ from lpl_pretrain.config.schema import SpikeConfig, TimestepConfig
 from lpl_pretrain.diffusion.schedule import Schedule
 from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.parallel.strategy import StepReport, UpdateCheck
-from lpl_pretrain.runtime.dist import rows_over_ranks
+from lpl_pretrain.runtime.dist import all_gather_rows
 
 MAD_TO_STD = 1.4826
 """Of a normal distribution."""
@@ -217,7 +217,7 @@ class SpikeGuard:
         rows = torch.full((LISTED, 5), -torch.inf, dtype=torch.float64)
         for row, i in zip(rows, order, strict=False):
             row[:] = torch.tensor([excess[i], samples[i], *places[i]], dtype=torch.float64)
-        found = rows_over_ranks(rows.flatten()).view(-1, 5).tolist()
+        found = all_gather_rows(rows.flatten()).view(-1, 5).tolist()
         largest = sorted(found, key=lambda row: (-row[0], row[1]))[:LISTED]
         listed = [[int(number) for number in row[1:]] for row in largest if row[1] >= 0]
         return [f"sample {i} ({self.name((a, b, c))})" for i, a, b, c in listed]

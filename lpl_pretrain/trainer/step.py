@@ -91,11 +91,11 @@ class Updater:
         """Collective. Makes update number `step` (from 0), or leaves it out on all ranks."""
         means, losses = [], []
         for microbatch, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
-            with clock.part("forward"):
+            with clock.device("forward"):
                 seen, diffusion = self._diffusion(hand, batch.to(self.device), meter)
             loss, lpl, by_sample = diffusion, torch.zeros_like(diffusion), seen.loss.detach()
             if self.perceptual is not None and self.perceptual.weight.active(step):
-                with clock.part("lpl"):
+                with clock.device("lpl"):
                     term = self._lpl(self.perceptual, hand, seen, meter)
                 decoded, lpl = len(term.loss), term.loss.sum() / len(hand.t)
                 # d/dz0_hat of lpl is known already: this inner product, of value 0, carries it into
@@ -107,13 +107,13 @@ class Updater:
                 by_sample = torch.cat([by_sample[:decoded] + term.loss, by_sample[decoded:]])
                 meter.add("loss/lpl", lpl)
             meter.add("loss/total", loss)
-            with clock.part("backward"):
+            with clock.device("backward"):
                 self.strategy.backward(loss, microbatch=microbatch, of=len(hands))
             if self.spikes is not None:
                 self.spikes.observe(seen.noise_level, seen.loss.detach())
             means.append(torch.stack([diffusion.detach(), lpl.detach()]))
             losses.append(by_sample)
-        with clock.part("optimizer"):
+        with clock.device("optimizer"):
             lr = learning_rate(self.config.optimizer, step, self.config.steps)
             check, most = None, self.config.optimizer.max_grad_norm
             if self.spikes is not None:

@@ -25,7 +25,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from lpl_pretrain.runtime.dist import rows_over_ranks
+from lpl_pretrain.runtime.dist import all_gather_rows
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
@@ -61,7 +61,7 @@ class Stragglers:
         self.world, self.sinks = world, sinks
         if world.world_size > 1:
             name = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES)
-            names = rows_over_ranks(torch.frombuffer(bytearray(name), dtype=torch.uint8))
+            names = all_gather_rows(torch.frombuffer(bytearray(name), dtype=torch.uint8))
             self.hosts = [bytes(row).decode(errors="replace").strip() for row in names.tolist()]
             self.probe, self._delay = Probe(device, dtype), run_delay()
             self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW)
@@ -83,7 +83,7 @@ class Stragglers:
             )
             self._data_s, self._updates, self._delay, self._looked = 0.0, 0, delay, now
         row = [*map(median, zip(*(self._waits or [(0.0, 0.0)]), strict=True)), self.probe.seconds()]
-        rows = rows_over_ranks(torch.tensor(row, dtype=torch.float64))
+        rows = all_gather_rows(torch.tensor(row, dtype=torch.float64))
         if self.world.rank:
             return {}
         times = times_the_median(rows, seconds["all"] / updates)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.runtime.atomic import naming
+from lpl_pretrain.runtime.atomic import add_path_to_oserror
 from lpl_pretrain.runtime.mirror import Mirror
 
 
@@ -27,16 +27,16 @@ class Trackers:
         run_dir: RunDir,
         config: TrainConfig,
         rank: int,
-        fence: Callable[[], None] = lambda: None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> None:
-        """`fence` does not return where the run is another process's by now."""
-        self.fence = fence
+        """`check_ownership` does not return where the run is another process's by now."""
+        self.check_ownership = check_ownership
         self.file = self.mirror = None
         self.begun_before = run_dir.has_logged_steps()
         if rank != 0:
             return
         self.path = run_dir.metrics
-        with naming(self.path):
+        with add_path_to_oserror(self.path):
             self.file = self.path.open("a", buffering=1)
             if not ends_with_newline(self.path):
                 self.file.write("\n")
@@ -64,15 +64,17 @@ class Trackers:
 
     def close(self) -> None:
         if self.file is not None:
-            with naming(self.path):  # lines that a full disk has refused are tried again
+            with add_path_to_oserror(
+                self.path
+            ):  # lines that a full disk has refused are tried again
                 self.file.close()
         if self.mirror is not None:
             self.mirror.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
-            self.fence()
-            with naming(self.path):
+            self.check_ownership()
+            with add_path_to_oserror(self.path):
                 self.file.write(json.dumps(line) + "\n")
 
 

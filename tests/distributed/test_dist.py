@@ -16,11 +16,11 @@ def collectives(world, device):
     assert World.from_environment() == world
     return {
         "mean": dist.mean_over_ranks(torch.tensor([float(world.rank), 1.0])),
-        "rows": dist.rows_over_ranks(torch.tensor([world.rank, 7], dtype=torch.uint8)),
+        "rows": dist.all_gather_rows(torch.tensor([world.rank, 7], dtype=torch.uint8)),
         "any": [*dist.any_over_ranks(world.rank == 1, False)],
         "first": [
-            dist.first_over_ranks(f"rank {world.rank}" if world.rank else None),
-            dist.first_over_ranks(None),
+            dist.first_error(f"rank {world.rank}" if world.rank else None),
+            dist.first_error(None),
         ],
         "json": dist.broadcast_json({"rank": world.rank, "é": [1, None, 2.5], "t": (1,)}),
     }
@@ -39,12 +39,12 @@ def test_collectives_agree():
 def test_without_a_group_they_are_the_identity():
     value = torch.tensor([2.0])
     assert dist.mean_over_ranks(value) is not value and dist.mean_over_ranks(value).item() == 2.0
-    assert dist.rows_over_ranks(value).tolist() == [[2.0]]
+    assert dist.all_gather_rows(value).tolist() == [[2.0]]
     assert dist.any_over_ranks(True, False) == [True, False]
-    assert dist.first_over_ranks("a") == "a" and dist.first_over_ranks(None) is None
+    assert dist.first_error("a") == "a" and dist.first_error(None) is None
     assert dist.broadcast_json({"t": (1,)}) == {"t": [1]}
     dist.barrier()
-    dist.stop()
+    dist.shutdown()
 
 
 def fails_on_rank_1(world, device):

@@ -22,7 +22,7 @@ from lpl_pretrain.config.best import BEST_KEYS, read_best
 from lpl_pretrain.config.records import read_record
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, DataError
-from lpl_pretrain.runtime.lease import Lease, holder_of, is_stale, read_lease
+from lpl_pretrain.runtime.lease import Lease, describe_holder, is_stale, read_lease
 from tests.support.checkpoints import (
     content_of,
     edit,
@@ -350,7 +350,7 @@ def test_edited_leases(tmp_path, where, change):
     content = {"token": "x", "job": "", "host": "another", "pid": 7, "since": 0.0}
     path.write_text(json.dumps(changed(content, where, change)))
     holder = read_lease(path)
-    assert is_stale(path) == (not holder) and "None" not in holder_of(path)
+    assert is_stale(path) == (not holder) and "None" not in describe_holder(path)
     assert not holder or (isinstance(holder["host"], str) and holder["pid"] > 0)
     lease = Lease(path)
     assert lease.take() == (not holder)

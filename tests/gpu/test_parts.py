@@ -22,7 +22,7 @@ from lpl_pretrain.parallel.float8 import convert_linear_layers
 from lpl_pretrain.parallel.strategy import ParamRange
 from lpl_pretrain.preflight.node_report import probe_device
 from lpl_pretrain.runtime.device import bf16_is_native
-from lpl_pretrain.runtime.dist import start
+from lpl_pretrain.runtime.dist import init
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.stragglers import Probe
@@ -46,7 +46,7 @@ def gpu(wanted):  # which comes first: CPU tensors could not use the group
     """The device, in a group of one NCCL rank; float32 means float32."""
     torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(allow_tf32=False):
-        device = start(World(), group=True)
+        device = init(World(), group=True)
         assert dist.get_backend() == "nccl"
         yield device
         dist.destroy_process_group()
@@ -137,7 +137,7 @@ def test_a_clock_counts_what_the_device_does(gpu):
     clock, work = Clock(gpu), torch.randn(8192, 8192, device=gpu)
     work @ work
     torch.cuda.synchronize()
-    with clock.phase("host"), clock.part("product"):
+    with clock.host("host"), clock.device("product"):
         for _ in range(50):
             work @ work
     seconds = clock.flush()

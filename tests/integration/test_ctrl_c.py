@@ -87,7 +87,7 @@ def test_a_second_one_leaves_at_once(world, ranks):
     )  # Ctrl-C waits for a step from behind the first line on
     ctrl_c(process)
     said = process.stderr.readline()
-    while "a second Ctrl-C leaves at once" not in said:
+    while "a second Ctrl-C ends the process at once" not in said:
         assert said, "the first one was not answered"
         said = process.stderr.readline()
     ctrl_c(process)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lpl_pretrain.runtime.dist import start, stop
+from lpl_pretrain.runtime.dist import init, shutdown
 from lpl_pretrain.runtime.world import World
 
 GRACE_S = 5.0
@@ -62,16 +62,16 @@ def _fork(folder: Path, world: World, fn: Callable[..., Any], args: tuple[Any, .
     try:
         torch.set_num_threads(1)
         world.to_environment()
-        device = start(
+        device = init(
             world, group=True, store=dist.FileStore(str(folder / "store"), world.world_size)
         )
         torch.save(fn(world, device, *args), folder / f"result_{world.rank}")
-        stop()
+        shutdown()
         status = 0
     except BaseException:
         (folder / f"error_{world.rank}").write_text(traceback.format_exc())
     finally:
-        os._exit(status)  # never back into pytest; and see runtime.dist.leave
+        os._exit(status)  # never back into pytest; and see runtime.dist.exit
 
 
 def _wait(running: dict[int, int], folder: Path, timeout_s: float) -> None:

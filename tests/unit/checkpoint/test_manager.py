@@ -237,7 +237,10 @@ def test_a_process_whose_run_is_another_ones_sweeps_and_publishes_nothing(
         patch.setattr(
             Manifest,
             "write",
-            lambda *args, real=Manifest.write: (real(*args), setattr(ghost, "fence", end)),
+            lambda *args, real=Manifest.write: (
+                real(*args),
+                setattr(ghost, "check_ownership", end),
+            ),
         )
         with pytest.raises(CheckpointError, match="step_00000001: cannot be published: Ended"):
             ghost.save(1, run.strategy, run.ema, {"of": "a ghost"}, samples_seen=16)
@@ -254,7 +257,7 @@ def test_who_was_succeeded_does_not_write_where_its_heir_does(tmp_path, run):
     """
     names = []
     for keeper in (manager(tmp_path), manager(tmp_path)):
-        keeper.fence = lambda: names.append(
+        keeper.check_ownership = lambda: names.append(
             [path.name for path in tmp_path.glob("checkpoints/.writing_*")]
         )
         keeper.save(1, run.strategy, run.ema, {}, samples_seen=16)

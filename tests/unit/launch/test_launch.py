@@ -27,7 +27,7 @@ from launch.slurm import parse_seconds, reached_time_limit, sbatch_error
 from launch.worker import Worker
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
-from lpl_pretrain.runtime.source_hash import fingerprint
+from lpl_pretrain.runtime.source_hash import source_hash
 
 ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = "a b;$(touch hacked)`touch hacked`\n#SBATCH --nodes=99\n'\""
@@ -398,7 +398,7 @@ def test_a_child_is_told_of_signals_that_came_before_it(tmp_path, allocated, mon
     """Between the start of the process and that of its child; and one that dies of it has ended
     well.
     """
-    task = Worker([], str(tmp_path), ["sh", "-c", "sleep 30"], fingerprint())
+    task = Worker([], str(tmp_path), ["sh", "-c", "sleep 30"], source_hash())
     monkeypatch.setattr(
         SignalForwarder,
         "forward_to",
@@ -428,7 +428,7 @@ def test_a_child_that_hangs_is_ended(tmp_path, allocated, monkeypatch, child, ki
     monkeypatch.setattr("launch.worker.GRACE_S", 1.0)
     folder = JobFolder(tmp_path)
     folder.stacks("7", 0, 3, "node-2.site").touch()
-    task = Worker([], str(tmp_path), ["sh", "-c", child], fingerprint(), kill_on_hang=kill_on_hang)
+    task = Worker([], str(tmp_path), ["sh", "-c", child], source_hash(), kill_on_hang=kill_on_hang)
     if status:
         with pytest.raises(SystemExit) as ended:
             task()

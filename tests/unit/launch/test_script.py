@@ -22,7 +22,7 @@ from launch.submit import submit, submit_array
 from launch.worker import Worker
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.errors import BAD_INPUT, ConfigError
-from lpl_pretrain.runtime.source_hash import ROOT, fingerprint
+from lpl_pretrain.runtime.source_hash import ROOT, source_hash
 
 ATTACK = "x\ntouch PWNED #\n"
 CONTROL = ["\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"]
@@ -213,11 +213,11 @@ def test_the_job_runs_where_it_was_submitted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "run").mkdir()
     there = Worker(
-        [], str(tmp_path / "run"), ["sh", "-c", "pwd > where"], fingerprint(), cwd=str(tmp_path)
+        [], str(tmp_path / "run"), ["sh", "-c", "pwd > where"], source_hash(), cwd=str(tmp_path)
     )
     assert there() == 0 and (tmp_path / "where").read_text().strip() == str(tmp_path)
     gone = Worker(
-        [], str(tmp_path / "run"), ["touch", "begun"], fingerprint(), cwd=str(tmp_path / "gone")
+        [], str(tmp_path / "run"), ["touch", "begun"], source_hash(), cwd=str(tmp_path / "gone")
     )
     with pytest.raises(SystemExit) as ended:
         gone()

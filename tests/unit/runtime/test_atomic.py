@@ -1,5 +1,5 @@
-"""Files appear whole; what killed processes leave is removed by the next one; errors name their
-file.
+"""Atomic writes: files are never incomplete, leftovers of killed processes are removed, and errors
+name their file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from lpl_pretrain.errors import (
     file_in_use,
     is_transient,
 )
-from lpl_pretrain.runtime.atomic import atomic_write, naming, scratch_folder, temporary_name
+from lpl_pretrain.runtime.atomic import (
+    add_path_to_oserror,
+    atomic_write,
+    scratch_folder,
+    temporary_name,
+)
 
 
 def killed_while_writing(path: Path) -> None:
-    """In a process of its own."""
+    """Forks a process that ends inside `atomic_write`."""
     if not (pid := os.fork()):
         with atomic_write(path) as temporary:
             temporary.write_text("half")
@@ -40,14 +45,14 @@ def publish(path: Path) -> None:
         temporary.write_text("whole")
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     killed_while_writing(tmp_path / "a.json")
     (left,) = tmp_path.iterdir()
     publish(tmp_path / "b.json")
     assert not left.exists() and [path.name for path in tmp_path.iterdir()] == ["b.json"]
 
 
-def test_what_a_living_process_or_another_machine_writes_is_left_alone(tmp_path):
+def test_temporary_files_of_live_processes_and_other_machines_are_kept(tmp_path):
     own = temporary_name(tmp_path / "a.json")
     host, _, number = own.name.split(".")[-2].split("-")
     foreign = tmp_path / f".a.json.not_{host}-4194999-{number}.tmp"
@@ -57,17 +62,17 @@ def test_what_a_living_process_or_another_machine_writes_is_left_alone(tmp_path)
     assert own.exists() and foreign.exists()
 
 
-def test_the_first_error_is_raised_and_nothing_is_left(tmp_path):
+def test_an_error_is_raised_and_the_temporary_file_removed(tmp_path):
     with pytest.raises(OSError) as raised, atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())
 
 
-def test_an_error_of_a_descriptor_names_its_file():
+def test_an_error_of_a_file_descriptor_names_its_file():
     with (
         pytest.raises(OSError, match="No space left on device: '/dev/full'"),
-        naming(Path("/dev/full")),
+        add_path_to_oserror(Path("/dev/full")),
     ):
         Path("/dev/full").write_text("x")
 
@@ -76,36 +81,34 @@ def chained(error: LPLError, cause: Exception, *, hidden: bool) -> LPLError:
     try:
         try:
             raise cause
-        except Exception as found:
-            raise error from (None if hidden else found)
+        except Exception as caught:
+            raise error from (None if hidden else caught)
     except LPLError as raised:
         return raised
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_only_what_may_pass_is_worth_another_try(hidden):
-    full, absent = (
-        OSError(28, "No space left on device"),
-        FileNotFoundError(2, "No such file or directory"),
-    )
+def test_transient_errors_have_exit_status_1(hidden):
+    full = OSError(28, "No space left on device")
+    absent = FileNotFoundError(2, "No such file or directory")
     assert exit_status(chained(DataError("x"), full, hidden=hidden)) == 1
     assert exit_status(chained(DataError("x"), absent, hidden=hidden)) == 2
     assert exit_status(DataError("rank 3: /data/x: Stale file handle: copy it again")) == 1, (
-        "another rank's error is text here"
+        "an error of another rank arrives as text"
     )
     assert exit_status(DataError("x")) == 2 and exit_status(SaveError("x")) == 1
     assert is_transient(full) and not is_transient(absent) and not is_transient(ValueError())
 
 
-def test_a_storage_error_tells_path_and_reason():
-    found = str(StorageError.of(OSError(5, "Input/output error", "/runs/a")))
-    assert found.startswith("/runs/a: Input/output error: ")
+def test_a_storage_error_names_path_and_reason():
+    message = str(StorageError.of(OSError(5, "Input/output error", "/runs/a")))
+    assert message.startswith("/runs/a: Input/output error: ")
     assert StorageError.of(FileNotFoundError(2, "No such file or directory", "/runs/a")) is None
     assert StorageError.of(ValueError("x")) is None
 
 
-def test_errors_of_safetensors_are_errors_of_storage(tmp_path):
-    """Its writer is Rust's, and raises no OSError."""
+def test_errors_of_safetensors_are_storage_errors(tmp_path):
+    """Its writer is in Rust and raises no OSError."""
     with pytest.raises(SafetensorError) as raised:
         save_file({"x": torch.zeros(1)}, tmp_path / "absent" / "x")
     absent = str(raised.value)
@@ -115,8 +118,8 @@ def test_errors_of_safetensors_are_errors_of_storage(tmp_path):
     assert full != absent, absent
     assert StorageError.of(raised.value) is None
     assert "No space left on device" in str(StorageError.of(SafetensorError(full)))
-    torchs = "Error closing file </runs/x>: Input/output error (5)"
-    assert "Input/output error" in str(StorageError.of(RuntimeError(torchs)))
+    of_torch = "Error closing file </runs/x>: Input/output error (5)"
+    assert "Input/output error" in str(StorageError.of(RuntimeError(of_torch)))
     assert (
         StorageError.of(
             RuntimeError("the size of tensor a (5) must match the size of tensor b (28)")
@@ -125,18 +128,16 @@ def test_errors_of_safetensors_are_errors_of_storage(tmp_path):
     )
 
 
-def test_a_read_that_fails_tells_its_file(tmp_path):
-    """Descriptors have no names: a folder can be opened, and its read fails as that of a lost disk
-    does.
-    """
+def test_a_failed_read_names_its_file(tmp_path):
+    """A file descriptor has no name.  A read from a folder fails like one from a lost disk."""
     error = None
     try:
         with open(tmp_path / "a", "w+") as file:
             os.close(file.fileno())
             os.dup2(os.open(tmp_path, os.O_RDONLY), file.fileno())
             file.read()
-    except OSError as found:
-        error = found
+    except OSError as caught:
+        error = caught
     assert error is not None and error.filename is None
     assert file_in_use(error) == str(tmp_path / "a")
     error.errno = errno.EIO

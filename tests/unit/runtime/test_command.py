@@ -1,14 +1,14 @@
-"""The command that messages tell people to give again."""
+"""Command line that messages recommend to resume."""
 
 from __future__ import annotations
 
 import pytest
 
-from lpl_pretrain.runtime.command import command_line, shortened
+from lpl_pretrain.runtime.command import command_line, shorten
 
 
 @pytest.mark.parametrize(
-    "found, typed",
+    "arguments, shortened",
     [
         (["/venv/bin/lpl-pretrain", "train", "x.yaml"], ["lpl-pretrain", "train", "x.yaml"]),
         (["/src/lpl_pretrain/__main__.py", "train"], ["python", "-m", "lpl_pretrain", "train"]),
@@ -20,8 +20,8 @@ from lpl_pretrain.runtime.command import command_line, shortened
         ),
     ],
 )
-def test_folders_of_programs_are_left_out(found, typed):
-    assert shortened(found) == typed
+def test_folders_of_programs_are_stripped(arguments, shortened):
+    assert shorten(arguments) == shortened
 
 
 def test_arguments_are_quoted_for_a_shell(monkeypatch):

@@ -1,4 +1,4 @@
-"""One holder at a time, whoever dies; a dead one's lease is taken over by one worker."""
+"""A lease has one holder at a time, and the lease of a dead holder is taken over by one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from lpl_pretrain.errors import CheckpointError, SaveError
 from lpl_pretrain.runtime import preempt
-from lpl_pretrain.runtime.lease import Lease, holder_of, is_stale, read_lease
+from lpl_pretrain.runtime.lease import Lease, describe_holder, is_stale, read_lease
 
 
 def test_one_holder_and_the_next(tmp_path):
@@ -22,15 +22,15 @@ def test_one_holder_and_the_next(tmp_path):
         assert first.held and read_lease(path)["pid"] == os.getpid()
         with Lease(path) as second:
             assert not second.held
-        assert first.held, "whoever did not get it leaves it alone"
+        assert first.held, "a failed attempt does not change the lease"
     assert not list(tmp_path.iterdir())
     with Lease(path) as third:
         assert third.held
 
 
 def interrupted_at(line: int, action) -> bool:
-    """Whether `action` got so far: Ctrl-C comes before that line of the methods that make and
-    remove files.
+    """Presses Ctrl-C before line `line` of the methods that create and remove files; returns
+    whether `action` reached it.
     """
     left = line
 
@@ -60,11 +60,10 @@ def interrupted_at(line: int, action) -> bool:
     return left < 0
 
 
-@pytest.mark.parametrize("held_by", ["nobody", "a killed process"])
-def test_ctrl_c_anywhere_while_it_is_taken_and_released_leaves_nothing(
-    tmp_path, monkeypatch, held_by
-):
-    path, lines = tmp_path / "x.lease", 0
+@pytest.mark.parametrize("held_by", ["no process", "a killed process"])
+def test_ctrl_c_at_any_line_of_take_and_release_leaves_no_file(tmp_path, monkeypatch, held_by):
+    path = tmp_path / "x.lease"
+    lines = 0
     while True:
         monkeypatch.setattr(preempt, "_current", preempt.StopRequest())
         if held_by == "a killed process":
@@ -85,7 +84,7 @@ def test_ctrl_c_anywhere_while_it_is_taken_and_released_leaves_nothing(
     assert lines > 30
 
 
-def test_a_holder_that_lives_is_not_stale(tmp_path):
+def test_a_live_holder_is_not_stale(tmp_path):
     path = tmp_path / "x.lease"
     with Lease(path, stale_s=0.5, touch_s=0.05) as holder:
         time.sleep(0.8)
@@ -107,23 +106,23 @@ def hold_and_die(path):
     os.waitpid(pid, 0)
 
 
-def test_a_killed_holder_is_succeeded(tmp_path):
-    """On this host at once; a holder elsewhere, whom nobody can ask, is waited for."""
+def test_the_lease_of_a_killed_holder_is_taken_over(tmp_path):
+    """At once if it ran on this host; after `stale_s` if it ran elsewhere."""
     path = tmp_path / "x.lease"
     hold_and_die(path)
     elsewhere = {**read_lease(path), "host": "another"}
-    with Lease(path, stale_s=60) as heir:
-        assert heir.held
+    with Lease(path, stale_s=60) as successor:
+        assert successor.held
     path.write_text(json.dumps(elsewhere))
     with Lease(path, stale_s=60) as early:
         assert not early.held
     time.sleep(0.4)
-    with Lease(path, stale_s=0.3) as heir:
-        assert heir.held
+    with Lease(path, stale_s=0.3) as successor:
+        assert successor.held
     assert not list(tmp_path.iterdir())
 
 
-def test_a_requeued_job_takes_up_its_own(tmp_path):
+def test_a_requeued_job_takes_over_its_own_lease(tmp_path):
     path = tmp_path / "x.lease"
     path.write_text(json.dumps({"token": "x", "job": "17", "host": "another", "pid": 1}))
     with Lease(path, job="18") as other:
@@ -133,70 +132,73 @@ def test_a_requeued_job_takes_up_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_of_many_at_once_one_gets_it(tmp_path, dead):
-    """Forked, all at the same moment; with and without a dead holder in the way."""
+def test_one_of_many_concurrent_processes_gets_the_lease(tmp_path, dead):
+    """With and without the lease of a dead holder."""
     path = tmp_path / "x.lease"
     if dead:
         hold_and_die(path)
         os.utime(path, (0, 0))
-    assert winners(path) == 1
+    assert num_holders(path) == 1
 
 
-def winners(path):
-    """How many of eight processes, forked, try for it at the same moment and have it when all have
-    tried.
+def num_holders(path):
+    """Forks eight processes that try to take the lease at the same moment; returns how many hold it
+    after all have tried.
     """
-    start, pids = time.time() + 0.3, []
-    (tried, try_), (over, end) = os.pipe(), os.pipe()
+    start = time.time() + 0.3
+    pids = []
+    tried_read, tried_write = os.pipe()
+    over_read, over_write = os.pipe()
     for _ in range(8):
         pid = os.fork()
         if pid == 0:
-            os.close(end)
+            os.close(over_write)
             time.sleep(max(0.0, start - time.time()))
             with Lease(path) as lease:
                 won = lease.held
-                os.write(try_, b".")
-                os.read(over, 1)  # until the parent closes the other end
+                os.write(tried_write, b".")
+                os.read(over_read, 1)  # until the parent closes the other end
                 os._exit(1 if won and lease.held else 0)
         pids.append(pid)
     for _ in pids:
-        os.read(tried, 1)
-    os.close(end)
-    found = sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
-    for handle in (tried, try_, over):
-        os.close(handle)
-    return found
+        os.read(tried_read, 1)
+    os.close(over_write)
+    holders = sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
+    for descriptor in (tried_read, tried_write, over_read):
+        os.close(descriptor)
+    return holders
 
 
-def test_who_was_taken_over_does_not_remove_the_heirs(tmp_path):
+def test_a_former_holder_does_not_remove_the_successors_lease(tmp_path):
     path = tmp_path / "x.lease"
-    with Lease(path, touch_s=60) as asleep:
+    with Lease(path, touch_s=60) as suspended:
         os.utime(path, (0, 0))  # as if it had been suspended
-        with Lease(path) as heir:
-            assert heir.held and not asleep.held
-            asleep.__exit__()
-            assert heir.held
+        with Lease(path) as successor:
+            assert successor.held and not suspended.held
+            suspended.__exit__()
+            assert successor.held
 
 
-def test_who_was_taken_over_is_told(tmp_path):
-    """When it asks, and by itself after a while; and it touches the heir's lease no more, which
-    goes stale when that one dies.
+def test_a_former_holder_learns_of_its_loss(tmp_path):
+    """`on_loss` is called by `check_ownership`, and after a while by the thread; the thread no
+    longer touches the lease, which becomes stale when its new holder dies.
     """
-    path, told = tmp_path / "x.lease", []
-    with Lease(path, job="17", touch_s=0.05, on_loss=lambda: told.append("cut off")) as holder:
-        holder.check()
+    path = tmp_path / "x.lease"
+    losses = []
+    with Lease(path, job="17", touch_s=0.05, on_loss=lambda: losses.append("lost")) as holder:
+        holder.check_ownership()
         time.sleep(0.2)
-        assert not told
+        assert not losses
         with Lease(path, job="17", touch_s=60):
-            holder.check()
-            assert told
-            told.clear()
+            holder.check_ownership()
+            assert losses
+            losses.clear()
             os.utime(path, (0, 0))
             time.sleep(0.2)
-            assert told and is_stale(path)
+            assert losses and is_stale(path)
 
 
-WHOLE = {"token": "x", "job": "", "host": "another", "pid": 1}
+VALID = {"token": "x", "job": "", "host": "another", "pid": 1}
 
 
 @pytest.mark.parametrize(
@@ -208,22 +210,20 @@ WHOLE = {"token": "x", "job": "", "host": "another", "pid": 1}
         b"null",
         b"\xff\xfe",
         b"[" * 100_000,
-        json.dumps({**WHOLE, "pid": "1"}).encode(),
-        json.dumps({**WHOLE, "pid": -1}).encode(),
-        json.dumps({**WHOLE, "pid": True}).encode(),
-        json.dumps({**WHOLE, "token": None}).encode(),
-        json.dumps({**WHOLE, "host": ["a"]}).encode(),
-        json.dumps({key: value for key, value in WHOLE.items() if key != "pid"}).encode(),
+        json.dumps({**VALID, "pid": "1"}).encode(),
+        json.dumps({**VALID, "pid": -1}).encode(),
+        json.dumps({**VALID, "pid": True}).encode(),
+        json.dumps({**VALID, "token": None}).encode(),
+        json.dumps({**VALID, "host": ["a"]}).encode(),
+        json.dumps({key: value for key, value in VALID.items() if key != "pid"}).encode(),
         b'{"token": "x", "token": "y", "job": "", "host": "another", "pid": 1}',
-        json.dumps({**WHOLE, "more": "x" * (1 << 17)}).encode(),
+        json.dumps({**VALID, "more": "x" * (1 << 17)}).encode(),
     ],
 )
-def test_what_no_worker_writes_is_nobodys(tmp_path, content):
-    """A lease appears whole, so that a torn one need not be waited for; and one like it that is
-    whole is respected.
-    """
+def test_an_invalid_lease_is_taken_over_at_once(tmp_path, content):
+    """A lease is created complete, so an incomplete one has no holder; a valid one is respected."""
     path = tmp_path / "x.lease"
-    path.write_text(json.dumps(WHOLE))
+    path.write_text(json.dumps(VALID))
     with Lease(path) as lease:
         assert not lease.held and not is_stale(path)
     path.write_bytes(content)
@@ -234,23 +234,24 @@ def test_what_no_worker_writes_is_nobodys(tmp_path, content):
 
 
 @pytest.mark.parametrize("target", ["nowhere", "other"])
-def test_a_link_or_a_pipe_is_nobodys(tmp_path, target):
-    """What it points to is left alone."""
-    path, other = tmp_path / "x.lease", tmp_path / "other"
-    other.write_text(json.dumps(WHOLE))
+def test_a_link_or_a_pipe_is_taken_over(tmp_path, target):
+    """The link's target does not change."""
+    path = tmp_path / "x.lease"
+    other = tmp_path / "other"
+    other.write_text(json.dumps(VALID))
     path.symlink_to(tmp_path / target)
     with Lease(path) as lease:
         assert lease.held
     os.mkfifo(path)
     with Lease(path) as lease:
         assert lease.held
-    assert json.loads(other.read_text()) == WHOLE
+    assert json.loads(other.read_text()) == VALID
 
 
-def test_a_lease_of_the_future_is_nobodys(tmp_path):
-    """A living holder touches it by the same clock, so that it cannot be ahead by minutes."""
+def test_a_lease_with_a_future_time_is_taken_over(tmp_path):
+    """A live holder touches it by the same clock, so that it cannot be ahead by minutes."""
     path = tmp_path / "x.lease"
-    path.write_text(json.dumps(WHOLE))
+    path.write_text(json.dumps(VALID))
     os.utime(path, (ahead := time.time() + 60, ahead))
     assert not is_stale(path)
     os.utime(path, (ahead := time.time() + 3600, ahead))
@@ -258,10 +259,10 @@ def test_a_lease_of_the_future_is_nobodys(tmp_path):
         assert lease.held
 
 
-def test_a_directory_in_its_place_is_named(tmp_path):
+def test_a_directory_instead_of_a_lease_is_an_error(tmp_path):
     path = tmp_path / "x.lease"
     path.mkdir()
-    assert is_stale(path), "it keeps no checkpoint from being removed"
+    assert is_stale(path), "it does not protect a checkpoint from removal"
     with pytest.raises(
         CheckpointError, match="x.lease: is a directory, wanted a lease file or nothing: remove it"
     ):
@@ -271,62 +272,61 @@ def test_a_directory_in_its_place_is_named(tmp_path):
         Lease(tmp_path / "file" / "x.lease").take()
 
 
-def test_a_lease_that_cannot_be_read_is_waited_for(tmp_path, monkeypatch):
-    """It may be another user's; nobody is called "None"."""
+def test_an_unreadable_lease_is_respected_until_it_is_stale(tmp_path, monkeypatch):
+    """It may be another user's; messages do not call its holder "None"."""
     path = tmp_path / "x.lease"
-    path.write_text(json.dumps(WHOLE))
-    assert holder_of(path) == "process 1 on another"
+    path.write_text(json.dumps(VALID))
+    assert describe_holder(path) == "process 1 on another"
     refuse = os.strerror(errno.EACCES)
     monkeypatch.setattr(
         type(path),
         "read_bytes",
         lambda self: _raise(PermissionError(errno.EACCES, refuse, str(self))),
     )
-    assert not Lease(path).take() and "None" not in holder_of(path)
+    assert not Lease(path).take() and "None" not in describe_holder(path)
     os.utime(path, (0, 0))
     assert is_stale(path)
 
 
-def test_an_error_of_the_file_system_ends_nobody(tmp_path, monkeypatch):
-    """A holder that cannot read its lease for a moment has not lost it."""
-    path, told = tmp_path / "x.lease", []
-    with Lease(path, on_loss=lambda: told.append("lost")) as lease:
+def test_a_file_system_error_is_not_a_loss(tmp_path, monkeypatch):
+    """A holder that temporarily cannot read its lease has not lost it."""
+    path = tmp_path / "x.lease"
+    losses = []
+    with Lease(path, on_loss=lambda: losses.append("lost")) as lease:
         with monkeypatch.context() as patch:
             patch.setattr(
                 type(path), "read_bytes", lambda self: _raise(OSError(errno.EIO, "I/O error"))
             )
             with pytest.raises(OSError, match="I/O error"):
-                lease.check()
-        lease.check()
-    assert not told
+                lease.check_ownership()
+        lease.check_ownership()
+    assert not losses
 
 
 def _raise(error):
     raise error
 
 
-def test_a_full_disk_may_be_tried_again(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_transient_error(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Lease, "_take", lambda self: _raise(OSError(errno.ENOSPC, "No space left on device"))
+        Lease, "_create", lambda self: _raise(OSError(errno.ENOSPC, "No space left on device"))
     )
     with pytest.raises(SaveError, match="No space left on device") as caught:
         Lease(tmp_path / "x.lease").take()
     assert caught.value.status == 1
 
 
-@pytest.mark.parametrize("torn", [b"", b"{"])
-def test_of_many_at_once_one_gets_a_torn_one(tmp_path, torn):
-    (tmp_path / "x.lease").write_bytes(torn)
-    assert winners(tmp_path / "x.lease") == 1
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_one_of_many_concurrent_processes_takes_over_an_incomplete_lease(tmp_path, content):
+    (tmp_path / "x.lease").write_bytes(content)
+    assert num_holders(tmp_path / "x.lease") == 1
 
 
 def test_a_released_lease_is_not_a_lost_one(tmp_path):
-    """A save in the background may ask after an error has ended the training: that error is what is
-    told.
-    """
+    """A background save may check after an error has ended training; the user must see that one."""
     lost = []
     with Lease(tmp_path / "x.lease", on_loss=lambda: lost.append(1)) as lease:
-        lease.check()
+        lease.check_ownership()
     with pytest.raises(SaveError, match="x.lease: was released"):
-        lease.check()
+        lease.check_ownership()
     assert not lost

@@ -1,5 +1,5 @@
-"""The log of a rank: made when there is something to write; a disk that refuses a line does not end
-the training.
+"""Log file of a rank: it is created at the first line, and a line that cannot be written does not
+end training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def handlers():
     log.handlers[:], log.propagate, log.level = before
 
 
-def test_a_rank_writes_a_file_of_its_own(tmp_path, capfd):
+def test_each_rank_writes_its_own_file(tmp_path, capfd):
     file = tmp_path / "logs" / "rank_00001.log"
     set_up_logging(1, file)
     assert not file.parent.exists()
@@ -28,9 +28,9 @@ def test_a_rank_writes_a_file_of_its_own(tmp_path, capfd):
 
 
 @pytest.mark.skipif(
-    not Path("/dev/full").exists(), reason="/dev/full, a disk that is always full, is Linux's"
+    not Path("/dev/full").exists(), reason="only Linux has /dev/full, a disk that is always full"
 )
-def test_a_full_disk_is_one_line(tmp_path, capfd):
+def test_a_full_disk_is_reported_once(tmp_path, capfd):
     set_up_logging(1, Path("/dev/full"))
     log.info("first")
     log.info("second")
@@ -40,7 +40,7 @@ def test_a_full_disk_is_one_line(tmp_path, capfd):
     )
 
 
-def test_a_line_that_cannot_be_formatted_is_our_mistake(tmp_path, capfd):
+def test_a_formatting_error_is_not_a_storage_error(tmp_path, capfd):
     set_up_logging(1, tmp_path / "log")
     assert logging.raiseExceptions
     log.info("%d", "no number")

@@ -1,4 +1,4 @@
-"""What the other ranks say when one has ended."""
+"""Messages of the other ranks after one rank has ended."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def command():
     dist.barrier()
     if os.environ["RANK"] == "1":
         os._exit(1)
-    {what}
+    {statement}
 
 sys.argv = ["train"]
 run(command)
 """
 
 
-def last_words(folder, what: str) -> tuple[str, int]:
-    """Of rank 0 of two, whose other one ends; its exit status."""
-    (folder / "probe.py").write_text(BODY.replace("{what}", what))
+def output_of_rank0(folder, statement: str) -> tuple[str, int]:
+    """Runs two ranks of which rank 1 ends; returns stderr and exit status of rank 0."""
+    (folder / "probe.py").write_text(BODY.replace("{statement}", statement))
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -51,13 +51,13 @@ def last_words(folder, what: str) -> tuple[str, int]:
     return texts[0], ranks[0].returncode
 
 
-def test_the_loss_of_a_rank_is_one_line(tmp_path):
-    text, status = last_words(tmp_path, "dist.all_reduce(torch.zeros(4))")
+def test_a_lost_rank_is_reported_in_one_line(tmp_path):
+    text, status = output_of_rank0(tmp_path, "dist.all_reduce(torch.zeros(4))")
     assert "another rank has ended" in text and "its own error says why" in text and status == 1
     assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("error", ["RuntimeError('shapes differ')", "ValueError('Broken pipe')"])
 def test_other_errors_keep_their_traceback(tmp_path, error):
-    text, status = last_words(tmp_path, f"raise {error}")
+    text, status = output_of_rank0(tmp_path, f"raise {error}")
     assert "Traceback" in text and status == 1

@@ -1,5 +1,6 @@
-"""What signals do to a process, whatever its main thread is busy with: in processes of their own,
-which import no torch.
+"""Effects of signals on a process, whatever its main thread is doing.
+
+Each test starts a process that does not import torch.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from lpl_pretrain.runtime.preempt import DELIVERY_S, INTERRUPTED, StopRequest
 ROOT = Path(__file__).resolve().parents[3]
 BLOCKED = """
 import ctypes, threading
-mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+mutex = ctypes.create_string_buffer(64)
+libc = ctypes.CDLL(None)
 libc.pthread_mutex_lock(mutex)
-threading.Timer(0.3, say, ["ready"]).start()
-libc.pthread_mutex_lock(mutex)  # for ever, and no signal ends it
+threading.Timer(0.3, write_stderr, ["ready"]).start()
+libc.pthread_mutex_lock(mutex)  # blocks for ever, and no signal interrupts it
 """
 
 
 def process(body: str, *, before: str = "") -> subprocess.Popen:
-    """`body` runs with `stop`, the request of this process, and says when it is ready."""
+    """Starts a process that runs `body` with `stop`, its stop request; `body` prints "ready"."""
     script = (
         "from lpl_pretrain.runtime.preempt import *\nfrom lpl_pretrain.runtime.preempt import "
-        "say, stop_request\n"
+        "stop_request, write_stderr\n"
     )
     script += (
         "import time\nstop = "
@@ -39,36 +41,36 @@ def process(body: str, *, before: str = "") -> subprocess.Popen:
     )
 
 
-def until(running: subprocess.Popen, word: str) -> str:
-    """The line with `word` in it."""
-    while word not in (line := running.stderr.readline()):
-        assert line, f"no {word!r}"
+def read_until(running: subprocess.Popen, text: str) -> str:
+    """Reads stderr up to the first line that contains `text` and returns that line."""
+    while text not in (line := running.stderr.readline()):
+        assert line, f"no {text!r}"
     return line
 
 
-def test_ctrl_c_while_there_is_nothing_to_remove():
+def test_ctrl_c_ends_a_process_without_cleanup_at_once():
     running = process(BLOCKED)
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
     assert (
         running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
     )
 
 
-def test_ctrl_c_removes_what_lies_about(tmp_path):
+def test_ctrl_c_removes_temporary_files(tmp_path):
     body = f"""
     from pathlib import Path
     from lpl_pretrain.runtime.atomic import atomic_write
     try:
         with atomic_write(Path({str(tmp_path / "file")!r})) as temporary:
             temporary.write_text("half")
-            say("ready")
+            write_stderr("ready")
             time.sleep(100)
     except Interrupted as interruption:
-        say(f"caught: {{interruption}}")
+        write_stderr(f"caught: {{interruption}}")
     """
     running = process(body)
-    until(running, "ready")
+    read_until(running, "ready")
     assert list(tmp_path.iterdir())
     running.send_signal(signal.SIGINT)
     assert running.communicate(timeout=60)[1] == "caught: interrupted\n" and not list(
@@ -76,81 +78,83 @@ def test_ctrl_c_removes_what_lies_about(tmp_path):
     )
 
 
-def test_a_main_thread_that_does_not_come_back_is_left_after_a_while():
+def test_a_blocked_main_thread_is_ended_after_the_grace_period():
     running = process(
         BLOCKED,
-        before="import lpl_pretrain.runtime.preempt as p; p.GRACE_S = 0.2; stop.unwinds = True",
+        before="import lpl_pretrain.runtime.preempt as p; p.GRACE_S = 0.2; stop.has_cleanup = True",
     )
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
     assert (
         running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
     )
 
 
-def test_between_steps_it_is_a_flag():
+def test_between_steps_ctrl_c_only_sets_a_flag():
     before = """
     import threading
     import lpl_pretrain.runtime.preempt as preempt
-    stop.finishes_step, told = True, threading.Event()
-    preempt.say = lambda text: (say(text), told.set())
+    stop.finishes_step = True
+    printed = threading.Event()
+    preempt.write_stderr = lambda text: (write_stderr(text), printed.set())
     """
     running = process(
-        "say('ready')\nwhile not stop: time.sleep(0.01)\ntold.wait(60)\nsay(stop.signal_name)",
+        "write_stderr('ready')\nwhile not stop: time.sleep(0.01)\n"
+        "printed.wait(60)\nwrite_stderr(stop.signal_name)",
         before=before,
     )
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=60)[1].splitlines()
+    lines = running.communicate(timeout=60)[1].splitlines()
     assert (
         running.returncode == 0
-        and "SIGINT" in said
-        and "a second Ctrl-C leaves at once" in "".join(said)
+        and "SIGINT" in lines
+        and "a second Ctrl-C ends the process at once" in "".join(lines)
     )
 
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
-def test_a_second_one_ends_a_process_that_is_stuck_in_c(second):
-    """In a collective that waits for a rank that is gone, say.  Under torchrun it comes as SIGTERM."""
+def test_a_second_ctrl_c_ends_a_process_that_is_blocked_in_c(second):
+    """Such as in a collective that waits for a lost rank.  Under torchrun it arrives as SIGTERM."""
     running = process(
-        BLOCKED, before=f"stop.finishes_step, stop.torchrun = True, {second == 'SIGTERM'}"
+        BLOCKED, before=f"stop.finishes_step, stop.under_torchrun = True, {second == 'SIGTERM'}"
     )
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
-    until(running, "a second Ctrl-C leaves at once")
+    read_until(running, "a second Ctrl-C ends the process at once")
     running.send_signal(getattr(signal, second))
     assert (
         running.communicate(timeout=60)[1] == "interrupted\n" and running.returncode == INTERRUPTED
     )
 
 
-def test_what_is_raised_in_a_finalizer_is_not_lost():
-    """Python prints such an exception and goes on."""
+def test_an_interrupt_in_a_finalizer_ends_the_process():
+    """By default Python prints such an exception and continues."""
     body = """
     class Last:
         def __del__(self):
-            say("ready")
+            write_stderr("ready")
             for _ in range(1000):
                 time.sleep(0.1)
     del [Last()][0]
-    say("went on")
+    write_stderr("continued")
     """
-    running = process(body, before="stop.unwinds = True")
-    until(running, "ready")
+    running = process(body, before="stop.has_cleanup = True")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=60)[1]
-    assert said == "interrupted\n" and running.returncode == INTERRUPTED
+    output = running.communicate(timeout=60)[1]
+    assert output == "interrupted\n" and running.returncode == INTERRUPTED
 
 
-def test_a_rank_that_waits_for_one_that_has_failed_ends_when_torchrun_ends_it():
+def test_sigterm_ends_a_blocked_rank_after_another_rank_has_failed():
     running = process(BLOCKED, before="stop.peer_failed = lambda: True")
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGTERM)
     assert running.communicate(timeout=60)[1] == "" and running.returncode == 1
 
 
 @pytest.mark.parametrize(
-    "torchrun, number, after_s, insists",
+    "under_torchrun, number, elapsed_s, is_second",
     [
         (False, signal.SIGINT, 0.0, True),
         (False, signal.SIGTERM, 9.0, False),
@@ -161,30 +165,30 @@ def test_a_rank_that_waits_for_one_that_has_failed_ends_when_torchrun_ends_it():
         (True, signal.SIGUSR2, 9.0, False),
     ],
 )
-def test_what_counts_as_a_second_one(torchrun, number, after_s, insists):
-    """Under torchrun all processes may get the signal that torchrun also passes on."""
+def test_signals_that_count_as_a_second_ctrl_c(under_torchrun, number, elapsed_s, is_second):
+    """Under torchrun a process may receive the signal itself and the copy that torchrun sends."""
     stop = StopRequest()
-    stop.torchrun = torchrun
-    assert stop._insists(number, after_s) == insists
+    stop.under_torchrun = under_torchrun
+    assert stop._is_second_ctrl_c(number, elapsed_s) == is_second
 
 
-def test_every_command_ends_with_a_line_and_the_status_of_ctrl_c():
-    """Those of `python -m launch` too: all are run by one function."""
+def test_ctrl_c_ends_every_command_with_one_line_and_status_130():
+    """One function runs all commands, those of `python -m launch` included."""
     body = """
     import click
     from lpl_pretrain.cli.main import run
     @click.command()
     def wait():
-        stop.unwinds = True
+        stop.has_cleanup = True
         try:
-            say("ready")
+            write_stderr("ready")
             time.sleep(100)
         finally:
-            say("cleaned up")
+            write_stderr("cleaned up")
     run(wait)
     """
     running = process(body)
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
     assert (
         running.communicate(timeout=60)[1] == "cleaned up\ninterrupted\n"
@@ -192,30 +196,30 @@ def test_every_command_ends_with_a_line_and_the_status_of_ctrl_c():
     )
 
 
-def test_what_other_ranks_run_into_after_ctrl_c_is_one_line():
+def test_an_error_after_ctrl_c_is_one_line():
     body = """
     import click
     from lpl_pretrain.cli.main import run
     @click.command()
     def train():
-        say("ready")
+        write_stderr("ready")
         while not stop: time.sleep(0.01)
         raise RuntimeError("Connection closed by peer\\nand more")
     run(train)
     """
     running = process(body, before="stop.finishes_step = True")
-    until(running, "ready")
+    read_until(running, "ready")
     running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=60)[1].splitlines()
+    lines = running.communicate(timeout=60)[1].splitlines()
     assert (
-        said[-1] == "interrupted (RuntimeError: Connection closed by peer)"
+        lines[-1] == "interrupted (RuntimeError: Connection closed by peer)"
         and running.returncode == INTERRUPTED
     )
 
 
-def test_schedulers_signals_do_not_add_up():
-    running = process("say('ready')\ntime.sleep(0.5)\nsay(stop.signal_name)")
-    until(running, "ready")
+def test_repeated_signals_of_a_scheduler_do_not_end_the_process():
+    running = process("write_stderr('ready')\ntime.sleep(0.5)\nwrite_stderr(stop.signal_name)")
+    read_until(running, "ready")
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
         running.send_signal(number)
     assert "SIG" in running.communicate(timeout=60)[1] and running.returncode == 0

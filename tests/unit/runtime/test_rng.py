@@ -1,14 +1,14 @@
-"""A draw depends on its seed, purpose and id, and on nothing else."""
+"""A random draw depends on its seed, purpose and ids, and on nothing else."""
 
 import torch
 
 from lpl_pretrain.runtime import rng
 
 
-def test_rows_depend_on_their_id_alone():
-    together = rng.normal(1, "noise", [5, 9, 2], (4, 3))
-    alone = torch.cat([rng.normal(1, "noise", [i], (4, 3)) for i in (5, 9, 2)])
-    assert torch.equal(together, alone)
+def test_a_row_depends_on_its_id_alone():
+    batch = rng.normal(1, "noise", [5, 9, 2], (4, 3))
+    single = torch.cat([rng.normal(1, "noise", [i], (4, 3)) for i in (5, 9, 2)])
+    assert torch.equal(batch, single)
     assert torch.equal(
         rng.uniform(1, "x", [5, 9]), torch.cat([rng.uniform(1, "x", [5]), rng.uniform(1, "x", [9])])
     )
@@ -22,7 +22,7 @@ def test_seed_purpose_and_id_all_matter():
     assert len({tuple(d.flatten().tolist()) for d in draws}) == 4
 
 
-def test_global_state_is_neither_read_nor_moved():
+def test_global_random_state_is_neither_read_nor_changed():
     torch.manual_seed(0)
     first = rng.normal(1, "noise", [1], (4,))
     after = torch.rand(1)

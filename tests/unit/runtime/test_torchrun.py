@@ -1,4 +1,4 @@
-"""Who records an error, and what torchrun prints of it."""
+"""Errors that workers record, and what torchrun prints with the plugin."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from types import SimpleNamespace
 import pytest
 
 from lpl_pretrain.runtime import torchrun
-from lpl_pretrain.runtime.torchrun import peer_failed, plugin, record_error, report
+from lpl_pretrain.runtime.torchrun import peer_failed, plugin, print_errors, record_error
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Of three ranks, as torchrun lays them out."""
+    """Error files of three ranks, where torchrun puts them."""
     for rank in range(3):
         (tmp_path / "attempt_0" / str(rank)).mkdir(parents=True)
     return [tmp_path / "attempt_0" / str(rank) / "error.json" for rank in range(3)]
 
 
-def test_of_ranks_with_one_error_one_records_it(files):
+def test_one_of_the_ranks_with_the_same_error_records_it(files):
     for file, text in zip(files, ("a: b", "a: c", "a: b")):
         record_error(text, file)
     assert [file.exists() for file in files] == [True, True, False]
-    found = json.loads(files[0].read_text())
-    assert found["message"]["extraInfo"]["py_callstack"] == found["lpl_pretrain"] == "a: b"
+    recorded = json.loads(files[0].read_text())
+    assert recorded["message"]["extraInfo"]["py_callstack"] == recorded["lpl_pretrain"] == "a: b"
 
 
-def test_torchrun_reads_what_is_recorded(files):
+def test_torchrun_reads_the_recorded_error(files):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     record_error("ConfigError: x=1", files[1])
@@ -43,7 +43,7 @@ def test_torchrun_reads_what_is_recorded(files):
     assert "ConfigError: x=1" in str(error).partition("Root Cause")[2]
 
 
-def test_the_others_know_of_it(files):
+def test_other_ranks_notice_a_recorded_error(files):
     assert not any(map(peer_failed, files))
     record_error("a", files[1])
     assert [peer_failed(file) for file in files] == [True, False, True]
@@ -66,7 +66,7 @@ class SignalException(Exception):
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, printed",
     [
         (ChildFailedError(None, "E: a", "E: a", "E: b"), "E: a\nE: b\n"),
         (SignalException("SIGINT"), ""),
@@ -74,32 +74,32 @@ class SignalException(Exception):
         (ValueError("other"), "ValueError: other"),
     ],
 )
-def test_what_the_plugin_prints(capsys, error, said):
-    report(type(error), error, None)
-    found = capsys.readouterr().err
-    assert said in found and (found == said or not said.startswith("E: "))
-    assert found or isinstance(error, SignalException)
+def test_what_the_plugin_prints(capsys, error, printed):
+    print_errors(type(error), error, None)
+    output = capsys.readouterr().err
+    assert printed in output and (output == printed or not printed.startswith("E: "))
+    assert output or isinstance(error, SignalException)
 
 
 @pytest.mark.parametrize(
-    "arguments, ours",
+    "arguments, active",
     [
         (["torchrun", "-m", "lpl_pretrain", "train"], True),
         (["torchrun", "--no-python", "bash", "-c", "cd x && lpl-pretrain train"], True),
         (["torchrun", "other.py"], False),
     ],
 )
-def test_the_plugin_leaves_other_programs_alone(monkeypatch, arguments, ours):
+def test_the_plugin_is_inactive_for_other_programs(monkeypatch, arguments, active):
     before = sys.excepthook
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(sys, "excepthook", before)
-    with pytest.raises(ValueError, match="leave it out"):
+    with pytest.raises(ValueError, match="omit the option"):
         plugin()()
-    assert (sys.excepthook is torchrun.report) == ours
+    assert (sys.excepthook is torchrun.print_errors) == active
 
 
-def test_a_command_that_cannot_be_read_is_recorded_too(files):
-    """click's own errors; outside of torchrun click prints them."""
+def test_a_usage_error_is_recorded_too(files):
+    """Outside of torchrun, click prints its own errors."""
     command = [sys.executable, "-m", "lpl_pretrain", "trian"]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     environment = {**os.environ, **ranks, "TORCHELASTIC_ERROR_FILE": str(files[0])}

@@ -1,5 +1,5 @@
-"""Whatever a rank hangs in, its stacks are written; a rank that is merely slow, or paused, or has
-just begun, writes nothing.
+"""The watchdog dumps stacks whatever a rank hangs in, and nothing while a rank is only slow, paused
+or in its first steps.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ import pytest
 
 from lpl_pretrain.config.schema import WatchdogConfig
 from lpl_pretrain.runtime.log import log
-from lpl_pretrain.runtime.watchdog import AT_FIRST, Watchdog
+from lpl_pretrain.runtime.watchdog import MIN_TIMED_STEPS, Watchdog
 from tests.support.commands import ROOT
 
-HANG_S, QUICK = 1.0, WatchdogConfig(factor=4, at_least_s=0.4)
-HELD = {
+HANG_S = 1.0
+QUICK = WatchdogConfig(factor=4, at_least_s=0.4)
+HANGS = {
     "asleep": lambda: time.sleep(HANG_S),
-    "for a lock": lambda: (lock := threading.Lock()).acquire() and lock.acquire(timeout=HANG_S),
-    "with the interpreter locked": lambda: ctypes.PyDLL(None).usleep(int(1e6 * HANG_S)),
+    "in a lock": lambda: (lock := threading.Lock()).acquire() and lock.acquire(timeout=HANG_S),
+    "while holding the GIL": lambda: ctypes.PyDLL(None).usleep(int(1e6 * HANG_S)),
 }
 
 
-def steps(watchdog, count=AT_FIRST + 1, seconds=0.01):
+def steps(watchdog, count=MIN_TIMED_STEPS + 1, seconds=0.01):
     for _ in range(count):
         time.sleep(seconds)
         watchdog.step_done()
 
 
-def here_it_hangs(how):
-    HELD[how]()
+def hang_here(how):
+    HANGS[how]()
 
 
 @pytest.fixture
@@ -45,38 +46,40 @@ def path(tmp_path):
 
 @pytest.fixture
 def watch(path):
-    """Makes watchdogs of `path`; none outlives its test."""
+    """Creates watchdogs that write to `path`; they end with the test."""
     yield lambda config=QUICK: Watchdog(config, path)
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.mark.parametrize("how", HELD)
+@pytest.mark.parametrize("how", HANGS)
 def test_a_hang_leaves_the_stacks_of_all_threads(watch, path, how, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
-    watchdog, end = watch(), threading.Event()
+    watchdog = watch()
+    end = threading.Event()
     another = threading.Thread(target=end.wait, name="another")
     another.start()
     steps(watchdog)
-    here_it_hangs(how)
+    hang_here(how)
     ended = time.time()
     end.set()
-    told = path.read_text()
+    stacks = path.read_text()
     assert (
-        "in here_it_hangs" in told
-        and told.count("Thread 0x") >= 2
+        "in hang_here" in stacks
+        and stacks.count("Thread 0x") >= 2
         and path.stat().st_mtime < ended - HANG_S / 4
     )
     with caplog.at_level(logging.WARNING):
         steps(watchdog, 2)
-    said = {record.message for record in caplog.records}  # pytest may hear a logger twice
-    assert said == {f"went on after 1 s without a step; stacks of that time: {path}"}
+    messages = {record.message for record in caplog.records}  # pytest may capture a logger twice
+    assert messages == {f"went on after 1 s without a step; stacks of that time: {path}"}
     watchdog.close()
-    assert path.read_text() == told
+    assert path.read_text() == stacks
 
 
 def test_stacks_survive_a_kill(path):
     code = f"""
-import os, time; from pathlib import Path
+import os, time
+from pathlib import Path
 from lpl_pretrain.config.schema import WatchdogConfig
 from lpl_pretrain.runtime.watchdog import Watchdog
 watchdog = Watchdog(WatchdogConfig(at_least_s=0.3), Path({str(path)!r}))
@@ -88,7 +91,7 @@ time.sleep(1); os.kill(os.getpid(), 9)"""
 
 @pytest.mark.parametrize(("factor", "hangs"), [(8, False), (1.5, True)])
 def test_a_slow_step_is_no_hang(watch, path, factor, hangs):
-    """Longer than `at_least_s`; with a smaller factor it is one."""
+    """The step takes longer than `at_least_s`; with a smaller factor it counts as a hang."""
     watchdog = watch(WatchdogConfig(factor=factor, at_least_s=0.1))
     steps(watchdog, seconds=0.2)
     steps(watchdog, 1, seconds=0.6)
@@ -106,30 +109,30 @@ def test_a_pause_is_no_hang(watch, path, pausing):
     with watchdog.paused():
         pass
     time.sleep(HANG_S)
-    assert path.stat().st_size, "watched again"
+    assert path.stat().st_size, "the time limit is active again"
 
 
 @pytest.mark.parametrize("missing", [1, 0])
 def test_the_first_steps_may_take_any_time(watch, path, missing):
-    steps(watch(), AT_FIRST + 1 - missing)
+    steps(watch(), MIN_TIMED_STEPS + 1 - missing)
     time.sleep(HANG_S)
     assert bool(path.stat().st_size) is not missing
 
 
-def test_nothing_is_left_of_a_good_end_but_earlier_hangs(watch, path):
+def test_an_empty_file_is_removed_and_earlier_dumps_are_kept(watch, path):
     watchdog = watch()
     steps(watchdog)
     watchdog.close()
     assert not path.exists()
     time.sleep(HANG_S)
     path.write_text("an earlier hang\n")
-    again = watch()
-    steps(again)
-    again.close()
+    second = watch()
+    steps(second)
+    second.close()
     assert path.read_text() == "an earlier hang\n"
 
 
-def test_nobody_watches(watch, path):
+def test_without_a_configuration_nothing_is_dumped(watch, path):
     watchdog = watch(None)
     steps(watchdog)
     time.sleep(HANG_S)

@@ -35,12 +35,12 @@ def test_an_update_that_was_left_out_does_not_count():
 
 def test_a_clock_tells_phases_from_parts():
     clock = Clock(torch.device("cpu"))
-    with clock.phase("data"):
+    with clock.host("data"):
         pass
     for _ in range(2):
-        with clock.phase("update"), clock.part("forward"):
+        with clock.host("update"), clock.device("forward"):
             time.sleep(0.01)
-    clock.part("never")
+    clock.device("never")
     seconds = clock.flush()
     assert set(seconds) == {"all", "data", "update", "forward"}
     assert 0.02 <= seconds["forward"] <= seconds["update"] <= seconds["all"]

@@ -38,7 +38,7 @@ def rank_0(monkeypatch):
             ]
         )
 
-    monkeypatch.setattr(stragglers, "rows_over_ranks", rows)
+    monkeypatch.setattr(stragglers, "all_gather_rows", rows)
     monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
     monkeypatch.setattr(stragglers, "run_delay", lambda: 0.0)
     monkeypatch.setattr(Probe, "seconds", lambda self: 1.0)
