@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import unicodedata
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
+from lpl_pretrain.config.names import control_character
 from lpl_pretrain.errors import ConfigError
 
 SBATCH_OPTIONS = frozenset(
@@ -48,12 +48,6 @@ FORBIDDEN_IN_FOLDERS = {
     "%": "SLURM replaces patterns such as %j in the names of log files, and srun cannot escape %u",
     "\\": "SLURM removes backslashes from the names of log files",
 }
-
-
-def control_character(text: str, allowed: str = "") -> str | None:
-    """The first line break, control character or undecodable byte in `text`."""
-    kinds = ("Cc", "Cs", "Zl", "Zp")
-    return next((c for c in text if unicodedata.category(c) in kinds and c not in allowed), None)
 
 
 def refuse_control_characters(text: str, where: str, allowed: str = "") -> str:

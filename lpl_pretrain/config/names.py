@@ -12,6 +12,8 @@ file systems allow.
 """
 MAX_COMPONENT_BYTES = 255
 MAX_PATH_BYTES = 4000
+CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode categories: control characters, surrogates, line and paragraph separators."""
 
 
 def is_url(path: object) -> bool:
@@ -21,15 +23,22 @@ def is_url(path: object) -> bool:
     return "://" in str(path)
 
 
+def control_character(text: str, allowed: str = "") -> str | None:
+    """First control character, line separator or lone surrogate (an undecodable byte) in `text`."""
+    for character in text:
+        if unicodedata.category(character) in CONTROL_CATEGORIES and character not in allowed:
+            return character
+    return None
+
+
 def unusable_character(text: str) -> str | None:
     """Says which control character, line separator or lone surrogate is in `text`, if any."""
-    for character in text:
-        category = unicodedata.category(character)
-        if category in ("Cc", "Zl", "Zp"):
-            return f"has the control character {character!r}"
-        if category == "Cs":
-            return f"has {character!r}, which is no character (the text was not UTF-8)"
-    return None
+    character = control_character(text)
+    if character is None:
+        return None
+    if unicodedata.category(character) == "Cs":
+        return f"has {character!r}, which is no character (the text was not UTF-8)"
+    return f"has the control character {character!r}"
 
 
 def name_problem(text: str) -> str | None:

@@ -16,9 +16,9 @@ import yaml
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from launch.profile import ClusterProfile
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.config.base import Section
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.encode import EncodeConfig, TextEncoderConfig
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.config.online_text import text_entry

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launch.profile import ClusterProfile
 from lpl_pretrain.config.base import Section
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.config.paths import ASSETS, expand, resolve_path

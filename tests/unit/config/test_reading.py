@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from launch.profile import ClusterProfile
 from lpl_pretrain.cli import train as train_command
 from lpl_pretrain.config.base import _checked_name, _checked_path, _expanded_path
 from lpl_pretrain.config.check import check_same_run, run_identity
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import dump, load_config, validate
 from lpl_pretrain.config.problems import HANDLED, OF_ITS_KIND, OTHER_KIND

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-from launch.profile import ClusterProfile
-from launch.secrets import looks_secret, secret_in_line
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.load import validate
+from lpl_pretrain.config.secret_patterns import looks_secret, secret_in_line
 from lpl_pretrain.errors import ConfigError
 
 RANDOM = "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bD1fG3hJ5"
