@@ -44,8 +44,9 @@ JOB_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "PMI")
 
 @dataclass(frozen=True)
 class EvaluationLauncher:
-    """How the checkpoints of a run are evaluated in jobs.  Raises ConfigError for a protocol or a
-    profile that could not run.
+    """Settings of the jobs that evaluate a run's checkpoints.
+
+    Raises ConfigError for a protocol or a profile that could not run.
     """
 
     protocol: str
@@ -224,7 +225,7 @@ class EvaluationWatcher:
 
 
 def final_reason(folder: JobFolder, job: str) -> str | None:
-    """Why a job has ended for good; None while it may be requeued."""
+    """Reason why a job has ended for good; None while it may be requeued."""
     attempts = [attempt for attempt in folder.read_attempts() if attempt["job"] == job]
     return attempts[-1]["reason"] if attempts and not attempts[-1]["requeued"] else None
 

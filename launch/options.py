@@ -27,7 +27,7 @@ DRY_RUN = click.option(
 
 @dataclass(frozen=True)
 class Target:
-    """Where a command submits its job: the values of the options above."""
+    """Values of the options above."""
 
     cluster: str
     nodes: int

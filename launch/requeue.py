@@ -20,7 +20,7 @@ DONE = "done"
 
 @dataclass(frozen=True)
 class AttemptResult:
-    """How an attempt ended, as far as the decision needs it."""
+    """Result of an attempt, as far as the decision needs it."""
 
     status: int
     """Exit status of the rank that failed first; 0 when all succeeded."""

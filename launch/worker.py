@@ -1,4 +1,4 @@
-"""What each task of a job runs: `lpl-pretrain ...` as a child process that knows its rank.
+"""The process of each task of a job: runs `lpl-pretrain ...` as a child that knows its rank.
 
 A child, because SLURM's signals arrive at any time: before a handler is installed, inside a
 collective, while compiling.  The worker only waits, so it can always forward them.

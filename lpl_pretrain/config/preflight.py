@@ -1,4 +1,4 @@
-"""What a node must have for training to begin on it (lpl_pretrain/preflight)."""
+"""Requirements on nodes, checked before training begins (lpl_pretrain/preflight)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lpl_pretrain.config.base import Section
 
 class PreflightConfig(Section):
     min_free_gib: Optional[NonNegativeFloat] = None
-    """Room in the run's folder; absent: what the checkpoints that are still to be written and kept
-    will take.
+    """Free space that the disk of the run's folder must have; absent: the size of the checkpoints
+    that are still to be written and kept.
     """
     max_clock_skew_s: PositiveFloat = 5.0
-    """Between a node's clock and the median of all."""
+    """Largest difference of a node's clock from the median."""
     slow_node_factor: Annotated[float, Field(gt=1.0)] = 4.0
-    """A node whose network is so many times slower than the median of all is a slow one."""
+    """A node is slow when its bandwidth is below the median divided by this."""
     min_bandwidth_mib_per_s: Optional[PositiveFloat] = None
-    """And one that is slower than this, whatever the others are."""
+    """A node is slow when its bandwidth is below this; absent: only the median counts."""
     strict: bool = False
-    """A wrong clock or a slow network makes a node unfit, instead of being reported."""
+    """Treat a node with a wrong clock or a slow network as unfit, instead of only reporting it."""

@@ -1,8 +1,8 @@
-"""How fast ranks reach each other, measured on the group that training will use.
+"""Bandwidth between ranks, measured on the process group that training will use.
 
-All ranks reduce one tensor, which says how fast the slowest part of the network is; then each
-node's first rank sends to the next node's, all at once in a ring, which says whose part that is.
-The first round pays for connections: the best of a few counts.
+An all-reduce over all ranks gives the speed of the slowest part of the network.  A ring, in which
+the first rank of each node sends to the next node's, gives the speed of each node.  The first round
+pays for setting up connections, so the fastest of ROUNDS counts.
 """
 
 from __future__ import annotations
@@ -17,42 +17,51 @@ from lpl_pretrain.runtime.dist import barrier
 
 ROUNDS = 3
 MIB = {"cuda": 64, "cpu": 4}
+"""Size of the tensor that is sent."""
 
 
 def all_reduce_mib_per_s(device: torch.device) -> float:
-    """Communicates: bytes that a rank sends, by the time it takes (2 (n - 1) / n of the tensor)."""
-    ranks, mib = dist.get_world_size(), MIB[device.type]
+    """Collective.  MiB that a rank sends per second, 2 (n - 1) / n of the tensor in each round."""
+    ranks = dist.get_world_size()
+    mib = MIB[device.type]
     data = torch.ones(mib << 18, device=device)
-    return 2 * (ranks - 1) / ranks * mib / best_s(lambda: dist.all_reduce(data), device)
+    return 2 * (ranks - 1) / ranks * mib / fastest_s(lambda: dist.all_reduce(data), device)
 
 
 def ring_mib_per_s(leaders: Sequence[int], device: torch.device) -> float | None:
-    """Communicates: into this rank, from the leader before it; None on ranks that are none, and
-    where there is one only.
-    """
-    rank, mib = dist.get_rank(), MIB[device.type]
-    place = leaders.index(rank) if rank in leaders and len(leaders) > 1 else None
+    """Collective.  MiB per second that this rank receives from the leader before it.
 
-    def pass_on() -> None:
-        if place is not None:
-            behind, before = leaders[(place + 1) % len(leaders)], leaders[place - 1]
-            ways = [dist.P2POp(dist.isend, sent, behind), dist.P2POp(dist.irecv, received, before)]
-            for work in dist.batch_isend_irecv(ways):
+    `leaders`: the first rank of each node.  None on other ranks, and where there is one leader.
+    """
+    rank = dist.get_rank()
+    mib = MIB[device.type]
+    sent = torch.ones(mib << 18, device=device)
+    received = torch.ones(mib << 18, device=device)
+    index = leaders.index(rank) if rank in leaders and len(leaders) > 1 else None
+
+    def exchange() -> None:
+        if index is not None:
+            next_leader = leaders[(index + 1) % len(leaders)]
+            previous_leader = leaders[index - 1]
+            operations = [
+                dist.P2POp(dist.isend, sent, next_leader),
+                dist.P2POp(dist.irecv, received, previous_leader),
+            ]
+            for work in dist.batch_isend_irecv(operations):
                 work.wait()
 
-    sent, received = (torch.ones(mib << 18, device=device) for _ in range(2))
-    seconds = best_s(pass_on, device)
-    return None if place is None else mib / seconds
+    seconds = fastest_s(exchange, device)
+    return None if index is None else mib / seconds
 
 
-def best_s(transfer: Callable[[], object], device: torch.device) -> float:
-    """Communicates: of a few rounds that all ranks begin together."""
-    found = []
+def fastest_s(transfer: Callable[[], object], device: torch.device) -> float:
+    """Collective.  Seconds of the fastest of ROUNDS, each of which all ranks begin together."""
+    seconds = []
     for _ in range(ROUNDS):
         barrier()
-        began = time.perf_counter()
+        began_s = time.perf_counter()
         transfer()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began_s)
+    return min(seconds)

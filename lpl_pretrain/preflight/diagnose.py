@@ -1,9 +1,8 @@
-"""Which nodes cannot train, decided from what their ranks have found: no clock, no file, no process
-group.
+"""Diagnosis of the nodes from the reports of their ranks: no clock, no file, no process group.
 
-A node is at fault where it differs from most others, or cannot do what another one can.  What no
-node can do, and what as many nodes have one way as another, is no node's fault but the run's; data
-that nobody can read are left to `data.on_error`.
+A node is at fault where it differs from most others, or fails where another one succeeds.  What
+fails on all nodes, and a difference without a majority, is the fault of the run.  Data that no rank
+can read are left to `data.on_error`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from typing import Literal
 from lpl_pretrain.config.preflight import PreflightConfig
 from lpl_pretrain.preflight.node_report import NodeReport
 
-MEMORY_SHARE = 0.9
-"""Of the free memory that most nodes have on their devices."""
+MEMORY_FRACTION = 0.9
+"""A node with less than this fraction of the median free device memory is at fault."""
 
 Fault = Literal["node", "run", "none"]
+Check = Callable[[NodeReport], str | None]
+"""Problem, or value, that a report holds for one check; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Finding:
     wanted: str
     remedy: str
     fault: Fault
-    """`node`: it is unfit; `run`: training cannot begin anywhere; `none`: it is reported."""
+    """`node`: it is unfit; `run`: training can begin nowhere; `none`: only a warning."""
 
     def __str__(self) -> str:
         ranks = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}"
@@ -44,192 +45,214 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class NodeBandwidth:
-    """How fast a node sends or receives, whichever is faster: the other end may be a slow one."""
+    """Bandwidth of a node: the faster of sending and receiving, for the peer may be a slow one."""
 
     host: str
     ranks: list[int]
     mib_per_s: float
 
 
-def diagnose(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
-    """One entry of `facts` for each rank; none where another rank judges."""
-    if not facts:
+def diagnose(reports: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
+    """Findings from one report for each rank; none from no reports, as on ranks other than 0."""
+    if not reports:
         return []
-
-    def room(found: NodeReport) -> str | None:
-        wanted = found.required_gib if config.min_free_gib is None else config.min_free_gib
-        short = found.free_gib is not None and found.free_gib < wanted
-        return (
-            f"{found.free_gib:.2f} GiB free where checkpoints need {wanted:.2f}" if short else None
-        )
-
-    def versions(found: NodeReport) -> str:
-        return ", ".join(f"{name} {version}" for name, version in found.versions.items())
-
-    def no_device(found: NodeReport) -> str | None:
-        absent = (
-            found.device is None
-            and found.device_problem is None
-            and any(other.device for other in facts)
-        )
-        return found.no_device or ("none" if absent else None)
-
     return [
         *_failing(
             "input",
-            facts,
-            lambda f: f.refusal,
+            reports,
+            lambda report: report.refusal,
             "what other nodes accept",
             "see what this node has mounted",
         ),
         *_minority(
-            "code", facts, lambda f: f.code[:12], "let all nodes see one copy of this package"
+            "code",
+            reports,
+            lambda report: report.code[:12],
+            "let all nodes see one copy of this package",
         ),
-        *_minority("versions", facts, versions, "install the same on all nodes"),
+        *_minority("versions", reports, _versions, "install the same on all nodes"),
         *_failing(
             "run folder",
-            facts,
-            lambda f: f.run_dir_problem,
+            reports,
+            lambda report: report.run_dir_problem,
             "to write in it",
             "mount it there, or set run_dir",
         ),
         *_failing(
             "run",
-            facts,
-            lambda f: f.in_use,
-            "a run that nobody trains",
+            reports,
+            lambda report: report.in_use,
+            "a run that no other process trains",
             "wait for its end",
-            comparable=lambda f: f.rank,
+            comparable=lambda report: report.rank,
         ),
-        *_failing(
-            "disk",
-            facts,
-            room,
-            "that much",
-            "make room, keep fewer checkpoints, or set preflight.min_free_gib",
-        ),
+        *_disk(reports, config),
         *_failing(
             "data",
-            facts,
-            lambda f: f.shard_problem,
+            reports,
+            lambda report: report.shard_problem,
             "to read it",
             "mount it there",
-            comparable=lambda f: f.shard,
+            comparable=lambda report: report.shard,
             fault_if_all="none",
         ),
-        *_failing(
-            "devices", facts, no_device, "one for each process", "start fewer processes on a node"
-        ),
-        *_failing(
-            "arithmetic",
-            facts,
-            lambda f: f.device_problem,
-            "the right product",
-            "have the node repaired",
-            fault_if_all="node",
-        ),
-        *_minority("device", facts, lambda f: f.device, "use nodes of one kind"),
-        *_device_memory(facts),
-        *_clock_skew(facts, config),
+        *_devices(reports),
+        *_device_memory(reports),
+        *_clock_skew(reports, config),
     ]
 
 
 def diagnose_bandwidth(
     bandwidths: Sequence[NodeBandwidth], config: PreflightConfig
 ) -> list[Finding]:
-    """One link for each node."""
+    """Findings about slow nodes, from one bandwidth for each node."""
     if not bandwidths:
         return []
-    usual = median_high(bandwidth.mib_per_s for bandwidth in bandwidths)
+    usual = median_high(node.mib_per_s for node in bandwidths)
     wanted = max(usual / config.slow_node_factor, config.min_bandwidth_mib_per_s or 0.0)
-    slow = [bandwidth for bandwidth in bandwidths if bandwidth.mib_per_s < wanted]
+    slow = [node for node in bandwidths if node.mib_per_s < wanted]
     fault: Fault = "node" if config.strict and len(slow) < len(bandwidths) else "none"
-    found = [
-        (bandwidth, f"{bandwidth.mib_per_s:.0f} MiB/s to its neighbours") for bandwidth in slow
-    ]
-    remedy = "look at its network, or at NCCL_SOCKET_IFNAME"
     return [
-        Finding("network", bandwidth.host, bandwidth.ranks, text, f"{wanted:.0f}", remedy, fault)
-        for bandwidth, text in found
+        Finding(
+            "network",
+            node.host,
+            node.ranks,
+            f"{node.mib_per_s:.0f} MiB/s to its neighbours",
+            f"{wanted:.0f}",
+            "look at its network, or at NCCL_SOCKET_IFNAME",
+            fault,
+        )
+        for node in slow
     ]
 
 
-def by_host(facts: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
+def by_host(reports: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
     hosts: dict[str, list[NodeReport]] = {}
-    for found in facts:
-        hosts.setdefault(found.host, []).append(found)
+    for report in reports:
+        hosts.setdefault(report.host, []).append(report)
     return hosts
 
 
 def _failing(
     check: str,
-    facts: Sequence[NodeReport],
-    trouble: Callable[[NodeReport], str | None],
+    reports: Sequence[NodeReport],
+    problem: Check,
     wanted: str,
     remedy: str,
     *,
-    comparable: Callable[[NodeReport], Hashable] = lambda found: None,
+    comparable: Callable[[NodeReport], Hashable] = lambda report: None,
     fault_if_all: Fault = "run",
 ) -> list[Finding]:
-    """Ranks in `trouble`: their nodes are at fault where one that tried the same (`alike`) is in
-    none, else it is `of_all`.
+    """Findings about nodes with a rank that has a problem.
+
+    The node is at fault where a rank with the same `comparable` value has none; otherwise the fault
+    is `fault_if_all`.
     """
-    well = {comparable(found) for found in facts if trouble(found) is None}
+    succeeded = {comparable(report) for report in reports if problem(report) is None}
     findings = []
-    for host, ranks in by_host(facts).items():
-        troubles = [(found, text) for found in ranks if (text := trouble(found)) is not None]
-        if troubles:
-            fault: Fault = (
-                "node" if any(comparable(found) in well for found, _ in troubles) else fault_if_all
+    for host, ranks in by_host(reports).items():
+        failed = [(report, text) for report in ranks if (text := problem(report)) is not None]
+        if not failed:
+            continue
+        others_succeed = any(comparable(report) in succeeded for report, _ in failed)
+        findings.append(
+            Finding(
+                check,
+                host,
+                [report.rank for report, _ in failed],
+                failed[0][1],
+                wanted,
+                remedy,
+                "node" if others_succeed else fault_if_all,
             )
-            findings.append(
-                Finding(
-                    check,
-                    host,
-                    [found.rank for found, _ in troubles],
-                    troubles[0][1],
-                    wanted,
-                    remedy,
-                    fault,
-                )
-            )
+        )
     return findings
 
 
 def _minority(
-    check: str, facts: Sequence[NodeReport], value: Callable[[NodeReport], str | None], remedy: str
+    check: str, reports: Sequence[NodeReport], value: Check, remedy: str
 ) -> list[Finding]:
-    """Nodes whose `value`, where they have one, is not the commonest; all of them, where none is."""
-    hosts = by_host(facts)
-    seen = {
-        host: {text for found in ranks if (text := value(found))} for host, ranks in hosts.items()
-    }
-    values = {host: " and ".join(sorted(texts)) for host, texts in seen.items() if texts}
-    most = max(Counter(values.values()).values(), default=0)
-    usual = [found for found, nodes in Counter(values.values()).items() if nodes == most]
+    """Findings about nodes whose `value` is not the most common one; about all nodes where several
+    values are equally common.  Nodes without a value are not compared.
+    """
+    hosts = by_host(reports)
+    values = {}
+    for host, ranks in hosts.items():
+        texts = {text for report in ranks if (text := value(report))}
+        if texts:
+            values[host] = " and ".join(sorted(texts))
+    counts = Counter(values.values())
+    most = max(counts.values(), default=0)
+    usual = [text for text, nodes in counts.items() if nodes == most]
     fault: Fault = "node" if len(usual) == 1 else "run"
     wanted = f"{usual[0]}, as on {most} nodes" if len(usual) == 1 else "the same on all nodes"
-    odd = {host: found for host, found in values.items() if [found] != usual}
     return [
-        Finding(check, host, [f.rank for f in hosts[host]], found, wanted, remedy, fault)
-        for host, found in odd.items()
+        Finding(check, host, [report.rank for report in hosts[host]], text, wanted, remedy, fault)
+        for host, text in values.items()
+        if [text] != usual
     ]
 
 
-def _device_memory(facts: Sequence[NodeReport]) -> list[Finding]:
-    """Of the device with the least free memory on each node: another process may be there."""
-    least = {
-        host: min(free)
-        for host, ranks in by_host(facts).items()
-        if (
-            free := [
-                (found.memory_gib, found.rank) for found in ranks if found.memory_gib is not None
-            ]
-        )
-    }
+def _versions(report: NodeReport) -> str:
+    return ", ".join(f"{name} {version}" for name, version in report.versions.items())
+
+
+def _disk(reports: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
+    """Findings about too little free space for checkpoints."""
+
+    def problem(report: NodeReport) -> str | None:
+        required = report.required_gib if config.min_free_gib is None else config.min_free_gib
+        if report.free_gib is None or report.free_gib >= required:
+            return None
+        return f"{report.free_gib:.2f} GiB free where checkpoints need {required:.2f}"
+
+    remedy = "free some space, keep fewer checkpoints, or set preflight.min_free_gib"
+    return _failing("disk", reports, problem, "that much", remedy)
+
+
+def _devices(reports: Sequence[NodeReport]) -> list[Finding]:
+    """Findings about missing, broken and unequal devices."""
+    any_device = any(report.device for report in reports)
+
+    def missing(report: NodeReport) -> str | None:
+        if report.no_device:
+            return report.no_device
+        absent = report.device is None and report.device_problem is None and any_device
+        return "none" if absent else None
+
+    return [
+        *_failing(
+            "devices",
+            reports,
+            missing,
+            "one for each process",
+            "start fewer processes on a node",
+        ),
+        *_failing(
+            "arithmetic",
+            reports,
+            lambda report: report.device_problem,
+            "the right product",
+            "have the node repaired",
+            fault_if_all="node",
+        ),
+        *_minority("device", reports, lambda report: report.device, "use nodes of one kind"),
+    ]
+
+
+def _device_memory(reports: Sequence[NodeReport]) -> list[Finding]:
+    """Findings about devices whose memory another process may use: of each node, the device with
+    the least free memory counts.
+    """
+    least = {}
+    for host, ranks in by_host(reports).items():
+        free = [(report.memory_gib, report.rank) for report in ranks]
+        known = [(gib, rank) for gib, rank in free if gib is not None]
+        if known:
+            least[host] = min(known)
     if not least:
         return []
-    wanted = MEMORY_SHARE * median_high(gib for gib, _ in least.values())
+    wanted = MEMORY_FRACTION * median_high(gib for gib, _ in least.values())
     remedy = "end what else runs on that device"
     return [
         Finding("memory", host, [rank], f"{gib:.1f} GiB free", f"{wanted:.1f}", remedy, "node")
@@ -238,20 +261,21 @@ def _device_memory(facts: Sequence[NodeReport]) -> list[Finding]:
     ]
 
 
-def _clock_skew(facts: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
-    """By each node's first rank."""
-    firsts = [ranks[0] for ranks in by_host(facts).values()]
-    usual, most = median_high(found.clock_s for found in firsts), config.max_clock_skew_s
+def _clock_skew(reports: Sequence[NodeReport], config: PreflightConfig) -> list[Finding]:
+    """Findings about clocks far from the median; the first rank of each node counts."""
+    firsts = [ranks[0] for ranks in by_host(reports).values()]
+    usual = median_high(report.clock_s for report in firsts)
+    most = config.max_clock_skew_s
     return [
         Finding(
             "clock",
-            found.host,
-            [found.rank],
-            f"{found.clock_s - usual:+.1f} s from the others (± {found.clock_accuracy_s:.2f})",
+            report.host,
+            [report.rank],
+            f"{report.clock_s - usual:+.1f} s from the others (± {report.clock_accuracy_s:.2f})",
             f"at most {most:g}",
             "set it, by NTP",
             "node" if config.strict else "none",
         )
-        for found in firsts
-        if abs(found.clock_s - usual) - found.clock_accuracy_s > most
+        for report in firsts
+        if abs(report.clock_s - usual) - report.clock_accuracy_s > most
     ]

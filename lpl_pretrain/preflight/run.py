@@ -1,9 +1,9 @@
-"""The first seconds of a training: ranks compare what they have found, and begin together or not at
-all.
+"""Preflight, the first seconds of a training: ranks compare their nodes, and begin together or not
+at all.
 
-They meet at the store by which the group will be made, before there is one: a node without its
-accelerators would choose another backend than the others, and all would wait for ever.  Rank 0
-judges; the network is measured on the group, afterwards.
+They exchange reports through the store that the process group will use, before there is a group: a
+node without its GPUs would choose another backend than the others, and all would wait forever.
+Rank 0 diagnoses.  The bandwidth is measured on the group, afterwards.
 """
 
 from __future__ import annotations
@@ -46,122 +46,116 @@ def run_preflight(
     data: DataFolders,
     join: Callable[..., torch.device],
 ) -> torch.device:
-    """Communicates: what `join(store=...)` gives, called once all nodes were found fit.
+    """Collective.  Check all nodes, then return `join(store=...)`, which makes the process group.
 
-    Where one is not, every process ends here: with UNFIT on that node, with 0 on the others.
-    Raises what is no node's fault.
+    Where a node is unfit, every process ends here: with UNFIT on that node, with 0 on the others.
+    Raises PreflightError for what is no node's fault.
     """
     if config.preflight is None:
         return join()
-    set_up_logging(world.rank)  # to no file: there may be no folder for it
-    began, store = time.monotonic(), dist.rendezvous_store(world)
-    channel, facts = gather_reports(store, world, inspect_node(config, run_dir, world, data))
-    publish_verdict(channel, facts, diagnose(facts, config.preflight), run_dir)
+    set_up_logging(world.rank)  # to no file: the run's folder may not exist
+    began_s = time.monotonic()
+    store = dist.rendezvous_store(world)
+    channel, reports = gather_reports(store, world, inspect_node(config, run_dir, world, data))
+    publish_verdict(channel, reports, diagnose(reports, config.preflight), run_dir)
     device = join(store=store)
-    bandwidths = (
-        measure_bandwidth(channel, facts, device, config.preflight, run_dir)
-        if world.world_size > 1
-        else ""
-    )
+    network = ""
+    if world.world_size > 1:
+        network = measure_bandwidth(channel, reports, device, config.preflight, run_dir)
     if world.rank == 0:
-        log.info("preflight: %s%s; %.1f s", summary(facts), bandwidths, time.monotonic() - began)
+        seconds = time.monotonic() - began_s
+        log.info("preflight: %s%s; %.1f s", summary(reports), network, seconds)
     return device
 
 
 def report_refusal(config: TrainConfig, run_dir: RunDir, world: World, refusal: LPLError) -> None:
-    """Communicates: stands in for `start` on a rank that cannot begin; returns where the others
-    cannot either.
+    """Collective.  Called instead of `run_preflight` by a rank that refuses its input.
+
+    Returns where all other ranks refuse it too.
     """
     assert config.preflight is not None
     set_up_logging(world.rank)
-    channel, facts = gather_reports(
-        dist.rendezvous_store(world), world, inspect_node(config, run_dir, world, None, refusal)
-    )
+    report = inspect_node(config, run_dir, world, None, refusal)
+    channel, reports = gather_reports(dist.rendezvous_store(world), world, report)
     with suppress(PreflightError):
-        publish_verdict(channel, facts, diagnose(facts, config.preflight), run_dir)
+        publish_verdict(channel, reports, diagnose(reports, config.preflight), run_dir)
 
 
 def gather_reports(
-    store: Store, world: World, mine: NodeReport
+    store: Store, world: World, report: NodeReport
 ) -> tuple[StoreChannel, list[NodeReport]]:
-    """Communicates: on rank 0 what all ranks have found, with their clocks; elsewhere nothing.
+    """Collective.  All ranks' reports with their clocks on rank 0, none on the others.
 
-    All ranks read their clocks between two moments of rank 0's, whose distance is the accuracy of
-    the comparison.
+    All ranks read their clocks between two readings of rank 0's; half the distance of these two is
+    the accuracy of the comparison.
     """
-    channel = StoreChannel(store, world, mine.host)
-    found = channel.gather("facts", asdict(mine))
-    before = time.time()
+    channel = StoreChannel(store, world, report.host)
+    gathered = channel.gather("reports", asdict(report))
+    before_s = time.time()
     channel.send("clock", None)
     channel.recv("clock")
-    clocks = channel.gather("clocks", time.time())
-    middle, accuracy = (time.time() + before) / 2, (time.time() - before) / 2
+    clocks_s = channel.gather("clocks", time.time())
+    after_s = time.time()
+    middle_s = (after_s + before_s) / 2
+    accuracy_s = (after_s - before_s) / 2
     return channel, [
-        replace(NodeReport(**fact), clock_s=clock - middle, clock_accuracy_s=accuracy)
-        for fact, clock in zip(found, clocks, strict=True)
+        replace(NodeReport(**fields), clock_s=clock_s - middle_s, clock_accuracy_s=accuracy_s)
+        for fields, clock_s in zip(gathered, clocks_s, strict=True)
     ]
 
 
 def measure_bandwidth(
     channel: StoreChannel,
-    facts: Sequence[NodeReport],
+    reports: Sequence[NodeReport],
     device: torch.device,
     config: PreflightConfig,
     run_dir: RunDir,
 ) -> str:
-    """Communicates: how fast the group is, and each node in it, in words."""
-    nodes = by_host(facts)
+    """Collective.  Text with the bandwidth of the group and of each node."""
+    nodes = by_host(reports)
     channel.send("leaders", [ranks[0].rank for ranks in nodes.values()])
     leaders = channel.recv("leaders")
-    reduced, received = (
-        all_reduce_mib_per_s(device),
-        channel.gather("ring", ring_mib_per_s(leaders, device)),
-    )
+    all_reduce = all_reduce_mib_per_s(device)
+    received = channel.gather("ring", ring_mib_per_s(leaders, device))
     bandwidths = []
     if len(nodes) > 1:
-        for (host, ranks), leader, behind in zip(
-            nodes.items(), leaders, [*leaders[1:], leaders[0]], strict=True
-        ):
-            bandwidths.append(
-                NodeBandwidth(
-                    host, [found.rank for found in ranks], max(received[leader], received[behind])
-                )
-            )
-    publish_verdict(channel, facts, diagnose_bandwidth(bandwidths, config), run_dir, bandwidths)
-    return f", all_reduce {reduced:.0f} MiB/s" + "".join(
-        f", {bandwidth.host} {bandwidth.mib_per_s:.0f} MiB/s" for bandwidth in bandwidths
-    )
+        next_leaders = [*leaders[1:], leaders[0]]
+        for (host, ranks), leader, after in zip(nodes.items(), leaders, next_leaders, strict=True):
+            # what a leader receives it receives from the one before it, so `after` shows its sends
+            fastest = max(received[leader], received[after])
+            bandwidths.append(NodeBandwidth(host, [report.rank for report in ranks], fastest))
+    publish_verdict(channel, reports, diagnose_bandwidth(bandwidths, config), run_dir, bandwidths)
+    per_node = "".join(f", {node.host} {node.mib_per_s:.0f} MiB/s" for node in bandwidths)
+    return f", all_reduce {all_reduce:.0f} MiB/s{per_node}"
 
 
 def publish_verdict(
     channel: StoreChannel,
-    facts: Sequence[NodeReport],
+    reports: Sequence[NodeReport],
     findings: Sequence[Finding],
     run_dir: RunDir,
     bandwidths: Sequence[NodeBandwidth] | None = None,
 ) -> None:
-    """Communicates: what rank 0 has decided, is written and done; returns where nothing is in the
-    way of training.
+    """Collective.  Send rank 0's findings to all ranks, write preflight.json, and enforce them.
+
+    Returns where training can begin.
     """
-    name, unfit = (
-        "network" if bandwidths is not None else "nodes",
-        {finding.host for finding in findings if finding.fault == "node"},
-    )
-    able = sorted(
-        (found.host in unfit, found.rank) for found in facts if found.run_dir_problem is None
+    name = "nodes" if bandwidths is None else "network"
+    unfit = {finding.host for finding in findings if finding.fault == "node"}
+    writers = sorted(
+        (report.host in unfit, report.rank) for report in reports if report.run_dir_problem is None
     )
     if any(finding.fault == "run" for finding in findings):
-        able = []  # the error says it, and the disk may be full
-    report = {
+        writers = []  # the error says it, and the disk may be full
+    document = {
         "time_s": time.time(),
         "findings": findings,
         "links": bandwidths or [],
-        "ranks": facts,
+        "ranks": reports,
     }
-    channel.send(f"{name} report", json.loads(json.dumps(report, default=asdict)))
-    channel.send(
-        name, {"findings": list(map(asdict, findings)), "writer": able[0][1] if able else None}
-    )
+    channel.send(f"{name} report", json.loads(json.dumps(document, default=asdict)))
+    writer = writers[0][1] if writers else None
+    channel.send(name, {"findings": list(map(asdict, findings)), "writer": writer})
     verdict = channel.recv(name)
     if verdict["writer"] == channel.world.rank:
         with atomic_write(run_dir.preflight) as temporary:
@@ -170,44 +164,44 @@ def publish_verdict(
 
 
 def enforce(channel: StoreChannel, findings: Sequence[Finding]) -> None:
-    """Communicates where training cannot begin: rank 0 is the last to go, because the store goes
-    with it.
+    """Collective where training cannot begin.  Log the findings and end processes accordingly.
+
+    Rank 0 ends last, because the store ends with it.
     """
     unfit = {finding.host for finding in findings if finding.fault == "node"}
-    general = [finding for finding in findings if finding.fault == "run"]
-    file = channel.world.error_file()
-    here = [
-        finding
-        for finding in findings
-        if finding.fault == "node" and finding.host == channel.host and file is not None
-    ]
+    of_run = [finding for finding in findings if finding.fault == "run"]
+    error_file = channel.world.error_file()
+    for_torchrun = []  # torchrun prints these
+    if error_file is not None:
+        for_torchrun = [
+            finding
+            for finding in findings
+            if finding.fault == "node" and finding.host == channel.host
+        ]
     for finding in findings:
-        if channel.world.rank == 0 and finding.fault != "run" and finding not in here:
-            log.warning(
-                "preflight: %s%s",
-                finding,
-                "; this node is unfit" if finding.fault == "node" else "",
-            )
-    if unfit or general:
-        channel.gather("gone", True)
-    if general:
-        may_pass = all(finding.check == "disk" for finding in general)
-        raise PreflightError("\n".join(map(str, general)), status=1 if may_pass else BAD_INPUT)
-    if file is not None and here:  # torchrun says it
-        record_error(
-            "\n".join(f"preflight: {finding}; this node is unfit" for finding in here), file
-        )
+        if channel.world.rank == 0 and finding.fault != "run" and finding not in for_torchrun:
+            consequence = "; this node is unfit" if finding.fault == "node" else ""
+            log.warning("preflight: %s%s", finding, consequence)
+    if unfit or of_run:
+        channel.gather("ended", True)
+    if of_run:
+        retry = all(finding.check == "disk" for finding in of_run)
+        raise PreflightError("\n".join(map(str, of_run)), status=1 if retry else BAD_INPUT)
+    if error_file is not None and for_torchrun:
+        lines = [f"preflight: {finding}; this node is unfit" for finding in for_torchrun]
+        record_error("\n".join(lines), error_file)
     if unfit:
         dist.exit(UNFIT if channel.host in unfit else 0)
 
 
-def summary(facts: Sequence[NodeReport]) -> str:
-    """Of nodes that are fit, in a line."""
-    first, clocks = facts[0], [found.clock_s for found in facts]
-    free = min(found.free_gib for found in facts if found.free_gib is not None)
+def summary(reports: Sequence[NodeReport]) -> str:
+    """One line about nodes that are fit."""
+    first = reports[0]
+    clocks_s = [report.clock_s for report in reports]
+    free_gib = min(report.free_gib for report in reports if report.free_gib is not None)
     return (
-        f"{len(facts)} ranks on {len(by_host(facts))} nodes, {first.device or 'cpu'}, code "
-        f"{first.code[:12]}, "
-        f"torch {first.versions['torch']}, {free:.1f} GiB free ({first.required_gib:.2f} wanted), "
-        f"clocks within {max(clocks) - min(clocks):.3f} s (± {first.clock_accuracy_s:.3f})"
+        f"{len(reports)} ranks on {len(by_host(reports))} nodes, {first.device or 'cpu'}, code "
+        f"{first.code[:12]}, torch {first.versions['torch']}, {free_gib:.1f} GiB free "
+        f"({first.required_gib:.2f} wanted), clocks within {max(clocks_s) - min(clocks_s):.3f} s "
+        f"(± {first.clock_accuracy_s:.3f})"
     )

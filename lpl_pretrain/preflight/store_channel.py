@@ -1,5 +1,6 @@
-"""Ranks that talk through a store, before there is a group or beside it: rank 0 hears all, and all
-hear rank 0.
+"""Messages between ranks through a torch.distributed Store, before there is a process group.
+
+Rank 0 receives from all ranks, and all ranks receive from rank 0.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ TIMEOUT = timedelta(minutes=5)
 
 
 class StoreChannel:
-    """What is said is JSON, under a name that is used once."""
+    """Messages are JSON, each under a name that is used once."""
 
     def __init__(self, store: Store, world: World, host: str) -> None:
-        """`host`: how this rank's node is called when the rank falls silent."""
-        self.store, self.world, self.host = PrefixStore("preflight", store), world, host
+        """`host`: name of this rank's node, for the error of other ranks when it is silent."""
+        self.store = PrefixStore("preflight", store)
+        self.world = world
+        self.host = host
         self._set(f"host/{world.rank}", host)
 
-    def gather(self, name: str, mine: Any) -> list[Any]:
-        """Communicates: on rank 0 what all ranks say, elsewhere nothing.  Raises PreflightError
-        that names silent ones.
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Collective.  Every rank's value on rank 0, an empty list on the others.
+
+        Raises PreflightError that names the ranks from which nothing came.
         """
-        self._set(f"{name}/{self.world.rank}", mine)
+        self._set(f"{name}/{self.world.rank}", value)
         if self.world.rank:
             return []
         keys = [f"{name}/{rank}" for rank in range(self.world.world_size)]
@@ -36,29 +40,27 @@ class StoreChannel:
             self.store.wait(keys, TIMEOUT)
         except DistStoreError:
             silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            hosts = {
-                self._get(f"host/{rank}")
-                if self.store.check([f"host/{rank}"])
-                else "an unknown node"
-                for rank in silent
-            }
+            hosts = sorted({self._host_of(rank) for rank in silent})
             raise PreflightError(
-                f"preflight: nothing heard for {TIMEOUT} from ranks {silent} on "
-                f"{', '.join(sorted(hosts))}: "
-                "do they see the data and the run's folder?",
+                f"preflight: nothing received for {TIMEOUT} from ranks {silent} on "
+                f"{', '.join(hosts)}: do they see the data and the run's folder?",
                 status=1,
             ) from None
         return [self._get(key) for key in keys]
 
     def send(self, name: str, value: Any) -> None:
-        """Rank 0's word, for whoever asks `told`; of other ranks nothing is heard."""
+        """Send rank 0's value to every rank that calls `recv`; does nothing on other ranks."""
         if self.world.rank == 0:
             self._set(name, value)
 
     def recv(self, name: str) -> Any:
-        """Communicates: waits for rank 0's word."""
+        """Collective.  Wait for the value that rank 0 sends under this name."""
         self.store.wait([name], 2 * TIMEOUT)
         return self._get(name)
+
+    def _host_of(self, rank: int) -> str:
+        key = f"host/{rank}"
+        return self._get(key) if self.store.check([key]) else "an unknown node"
 
     def _set(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))

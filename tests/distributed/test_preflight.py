@@ -1,6 +1,4 @@
-"""Four ranks on two made-up nodes begin together or not at all: what one of them finds is known to
-all.
-"""
+"""Preflight with four ranks on two simulated nodes: all begin training, or none does."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
 
-TROUBLE = {
+DEFECTS = {
     "none": (set(), {}),
     "data": ({2, 3}, {"shard_problem": "gone"}),
     "device": ({0}, {"device_problem": "1 wrong number"}),
@@ -34,17 +32,17 @@ TROUBLE = {
 }
 
 
-class Left(BaseException):
-    """In the place of the end of the process."""
+class ProcessEnded(BaseException):
+    """Raised instead of ending the process."""
 
 
 def leave(status):
-    raise Left(status)
+    raise ProcessEnded(status)
 
 
-def began(world, device, folder, latents, name):
-    """`began`, the exit status, or the error's name and status."""
-    ranks, changes = TROUBLE[name]
+def result_of_preflight(world, device, folder, latents, name):
+    """`began`, the exit status, or the error's status and check."""
+    ranks, changes = DEFECTS[name]
     config, run_dir = (
         train_config(**({"preflight": None} if name == "off" else {})),
         RunDir(folder / name),
@@ -52,11 +50,11 @@ def began(world, device, folder, latents, name):
     store = torch.distributed.FileStore(str(folder / f"{name} store"), world.world_size)
     preflight.dist = SimpleNamespace(meet=lambda world: store, leave=leave)
 
-    def changed(*arguments):
-        found = replace(inspect_node(*arguments), host="ab"[world.rank // 2])
-        return replace(found, **changes) if world.rank in ranks else found
+    def inspect_with_defect(*arguments):
+        report = replace(inspect_node(*arguments), host="ab"[world.rank // 2])
+        return replace(report, **changes) if world.rank in ranks else report
 
-    preflight.inspect_node = changed
+    preflight.inspect_node = inspect_with_defect
     try:
         if "refus" in name and world.rank in ranks:
             preflight.report_refusal(config, run_dir, world, ConfigError("no"))
@@ -65,22 +63,22 @@ def began(world, device, folder, latents, name):
             config, run_dir, world, read_data(latents), lambda store=None: device
         )
         return "began"
-    except Left as left:
-        return left.args[0]
+    except ProcessEnded as ended:
+        return ended.args[0]
     except PreflightError as error:
         return f"{error.status}: {str(error).split(':')[1].strip()}"
 
 
-def all_of_them(world, device, folder, latents):
-    return {name: began(world, device, folder, latents, name) for name in TROUBLE}
+def all_cases(world, device, folder, latents):
+    return {name: result_of_preflight(world, device, folder, latents, name) for name in DEFECTS}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preflight")
     latents, _ = tiny_dataset(folder, 8)
-    results = run_ranks(4, all_of_them, folder, latents)
-    return folder, {name: [result[name] for result in results] for name in TROUBLE}
+    by_rank = run_ranks(4, all_cases, folder, latents)
+    return folder, {name: [result[name] for result in by_rank] for name in DEFECTS}
 
 
 @pytest.mark.parametrize(
@@ -98,18 +96,16 @@ def found(tmp_path_factory):
         ("off", ["began"] * 4),
     ],
 )
-def test_all_ranks_come_to_one_end(found, name, wanted):
-    """Those of an unfit node with a status of its own; the last case is what happens without a
-    preflight.
-    """
-    assert found[1][name] == wanted
-    assert RunDir(found[0] / name).preflight.exists() == (name == "none" or 75 in wanted), (
-        "no word on a disk that is full"
+def test_all_ranks_end_alike(results, name, wanted):
+    """Ranks of an unfit node exit with UNFIT; the last case is without a preflight."""
+    assert results[1][name] == wanted
+    assert RunDir(results[0] / name).preflight.exists() == (name == "none" or 75 in wanted), (
+        "nothing is written to a full disk"
     )
 
 
-def test_the_report_says_who_and_how_fast(found):
-    folder, _ = found
+def test_preflight_json_lists_ranks_and_bandwidths(results):
+    folder, _ = results
     report = json.loads(RunDir(folder / "none").preflight.read_text())
     assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [
         (0, "a"),
@@ -126,13 +122,13 @@ def test_the_report_says_who_and_how_fast(found):
         and report["findings"] == []
     )
     assert all(abs(rank["clock_s"]) <= rank["clock_accuracy_s"] for rank in report["ranks"]), (
-        "one machine, one clock"
+        "one machine has one clock"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "host", "check"), [("data", "b", "data"), ("rank 0 cannot write", "a", "run folder")]
 )
-def test_a_node_is_named_though_it_cannot_write(found, name, host, check):
-    (finding,) = json.loads(RunDir(found[0] / name).preflight.read_text())["findings"]
+def test_node_that_cannot_write_is_in_preflight_json(results, name, host, check):
+    (finding,) = json.loads(RunDir(results[0] / name).preflight.read_text())["findings"]
     assert (finding["host"], finding["check"], finding["fault"]) == (host, check, "node")

@@ -1,6 +1,4 @@
-"""Which node is at fault, check by check, without a process group: six ranks on three nodes, and
-what is changed on some.
-"""
+"""Diagnosis of each check without a process group: six ranks on three nodes, some with a defect."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from lpl_pretrain.preflight.diagnose import NodeBandwidth, diagnose, diagnose_ba
 from lpl_pretrain.preflight.node_report import NodeReport
 
 NODES = ("a", "a", "b", "b", "c", "c")
-FACTS = [
+REPORTS = [
     NodeReport(
         rank=rank,
         host=host,
@@ -27,7 +25,7 @@ FACTS = [
     )
     for rank, host in enumerate(NODES)
 ]
-TROUBLES = {
+DEFECTS = {
     "input": {"refusal": "DataError: no index"},
     "code": {"code": "f" * 64},
     "versions": {"versions": {"torch": "2.8"}},
@@ -42,69 +40,71 @@ TROUBLES = {
 }
 
 
-def changed(ranks, **changes):
-    return [replace(found, **changes) if found.rank in ranks else found for found in FACTS]
+def with_defect(ranks, **changes):
+    return [replace(report, **changes) if report.rank in ranks else report for report in REPORTS]
 
 
-def found_in(facts, **config):
+def findings_of(reports, **config):
     return [
         (finding.check, finding.host, finding.fault)
-        for finding in diagnose(facts, PreflightConfig(**config))
+        for finding in diagnose(reports, PreflightConfig(**config))
     ]
 
 
-def test_nodes_that_are_alike_are_fit():
+def test_equal_nodes_are_fit():
     assert (
-        found_in(FACTS) == []
-        and found_in(FACTS[:1]) == []
+        findings_of(REPORTS) == []
+        and findings_of(REPORTS[:1]) == []
         and diagnose([], PreflightConfig()) == []
     )
 
 
-@pytest.mark.parametrize("check", TROUBLES)
-def test_a_node_at_fault_is_named(check):
+@pytest.mark.parametrize("check", DEFECTS)
+def test_defective_node_is_at_fault(check):
     fault = "none" if check == "clock" else "node"
-    assert found_in(changed({2, 3}, **TROUBLES[check])) == [(check, "b", fault)]
+    assert findings_of(with_defect({2, 3}, **DEFECTS[check])) == [(check, "b", fault)]
 
 
 @pytest.mark.parametrize("check", ["input", "run folder", "disk", "devices"])
-def test_what_no_node_can_do_is_the_runs_fault(check):
-    assert found_in(changed(range(6), **TROUBLES[check])) == [
+def test_defect_of_all_nodes_is_the_fault_of_the_run(check):
+    assert findings_of(with_defect(range(6), **DEFECTS[check])) == [
         (check, host, "run") for host in "abc"
     ]
 
 
-def test_two_nodes_are_enough_where_one_has_no_accelerators():
-    """Or one that does not answer: nothing is said about its name then."""
-    for check, trouble in (("devices", {}), ("arithmetic", {"device_problem": "RuntimeError"})):
+def test_one_of_two_nodes_without_devices_is_at_fault():
+    """The same for a device that does not answer, and so has no name that could differ."""
+    for check, defect in (("devices", {}), ("arithmetic", {"device_problem": "RuntimeError"})):
         two = [
-            found
-            for found in changed({2, 3}, device=None, memory_gib=None, **trouble)
-            if found.host != "c"
+            report
+            for report in with_defect({2, 3}, device=None, memory_gib=None, **defect)
+            if report.host != "c"
         ]
-        assert found_in(two) == [(check, "b", "node")]
-    assert found_in(changed(range(6), device=None, memory_gib=None)) == [], "on CPUs there are none"
+        assert findings_of(two) == [(check, "b", "node")]
+    assert findings_of(with_defect(range(6), device=None, memory_gib=None)) == [], (
+        "on CPUs there are none"
+    )
 
 
 @pytest.mark.parametrize("check", ["code", "versions", "device", "memory", "clock"])
-def test_nothing_is_odd_where_all_have_it(check):
-    assert found_in(changed(range(6), **TROUBLES[check])) == []
+def test_property_that_all_nodes_share_is_no_difference(check):
+    assert findings_of(with_defect(range(6), **DEFECTS[check])) == []
 
 
-def test_a_broken_device_is_its_nodes_fault_even_on_all():
-    assert found_in(changed(range(6), device_problem="nan")) == [
+def test_broken_device_is_the_fault_of_its_node_even_on_all():
+    assert findings_of(with_defect(range(6), device_problem="nan")) == [
         ("arithmetic", host, "node") for host in "abc"
     ]
 
 
 @pytest.mark.parametrize("check", ["code", "versions", "device"])
-def test_of_two_nodes_that_differ_neither_is_at_fault(check):
-    two = [found for found in changed({2, 3}, **TROUBLES[check]) if found.host != "c"]
-    assert found_in(two) == [(check, "a", "run"), (check, "b", "run")]
+def test_difference_between_two_nodes_is_the_fault_of_the_run(check):
+    two = [report for report in with_defect({2, 3}, **DEFECTS[check]) if report.host != "c"]
+    assert findings_of(two) == [(check, "a", "run"), (check, "b", "run")]
 
 
-def test_one_rank_makes_its_node_unfit():
-    (finding,) = diagnose(changed({5}, device_problem="3 wrong numbers"), PreflightConfig())
+def test_one_defective_rank_makes_its_node_unfit():
+    (finding,) = diagnose(with_defect({5}, device_problem="3 wrong numbers"), PreflightConfig())
     assert (finding.host, finding.ranks) == ("c", [5])
     assert (
         str(finding)
@@ -113,34 +113,32 @@ def test_one_rank_makes_its_node_unfit():
     )
 
 
-def test_a_shard_that_nobody_can_read_is_no_nodes_fault():
-    """The second process of every node reads `s1`; where one of them can, the others' nodes are at
-    fault.
-    """
-    assert found_in(changed({1, 3, 5}, shard_problem="gone")) == [
+def test_shard_that_no_rank_can_read_is_no_fault_of_a_node():
+    """Every second rank reads `s1`: where one of them can, the nodes of the others are at fault."""
+    assert findings_of(with_defect({1, 3, 5}, shard_problem="gone")) == [
         ("data", host, "none") for host in "abc"
     ]
-    assert found_in(changed({1, 5}, shard_problem="gone")) == [
+    assert findings_of(with_defect({1, 5}, shard_problem="gone")) == [
         ("data", "a", "node"),
         ("data", "c", "node"),
     ]
 
 
-def test_a_clock_is_wrong_against_the_median_not_against_rank_0():
-    """Ranks 0 and 1 are those whose clock is late: the others seem early."""
-    wrong = changed({2, 3, 4, 5}, clock_s=60.0)
-    assert found_in(wrong) == [("clock", "a", "none")] and found_in(wrong, strict=True) == [
+def test_clock_is_compared_with_the_median_not_with_rank_0():
+    """The clock of ranks 0 and 1 is late, so all other clocks are early relative to rank 0."""
+    wrong = with_defect({2, 3, 4, 5}, clock_s=60.0)
+    assert findings_of(wrong) == [("clock", "a", "none")] and findings_of(wrong, strict=True) == [
         ("clock", "a", "node")
     ]
-    assert found_in(changed({2, 3}, clock_s=5.5, clock_accuracy_s=1.0)) == [], (
+    assert findings_of(with_defect({2, 3}, clock_s=5.5, clock_accuracy_s=1.0)) == [], (
         "as accurate as the comparison was"
     )
-    assert found_in(wrong, max_clock_skew_s=100.0) == []
+    assert findings_of(wrong, max_clock_skew_s=100.0) == []
 
 
-def test_room_that_is_asked_for_goes_before_what_is_derived():
-    assert found_in(FACTS, min_free_gib=200.0) == [("disk", host, "run") for host in "abc"]
-    assert found_in(changed({2, 3}, free_gib=3.0), min_free_gib=0.0) == []
+def test_min_free_gib_replaces_the_size_of_the_checkpoints():
+    assert findings_of(REPORTS, min_free_gib=200.0) == [("disk", host, "run") for host in "abc"]
+    assert findings_of(with_defect({2, 3}, free_gib=3.0), min_free_gib=0.0) == []
 
 
 def bandwidths(**speeds):
@@ -166,19 +164,19 @@ def bandwidths(**speeds):
         ),
     ],
 )
-def test_slow_nodes(speeds, config, slow):
-    """All of them slow: no node's fault, and no reason to stop."""
+def test_slow_nodes_are_found(speeds, config, slow):
+    """The last case: where all nodes are slow, none is at fault and training begins."""
     assert [
-        (found.host, found.fault)
-        for found in diagnose_bandwidth(bandwidths(**speeds), PreflightConfig(**config))
+        (finding.host, finding.fault)
+        for finding in diagnose_bandwidth(bandwidths(**speeds), PreflightConfig(**config))
     ] == slow
     assert diagnose_bandwidth([], PreflightConfig(**config)) == []
 
 
-def test_has_teeth():
-    """What the tests above rest on: facts of other nodes count, and every trouble is one."""
-    for check, trouble in TROUBLES.items():
-        alone = [found for found in changed({2, 3}, **trouble) if found.host == "b"]
-        assert ("node" in {fault for _, _, fault in found_in(alone)}) == (check == "arithmetic"), (
-            check
-        )
+def test_defects_are_found_by_comparison():
+    """A defective node by itself has nothing to differ from; only its broken device is found."""
+    for check, defect in DEFECTS.items():
+        alone = [report for report in with_defect({2, 3}, **defect) if report.host == "b"]
+        assert ("node" in {fault for _, _, fault in findings_of(alone)}) == (
+            check == "arithmetic"
+        ), check

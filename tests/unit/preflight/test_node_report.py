@@ -1,4 +1,4 @@
-"""What a rank finds out about its node, and that it does so without raising."""
+"""Reports of a rank about its node; defects are reported, not raised."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def data(tmp_path_factory):
     return latents
 
 
-def test_nothing_is_wrong_here(data, tmp_path):
-    found = inspect_node(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
-    troubles = (
-        found.refusal,
-        found.run_dir_problem,
-        found.shard_problem,
-        found.no_device,
-        found.device_problem,
+def test_report_of_a_fit_node(data, tmp_path):
+    report = inspect_node(train_config(), RunDir(tmp_path / "run"), World(), read_data(data))
+    problems = (
+        report.refusal,
+        report.run_dir_problem,
+        report.shard_problem,
+        report.no_device,
+        report.device_problem,
     )
     assert (
-        troubles == (None,) * 5
-        and found.free_gib > found.required_gib > 0
-        and found.shard.startswith(data)
+        problems == (None,) * 5
+        and report.free_gib > report.required_gib > 0
+        and report.shard.startswith(data)
     )
-    assert not list(tmp_path.iterdir()), "the probe is gone, and made no folder"
+    assert not list(tmp_path.iterdir()), "the probe file is removed, and no folder is created"
 
 
-def test_a_shard_that_is_gone_empty_or_no_file(data, tmp_path):
+def test_missing_or_truncated_shard_is_reported(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "latents")
     (shard,) = folder.glob("*.tar")
     found = read_data(str(folder))
@@ -63,14 +63,14 @@ def test_a_shard_that_is_gone_empty_or_no_file(data, tmp_path):
     )
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_run_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").touch()
-    free, trouble = probe_folder(RunDir(tmp_path / "file"))
-    assert free is None and "NotADirectoryError" in trouble
+    free, problem = probe_folder(RunDir(tmp_path / "file"))
+    assert free is None and "NotADirectoryError" in problem
 
 
-def test_a_full_disk_is_no_trouble_of_the_folder(tmp_path, monkeypatch):
-    """It is room that is wanting, which may come back."""
+def test_full_disk_is_reported_as_no_free_space(tmp_path, monkeypatch):
+    """The folder has no problem: space may become free."""
 
     def full(**options):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -79,24 +79,22 @@ def test_a_full_disk_is_no_trouble_of_the_folder(tmp_path, monkeypatch):
     assert probe_folder(RunDir(tmp_path)) == (0.0, None)
 
 
-def test_a_device_that_multiplies_wrongly(monkeypatch):
+def test_device_that_multiplies_wrongly_is_reported(monkeypatch):
     assert wrong_product(torch.device("cpu")) is None
     right = torch.Tensor.__matmul__
     monkeypatch.setattr(
         torch.Tensor,
         "__matmul__",
-        lambda a, b: right(a, b) + (a.is_floating_point() and torch.eye(node_report.SIDE)),
+        lambda a, b: right(a, b) + (a.is_floating_point() and torch.eye(node_report.MATRIX_SIZE)),
     )
     assert (
         wrong_product(torch.device("cpu"))
-        == f"{node_report.SIDE} wrong numbers in a product of matrices"
+        == f"{node_report.MATRIX_SIZE} wrong numbers in a product of matrices"
     )
 
 
-def test_room_for_checkpoints_is_what_they_take(tmp_path):
-    """The support's checkpoints hold parameters and their average; the optimizer's two moments are
-    as large.
-    """
+def test_required_space_is_the_size_of_the_checkpoints_to_come(tmp_path):
+    """The test run's checkpoints hold parameters and their average; AdamW's state is as large."""
     made = make_run(tmp_path, "flow", "rectified_flow")
     config, data = (
         train_config(steps=600, checkpoint__keep_last=1),
@@ -108,9 +106,7 @@ def test_room_for_checkpoints_is_what_they_take(tmp_path):
         / 2**30
     )
     wanted = required_checkpoint_gib(config, made.run_dir, data)
-    assert 0.8 * size < wanted < size, (
-        "two are there, and one is written before the oldest is removed"
-    )
+    assert 0.8 * size < wanted < size, "two exist, and one is written before the oldest is removed"
     assert required_checkpoint_gib(config, RunDir(tmp_path / "new"), data) == pytest.approx(
         2 * wanted
     )

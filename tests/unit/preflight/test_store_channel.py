@@ -1,4 +1,4 @@
-"""Who says nothing is named."""
+"""Messages between ranks through a store."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_silent_ranks_are_named_with_their_nodes(monkeypatch):
     monkeypatch.setattr(store_channel, "TIMEOUT", timedelta(seconds=0.2))
     store = HashStore()
     ranks = [StoreChannel(store, World(rank, 0, 4), f"node{rank}") for rank in range(3)]
-    assert ranks[1].gather("facts", 1) == []
+    assert ranks[1].gather("reports", 1) == []
     with pytest.raises(
         PreflightError, match=r"from ranks \[2, 3\] on an unknown node, node2: "
     ) as raised:
-        ranks[0].gather("facts", 0)
-    assert raised.value.status == 1, "it may be over when the job is tried again"
+        ranks[0].gather("reports", 0)
+    assert raised.value.status == 1, "a retry of the job may succeed"
     ranks[2].gather("more", 2)
     ranks[1].gather("more", 1)
     StoreChannel(store, World(3, 0, 4), "node3").gather("more", {"x": None})
