@@ -36,7 +36,7 @@ class ProcessEnded(BaseException):
     """Raised instead of ending the process."""
 
 
-def leave(status):
+def end_process(status):
     raise ProcessEnded(status)
 
 
@@ -48,7 +48,7 @@ def result_of_preflight(world, device, folder, latents, name):
         RunDir(folder / name),
     )
     store = torch.distributed.FileStore(str(folder / f"{name} store"), world.world_size)
-    preflight.dist = SimpleNamespace(meet=lambda world: store, leave=leave)
+    preflight.dist = SimpleNamespace(rendezvous_store=lambda world: store, exit=end_process)
 
     def inspect_with_defect(*arguments):
         report = replace(inspect_node(*arguments), host="ab"[world.rank // 2])
