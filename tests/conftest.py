@@ -1,6 +1,4 @@
-"""The suite proves everything on the CPU, also on a machine with GPUs: there they are hidden,
-unless tests/gpu is what runs.
-"""
+"""Settings of the whole suite: GPUs are hidden except for tests/gpu; order of tests for xdist."""
 
 import os
 from typing import Any
@@ -10,35 +8,32 @@ import pytest
 if not os.environ.get("LPL_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-FIRST = ("slurm", "chaos")
-"""Folders that take longest and wait most: the tests of each stay on one worker, and start first.
-"""
+LONGEST_FOLDERS = ("slurm", "chaos")
+"""Folders that start first; all tests of one of them run on one worker and share a cluster."""
 
 
-def folder_or_file(node_id: str) -> str:
-    """Tests of one such unit run on one worker: a file's share fixtures, all of SLURM's one
-    cluster.
-    """
+def worker_unit(node_id: str) -> str:
+    """File, or folder of LONGEST_FOLDERS, whose tests must run together on one xdist worker."""
     file = node_id.partition("::")[0]
-    folder = next((part for part in file.split("/") if part in FIRST), None)
+    folder = next((part for part in file.split("/") if part in LONGEST_FOLDERS), None)
     return folder or file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        unit = folder_or_file(item.nodeid)
-        return FIRST.index(unit) if unit in FIRST else len(FIRST)
+    def position(item: pytest.Item) -> int:
+        unit = worker_unit(item.nodeid)
+        return LONGEST_FOLDERS.index(unit) if unit in LONGEST_FOLDERS else len(LONGEST_FOLDERS)
 
-    items.sort(key=place)
+    items.sort(key=position)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For --dist loadscope."""
+    """Distribute tests over xdist workers by `worker_unit` (with --dist loadscope)."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class LoadUnits(LoadScopeScheduling):
+    class UnitScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return folder_or_file(nodeid)
+            return worker_unit(nodeid)
 
-    return LoadUnits(config, log)
+    return UnitScheduling(config, log)

@@ -1,5 +1,6 @@
-"""The commands with a recovery that is broken on purpose, for the campaign to find: python -m
-tests.chaos.broken ...
+"""`lpl-pretrain` with writes that are not atomic, for the campaign to detect.
+
+python -m tests.chaos.broken ...
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lpl_pretrain.runtime import atomic
 
 @contextmanager
 def written_in_place(path: Path) -> Iterator[Path]:
-    """As `atomic_write`, but a file that exists may be half of one."""
+    """Replacement for `atomic_write` that may leave a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path
 
@@ -24,7 +25,7 @@ from lpl_pretrain.encoding import writer  # noqa: E402
 
 
 def created_in_place(path: Path, pieces: list[bytes]) -> bool:
-    """As `publish_new`, but a file that exists may be half of one."""
+    """Replacement for `publish_new` that may leave a partial file."""
     path.write_bytes(b"".join(pieces))
     return True
 

@@ -1,6 +1,4 @@
-"""The campaign of tools/chaos.py in a few minutes: a fixed seed, every series that needs no
-scheduler; and what it must find.
-"""
+"""A short campaign of tools/chaos.py with a fixed seed: all series but the one on SLURM."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ FAULTS = {
     "train_zero3": 10,
     "evaluate": 12,
 }
-"""By series, at least."""
+"""Smallest number of faults in each series."""
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +28,18 @@ def campaign(tmp_path_factory) -> Campaign:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_whatever_happens_a_job_ends_like_one_left_alone(campaign: Campaign, name: str) -> None:
+def test_a_disturbed_job_ends_like_an_undisturbed_one(campaign: Campaign, name: str) -> None:
     tally = campaign.run(name, lambda tally: tally.faults.total() >= FAULTS[name])
     assert not tally.violations, "\n".join(map(str, tally.violations))
     assert tally.faults.total() >= FAULTS[name] and tally.recovered == tally.iterations > 0
 
 
 EMPTY = FileFault("SIGKILL", 0, "write", "kill", 1, "index.json")
-"""Killed when index.json has been created, and nothing is written to it yet."""
+"""SIGKILL at the first write to index.json, when the file exists and is empty."""
 
 
-def test_has_teeth(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recovery that is broken on purpose is found: files written in place are believed when they
-    are not whole.
-    """
+def test_has_teeth_writes_in_place(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The campaign reports writes that are not atomic (tests/chaos/broken.py)."""
     plans = iter([[EMPTY]])
     monkeypatch.setattr("tools.faults.campaign.draw", lambda *args, **kwargs: next(plans, []))
     tally = campaign.running("tests.chaos.broken").run("encode", lambda tally: False, only=1000)
@@ -79,7 +75,7 @@ def ended(status: int, text: str, action: str = "28") -> Ending:
     ids=[
         "clear",
         "survived",
-        "nothing said",
+        "no error",
         "traceback",
         "no path",
         "another reason",

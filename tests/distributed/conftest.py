@@ -1,6 +1,4 @@
-"""Imports once, before any fork, what DeepSpeed would import anew in every rank: 14 s a launch
-without this, 0.4 s with it.
-"""
+"""Imports before the fork what DeepSpeed would import in every rank: 0.4 s a launch, not 14 s."""
 
 import os
 

@@ -1,6 +1,4 @@
-"""Training goes on while a checkpoint is written: it holds the state of the moment it was asked
-for, and errors reach all ranks.
-"""
+"""Asynchronous checkpoints: they hold the state at the call of save; errors reach all ranks."""
 
 from __future__ import annotations
 
@@ -36,8 +34,9 @@ def slow(function, seconds=0.3):
 
 
 def saves_while_training(world, device, case, folder, forgets_to_copy):
-    """(state when the save was asked for, state restored from it, steps made in the meantime, ever
-    busy without blocking).
+    """Train while a slow save runs.
+
+    Returns (state at the call of save, restored state, steps made meanwhile, seconds of save).
     """
     run, keeper = Training(world, device, case).train(2), manager(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -59,7 +58,7 @@ def saves_while_training(world, device, case, folder, forgets_to_copy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_the_checkpoint_is_of_the_moment_it_was_asked_for(strategy, tmp_path):
+def test_the_checkpoint_holds_the_state_at_the_call(strategy, tmp_path):
     results = run_ranks(2, saves_while_training, replace(CASE, strategy=strategy), tmp_path, False)
     wanted, restored, steps, stall = zip(*results, strict=True)
     assert_identical(join_ranks(restored), join_ranks(wanted))
@@ -76,8 +75,8 @@ def test_has_teeth_without_a_copy(tmp_path):
         assert_identical(join_ranks(restored), join_ranks(wanted))
 
 
-def saves_in_a_row(world, device, folder):
-    """Two saves one after the other: the second waits for the first, and the end for both."""
+def saves_twice(world, device, folder):
+    """Save twice in a row; complete checkpoints after the second call, at the end, all folders."""
     run, keeper = (
         Training(world, device, replace(CASE, strategy="ddp")),
         manager(folder, keep_last=1),
@@ -96,14 +95,15 @@ def saves_in_a_row(world, device, folder):
     )
 
 
-def test_a_save_waits_for_the_one_before(tmp_path):
-    for first, last, names in run_ranks(2, saves_in_a_row, tmp_path):
+def test_a_save_waits_for_the_previous_one(tmp_path):
+    for first, last, names in run_ranks(2, saves_twice, tmp_path):
         assert (first, last, names) == ([1], [2], ["step_00000002"])
 
 
 def fails_on_a_thread(world, device, folder):
-    """Rank 1 cannot write; then rank 0 cannot publish: both are told on the main thread, and the
-    next save works.
+    """Fail in rank 1's write, then in rank 0's publication; the third save works.
+
+    Returns (error messages that the main thread raised, complete checkpoints).
     """
     run, keeper, messages = (
         Training(world, device, replace(CASE, strategy="fsdp2")),
@@ -127,7 +127,7 @@ def _no_space(*args):
     raise OSError(28, "No space left on device")
 
 
-def test_what_goes_wrong_on_a_thread_is_raised_on_all_ranks(tmp_path):
+def test_an_error_on_a_thread_is_raised_on_all_ranks(tmp_path):
     results = run_ranks(2, fails_on_a_thread, tmp_path)
     assert results[0] == results[1]
     messages, complete = results[0]

@@ -1,6 +1,4 @@
-"""One checkpoint format: a run saved by any strategy goes on under any other, at any world size,
-and bit for bit under its own.
-"""
+"""Checkpoints move between strategies and world sizes; the same layout resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -31,14 +29,14 @@ CASE = Case(optimizer="adamw", precision="fp32", lr=0.01, grad_accum_steps=2, ma
 
 
 def manager(folder: str | Path, **options) -> CheckpointManager:
-    """Saves are published when `save` returns, unless a test asks for more."""
+    """Checkpoint manager with synchronous saves, unless `options` change that."""
     return CheckpointManager(
         RunDir(Path(folder)), CheckpointConfig(**{"asynchronous": False, **options})
     )
 
 
-def save_and_go_on(world, device, case, folder):
-    """(state at the checkpoint, state some steps later)."""
+def save_and_continue(world, device, case, folder):
+    """Train, save and train on: (state at the checkpoint, state MORE steps later)."""
     run = Training(world, device, case).train(SAVED)
     manager(folder).save(
         SAVED, run.strategy, run.ema, {"step": SAVED, "who": "trainer"}, samples_seen=SAVED * 16
@@ -47,7 +45,7 @@ def save_and_go_on(world, device, case, folder):
 
 
 def resume(world, device, case, folder):
-    """As above, from the checkpoint, in a run that began with other weights."""
+    """Restore into a run with other weights, train on: (restored state, state MORE steps later)."""
     run = Training(world, device, case, seed=100)
     state = manager(folder).restore_latest(run.strategy, run.ema)
     assert state == {"step": SAVED, "who": "trainer"}
@@ -56,11 +54,11 @@ def resume(world, device, case, folder):
     return restored, run.train(MORE).result()
 
 
-def both(world, device, case, folder):
-    return [*save_and_go_on(world, device, case, folder), *resume(world, device, case, folder)]
+def save_and_resume(world, device, case, folder):
+    return [*save_and_continue(world, device, case, folder), *resume(world, device, case, folder)]
 
 
-def columns(results):
+def join_columns(results):
     return map(join_ranks, zip(*results, strict=True))
 
 
@@ -69,35 +67,39 @@ def columns(results):
     "strategy", [*STRATEGIES, "zero0", "zero2_offload", "zero3_offload", "zero3_shipped"]
 )
 def test_same_layout_resumes_bit_for_bit(strategy, precision, tmp_path):
-    """Parameters, moments, EMA; under bf16 the float32 masters, from which the working copies are
-    made anew.
-    """
-    saved, went_on, restored, resumed = columns(
-        run_ranks(2, both, replace(CASE, strategy=strategy, precision=precision), tmp_path)
+    """Parameters, moments and EMA; under bf16 the float32 master weights."""
+    saved, continued, restored, resumed = join_columns(
+        run_ranks(
+            2, save_and_resume, replace(CASE, strategy=strategy, precision=precision), tmp_path
+        )
     )
     assert {"param", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq"} < saved.keys()
     assert_identical(restored, saved)
-    assert_identical(resumed, went_on)
+    assert_identical(resumed, continued)
     with pytest.raises(AssertionError):
         assert_identical(resumed, saved)
 
 
 def test_float64_and_plain_sgd_resume_bit_for_bit(tmp_path):
     case = replace(CASE, strategy="fsdp2", precision="fp64", optimizer="sgd")
-    saved, went_on, restored, resumed = columns(run_ranks(2, both, case, tmp_path))
+    saved, continued, restored, resumed = join_columns(
+        run_ranks(2, save_and_resume, case, tmp_path)
+    )
     assert saved["param"]["head.weight"].dtype == torch.float64
     assert_identical(restored, saved)
-    assert_identical(resumed, went_on)
+    assert_identical(resumed, continued)
 
 
 def test_muon_resumes_bit_for_bit_and_moves(tmp_path):
-    """Two kinds of moments: each parameter has one of them."""
+    """Each parameter has either Muon's momentum or AdamW's moments."""
     case = replace(CASE, strategy="fsdp2", optimizer="muon")
-    saved, went_on, restored, resumed = columns(run_ranks(2, both, case, tmp_path))
+    saved, continued, restored, resumed = join_columns(
+        run_ranks(2, save_and_resume, case, tmp_path)
+    )
     assert saved["optimizer.momentum_buffer"].keys().isdisjoint(saved["optimizer.exp_avg"])
     assert_identical(restored, saved)
-    assert_identical(resumed, went_on)
-    moved, _ = columns(
+    assert_identical(resumed, continued)
+    moved, _ = join_columns(
         run_ranks(3, resume, replace(case, strategy="ddp", grad_accum_steps=1), tmp_path)
     )
     assert_identical(moved, saved)
@@ -121,22 +123,21 @@ MOVES = [
 
 @pytest.mark.parametrize("source, source_size, target, target_size", MOVES)
 def test_moves_to_another_layout(source, source_size, target, target_size, tmp_path):
-    """The state read back is exact, whatever the ranges; what follows differs by the order of
-    float32 sums.
-    """
-    options = (
-        {"grad_accum_steps": 1} if source_size == 3 else {}
-    )  # 8 samples on 3 ranks: not the same batch, only the state counts
-    saved, went_on = columns(
-        run_ranks(source_size, save_and_go_on, replace(CASE, strategy=source, **options), tmp_path)
+    """The restored state is exact; later steps differ by the order of float32 sums."""
+    # 3 ranks do not divide the batch: only the restored state is compared
+    options = {"grad_accum_steps": 1} if source_size == 3 else {}
+    saved, continued = join_columns(
+        run_ranks(
+            source_size, save_and_continue, replace(CASE, strategy=source, **options), tmp_path
+        )
     )
-    restored, resumed = columns(
+    restored, resumed = join_columns(
         run_ranks(target_size, resume, replace(CASE, strategy=target), tmp_path)
     )
     assert_identical(restored, saved)
     if source_size != 3:
         for kind in ("param", "ema"):
-            for name, tensor in went_on[kind].items():
+            for name, tensor in continued[kind].items():
                 torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)
 
 
@@ -155,24 +156,27 @@ def layout(strategy):
 
 @pytest.fixture(scope="module")
 def saved_by_all(tmp_path_factory):
-    """{(strategy, world size): (folder of its checkpoint, state in it, state some steps later)}"""
-    found = {}
+    """Checkpoints of all layouts: {(strategy, world size): (folder, its state, state later)}."""
+    saved = {}
     for strategy, world_size in LAYOUTS:
         folder = tmp_path_factory.mktemp(f"{strategy}_{world_size}")
-        found[strategy, world_size] = (
+        saved[strategy, world_size] = (
             folder,
-            *columns(run_ranks(world_size, save_and_go_on, layout(strategy), folder)),
+            *join_columns(run_ranks(world_size, save_and_continue, layout(strategy), folder)),
         )
-    return found
+    return saved
 
 
-def test_the_average_exported_from_every_layout_is_that_of_one_process(saved_by_all):
+def test_the_ema_exported_from_every_layout_equals_that_of_one_process(saved_by_all):
     wanted = train_one_process(replace(CASE, strategy="local", grad_accum_steps=1), steps=SAVED)[
         "ema"
     ]
     for folder, _, _ in saved_by_all.values():
-        exported, facts = stored(RunDir(folder), "ema", None)
-        assert exported.keys() == wanted.keys() and facts == {"weights": "ema", "step": str(SAVED)}
+        exported, metadata = stored(RunDir(folder), "ema", None)
+        assert exported.keys() == wanted.keys() and metadata == {
+            "weights": "ema",
+            "step": str(SAVED),
+        }
         for name, tensor in wanted.items():
             torch.testing.assert_close(exported[name], tensor, rtol=1e-6, atol=1e-6)
 
@@ -182,36 +186,36 @@ def resume_each(world, device, case, folders):
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), LAYOUTS)
-def test_goes_on_from_the_checkpoint_of_every_layout(saved_by_all, strategy, world_size):
-    """The whole matrix: what is read is exactly what was written; the same layout goes on bit for
-    bit.
-    """
+def test_resumes_from_the_checkpoint_of_every_layout(saved_by_all, strategy, world_size):
+    """The restored state is exact for all pairs of layouts; the same layout resumes bit for bit."""
     folders = [str(folder) for folder, _, _ in saved_by_all.values()]
     by_rank = run_ranks(world_size, resume_each, layout(strategy), folders)
     for source, results in zip(saved_by_all, zip(*by_rank, strict=True), strict=True):
-        _, saved, went_on = saved_by_all[source]
-        restored, resumed = columns(results)
+        _, saved, continued = saved_by_all[source]
+        restored, resumed = join_columns(results)
         assert_identical(restored, saved)
         if source == (strategy, world_size):
-            assert_identical(resumed, went_on)
-        losses = went_on["losses"]["losses"][SAVED:]
+            assert_identical(resumed, continued)
+        losses = continued["losses"]["losses"][SAVED:]
         assert len(losses) == MORE
         torch.testing.assert_close(resumed["losses"]["losses"], losses, rtol=1e-6, atol=0)
         for kind in ("param", "ema", "ema_power_0.050"):
-            for name, tensor in went_on[kind].items():
+            for name, tensor in continued[kind].items():
                 torch.testing.assert_close(resumed[kind][name], tensor, rtol=1e-5, atol=2e-6)
 
 
 def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
-    saved, _ = columns(run_ranks(2, save_and_go_on, replace(CASE, strategy="zero3"), tmp_path))
+    saved, _ = join_columns(
+        run_ranks(2, save_and_continue, replace(CASE, strategy="zero3"), tmp_path)
+    )
     folder = RunDir(tmp_path).checkpoint(SAVED)
     for kind in ("param", "ema", "optimizer.exp_avg"):
-        found = read_full(folder, kind)
-        assert found.keys() == saved[kind].keys() and all(
-            torch.equal(found[name], tensor) for name, tensor in saved[kind].items()
+        full = read_full(folder, kind)
+        assert full.keys() == saved[kind].keys() and all(
+            torch.equal(full[name], tensor) for name, tensor in saved[kind].items()
         )
     assert read_state(folder) == {"step": SAVED, "who": "trainer"}
-    restored, _ = columns(run_ranks(1, resume, replace(CASE, strategy="local"), tmp_path))
+    restored, _ = join_columns(run_ranks(1, resume, replace(CASE, strategy="local"), tmp_path))
     assert_identical(restored, saved)
     with pytest.raises(
         CheckpointError,
@@ -222,7 +226,7 @@ def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
 
 
 def test_another_optimizer_is_refused(tmp_path):
-    run_ranks(2, save_and_go_on, replace(CASE, strategy="ddp", optimizer="sgd"), tmp_path)
+    run_ranks(2, save_and_continue, replace(CASE, strategy="ddp", optimizer="sgd"), tmp_path)
     with pytest.raises(
         AssertionError, match="CheckpointError.*has no 'optimizer.exp_avg', only .*optimizer.kind"
     ):
@@ -230,7 +234,7 @@ def test_another_optimizer_is_refused(tmp_path):
 
 
 def crashes_while_saving(world, device, folder):
-    """Rank 1 has no space left at the second save; then rank 0 cannot publish the third."""
+    """Fail in rank 1's write of the second save, then in rank 0's publication of the third."""
     run = Training(world, device, replace(CASE, strategy="fsdp2"))
     keeper, messages = manager(folder), []
     keeper.save(0, run.strategy, run.ema, {"step": 0}, samples_seen=0 * 16)
@@ -252,7 +256,7 @@ def _no_space(*args):
     raise OSError(28, "No space left on device")
 
 
-def test_interrupted_save_keeps_the_last_one(tmp_path):
+def test_a_failed_save_keeps_the_last_checkpoint(tmp_path):
     results = run_ranks(2, crashes_while_saving, tmp_path)
     assert results[0] == results[1], "ranks raised different errors"
     messages, left, state, finally_left = results[0]
@@ -262,7 +266,7 @@ def test_interrupted_save_keeps_the_last_one(tmp_path):
 
 
 def restores(world, device, folder):
-    """What came back, or why not; and the warnings on the way."""
+    """Restore: (state or error message, warnings)."""
     run, warnings = Training(world, device, replace(CASE, strategy="zero2")), []
     manager_module.log.addFilter(lambda record: warnings.append(record.getMessage()))
     try:
@@ -278,13 +282,11 @@ def saves_three(world, device, folder):
         manager(folder).save(step, run.strategy, run.ema, {"step": step}, samples_seen=step * 16)
 
 
-def test_damaged_checkpoints_are_passed_over(tmp_path):
-    """A flipped bit, a cut file, a manifest of the future, no manifest: all ranks hear of it from
-    whichever rank has seen it.
-    """
+def test_corrupt_checkpoints_are_passed_over(tmp_path):
+    """A flipped bit, a truncated file, an unknown format, no manifest: all ranks agree."""
     run_ranks(2, saves_three, tmp_path)
 
-    def found() -> Any:
+    def restored() -> Any:
         answers = run_ranks(2, restores, tmp_path)
         assert answers[0] == answers[1]
         return answers[0]
@@ -294,24 +296,22 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    state, warnings = found()
+    state, warnings = restored()
     assert state == {"step": 2} and "DAMAGED CHECKPOINT step_00000003" in warnings[0]
     assert "pieces_00001.safetensors: its sha256 is not the manifest's" in warnings[0]
     (middle / "state.json").write_text("{")
-    assert found()[0] == {"step": 1}
+    assert restored()[0] == {"step": 1}
     manifest = json.loads((oldest / "manifest.json").read_text())
     (oldest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    assert "checkpoint format 99, this version reads 2 and 3: update lpl_pretrain" in found()[0]
+    assert "checkpoint format 99, this version reads 2 and 3: update lpl_pretrain" in restored()[0]
     (oldest / "manifest.json").write_text("{")
-    assert "all 3 checkpoints are damaged" in found()[0]
+    assert "all 3 checkpoints are damaged" in restored()[0]
     (oldest / "manifest.json").unlink()
-    assert "all 2 checkpoints are damaged" in found()[0]
+    assert "all 2 checkpoints are damaged" in restored()[0]
 
 
-def test_what_one_rank_finds_all_ranks_pass_over(tmp_path):
-    """A header that contradicts the index is read by one of them; nothing but the header tells, for
-    digests were made again.
-    """
+def test_corruption_that_one_rank_detects_is_passed_over_by_all(tmp_path):
+    """One rank reads a header that contradicts the index; all digests are valid."""
     run_ranks(2, saves_three, tmp_path)
     newest, middle = (RunDir(tmp_path).checkpoint(step) for step in (3, 2))
     path = newest / "pieces_00001.safetensors"
@@ -329,7 +329,7 @@ def test_what_one_rank_finds_all_ranks_pass_over(tmp_path):
     answers = run_ranks(2, restores, tmp_path)
     assert answers[0] == answers[1]
     state, warnings = answers[0]
-    assert state == {"step": 2}, "the format before is read"
+    assert state == {"step": 2}, "format 2 is still read"
     assert (
         "pieces_00001.safetensors: holds" in warnings[0]
         and "which index.json does not expect there" in warnings[0]

@@ -1,6 +1,4 @@
-"""Data on real ranks: together they read what one process reads, they agree on damage, and training
-on it is the same training.
-"""
+"""Data on several ranks: they read the samples of one process and agree on bad samples."""
 
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from tests.support.latents import mixed_dataset, tiny_dataset
 from tests.support.ranks import run_ranks
 
 BATCH, STEPS = 24, 6
-LIVELY = {"lanes": 2, "shuffle_block_samples": 3, "flips": True}
+STREAM_OPTIONS = {"lanes": 2, "shuffle_block_samples": 3, "flips": True}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def mixed(tmp_path_factory):
 
 
 def rows_of_each_step(world, device, data, options, first_step=0):
-    """What this rank trains on: per step, {sample index: its latent}."""
+    """Samples of this rank: for each step {sample index: moments}."""
     config = train_config(
         data={"folder": data[0], **options},
         autoencoder=data[1],
@@ -46,24 +44,22 @@ def rows_of_each_step(world, device, data, options, first_step=0):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2), (4, 1), (6, 1), (8, 3)])
 def test_ranks_together_read_what_one_process_reads(mixed, ranks, workers):
-    whole = rows_of_each_step(World(), torch.device("cpu"), mixed, LIVELY)
-    parts = run_ranks(ranks, rows_of_each_step, mixed, {**LIVELY, "workers": workers})
-    for step, wanted in enumerate(whole):
+    wanted_steps = rows_of_each_step(World(), torch.device("cpu"), mixed, STREAM_OPTIONS)
+    parts = run_ranks(ranks, rows_of_each_step, mixed, {**STREAM_OPTIONS, "workers": workers})
+    for step, wanted in enumerate(wanted_steps):
         got = {index: row for part in parts for index, row in part[step].items()}
         assert sum(len(part[step]) for part in parts) == len(got) == BATCH
-        assert (
-            len({tuple(row.shape) for row in got.values()}) == 1
-        )  # all ranks are in the same bucket
+        # all ranks read the same bucket
+        assert len({tuple(row.shape) for row in got.values()}) == 1
         assert all(torch.equal(got[index], row) for index, row in wanted.items())
-    assert (
-        len({tuple(row.shape) for step in whole for row in step.values()}) > 1
-    )  # but not always in the same one
+    # which changes between steps
+    assert len({tuple(row.shape) for step in wanted_steps for row in step.values()}) > 1
 
 
 def test_resumed_on_another_number_of_ranks(mixed):
-    whole = rows_of_each_step(World(), torch.device("cpu"), mixed, LIVELY)
-    parts = run_ranks(3, rows_of_each_step, mixed, LIVELY, 4)
-    for step, wanted in enumerate(whole[4:]):
+    wanted_steps = rows_of_each_step(World(), torch.device("cpu"), mixed, STREAM_OPTIONS)
+    parts = run_ranks(3, rows_of_each_step, mixed, STREAM_OPTIONS, 4)
+    for step, wanted in enumerate(wanted_steps[4:]):
         got = {index: row for part in parts for index, row in part[step].items()}
         assert all(torch.equal(got[index], row) for index, row in wanted.items())
 
@@ -79,35 +75,35 @@ def test_training_on_buckets_flips_and_a_mixture_equals_one_process(mixed, strat
     )
 
 
-def damaged_rows(world, device, data, options):
+def rows_with_bad_sample(world, device, data, options):
     steps = rows_of_each_step(
         world, device, data, {**options, "on_error": "skip", "max_skipped_fraction": 0.2}
     )
     return steps, float(sum_over_ranks(torch.ones(1)))
 
 
-def test_ranks_agree_on_damage(tmp_path):
-    """A bit flip that only the rank that verifies the shard can see: all skip the sample, and all
-    put the same one in its place.
-    """
+def test_ranks_agree_on_a_bad_sample(tmp_path):
+    """Only the rank that verifies the shard detects a bit flip; all use the same substitute."""
     folder, autoencoder = tiny_dataset(tmp_path, 24)
     shard = next(Path(folder).glob("*.tar"))
     raw = bytearray(shard.read_bytes())
     raw[raw.index(b"moments.npy") // 512 * 512 + 512 + 128 + 77] ^= 1
     shard.write_bytes(raw)
-    whole, _ = damaged_rows(World(), torch.device("cpu"), (folder, autoencoder), {})
-    sound = rows_of_each_step(
+    wanted_steps, _ = rows_with_bad_sample(World(), torch.device("cpu"), (folder, autoencoder), {})
+    unverified = rows_of_each_step(
         World(), torch.device("cpu"), (folder, autoencoder), {"verify": "sizes"}
     )
     replaced = [
         index
-        for a, b in zip(whole, sound, strict=True)
+        for a, b in zip(wanted_steps, unverified, strict=True)
         for index in a
         if not torch.equal(a[index], b[index])
     ]
     assert 1 <= len(replaced) <= STEPS  # one of 24 samples, in each epoch of one batch
     for ranks in (2, 4):
-        parts = [part for part, _ in run_ranks(ranks, damaged_rows, (folder, autoencoder), {})]
-        for step, wanted in enumerate(whole):
+        parts = [
+            part for part, _ in run_ranks(ranks, rows_with_bad_sample, (folder, autoencoder), {})
+        ]
+        for step, wanted in enumerate(wanted_steps):
             got = {index: row for part in parts for index, row in part[step].items()}
             assert all(torch.equal(got[index], row) for index, row in wanted.items())

@@ -1,4 +1,4 @@
-"""The collectives that upper rooms use, and the launcher of these tests."""
+"""The collectives of runtime/dist.py, and the launcher of these tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_collectives_agree():
         assert result["json"] == {"rank": 0, "é": [1, None, 2.5], "t": [1]}
 
 
-def test_without_a_group_they_are_the_identity():
+def test_collectives_without_a_group_are_the_identity():
     value = torch.tensor([2.0])
     assert dist.mean_over_ranks(value) is not value and dist.mean_over_ranks(value).item() == 2.0
     assert dist.all_gather_rows(value).tolist() == [[2.0]]

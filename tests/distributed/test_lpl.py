@@ -1,6 +1,4 @@
-"""LPL is the same loss under every strategy, any number of ranks and any accumulation: one process
-on the whole batch says so.
-"""
+"""LPL under every strategy, world size and accumulation equals one process on the global batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,8 @@ LPL = {
     "weight": 3.0,
     "gate": {"noise_level_below": 0.7},
     "chunk_size": 2,
-}  # three of eight samples: uneven over two ranks
+}
+"""Three of eight samples are gated, which is uneven over two ranks."""
 OPTIONS = {
     "the paper's": {},
     "crop, half of the samples": {
@@ -42,10 +41,11 @@ def data(tmp_path_factory):
 
 
 def train(
-    world, device, data, strategy, precision, micro_batch_size, lpl, forgets_padding=False, size=8
+    world, device, data, strategy, precision, micro_batch_size, lpl, decodes_padding=False, size=8
 ):
-    """Parameters, averages, gradient norms and metrics after STEPS updates with plain SGD,
-    unclipped; batches of `size`.
+    """Train STEPS updates with unclipped SGD on global batches of `size`.
+
+    Returns this rank's parameters and EMA, gradient norms and metrics.
     """
     parallel = {
         "precision": precision,
@@ -69,7 +69,7 @@ def train(
     meter, norms = Meter(device), []
     for step in range(STEPS):
         hands = run.hands(step)
-        if forgets_padding:
+        if decodes_padding:
             hands = [replace(hand, chosen=len(hand.t)) for hand in hands]
         batches = [run.stream.read(hand.sample_indices) for hand in hands]
         norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
@@ -120,14 +120,15 @@ def train_with_each(world, device, data, strategy, precision, micro_batch_sizes,
 
 @pytest.fixture(scope="module")
 def references(data):
-    """By precision, on one process that sees the whole batch."""
+    """Results of one process on the global batch, by precision."""
     return {precision: reference(data, {}, precision, size=16) for precision in ("fp64", "fp32")}
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), MATRIX)
-def test_the_whole_matrix(data, references, strategy, world_size):
-    """One, two and four micro-batches; labels dropped, gates uneven.  EMA too: 1e-6 where DeepSpeed
-    keeps float32, else 1e-11.
+def test_all_strategies_and_world_sizes(data, references, strategy, world_size):
+    """Parameters and EMA with one, two and four micro-batches, dropped labels and uneven gates.
+
+    Tolerance: 1e-6 where DeepSpeed keeps float32, else 1e-11.
     """
     precision = "fp32" if strategy.startswith("zero") else "fp64"
     micro = [16 // world_size // steps for steps in (1, 2, 4)]
@@ -143,9 +144,8 @@ def test_the_whole_matrix(data, references, strategy, world_size):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_equals_one_process_in_float64(data, strategy, options):
     lpl = OPTIONS[options]
-    micro = (
-        4 if options == "batch statistics" else 2
-    )  # statistics over the batch refuse accumulation
+    # statistics over the batch do not allow accumulation
+    micro = 4 if options == "batch statistics" else 2
     if lpl.get("preset") == "diffusers_script":
         lpl = {**lpl, "gate": LPL["gate"]}
     assert_same(
@@ -158,7 +158,7 @@ def test_equals_one_process_in_float64(data, strategy, options):
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_equals_one_process_under_zero(data, strategy):
-    """DeepSpeed's masters are float32."""
+    """DeepSpeed keeps float32 master weights, hence float32 and wider tolerances."""
     results = run_ranks(2, train, data, strategy, "fp32", 2, {})
     assert_same(results, reference(data, {}, "fp32"), rtol=2e-5, atol=2e-6)
 
@@ -174,9 +174,7 @@ def test_bf16_is_near(data, strategy):
 
 
 def test_has_teeth_padding_that_counts(data):
-    """Two chosen samples in four microbatches: two of those hold one that was not chosen, and
-    decode it all the same.
-    """
+    """Two LPL samples in four microbatches: two of these decode a sample that must not count."""
     lpl = {"sample_fraction": 0.5}
     results = run_ranks(2, train, data, "ddp", "fp64", 2, lpl, True)
     with pytest.raises(AssertionError):

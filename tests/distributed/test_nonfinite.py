@@ -1,6 +1,4 @@
-"""A loss or gradient that is not finite: all ranks hear of it, by rank, step and sample, before the
-update; stop, or skip.
-"""
+"""Non-finite losses and gradients: all ranks stop or skip, and name rank, step and sample."""
 
 import pytest
 import torch
@@ -52,14 +50,13 @@ def pieces(run):
 
 
 def train(world, device, data, folder, strategy, steps, optimizer):
-    """Rank 1 reads damaged latents in its second micro-batch of BAD_STEPS; what came of every step,
-    and what it was.
+    """Train with NaN latents in rank 1's second micro-batch of BAD_STEPS.
+
+    Returns (messages by step, bad samples, states by step, metrics, skipped updates, LPL weight).
     """
-    run, meter, clock = (
-        new_run(world, device, data, folder, strategy, **optimizer),
-        Meter(device),
-        Clock(device),
-    )
+    run = new_run(world, device, data, folder, strategy, **optimizer)
+    meter = Meter(device)
+    clock = Clock(device)
     messages, bad, states = [], [], []
     for step in range(steps):
         hands = run.hands(step)
@@ -103,7 +100,7 @@ def test_stop(data, tmp_path, strategy):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_skip(data, tmp_path, strategy):
-    """Two updates are left out, metrics and LPL's calibration go on without them."""
+    """Two updates are skipped; metrics and LPL's calibration ignore them."""
     skip = {"on_nonfinite": "skip", "max_skipped_updates": 2}
     messages, bad, states, means, skipped, weight = zip(
         *run_ranks(2, train, data, tmp_path, strategy, 5, skip), strict=True
@@ -121,7 +118,7 @@ def test_skip(data, tmp_path, strategy):
             assert_identical(states[later], states[earlier])
 
 
-def test_more_than_the_cap(data, tmp_path):
+def test_more_skipped_updates_than_allowed(data, tmp_path):
     skip = {"on_nonfinite": "skip", "max_skipped_updates": 1}
     messages, *_ = zip(*run_ranks(2, train, data, tmp_path, "ddp", 5, skip), strict=True)
     assert (
@@ -141,7 +138,7 @@ def explodes(world, device, data, folder):
     return str(caught.value)
 
 
-def test_a_gradient_that_is_not_finite_where_all_losses_are(data, tmp_path):
+def test_a_nonfinite_gradient_of_finite_losses(data, tmp_path):
     first, second = run_ranks(2, explodes, data, tmp_path)
     assert first == second and first.startswith(
         "step 1: all losses are finite, the gradient is not. Parameters"

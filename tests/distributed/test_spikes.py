@@ -1,9 +1,9 @@
-"""A poisoned shard on real ranks: every layout decides the same, and what it then trains on is the
-same training.
+"""Loss spikes on several ranks: all layouts take the same decisions and train on the same samples.
 
-The shard is the whole batch of positions FIRST and SECOND.  skip leaves update 11 out.  rollback
-goes back from update 11 to step 8 and on at position 11; and from update 14, which is then of
-position 16, to step 12 and on at position 17.
+A position is the index of a global batch in the order of samples.  The poisoned shard is the batch
+of positions FIRST and SECOND.  `skip` leaves out update 11.  `rollback` returns from update 11 to
+step 8 and continues at position 11; then from update 14, which has position 16, to step 12 and
+continues at position 17.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 SKIP = [(11, "skip", None, None)]
 ROLLBACK = [(11, "rollback", 8, 3), (14, "rollback", 12, 5)]
 POSITIONS = {"skip": list(range(STEPS)), "rollback": [*range(8), *range(11, 15), *range(17, 21)]}
-"""Of the updates that count, the one that is left out among them."""
+"""Positions of the updates in the final run, a skipped one included."""
 LAYOUTS = [(1, "local"), (2, "ddp"), (2, "fsdp2"), (2, "zero2"), (4, "ddp"), (4, "fsdp2")]
 
 
@@ -51,10 +51,12 @@ def data(tmp_path_factory):
 
 
 def train(world, device, run_dir, config, kill_at=None, stop_at=None, jumped=0):
-    """To the end; or until update `kill_at` is made (nothing is saved), or `stop_at`, once `jumped`
-    updates were jumped over.
+    """Train to the end, or to an interruption once `jumped` updates were jumped over.
+
+    `kill_at` ends after that update without a save, `stop_at` with one.
     """
-    stop, tell = StopRequest(), loop.tell
+    stop = StopRequest()
+    tell = loop.tell
 
     def interrupt(run, sinks, done, outcome):
         tell(run, sinks, done, outcome)
@@ -91,15 +93,14 @@ INTERRUPTED = {
     "killed": [{"kill_at": 10, "jumped": 3}, {"kill_at": 14, "jumped": 5}],  # after each rollback
     "stopped": [{"stop_at": 10}, {"stop_at": 9, "jumped": 3}, {"stop_at": 13, "jumped": 5}],
 }
-"""Each checkpoint of a stop is the only one that keep_last=1 would keep."""
+"""Interruptions by name; with keep_last=1 a stop's checkpoint is the only one left."""
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """{(world size, strategy, name): run directory} of all cases, one launch for each number of
-    ranks.
-    """
-    folder, found = tmp_path_factory.mktemp("runs"), {}
+    """Run directories of all cases, by (world size, strategy, name); one launch per world size."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_dirs = {}
     for ranks in (1, 2, 4):
         cases = []
         for size, strategy in LAYOUTS:
@@ -111,12 +112,12 @@ def runs(data, tmp_path_factory):
             for name, interruptions in wanted.items():
                 on_spike = "skip" if name == "skip" else "rollback"
                 cases.append((f"{size}_{strategy}_{name}", on_spike, strategy, interruptions))
-                found[size, strategy, name] = RunDir(folder / cases[-1][0])
+                run_dirs[size, strategy, name] = RunDir(folder / cases[-1][0])
         if ranks == 1:
             run_all(World(), CPU, folder, data, cases)
         else:
             run_ranks(ranks, run_all, folder, data, cases, timeout_s=400)
-    return found
+    return run_dirs
 
 
 def order(data):
@@ -130,8 +131,9 @@ def spikes(run_dir):
 
 
 def positions(run_dir):
-    """Of each update that counts, from the ledgers; all ranks' samples together must be the whole
-    batch.
+    """Positions of the updates in the final run, read from the ledgers.
+
+    Fails unless all ranks' samples together are the global batch of each update.
     """
     read = {}
     for path in sorted(run_dir.path.glob("logs/samples_rank_*.jsonl")):
@@ -159,10 +161,9 @@ def assert_close(got, wanted, **tolerance):
 
 
 def replayed(data, tmp_path, at, moved=False):
-    """Parameters of one process without any guard, whose updates are made of the positions `at`;
-    None: of nothing.
+    """Parameters of one process without spike handling that trains on the positions `at`.
 
-    `moved`: a run that takes those samples and forgets the jump in what is drawn by position.
+    None makes no update.  `moved` draws t as if no update had been jumped over.
     """
     run = assemble(spike_config(data, "ignore"), RunDir(tmp_path), World(), CPU)
     for step, position in enumerate(at):
@@ -180,13 +181,13 @@ def replayed(data, tmp_path, at, moved=False):
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
 @pytest.mark.parametrize("on_spike", ["skip", "rollback"])
-def test_every_layout_decides_the_same(runs, data, tmp_path, ranks, strategy, on_spike):
+def test_every_layout_takes_the_same_decisions(runs, data, tmp_path, ranks, strategy, on_spike):
     run_dir = runs[ranks, strategy, on_spike]
     assert spikes(run_dir) == (SKIP if on_spike == "skip" else ROLLBACK)
     assert positions(run_dir) == POSITIONS[on_spike]
-    found = audit(run_dir, order(data), BATCH)
-    assert (found.problems, found.steps) == ([], STEPS)
-    assert (found.rollbacks, found.jump_updates) == ((0, 0) if on_spike == "skip" else (2, 5))
+    result = audit(run_dir, order(data), BATCH)
+    assert (result.problems, result.steps) == ([], STEPS)
+    assert (result.rollbacks, result.jump_updates) == ((0, 0) if on_spike == "skip" else (2, 5))
     exact = (
         {"rtol": 1e-10, "atol": 1e-12}
         if strategy not in ZERO_CONFIGS
@@ -197,10 +198,8 @@ def test_every_layout_decides_the_same(runs, data, tmp_path, ranks, strategy, on
 
 
 @pytest.mark.parametrize("on_spike", ["skip", "rollback"])
-def test_is_the_training_on_the_other_samples(runs, data, tmp_path, on_spike):
-    """Bit for bit what comes of a run that is handed those positions; the one that was left out
-    gave nothing.
-    """
+def test_equals_training_on_the_remaining_samples(runs, data, tmp_path, on_spike):
+    """Parameters equal, bit for bit, a run on those positions without the skipped update."""
     at = [None if p in (FIRST, SECOND) and on_spike == "skip" else p for p in POSITIONS[on_spike]]
     wanted, got = replayed(data, tmp_path, at), final(runs[1, "local", on_spike])
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
@@ -212,7 +211,7 @@ def test_has_teeth_draws_that_forget_the_jump(runs, data, tmp_path):
         assert_close(final(runs[1, "local", "rollback"]), wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_has_teeth_the_poison_reaches_parameters_unless_it_is_left_out(runs, data, tmp_path):
+def test_has_teeth_the_poisoned_update_changes_parameters(runs, data, tmp_path):
     with pytest.raises(AssertionError):
         wanted = replayed(data, tmp_path, POSITIONS["skip"])
         assert_close(final(runs[1, "local", "skip"]), wanted, rtol=1e-3, atol=1e-5)
@@ -220,14 +219,12 @@ def test_has_teeth_the_poison_reaches_parameters_unless_it_is_left_out(runs, dat
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "local"), (2, "ddp"), (2, "zero2")])
 @pytest.mark.parametrize("how", list(INTERRUPTED))
-def test_a_resumed_run_is_the_uninterrupted_one(runs, data, ranks, strategy, how):
-    """Killed after a rollback, before the next checkpoint; or stopped with a checkpoint between
-    those that are due.
-    """
+def test_a_resumed_run_equals_the_uninterrupted_one(runs, data, ranks, strategy, how):
+    """Interrupted by a kill between a rollback and the next checkpoint, or by stops that save."""
     run_dir, wanted = runs[ranks, strategy, how], runs[ranks, strategy, "rollback"]
     assert set(spikes(run_dir)) == set(ROLLBACK) and positions(run_dir) == POSITIONS["rollback"]
-    found = audit(run_dir, order(data), BATCH)
-    assert found.problems == [] and found.starts >= 5
+    result = audit(run_dir, order(data), BATCH)
+    assert result.problems == [] and result.starts >= 5
     for kind in ("param", "ema"):
         got = final(run_dir, kind)
         assert all(torch.equal(got[name], tensor) for name, tensor in final(wanted, kind).items())
@@ -239,11 +236,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs, data, ranks, strategy, how
     )
 
 
-# What a strategy promises about a check
+# UpdateCheck: the contract of strategies
 
 
 def steps_with(world, device, strategy, precision, rejected=(), data_of=None, checked=True):
-    """Trains the tiny model; what `accept` was asked, by step, and everything that the rank owns."""
+    """Train the tiny model with checked updates: state, arguments of `accept`, decisions."""
     more = (("shard_size", 1),) if strategy == "hsdp" else ()
     engine = "fsdp2" if strategy == "hsdp" else strategy
     case = Case(engine, precision, "adamw", grad_accum_steps=2, max_grad_norm=0.5, more=more)
@@ -266,9 +263,9 @@ def steps_with(world, device, strategy, precision, rejected=(), data_of=None, ch
         if reports[-1].applied:
             training.norms.append(reports[-1].grad_norm)
             training.ema.update(len(training.norms))
-    said = [[report.applied, report.rejected, report.grad_norm] for report in reports]
+    decisions = [[report.applied, report.rejected, report.grad_norm] for report in reports]
     scale = training.strategy.loss_scale.value
-    return {**training.result(), "asked": asked, "said": said, "loss_scale": scale}
+    return {**training.result(), "asked": asked, "decisions": decisions, "loss_scale": scale}
 
 
 STRATEGIES = [
@@ -280,16 +277,16 @@ STRATEGIES = [
 
 
 def each_strategy(world, device):
-    found = {}
+    results = {}
     for strategy, precision in STRATEGIES:
         args = (world, device, strategy, precision)
-        found[f"{strategy} {precision}"] = {
+        results[f"{strategy} {precision}"] = {
             "checked": steps_with(*args),
             "unchecked": steps_with(*args, checked=False),
             "rejected": steps_with(*args, rejected=(1, 3)),
             "without": steps_with(*args, data_of=(0, 2)),
         }
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -298,29 +295,33 @@ def strategies():
 
 
 @pytest.mark.parametrize("name", [f"{strategy} {precision}" for strategy, precision in STRATEGIES])
-def test_a_rejected_update_leaves_nothing_behind(strategies, name):
-    """Not in parameters, moments and step counts, nor in the gradient of the next; an accepted one
-    is as if nobody had asked.
+def test_a_rejected_update_changes_no_state(strategies, name):
+    """Parameters, moments, step counts and the next gradient are those of a run without it.
+
+    An accepted update equals an unchecked one.
     """
-    ranks = [found[name] for found in strategies]
+    ranks = [by_name[name] for by_name in strategies]
     for got, wanted in (("checked", "unchecked"), ("rejected", "without")):
         assert_identical(
             join_ranks([rank[got] for rank in ranks]), join_ranks([rank[wanted] for rank in ranks])
         )
-        for fact in ("optimizer_steps", "loss_scale"):
-            assert len({rank[kind][fact] for rank in ranks for kind in (got, wanted)}) == 1
+        for key in ("optimizer_steps", "loss_scale"):
+            assert len({rank[kind][key] for rank in ranks for kind in (got, wanted)}) == 1
     first = ranks[0]
-    assert [flags for *flags, _ in first["rejected"]["said"]] == [[True, False], [False, True]] * 2
-    assert [norm for *_, norm in first["checked"]["said"]] == [
-        norm for *_, norm in first["unchecked"]["said"]
+    assert [flags for *flags, _ in first["rejected"]["decisions"]] == [
+        [True, False],
+        [False, True],
+    ] * 2
+    assert [norm for *_, norm in first["checked"]["decisions"]] == [
+        norm for *_, norm in first["unchecked"]["decisions"]
     ]
-    assert all(math.isfinite(norm) for *_, norm in first["rejected"]["said"])
+    assert all(math.isfinite(norm) for *_, norm in first["rejected"]["decisions"])
 
 
 @pytest.mark.parametrize("name", [f"{strategy} {precision}" for strategy, precision in STRATEGIES])
-def test_all_ranks_are_asked_the_same(strategies, name):
-    """The sums of what each rank has, and one norm, bit for bit."""
-    first, second = (found[name]["rejected"]["asked"] for found in strategies)
+def test_accept_gets_the_same_arguments_on_all_ranks(strategies, name):
+    """The sums over ranks and the gradient norm agree bit for bit."""
+    first, second = (by_name[name]["rejected"]["asked"] for by_name in strategies)
     assert first == second and len(first) == 4
     assert [sums for _, *sums in first] == [[2.0, 11.0]] * 4
 
@@ -340,9 +341,7 @@ def test_has_teeth_a_rank_that_decides_alone():
 
 
 def off_by_one_bit(world, device):
-    """Rank 1 computes a norm that differs in the last bit: it decides by the common one, clips by
-    its own.
-    """
+    """Give rank 1 a norm that differs in the last bit: (norm to clip by, norm to decide by)."""
     strategy = Training(world, device, Case("ddp")).strategy
     norm = torch.tensor([math.nextafter(4.0, 5.0) if world.rank else 4.0], dtype=torch.float64)
     values = torch.zeros(1, dtype=torch.float64)
@@ -354,11 +353,11 @@ def test_a_norm_that_differs_in_its_last_bit_is_agreed_on():
     assert own != other and mean == same
 
 
-# What it costs
+# Costs of a check
 
 
-class Counted:
-    """Reductions that are asked for, and copies to the host, while it is entered."""
+class CountCalls:
+    """Context that counts all-reduces and copies to the host."""
 
     READS = ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy")
 
@@ -385,7 +384,7 @@ class Counted:
 
 
 def cost(world, device, folder, data, strategies):
-    found = {}
+    counts_by_case = {}
     for strategy in strategies:
         for on_spike in ("ignore", "skip"):
             config = spike_config(data, on_spike, strategy)
@@ -393,19 +392,20 @@ def cost(world, device, folder, data, strategies):
             for step in range(2):
                 hands = run.hands(step)
                 batches = [run.stream.read(hand.sample_indices) for hand in hands]
-                with Counted() as counted:
+                with CountCalls() as counted:
                     run.updater.update(step, hands, batches, Meter(device), Clock(device))
-            found[f"{strategy} {on_spike}"] = [counted.reductions, counted.reads]
+            counts_by_case[f"{strategy} {on_spike}"] = [counted.reductions, counted.reads]
             pieces = {p.name: p.tensor.clone() for p in run.strategy.local_params()}
-            found.setdefault(strategy, pieces)
+            counts_by_case.setdefault(strategy, pieces)
             assert all(
-                torch.equal(pieces[name], tensor) for name, tensor in found[strategy].items()
+                torch.equal(pieces[name], tensor)
+                for name, tensor in counts_by_case[strategy].items()
             )
-    return {name: counts for name, counts in found.items() if " " in name}
+    return {name: counts for name, counts in counts_by_case.items() if " " in name}
 
 
-def test_one_reduction_and_no_read_more(data, tmp_path):
-    """And without a spike the same parameters, bit for bit."""
+def test_spike_handling_costs_one_reduction_and_no_host_copy(data, tmp_path):
+    """Without a spike, parameters are also the same bit for bit."""
     alone = cost(World(), CPU, tmp_path, data, ["local"])
     assert alone["local ignore"] == alone["local skip"] == [0, 1]
     names = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
@@ -416,18 +416,16 @@ def test_one_reduction_and_no_read_more(data, tmp_path):
         assert (more, as_many) == (reductions + 1, reads) and reads >= 1, name
 
 
-def disagree(world, device, folder, data):
-    """One rank that reloads another checkpoint, or jumps elsewhere, is found by the audit of what
-    was read.
-    """
+def train_with_a_diverging_rank(world, device, folder, data):
+    """Train with a rank 1 that reads other samples after a jump."""
     if world.rank == 1:
         plain = Run.hands
         Run.hands = lambda self, step: plain(self, step - (self.jump_updates > 0))
     run_all(world, device, folder, data, [("astray", "rollback", "ddp", [])])
 
 
-def test_has_teeth_the_audit_finds_a_rank_that_jumps_elsewhere(data, tmp_path):
-    run_ranks(2, disagree, tmp_path, data)
+def test_has_teeth_the_audit_reports_a_diverging_rank(data, tmp_path):
+    run_ranks(2, train_with_a_diverging_rank, tmp_path, data)
     problems = "\n".join(audit(RunDir(tmp_path / "astray"), order(data), BATCH).problems)
     assert "samples missed" in problems and "samples of another update" in problems
 
@@ -442,9 +440,7 @@ def stops(world, device, folder, data):
 
 
 def test_stop(data, tmp_path):
-    """The same message on all ranks; it names the samples, by shard and row; the last checkpoint is
-    good to go on from.
-    """
+    """All ranks raise the same error, which names samples by shard and row."""
     first, second = run_ranks(2, stops, tmp_path, data)
     assert first == second
     kind, message = first

@@ -1,6 +1,4 @@
-"""A rank that is slow by itself is named in metrics.jsonl, with its host, though all ranks' steps
-take equally long.
-"""
+"""metrics.jsonl names the slow rank and its host, though all ranks' steps take equally long."""
 
 from __future__ import annotations
 
@@ -26,9 +24,10 @@ def data(tmp_path_factory):
     return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
-class Clock:
-    """In place of the timers' `time`: it goes on only where a test says so, whatever the load of
-    the machine.
+class FakeTime:
+    """Replacement for the timers' `time` that advances only where a test says so.
+
+    Real time plays no part, so the load of the machine cannot change a result.
     """
 
     now = 0.0
@@ -36,8 +35,8 @@ class Clock:
     def perf_counter(self):
         return self.now
 
-    def passing(self, seconds, function):
-        """`function`, which takes so long."""
+    def delayed(self, seconds, function):
+        """`function`, taking `seconds`."""
 
         def call(*args, **options):
             self.now += seconds
@@ -45,15 +44,17 @@ class Clock:
 
         return call
 
-    def late(self, seconds, batches):
+    def delayed_batches(self, seconds, batches):
+        """`batches`, each after a wait of `seconds`."""
         for batch in batches:
             self.now += seconds
             yield batch
 
 
 def train_slowly(world, device, data, folder, measure):
-    """Rank SLOW_RANK is slow by `measure`; all other ranks are alike."""
-    slow, clock = world.rank == SLOW_RANK, Clock()
+    """Train with SLOW_RANK slow in `measure`, and all other ranks equal."""
+    slow = world.rank == SLOW_RANK
+    fake_time = FakeTime()
     config = train_config(
         data__folder=data[0],
         autoencoder=data[1],
@@ -64,15 +65,19 @@ def train_slowly(world, device, data, folder, measure):
     prefetch = LatentStream.prefetch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.gethostname", lambda: f"node{world.rank}")
-        patch.setattr(timer, "time", clock)
+        patch.setattr(timer, "time", fake_time)
         patch.setattr(stragglers, "LOOK_S", 0.0)
-        patch.setattr(Updater, "update", clock.passing(UPDATE_S, Updater.update))
+        patch.setattr(Updater, "update", fake_time.delayed(UPDATE_S, Updater.update))
         patch.setattr(
-            stragglers, "run_delay", lambda: clock.now / 2 if slow and measure == "core" else 0.0
+            stragglers,
+            "run_delay",
+            lambda: fake_time.now / 2 if slow and measure == "core" else 0.0,
         )
         if slow and measure == "data":
             patch.setattr(
-                LatentStream, "prefetch", lambda *args: clock.late(2 * UPDATE_S, prefetch(*args))
+                LatentStream,
+                "prefetch",
+                lambda *args: fake_time.delayed_batches(2 * UPDATE_S, prefetch(*args)),
             )
         patch.setattr(
             stragglers.Probe, "_go", lambda self: 0.008 if slow and measure == "device" else 0.001
@@ -83,14 +88,16 @@ def train_slowly(world, device, data, folder, measure):
 @pytest.mark.parametrize("measure", [*stragglers.MEASURES, "nothing"])
 def test_the_slow_rank_is_named(data, tmp_path, measure):
     assert all(run_ranks(RANKS, train_slowly, data, tmp_path, measure))
-    told = metric_lines(tmp_path)
-    called = [
+    lines = metric_lines(tmp_path)
+    stragglers_logged = [
         (line["rank"], line["host"], line["measure"])
-        for line in told
+        for line in lines
         if line.get("event") == "straggler"
     ]
-    assert called == ([] if measure == "nothing" else [(SLOW_RANK, f"node{SLOW_RANK}", measure)])
-    last = told[-1]
+    assert stragglers_logged == (
+        [] if measure == "nothing" else [(SLOW_RANK, f"node{SLOW_RANK}", measure)]
+    )
+    last = lines[-1]
     spreads = {name: last[f"ranks/{name}_spread"] for name in stragglers.MEASURES}
     assert {name for name, times in spreads.items() if times > stragglers.SLOW} == {measure} - {
         "nothing"
@@ -98,7 +105,7 @@ def test_the_slow_rank_is_named(data, tmp_path, measure):
     assert measure == "nothing" or last[f"ranks/{measure}_slowest"] == SLOW_RANK
 
 
-def test_one_process_tells_nothing_of_ranks(data, tmp_path):
+def test_one_process_logs_nothing_about_ranks(data, tmp_path):
     (complete,) = run_ranks(1, train_slowly, data, tmp_path, "data")
     assert complete and not [
         key for line in metric_lines(tmp_path) for key in line if key.startswith("ranks/")

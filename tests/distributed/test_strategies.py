@@ -1,5 +1,4 @@
-"""Whatever the strategy, the run is the same run: parameters, gradient norms and EMA equal one
-process on the whole global batch.
+"""Parity of strategies: parameters, gradient norms and EMA equal one process on the global batch.
 
 Parity is tested under plain SGD without clipping: gradients twice too large move AdamW and clipped
 runs by next to nothing. Tolerances: float64 engines 1e-12; DeepSpeed keeps float32 masters, so ZeRO
@@ -57,7 +56,7 @@ def assert_same(got, wanted, strategy: str) -> None:
 
 
 def train_all(world, device, cases):
-    """Several runs in one launch."""
+    """Train several cases in one launch."""
     return [train(world, device, case) for case in cases]
 
 
@@ -72,8 +71,8 @@ def test_equals_one_process(strategy, world_size):
 
 
 @pytest.mark.parametrize(("world_size", "shard_size"), [(4, 2), (4, 1), (4, 4), (2, 1), (1, 1)])
-def test_groups_of_ranks_that_replicate_each_other_equal_one_process(world_size, shard_size):
-    """HSDP; shards of one are plain replicas, one group of all is plain FSDP2."""
+def test_hsdp_equals_one_process(world_size, shard_size):
+    """A shard size of 1 is plain replication, one of the world size plain FSDP2."""
     cases = [
         Case("fsdp2", "fp64", grad_accum_steps=steps, more=(("shard_size", shard_size),))
         for steps in (1, 2, 4)
@@ -83,7 +82,7 @@ def test_groups_of_ranks_that_replicate_each_other_equal_one_process(world_size,
 
 
 @pytest.mark.parametrize("more", [(("reshard_after_forward", False),), (("cpu_offload", True),)])
-def test_policies_of_fsdp2_change_nothing(more):
+def test_options_of_fsdp2_change_nothing(more):
     cases = [
         Case("fsdp2", "fp64", grad_accum_steps=2, more=more),
         Case("fsdp2", "fp64", more=(*more, ("shard_size", 1))),
@@ -92,7 +91,7 @@ def test_policies_of_fsdp2_change_nothing(more):
         assert_same(join_ranks(results), train_one_process(Case()), "fsdp2")
 
 
-def test_groups_that_do_not_divide_the_world():
+def test_a_shard_size_that_does_not_divide_the_world_is_refused():
     with pytest.raises(
         RankFailed,
         match="parallel.shard_size=3 does not divide the 2 processes .*: use one of 1, 2",
@@ -119,7 +118,7 @@ def test_activation_checkpointing_changes_nothing(strategy):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 def test_compiled_blocks_change_nothing(strategy):
-    """With activation checkpointing inside: checkpoint, compile, shard."""
+    """Compiled blocks contain activation checkpointing and are then sharded."""
     blocks = (("compile", True), ("activation_checkpointing", "blocks"))
     results = run_ranks(
         2,
@@ -132,7 +131,7 @@ def test_compiled_blocks_change_nothing(strategy):
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
 def test_adamw_with_clipping_equals_one_process(strategy):
-    """Also the moments: they are on the same ranges as the parameters."""
+    """Parameters and moments, which are sharded in the same ranges."""
     options = {"optimizer": "adamw", "max_grad_norm": 0.3, "lr": 0.01}
     reference = train_one_process(Case(**options))
     assert (
@@ -153,22 +152,20 @@ MUON_LAYOUTS = {
 }
 
 
-def furthest(got, wanted):
-    """Largest difference of a parameter, beside the largest that training has made."""
-    begun = join_ranks([train(World(), torch.device("cpu"), MUON, 0)])["param"]
+def largest_error_and_update(got, wanted):
+    """(largest error of a parameter, largest change that training made)."""
+    initial = join_ranks([train(World(), torch.device("cpu"), MUON, 0)])["param"]
     error = max(
         (got["param"][name] - tensor).abs().max() for name, tensor in wanted["param"].items()
     )
     return float(error), float(
-        max((tensor - begun[name]).abs().max() for name, tensor in wanted["param"].items())
+        max((tensor - initial[name]).abs().max() for name, tensor in wanted["param"].items())
     )
 
 
 @pytest.mark.parametrize("layout", MUON_LAYOUTS)
-def test_muon_makes_whole_matrices_orthogonal(layout):
-    """Newton-Schulz runs in bf16 whatever the precision: a gradient that differs in its last bit
-    may be rounded to another bf16.
-    """
+def test_muon_orthogonalizes_full_matrices(layout):
+    """The tolerance is wide because Newton-Schulz runs in bf16, which magnifies last-bit errors."""
     world_size, strategy, more = MUON_LAYOUTS[layout]
     got = join_ranks(run_ranks(world_size, train, replace(MUON, strategy=strategy, more=more)))
     assert (
@@ -176,12 +173,12 @@ def test_muon_makes_whole_matrices_orthogonal(layout):
         == train_one_process(MUON).keys()
         >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
     )
-    error, moved = furthest(got, train_one_process(MUON))
+    error, moved = largest_error_and_update(got, train_one_process(MUON))
     assert error < 1e-3 * moved
 
 
 def test_has_teeth_muon_on_shards():
-    """The mistake: every rank makes its own rows orthogonal."""
+    """The mistake of orthogonalizing each rank's rows alone is detected."""
     with pytest.MonkeyPatch.context() as patch:
         whole_matrix = optimizer.orthogonal
         patch.setattr(
@@ -190,12 +187,12 @@ def test_has_teeth_muon_on_shards():
             lambda matrix: torch.cat([whole_matrix(rows) for rows in matrix.chunk(2)]),
         )
         broken = train_one_process(MUON)
-    error, moved = furthest(broken, train_one_process(MUON))
+    error, moved = largest_error_and_update(broken, train_one_process(MUON))
     assert error > 0.1 * moved
 
 
 def breaks(world, device, strategy):
-    """The commonest mistakes, each made on purpose, by name."""
+    """Results of the commonest mistakes, each made on purpose, by name."""
     backward, step = Strategy.backward, Strategy.step
     case = Case(strategy, precision(strategy))
     accumulating, clipping = replace(case, grad_accum_steps=2), replace(case, max_grad_norm=0.3)
@@ -205,24 +202,25 @@ def breaks(world, device, strategy):
             "backward",
             lambda self, loss, **which: backward(self, loss * world.world_size, **which),
         )
-        found = {"sums over ranks": train(world, device, case)}
+        broken_results = {"sums over ranks": train(world, device, case)}
         patch.setattr(
             Strategy,
             "backward",
             lambda self, loss, **which: backward(self, loss * which["of"], **which),
         )
-        found["forgets accumulation"] = train(world, device, accumulating)
+        broken_results["forgets accumulation"] = train(world, device, accumulating)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Strategy, "step", lambda self, lr, max_grad_norm: step(self, lr=lr, max_grad_norm=1e9)
         )
-        found["forgets to clip"] = train(world, device, clipping)
-    return found
+        broken_results["forgets to clip"] = train(world, device, clipping)
+    return broken_results
 
 
 def sums_in_bf16(world, device, case):
-    """Gradients are rounded to bf16 after each micro-batch, as an engine does that sums them in the
-    weights' precision.
+    """Train with gradients rounded to bf16 after each micro-batch.
+
+    An engine that accumulates in the precision of the weights makes this mistake.
     """
     run = Training(world, device, case)
     inner = run.strategy._backward
@@ -254,27 +252,30 @@ def test_has_teeth(strategy):
             assert_same(join_ranks(result[broken] for result in results), reference, strategy)
 
 
-def trains_in_bf16(world, device, near, tiny_updates):
-    """Two runs, and the dtypes of what reaches the model in the first: z_t, t, labels."""
-    seen = []
-    run = Training(world, device, near)
+def trains_in_bf16(world, device, base_case, tiny_updates):
+    """Results of two runs, and the dtypes of the first model input: z_t, t, labels."""
+    dtypes = []
+    run = Training(world, device, base_case)
     model = next(module for module in run.module.modules() if isinstance(module, TinyDenoiser))
     model.register_forward_pre_hook(
-        lambda module, inputs: seen.append([str(x.dtype) for x in (*inputs[:2], inputs[2].labels)])
+        lambda module, inputs: dtypes.append(
+            [str(x.dtype) for x in (*inputs[:2], inputs[2].labels)]
+        )
     )
-    return run.train(3).result(), train(world, device, tiny_updates, 8), seen[0]
+    return run.train(3).result(), train(world, device, tiny_updates, 8), dtypes[0]
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
 def test_bf16(strategy):
-    near = Case(strategy, "bf16", optimizer="adamw", lr=1e-3, grad_accum_steps=2)
-    tiny_updates = replace(near, lr=1e-6, grad_accum_steps=1)
-    *results, seen = zip(*run_ranks(2, trains_in_bf16, near, tiny_updates), strict=True)
-    assert seen[0] == ["torch.float32", "torch.float32", "torch.int64"], (
+    base_case = Case(strategy, "bf16", optimizer="adamw", lr=1e-3, grad_accum_steps=2)
+    tiny_updates = replace(base_case, lr=1e-6, grad_accum_steps=1)
+    *results, dtypes = zip(*run_ranks(2, trains_in_bf16, base_case, tiny_updates), strict=True)
+    assert dtypes[0] == ["torch.float32", "torch.float32", "torch.int64"], (
         "a timestep rounded to bf16 has 8 bits"
     )
-    assert_near_and_wide(
-        join_ranks(results[0]), train_one_process(replace(near, strategy="local", precision="fp64"))
+    assert_near_and_float32(
+        join_ranks(results[0]),
+        train_one_process(replace(base_case, strategy="local", precision="fp64")),
     )
     assert_moved_by_tiny_updates(
         join_ranks(results[1]), train_one_process(Case(precision="fp32"), steps=0)["param"]
@@ -285,11 +286,12 @@ FP16_STRATEGIES = ["ddp", "fsdp2", *(f"zero{stage}" for stage in range(4)), *OFF
 
 
 def in_fp16(world, device, case, scale, factor):
-    """Three updates on losses `factor` times as large, from a loss scale of `scale` (None: the
-    usual one).
+    """Make three updates on losses times `factor`, starting from a loss scale of `scale`.
+
+    None is the default scale.  Returns (state, whether each try lowered the scale, final scale).
     """
     with pytest.MonkeyPatch.context() as patch:
-        pretend_that_deepspeed_has_fp16_here(patch)
+        enable_fp16_in_deepspeed(patch)
         run = Training(world, device, case)
         run.strategy.loss_scale.value = scale or run.strategy.loss_scale.value
         reports = []
@@ -301,8 +303,8 @@ def in_fp16(world, device, case, scale, factor):
         return run.result(), tried, run.strategy.loss_scale.value
 
 
-def pretend_that_deepspeed_has_fp16_here(patch):
-    """It asks the processor for float16 arithmetic; torch emulates that where there is none."""
+def enable_fp16_in_deepspeed(patch):
+    """Make DeepSpeed accept float16 on this CPU; torch emulates its arithmetic."""
     from deepspeed.accelerator import get_accelerator
 
     patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
@@ -310,9 +312,7 @@ def pretend_that_deepspeed_has_fp16_here(patch):
 
 @pytest.mark.parametrize("strategy", FP16_STRATEGIES)
 def test_fp16_scales_its_losses(strategy):
-    """Gradients of about 1e-7 are below what float16 can hold: the scale carries them through; one
-    too large is lowered first.
-    """
+    """Loss scaling preserves gradients of 1e-7, too small for float16; large scales are lowered."""
     case, factor = Case(strategy, "fp16", lr=1e6, grad_accum_steps=2), 1e-6
     wanted = train_one_process(
         replace(case, strategy="local", precision="fp64", grad_accum_steps=1, lr=1.0)
@@ -348,10 +348,8 @@ def test_has_teeth_fp16_without_a_scale(strategy):
         )
 
 
-def assert_near_and_wide(got, wanted):
-    """Masters start from the float32 weights, not from their bf16 rounding; pieces, moments and EMA
-    are float32.
-    """
+def assert_near_and_float32(got, wanted):
+    """Check that all state is float32 and master weights start from unrounded float32 weights."""
     for kind in wanted.keys() - HISTORIES:
         assert all(tensor.dtype == torch.float32 for tensor in got[kind].values())
     for name, tensor in wanted["param"].items():
@@ -362,9 +360,7 @@ def assert_near_and_wide(got, wanted):
 
 
 def assert_moved_by_tiny_updates(got, start):
-    """Updates far below a bf16 step of the weights: masters and EMA feel them, bf16 masters would
-    stand still.
-    """
+    """Check that updates far below a bf16 step change master weights and EMA."""
     for name, before in start.items():
         for kind in ("param", "ema"):
             assert 0 < (got[kind][name] - before).abs().max() < 8 * 2e-6
@@ -378,7 +374,7 @@ BAD = {
 }
 
 
-def meets_a_bad_loss(world, device, case, bad):
+def train_through_a_bad_loss(world, device, case, bad):
     run = Training(world, device, case).train(1)
     before = run.result()
     last = world.rank == world.world_size - 1
@@ -391,9 +387,10 @@ def meets_a_bad_loss(world, device, case, bad):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
-def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_the_update(strategy, bad):
-    """One rank's bad micro-batch; then training goes on as if it had never been.  NaN in full
-    precision, the others in bf16.
+def test_all_ranks_refuse_a_nonfinite_loss_of_one_rank(strategy, bad):
+    """After the refused update, training continues as without it.
+
+    NaN is tested in full precision, the other losses in bf16.
     """
     case = Case(
         strategy,
@@ -402,15 +399,15 @@ def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_the_update(str
         grad_accum_steps=2,
         lr=0.01,
     )
-    reports, *results = zip(*run_ranks(2, meets_a_bad_loss, case, bad), strict=True)
+    reports, *results = zip(*run_ranks(2, train_through_a_bad_loss, case, bad), strict=True)
     assert set(reports) == {"StepReport(applied=False, grad_norm=nan, scale_lowered=False)"}
     before, after, later, undisturbed = map(join_ranks, results)
     assert_identical(after, before)
     assert_identical(later, undisturbed)
 
 
-def overlooks_an_infinite_loss(world, device):
-    """The strategy's backward as it would be without the check of the loss."""
+def update_without_the_loss_check(world, device):
+    """Whether an update applies when the check of the loss is disabled."""
     run = Training(world, device, Case("ddp", "fp64"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -422,7 +419,7 @@ def overlooks_an_infinite_loss(world, device):
 
 
 def test_has_teeth_an_infinite_loss_whose_gradient_is_finite():
-    assert run_ranks(2, overlooks_an_infinite_loss) == [True, True]
+    assert run_ranks(2, update_without_the_loss_check) == [True, True]
 
 
 def test_local_refuses_two_processes():
@@ -433,7 +430,7 @@ def test_local_refuses_two_processes():
 @pytest.mark.parametrize(
     ("strategy", "file"), [("zero1", "zero1"), ("zero2", "zero2"), ("zero3", "zero3_shipped")]
 )
-def test_a_stage_without_a_file_equals_its_file(strategy, file):
+def test_a_zero_stage_without_a_json_equals_the_shipped_json(strategy, file):
     """Bit for bit, on two ranks."""
     options = {"precision": "bf16", "optimizer": "adamw", "lr": 0.01, "grad_accum_steps": 2}
     with_file = run_ranks(2, train, Case(file, **options))
@@ -446,7 +443,7 @@ def test_a_stage_without_a_file_equals_its_file(strategy, file):
 
 
 def test_a_misspelt_key_inside_zero_optimization(tmp_path):
-    """Refused in our words, before DeepSpeed is asked."""
+    """ConfigError suggests the right key, before DeepSpeed runs."""
     json = tmp_path / "zero.json"
     json.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}')
     with pytest.raises(
@@ -458,8 +455,8 @@ def test_a_misspelt_key_inside_zero_optimization(tmp_path):
         )
 
 
-def test_what_deepspeed_refuses_itself_comes_out_as_ours():
-    """It has no float16 on this processor."""
+def test_an_error_of_deepspeed_becomes_a_config_error():
+    """DeepSpeed refuses float16 on this CPU."""
 
     def setup(world, device):
         from deepspeed.accelerator import get_accelerator
@@ -479,20 +476,19 @@ def test_what_deepspeed_refuses_itself_comes_out_as_ours():
     run_ranks(1, setup)
 
 
-def linears(world, device, compiled):
-    """Is `torch.nn.functional.linear` torch's own: before, inside and behind the model, and after
-    an update.
-    """
-    own, seen = torch.nn.functional.linear, []
+def linear_is_original(world, device, compiled):
+    """Whether functional.linear is torch's own before, inside and after an update of ZeRO-3."""
+    own = torch.nn.functional.linear
+    inside = []
     run = Training(world, device, Case("zero3", "fp32", more=(("compile", compiled),)))
     inner = next(module for module in run.module.modules() if isinstance(module, TinyDenoiser))
-    inner.register_forward_hook(lambda *_: seen.append(torch.nn.functional.linear is own))
+    inner.register_forward_hook(lambda *_: inside.append(torch.nn.functional.linear is own))
     before = torch.nn.functional.linear is own
     run.train(1)
-    return [before, *seen, torch.nn.functional.linear is own]
+    return [before, *inside, torch.nn.functional.linear is own]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_stage_3_changes_linear_layers_of_its_own_model_only(compiled):
-    """And of no compiled one: on a GPU that gave wrong gradients."""
-    assert run_ranks(1, linears, compiled) == [[True, compiled, True]]
+def test_zero3_patches_linear_inside_its_model_only(compiled):
+    """A compiled model keeps torch's own: the patch gave wrong gradients there on a GPU."""
+    assert run_ranks(1, linear_is_original, compiled) == [[True, compiled, True]]

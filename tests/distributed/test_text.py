@@ -1,6 +1,4 @@
-"""A text-conditioned MMDiT and a tiny SDXL with LPL train the same under every strategy, and draw
-pictures from captions.
-"""
+"""Text-conditioned DiT, MMDiT and SDXL with LPL equal one process under every strategy."""
 
 from __future__ import annotations
 
@@ -77,18 +75,16 @@ def config_of(
     return train_config(**{**settings, **changes})
 
 
-def awake(model):
-    """Away from the zero gates, which hide the text for the first steps; the seed is the run's."""
+def random_parameters(model):
+    """Initialise away from zero: zero-initialised gates hide the text in the first steps."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
 
 
-def train(
-    world, device, data, model, strategy, precision, micro_batch_size, forgets_captions=False
-):
+def train(world, device, data, model, strategy, precision, micro_batch_size, drops_captions=False):
     with pytest.MonkeyPatch.context() as patch:
         for kind in (DiT, MMDiT):
-            patch.setattr(kind, "_initialise", awake)
+            patch.setattr(kind, "_initialise", random_parameters)
         run = assemble(
             config_of(data, strategy, precision, micro_batch_size, model),
             RunDir(Path("never")),
@@ -99,7 +95,7 @@ def train(
     for step in range(STEPS):
         hands = run.hands(step)
         batches = [run.stream.read(hand.sample_indices) for hand in hands]
-        if forgets_captions:
+        if drops_captions:
             for batch in batches:
                 batch.text["clip"].states.zero_()
         norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
@@ -149,7 +145,7 @@ def test_bf16_is_near(data, strategy, model):
     torch.testing.assert_close(join_ranks(results)["norms"]["norms"], wanted, rtol=5e-2, atol=0)
 
 
-def test_captions_of_pictures_are_a_function_of_seed_and_number(data):
+def test_captions_are_a_function_of_seed_and_sample_index(data):
     captions = Captions(config_of(data), CPU)
     texts, states, pooled = captions.draw(0, [3, 1, 2])
     again, single, vector = captions.draw(0, [1])
@@ -166,8 +162,9 @@ def test_captions_of_pictures_are_a_function_of_seed_and_number(data):
 
 
 def online_config(data, names=("t5",), **changes):
-    """These encoders run beside the model; the folder of `data` is that of its parts
-    (tests/support/latents.py).
+    """Configuration that computes the embeddings of `names` during training.
+
+    The encoders lie beside the autoencoder of `data` (tests/support/latents.py).
     """
     folder = Path(data[1]).parent
     known = {
@@ -182,13 +179,15 @@ def online_config(data, names=("t5",), **changes):
     return config_of(data, conditioning=conditioning, **changes)
 
 
-def train_online(world, device, data, names, damage=None):
-    """As `train`, of the reading half."""
+def train_online(world, device, data, names, change_text=None):
+    """Train with online text encoders; `change_text` may replace their output."""
     config = online_config(data, names, strategy="ddp", micro_batch_size=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiT, "_initialise", awake)
-        if damage:
-            patch.setattr(OnlineText, "__call__", lambda self, captions: damage(self, captions))
+        patch.setattr(MMDiT, "_initialise", random_parameters)
+        if change_text:
+            patch.setattr(
+                OnlineText, "__call__", lambda self, captions: change_text(self, captions)
+            )
         run = assemble(config, RunDir(Path("never")), world, device)
         meter, norms = Meter(device), []
         for step in range(STEPS):
@@ -199,10 +198,8 @@ def train_online(world, device, data, names, damage=None):
 
 
 @pytest.mark.parametrize("names", [("t5",), ("clip", "t5")])
-def test_encoders_beside_the_model_say_what_was_stored(data, names):
-    """t5 is stored in fp16, clip in int8; all captions of a batch are padded together here, which
-    moves their last bits.
-    """
+def test_online_encoders_equal_stored_embeddings(data, names):
+    """Tolerances: t5 is stored in fp16, clip in int8; padding to a batch changes the last bits."""
     got, wanted = run_ranks(2, train_online, data, names)[0], reference(data, "mmdit")
     tolerance = 1e-4 if names == ("t5",) else 1e-2
     assert got["norms"] == pytest.approx(wanted["norms"], rel=tolerance) and got[
@@ -210,7 +207,7 @@ def test_encoders_beside_the_model_say_what_was_stored(data, names):
     ] == pytest.approx(wanted["loss"], rel=tolerance)
 
 
-def test_has_teeth_captions_of_others(data):
+def test_has_teeth_captions_in_another_order(data):
     real = OnlineText.__call__
     (got,) = run_ranks(
         1, train_online, data, ("t5",), lambda self, captions: real(self, captions[::-1])
@@ -218,11 +215,10 @@ def test_has_teeth_captions_of_others(data):
     assert got["norms"] != pytest.approx(reference(data, "mmdit")["norms"], rel=1e-4)
 
 
-def test_prompts_of_ones_own(data):
-    """By encoders beside the model, or by those that made the stored embeddings, which have to be
-    named.
-    """
-    texts, folder = ("a cat", "a red dog and a cat"), Path(data[1]).parent
+def test_user_prompts(data):
+    """Prompts are encoded by the online encoders, or by those given for stored embeddings."""
+    texts = ("a cat", "a red dog and a cat")
+    folder = Path(data[1]).parent
     _, states, pooled = Captions(online_config(data, ("clip", "t5")), CPU, Prompts(texts, {})).draw(
         0, [0, 1, 2]
     )
@@ -251,7 +247,7 @@ def test_prompts_of_ones_own(data):
     ("family", "pooled"),
     [("clip", False), ("clip", True), ("t5", False), ("bert", False), ("bert", True)],
 )
-def test_a_folder_alone_says_what_its_encoder_gives(tmp_path, family, pooled):
+def test_shapes_and_identity_of_an_encoder_are_read_without_loading_it(tmp_path, family, pooled):
     config = TextEncoderConfig(folder=text_encoder_folder(tmp_path, family), pooled=pooled)
     entry, encoder = text_entry(config, "x"), load_text_encoder(config, "x")
     assert (entry.width, entry.pooled_width, entry.identity) == (
@@ -261,7 +257,7 @@ def test_a_folder_alone_says_what_its_encoder_gives(tmp_path, family, pooled):
     )
 
 
-def test_what_a_run_with_idle_encoders_is_told(data):
+def test_unused_online_encoders_are_refused(data):
     index = read_data(data[0]).merged
     config = online_config(data, ("clip", "t5"))
     check_run(config, index, 1)
@@ -281,17 +277,17 @@ def test_what_a_run_with_idle_encoders_is_told(data):
         check_run(idle, index, 1)
 
 
-def test_what_a_run_without_its_text_is_told(data):
+def test_missing_text_is_refused(data):
     index = read_data(data[0]).merged
-    for conditioning, words in (
+    for conditioning, message in (
         ({}, "model.kind=mmdit reads text; name encoders of .*\\['clip', 't5'\\]"),
         ({"text_encoders": ["bert"]}, "has no embeddings by 'bert', it has \\['clip', 't5'\\]"),
         ({"text_encoders": ["t5"]}, "none of them has a pooled vector"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=message):
             check_run(config_of(data, conditioning=conditioning), index, 1)
 
 
-def test_index_says_what_was_stored(data):
+def test_the_index_lists_stored_encoders(data):
     stored = json.loads((Path(data[0]) / "index.json").read_text())["text"]
     assert {name: entry["max_tokens"] for name, entry in stored.items()} == {"clip": 9, "t5": 8}

@@ -1,4 +1,4 @@
-"""The fuzz tests are worth their name: they run at least 2,000 cases."""
+"""The number of fuzz cases in CI."""
 
 import importlib
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""The parts that treat a GPU otherwise: strategies and precisions, batches on a stream of their
-own, pinned copies, the decoder.
-"""
+"""Components with GPU-specific code: strategies, precisions, copy streams, pinned memory, LPL."""
 
 from __future__ import annotations
 
@@ -37,13 +35,13 @@ ADAMW = Case(optimizer="adamw", lr=1e-2, max_grad_norm=0.5)
 
 @pytest.fixture(scope="module")
 def wanted():
-    """By case, what one CPU process makes of it."""
+    """Map each case to its result in one CPU process."""
     return {case: train_one_process(case) for case in (Case(), Case(grad_accum_steps=2), ADAMW)}
 
 
 @pytest.fixture(scope="module")
-def gpu(wanted):  # which comes first: CPU tensors could not use the group
-    """The device, in a group of one NCCL rank; float32 means float32."""
+def gpu(wanted):  # `wanted` is computed first: CPU tensors cannot use an NCCL group
+    """The GPU in a process group of one NCCL rank, without TF32."""
     torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(allow_tf32=False):
         device = init(World(), group=True)
@@ -53,17 +51,17 @@ def gpu(wanted):  # which comes first: CPU tensors could not use the group
 
 
 def differences(got, wanted):
-    """By kind: the largest, relative to the largest value of that tensor."""
+    """Largest relative difference of each kind, relative to the largest value of a tensor."""
     assert got.keys() == wanted.keys()
-    found = {}
+    largest = {}
     for kind in wanted:
         pairs = [
             (got[kind][name].double().cpu(), wanted[kind][name].double()) for name in wanted[kind]
         ]
-        found[kind] = max(
+        largest[kind] = max(
             float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs
         )
-    return found
+    return largest
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
@@ -71,10 +69,10 @@ def differences(got, wanted):
 def test_a_strategy_equals_one_cpu_process(gpu, wanted, strategy, grad_accum_steps):
     native = strategy in NATIVE
     case = Case(strategy, "fp64" if native else "fp32", grad_accum_steps=grad_accum_steps)
-    found = differences(
+    errors = differences(
         join_ranks([train(World(), gpu, case)]), wanted[Case(grad_accum_steps=grad_accum_steps)]
     )
-    assert max(found.values()) < (1e-10 if native else 2e-5), found
+    assert max(errors.values()) < (1e-10 if native else 2e-5), errors
 
 
 def test_offloaded_parameters_of_fsdp2(gpu, wanted):
@@ -89,9 +87,9 @@ def test_offloaded_parameters_of_fsdp2(gpu, wanted):
 def test_half_precision_stays_near(gpu, wanted, strategy, precision):
     assert bf16_is_native(gpu)
     case = replace(ADAMW, strategy=strategy, precision=precision)
-    found = differences(join_ranks([train(World(), gpu, case)]), wanted[ADAMW])
-    assert found["losses"] < 1e-2, found
-    assert 1e-7 < found["norms"] < 5e-2, f"{precision} cannot be exact: {found}"
+    errors = differences(join_ranks([train(World(), gpu, case)]), wanted[ADAMW])
+    assert errors["losses"] < 1e-2, errors
+    assert 1e-7 < errors["norms"] < 5e-2, f"{precision} cannot be exact: {errors}"
 
 
 def test_float8_products_are_near(gpu):
@@ -107,7 +105,7 @@ def test_float8_products_are_near(gpu):
     assert 1e-4 < error < 0.1
 
 
-def test_batches_arrive_whole_while_the_device_is_busy(gpu):
+def test_batches_are_complete_while_the_device_is_busy(gpu):
     shape = (64, 8, 64, 64)
     batches = [
         LatentBatch(
@@ -120,20 +118,20 @@ def test_batches_arrive_whole_while_the_device_is_busy(gpu):
         for _ in range(10):
             work = torch.tanh(work @ work)
         sums.append(batch.moments.mean() + 0 * work.sum())
-        del batch  # its memory may be given away while the sum is still to come
+        del batch  # its memory may be reused before the sum is computed
     torch.testing.assert_close(torch.stack(sums).cpu(), torch.arange(12.0))
 
 
-def test_pinned_copies_hold_the_moment(gpu):
+def test_pinned_copies_hold_the_values_of_their_time(gpu):
     copies, value = HostCopies(), torch.zeros(1 << 22, device=gpu)
     for moment in range(4):
         value += 1
         ((_, piece),) = copies.of([("param", ParamRange("w", (1 << 22,), 0, value))], gpu)
-        value += 100  # right behind
+        value += 100  # queued behind the copy
         assert piece.tensor.is_pinned() and bool((piece.tensor == 101 * moment + 1).all())
 
 
-def test_a_clock_counts_what_the_device_does(gpu):
+def test_a_clock_measures_device_time(gpu):
     clock, work = Clock(gpu), torch.randn(8192, 8192, device=gpu)
     work @ work
     torch.cuda.synchronize()
@@ -141,24 +139,24 @@ def test_a_clock_counts_what_the_device_does(gpu):
         for _ in range(50):
             work @ work
     seconds = clock.flush()
-    assert seconds["product"] > 3 * seconds["host"], "the host only asks"
+    assert seconds["product"] > 3 * seconds["host"], "the host only launches kernels"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_probe_of_stragglers_is_short_and_repeats(gpu, dtype):
-    """Short enough to ask for at a log step, long enough for a slower clock to be seen in it."""
+def test_the_straggler_probe_is_short_and_repeatable(gpu, dtype):
+    """Short enough for a log step, long enough to show a lower clock rate."""
     probe = Probe(gpu, dtype)
     seconds = [probe.seconds() for _ in range(6)]
     print(f"{dtype}: {1000 * seconds[-1]:.2f} ms")
     assert 1e-4 < seconds[-1] < 0.05 and max(seconds) < 1.2 * min(seconds)
 
 
-def test_the_preflight_knows_the_device(gpu):
-    found = probe_device(0)
+def test_preflight_reports_the_device(gpu):
+    report = probe_device(0)
     assert (
-        found["device"] == torch.cuda.get_device_name(0)
-        and found["device_problem"] is None
-        and found["memory_gib"] > 1
+        report["device"] == torch.cuda.get_device_name(0)
+        and report["device_problem"] is None
+        and report["memory_gib"] > 1
     )
     assert "1 for process 1" in probe_device(1)["no_device"]
 

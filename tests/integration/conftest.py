@@ -1,6 +1,4 @@
-"""Pictures, latents, configurations and one uninterrupted run of 8 steps, shared by the tests of
-the commands.
-"""
+"""Images, latents, configurations and one uninterrupted run of 8 steps, shared by all tests."""
 
 from __future__ import annotations
 
@@ -30,28 +28,28 @@ images: 12
 batch_size: 6
 sampler: {{kind: euler, steps: 3}}
 guidance_scales: [1.0, 2.0]
-reference: {pictures}
+reference: {images}
 grid_images: 4
 """
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
+    """Folder with images/, latents/, train.yaml, quick.yaml and the finished run whole/."""
     folder = tmp_path_factory.mktemp("cli")
-    draw_images(folder / "pictures")
+    draw_images(folder / "images")
     autoencoder = tiny_folder(folder / "autoencoder")
     encode = folder / "encode.yaml"
     encode.write_text(
-        f"source: {folder}/pictures\noutput: {folder}/latents\nautoencoder: "
+        f"source: {folder}/images\noutput: {folder}/latents\nautoencoder: "
         f"{autoencoder}\nresolution_px: 32\nshard_samples: 9\n"
     )
-    said = lpl(
-        "encode", encode, ranks=2, cold=True
-    ).stdout  # by two processes, which do not talk to each other
-    assert "32 samples" in said and "4 shards" in said
+    # two processes that do not communicate
+    output = lpl("encode", encode, ranks=2, cold=True).stdout
+    assert "32 samples" in output and "4 shards" in output
     (folder / "train.yaml").write_text(
         TRAIN.format(autoencoder=autoencoder, latents=folder / "latents")
     )
-    (folder / "quick.yaml").write_text(PROTOCOL.format(pictures=folder / "pictures"))
+    (folder / "quick.yaml").write_text(PROTOCOL.format(images=folder / "images"))
     lpl("train", folder / "train.yaml", f"run_dir={folder}/whole", cold=True)
     return folder

@@ -1,6 +1,4 @@
-"""What ships is what the tools make: the emoji tars rebuild from their npm package, and the
-autoencoder is as good as it says.
-"""
+"""Shipped assets: the emoji tars rebuild from their npm package, the autoencoder's PSNR."""
 
 import io
 import json
@@ -27,10 +25,8 @@ def samples(tar):
 
 
 def test_splits_are_disjoint_and_complete():
-    train, held_out = (
-        samples(ASSETS / "emoji" / "train.tar"),
-        samples(ASSETS / "emoji" / "held_out.tar"),
-    )
+    train = samples(ASSETS / "emoji" / "train.tar")
+    held_out = samples(ASSETS / "emoji" / "held_out.tar")
     assert len(train) + len(held_out) == 1911 and not train.keys() & held_out.keys()
     assert {int(s["cls"]) for s in train.values()} == set(range(10))
     first = train["1f600"]
@@ -43,33 +39,34 @@ def test_splits_are_disjoint_and_complete():
 @pytest.mark.network
 def test_the_tars_rebuild(tmp_path):
     if shutil.which("npm") is None:
-        pytest.skip("npm is not installed: the pictures' own package cannot be fetched")
+        pytest.skip("npm is not installed: the package of the emoji images cannot be fetched")
     try:
         package = build_emoji.fetch_package(tmp_path)
-    except Exception as problem:
-        pytest.skip(f"the npm registry does not answer: {problem}")
+    except Exception as error:
+        pytest.skip(f"the npm registry does not answer: {error}")
     origin = build_emoji.build(package, tmp_path / "built")
     shipped = json.loads((ASSETS / "emoji" / "origin.json").read_text())
     if PIL.__version__ == shipped["pillow"]:
         assert origin["files"] == shipped["files"]
     for name in shipped["files"]:
-        ours, theirs = samples(tmp_path / "built" / name), samples(ASSETS / "emoji" / name)
-        assert ours.keys() == theirs.keys()
-        for key in ours:
+        rebuilt = samples(tmp_path / "built" / name)
+        original = samples(ASSETS / "emoji" / name)
+        assert rebuilt.keys() == original.keys()
+        for key in rebuilt:
             assert all(
-                ours[key][member] == theirs[key][member] for member in ("cls", "txt", "json")
+                rebuilt[key][member] == original[key][member] for member in ("cls", "txt", "json")
             )
             assert (
-                Image.open(io.BytesIO(ours[key]["png"])).tobytes()
-                == Image.open(io.BytesIO(theirs[key]["png"])).tobytes()
+                Image.open(io.BytesIO(rebuilt[key]["png"])).tobytes()
+                == Image.open(io.BytesIO(original[key]["png"])).tobytes()
             )
 
 
-def test_the_autoencoder_is_as_good_as_it_says():
+def test_the_autoencoder_has_its_stated_psnr():
     quality = json.loads((ASSETS / "autoencoder_emoji" / "quality.json").read_text())
-    pictures = train_autoencoder.read_pictures("held_out")
+    images = train_autoencoder.read_images("held_out")
     measured = train_autoencoder.measure(
-        AutoencoderKL.from_pretrained(ASSETS / "autoencoder_emoji"), pictures
+        AutoencoderKL.from_pretrained(ASSETS / "autoencoder_emoji"), images
     )
     assert measured["pictures"] == 197 and quality["parameters"] <= 3_000_000
     assert (

@@ -1,6 +1,4 @@
-"""The commands end to end on 32 pictures: encode, train, stop, go on, sample, evaluate, report; and
-what bad input gets.
-"""
+"""The commands end to end on 32 images: encode, train, resume, sample, evaluate, report; errors."""
 
 import json
 import os
@@ -29,7 +27,7 @@ def weights(run, step, kind="param"):
     return tensors
 
 
-def test_a_run_leaves_what_the_readme_promises(world):
+def test_a_run_writes_the_files_that_the_readme_lists(world):
     run = world / "whole"
     assert {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "logs"} <= {
         p.name for p in run.iterdir()
@@ -54,20 +52,20 @@ def test_a_run_leaves_what_the_readme_promises(world):
     )
 
 
-def test_resuming_equals_not_stopping_bit_for_bit(world):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world):
     run = world / "parts"
     lpl("train", world / "train.yaml", f"run_dir={run}", "steps=5", "checkpoint.every_steps=3")
-    shutil.rmtree(
-        run / "checkpoints" / "step_00000005"
-    )  # as if it had stopped while LPL's weight was being calibrated
+    # resume from step 3, while LPL's weight is being calibrated
+    shutil.rmtree(run / "checkpoints" / "step_00000005")
     lpl("train", world / "train.yaml", f"run_dir={run}")
     assert logged_losses(run) == logged_losses(world / "whole")
     for kind in ("param", "ema", "optimizer"):
-        ours, theirs = weights(run, 8, kind), weights(world / "whole", 8, kind)
-        assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+        got = weights(run, 8, kind)
+        wanted = weights(world / "whole", 8, kind)
+        assert got.keys() == wanted.keys() and all(got[name].equal(wanted[name]) for name in got)
 
 
-def test_a_run_is_trained_by_one_at_a_time(world):
+def test_a_run_with_a_held_lease_is_refused(world):
     run = world / "held"
     with Lease(RunDir(run).live) as lease:
         assert lease.held
@@ -78,8 +76,8 @@ def test_a_run_is_trained_by_one_at_a_time(world):
     assert not (run / "metrics.jsonl").exists()
 
 
-def test_a_training_ends_when_the_run_is_another_ones(world):
-    """It was suspended, say, and its job was begun again elsewhere."""
+def test_training_ends_when_its_lease_is_taken_over(world):
+    """This happens when a job was suspended and restarted elsewhere."""
     run = world / "lost"
     command = [
         sys.executable,
@@ -90,19 +88,20 @@ def test_a_training_ends_when_the_run_is_another_ones(world):
         f"run_dir={run}",
         "steps=100000",
     ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as ghost:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as trainer:
         while not (run / "metrics.jsonl").exists():
             time.sleep(0.05)
-        mine = run / "mine.lease"
-        mine.write_text(json.dumps({"token": "another"}))
-        os.rename(mine, RunDir(run).live)
-        told = ghost.communicate(timeout=60)[1]
-    assert ghost.returncode == 1 and "is being trained by another process now" in told
+        other = run / "mine.lease"
+        other.write_text(json.dumps({"token": "another"}))
+        os.rename(other, RunDir(run).live)
+        stderr = trainer.communicate(timeout=60)[1]
+    assert trainer.returncode == 1 and "is being trained by another process now" in stderr
 
 
-def test_scores_while_training_waits(world):
-    """On two ranks, of every checkpoint, and the run is the same as without; one that cannot run is
-    refused at once.
+def test_inline_evaluation(world):
+    """Two ranks score every checkpoint without changing the run.
+
+    A protocol that does not fit the model is refused before training.
     """
     run = world / "inline"
     lpl(
@@ -135,14 +134,12 @@ def test_scores_while_training_waits(world):
     )
 
 
-def test_has_teeth_another_seed_is_another_run(world):
-    """And, in the same launch: wandb mirrors metrics.jsonl, offline; a ramp without an end is named
-    once, at the start.
-    """
+def test_has_teeth_another_seed_gives_another_run(world):
+    """The same run also writes offline wandb files and warns once of a ramp that never ends."""
     changes = ["steps=5", "seed=1", "lpl.ramp_steps=4", "log.wandb.mode=offline"]
-    said = lpl("train", world / "train.yaml", f"run_dir={world}/seed", *changes).stderr
+    stderr = lpl("train", world / "train.yaml", f"run_dir={world}/seed", *changes).stderr
     assert (
-        said.count(
+        stderr.count(
             "lpl.ramp_steps=4 from step 4 on with steps=5: the weight of LPL reaches 25% of its "
             "value only"
         )
@@ -160,9 +157,10 @@ def test_has_teeth_another_seed_is_another_run(world):
     ],
     ids=["fsdp2", "zero2"],
 )
-def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
-    """torchrun passes SIGTERM on; both ranks save at the same step and the same command goes on,
-    and equals one process.
+def test_two_ranks_resume_after_sigterm(world, arguments):
+    """torchrun forwards SIGTERM; both ranks save at the same step and the same command resumes.
+
+    Losses equal those of one process.
     """
     run = world / f"two_{arguments[0].split('=')[1]}"
     command = [
@@ -220,8 +218,8 @@ def test_two_ranks_stopped_by_a_real_sigterm_go_on(world, arguments):
 
 
 @pytest.mark.parametrize("moment", ["at the start", "while compiling"])
-def test_a_signal_before_the_first_step_is_kept_for_its_end(world, moment):
-    """One update is made, saved, and gone on from."""
+def test_a_signal_before_the_first_step_takes_effect_after_it(world, moment):
+    """Training makes one update, saves it and ends."""
     run = world / moment
     command = [
         sys.executable,
@@ -248,26 +246,26 @@ def test_a_signal_before_the_first_step_is_kept_for_its_end(world, moment):
         time.sleep(0.02)
     assert not (run / "metrics.jsonl").exists() or not logged_losses(run)
     trainer.send_signal(signal.SIGUSR2)
-    said = trainer.communicate(timeout=120)[1]
-    assert trainer.returncode == 0 and "SIGUSR2: stopped after step 1 of 8" in said, said
+    stderr = trainer.communicate(timeout=120)[1]
+    assert trainer.returncode == 0 and "SIGUSR2: stopped after step 1 of 8" in stderr, stderr
     assert RunDir(run).complete_checkpoints() == [1]
 
 
-def test_a_sample_that_was_missed_is_found(world):
+def test_audit_reports_a_missing_sample(world):
     shutil.copytree(world / "whole", world / "missed")
     ledger = RunDir(world / "missed").ledger(0)
     start, first, *rest = ledger.read_text().splitlines()
     first = json.dumps({**json.loads(first), "samples": json.loads(first)["samples"][1:]})
     ledger.write_text("\n".join([start, first, *rest, ""]))
-    found = lpl("audit", world / "missed", check=False)
-    assert found.returncode == 2 and "update 1: 1 samples missed" in found.stderr
+    refused = lpl("audit", world / "missed", check=False)
+    assert refused.returncode == 2 and "update 1: 1 samples missed" in refused.stderr
     assert "seen 2 to 2 times" in lpl("audit", world / "whole").stdout, "64 of 32"
 
 
-def test_a_damaged_shard_is_named_before_training(world):
-    """Every start reads the shards once, shared out over the ranks; one byte is enough."""
-    shutil.copytree(world / "latents", world / "damaged")
-    shard = next((world / "damaged").glob("latents-*.tar"))
+def test_a_corrupt_shard_is_reported_before_training(world):
+    """Every start hashes the shards, split over the ranks; one changed byte is detected."""
+    shutil.copytree(world / "latents", world / "corrupt")
+    shard = next((world / "corrupt").glob("latents-*.tar"))
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
@@ -275,17 +273,16 @@ def test_a_damaged_shard_is_named_before_training(world):
         "train",
         world / "train.yaml",
         f"run_dir={world}/never",
-        f"data.folder={world}/damaged",
+        f"data.folder={world}/corrupt",
         check=False,
     )
     assert done.returncode == 2 and shard.name in done.stderr and not (world / "never").exists()
 
 
 def test_export(world):
-    """Whole weights of a run of two ranks, of any kind, and an average of a length that nobody
-    tracked.
-    """
-    run, out = world / "whole", world / "exported"
+    """Export raw weights, a tracked average, and an average reconstructed from snapshots."""
+    run = world / "whole"
+    out = world / "exported"
     out.mkdir()
     for name in ("raw", "ema_power_0.050"):
         lpl("export", run, "--weights", name, "--output", out / f"{name}.safetensors")
@@ -331,22 +328,22 @@ def test_sample_evaluate_report(world):
     assert 'src="http' not in page and 'href="http' not in page
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = (
-        "import sys, time; t = time.perf_counter(); from lpl_pretrain.cli.main import commands\n"
+        "import sys; from lpl_pretrain.cli.main import commands\n"
         "try: commands(['--help'])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_doctor_answers():
+def test_doctor():
     done = lpl("doctor", check=False, cold=True)
     assert "torch" in done.stdout and "slurm" in done.stdout and done.returncode in (0, 1)
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, phrases",
     [
         (
             ["batch.global_batchsize=8"],
@@ -370,17 +367,18 @@ def test_doctor_answers():
         (["lpl.start_step=9"], ["lpl.start_step=9 with steps=9", "LPL never runs"]),
     ],
 )
-def test_bad_input_is_refused_before_training(world, arguments, words):
+def test_bad_input_is_refused_before_training(world, arguments, phrases):
+    # the run has 8 steps and would be continued
     done = lpl(
         "train", world / "train.yaml", f"run_dir={world}/whole", "steps=9", *arguments, check=False
-    )  # of 8: to go on
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    for word in words:
-        assert word in done.stderr
+    for phrase in phrases:
+        assert phrase in done.stderr
 
 
-def test_post_training_from_a_run_that_is_gone_later(world, tmp_path):
-    """It begins with that run's average; when it goes on, nothing is asked of where it began."""
+def test_init_from_a_run_that_is_deleted_later(world, tmp_path):
+    """The first start loads the other run's average; a resumed one does not read that run."""
     shutil.copytree(world / "whole", tmp_path / "before")
     first = [
         world / "train.yaml",

@@ -1,5 +1,6 @@
-"""Ctrl-C on real processes: a checkpoint and one line that says how to go on; a second one leaves
-at once; never a traceback.
+"""Ctrl-C on real processes: it saves a checkpoint and prints how to resume, without a traceback.
+
+A second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
@@ -33,34 +34,32 @@ def temporaries(folder):
     ]
 
 
-def end_of(process):
-    """(status, lines on stderr)."""
-    said = process.communicate(timeout=100)[1]
-    assert "Traceback" not in said, said
-    return process.returncode, said.splitlines()
+def wait_end(process):
+    """Wait for the end of a process: (exit status, lines on stderr)."""
+    stderr = process.communicate(timeout=100)[1]
+    assert "Traceback" not in stderr, stderr
+    return process.returncode, stderr.splitlines()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_training_stops_after_the_step_and_goes_on(world, ranks):
-    """torchrun ends with the status 1 after any signal; that it also prints a traceback of its own
-    is prevented by a plugin.
-    """
+def test_training_stops_after_the_step_and_resumes(world, ranks):
+    """torchrun ends with status 1 after any signal; our plugin suppresses its traceback."""
     run = world / f"ctrl_c_{ranks}"
     settings = [*LONG, *["parallel.strategy=ddp"] * (ranks > 1)]
     process = start_lpl("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
     wait_for(process, lambda: steps(run) >= 3)
     ctrl_c(process)
-    said = process.communicate(timeout=100)[1].splitlines()
+    stderr = process.communicate(timeout=100)[1].splitlines()
     (stopped,) = [line for line in metric_lines(run) if line.get("event") == "stopped"]
     assert stopped["signal"] == "SIGINT" and RunDir(run).complete_checkpoints() == [stopped["step"]]
-    (told,) = [line for line in said if "stopped after step" in line]
+    (message,) = [line for line in stderr if "stopped after step" in line]
     assert (
         f"SIGINT: stopped after step {stopped['step']} of 100000; the same command goes on "
-        "from there: " in told
+        "from there: " in message
     )
-    assert f"lpl_pretrain train {world / 'train.yaml'} run_dir={run} steps=100000" in told
+    assert f"lpl_pretrain train {world / 'train.yaml'} run_dir={run} steps=100000" in message
     if ranks == 1:
-        assert process.returncode == INTERRUPTED and told == said[-1]
+        assert process.returncode == INTERRUPTED and message == stderr[-1]
     assert not temporaries(run) and not (run / "live.lease").exists()
     end = stopped["step"] + 1
     lpl("train", world / "train.yaml", f"run_dir={run}", *settings, f"steps={end}", ranks=ranks)
@@ -70,10 +69,8 @@ def test_training_stops_after_the_step_and_goes_on(world, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_second_one_leaves_at_once(world, ranks):
-    """In the middle of a step, and nothing waits for its end.  torchrun passes the second one on as
-    SIGTERM.
-    """
+def test_a_second_ctrl_c_ends_training_at_once(world, ranks):
+    """Training ends in the middle of a step.  torchrun forwards the second one as SIGTERM."""
     run = world / f"twice_{ranks}"
     settings = [
         *LONG,
@@ -82,14 +79,13 @@ def test_a_second_one_leaves_at_once(world, ranks):
         *["parallel.strategy=ddp"] * (ranks > 1),
     ]
     process = start_lpl("train", world / "train.yaml", f"run_dir={run}", *settings, ranks=ranks)
-    wait_for(
-        process, lambda: steps(run) >= 2
-    )  # Ctrl-C waits for a step from behind the first line on
+    # once the first step is logged, Ctrl-C waits for the end of a step
+    wait_for(process, lambda: steps(run) >= 2)
     ctrl_c(process)
-    said = process.stderr.readline()
-    while "a second Ctrl-C ends the process at once" not in said:
-        assert said, "the first one was not answered"
-        said = process.stderr.readline()
+    line = process.stderr.readline()
+    while "a second Ctrl-C ends the process at once" not in line:
+        assert line, "the first Ctrl-C was not answered"
+        line = process.stderr.readline()
     ctrl_c(process)
     rest = process.communicate(timeout=100)[1]
     assert (
@@ -102,33 +98,33 @@ def test_a_second_one_leaves_at_once(world, ranks):
 
 
 @pytest.mark.parametrize("until", ["live.lease", "logs/samples_rank_00000.jsonl"])
-def test_before_the_first_step_training_ends(world, until):
-    """And leaves no folder, unless it was about to make a step."""
+def test_training_ends_at_once_before_the_first_step(world, until):
+    """No folder is left, unless the first step was about to start."""
     run = world / f"unbegun_{until.partition('/')[0]}"
     settings = [*LONG, *["parallel.compile=true"] * until.startswith("logs")]
     process = start_lpl("train", world / "train.yaml", f"run_dir={run}", *settings)
     wait_for(process, (run / until).exists)
     ctrl_c(process)
-    status, said = end_of(process)
-    assert status == INTERRUPTED and said[-1].startswith(
+    status, stderr = wait_end(process)
+    assert status == INTERRUPTED and stderr[-1].startswith(
         "interrupted: nothing was saved now; the same command goes on: "
     )
     assert not RunDir(run).complete_checkpoints() and not (run / "live.lease").exists()
     assert until.startswith("logs") or not run.exists()
 
 
-def test_encoding_goes_on_with_the_same_bytes(world):
-    """As `whole` in the latents that another command wrote."""
+def test_encoding_resumes_with_the_same_bytes(world):
+    """The shards equal those of an uninterrupted encode."""
     out = world / "latents_interrupted"
     command = ["encode", world / "encode.yaml", f"output={out}", "batch_size=1"]
     process = start_lpl(*command)
     wait_for(process, lambda: list(out.glob(".encode/part-*.json")))
     ctrl_c(process)
-    status, said = end_of(process)
-    assert status == INTERRUPTED and said[-1].startswith(
+    status, stderr = wait_end(process)
+    assert status == INTERRUPTED and stderr[-1].startswith(
         "interrupted: finished parts are kept; the same command goes on: "
     )
-    assert f"lpl_pretrain encode {world / 'encode.yaml'} output={out}" in said[-1]
+    assert f"lpl_pretrain encode {world / 'encode.yaml'} output={out}" in stderr[-1]
     assert not temporaries(out) and not (out / "index.json").exists()
     lpl(*command)
     again = world / "latents_again"
@@ -138,15 +134,15 @@ def test_encoding_goes_on_with_the_same_bytes(world):
     ]
 
 
-def test_evaluation_goes_on(world):
+def test_evaluation_keeps_its_features(world):
     run = world / "scored"
     shutil.copytree(world / "whole", run, ignore=shutil.ignore_patterns("evaluations"))
     command = ["evaluate", run, world / "quick.yaml", "images=48", "batch_size=2"]
     process = start_lpl(*command)
     wait_for(process, lambda: list(run.glob("evaluations/*/*.partial/*/*.safetensors")))
     ctrl_c(process)
-    status, said = end_of(process)
-    assert status == INTERRUPTED and said[-1].startswith(
+    status, stderr = wait_end(process)
+    assert status == INTERRUPTED and stderr[-1].startswith(
         "interrupted: features that were made are kept; the same command goes on"
     )
     assert not list(run.glob("evaluations/*/*.lease")) and not temporaries(run)
@@ -155,7 +151,7 @@ def test_evaluation_goes_on(world):
 
 
 @pytest.mark.parametrize("command", ["sample", "report", "doctor"])
-def test_other_commands_end_with_a_line(world, command):
+def test_other_commands_end_with_one_line(world, command):
     arguments = {
         "sample": [
             "sample",
@@ -171,14 +167,13 @@ def test_other_commands_end_with_a_line(world, command):
         "doctor": ["doctor"],
     }[command]
     process = start_lpl(*arguments, cold=True)
-    wait_for(
-        process, lambda: len(list(Path(f"/proc/{process.pid}/task").iterdir())) > 1
-    )  # the thread that reads signals
+    threads = Path(f"/proc/{process.pid}/task")
+    wait_for(process, lambda: len(list(threads.iterdir())) > 1)  # the thread that reads signals
     ctrl_c(process)
-    said = process.communicate(timeout=100)[1]
+    stderr = process.communicate(timeout=100)[1]
     assert (
         process.returncode == INTERRUPTED
-        and said.splitlines()[-1] == "interrupted"
-        and "Traceback" not in said
+        and stderr.splitlines()[-1] == "interrupted"
+        and "Traceback" not in stderr
     )
     assert not (world / "never.png").exists() and not (world / "never.html").exists()

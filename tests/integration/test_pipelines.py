@@ -1,6 +1,4 @@
-"""Exported folders load in diffusers, and its pipelines draw what our sampler draws from the same
-noise.
-"""
+"""Exported diffusers folders: the pipelines' images equal our sampler's from the same noise."""
 
 from __future__ import annotations
 
@@ -57,7 +55,7 @@ def captioned(tmp_path_factory):
 
 
 def exported(folder: Path, data, kind, **changes):
-    """(our run with random weights, the folder that it became)."""
+    """Export a run with random weights: (the opened run, the exported folder)."""
     conditioning = {} if kind == "dit" else {"text_encoders": ["clip", "t5"]}
     settings = {
         "model": MODELS[kind],
@@ -98,7 +96,7 @@ def exported(folder: Path, data, kind, **changes):
     return trained, folder / "out"
 
 
-def ours(trained, noise, sampler, cond, uncond, scale):
+def our_images(trained, noise, sampler, cond, uncond, scale):
     generator = trained.generator
 
     def model(z_t, t, c):
@@ -126,23 +124,23 @@ def test_dit(labelled, tmp_path, scale):
     got = pipeline([0, 1], generator=torch.Generator().manual_seed(7), **arguments).images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     cond, uncond = Conditioning(torch.tensor([0, 1])), Conditioning(torch.tensor([2, 2]))
-    wanted = ours(trained, noise, SamplerConfig(kind="ddim", steps=10), cond, uncond, scale)
+    wanted = our_images(trained, noise, SamplerConfig(kind="ddim", steps=10), cond, uncond, scale)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
     assert wanted.std() > 0.01
 
 
 def conditions(trained):
     _, text, pooled = trained.generator.captions.draw(0, [0, 1])
-    nothing, vector = trained.generator.captions.conditioner.nothing(2, CPU)
+    null, vector = trained.generator.captions.conditioner.nothing(2, CPU)
     labels, sizes = (
         torch.zeros(2, dtype=torch.int64),
         trained.generator.captions.sizes.expand(2, -1),
     )
     embeddings = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
-    embeddings |= {"negative_prompt_embeds": nothing, "negative_pooled_prompt_embeds": vector}
+    embeddings |= {"negative_prompt_embeds": null, "negative_pooled_prompt_embeds": vector}
     return (
         Conditioning(labels, text, pooled, sizes),
-        Conditioning(labels, nothing, vector, sizes),
+        Conditioning(labels, null, vector, sizes),
         embeddings,
     )
 
@@ -159,7 +157,7 @@ def test_mmdit(captioned, tmp_path):
     got = pipeline(
         **embeddings, **arguments, sigmas=sigmas, num_inference_steps=10, latents=noise
     ).images
-    wanted = ours(
+    wanted = our_images(
         trained, noise, SamplerConfig(kind="euler", steps=10, shift=3.0), cond, uncond, 3.0
     )
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
@@ -175,15 +173,15 @@ def test_sdxl(captioned, tmp_path):
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     arguments = {"height": 32, "width": 32, "guidance_scale": 3.0, "output_type": "pt"}
     got = pipeline(**embeddings, **arguments, num_inference_steps=10, latents=noise).images
-    wanted = ours(trained, noise, SamplerConfig(kind="ddim", steps=10), cond, uncond, 3.0)
+    wanted = our_images(trained, noise, SamplerConfig(kind="ddim", steps=10), cond, uncond, 3.0)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
     assert wanted.std() > 0.01
 
 
-def test_the_card_and_what_is_refused(labelled, tmp_path):
+def test_model_card_and_refusals(labelled, tmp_path):
     _, folder = exported(tmp_path, labelled, "dit")
     card = (folder / "README.md").read_text()
-    for words in (
+    for phrase in (
         "DiTPipeline",
         "data fingerprint",
         "weights: ema",
@@ -191,7 +189,7 @@ def test_the_card_and_what_is_refused(labelled, tmp_path):
         "fd_x 12.35 (w = 1)",
         "samples in the data: 32",
     ):
-        assert words in card, words
+        assert phrase in card, phrase
     assert not [
         path
         for path in folder.rglob("*")

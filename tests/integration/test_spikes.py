@@ -1,6 +1,4 @@
-"""`train` on a poisoned shard, as a user runs it: it goes back and on, says so in the report, and
-the audit agrees.
-"""
+"""`train` on a poisoned shard: rollbacks, the audit of their samples, and their report."""
 
 from __future__ import annotations
 
@@ -22,10 +20,10 @@ def folder(tmp_path_factory):
 
 def test_train_audit_and_report(folder):
     run = folder / "run"
-    said = lpl("train", folder / "train.yaml", f"run_dir={run}").stderr
+    stderr = lpl("train", folder / "train.yaml", f"run_dir={run}").stderr
     assert (
-        "step 11: the loss at t " in said
-        and "rolled back to step 8, 3 updates jumped over in all (1 of at most 20)" in said
+        "step 11: the loss at t " in stderr
+        and "rolled back to step 8, 3 updates jumped over in all (1 of at most 20)" in stderr
     )
     assert RunDir(run).complete_checkpoints()[-1] == STEPS
     spikes = [line for line in metric_lines(run) if line.get("event") == "spike"]

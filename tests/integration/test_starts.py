@@ -1,6 +1,4 @@
-"""Starts of one run, by real processes: a finished one is left alone, every other is listed, a
-mistake leaves nothing.
-"""
+"""Repeated starts of one run: finished runs stay unchanged, refused starts leave no trace."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ def finished(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ranks, changes, words",
+    "ranks, changes, message",
     [
         (1, [], "complete: 8 of 8 steps; nothing to do (raise steps to go on)"),
         (
@@ -41,16 +39,16 @@ def finished(world, tmp_path):
     ],
     ids=["same", "fewer steps", "another strategy under torchrun", "not scored"],
 )
-def test_a_finished_run_is_left_alone(world, finished, ranks, changes, words):
-    """No byte and no time of any file or folder changes, and the report stays what it was."""
+def test_a_finished_run_is_unchanged(world, finished, ranks, changes, message):
+    """No content and no modification time of any file or folder changes."""
     before = folder_state(finished)
     changes = [change.format(world=world) for change in changes]
     done = lpl("train", world / "train.yaml", f"run_dir={finished}", *changes, ranks=ranks)
-    assert done.stdout.count(words.format(world=world, run=finished)) == 1 and not done.stderr
+    assert done.stdout.count(message.format(world=world, run=finished)) == 1 and not done.stderr
     assert folder_state(finished) == before
 
 
-def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(world, finished):
+def test_leftovers_of_a_killed_process_are_removed_from_a_finished_run(world, finished):
     before = folder_state(finished)
     holder = {
         "token": "of the killed",
@@ -65,10 +63,10 @@ def test_a_finished_run_loses_what_a_process_left_that_was_killed_at_its_end(wor
     after = folder_state(finished)
     for folder in (finished, finished / "checkpoints"):
         assert after.pop(folder) != before.pop(folder)
-    assert after == before, "two folders have lost these, and nothing else changed"
+    assert after == before, "only the leftovers are gone"
 
 
-def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finished):
+def test_a_finished_run_continues_to_more_steps_and_records_the_start(world, finished):
     old = json.loads((finished / "provenance.json").read_text())[0]
     (finished / "provenance.json").write_text(
         json.dumps({key: old[key] for key in ("argv", "world_size", "git_diff", "versions")})
@@ -84,7 +82,7 @@ def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finishe
     assert max(logged_losses(finished)) == 10
     first, second = json.loads((finished / "provenance.json").read_text())
     assert set(first) == {"argv", "world_size", "git_diff", "versions"}, (
-        "of an older version, as it was"
+        "an older version's record is kept"
     )
     assert (second["step"], second["strategy"], second["world_size"]) == (8, "ddp", 2) and len(
         second["hosts"]
@@ -97,8 +95,8 @@ def test_a_finished_run_goes_on_to_more_steps_and_says_from_where(world, finishe
     assert "resumed once" in page and "of 10" in page and "local&#34; → &#34;ddp" in page
 
 
-def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(world, tmp_path):
-    """As one that was killed before its first step."""
+def test_a_run_without_a_step_accepts_another_configuration(world, tmp_path):
+    """The run was killed before its first step."""
     (started := tmp_path / "started").mkdir()
     shutil.copy(world / "whole" / "config.yaml", started)
     lpl(
@@ -125,10 +123,8 @@ def test_a_run_that_never_made_a_step_takes_a_corrected_configuration(world, tmp
 
 
 @pytest.fixture
-def damaged(world, tmp_path):
-    """Latents of which a byte has changed, which shows once torch is loaded and the folder of the
-    run is made.
-    """
+def corrupt_shard(world, tmp_path):
+    """A shard with one changed byte, detected only after the run's folder exists."""
     shutil.copytree(world / "latents", tmp_path / "latents")
     shard = sorted((tmp_path / "latents").glob("*.tar"))[0]
     content = bytearray(shard.read_bytes())
@@ -138,19 +134,19 @@ def damaged(world, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_refused_first_start_leaves_nothing(world, damaged, tmp_path, ranks):
+def test_a_refused_first_start_leaves_nothing(world, corrupt_shard, tmp_path, ranks):
     changes = [
         f"run_dir={tmp_path}/a/run",
-        f"data.folder={damaged.parent}",
+        f"data.folder={corrupt_shard.parent}",
         *["parallel.strategy=ddp"] * (ranks > 1),
     ]
     refused = lpl("train", world / "train.yaml", *changes, check=False, ranks=ranks)
-    assert refused.returncode == (2 if ranks == 1 else 1) and damaged.name in refused.stderr
+    assert refused.returncode == (2 if ranks == 1 else 1) and corrupt_shard.name in refused.stderr
     assert refused.stderr.count("DataError: ") == 1
-    assert list(tmp_path.iterdir()) == [damaged.parent]
+    assert list(tmp_path.iterdir()) == [corrupt_shard.parent]
 
 
-def test_a_refused_start_of_a_run_leaves_it_as_it_was(world, damaged, finished):
+def test_a_refused_start_of_a_run_changes_nothing(world, corrupt_shard, finished):
     before = {
         name: (finished / name).read_bytes()
         for name in ("config.yaml", "provenance.json", "metrics.jsonl")
@@ -160,8 +156,8 @@ def test_a_refused_start_of_a_run_leaves_it_as_it_was(world, damaged, finished):
         world / "train.yaml",
         f"run_dir={finished}",
         "steps=12",
-        f"data.folder={damaged.parent}",
+        f"data.folder={corrupt_shard.parent}",
         check=False,
     )
-    assert refused.returncode == 2 and damaged.name in refused.stderr
+    assert refused.returncode == 2 and corrupt_shard.name in refused.stderr
     assert {name: (finished / name).read_bytes() for name in before} == before

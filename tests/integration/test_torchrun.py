@@ -1,4 +1,4 @@
-"""Under a real torchrun an input error is printed once and last, and there is no traceback."""
+"""Errors under torchrun: an input error is printed once and last, without a traceback."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ PLUGIN = "[torchrun.handlers]\nlpl_pretrain = lpl_pretrain.runtime.torchrun:plug
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """`plugin`: as where this package is installed, or else as where it only lies on the path."""
+    """Function that runs torchrun on two ranks, with our plugin installed or not."""
 
     def run(*arguments, plugin=True, **variables):
-        facts = (
-            tmp_path / f"plugin_{plugin}" / "lpl_pretrain-0.1.0.dist-info"
-        )  # goes before the one that is installed
-        facts.mkdir(parents=True, exist_ok=True)
-        (facts / "METADATA").write_text(
+        # comes before the installed one on the path
+        dist_info = tmp_path / f"plugin_{plugin}" / "lpl_pretrain-0.1.0.dist-info"
+        dist_info.mkdir(parents=True, exist_ok=True)
+        (dist_info / "METADATA").write_text(
             "Metadata-Version: 2.1\nName: lpl-pretrain\nVersion: 0.1.0\n"
         )
-        (facts / "entry_points.txt").write_text(PLUGIN if plugin else "")
-        path = f"{facts.parent}{os.pathsep}{ROOT}"
+        (dist_info / "entry_points.txt").write_text(PLUGIN if plugin else "")
+        path = f"{dist_info.parent}{os.pathsep}{ROOT}"
         return subprocess.run(
             [
                 Path(sys.executable).parent / "torchrun",
@@ -95,8 +94,8 @@ def test_an_input_error_is_printed_once_and_last(world, torchrun, arguments, err
     assert error in "".join(done.stderr.splitlines()[-2:]), "of two lines, where there are two"
 
 
-def test_an_error_of_one_rank_is_printed_too(world, torchrun, tmp_path):
-    """Of the second one, which does not see the data; the first one waits for it and says nothing."""
+def test_an_input_error_of_rank_1_is_printed(world, torchrun, tmp_path):
+    """Rank 1 does not find the data; rank 0 waits for it and prints nothing."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     (tmp_path / "0" / "latents").symlink_to(world / "latents")
@@ -124,8 +123,8 @@ def test_without_the_plugin_the_error_ends_the_report_of_torchrun(world, torchru
     assert error in done.stderr.splitlines()[-2], "before a line of ="
 
 
-def test_a_mistake_of_the_program_is_reported_with_its_traceback(torchrun):
-    """Ours or another's: torchrun's report is replaced for input errors alone."""
+def test_a_bug_is_reported_with_its_traceback(torchrun):
+    """torchrun's report is replaced for input errors only."""
     done = torchrun("--no-python", sys.executable, "-c", "import lpl_pretrain; lpl_pretrain.absent")
     assert (
         done.returncode != 0

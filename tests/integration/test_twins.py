@@ -1,6 +1,4 @@
-"""The CPU-size twins of the recipes train with LPL, sharded, on real pictures and their captions;
-then they draw.
-"""
+"""The CPU-size recipes train sharded with LPL on real images with captions, and sample."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ SHARDED = {
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory) -> Path:
-    """Of the first emoji, with MiniLM's embeddings."""
+    """Latents of the first SAMPLES emoji with MiniLM embeddings of their captions."""
     folder = tmp_path_factory.mktemp("twins")
     with (
         tarfile.open(ASSETS / "emoji" / "train.tar") as whole,
@@ -56,7 +54,7 @@ def latents(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("sharded", SHARDED)
 @pytest.mark.parametrize("twin", ["emoji_mmdit_lpl", "emoji_unet_lpl"])
-def test_trains_with_lpl_and_draws(latents, tmp_path, twin, sharded):
+def test_trains_with_lpl_and_samples(latents, tmp_path, twin, sharded):
     run = tmp_path / "run"
     overrides = [f"data.folder={latents}", f"run_dir={run}", *SHORT, *SHARDED[sharded]]
     lpl("train", ROOT / f"configs/train/{twin}.yaml", *overrides, ranks=2)

@@ -29,7 +29,7 @@ def test_scores_arrive_though_all_are_preempted_and_a_node_is_lost(cluster, fold
         "batch_size": 4,
         "sampler": {"kind": "euler", "steps": 2},
     }
-    protocol |= {"reference": str(folder / "pictures"), "grid_images": 0}
+    protocol |= {"reference": str(folder / "images"), "grid_images": 0}
     (folder / "quick.yaml").write_text(yaml.safe_dump(protocol))
     way = [*STRATEGIES["fsdp2"], "steps=120", "checkpoint.every_steps=40", "lpl=null"]
     job = Job(cluster, folder, "scored", *way, more=["--evaluate-with", folder / "quick.yaml"])
@@ -67,7 +67,7 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
     others.
     """
     encode = {
-        "source": str(folder / "pictures"),
+        "source": str(folder / "images"),
         "output": str(folder / PIPED),
         "resolution_px": 32,
     }
@@ -80,7 +80,7 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
         "grid_images": 0,
     }
     (folder / "end.yaml").write_text(
-        yaml.safe_dump({**protocol, "reference": str(folder / "pictures")})
+        yaml.safe_dump({**protocol, "reference": str(folder / "images")})
     )
     parts = [
         "--encode",

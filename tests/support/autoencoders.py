@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised autoencoders of every family that is known."""
+"""Tiny, randomly initialised autoencoders of every supported family."""
 
 from pathlib import Path
 
@@ -48,9 +48,7 @@ def tiny_network(
 def tiny_distilled(
     *, seed: int = 0, latent_channels: int = 4, levels: int = 3, **options
 ) -> AutoencoderTiny:
-    """Of the TAESD family: neither norms nor attention, so that a position sees its neighbourhood
-    only.
-    """
+    """TAESD-like autoencoder: without norms and attention, so its receptive field is local."""
     torch.manual_seed(seed)
     blocks = (1,) * levels
     return AutoencoderTiny(
@@ -66,7 +64,7 @@ def tiny_distilled(
 def tiny_dc(
     *, seed: int = 0, latent_channels: int = 4, layers: tuple[int, ...] = (1, 2, 1), **options
 ) -> AutoencoderDC:
-    """Of the SANA family, with the residual and the linear-attention block."""
+    """SANA-like autoencoder (DC-AE), with residual and linear-attention blocks."""
     torch.manual_seed(seed)
     return AutoencoderDC(
         latent_channels=latent_channels,

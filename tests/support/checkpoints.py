@@ -1,6 +1,4 @@
-"""Small real checkpoints without a model, and edits that keep digests right: what a careful vandal
-would do.
-"""
+"""Small checkpoints written without a model, and edits of them that keep all digests valid."""
 
 from __future__ import annotations
 
@@ -34,10 +32,10 @@ def tensors_of(step: int) -> dict[str, dict[str, Tensor]]:
 
 
 def state_of(step: int) -> dict[str, Any]:
-    seen = step * SAMPLES_PER_STEP
+    samples_seen = step * SAMPLES_PER_STEP
     return {
         "step": step,
-        "stream": {"samples_seen": seen, "epoch": 0, "seed": 0, "fingerprint": "f" * 64},
+        "stream": {"samples_seen": samples_seen, "epoch": 0, "seed": 0, "fingerprint": "f" * 64},
         "lpl_weight": {"frozen": 0.5, "diffusion_sum": 1.0, "perceptual_sum": 2.0},
         "loss_scale": {"value": 1.0, "dynamic": False, "good_updates": 0},
         "skipped_updates": 0,
@@ -47,7 +45,7 @@ def state_of(step: int) -> dict[str, Any]:
 def save(
     run_dir: RunDir, step: int, *, ranks: int = 2, snapshot: bool = False, format: int = 3
 ) -> Path:
-    """A checkpoint of several ranks, whose ranges do not end at the same elements."""
+    """Write a checkpoint of `ranks` ranks that split each parameter at uneven elements."""
     folder = run_dir.snapshot(step) if snapshot else run_dir.checkpoint(step)
     folder.mkdir(parents=True)
     content = tensors_of(step)
@@ -72,7 +70,7 @@ def save(
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
-    """Changes a JSON file of a checkpoint in place, and every digest that would tell of it."""
+    """Change a JSON file of a checkpoint in place and recompute every digest that covers it."""
     path = folder / name
     content = json.loads(path.read_text())
     content = change(content) or content
@@ -87,7 +85,7 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 
 def rewrite_manifest(folder: Path) -> None:
-    """The manifest of the files as they are now."""
+    """Recompute sizes and digests in the manifest from the files on disk."""
 
     def change(content: dict[str, Any]) -> None:
         for name in content["files"]:
@@ -101,7 +99,7 @@ def rewrite_manifest(folder: Path) -> None:
 
 
 def shift_range(folder: Path) -> None:
-    """One of the issue's edits: ranges that do not begin at the first element."""
+    """Edit index.json so that the ranges of a.weight do not start at its first element."""
 
     def change(index: dict[str, Any]) -> None:
         for named in index.values():

@@ -1,4 +1,4 @@
-"""Runs `lpl-pretrain` as a user does, in processes of its own."""
+"""Runs of `lpl-pretrain` in processes of their own, and what they log."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from tests.support import fork_server
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def lpl(*arguments, check=True, ranks=1, cold=False, **options):
-    """`cold`: with all imports of its own."""
+def _command(arguments, ranks, cold):
+    """Words of a command line, under torchrun for more than one rank."""
     python = [*([] if cold else fork_server.command_prefix()), sys.executable, "-m"]
-    torchrun = (
-        [
-            *python,
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            "--no-python",
-        ]
-        if ranks > 1
-        else []
-    )
+    torchrun = []
+    if ranks > 1:
+        rank_options = ["--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+        torchrun = [*python, "torch.distributed.run", *rank_options]
+    return [*torchrun, *python, "lpl_pretrain", *map(str, arguments)]
+
+
+def lpl(*arguments, check=True, ranks=1, cold=False, **options):
+    """Run `lpl-pretrain` to its end; `cold` starts Python anew, without the fork server."""
     done = subprocess.run(
-        [*torchrun, *python, "lpl_pretrain", *map(str, arguments)],
+        _command(arguments, ranks, cold),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -44,21 +42,9 @@ def lpl(*arguments, check=True, ranks=1, cold=False, **options):
 
 
 def start_lpl(*arguments, ranks=1, cold=False):
-    """The same, in the background, as a terminal starts it: in a process group of its own."""
-    python = [*([] if cold else fork_server.command_prefix()), sys.executable, "-m"]
-    torchrun = (
-        [
-            *python,
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            "--no-python",
-        ]
-        if ranks > 1
-        else []
-    )
+    """Start `lpl-pretrain` in a process group of its own, as a terminal does."""
     return subprocess.Popen(
-        [*torchrun, *python, "lpl_pretrain", *map(str, arguments)],
+        _command(arguments, ranks, cold),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,7 +55,7 @@ def start_lpl(*arguments, ranks=1, cold=False):
 
 
 def wait_for(process, condition, limit_s=200.0):
-    """Until `condition()`, while `process` runs."""
+    """Poll until `condition()` holds; fail when `process` ends before."""
     deadline = time.monotonic() + limit_s
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, "".join(
@@ -79,12 +65,12 @@ def wait_for(process, condition, limit_s=200.0):
 
 
 def ctrl_c(process):
-    """What a terminal does: SIGINT to the process group."""
+    """Send SIGINT to the process group, as a terminal does."""
     os.killpg(process.pid, signal.SIGINT)
 
 
 def folder_state(folder):
-    """Path -> (bytes, time of the last change) of everything in a folder, and of the folder."""
+    """Map each path in a folder, and the folder itself, to (bytes, modification time)."""
     return {
         path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
         for path in [folder, *sorted(folder.rglob("*"))]
@@ -92,15 +78,15 @@ def folder_state(folder):
 
 
 def metric_lines(run, key="step"):
-    """Whole ones: a run that goes on may be writing another, and a full disk cuts one short."""
+    """Complete lines of metrics.jsonl: a running process or a full disk may leave a partial one."""
     text = (run / "metrics.jsonl").read_text()
-    found = []
+    records = []
     for line in text[: text.rfind("\n") + 1].splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records
 
 
 def logged_losses(run):
-    """Step -> loss; the last line of a step counts."""
+    """Map each step to its loss; the last line of a step counts."""
     return {line["step"]: line["loss/total"] for line in metric_lines(run) if "event" not in line}

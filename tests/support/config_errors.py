@@ -1,4 +1,4 @@
-"""What every refusal of a configuration has to look like, and texts that have broken one."""
+"""Checks of error messages about configurations, and of what a loaded configuration dumps."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ PYDANTIC_WORDS = re.compile(
     r"valid (integer|number|string|boolean|list|tuple|dictionary)|"
     r"\b(string|int|float|bool|list|tuple|dict|literal|enum|value)_(type|parsing|error)\b|[A-Za-z]+Config\b"
 )
-"""What pydantic says of itself: its sentences, its names of types, and names of our classes."""
+"""Phrases that must not reach a user: sentences and type names of pydantic, our class names."""
 MAX_LINES, MAX_CHARACTERS = 21, 8000
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def check_error_message(error: LPLError) -> None:
-    """A few printable lines in our words."""
+    """Check that an error is a few printable lines without internal names."""
     text = str(error)
     assert text and len(text) <= MAX_CHARACTERS, len(text)
     lines = text.split("\n")
     assert len(lines) <= MAX_LINES, len(lines)
     assert all(line.isprintable() for line in lines), text
-    assert not (found := PYDANTIC_WORDS.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text))), (
-        found,
-        text,
-    )
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+    internal = PYDANTIC_WORDS.search(unquoted)
+    assert not internal, (internal, text)
 
 
 def load_or_check_error(
     cls: type[AnySection], path: Path, overrides: Sequence[str] = ()
 ) -> AnySection | None:
-    """None for a refusal, which is checked; what is accepted has to load back equal from its own
-    dump.
+    """Load a configuration and check that its dump loads back equal; None if it is refused.
+
+    The error of a refusal is checked with `check_error_message`.
     """
     try:
         config = load_config(cls, path, overrides)
@@ -72,9 +72,8 @@ def leaves(
         for part in get_args(annotation)
         if part not in (type(None), Ellipsis) and get_origin(annotation)
     ]:
-        if not all(
-            isinstance(part, str | int | bool) for part in inner
-        ):  # not the words of a Literal
+        literal = all(isinstance(part, str | int | bool) for part in inner)
+        if not literal:
             own = metadata if len(inner) == 1 else ()
             return [leaf for part in inner for leaf in leaves(part, own, path)]
         return []

@@ -1,4 +1,4 @@
-"""Small, valid configurations and data descriptions for tests."""
+"""Small, valid configurations and data set indexes."""
 
 from lpl_pretrain.config.dataset import (
     FORMAT_VERSION,
@@ -59,9 +59,7 @@ def dataset_index(
     channels: int = 4,
     scale: float = 1.09169,
 ) -> DatasetIndex:
-    """As the emoji autoencoder would have made it; what `model_dump_json` gives is a whole
-    index.json.
-    """
+    """Index of a data set encoded by the emoji autoencoder; `model_dump_json` gives index.json."""
     shard = ShardEntry(
         file="latents-00000.tar",
         bucket=0,

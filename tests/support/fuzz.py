@@ -1,5 +1,4 @@
-"""Hypothesis settings of tests/fuzz: a fixed number of fixed cases in CI, more and random ones in a
-long run.
+"""Hypothesis settings of tests/fuzz: few fixed cases in CI, many random ones in a long run.
 
 LPL_FUZZ_SCALE=50 python -m pytest tests/fuzz    # 50 times as many cases, with fresh random seeds
 """
@@ -20,7 +19,7 @@ def cases(count: int) -> Callable[[Callable], Callable]:
     """Decorate a property test: it runs `count` cases, the same every time unless LPL_FUZZ_SCALE is
     above 1.
     """
-    chosen = settings(
+    configured = settings(
         max_examples=count * SCALE,
         deadline=None,
         derandomize=SCALE == 1,
@@ -30,6 +29,6 @@ def cases(count: int) -> Callable[[Callable], Callable]:
 
     def decorate(test: Callable) -> Callable:
         registered[test.__module__.rpartition(".")[2], test.__qualname__] = count
-        return chosen(test)
+        return configured(test)
 
     return decorate

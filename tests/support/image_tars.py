@@ -1,4 +1,4 @@
-"""Small pictures, tars and a stand-in autoencoder for the tests of the data room."""
+"""Random images, tars of them, and a fake autoencoder, for tests of encoding and data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ RESOLUTION_PX = 16
 
 
 class FakeAutoencoder:
-    """Factor 4, 2 channels: means are averages of red and green, standard deviations of the blue."""
+    """Stand-in for an autoencoder: average pooling by 4, 2 channels.
+
+    Means come from red and green, standard deviations from blue.
+    """
 
     identity = "fake"
     downscale = 4
@@ -63,7 +66,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def tar_sample(number: int, **replaced: bytes | None) -> list[tuple[str, bytes]]:
-    """Members of one labelled tar sample; `cls=b"7"` replaces one, `cls=None` leaves it out."""
+    """Members of one labelled tar sample; `cls=b"7"` replaces a member, `cls=None` omits it."""
     members: dict[str, bytes | None] = {
         "png": encode_image(random_image(number)),
         "cls": str(number % len(CLASSES)).encode(),
@@ -93,7 +96,7 @@ def encode_config(source: Path | list[str], output: Path, **options: object) -> 
 
 
 def encode_dataset(config: EncodeConfig, autoencoder: Autoencoder, **networks) -> DatasetIndex:
-    """By one process, so that the index is there in the end."""
+    """Encode in one process, which also writes the index."""
     index = encode(config, autoencoder, **networks)
     assert index is not None
     return index
@@ -106,6 +109,6 @@ def data_config(folder: Path | str | dict[str, float], **options: object) -> Dat
 
 
 def encode_tar(folder: Path, count: int, **options: object) -> tuple[Path, DatasetIndex]:
-    tar = image_tar(folder / "pictures.tar", count)
+    tar = image_tar(folder / "images.tar", count)
     output = folder / "latents"
     return output, encode_dataset(encode_config(tar, output, **options), FakeAutoencoder())

@@ -1,4 +1,4 @@
-"""Indexes of data sets that do not exist, and changed ones of data sets that do."""
+"""Indexes of imaginary data sets, and edits of real index.json files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from tests.support.configs import dataset_index
 
 
 def rewrite_index(folder: Path, change: Callable[[dict], None]) -> None:
-    """Changes fields of a folder's index.json as somebody would who knows the format: fingerprints
-    and digest fit again.
-    """
+    """Change fields of a folder's index.json and recompute its fingerprints and digest."""
     path = Path(folder) / INDEX_NAME
     fields = json.loads(path.read_text())
     before = [fields[name] for name in ("fingerprint", "shards_fingerprint")]
@@ -40,7 +38,7 @@ def rewrite_index(folder: Path, change: Callable[[dict], None]) -> None:
 
 
 def as_format_2(folder: Path) -> None:
-    """Makes a folder's index.json one of the version before digests."""
+    """Rewrite a folder's index.json in format 2, which had no digests."""
     path = Path(folder) / INDEX_NAME
     fields = json.loads(path.read_text())
     fields |= {"format_version": 2, "fingerprint": fields["shards_fingerprint"]}
@@ -52,7 +50,7 @@ def as_format_2(folder: Path) -> None:
 def simulated_index(
     name: str, buckets: dict[tuple[int, int], list[int]], bytes_each: int = 1000
 ) -> DatasetIndex:
-    """`buckets`: (height, width) -> samples of each of its shards."""
+    """Index with given shards; `buckets` maps (height, width) to the sizes of its shards."""
     shards = [
         ShardEntry(
             file=f"latents-{name}-{i}-{number:05d}.tar",
@@ -71,7 +69,8 @@ def simulated_index(
     index = dataset_index(
         side=max(max(shape) for shape in buckets), samples=sum(entry.samples for entry in shards)
     )
-    (height, width), fingerprint = next(iter(buckets)), hashlib.sha256(name.encode()).hexdigest()
+    height, width = next(iter(buckets))
+    fingerprint = hashlib.sha256(name.encode()).hexdigest()
     return index.model_copy(
         update={
             "shards": shards,
@@ -85,6 +84,7 @@ def simulated_index(
 
 def simulated_folders(weights: dict[str, float], indexes: dict[str, DatasetIndex]) -> DataFolders:
     total = sum(Fraction(repr(weight)) for weight in weights.values())
-    shares = [Fraction(repr(weight)) / total for weight in weights.values()]
-    names, found = list(weights), [indexes[name] for name in weights]
-    return DataFolders(names, shares, found, merge(names, shares, found))
+    fractions = [Fraction(repr(weight)) / total for weight in weights.values()]
+    names = list(weights)
+    ordered = [indexes[name] for name in names]
+    return DataFolders(names, fractions, ordered, merge(names, fractions, ordered))

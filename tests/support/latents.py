@@ -1,4 +1,4 @@
-"""A small finished data folder, made by the real encoder path from drawn pictures."""
+"""Small encoded data sets, made by the real encoder from drawn images."""
 
 import hashlib
 import io
@@ -19,8 +19,9 @@ from tests.support.text_encoders import WORDS, text_encoder_folder
 def draw_images(
     folder: Path, count: int = 32, side: int = 32, sizes: list[tuple[int, int]] | None = None
 ) -> Path:
-    """`class/name.png`: coloured blobs in two classes, stretched to (height, width) of `sizes` in
-    turn.
+    """Write `class/name.png`: coloured discs and squares.
+
+    Images are resized to the (height, width) pairs of `sizes` in turn.
     """
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:side, :side]
@@ -41,9 +42,7 @@ def draw_images(
 
 
 def mixed_dataset(folder: Path) -> tuple[dict[str, float], str]:
-    """({folder: weight}, autoencoder): two folders of three aspect ratios between them, flipped
-    latents included.
-    """
+    """Encode two folders with three aspect ratios and flips; ({folder: weight}, autoencoder)."""
     autoencoder = tiny_folder(folder / "autoencoder")
     weights = {}
     for name, sizes, weight in (("a", [(32, 32), (48, 24)], 3.0), ("b", [(32, 32), (24, 48)], 1.0)):
@@ -65,12 +64,12 @@ def mixed_dataset(folder: Path) -> tuple[dict[str, float], str]:
 
 
 def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:
-    """(latents, autoencoder) folders; latents are 4 x 8 x 8 with the tiny autoencoder."""
+    """Encode `count` images to latents of 4 x 8 x 8; (latents, autoencoder) folders."""
     autoencoder = tiny_folder(folder / "autoencoder", **options)
-    draw_images(folder / "pictures", count)
+    draw_images(folder / "images", count)
     encode(
         EncodeConfig(
-            source=str(folder / "pictures"),
+            source=str(folder / "images"),
             output=str(folder / "latents"),
             autoencoder=autoencoder,
             resolution_px=32,
@@ -80,8 +79,9 @@ def tiny_dataset(folder: Path, count: int = 32, **options) -> tuple[str, str]:
 
 
 def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
-    """(latents, autoencoder): pictures with captions of different lengths, read by a tiny CLIP
-    (`clip`) and a tiny T5 (`t5`).
+    """Encode images with captions of different lengths by a tiny CLIP and a tiny T5.
+
+    Returns (latents, autoencoder) folders; the text encoders are `clip` and `t5` beside them.
     """
     autoencoder = tiny_folder(folder / "autoencoder")
     captions = [
@@ -89,7 +89,7 @@ def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
         for n in range(count)
     ]
     tar = write_tar(
-        folder / "pictures.tar",
+        folder / "images.tar",
         [member for n, text in enumerate(captions) for member in tar_sample(n, txt=text)],
     )
     text = {
@@ -118,16 +118,17 @@ def captioned_dataset(folder: Path, count: int = 24) -> tuple[str, str]:
 
 
 def poison_shard(folder: str, shard: int, factor: float) -> None:
-    """Multiplies the float16 latents of one shard: finite, with right checksums, as a wrong encode
-    would be.
+    """Multiply the float16 latents of one shard by `factor` and fix its checksums.
+
+    The result is finite and verifies, like the output of a faulty encode.
     """
     index = read_index(folder)
     tar = Path(folder) / index.shards[shard].file
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as members:
-        found = [(m.offset_data, m.size) for m in members if m.name.endswith("moments.npy")]
-    assert found and index.moments_dtype == "fp16"
-    for start, size in found:
+        ranges = [(m.offset_data, m.size) for m in members if m.name.endswith("moments.npy")]
+    assert ranges and index.moments_dtype == "fp16"
+    for start, size in ranges:
         stored = np.load(io.BytesIO(content[start : start + size]))
         content[start + size - stored.nbytes : start + size] = (
             (stored * factor).astype("<f2").tobytes()

@@ -1,7 +1,7 @@
-"""Runs a function on several forked gloo ranks and returns what each of them returned.
+"""Run a function on several forked gloo ranks and collect the return values.
 
-Forked, not spawned: a launch costs tenths of a second instead of seconds, because the imports are
-already there.
+Ranks are forked, not spawned, because a fork inherits the imports: a launch takes tenths of a
+second instead of seconds.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ GRACE_S = 5.0
 
 
 class RankFailed(AssertionError):
-    """Carries the traceback of the rank that failed first."""
+    """Failure of a rank; the message holds the tracebacks of all failed ranks."""
 
 
 def run_ranks(
     world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0
 ) -> list[Any]:
-    """`fn(world, device, *args)` on each rank; results are tensors, numbers, strings and containers
-    of them, by rank.
+    """Call `fn(world, device, *args)` on each rank; results in the order of ranks.
+
+    A result may hold tensors, numbers, strings and containers of them.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,10 +76,9 @@ def _fork(folder: Path, world: World, fn: Callable[..., Any], args: tuple[Any, .
 
 
 def _wait(running: dict[int, int], folder: Path, timeout_s: float) -> None:
-    """Returns when all ranks ended well; raises the first failure, once the others had a moment to
-    end too.
-    """
-    deadline, failed = time.monotonic() + timeout_s, []
+    """Wait until all ranks succeed; raise RankFailed GRACE_S after the first failure."""
+    deadline = time.monotonic() + timeout_s
+    failed = []
     while running:
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)

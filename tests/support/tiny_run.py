@@ -1,6 +1,4 @@
-"""A run made by hand: tiny random networks, two complete checkpoints and an unfinished one, real
-pictures; and an extractor.
-"""
+"""A run folder without training: random checkpoints, reference images, and a cheap extractor."""
 
 from __future__ import annotations
 
@@ -26,7 +24,8 @@ from lpl_pretrain.parallel.strategy import ParamRange
 from tests.support.autoencoders import tiny_folder
 from tests.support.configs import dataset_index, train_config
 
-SIDE = 8  # latents; pictures are 4 times as wide
+SIDE = 8
+"""Side of a latent; images are 4 times as wide."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class TinyRun:
     reference: Path
 
     def protocol(self, **changes) -> EvaluateConfig:
-        facts = {
+        settings = {
             "name": "tiny",
             "images": 10,
             "batch_size": 4,
@@ -44,7 +43,7 @@ class TinyRun:
             "guidance_scales": [1.0, 3.0],
             "grid_images": 5,
         }
-        return EvaluateConfig.model_validate({**facts, **changes})
+        return EvaluateConfig.model_validate({**settings, **changes})
 
 
 def make_run(folder: Path, prediction: str, schedule: str, **changes) -> TinyRun:
@@ -69,7 +68,7 @@ def make_run(folder: Path, prediction: str, schedule: str, **changes) -> TinyRun
 
 def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
     model = build_denoiser(config.model, index.latent, len(index.classes), seed=step)
-    with torch.no_grad():  # the output layer starts at zero: give every parameter something to say
+    with torch.no_grad():  # the output layer is initialised with zeros: make all parameters matter
         for parameter in model.parameters():
             parameter.add_(
                 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
@@ -83,10 +82,9 @@ def save_checkpoint(run_dir: RunDir, config, index, step: int) -> None:
 
 
 def save_snapshot(run_dir: RunDir, step: int) -> None:
-    """Power-function averages of two lengths, which differ from the checkpoint's weights and from
-    each other.
-    """
-    folder, pieces = run_dir.snapshot(step), []
+    """Write power-function averages of two lengths that differ from each other and from `param`."""
+    folder = run_dir.snapshot(step)
+    pieces = []
     folder.mkdir(parents=True)
     for name, tensor in read_full(run_dir.checkpoint(step), "param").items():
         for kind, factor in (("ema_power_0.050", 0.8), ("ema_power_0.100", 0.6)):
@@ -97,7 +95,7 @@ def save_snapshot(run_dir: RunDir, step: int) -> None:
 
 
 def publish(folder: Path, step: int, pieces: list[tuple[str, ParamRange]], identity: str) -> None:
-    """The files of a checkpoint of one rank."""
+    """Write the files of a checkpoint of one rank."""
     write_rank(folder, 0, pieces)
     files = merge_parts(folder, 1)
     files[STATE] = write_json(folder / STATE, {"step": step})
@@ -105,11 +103,11 @@ def publish(folder: Path, step: int, pieces: list[tuple[str, ParamRange]], ident
 
 
 class ColorMeans(nn.Module):
-    """12 features: the mean of each colour in each quarter."""
+    """Network with 12 features: the mean of each colour channel in each quarter."""
 
     def __init__(self):
         super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1))
+        self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, pixels):
         return nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1)

@@ -1,6 +1,4 @@
-"""A decoder of three smooth stages in float64: fast, exact to differentiate, and shaped like a real
-one (H, 2H, 4H).
-"""
+"""A decoder of three smooth stages in float64, with the resolutions of a real one (H, 2H, 4H)."""
 
 import torch
 from torch import nn
@@ -21,7 +19,7 @@ class Up(nn.Module):
         return (big * big.roll(1, 2)).sin() + big
 
 
-class Soft(nn.Module):
+class Softplus(nn.Module):
     def forward(self, x):
         return x.exp().log1p()
 
@@ -29,9 +27,9 @@ class Soft(nn.Module):
 def toy_decoder_features(stages: list[str] | None = None, channels: int = 3) -> DecoderFeatures:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        entrance = nn.Conv2d(channels, channels, 1)
+        conv_in = nn.Conv2d(channels, channels, 1)
     decoder = DecoderStages(
-        entrance, {"mid": [Mid()], "up0": [Up()], "up1": [Up(), Soft()]}, nn.Identity()
+        conv_in, {"mid": [Mid()], "up0": [Up()], "up1": [Up(), Softplus()]}, nn.Identity()
     )
     scaling = LatentScaling(torch.full((channels,), 0.1), torch.full((channels,), 1.5))
     return DecoderFeatures(decoder, scaling, stages, dtype=torch.float64)

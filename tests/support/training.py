@@ -1,6 +1,4 @@
-"""Trains the tiny denoiser under any strategy, so that two layouts can be compared; data depend on
-(step, sample) alone.
-"""
+"""Training of the tiny denoiser under any strategy, to compare strategies and world sizes."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ ZERO_CONFIGS = {
 }
 NO_CLIPPING = 1e9
 HISTORIES = {"norms", "losses"}
-"""By step; of the whole global batch."""
+"""Kinds of result that are series over steps, of the global batch."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params.values(), lr=1.0),
     "adamw": lambda params: torch.optim.AdamW(
@@ -66,10 +64,12 @@ class Case:
 
 
 class Training:
-    """One run: `strategy`, `ema`, and the global step it has reached."""
+    """One training run: `strategy`, `ema`, and `step`, the number of updates made."""
 
     def __init__(self, world: World, device: torch.device, case: Case, *, seed: int = 0) -> None:
-        self.world, self.case, self.step = world, case, 0
+        self.world = world
+        self.case = case
+        self.step = 0
         self.strategy: Strategy = make_strategy(case.config(), world, device)
         # ranks begin with different weights on purpose: setup must make them rank 0's
         self.module = self.strategy.setup(
@@ -89,19 +89,19 @@ class Training:
         return self
 
     def update(
-        self, damage: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss
+        self, change_loss: Callable[[Tensor, int], Tensor] = lambda loss, microbatch: loss
     ) -> StepReport:
-        """One update of the strategy, on the data of the next step."""
+        """Make one update on the data of the next step; `change_loss` may replace a loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.strategy.device)
         for microbatch in range(self.case.grad_accum_steps):
-            loss = damage(self._loss(microbatch), microbatch)
+            loss = change_loss(self._loss(microbatch), microbatch)
             self.strategy.backward(loss, microbatch=microbatch, of=self.case.grad_accum_steps)
             total += loss.detach().double() / self.case.grad_accum_steps
         self.losses.append(mean_over_ranks(total).item())
         return self.strategy.step(lr=self.case.lr, max_grad_norm=self.case.max_grad_norm)
 
     def result(self) -> dict[str, Any]:
-        """Everything this rank owns, to be sent to the parent process."""
+        """State that this rank owns, in types that a rank may return to its parent process."""
         pieces = {"param": list(self.strategy.local_params())}
         for kind, piece in self.ema.pieces():
             pieces.setdefault(kind, []).append(piece)
@@ -124,8 +124,10 @@ class Training:
         z_t, t, cond, target = batch(
             self.step, range(first, first + per_rank), self.strategy.device
         )
-        wide = self.strategy.precision.master
-        return (self.module(z_t, t, cond).to(wide) - target.to(wide)).square().mean()
+        master_dtype = self.strategy.precision.master
+        return (
+            (self.module(z_t, t, cond).to(master_dtype) - target.to(master_dtype)).square().mean()
+        )
 
 
 def train(world: World, device: torch.device, case: Case, steps: int = 3) -> dict[str, Any]:
@@ -133,28 +135,29 @@ def train(world: World, device: torch.device, case: Case, steps: int = 3) -> dic
 
 
 def train_one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
-    """The reference: whole parameters, EMA and moments, and the gradient norms under "norms"."""
+    """Reference run in this process: parameters, EMA and moments, gradient norms as "norms"."""
     return join_ranks([train(World(), torch.device("cpu"), case, steps)])
 
 
 def join_ranks(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """{kind: {name: whole tensor}} from all ranks' results; their pieces must tile every parameter;
-    their histories must agree.
+    """Join all ranks' results to {kind: {name: full tensor}}.
+
+    Fails unless the ranks' ranges tile every parameter and their histories agree.
     """
     results = list(results)
     assert all(result["norms"] == results[0]["norms"] for result in results), (
         "ranks disagree about the gradient norm"
     )
-    found: dict[str, dict[str, list[ParamRange]]] = {}
+    by_kind: dict[str, dict[str, list[ParamRange]]] = {}
     for result in results:
         for kind, pieces in result["pieces"].items():
             for name, shape, start, tensor in pieces:
-                found.setdefault(kind, {}).setdefault(name, []).append(
+                by_kind.setdefault(kind, {}).setdefault(name, []).append(
                     ParamRange(name, tuple(shape), start, tensor)
                 )
     joined = {
         kind: {name: _join(pieces) for name, pieces in named.items()}
-        for kind, named in found.items()
+        for kind, named in by_kind.items()
     }
     histories = {kind: results[0][kind] for kind in HISTORIES if kind in results[0]}
     return {
@@ -169,7 +172,7 @@ def join_ranks(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]
 def assert_identical(
     got: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Bit for bit, but for what tells the history and not the state."""
+    """Compare states bit for bit; histories are not part of the state."""
     assert got.keys() == wanted.keys()
     for kind in wanted.keys() - HISTORIES:
         assert got[kind].keys() == wanted[kind].keys()
