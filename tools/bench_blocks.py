@@ -1,5 +1,4 @@
-"""Activation checkpointing and compilation of DiT blocks: seconds of forward and backward, FLOPs,
-peak bytes of activations.
+"""Benchmark activation checkpointing and compilation of DiT blocks: time, FLOPs, peak memory.
 
     python tools/bench_blocks.py --rounds 5
 
@@ -37,6 +36,8 @@ CONTESTANTS: dict[str, dict[str, object]] = {
 
 
 class Contestant:
+    """A model with one setting, its inputs, and the seconds of its timed steps."""
+
     def __init__(self, options: dict[str, object], batch: int) -> None:
         self.model = build_denoiser(
             DiTConfig(width=384, depth=12, heads=6, patch_size=2), LATENT, num_classes=1000
@@ -66,18 +67,16 @@ class Contestant:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--batch", type=int, default=8)
-    given = arguments.parse_args()
-    contestants = {
-        label: Contestant(options, given.batch) for label, options in CONTESTANTS.items()
-    }
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args()
+    contestants = {label: Contestant(options, args.batch) for label, options in CONTESTANTS.items()}
     for contestant in contestants.values():
         contestant.step()  # gradients exist, code is compiled
-    for _ in range(given.rounds):
+    for _ in range(args.rounds):
         for contestant in contestants.values():
             contestant.timed()
     base = contestants["none"]
@@ -89,7 +88,8 @@ def main() -> None:
         span = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         counted = f"{'':>10}{'':>10}"
         if not CONTESTANTS[label].get("compile"):
-            counted = f"{count_flops(contestant.step) / 1e9:>10.1f}{contestant.peak_bytes() / 2**20:>10.0f}"
+            gflops = count_flops(contestant.step) / 1e9
+            counted = f"{gflops:>10.1f}{contestant.peak_bytes() / 2**20:>10.0f}"
         print(f"{label:<24}{statistics.median(contestant.seconds):>8.2f}{span:>26}{counted}")
 
 

@@ -1,13 +1,12 @@
-"""How long training stands still for a checkpoint, and how much slower it is while one is written:
-asynchronous against not.
+"""Benchmark checkpoints: how long `save` blocks training and slows it, asynchronous or not.
 
     python tools/bench_checkpoint.py [--rounds 5]
     torchrun --nproc-per-node 2 tools/bench_checkpoint.py --strategy fsdp2
 
 A DiT-S/2 (33 M parameters, AdamW, one average: 16 bytes a parameter are saved) on 32x32 latents;
-both kinds of save in turn, each followed by steps until it is published.  Stall: seconds inside
-`save`.  Delay: seconds from the save to the end of those steps, less what as many steps take
-without one.
+both kinds of save alternate, each followed by steps until it is published.  Stall: seconds inside
+`save`.  Delay: seconds from the save to the end of those steps, minus the time of as many steps
+without a save.
 """
 
 from __future__ import annotations
@@ -44,88 +43,91 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="that follow each save")
+    parser.add_argument("--steps", type=int, default=20, help="steps after each save")
     parser.add_argument("--strategy", default="local", choices=["local", "ddp", "fsdp2"])
-    parser.add_argument("--folder", help="where to write; by default in the temporary folder")
+    parser.add_argument("--folder", help="folder to write to (default: a temporary one)")
     args = parser.parse_args()
-    world, parallel = World.from_environment(), ParallelConfig(strategy=args.strategy)
+    world = World.from_environment()
+    parallel = ParallelConfig(strategy=args.strategy)
     device = dist.init(world, group=needs_process_group(parallel))
     model = build_denoiser(MODEL, LATENT, num_classes=1000)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = make_strategy(parallel, world, device)
     denoiser = engine.setup(
-        model, model.sharded_blocks(), lambda found: make_optimizer(OptimizerConfig(), found)
+        model, model.sharded_blocks(), lambda params: make_optimizer(OptimizerConfig(), params)
     )
     ema = EMATracker(engine.local_params(), EMAConfig())
-    z_t, t, labels = (
-        torch.randn(2, 4, 32, 32, device=device),
-        torch.rand(2, device=device),
-        torch.tensor([1, 2], device=device),
-    )
+    z_t = torch.randn(2, 4, 32, 32, device=device)
+    t = torch.rand(2, device=device)
+    labels = torch.tensor([1, 2], device=device)
 
     def step() -> None:
         engine.backward(denoiser(z_t, t, Conditioning(labels)).square().mean(), microbatch=0, of=1)
         engine.step(lr=1e-4, max_grad_norm=1.0)
         ema.update(1)
 
-    found: dict[str, list[tuple[float, float]]] = {"synchronous": [], "asynchronous": []}
+    timings: dict[str, list[tuple[float, float]]] = {"synchronous": [], "asynchronous": []}
     folder = Path(dist.broadcast_json(tempfile.mkdtemp(dir=args.folder)))
-    keepers = {
+    managers = {
         kind: CheckpointManager(
             RunDir(folder / kind),
             CheckpointConfig(asynchronous=kind == "asynchronous", keep_last=1),
         )
-        for kind in found
+        for kind in timings
     }
     for number in range(args.rounds + 1):
-        for kind, keeper in keepers.items():
-            measured = one_save(
+        for kind, manager in managers.items():
+            measured = measure_save(
                 step,
                 args.steps,
-                lambda keeper=keeper: keeper.save(
+                lambda manager=manager: manager.save(
                     engine.optimizer_steps, engine, ema, {}, samples_seen=0
                 ),
-                keeper,
+                manager,
             )
             if number:  # the first round allocates
-                found[kind].append(measured)
+                timings[kind].append(measured)
     if world.rank == 0:
-        tell(found, parameters, world)
+        print_timings(timings, parameters, world)
         shutil.rmtree(folder)
     dist.exit()
 
 
-def one_save(
-    step: Callable[[], None], steps: int, save: Callable[[], object], keeper: CheckpointManager
+def measure_save(
+    step: Callable[[], None], steps: int, save: Callable[[], object], manager: CheckpointManager
 ) -> tuple[float, float]:
-    """(stall, delay) in seconds."""
+    """Save once while training: (stall, delay) in seconds."""
     started = time.perf_counter()
     for _ in range(steps):
         step()
-    alone = time.perf_counter() - started
+    steps_s = time.perf_counter() - started
     started = time.perf_counter()
     save()
     stall = time.perf_counter() - started
     for _ in range(steps):
         step()
-        if not dist.any_over_ranks(keeper.busy)[0]:
-            keeper.advance()
-    keeper.finish()
-    return stall, time.perf_counter() - started - alone
+        if not dist.any_over_ranks(manager.busy)[0]:
+            manager.advance()
+    manager.finish()
+    return stall, time.perf_counter() - started - steps_s
 
 
-def tell(found: dict[str, list[tuple[float, float]]], parameters: int, world: World) -> None:
+def print_timings(
+    timings: dict[str, list[tuple[float, float]]], parameters: int, world: World
+) -> None:
     print(
         f"{parameters / 1e6:.1f} M parameters, {16 * parameters / 2**20:.0f} MiB, "
         f"{world.world_size} ranks, medians"
     )
-    for kind, values in found.items():
+    for kind, values in timings.items():
         stalls, delays = zip(*values, strict=True)
         print(
             f"{kind:<13} stall {statistics.median(stalls):6.3f} s   delay "
             f"{statistics.median(delays):6.3f} s"
         )
-    ratios = [a[0] / s[0] for a, s in zip(found["asynchronous"], found["synchronous"], strict=True)]
+    ratios = [
+        a[0] / s[0] for a, s in zip(timings["asynchronous"], timings["synchronous"], strict=True)
+    ]
     print(
         f"stall: asynchronous / synchronous {statistics.median(ratios):.3f} ({min(ratios):.3f} to "
         f"{max(ratios):.3f})"

@@ -1,14 +1,13 @@
-"""Pictures per second of `encode`, from JPEG files to a published folder, against a bare loop over
-the same autoencoder.
+"""Benchmark `encode`: images/s from JPEG files to a published folder, against a bare loop.
 
-    python tools/bench_encode.py --autoencoder sd --resolution-px 128 --pictures 64 --rounds 3
-    python tools/bench_encode.py --autoencoder asset:autoencoder_emoji --resolution-px 64 --pictures
-    1024 --rounds 3
+    python tools/bench_encode.py --autoencoder sd --resolution-px 128 --images 64 --rounds 3
+    python tools/bench_encode.py --autoencoder asset:autoencoder_emoji --resolution-px 64 \\
+        --images 1024 --rounds 3
 
-The bare loop finds its pictures decoded, resized and stacked in memory, and throws its moments
-away; `encode` reads, decodes, resizes, checks, packs, hashes and writes besides.  `sd` is an
-autoencoder of Stable Diffusion's shape with random weights. Both alternate in one process; the
-ratio's range is over the rounds.
+The bare loop runs the autoencoder on images that are decoded, resized and stacked in memory, and
+discards the moments; `encode` also reads, decodes, resizes, checks, packs, hashes and writes.  `sd`
+is an autoencoder of Stable Diffusion's shape with random weights.  Both alternate in one process;
+the ratio's range is over the rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ BATCH = 32
 
 
 def sd_folder(folder: Path) -> str:
-    """As the VAE of Stable Diffusion 1.5 is configured: 34 M parameters in its encoder."""
+    """Save a random autoencoder with the configuration of Stable Diffusion 1.5."""
     torch.manual_seed(0)
     network = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -47,12 +46,10 @@ def sd_folder(folder: Path) -> str:
     return str(folder)
 
 
-def draw(folder: Path, pictures: int, side_px: int) -> None:
-    """Photographs' statistics, roughly: blurred noise, in two classes, as JPEG of twice the
-    resolution.
-    """
+def draw(folder: Path, images: int, side_px: int) -> None:
+    """Write JPEG files of blurred noise, in two classes, at twice the resolution."""
     rng = np.random.default_rng(0)
-    for n in range(pictures):
+    for n in range(images):
         coarse = rng.integers(0, 256, (side_px // 8, side_px // 8, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((2 * side_px, 2 * side_px), Image.Resampling.BICUBIC)
         path = folder / f"class{n % 2}" / f"{n:06d}.jpg"
@@ -69,51 +66,50 @@ def bare_loop(autoencoder: Autoencoder, batches: list[torch.Tensor]) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--autoencoder", default="sd", help="`sd`, or what `encode` takes")
-    arguments.add_argument("--resolution-px", type=int, default=128)
-    arguments.add_argument("--pictures", type=int, default=64)
-    arguments.add_argument("--rounds", type=int, default=3)
-    given = arguments.parse_args()
+    parser.add_argument("--autoencoder", default="sd", help="`sd`, or an `autoencoder` of `encode`")
+    parser.add_argument("--resolution-px", type=int, default=128)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lpl-bench-") as name:
         folder = Path(name)
-        draw(folder / "pictures", given.pictures, given.resolution_px)
-        made = sd_folder(folder / "sd") if given.autoencoder == "sd" else given.autoencoder
-        autoencoder = load_autoencoder(made)
+        draw(folder / "images", args.images, args.resolution_px)
+        autoencoder_path = (
+            sd_folder(folder / "sd") if args.autoencoder == "sd" else args.autoencoder
+        )
+        autoencoder = load_autoencoder(autoencoder_path)
 
         def config(output: str) -> EncodeConfig:
             return EncodeConfig(
-                source=str(folder / "pictures"),
+                source=str(folder / "images"),
                 output=str(folder / output),
-                autoencoder=made,
-                resolution_px=given.resolution_px,
+                autoencoder=autoencoder_path,
+                resolution_px=args.resolution_px,
                 batch_size=BATCH,
             )
 
         pixels = [
-            decode(picture, config("x")).pixels
-            for picture in read_pictures(str(folder / "pictures"))
+            decode(image, config("x")).pixels for image in read_pictures(str(folder / "images"))
         ]
-        images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        batches = list(images.split(BATCH))
+        stacked = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        batches = list(stacked.split(BATCH))
         bare_loop(autoencoder, batches[:1])
         rates: list[tuple[float, float]] = []
-        for turn in range(given.rounds):
+        for turn in range(args.rounds):
             bare_s = bare_loop(autoencoder, batches)
             started = time.perf_counter()
             encode(config(f"latents{turn}"), autoencoder)
-            rates.append(
-                (given.pictures / bare_s, given.pictures / (time.perf_counter() - started))
-            )
+            rates.append((args.images / bare_s, args.images / (time.perf_counter() - started)))
     ratios = [ours / bare for bare, ours in rates]
     bare, ours = (statistics.median(values) for values in zip(*rates, strict=True))
     print(
-        f"{given.autoencoder}, {given.resolution_px} px, {given.pictures} pictures, "
+        f"{args.autoencoder}, {args.resolution_px} px, {args.images} images, "
         f"{torch.get_num_threads()} threads"
     )
-    print(f"bare loop {bare:.2f} pictures/s, encode {ours:.2f} pictures/s")
+    print(f"bare loop {bare:.2f} images/s, encode {ours:.2f} images/s")
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 

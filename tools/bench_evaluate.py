@@ -1,13 +1,12 @@
-"""Features and statistics of a score: ours against torch-fidelity, on the same pictures and the
-same Inception weights, in turn.
+"""Benchmark FID and Inception Score against torch-fidelity, on the same images and weights.
 
-    python tools/bench_evaluate.py --pictures 256 --rounds 3
-    torchrun --nproc-per-node 2 tools/bench_evaluate.py --pictures 256 --rounds 3 --ours-only
+    python tools/bench_evaluate.py --images 256 --rounds 3
+    torchrun --nproc-per-node 2 tools/bench_evaluate.py --images 256 --rounds 3 --ours-only
 
-Random weights in the published layout unless --weights names the file.  Each tool takes uint8
-pictures from memory, extracts 2,048 features and 1,008 logits, and comes to FID and Inception
-Score.  Peak: most bytes of tensors alive at once above the pictures.  On several processes each
-takes its share of the batches, and the first one comes to the score.
+The weights are random in the published layout unless --weights names a file.  Each tool extracts
+2,048 features and 1,008 logits from uint8 images in memory and computes FID and Inception Score.
+Peak: most bytes of live tensors beyond the images.  Several processes split the batches; rank 0
+computes the scores.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,21 +53,21 @@ def main() -> None:
         path = args.weights or Path(name) / "weights.pth"
         if args.weights is None:
             torch.save(random_weights(), path)
-        images = torch.randint(0, 256, (args.pictures, 3, args.side, args.side), dtype=torch.uint8)
+        images = torch.randint(0, 256, (args.images, 3, args.side, args.side), dtype=torch.uint8)
         real = FeatureStatistics(2048)
         real.update(torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0)))
         tools: dict[str, Callable[[], Result]] = {
-            "ours": ours(images, real, path, args.batch, world, device)
+            "ours": our_scores(images, real, path, args.batch, world, device)
         }
         if not args.ours_only:
             tools = {
                 "torch-fidelity": torch_fidelity(images, real, path, args.batch, device),
                 **tools,
             }
-        measure(tools, args.rounds, args.pictures, world)
+        measure(tools, args.rounds, args.images, world)
 
 
-def ours(
+def our_scores(
     images: Tensor,
     real: FeatureStatistics,
     path: Path,
@@ -84,15 +83,15 @@ def ours(
         for some in store.missing(world.rank, world.world_size):
             store.put(some, extractor(images[some.start : some.stop]))
         dist.barrier()
-        found = (0.0, 0.0)
+        scores = (0.0, 0.0)
         if world.rank == 0:
-            found = (
+            scores = (
                 frechet_distance(store.statistics("pooled"), real),
                 inception_score(store.whole("logits"), seed=None)[0],
             )
             shutil.rmtree(folder / "features")
         dist.barrier()
-        return found
+        return scores
 
     return run
 
@@ -113,10 +112,10 @@ def torch_fidelity(
 
     @torch.no_grad()
     def run() -> Result:
-        found = [
+        scores = [
             tuple(rows.cpu() for rows in network(some.to(device))) for some in images.split(batch)
         ]
-        pooled, logits = (torch.cat(rows) for rows in zip(*found, strict=True))
+        pooled, logits = (torch.cat(rows) for rows in zip(*scores, strict=True))
         mine = metric_fid.fid_features_to_statistics(pooled)
         fid = metric_fid.fid_statistics_to_metric(mine, reference, verbose=False)[
             "frechet_inception_distance"
@@ -129,7 +128,7 @@ def torch_fidelity(
 
 
 def measure(
-    tools: dict[str, Callable[[], Result]], rounds: int, pictures: int, world: World
+    tools: dict[str, Callable[[], Result]], rounds: int, num_images: int, world: World
 ) -> None:
     results, peaks, seconds = {}, {}, {name: list[float]() for name in tools}
     for name, run in tools.items():
@@ -145,13 +144,13 @@ def measure(
         return
     first = next(iter(tools))
     print(
-        f"| {world.world_size} process(es) | pictures/s | ratio | peak MiB | FID | Inception Score "
+        f"| {world.world_size} process(es) | images/s | ratio | peak MiB | FID | Inception Score "
         "|\n|---|---|---|---|---|---|"
     )
     for name in tools:
         ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         fid, score = results[name]
-        rate = pictures / statistics.median(seconds[name])
+        rate = num_images / statistics.median(seconds[name])
         print(
             f"| {name} | {rate:.1f} | {ratio:.2f} | {peaks[name] / 2**20:,.0f} | {fid:.6f} | "
             f"{score:.6f} |"

@@ -1,10 +1,9 @@
-"""The Frechet distance: ours and scipy.linalg.sqrtm, in one process, in turn, on the same
-statistics.
+"""Benchmark the Frechet distance against scipy.linalg.sqrtm on the same statistics.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python tools/bench_fid.py
 
-The features are random, of variances that fall 10,000-fold; the reference has 10,000 pictures.  The
-last row is the case for which ours takes its slow path: both covariances nearly singular.
+Features are random with variances that fall 10,000-fold; the reference has 10,000 images.  The last
+row, with two nearly singular covariances, makes our implementation take its slow path.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ def main() -> None:
         "--rounds",
         type=int,
         default=3,
-        help="timed turns of both, after one of ours that is not counted",
+        help="timed rounds, after one warm-up of ours",
     )
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    full = made(10_000, args.dimension, 1e-4, seed=0)
+    full = random_statistics(10_000, args.dimension, 1e-4, seed=0)
     cases = {
-        "full rank, 10,000 pictures": (made(10_000, args.dimension, 1e-4, seed=1), full),
-        "512 pictures": (made(512, args.dimension, 1e-4, seed=2), full),
-        "512 pictures on both sides": (
-            made(512, args.dimension, 1e-4, seed=3),
-            made(512, args.dimension, 1e-4, seed=4),
+        "full rank, 10,000 images": (random_statistics(10_000, args.dimension, 1e-4, seed=1), full),
+        "512 images": (random_statistics(512, args.dimension, 1e-4, seed=2), full),
+        "512 images on both sides": (
+            random_statistics(512, args.dimension, 1e-4, seed=3),
+            random_statistics(512, args.dimension, 1e-4, seed=4),
         ),
         "nearly singular": (
-            made(10_000, args.dimension, 1e-12, seed=5),
-            made(10_000, args.dimension, 1e-12, seed=6),
+            random_statistics(10_000, args.dimension, 1e-12, seed=5),
+            random_statistics(10_000, args.dimension, 1e-12, seed=6),
         ),
     }
     print(
@@ -59,8 +58,8 @@ def main() -> None:
         print(row(name, a, b, args.rounds), flush=True)
 
 
-def made(count: int, dimension: int, smallest: float, seed: int) -> FeatureStatistics:
-    """`count` pictures whose features have variances from 1 down to `smallest`, in a random basis."""
+def random_statistics(count: int, dimension: int, smallest: float, seed: int) -> FeatureStatistics:
+    """Statistics of `count` random features with variances from 1 down to `smallest`."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(
         torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)
@@ -71,7 +70,7 @@ def made(count: int, dimension: int, smallest: float, seed: int) -> FeatureStati
     return result
 
 
-def by_scipy(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def scipy_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """The formula of pytorch-fid 0.3.0."""
     product = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
     return float(
@@ -87,7 +86,7 @@ def row(name: str, a: FeatureStatistics, b: FeatureStatistics, rounds: int) -> s
     ours, theirs = [], []
     for _ in range(rounds):
         ours.append(timed(lambda: frechet_distance(a, b)))
-        theirs.append(timed(lambda: by_scipy(a, b)))
+        theirs.append(timed(lambda: scipy_distance(a, b)))
     seconds = [statistics.median(turn[0] for turn in turns) for turns in (ours, theirs)]
     ratio = statistics.median(b[0] / a[0] for a, b in zip(ours, theirs, strict=True))
     difference = (

@@ -1,13 +1,12 @@
-"""The Latent Perceptual Loss: the one public implementation and ours, in one process, in turn, on
-the same decoder and inputs.
+"""Benchmark LPL against its public implementation, on the same decoder and inputs.
 
     python tools/bench_lpl.py --published lpl_loss.py
 
 `--published` is `examples/research_projects/lpl/lpl_loss.py` of huggingface/diffusers, not part of
-this project.  Its options are those its README recommends (shared normalisation, power law,
-outliers removed, gradient checkpointing on); ours is the preset that computes the same numbers,
-then the same with a bf16 decoder, then the paper's loss.  The decoder has the shape of SD's, random
-weights, and no `post_quant_conv`, which the public implementation would skip.
+this project.  It runs with the options that its README recommends (shared normalisation, power law,
+outliers removed, gradient checkpointing on).  Ours runs with the preset that computes the same
+numbers, then with a bf16 decoder, then as the paper's loss.  The decoder has the shape of SD's,
+random weights and no `post_quant_conv`, which the public implementation skips.  Rows alternate.
 """
 
 from __future__ import annotations
@@ -55,14 +54,14 @@ def main() -> None:
         "--rounds",
         type=int,
         default=3,
-        help="timed turns of every row, after one that is not counted",
+        help="timed rounds, after one warm-up",
     )
-    parser.add_argument("--chunk-size", type=int, default=1, help="of ours")
+    parser.add_argument("--chunk-size", type=int, default=1, help="lpl.chunk_size of our rows")
     parser.add_argument(
         "--compile", action="store_true", help="add our rows with compiled decoder pieces"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     rows = measure(make_runs(args), args.rounds, args.device)
     print(table(rows))
@@ -106,22 +105,22 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
 
         return run
 
-    equal: dict = {"preset": "diffusers_script", "activation_checkpointing": False}
+    same_math: dict = {"preset": "diffusers_script", "activation_checkpointing": False}
     bf16 = bf16_is_native(torch.device(args.device))
     if not bf16:
         print(
-            "no bf16 in this processor: its rows are left out (emulated, a convolution "
+            "this processor has no bf16: bf16 rows are omitted (an emulated convolution "
             "takes minutes)"
         )
     runs: dict[str, Run] = {}
     if args.published:
-        runs["published"] = atomic_write(args.published, network, z0, z0_hat)
-    runs["ours, equal math"] = ours(**equal)
-    runs["ours, equal math, recomputing"] = ours(preset="diffusers_script")
+        runs["published"] = published_loss(args.published, network, z0, z0_hat)
+    runs["ours, same_math math"] = ours(**same_math)
+    runs["ours, same_math math, recomputing"] = ours(preset="diffusers_script")
     if bf16:
-        runs["ours, equal math, bf16 decoder"] = ours(**equal, decoder_precision="bf16")
+        runs["ours, same_math math, bf16 decoder"] = ours(**same_math, decoder_precision="bf16")
     if args.compile:
-        runs["ours, equal math, compiled"] = ours(**equal, compile_pieces=True)
+        runs["ours, same_math math, compiled"] = ours(**same_math, compile_pieces=True)
     runs["ours, the paper's loss"] = ours(activation_checkpointing=False)
     runs["ours, the paper's loss, to up1"] = ours(
         activation_checkpointing=False, stages=["mid", "up0", "up1"]
@@ -134,13 +133,13 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
 
 
 def copy_of(network: AutoencoderKL) -> AutoencoderKL:
-    """Rows may cast their weights."""
+    """Copy of the network, because a row may cast its weights."""
     fresh = AutoencoderKL.from_config(network.config).eval()
     fresh.load_state_dict(network.state_dict())
     return fresh
 
 
-def atomic_write(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) -> Run:
+def published_loss(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) -> Run:
     spec = importlib.util.spec_from_file_location("published_lpl", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -159,9 +158,7 @@ def atomic_write(path: str, network: AutoencoderKL, z0: Tensor, z0_hat: Tensor) 
 
 
 def measure(runs: dict[str, Run], rounds: int, device: str) -> list[dict]:
-    """Every row once for its peak, which warms it up, then `rounds` timed turns of all rows one
-    after another.
-    """
+    """Run each row once for its peak memory, which also warms it up, then `rounds` timed rounds."""
     results, peaks = {}, {}
     for name, run in runs.items():
         with LiveBytes() as live:

@@ -1,19 +1,19 @@
-"""Bytes per parameter that each rank keeps under each strategy, counted from live storages, against
-what the sharding promises.
+"""Count the bytes per parameter that each rank holds under each strategy, against the theory.
 
     python tools/bench_memory.py --worlds 1 2 4 [--precision bf16]
 
-DiTs of width 256, AdamW, one EMA, gloo ranks on this machine.  Counted after backward, before the
-update: every tensor storage that lives in the process, once, activations being gone; the slope
-between depths 4 and 12, so that an engine's buffers of fixed size, which are told apart in MiB, do
-not count.  `promised`, per parameter and rank, N the number of ranks:
+DiTs of width 256, AdamW, one EMA, gloo ranks on this machine.  Every live tensor storage of the
+process is counted once, after backward, when activations are freed, and before the update.  The
+number of bytes is the slope between depths 4 and 12; buffers of fixed size are listed in MiB beside
+it.  `expected`, per parameter and rank, with N ranks:
 
     local    master 4 + gradient 4 + moments 8 + EMA 4
     ddp      master 4 + gradient 4 + moments 8 + EMA 4/N; the same for zero0
     fsdp2    (master 4 + gradient 4 + moments 8 + EMA 4)/N
-    zero     as in DeepSpeed's paper (arXiv 1910.02054, figure 1), but for gradients, which are accumulated in float32: the working
-             copy (bf16: 2) is divided in stage 3, the gradient 4 from stage 2 on, master 4 +
-             moments 8 + EMA 4 always; stage 1 keeps the bf16 gradient (2) beside its float32 sum
+    zero     as in DeepSpeed's paper (arXiv 1910.02054, figure 1), except for gradients, which are
+             accumulated in float32: the working copy (bf16: 2) is divided in stage 3, the gradient
+             4 from stage 2 on, master 4 + moments 8 + EMA 4 always; stage 1 keeps the bf16 gradient
+             (2) beside its float32 sum
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ LATENT = LatentEntry(channels=4, height=16, width=16, mean=[0.0] * 4, std=[1.0] 
 STATE = 4 + 8 + 4  # master, moments, EMA
 
 
-def promised(strategy: str, ranks: int, working: int) -> float:
-    """Bytes per parameter and rank; `working` is the size of the copy that forward reads, 0 when it
-    is the master.
+def expected(strategy: str, ranks: int, working: int) -> float:
+    """Bytes per parameter and rank.
+
+    `working` is the element size of the copy that the forward reads, 0 where that is the master.
     """
     return {
         "local": 4 + STATE,
@@ -62,23 +63,21 @@ def promised(strategy: str, ranks: int, working: int) -> float:
 
 
 def live_bytes() -> int:
-    """Of all tensor storages of this process, each once."""
+    """Bytes of all tensor storages of this process, each counted once."""
     gc.collect()
     storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
-            for tensor in (
-                thing,
-                thing.grad if thing.is_leaf else None,
-            ):  # a gradient may live where Python has not seen it
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and item.device.type != "meta":
+            # a gradient may not be a Python object yet
+            for tensor in (item, item.grad if item.is_leaf else None):
                 if tensor is not None:
                     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
                     storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     return sum(storages.values())
 
 
-def work(strategy: str, precision: str, depth: int, output: Path) -> None:
-    """One rank of one strategy; rank 0 writes what was counted."""
+def run_rank(strategy: str, precision: str, depth: int, output: Path) -> None:
+    """Run one rank of one strategy; rank 0 writes the mean over ranks to `output`."""
     world = World.from_environment()
     raw: dict[str, object] = {"strategy": strategy, "precision": precision}
     if strategy.startswith("zero"):
@@ -97,7 +96,7 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
     engine = make_strategy(parallel, world, device)
     optimizer = OptimizerConfig()
     denoiser = engine.setup(
-        model, model.sharded_blocks(), lambda found: make_optimizer(optimizer, found)
+        model, model.sharded_blocks(), lambda params: make_optimizer(optimizer, params)
     )
     ema = EMATracker(engine.local_params(), EMAConfig())
 
@@ -114,8 +113,8 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
         engine.step(lr=1e-4, max_grad_norm=1.0)
         ema.update(step)
     backward()
-    mine = torch.tensor([float(live_bytes() - before)])
-    total = dist.sum_over_ranks(mine) / world.world_size
+    local_bytes = torch.tensor([float(live_bytes() - before)])
+    total = dist.sum_over_ranks(local_bytes) / world.world_size
     if world.rank == 0:
         output.write_text(json.dumps({"parameters": parameters, "bytes": total.item()}))
     dist.exit()
@@ -123,7 +122,7 @@ def work(strategy: str, precision: str, depth: int, output: Path) -> None:
 
 def count(strategy: str, precision: str, ranks: int, depth: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "found.json"
+        output = Path(folder) / "result.json"
         launcher = [
             sys.executable,
             "-m",
@@ -137,7 +136,7 @@ def count(strategy: str, precision: str, ranks: int, depth: int) -> dict[str, fl
             __file__,
             "--precision",
             precision,
-            "--work",
+            "--run_rank",
             strategy,
             str(depth),
             str(output),
@@ -147,34 +146,34 @@ def count(strategy: str, precision: str, ranks: int, depth: int) -> dict[str, fl
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    arguments.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
-    arguments.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    arguments.add_argument(
-        "--work",
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--run_rank",
         nargs=3,
         metavar=("STRATEGY", "DEPTH", "FILE"),
-        help="what the tool starts on each rank",
+        help="internal: run one rank",
     )
-    given = arguments.parse_args()
-    if given.work:
-        work(given.work[0], given.precision, int(given.work[1]), Path(given.work[2]))
+    args = parser.parse_args()
+    if args.work:
+        run_rank(args.work[0], args.precision, int(args.work[1]), Path(args.work[2]))
         return
-    print(f"bytes per parameter and rank, {given.precision}: counted (promised, ratio) + fixed")
-    print(f"{'':<8}" + "".join(f"{f'{ranks} ranks':>32}" for ranks in given.worlds))
-    for strategy in given.strategies:
+    print(f"bytes per parameter and rank, {args.precision}: counted (expected, ratio) + fixed")
+    print(f"{'':<8}" + "".join(f"{f'{ranks} ranks':>32}" for ranks in args.worlds))
+    for strategy in args.strategies:
         cells = []
-        for ranks in given.worlds:
+        for ranks in args.worlds:
             if strategy == "local" and ranks > 1:
                 cells.append("")
                 continue
-            small, large = (count(strategy, given.precision, ranks, depth) for depth in DEPTHS)
+            small, large = (count(strategy, args.precision, ranks, depth) for depth in DEPTHS)
             slope = (large["bytes"] - small["bytes"]) / (large["parameters"] - small["parameters"])
             fixed_mib = (small["bytes"] - slope * small["parameters"]) / 2**20
-            wanted = promised(strategy, ranks, 2 if given.precision == "bf16" else 0)
+            wanted = expected(strategy, ranks, 2 if args.precision == "bf16" else 0)
             cells.append(f"{slope:.2f} ({wanted:.2f}, {slope / wanted:.3f}) + {fixed_mib:.0f} MiB")
         print(f"{strategy:<8}" + "".join(f"{cell:>32}" for cell in cells), flush=True)
 

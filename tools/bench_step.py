@@ -1,12 +1,11 @@
-"""Our training step against a bare PyTorch loop of the same model, optimizer and precision: one
-process, alternating, as a ratio.
+"""Benchmark a training step against a bare PyTorch loop with the same model and optimizer.
 
     python tools/bench_step.py --config configs/train/emoji_dit.yaml --rounds 8 --steps 20
 
-Bare: latents already in memory, torch.randn noise, autocast, backward, clip, AdamW, EMA.  Ours:
-everything `train` does in a step, that is reading from shards, keyed draws, dealing, metrics,
-strategy and EMA.  The ratio is the median over rounds. Both run after `runtime.dist.init`, which
-on a CPU keeps freed memory from going back to the system.
+Bare: latents in memory, torch.randn noise, autocast, backward, clipping, AdamW, EMA.  Ours: all
+that `train` does in a step: reading shards, keyed draws, batch planning, metrics, strategy, EMA.
+Both alternate in one process; the ratio is the median over rounds.  Both run after the process
+group's start, which on a CPU keeps freed memory from returning to the system.
 """
 
 import argparse

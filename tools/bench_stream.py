@@ -1,12 +1,11 @@
-"""Samples per second of our stream against webdataset's pipeline, StatefulDataLoader over it, and
-the floor, on the same shards.
+"""Benchmark our stream against webdataset, StatefulDataLoader and plain reading, in samples/s.
 
     python tools/bench_stream.py --samples 16384 --rounds 5 [--skip 100000] [--json out.json]
 
-Latents of 4x32x32 (moments 8x32x32 in float16) with a class and metadata, in shards of 4096, all
-in the page cache.  All give shuffled batches of 256.  The floor reads every shard once, front to
-back, and views the arrays: no shuffling, no copy, no batch. Contestants alternate, each round in
-another order; medians, and the ratio's range over the rounds.
+Latents of 4x32x32 (moments 8x32x32 in float16) with class and metadata, in shards of 4096 samples
+in the page cache.  All loaders return shuffled batches of 256.  The floor reads every shard once
+and views the arrays, without shuffling, copies or batches.  Contestants alternate, each round in
+another order; the table has medians, and the ratio's range over the rounds.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ WORKERS = (0, 1, 2)
 
 
 def build(folder: Path, samples: int) -> None:
-    """A finished folder, by the writer that `encode` uses."""
+    """Write a finished data folder with the writer that `encode` uses."""
     (folder / RECORDS).mkdir(parents=True)
     writer = PartWriter(folder, "00000-0000", CHANNELS, SHARD, plan="")
     rng = np.random.default_rng(0)
@@ -87,7 +86,8 @@ def build(folder: Path, samples: int) -> None:
 
 
 def floor(folder: Path, samples: int) -> int:
-    index, seen = read_index(folder), 0
+    index = read_index(folder)
+    samples_read = 0
     for entry in index.shards:
         path = folder / entry.file
         offsets = Offsets.read(path.with_suffix(SUFFIX), entry)
@@ -97,8 +97,8 @@ def floor(folder: Path, samples: int) -> int:
             np.frombuffer(raw, "<f2", 2 * CHANNELS * SIDE * SIDE, start + 128).reshape(
                 2 * CHANNELS, SIDE, SIDE
             )
-            seen += 1
-    return seen
+            samples_read += 1
+    return samples_read
 
 
 def ours(folder: Path, samples: int, workers: int, first: int = 0) -> int:
@@ -117,12 +117,12 @@ def pipeline(folder: Path) -> webdataset.WebDataset:
 
 
 def count(batches: Iterator[Any], samples: int) -> int:
-    seen = 0
+    samples_read = 0
     for moments, _ in batches:
-        seen += len(moments)
-        if seen >= samples:
+        samples_read += len(moments)
+        if samples_read >= samples:
             break
-    return seen
+    return samples_read
 
 
 def webdataset_loader(folder: Path, samples: int, workers: int) -> int:
@@ -141,79 +141,75 @@ def stateful_loader(folder: Path, samples: int, workers: int) -> int:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--samples", type=int, default=16384)
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument(
+    parser.add_argument("--samples", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
         "--skip",
         type=int,
         default=100_000,
-        help="samples that webdataset skips to come back to its place",
+        help="samples that webdataset skips to resume",
     )
-    arguments.add_argument("--json", type=Path)
-    given = arguments.parse_args()
-    if given.samples < max(WORKERS) * SHARD:
-        arguments.error(
-            f"--samples={given.samples}: wanted at least {max(WORKERS) * SHARD}: a shard of "
-            f"{SHARD} for each worker"
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.samples < max(WORKERS) * SHARD:
+        parser.error(
+            f"--samples={args.samples} is below {max(WORKERS) * SHARD}: each worker "
+            f"needs a shard of {SHARD}"
         )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(
         prefix="lpl-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
     ) as name:
         folder = Path(name)
-        build(folder, given.samples)
+        build(folder, args.samples)
         contestants: dict[str, Callable[[], int]] = {
-            "floor: read() and view, in order": partial(floor, folder, given.samples)
+            "floor: read() and view, in order": partial(floor, folder, args.samples)
         }
         for workers in WORKERS:
             contestants |= {
-                f"ours, {workers} threads": partial(ours, folder, given.samples, workers),
+                f"ours, {workers} threads": partial(ours, folder, args.samples, workers),
                 f"webdataset, {workers} workers": partial(
-                    webdataset_loader, folder, given.samples, workers
+                    webdataset_loader, folder, args.samples, workers
                 ),
                 f"StatefulDataLoader, {workers} workers": partial(
-                    stateful_loader, folder, given.samples, workers
+                    stateful_loader, folder, args.samples, workers
                 ),
             }
         rates: dict[str, list[float]] = {label: [] for label in contestants}
-        for turn in range(given.rounds):
+        for turn in range(args.rounds):
             labels = list(contestants)
             for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
                 started = time.perf_counter()
-                seen = contestants[label]()
-                rates[label].append(seen / (time.perf_counter() - started))
-        resume = compare_resume(folder, given.skip)
+                samples_read = contestants[label]()
+                rates[label].append(samples_read / (time.perf_counter() - started))
+        resume = compare_resume(folder, args.skip)
     print(table(rates))
     print(resume["text"])
-    if given.json:
-        given.json.write_text(
+    if args.json:
+        args.json.write_text(
             json.dumps({"samples_per_s": rates, "resume": resume}, indent=2) + "\n"
         )
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    base, low = (
-        statistics.median(rates["webdataset, 0 workers"]),
-        statistics.median(rates["floor: read() and view, in order"]),
-    )
+    base = statistics.median(rates["webdataset, 0 workers"])
+    low = statistics.median(rates["floor: read() and view, in order"])
     lines = [f"{'':<36}{'samples/s':>12}{'x webdataset (0 workers)':>28}{'x floor':>10}"]
-    for label, found in rates.items():
+    for label, values in rates.items():
         each = [
-            rate / other for rate, other in zip(found, rates["webdataset, 0 workers"], strict=True)
+            rate / other for rate, other in zip(values, rates["webdataset, 0 workers"], strict=True)
         ]
-        median = statistics.median(found)
+        median = statistics.median(values)
         span = f"{median / base:.2f} ({min(each):.2f} to {max(each):.2f})"
         lines.append(f"{label:<36}{median:>12,.0f}{span:>28}{median / low:>10.2f}")
     return "\n".join(lines)
 
 
 def compare_resume(folder: Path, skip: int) -> dict[str, Any]:
-    """Seconds to the first batch at sample 10^6: we open a stream there; webdataset has to read
-    what comes before it.
-    """
+    """Compare seconds to the first batch at sample 10^6, which webdataset reaches by reading."""
     opened = []
     for _ in range(5):
         started = time.perf_counter()

@@ -1,11 +1,10 @@
-"""CPU seconds that a login node spends on submitting a training on ImageNet; the scheduler is a
-script that takes anything.
+"""Benchmark `launch train` for ImageNet on a login node, in CPU seconds, with a fake sbatch.
 
     python tools/bench_submit.py --nodes 64 --rounds 5 [key=values of a sweep ...]
 
-configs/train/dit_xl2_in256.yaml with 8 processes a node; the index of 1,281,167 samples in 1,252
-shards, and an autoencoder whose weights weigh what SD's do (335 MB of random bytes), which are
-hashed to tell that it is the one that made the latents.
+The run is configs/train/dit_xl2_in256.yaml with 8 processes a node.  The index has 1,281,167
+samples in 1,252 shards.  The autoencoder has 335 MB of random bytes as weights, the size of SD's,
+which are hashed to verify that it encoded the latents.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ AUTOENCODER = {
 
 
 def build(folder: Path) -> None:
-    """What `launch train` reads, and an sbatch."""
+    """Write the index, the autoencoder and an sbatch script that accepts everything."""
     autoencoder, latents = folder / "autoencoder", folder / "latents"
     for path in (autoencoder, latents):
         path.mkdir()
@@ -87,7 +86,7 @@ def build(folder: Path) -> None:
 
 
 def submit(folder: Path, number: int, nodes: int, sweeps: list[str]) -> float:
-    """CPU seconds, user and system, of the command and its children."""
+    """Submit once; CPU seconds, user and system, of the command and its children."""
     keys = [
         f"data.folder={folder}/latents",
         f"autoencoder={folder}/autoencoder",
@@ -124,17 +123,14 @@ def main() -> None:
     parser.add_argument("sweeps", nargs="*")
     parser.add_argument("--nodes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        found = [
-            submit(Path(folder), number, asked.nodes, asked.sweeps)
-            for number in range(asked.rounds)
+        seconds = [
+            submit(Path(folder), number, args.nodes, args.sweeps) for number in range(args.rounds)
         ]
-    print(
-        f"{statistics.median(found):.2f} s of CPU time ({min(found):.2f} to {max(found):.2f}, "
-        f"{asked.rounds} rounds)"
-    )
+    span = f"{min(seconds):.2f} to {max(seconds):.2f}, {args.rounds} rounds"
+    print(f"{statistics.median(seconds):.2f} s of CPU time ({span})")
 
 
 if __name__ == "__main__":

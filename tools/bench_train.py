@@ -1,14 +1,13 @@
-"""`train` itself on this machine's accelerators, row by row: a recipe, with what each row adds to
-it, on latents of noise.
+"""Benchmark `train` on this machine's accelerators: rows of overrides of one recipe.
 
     python tools/bench_train.py --recipe configs/train/dit_xl2_in256_lpl.yaml --side 256 \
-        --row "bf16: lpl=null" --row "LPL:" --row "LPL, compiled: lpl.compile=true"
+        --row "bf16: lpl=null" --row "LPL:" --row "LPL, compiled: lpl.compile=true" \
         batch.global_batch_size=128
 
-A row is a name and overrides; overrides after the options hold for all rows.  The autoencoder has
-the shape of SD's and random weights, so losses mean nothing; rates do.  Every row is a command of
-its own and its last log line counts, so warm-up and compilation do not.  MFU counts what the losses
-need (docs/lpl.md), not what is computed a second time.
+A row is a name and overrides; overrides after the options apply to all rows.  The latents are
+encoded noise and the autoencoder has SD's shape with random weights, so losses are meaningless.
+Every row is a command of its own and only its last log line counts, which excludes warm-up and
+compilation.  MFU counts the FLOPs of the losses (docs/lpl.md) without recomputation.
 """
 
 from __future__ import annotations
@@ -35,18 +34,20 @@ def main() -> None:
     )
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--row", action="append", required=True, help="NAME: OVERRIDE OVERRIDE ...")
-    parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels")
-    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--side", type=int, default=256, help="side of the images, in pixels")
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument(
-        "--steps", type=int, default=20, help="of each row; the second half is timed"
+        "--steps", type=int, default=20, help="steps of each row; the second half is timed"
     )
-    parser.add_argument("--processes", type=int, default=1, help="one for each accelerator")
-    parser.add_argument("--json", type=Path, help="add each row to this file when it is done")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes, one per accelerator"
+    )
+    parser.add_argument("--json", type=Path, help="append each finished row to this file")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = make_data(folder, args.side, args.pictures)
+        data = make_data(folder, args.side, args.images)
         print(
             "| | samples/s | TFLOP/s | MFU | peak GiB | ms an update | "
             + " | ".join(PARTS)
@@ -74,8 +75,8 @@ def main() -> None:
                     file.write(json.dumps({"row": title, **line}) + "\n")
 
 
-def make_data(folder: Path, side: int, pictures: int) -> list[str]:
-    """Noise, encoded; the overrides that name it."""
+def make_data(folder: Path, side: int, images: int) -> list[str]:
+    """Encode noise images; the overrides that select these latents."""
     levels = 4
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -89,14 +90,14 @@ def make_data(folder: Path, side: int, pictures: int) -> list[str]:
     }
     AutoencoderKL(**shape, **blocks).save_pretrained(folder / "autoencoder")
     rng = np.random.default_rng(0)
-    for i in range(pictures):
-        of_class = folder / "pictures" / str(i % CLASSES)
-        of_class.mkdir(parents=True, exist_ok=True)
+    for i in range(images):
+        class_folder = folder / "images" / str(i % CLASSES)
+        class_folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
-            of_class / f"{i}.png", compress_level=1
+            class_folder / f"{i}.png", compress_level=1
         )
     encode = {
-        "source": folder / "pictures",
+        "source": folder / "images",
         "output": folder / "latents",
         "autoencoder": folder / "autoencoder",
         "resolution_px": side,
@@ -112,7 +113,7 @@ def make_data(folder: Path, side: int, pictures: int) -> list[str]:
 
 
 def train(recipe: str, overrides: list[str], run: Path, processes: int) -> dict:
-    """The last line of its metrics, or what went wrong."""
+    """Run one row: its last metrics, or {"error": end of its output}."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += [

@@ -1,14 +1,13 @@
-"""Rebuild the emoji pictures in `lpl_pretrain/assets/emoji/` from the npm package they come from,
-byte for byte.
+"""Rebuild the emoji images in `lpl_pretrain/assets/emoji/` from their npm package, byte for byte.
 
-    python tools/build_emoji.py                       # fetches the package with `npm pack` (74 MB)
-    python tools/build_emoji.py --package FOLDER      # an already unpacked emoji-datasource-google 16.0.0
-    python tools/build_emoji.py --check               # rebuild elsewhere and compare with what ships
+    python tools/build_emoji.py                     # fetch the package with `npm pack` (74 MB)
+    python tools/build_emoji.py --package FOLDER    # unpacked emoji-datasource-google 16.0.0
+    python tools/build_emoji.py --check             # rebuild elsewhere, compare with shipped files
 
-Each base picture (no skin-tone variants, so that near-twins never straddle the split) is composited
-on white and stored as a WebDataset sample `<key>.png/.cls/.txt/.json`.  Train or held-out is
-decided by a keyed hash of the picture's key. The bytes of a PNG depend on the zlib inside Pillow;
-the version that made the shipped files is in `origin.json`.
+Each base image (no skin-tone variants, which would put near-duplicates into both splits) is
+composited on white and stored as a WebDataset sample `<key>.png/.cls/.txt/.json`.  A keyed hash of
+the image's key assigns it to train or held-out.  The bytes of a PNG depend on the zlib inside
+Pillow; `origin.json` holds the version that made the shipped files.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def fetch_package(folder: Path) -> Path:
 
 
 def build(package: Path, output: Path) -> dict:
-    """Write train.tar, held_out.tar and origin.json into `output`; returns what origin.json says."""
+    """Write train.tar, held_out.tar and origin.json into `output`; return the latter."""
     output.mkdir(parents=True, exist_ok=True)
     records = [r for r in json.loads((package / "emoji.json").read_text()) if r["has_img_google"]]
     records.sort(key=lambda r: r["unified"])
@@ -123,12 +122,10 @@ def split_of(key: str) -> str:
 
 
 def png_on_white(path: Path) -> bytes:
-    picture = Image.open(path).convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-        "RGB"
-    )
+    image = Image.open(path).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=False, compress_level=9)
+    image.save(buffer, "PNG", optimize=False, compress_level=9)
     return buffer.getvalue()
 
 

@@ -1,11 +1,9 @@
-"""Draw docs/pictures/lpl.png: what the Latent Perceptual Loss compares, on one emoji, and which
-samples it looks at.
+"""Draw docs/pictures/lpl.png: the features that LPL compares, on one emoji, and its gates.
 
     python tools/figure_lpl.py
 
 No trained model is needed: the one-step estimate is the best linear one, a Wiener filter of the
-noised latent with the power spectrum of the emoji latents.  It blurs what it cannot know, as a
-denoiser does.
+noised latent with the power spectrum of the emoji latents.  It blurs details, as a denoiser does.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, load_aut
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.trainer.lpl_panels import heat, pixels
 
-SIDE_PX, LEARN_FROM = 64, 400
+SIDE_PX, NUM_TRAIN_IMAGES = 64, 400
 
 
 def main() -> None:
@@ -41,12 +39,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("docs/pictures/lpl.png"))
-    parser.add_argument("--picture", type=int, default=60, help="number of the held-out picture")
+    parser.add_argument("--image", type=int, default=60, help="index of the held-out image")
     parser.add_argument("--snr", type=float, default=6.0)
     args = parser.parse_args()
     autoencoder = load_autoencoder("asset:autoencoder_emoji")
-    scaling, spectrum, mean = learn(autoencoder)
-    z0 = scaling.normalize(latents(autoencoder, pictures("held_out", args.picture + 1)[-1:]))
+    scaling, spectrum, mean = latent_statistics(autoencoder)
+    z0 = scaling.normalize(latents(autoencoder, read_images("held_out", args.image + 1)[-1:]))
     noise_level = args.snr**-0.5
     noised = z0 + noise_level * torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
     z0_hat = wiener(noised, noise_level, spectrum, mean)
@@ -58,27 +56,27 @@ def main() -> None:
     figure.savefig(args.output, dpi=110)
 
 
-def pictures(split: str, count: int) -> Tensor:
-    """(count, 3, 64, 64) in [-1, 1]."""
-    found = []
-    for picture in read_pictures([str(resolve_path(f"asset:emoji/{split}.tar"))]):
-        found.append(torch.from_numpy(np.array(to_square(picture.load(), SIDE_PX))))
-        if len(found) == count:
+def read_images(split: str, count: int) -> Tensor:
+    """First `count` images of a split: (count, 3, 64, 64) in [-1, 1]."""
+    loaded = []
+    for image in read_pictures([str(resolve_path(f"asset:emoji/{split}.tar"))]):
+        loaded.append(torch.from_numpy(np.array(to_square(image.load(), SIDE_PX))))
+        if len(loaded) == count:
             break
-    return torch.stack(found).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.stack(loaded).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Means of the posterior, raw."""
+    """Raw means of the posterior."""
     return torch.cat(
         [autoencoder.encode_moments(part).chunk(2, dim=1)[0] for part in images.split(50)]
     )
 
 
-def learn(autoencoder: Autoencoder) -> tuple[LatentScaling, Tensor, Tensor]:
-    """Scaling per channel, power spectrum (C, H, W) and mean (C, H, W) of the normalised latents."""
-    raw = latents(autoencoder, pictures("train", LEARN_FROM))
+def latent_statistics(autoencoder: Autoencoder) -> tuple[LatentScaling, Tensor, Tensor]:
+    """Channel scaling; power spectrum and mean, both (C, H, W), of the normalised latents."""
+    raw = latents(autoencoder, read_images("train", NUM_TRAIN_IMAGES))
     scaling = LatentScaling(raw.mean(dim=(0, 2, 3)), 1 / raw.std(dim=(0, 2, 3)))
     z0 = scaling.normalize(raw)
     return (
@@ -89,7 +87,7 @@ def learn(autoencoder: Autoencoder) -> tuple[LatentScaling, Tensor, Tensor]:
 
 
 def wiener(noised: Tensor, noise_level: float, spectrum: Tensor, mean: Tensor) -> Tensor:
-    """The linear estimate of z0 with the least squared error from z0 + noise_level * eps."""
+    """Linear estimate of z0 with least squared error from z0 + noise_level * eps."""
     filtered = torch.fft.fft2(noised - mean, norm="ortho") * spectrum / (spectrum + noise_level**2)
     return mean + torch.fft.ifft2(filtered, norm="ortho").real
 
@@ -103,7 +101,7 @@ def compare(
     z0_hat: Tensor,
     snr: float,
 ) -> None:
-    """Three rows: the clean branch, the predicted branch, what the loss sees; one column a stage."""
+    """Draw clean features, predicted features and error maps in rows, stages in columns."""
     loss = LatentPerceptualLoss(
         LPLConfig(weight=1.0), DecoderFeatures(decoder_stages(autoencoder.network), scaling)
     )
@@ -135,11 +133,11 @@ def compare(
         axes[0, column].set_title(
             f"{name}: {clean[name].shape[1]} x {side} x {side}\n$\\omega$ = {omega:g}", fontsize=10
         )
-    axes[0, 0].set_title("picture", fontsize=10)
+    axes[0, 0].set_title("image", fontsize=10)
 
 
 def directions(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, three principal directions and their scale of (C, H, W) features, for colours."""
+    """Mean, three principal directions and their scales of (C, H, W) features, for colours."""
     flat = features.flatten(1)
     mean = flat.mean(dim=1, keepdim=True)
     vectors, values, _ = torch.linalg.svd(flat - mean, full_matrices=False)
@@ -151,14 +149,14 @@ def projected(features: Tensor, mean: Tensor, vectors: Tensor, scale: Tensor) ->
     return (0.5 + values / 5).clamp(0, 1).view(3, *features.shape[1:]).permute(1, 2, 0).numpy()
 
 
-def show(axes: Axes, picture: np.ndarray) -> None:
-    axes.imshow(picture, interpolation="nearest")
+def show(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def gates(figure: plt.Figure) -> None:
-    """Which samples are looked at: the distribution of t, and the two readings of the number 3."""
+    """Draw the distribution of t and two gates, SNR >= 3 and noise level <= 3."""
     cases = {
         "flow, logit-normal t": (
             ScheduleKind.RECTIFIED_FLOW,
@@ -175,12 +173,12 @@ def gates(figure: plt.Figure) -> None:
             (GateConfig(noise_level_below=3), "#d9622b"),
         ):
             threshold = max_noise_level(gate, schedule)
-            share = gate_share(threshold, schedule, timesteps)
+            fraction = gate_share(threshold, schedule, timesteps)
             name = "snr_above: 3" if gate.snr_above else "noise_level_below: 3"
-            edge = quantile(timesteps, torch.tensor([share], dtype=torch.float64)).item()
-            axes.axvline(edge, color=colour, label=f"{name}, {share:.0%}")
+            edge = quantile(timesteps, torch.tensor([fraction], dtype=torch.float64)).item()
+            axes.axvline(edge, color=colour, label=f"{name}, {fraction:.0%}")
         axes.set_title(f"samples inside the gate: {title}", fontsize=10)
-        axes.set_xlabel("t (0 is data, 1 is noise); LPL looks at what is left of the line")
+        axes.set_xlabel("t (0 is data, 1 is noise); samples left of the line pass the gate")
         axes.set_yticks([])
         axes.legend(fontsize=9, loc="lower center", framealpha=1.0)
 

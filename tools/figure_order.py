@@ -1,5 +1,4 @@
-"""Draws docs/pictures/order.png: where in a data set the samples of an epoch lie, and how far a
-lane moves between two reads.
+"""Draw docs/pictures/order.png: locations of an epoch's samples, and a lane's seek distances.
 
 python tools/figure_order.py
 """
@@ -20,29 +19,32 @@ SHARDS, SHARD_SAMPLES, LANES, BLOCK = 48, 2048, 16, 512
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "order.png"
 
 
-def positions(order: LaneOrder, counts: np.ndarray) -> np.ndarray:
-    shards, rows = order.locate(counts)
+def positions(order: LaneOrder, sample_indices: np.ndarray) -> np.ndarray:
+    shards, rows = order.locate(sample_indices)
     return shards * SHARD_SAMPLES + rows
 
 
 def main() -> None:
-    order = LaneOrder(
-        [SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, shuffle_block_samples=BLOCK
-    )
-    counts = np.arange(order.samples)
-    found = positions(order, counts)
+    order = LaneOrder([SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, shuffle_block_samples=BLOCK)
+    sample_indices = np.arange(order.samples)
+    location = positions(order, sample_indices)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.6), width_ratios=(2, 1), layout="constrained"
     )
     left.scatter(
-        counts, found / SHARD_SAMPLES, s=0.15, c=counts % LANES, cmap="tab20", rasterized=True
+        sample_indices,
+        location / SHARD_SAMPLES,
+        s=0.15,
+        c=sample_indices % LANES,
+        cmap="tab20",
+        rasterized=True,
     )
     left.set(
-        xlabel="n-th sample of the epoch",
+        xlabel="sample index in the epoch",
         ylabel="shard",
         title=f"{LANES} lanes over {SHARDS} shards, blocks of {BLOCK} samples",
     )
-    lane = found.reshape(-1, LANES)
+    lane = location.reshape(-1, LANES)
     steps = np.abs(np.diff(lane, axis=0))
     steps = steps[(lane[1:] // SHARD_SAMPLES) == (lane[:-1] // SHARD_SAMPLES)]
     shuffled = np.abs(np.diff(np.random.default_rng(0).permutation(order.samples)))
@@ -55,7 +57,10 @@ def main() -> None:
             values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.7, label=label
         )
     right.set(
-        xscale="log", xlabel="samples between two reads", ylabel="share", title="distance to seek"
+        xscale="log",
+        xlabel="samples between two reads",
+        ylabel="fraction",
+        title="distance to seek",
     )
     right.set_ylim(0, 0.12)
     right.legend(fontsize=8, loc="upper left")

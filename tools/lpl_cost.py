@@ -1,19 +1,18 @@
-"""What the Latent Perceptual Loss costs: FLOPs and bytes of every decoder stage and every option,
-counted on meta tensors.
+"""Cost of the Latent Perceptual Loss: FLOPs and memory of decoder stages and LPL options.
 
     python tools/lpl_cost.py configs/train/dit_xl2_in256_lpl.yaml --decoder sd --latent 4,32,32
     python tools/lpl_cost.py configs/train/emoji_dit_lpl.yaml lpl.sample_fraction=0.5
-    python tools/lpl_cost.py --decoder flux --latent 32 --denoiser xl2      # with configs/train/dit_xl2_in256_lpl.yaml
+    python tools/lpl_cost.py --decoder flux --latent 32 --denoiser xl2
 
-Nothing is loaded, nothing is computed: the decoder is built from its config.json alone, or is a
-named shape (`--decoder`); the latents' shape comes from the data folder, or from `--latent`.  FLOP
-= 2 x multiply-add.  A training step of the denoiser counts as three forwards.  Bytes are the peak
-of one chunk above the weights.
+The configuration defaults to configs/train/dit_xl2_in256_lpl.yaml.  All counts come from meta
+tensors, so no weights are loaded: the decoder is built from its config.json or from a named shape
+(`--decoder`); the latents' shape comes from the data folder or from `--latent`.  FLOP = 2 x
+multiply-add.  A training step of the denoiser counts as three forwards.  Bytes are the peak of one
+chunk above the weights.
 
-The first table is the decoder as `decode()` runs it; the second is LPL as it runs, with upsampling
-merged (models/upsampling.py). Attention is counted as plain matrix products: a fused kernel does
-not hold its positions x positions matrix, which is the peak where large latents meet few stages
-(`mid`).
+The first table is the decoder as `decode()` runs it; the second is LPL with merged upsampling
+(models/upsampling.py).  Attention is counted as plain matrix products; a fused kernel does not
+store the positions x positions matrix, which is the peak for large latents and few stages (`mid`).
 """
 
 from __future__ import annotations
@@ -68,10 +67,12 @@ DENOISERS = {
     "b2": (768, 12, 12),
     "l2": (1024, 24, 16),
     "xl2": (1152, 28, 16),
-}  # width, depth, heads of DiT
+}
+"""(width, depth, heads) of DiT sizes."""
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "train" / "dit_xl2_in256_lpl.yaml"
 GIGA, MIB = 1e9, 2**20
-TEXT = TextShape(tokens=154, width=4096, pooled_width=2048)  # of SD3, where the model reads text
+TEXT = TextShape(tokens=154, width=4096, pooled_width=2048)
+"""Text embeddings of SD3, for models that read text."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -96,12 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--ranks",
         type=int,
         default=1,
-        help="microbatches x ranks of a step: all decode equally many",
+        help="number of microbatches x ranks of a step, which decode equally many samples",
     )
     parser.add_argument(
-        "--samples", help="such as 1,4,16: a third table, of the peak for so many gated samples"
+        "--samples",
+        help="print a third table: peak memory for these numbers of gated samples, as 1,4,16",
     )
-    parser.add_argument("--json", type=Path, help="write both tables here too")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     args = parser.parse_intermixed_args(arguments)
     config = read_config(args.words, args.denoiser)
     lpl = config.lpl or LPLConfig(target_fraction=0.2)
@@ -109,15 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     channels, height, width = latent = latent_shape(
         args.latent, network.config.latent_channels, config
     )
-    case, decoder = Case(config, lpl, latent, args.ranks), decoder_stages(network)
-    stages, options = stage_rows(decoder, case), option_rows(decoder, case)
+    case = Case(config, lpl, latent, args.ranks)
+    decoder = decoder_stages(network)
+    stages = stage_rows(decoder, case)
+    options = option_rows(decoder, case)
     print(
         f"{config.name}: latents {channels}x{height}x{width}, global batch "
         f"{config.batch.global_batch_size}, ",
         end="",
     )
+    denoiser_gflops = case.denoiser_flops / GIGA
     print(
-        f"{case.share():.1%} inside the gate, denoiser {case.denoiser_flops / GIGA:,.2f} GFLOP a "
+        f"{case.gated_fraction():.1%} inside the gate, denoiser {denoiser_gflops:,.2f} GFLOP a "
         "forward\n"
     )
     print(table(stages), "\n", table(options), sep="\n")
@@ -134,12 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
+    """A configuration, the shape (C, H, W) of its latents, and the microbatches of a step."""
+
     config: TrainConfig
     lpl: LPLConfig
     latent: tuple[int, int, int]
-    slots: int
+    num_microbatches: int
 
-    def share(self) -> float:
+    def gated_fraction(self) -> float:
         diffusion = self.config.diffusion
         schedule = make_schedule(diffusion.schedule, zero_terminal_snr=diffusion.zero_terminal_snr)
         return gate_share(
@@ -147,15 +154,15 @@ class Case:
         )
 
     def decoded_samples(self, lpl: LPLConfig) -> int:
-        """Of one step over all slots, padding included."""
-        choice = LPLSubset.of(
-            self.config.batch.global_batch_size, self.share(), lpl.sample_fraction
+        """Samples that all microbatches of one step decode, padding included."""
+        subset = LPLSubset.of(
+            self.config.batch.global_batch_size, self.gated_fraction(), lpl.sample_fraction
         )
-        return choice.prefix(self.slots) * self.slots
+        return subset.prefix(self.num_microbatches) * self.num_microbatches
 
     @cached_property
     def denoiser_flops(self) -> int:
-        """Of one sample's forward."""
+        """FLOPs of one sample's forward."""
         channels, height, width = self.latent
         entry = LatentEntry(
             channels=channels,
@@ -175,9 +182,10 @@ class Case:
 
 
 def read_config(words: Sequence[str], denoiser: str | None) -> TrainConfig:
-    """`words`: a file, where the first has no `=` in it, then overrides; they win over `denoiser`."""
-    own = bool(words) and "=" not in words[0]
-    path, overrides = (words[0], words[1:]) if own else (CONFIG, words)
+    """Load `[CONFIG] [KEY=VALUE ...]`; overrides take precedence over the size `denoiser`."""
+    has_path = bool(words) and "=" not in words[0]
+    path = words[0] if has_path else CONFIG
+    overrides = words[1:] if has_path else words
     size: dict[str, float | str] = {}
     if denoiser is not None:
         width, depth, heads = DENOISERS[denoiser]
@@ -231,17 +239,20 @@ def build_network(name: str) -> Any:
 
 
 def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
-    """The decoder as `decode()` runs it, a sample; entrance and exit are rows of their own."""
-    hidden, rows = torch.empty(1, *case.latent, device="meta"), []
+    """Rows of all parts of the decoder as `decode()` runs it, for one sample."""
+    hidden = torch.empty(1, *case.latent, device="meta")
+    rows = []
     for name, module in [
         ("entrance", decoder.entrance),
         *decoder.stages.items(),
         ("exit", decoder.exit),
     ]:
         leaf = hidden.detach().requires_grad_()
-        seen: list[torch.Tensor] = []
-        forward = count_flops(lambda module=module, leaf=leaf, seen=seen: seen.append(module(leaf)))
-        hidden = seen[0]
+        outputs: list[torch.Tensor] = []
+        forward = count_flops(
+            lambda module=module, leaf=leaf, outputs=outputs: outputs.append(module(leaf))
+        )
+        hidden = outputs[0]
         backward = count_flops(
             lambda leaf=leaf, hidden=hidden: torch.autograd.grad(
                 hidden, leaf, torch.empty_like(hidden)
@@ -270,20 +281,21 @@ def option_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
 
 
 def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderStages, LPLConfig]]:
-    """The configuration as it is, then one option at a time, then all that save."""
+    """Yield (name, decoder, LPL configuration): as configured, then each option, then all."""
 
     def plus(**changes: Any) -> LPLConfig:
         return LPLConfig.model_validate({**case.lpl.model_dump(), **changes})
 
     every = list(decoder.stages)
-    asked = [stage for stage in every if case.lpl.stages is None or stage in case.lpl.stages]
+    configured = [stage for stage in every if case.lpl.stages is None or stage in case.lpl.stages]
     channels, height, width = case.latent
     crop = {"side": min(height, width) // 2, "halo": 4}
     with torch.device("meta"):
         tiny = diffusers.AutoencoderTiny(
             latent_channels=channels, latent_magnitude=3
         ).requires_grad_(False)
-    small, half = decoder_stages(tiny), 0.5 * case.lpl.sample_fraction
+    small = decoder_stages(tiny)
+    half = 0.5 * case.lpl.sample_fraction
     yield "as configured", decoder, case.lpl
     flipped = not case.lpl.activation_checkpointing
     yield (
@@ -291,11 +303,11 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
         decoder,
         plus(activation_checkpointing=flipped),
     )
-    for last in range(len(asked) - 1, 0, -1):
-        yield f"stages up to {asked[last - 1]}", decoder, plus(stages=asked[:last])
+    for last in range(len(configured) - 1, 0, -1):
+        yield f"stages up to {configured[last - 1]}", decoder, plus(stages=configured[:last])
     yield f"crop: {{side: {crop['side']}, halo: {crop['halo']}}}", decoder, plus(crop=crop)
     yield f"sample_fraction: {half:g}", decoder, plus(sample_fraction=half)
-    early = asked[: max(1, len(asked) - 2)]
+    early = configured[: max(1, len(configured) - 2)]
     yield (
         f"stages up to {early[-1]}, crop, share",
         decoder,
@@ -314,8 +326,9 @@ def variants(decoder: DecoderStages, case: Case) -> Iterator[tuple[str, DecoderS
 def row(
     name: str, decoder: DecoderStages, lpl: LPLConfig, case: Case, denoiser_step: int
 ) -> dict[str, Any]:
-    loss, decoded = build_loss(decoder, lpl, case), case.decoded_samples(lpl)
-    chunk = min(lpl.chunk_size, decoded // case.slots)
+    loss = build_loss(decoder, lpl, case)
+    decoded = case.decoded_samples(lpl)
+    chunk = min(lpl.chunk_size, decoded // case.num_microbatches)
     flops, peak = run_loss(loss, case, chunk)
     flops /= chunk
     return {
@@ -330,9 +343,7 @@ def row(
 
 
 def sample_rows(decoder: DecoderStages, case: Case, counts: list[int]) -> list[dict[str, Any]]:
-    """Peak bytes for so many gated samples in a microbatch, `chunk_size` of them in the decoder at
-    a time.
-    """
+    """Peak memory for each number of gated samples in a microbatch, decoded in chunks."""
     loss = build_loss(decoder, case.lpl, case)
     return [
         {"gated samples": str(count), "peak MiB": run_loss(loss, case, count)[1] / MIB}
@@ -348,11 +359,12 @@ def build_loss(decoder: DecoderStages, lpl: LPLConfig, case: Case) -> LatentPerc
 
 
 def run_loss(loss: LatentPerceptualLoss, case: Case, samples: int) -> tuple[float, int]:
-    """FLOPs, and peak bytes above the weights."""
+    """(FLOPs, peak bytes above the weights) of LPL on `samples` gated samples."""
     z0, z0_hat = torch.empty(2, samples, *case.latent, device="meta")
-    weights, places = torch.empty(samples, device="meta"), torch.empty(samples, 2, device="meta")
+    weights = torch.empty(samples, device="meta")
+    crop_positions = torch.empty(samples, 2, device="meta")
     with LiveBytes() as live:
-        flops = count_flops(lambda: loss(z0, z0_hat, weights, places))
+        flops = count_flops(lambda: loss(z0, z0_hat, weights, crop_positions))
     return flops, live.peak
 
 

@@ -1,7 +1,8 @@
-"""Parameters and multiply-adds of every named model size, counted on meta tensors: the table of
-docs/models.md.
+"""Print the table of docs/models.md: parameters and multiply-adds of all named model sizes.
 
-python tools/model_sizes.py
+    python tools/model_sizes.py
+
+All are counted on meta tensors.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from lpl_pretrain.models.build import Section, build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.planning.flops import count_flops
 
-CLIPS, SD3 = TextShape(77, 2048, 1280), TextShape(154, 4096, 2048)
+CLIPS = TextShape(77, 2048, 1280)
+SD3 = TextShape(154, 4096, 2048)
 
 
 def rows() -> Iterator[tuple[str, Section, int, int, TextShape | None]]:
-    """Name, section, latent channels, latent side, text."""
+    """(name, config section, latent channels, latent side, text shape) of each size."""
     for size in DIT_SIZES:
         for patch in (2, 4, 8):
             yield (
@@ -69,16 +71,12 @@ def main() -> None:
         )
         with torch.device("meta"):
             model = build_denoiser(section, latent, num_classes=1000, text=text)
-            z_t, t, cond = (
-                torch.empty(1, channels, side, side),
-                torch.empty(1),
-                Conditioning(torch.empty(1, dtype=torch.int64)),
-            )
+            z_t = torch.empty(1, channels, side, side)
+            t = torch.empty(1)
+            cond = Conditioning(torch.empty(1, dtype=torch.int64))
             if text is not None:
-                states, pooled = (
-                    torch.empty(1, text.tokens, text.width),
-                    torch.empty(1, text.pooled_width),
-                )
+                states = torch.empty(1, text.tokens, text.width)
+                pooled = torch.empty(1, text.pooled_width)
                 cond = Conditioning(cond.labels, states, pooled, torch.empty(1, 6))
         flops = count_flops(lambda model=model, z_t=z_t, t=t, cond=cond: model(z_t, t, cond))
         parameters = sum(parameter.numel() for parameter in model.parameters())

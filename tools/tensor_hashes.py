@@ -1,13 +1,12 @@
-"""Train reference runs and print the sha256 of every tensor of their last checkpoints: a
-refactoring must not change them.
+"""Hash every tensor of reference runs' last checkpoints, which a refactoring must not change.
 
-    python tools/tensor_hashes.py --output before.json                         # on the commit before
-    python tools/tensor_hashes.py --output after.json --compare before.json    # on the commit after, on the same machine
+    python tools/tensor_hashes.py --output before.json     # commit before the change
+    python tools/tensor_hashes.py --output after.json --compare before.json    # after, same machine
 
-Runs: emoji_dit_lpl for 60 updates under local, ddp, fsdp2 and zero2, LPL from update 20, once in
-one go and once resumed at 30; the emoji MMDiT for 20; and the scores of the first run.  All in
-fp32, on at most 2 ranks.  Data and runs are written to a temporary folder.  Exit status 1 where a
-hash differs from those of --compare.
+Runs: emoji_dit_lpl for 60 updates under local, ddp, fsdp2 and zero2 with LPL from update 20,
+uninterrupted and resumed at 30; the emoji MMDiT for 20 updates; and the scores of the first run.
+All run in fp32 on at most 2 ranks, in a temporary folder.  The exit status is 1 where a hash
+differs from --compare.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, RESUMED_AT, LPL_FROM = 60, 30, 20
+STEPS, RESUMED_AT, LPL_START = 60, 30, 20
 STRATEGIES = ("local", "ddp", "fsdp2", "zero2")
 FP32 = ["parallel.precision=fp32"]
 SCORES = ("metric", "value", "weights", "guidance_scale", "images")
@@ -36,17 +35,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--compare", type=Path, help="of another commit")
+    parser.add_argument("--compare", type=Path, help="JSON of another commit")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hashes-") as folder:
-        found = all_hashes(Path(folder))
-    args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{len(found)} hashes, {digest(json.dumps(found).encode())[:16]} over all")
+        hash_of = all_hashes(Path(folder))
+    args.output.write_text(json.dumps(hash_of, indent=1) + "\n")
+    print(f"{len(hash_of)} hashes, {digest(json.dumps(hash_of).encode())[:16]} over all")
     if args.compare is None:
         return 0
     wanted = json.loads(args.compare.read_text())
     different = sorted(
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        name for name in wanted.keys() | hash_of.keys() if wanted.get(name) != hash_of.get(name)
     )
     for name in different[:20]:
         print(f"differs: {name}")
@@ -55,17 +54,17 @@ def main() -> int:
 
 
 def all_hashes(folder: Path) -> dict[str, str]:
-    """Hashes by run and tensor."""
+    """Hash of each tensor, by `run/file/name`."""
     lpl("encode", "configs/encode/emoji.yaml", f"output={folder}/latents")
     lpl("encode", "configs/encode/emoji_text.yaml", f"output={folder}/text_latents")
-    found: dict[str, str] = {}
+    hash_of: dict[str, str] = {}
     for strategy in STRATEGIES:
         run = folder / strategy
         settings = [
             *FP32,
             *(
                 "lpl.decoder_precision=fp32",
-                f"lpl.start_step={LPL_FROM}",
+                f"lpl.start_step={LPL_START}",
                 "lpl.calibration_steps=10",
             ),
             *(
@@ -78,10 +77,10 @@ def all_hashes(folder: Path) -> dict[str, str]:
         train = ["train", "configs/train/emoji_dit_lpl.yaml", f"run_dir={run}", *settings]
         lpl(*train, ranks=1 if strategy == "local" else 2)
         last = run / "checkpoints" / f"step_{STEPS:08d}"
-        found |= hashes(last, strategy)
+        hash_of |= hashes(last, strategy)
         shutil.rmtree(last)
         lpl(*train, ranks=1 if strategy == "local" else 2)
-        found |= hashes(last, f"{strategy}, resumed")
+        hash_of |= hashes(last, f"{strategy}, resumed")
     lpl(
         "evaluate",
         str(folder / "local"),
@@ -96,21 +95,21 @@ def all_hashes(folder: Path) -> dict[str, str]:
             {key: entry[key] for key in SCORES}
             for entry in json.loads(record.read_text())["results"]
         ]
-        found[f"scores/{record.stem}"] = digest(json.dumps(results).encode())
+        hash_of[f"scores/{record.stem}"] = digest(json.dumps(results).encode())
     settings = [*FP32, f"run_dir={folder}/mmdit", f"data.folder={folder}/text_latents", "steps=20"]
     lpl("train", "configs/train/emoji_mmdit.yaml", *settings)
-    return found | hashes(folder / "mmdit" / "checkpoints" / "step_00000020", "mmdit")
+    return hash_of | hashes(folder / "mmdit" / "checkpoints" / "step_00000020", "mmdit")
 
 
 def hashes(checkpoint: Path, run: str) -> dict[str, str]:
-    """By safetensors' own reader: independent of our code."""
-    found = {}
+    """Hash a checkpoint's tensors, read with safetensors alone."""
+    hash_of = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
             for name in sorted(tensors.keys()):
-                found[f"{run}/{file.stem}/{name}"] = digest(tensors.get_tensor(name).tobytes())
-    assert found, f"{checkpoint}: no tensors"
-    return found
+                hash_of[f"{run}/{file.stem}/{name}"] = digest(tensors.get_tensor(name).tobytes())
+    assert hash_of, f"{checkpoint}: no tensors"
+    return hash_of
 
 
 def lpl(*arguments: str, ranks: int = 1) -> None:

@@ -1,20 +1,19 @@
-"""Train the small autoencoder in `lpl_pretrain/assets/autoencoder_emoji/`: a
-`diffusers.AutoencoderKL`, factor 4, 4 channels.
+"""Train the small autoencoder in `lpl_pretrain/assets/autoencoder_emoji/`.
 
-    python tools/train_autoencoder.py --minutes 50                  # sharp first; writes the folder and its quality.json
-    python tools/train_autoencoder.py --start FOLDER --minutes 6 --whole-from 0 --lr 6e-4 --kl 0.25
-    --ema 0.99
-    python tools/train_autoencoder.py --measure                     # held-out PSNR of the folder as it ships
+    python tools/train_autoencoder.py --minutes 50
+    python tools/train_autoencoder.py --start FOLDER --minutes 6 --whole-from 0 --lr 6e-4 \
+        --kl 0.25 --ema 0.99
+    python tools/train_autoencoder.py --measure     # held-out PSNR of the shipped folder
 
-The second command goes on with a strong KL term: noisy posteriors make a decoder that forgives
-small errors, which a small denoiser cannot avoid.  What was run for the shipped weights stands in
-quality.json.
+It is a `diffusers.AutoencoderKL` with factor 4 and 4 channels.  The second command continues with a
+strong KL term: noisy posteriors make the decoder robust against the errors of a small denoiser.
+quality.json lists the commands that made the shipped weights.
 
 Loss: L1 + `--perceptual` x distance of EfficientNet-Lite0 features + `--kl` x KL(posterior || N(0,
-1)) per pixel value. Trained on the train pictures only; weights are an exponential moving average;
-most of the time goes to random 32-px crops (4x cheaper than 64 px), the end to whole pictures,
-because GroupNorm statistics depend on the field of view. `scaling_factor` is set to 1 / std of the
-train latents, as diffusers pipelines expect.
+1)) per pixel value.  Only train images are used.  Weights are an exponential moving average.  Most
+of the time goes to random 32-px crops (4x cheaper than 64 px), the end to whole images, because
+GroupNorm statistics depend on the field of view.  `scaling_factor` is 1 / std of the train latents,
+as diffusers pipelines expect.
 """
 
 import argparse
@@ -53,21 +52,19 @@ def main() -> None:
         "--whole-from",
         type=float,
         default=0.6,
-        help="share of the time after which whole pictures are used",
+        help="fraction of the time after which whole images are used",
     )
     parser.add_argument(
         "--batch",
         type=int,
         default=48,
-        help="crops per step; whole pictures come a quarter as many",
+        help="crops per step; a quarter as many whole images",
     )
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--perceptual", type=float, default=0.02)
     parser.add_argument("--kl", type=float, default=1e-6)
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument(
-        "--start", type=Path, help="go on from the weights in this folder instead of random ones"
-    )
+    parser.add_argument("--start", type=Path, help="start from the weights in this folder")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument(
         "--measure", action="store_true", help="train nothing; print the PSNR of --output"
@@ -76,15 +73,15 @@ def main() -> None:
     if args.measure:
         print(
             json.dumps(
-                measure(AutoencoderKL.from_pretrained(args.output), read_pictures("held_out")),
+                measure(AutoencoderKL.from_pretrained(args.output), read_images("held_out")),
                 indent=2,
             )
         )
         return
     torch.manual_seed(0)
-    model = train(read_pictures("train"), args)
+    model = train(read_images("train"), args)
     quality = {
-        **measure(model, read_pictures("held_out")),
+        **measure(model, read_images("held_out")),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": [
             *(
@@ -100,8 +97,8 @@ def main() -> None:
     print(json.dumps(quality, indent=2))
 
 
-def read_pictures(split: str) -> torch.Tensor:
-    """(N, 3, 64, 64) in [-1, 1]."""
+def read_images(split: str) -> torch.Tensor:
+    """All images of a split: (N, 3, 64, 64) in [-1, 1]."""
     samples = webdataset.WebDataset(
         str(EMOJI / f"{split}.tar"), shardshuffle=False, empty_check=False
     )
@@ -121,7 +118,7 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
+def train(images: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
     model = (
         AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
         if args.start
@@ -133,7 +130,9 @@ def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4
     )
-    started, done, step = time.monotonic(), 0.0, 0
+    started = time.monotonic()
+    done = 0.0
+    step = 0
     with tqdm(
         total=100,
         unit="%",
@@ -142,9 +141,7 @@ def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
     ) as bar:
         while done < 1.0:
             whole = done > args.whole_from
-            x0 = draw(
-                pictures, args.batch // 4 if whole else args.batch, None if whole else CROP_PX
-            )
+            x0 = draw(images, args.batch // 4 if whole else args.batch, None if whole else CROP_PX)
             for group in optimizer.param_groups:
                 group["lr"] = (
                     args.lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
@@ -174,18 +171,18 @@ def train(pictures: torch.Tensor, args: argparse.Namespace) -> AutoencoderKL:
                     step=step, l1=f"{l1:.4f}", features=f"{features:.3f}", kl=f"{kl:.1f}"
                 )
             if step % 500 == 0:
-                tqdm.write(f"step {step}  held-out {measure(average, read_pictures('held_out'))}")
+                tqdm.write(f"step {step}  held-out {measure(average, read_images('held_out'))}")
     with torch.no_grad():
-        latents = torch.cat([average.encode(x).latent_dist.mode() for x in pictures.split(64)])
+        latents = torch.cat([average.encode(x).latent_dist.mode() for x in images.split(64)])
     average.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return average.eval()
 
 
-def draw(pictures: torch.Tensor, count: int, crop_px: int | None) -> torch.Tensor:
-    """A random batch, each picture mirrored half of the time."""
-    batch = pictures[torch.randint(len(pictures), (count,))]
+def draw(images: torch.Tensor, count: int, crop_px: int | None) -> torch.Tensor:
+    """Draw a random batch; each image is mirrored with probability 1/2."""
+    batch = images[torch.randint(len(images), (count,))]
     if crop_px:
-        top, left = torch.randint(pictures.shape[2] - crop_px + 1, (2, count)).tolist()
+        top, left = torch.randint(images.shape[2] - crop_px + 1, (2, count)).tolist()
         batch = torch.stack(
             [
                 x[:, i : i + crop_px, j : j + crop_px]
@@ -197,8 +194,9 @@ def draw(pictures: torch.Tensor, count: int, crop_px: int | None) -> torch.Tenso
 
 
 class PerceptualDistance:
-    """Mean squared distance of unit-normalised EfficientNet-Lite0 features (LPIPS, arXiv
-    1801.03924, without learned weights).
+    """Mean squared distance of unit-normalised EfficientNet-Lite0 features.
+
+    This is LPIPS (arXiv 1801.03924) without learned weights.
     """
 
     def __init__(self) -> None:
@@ -219,13 +217,14 @@ class PerceptualDistance:
 
 
 @torch.no_grad()
-def measure(model: AutoencoderKL, pictures: torch.Tensor) -> dict:
-    """PSNR in dB over [0, 255] after rounding to uint8, per picture then averaged; posterior mean,
-    no noise.
+def measure(model: AutoencoderKL, images: torch.Tensor) -> dict:
+    """PSNR in dB of reconstructions from the posterior mean, rounded to uint8.
+
+    It is computed for each image over [0, 255] and then averaged.
     """
     model.eval()
     values = []
-    for x0 in pictures.split(64):
+    for x0 in images.split(64):
         x0_hat = model.decode(model.encode(x0).latent_dist.mode()).sample
         to_uint8 = [((x.clamp(-1, 1) + 1) * 127.5).round() for x in (x0, x0_hat)]
         mse = (to_uint8[0] - to_uint8[1]).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tools.faults import plan
-from tools.faults.attempt import Ending, error_problems
+from tools.faults.attempt import AttemptResult, error_problems
 from tools.faults.campaign import Campaign
 from tools.faults.layer import Hit
 from tools.faults.plan import FileFault
@@ -56,13 +56,13 @@ UNCLEAR = (
 )
 
 
-def ended(status: int, text: str, action: str = "28") -> Ending:
+def ended(status: int, text: str, action: str = "28") -> AttemptResult:
     hit = Hit(1, 100, 0, "write", action, "/root/run/metrics.jsonl")
-    return Ending([status], {"rank_0": text}, [hit], [], 1.0)
+    return AttemptResult([status], {"rank_0": text}, [hit], [], 1.0)
 
 
 @pytest.mark.parametrize(
-    ("ending", "wrong"),
+    ("result", "wrong"),
     [
         (ended(1, CLEAR), None),
         (ended(0, ""), None),
@@ -82,8 +82,8 @@ def ended(status: int, text: str, action: str = "28") -> Ending:
         "bad input",
     ],
 )
-def test_what_counts_as_a_clear_error(ending: Ending, wrong: str | None) -> None:
-    problems = error_problems(ending, "/root")
+def test_what_counts_as_a_clear_error(result: AttemptResult, wrong: str | None) -> None:
+    problems = error_problems(result, "/root")
     assert bool(problems) == (wrong is not None) and (wrong or "") in " ".join(problems)
 
 

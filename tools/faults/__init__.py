@@ -1,3 +1,1 @@
-"""Faults for tools/chaos.py: what may happen to a command, how it is made to happen, and what has
-to hold afterwards.
-"""
+"""Faults for tools/chaos.py: how they are drawn and injected, and what must hold afterwards."""

@@ -1,4 +1,4 @@
-"""One start of a job, disturbed as planned, until it has ended; and what its ending was like."""
+"""One start of a job with planned faults, and checks of how it ended."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ from tools.faults.layer import FULL_DISK, FileLayer, Hit
 from tools.faults.plan import Fault, FileFault, LostLease, SignalFault
 from tools.faults.processes import GRACE_S, Ranks, is_stopped
 
-POLL_S, RESUME_S = 0.01, 0.3
-HANGS_S, GIVES_WAY_S = 240.0, 60.0
+POLL_S = 0.01
+RESUME_S = 0.3
+HANG_S = 240.0
+LOST_LEASE_EXIT_S = 60.0
 ERROR_LINE = re.compile(r"\b\w*Error: .*$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass
-class Ending:
+class AttemptResult:
+    """Exit statuses, output and faults of one attempt, and problems found on the way."""
+
     statuses: list[int]
     output: dict[str, str]
     hits: list[Hit]
     happened: list[Fault]
-    """Faults that met a living process."""
+    """Faults that hit a running process."""
     seconds: float
     problems: list[str] = field(default_factory=list)
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         return not any(self.statuses)
 
     def count(self) -> Counter[str]:
@@ -44,7 +48,7 @@ class Ending:
 
 
 class Attempt:
-    """`plan` happens to `ranks`; `seconds` is how long an undisturbed start takes."""
+    """Starts `ranks` and injects `plan`; an undisturbed start takes `seconds`."""
 
     def __init__(
         self,
@@ -64,8 +68,8 @@ class Attempt:
         self.problems: list[str] = []
         self._resume: list[tuple[float, int]] = []
 
-    def run(self, look: Callable[[], None] = lambda: None) -> Ending:
-        """`look` is called when all has ended and what the layer has noted is still there."""
+    def run(self, inspect: Callable[[], None] = lambda: None) -> AttemptResult:
+        """Run to the end of all ranks, then call `inspect` and clear the file layer's log."""
         self.layer.clear()
         self.ranks.environment |= self.layer.environment(self.files)
         self.started = time.monotonic()
@@ -77,27 +81,30 @@ class Attempt:
             self._continue(now)
             if self.lost is not None and now - self.started > self.lost.at * self.seconds:
                 self._lose_lease(self.lost)
-            if deadline is None and self.ranks.meet and self.ranks.failed():
+            if deadline is None and self.ranks.communicate and self.ranks.failed():
                 deadline = now + GRACE_S
             if deadline is not None and now > deadline:
                 self.ranks.end()
-            if now - self.started > HANGS_S + 10 * self.seconds:
+            if now - self.started > HANG_S + 10 * self.seconds:
                 self.problems.append(f"hangs: no end after {now - self.started:.0f} s")
                 self.ranks.end()
             time.sleep(POLL_S)
         statuses, seconds = self.ranks.statuses(), time.monotonic() - self.started
         hits = self.layer.hits()
-        look()
+        inspect()
         self.layer.clear()
         numbers = {hit.number for hit in hits}
         self.happened += [
             fault for number, fault in enumerate(self.files, start=1) if number in numbers
         ]
-        ending = Ending(statuses, self.ranks.output(), hits, self.happened, seconds, self.problems)
-        ending.problems += [*error_problems(ending, str(self.layer.root))]
-        return ending
+        result = AttemptResult(
+            statuses, self.ranks.output(), hits, self.happened, seconds, self.problems
+        )
+        result.problems += [*error_problems(result, str(self.layer.root))]
+        return result
 
     def _signal(self, passed: float) -> None:
+        """Send the signals that are due `passed` seconds after the start."""
         while self.signals and passed > self.signals[0].at * self.seconds:
             fault = self.signals.pop(0)
             if met := self.ranks.send(fault.number, fault.rank):
@@ -106,7 +113,7 @@ class Attempt:
                 self._resume += [(time.monotonic() + fault.resume_s, pid) for pid in met]
 
     def _continue(self, now: float) -> None:
-        """Wakes what was stopped, by us or by the file layer."""
+        """Send SIGCONT to processes that a signal or the file layer stopped long enough ago."""
         known = {pid for _, pid in self._resume}
         stopped = [
             hit.pid for hit in self.layer.hits() if hit.action == "stop" and hit.pid not in known
@@ -119,17 +126,18 @@ class Attempt:
                     os.kill(pid, signal.SIGCONT)
 
     def _lose_lease(self, fault: LostLease) -> None:
-        """The suspended ranks must end by themselves once they go on; those started meanwhile take
-        their place.
+        """Suspend all ranks, expire their lease and start a second set of ranks.
+
+        The suspended ranks must exit by themselves once they resume.
         """
         self.lost = None
-        if (
-            self.lease is None
-            or not self.lease.exists()
-            or not (before := self.ranks.send(signal.SIGSTOP))
-        ):
+        if self.lease is None or not self.lease.exists():
             return
-        old, long_ago = self.ranks, time.time() - 3600
+        suspended = self.ranks.send(signal.SIGSTOP)
+        if not suspended:
+            return
+        old = self.ranks
+        long_ago = time.time() - 3600
         with suppress(FileNotFoundError):
             os.utime(self.lease, (long_ago, long_ago))
         self.happened.append(fault)
@@ -137,71 +145,73 @@ class Attempt:
             old.command,
             old.count,
             {**old.environment, "LPL_CHAOS_PLAN": ""},
-            old.logs / "heir",
+            old.logs / "successor",
             old.mark,
-            meet=old.meet,
+            communicate=old.communicate,
         )
         held = read_lease(self.lease)
         self.ranks.start()
-        while (
-            read_lease(self.lease) == held and self.ranks.running()
-        ):  # else it is still theirs when they go on
+        # resume the old ranks only once the new ones hold the lease
+        while read_lease(self.lease) == held and self.ranks.running():
             time.sleep(POLL_S)
         time.sleep(fault.resume_s)
-        deadline = time.monotonic() + GIVES_WAY_S
-        for pid in before:
+        deadline = time.monotonic() + LOST_LEASE_EXIT_S
+        for pid in suspended:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         while old.running() and not old.failed() and (now := time.monotonic()) < deadline:
             self._continue(now)
             time.sleep(POLL_S)
         if old.running() and not old.failed():
-            self.problems.append(f"went on for {GIVES_WAY_S:.0f} s without its lease")
+            self.problems.append(f"still running {LOST_LEASE_EXIT_S:.0f} s after it lost its lease")
         for process in old.processes:
             with suppress(Exception):
                 process.wait(GRACE_S)
-        for pid in before:
+        for pid in suspended:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if old.statuses()[0] == 0:
-            self.problems.append("ended well without its lease")
+            self.problems.append("exit status 0 after it lost its lease")
 
 
-def error_problems(ending: Ending, root: str) -> list[str]:
-    """An input or output error that ends a process is told in a line: our error, the path, the
-    reason; and may be tried again.
+def error_problems(result: AttemptResult, root: str) -> list[str]:
+    """Problems of how an attempt reported an input or output error that ended it.
+
+    It must print one line with our error, the path and the reason, and its exit status must not
+    mean bad input, which is never retried.
     """
     problems = []
-    if BAD_INPUT in ending.statuses:
-        told = next((text for text in ending.output.values() if ERROR_LINE.search(text)), "")
-        problems.append(f"exit status {BAD_INPUT}, which means bad input: {last_error(told)}")
-    kinds = {
-        hit.number: hit for hit in ending.hits if hit.action.isdigit() or hit.number == FULL_DISK
+    if BAD_INPUT in result.statuses:
+        output = next((text for text in result.output.values() if ERROR_LINE.search(text)), "")
+        problems.append(f"exit status {BAD_INPUT}, which means bad input: {last_error(output)}")
+    errors = {
+        hit.number: hit for hit in result.hits if hit.action.isdigit() or hit.number == FULL_DISK
     }
-    refused = [hit for hit in kinds.values() if hit.action != str(errno.EINTR)]
-    killed = any(status < 0 for status in ending.statuses)
+    refused = [hit for hit in errors.values() if hit.action != str(errno.EINTR)]
+    killed = any(status < 0 for status in result.statuses)
     if (
-        ending.well
+        result.succeeded
         or not refused
         or killed
-        or any(isinstance(f, LostLease) for f in ending.happened)
+        or any(isinstance(f, LostLease) for f in result.happened)
     ):
         return problems
     reasons = {
         os.strerror(errno.ENOSPC if hit.action == "full" else int(hit.action)) for hit in refused
     }
-    strict = "torchrun" not in ending.output  # whose own traceback follows ours
-    if not is_clear(list(ending.output.values()), reasons, root, strict=strict):
-        where = f"{refused[0].op} {refused[0].action} {refused[0].path}"
+    strict = "torchrun" not in result.output  # torchrun prints a traceback of its own
+    if not is_clear(list(result.output.values()), reasons, root, strict=strict):
+        call = f"{refused[0].op} {refused[0].action} {refused[0].path}"
         problems.append(
-            f"no clear error after {where}: {' | '.join(map(last_error, ending.output.values()))}"
+            f"no clear error after {call}: {' | '.join(map(last_error, result.output.values()))}"
         )
     return problems
 
 
 def is_clear(texts: Sequence[str], reasons: set[str], root: str, *, strict: bool) -> bool:
-    """The last error of a rank names a path below `root` and one of the reasons in a line;
-    `strict`: and none has a traceback.
+    """Whether an error line names a path below `root` and one of the reasons.
+
+    `strict` also requires that no text has a traceback.
     """
     if strict and any(TRACEBACK in text for text in texts):
         return False
@@ -210,14 +220,14 @@ def is_clear(texts: Sequence[str], reasons: set[str], root: str, *, strict: bool
 
 
 def error_lines(text: str) -> list[str]:
-    """Every error, and the lines that follow the last one."""
-    found = list(ERROR_LINE.finditer(text))
+    """All error lines, and the lines that follow the last one."""
+    matches = list(ERROR_LINE.finditer(text))
     return [
-        *(match[0] for match in found),
-        *(text[found[-1].start() :].splitlines() if found else []),
+        *(match[0] for match in matches),
+        *(text[matches[-1].start() :].splitlines() if matches else []),
     ]
 
 
 def last_error(text: str) -> str:
     lines = ERROR_LINE.findall(text) or [text.strip()[-300:]]
-    return ("traceback ending in " if TRACEBACK in text else "") + lines[-1][:400]
+    return ("traceback result in " if TRACEBACK in text else "") + lines[-1][:400]

@@ -1,6 +1,4 @@
-"""A series of iterations: a job is started, disturbed and started again until it is complete, and
-compared with one left alone.
-"""
+"""Iterations of a series: restart a disturbed job until it is complete, then check its results."""
 
 from __future__ import annotations
 
@@ -15,28 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support import fork_server
-from tools.faults.attempt import Attempt, Ending
+from tools.faults.attempt import Attempt, AttemptResult
 from tools.faults.layer import FileLayer
 from tools.faults.plan import Fault, Trace, draw, generator
 from tools.faults.processes import Ranks, orphans
 from tools.faults.series import Series, all_series, prepare
 
 Undisturbed = tuple[dict[str, bytes], dict[int, Trace], dict[int, float]]
-"""(results, {ranks: calls that were made}, {ranks: seconds})."""
-DISTURBED, CLEAN = 8, 3
-"""Starts of one iteration that are disturbed at most; and undisturbed ones that may fail before it
-is given up.
-"""
-OF_OTHERS = ("torchelastic_", "pymp-", "torchinductor_", "wandb-")
-"""In names of temporaries of torch and wandb, which are not ours to remove."""
+"""(results, {ranks: file calls made}, {ranks: seconds}) of undisturbed starts."""
+MAX_DISTURBED = 8
+"""Starts of one iteration with faults."""
+MAX_FAILED = 3
+"""Failed starts without faults after which an iteration is given up."""
+FOREIGN_TEMPORARIES = ("torchelastic_", "pymp-", "torchinductor_", "wandb-")
+"""Parts of names of torch's and wandb's temporary files."""
 COLD_EVERY = 12
-"""Of so many iterations one is started as a user does it: with all imports of its own, several
-ranks by torchrun.
-"""
+"""Every twelfth iteration starts without the fork server, several ranks by torchrun."""
 
 
 @dataclass
 class Violation:
+    """A check that failed, after which faults, and the command that repeats it."""
+
     series: str
     iteration: int
     attempt: int
@@ -54,47 +52,51 @@ class Violation:
 
 @dataclass
 class Tally:
-    """What a series came to."""
+    """Counts and violations of one series."""
 
     iterations: int = 0
     starts: int = 0
     recovered: int = 0
-    """Iterations that ended like one left alone."""
+    """Iterations whose results equal those of an undisturbed run."""
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[Violation] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class Campaign:
-    """`folder` is emptied by whoever made it.  `module`: what Python runs instead of lpl_pretrain."""
+    """Runs series of disturbed jobs in `folder`, which the caller deletes.
+
+    `module` is what `python -m` runs, lpl_pretrain or a broken variant of it.
+    """
 
     def __init__(
         self,
         folder: Path,
         seed: int,
         module: str = "lpl_pretrain",
-        tell: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
-        self.folder, self.seed, self.tell = folder, seed, tell
-        self.files, self.inputs = folder / "files", folder / "files" / "inputs"
+        self.folder = folder
+        self.seed = seed
+        self.log = log
+        self.files = folder / "files"
+        self.inputs = self.files / "inputs"
         prepare(self.inputs)
         self.layer = FileLayer(self.files, folder)
         start_server(self.layer)
         self.series = all_series(self.inputs, module)
-        self._alone: dict[str, Undisturbed] = {}
+        self._undisturbed: dict[str, Undisturbed] = {}
 
     def running(self, module: str) -> Campaign:
-        """The same campaign of another module's commands, which are compared with what this one's
-        leave undisturbed.
-        """
+        """Copy that runs another module and compares with this campaign's undisturbed results."""
         other = copy.copy(self)
         other.series = all_series(self.inputs, module)
         return other
 
     def run(self, name: str, until: Callable[[Tally], bool], only: int | None = None) -> Tally:
-        """Iterations of a series until there were enough of them."""
+        """Run iterations of a series until `until(tally)`; `only` runs that one alone."""
         tally, series, started = Tally(), self.series[name], time.monotonic()
-        self.alone(name)
+        self.undisturbed(name)
         iteration = 0 if only is None else only
         while not until(tally):
             self.iterate(series, iteration, tally)
@@ -104,43 +106,44 @@ class Campaign:
             iteration += 1
         return tally
 
-    def alone(self, name: str) -> Undisturbed:
-        """What a job does and leaves that nobody disturbs, on each of its numbers of ranks."""
-        if name in self._alone:
-            return self._alone[name]
+    def undisturbed(self, name: str) -> Undisturbed:
+        """Results, file calls and seconds of undisturbed starts, once for each number of ranks."""
+        if name in self._undisturbed:
+            return self._undisturbed[name]
         series, traces, seconds = self.series[name], {}, {}
-        for need, made in NEEDS.get(name, {}).items():
-            self.alone(need)
-            if not (self.inputs / made).exists():
-                shutil.copytree(self.files / need / "alone_1" / made, self.inputs / made)
+        for other, output in NEEDS.get(name, {}).items():
+            self.undisturbed(other)
+            if not (self.inputs / output).exists():
+                shutil.copytree(self.files / other / "undisturbed_1" / output, self.inputs / output)
         series.prepare()
         for count in series.ranks:
-            folder = self.files / name / f"alone_{count}"
+            folder = self.files / name / f"undisturbed_{count}"
             series.begin(folder)
             ranks = self._ranks(series, folder, count)
             ranks.environment |= {"LPL_CHAOS_TRACE": "1"}
             attempt = Attempt(ranks, self.layer, [], 60.0, None)
             trace: list[tuple[int, str, str]] = []
-            ending = attempt.run(lambda into=trace: into.extend(self.layer.trace()))
+            result = attempt.run(lambda into=trace: into.extend(self.layer.trace()))
             trace[:] = [
                 call
                 for call in trace
                 if not (call[1] == "stat" and f"{self.inputs}/autoencoder" in call[2])
             ]
-            if not ending.well or not series.complete(folder):
-                raise RuntimeError(f"{name} fails undisturbed: {ending.statuses} {ending.output}")
-            traces[count], seconds[count] = trace, ending.seconds
-        results = series.results(self.files / name / f"alone_{series.ranks[0]}")
-        self._alone[name] = results, traces, seconds
+            if not result.succeeded or not series.complete(folder):
+                raise RuntimeError(f"{name} fails undisturbed: {result.statuses} {result.output}")
+            traces[count], seconds[count] = trace, result.seconds
+        results = series.results(self.files / name / f"undisturbed_{series.ranks[0]}")
+        self._undisturbed[name] = results, traces, seconds
         calls = sum(map(len, traces.values()))
-        self.tell(
+        self.log(
             f"{name}: {sum(seconds.values()):.1f} s undisturbed, {len(results)} files, "
             f"{calls} calls"
         )
-        return self._alone[name]
+        return self._undisturbed[name]
 
     def iterate(self, series: Series, iteration: int, tally: Tally) -> None:
-        results, traces, durations = self.alone(series.name)
+        """Run one iteration and add its faults and violations to `tally`."""
+        results, traces, durations = self.undisturbed(series.name)
         count = series.ranks[iteration % len(series.ranks)]
         seconds = durations[count]
         folder = self.files / series.name / f"{iteration:05d}"
@@ -154,33 +157,32 @@ class Campaign:
                 f"{iteration}"
             )
             tally.violations.append(Violation(series.name, iteration, attempt, what, plan, replay))
-            self.tell(f"VIOLATION {tally.violations[-1]}")
+            self.log(f"VIOLATION {tally.violations[-1]}")
 
         for attempt in itertools.count():
             rng = generator(self.seed, series.name, iteration, attempt)
             leased = series.lease(folder) is not None and not cold
-            plan = draw(rng, traces[count], count, leased=leased) if attempt < DISTURBED else []
+            plan = draw(rng, traces[count], count, leased=leased) if attempt < MAX_DISTURBED else []
             ranks = self._ranks(series, folder, count, cold=cold and attempt % 3 == 0)
-            ending = Attempt(
+            result = Attempt(
                 ranks, self.layer, plan, seconds * (4 if ranks.cold else 1), series.lease(folder)
             ).run()
             tally.starts += 1
-            tally.faults += ending.count()
-            for what in ending.problems:
+            tally.faults += result.count()
+            for what in result.problems:
                 violated(what)
             if left := orphans(ranks.mark):
                 violated(f"processes are left: {left}")
-            if not ending.happened and not (ending.well and series.complete(folder)):
-                violated(f"does not recover: statuses {ending.statuses}: {tail(ending)}")
+            if not result.happened and not (result.succeeded and series.complete(folder)):
+                violated(f"does not recover: statuses {result.statuses}: {tail(result)}")
                 failed += 1
-            if ending.well and series.complete(folder):
+            if result.succeeded and series.complete(folder):
                 break
-            if failed == CLEAN:
+            if failed == MAX_FAILED:
                 violated("was given up")
                 return
-        if (
-            series.temporaries(folder) and ending.happened
-        ):  # removing them may have been refused: they wait for the next start
+        # a fault may have prevented the removal of temporaries, which the next start repeats
+        if series.temporaries(folder) and result.happened:
             Attempt(
                 self._ranks(series, folder, count), self.layer, [], seconds, series.lease(folder)
             ).run()
@@ -193,19 +195,21 @@ class Campaign:
             shutil.rmtree(folder)
 
     def _compare(self, series: Series, folder: Path, results: dict[str, bytes]) -> list[str]:
-        found, problems = series.results(folder), series.problems(folder)
+        actual = series.results(folder)
+        problems = series.problems(folder)
         different = sorted(
-            name for name in found.keys() | results.keys() if found.get(name) != results.get(name)
+            name for name in actual.keys() | results.keys() if actual.get(name) != results.get(name)
         )
         if different:
             problems.append(
-                f"{len(different)} files are not those of an undisturbed run: "
-                f"{', '.join(different[:6])}"
+                f"{len(different)} files differ from an undisturbed run: {', '.join(different[:6])}"
             )
         if left := series.temporaries(folder):
             problems.append(f"temporaries are left: {', '.join(left[:6])}")
         scratch = sorted(path.name for path in (self.folder / "scratch").iterdir())
-        if scratch := [name for name in scratch if not any(other in name for other in OF_OTHERS)]:
+        if scratch := [
+            name for name in scratch if not any(other in name for other in FOREIGN_TEMPORARIES)
+        ]:
             problems.append(f"temporaries are left in TMPDIR: {', '.join(scratch[:6])}")
             shutil.rmtree(self.folder / "scratch")
         return problems
@@ -225,7 +229,7 @@ class Campaign:
             f"{folder}/",
             cold,
             torchrun,
-            series.meet,
+            series.communicate,
         )
 
 
@@ -233,13 +237,11 @@ NEEDS = {
     **{f"train_{name}": {"encode": "latents"} for name in ("local", "fsdp2", "zero2", "zero3")},
     "evaluate": {"train_local": "run"},
 }
-"""Which inputs are made by which series."""
+"""Inputs of a series that another series writes: {series: {other series: its output}}."""
 
 
 def start_server(layer: FileLayer) -> None:
-    """Of warm processes: the file layer has to be loaded into it, for what is forked off it has no
-    say in that any more.
-    """
+    """Start a fork server that has loaded the file layer: LD_PRELOAD has no effect after a fork."""
     before = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = str(layer.shared_object)
     try:
@@ -252,5 +254,5 @@ def start_server(layer: FileLayer) -> None:
             os.environ["LD_PRELOAD"] = before
 
 
-def tail(ending: Ending) -> str:
-    return " | ".join(f"{name}: {text.strip()[-600:]}" for name, text in ending.output.items())
+def tail(result: AttemptResult) -> str:
+    return " | ".join(f"{name}: {text.strip()[-600:]}" for name, text in result.output.items())

@@ -36,7 +36,7 @@ struct fault {
     char op[12], action[12], match[80];
     long nth, times;
     atomic_long calls;
-    atomic_int told;
+    atomic_int logged;
 };
 
 static struct fault faults[FAULTS];
@@ -44,12 +44,12 @@ static int number_of_faults, rank, trace;
 static const char *root, *hits, *full;
 static size_t root_length;
 static atomic_int state; /* 0: environment not read, 1: being read, 2: read */
-static atomic_int told_full;
+static atomic_int logged_full;
 static __thread int inside;
 
 static void forget(void) {
     state = 0;
-    told_full = 0;
+    logged_full = 0;
     inside = 0;
 }
 
@@ -104,7 +104,7 @@ static int fate(const char *op, const char *path) {
         if (strcmp(f->match, "*") && !strstr(path, f->match)) continue;
         long call = atomic_fetch_add(&f->calls, 1) + 1;
         if (call < f->nth || (f->times && call >= f->nth + f->times) || found) continue;
-        if (!atomic_exchange(&f->told, 1)) note(f->id, op, f->action, path);
+        if (!atomic_exchange(&f->logged, 1)) note(f->id, op, f->action, path);
         if (!strcmp(f->action, "kill")) kill(getpid(), SIGKILL);
         else if (!strcmp(f->action, "stop")) kill(getpid(), SIGSTOP);
         else if (!strcmp(f->action, "short")) found = SHORT;
@@ -114,7 +114,7 @@ static int fate(const char *op, const char *path) {
         } else found = f->error;
     }
     if (!found && takes_room(op) && !syscall(SYS_faccessat, AT_FDCWD, full, F_OK)) {
-        if (!atomic_exchange(&told_full, 1)) note(0, op, "full", path);
+        if (!atomic_exchange(&logged_full, 1)) note(0, op, "full", path);
         return ENOSPC;
     }
     return found;

@@ -1,6 +1,4 @@
-"""Compiles the fault-injecting file layer (layer.c) and keeps its controls: the plan of a process,
-what happened, the full disk.
-"""
+"""Compiles the fault-injecting file layer (layer.c), sets its plan and reads its log."""
 
 from __future__ import annotations
 
@@ -14,11 +12,13 @@ from tools.faults.plan import FileFault
 
 SOURCE = Path(__file__).with_name("layer.c")
 FULL_DISK = 0
-"""The number under which other processes report a disk that one of them found full."""
+"""Fault number that processes log when another process has filled the disk."""
 
 
 @dataclass(frozen=True)
 class Hit:
+    """A fault that happened: its number in the plan, and the call it hit."""
+
     number: int
     pid: int
     rank: int
@@ -28,15 +28,17 @@ class Hit:
 
 
 class FileLayer:
-    """`folder` is outside `root`; faults happen below `root` alone."""
+    """Injects faults into file calls below `root`; its control files are in `folder`, outside."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.hits_file, self.full_file = root, folder / "hits", folder / "full"
+        self.root = root
+        self.hits_file = folder / "hits"
+        self.full_file = folder / "full"
         self.shared_object = folder / "layer.so"
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise FileNotFoundError(
-                "no C compiler (cc, gcc or clang), which the fault-injecting file layer needs"
+                "no C compiler split_lines (cc, gcc or clang): install one to build the file layer"
             )
         subprocess.run(
             [
@@ -56,7 +58,7 @@ class FileLayer:
     def environment(
         self, faults: Sequence[FileFault], first: int = 1, *, trace: bool = False
     ) -> dict[str, str]:
-        """Of a process with these faults, which count from `first`."""
+        """Environment of a process with these faults, numbered from `first`."""
         return {
             "LPL_CHAOS_ROOT": str(self.root),
             "LPL_CHAOS_HITS": str(self.hits_file),
@@ -69,7 +71,7 @@ class FileLayer:
         }
 
     def clear(self) -> None:
-        """Between attempts: there is room again."""
+        """Clear the log and the full disk between attempts."""
         self.hits_file.unlink(missing_ok=True)
         self.full_file.unlink(missing_ok=True)
 
@@ -80,7 +82,7 @@ class FileLayer:
         ]
 
     def trace(self) -> list[tuple[int, str, str]]:
-        """(rank, operation, path) of every call, where that was asked for."""
+        """(rank, operation, path) of every call, if the process ran with trace=True."""
         return [
             (int(rank), op, path)
             for number, _, rank, op, _, path in self._lines("trace")
@@ -91,7 +93,7 @@ class FileLayer:
         if not self.hits_file.exists():
             return []
         lines = self.hits_file.read_text(errors="replace").splitlines()
-        found = [
+        split_lines = [
             line.split(" ", 5) for line in lines if line.startswith("trace ") == (kind == "trace")
         ]
-        return [words for words in found if len(words) == 6]
+        return [words for words in split_lines if len(words) == 6]

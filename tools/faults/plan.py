@@ -1,7 +1,7 @@
-"""Draws the faults of one attempt: file faults from the calls that an undisturbed run made, and
-signals at random times.
+"""Draws the faults of one attempt: file faults and signals.
 
-Every draw is a function of (seed, series, iteration, attempt).
+File faults hit calls that an undisturbed run made; signals come at random times.  Every draw is a
+function of (seed, series, iteration, attempt).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Trace = Sequence[tuple[int, str, str]]
 """(rank, operation, path) of the calls below the root that an undisturbed run made."""
 
 TRANSIENT = (errno.EIO, errno.ESTALE)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ERRORS = {
     "open": TRANSIENT,
     "reopen": TRANSIENT,
@@ -31,11 +31,11 @@ ERRORS = {
     "close": (errno.EIO, errno.ENOSPC),
     "fsync": (errno.EIO, errno.ENOSPC),
     "rename": (errno.EIO, errno.ENOSPC),
-    "create": (errno.EIO, *NO_ROOM),
-    "mkdir": (errno.EIO, *NO_ROOM),
-    "link": (errno.EIO, *NO_ROOM),
-    "truncate": (errno.EIO, *NO_ROOM),
-    "write": (errno.EIO, *NO_ROOM),
+    "create": (errno.EIO, *NO_SPACE),
+    "mkdir": (errno.EIO, *NO_SPACE),
+    "link": (errno.EIO, *NO_SPACE),
+    "truncate": (errno.EIO, *NO_SPACE),
+    "write": (errno.EIO, *NO_SPACE),
 }
 WRITES = {
     "write": 6,
@@ -49,9 +49,9 @@ WRITES = {
     "touch": 1,
 }
 READS = {"read": 3, "open": 2, "reopen": 1, "stat": 1, "list": 1}
-"""How often an operation is chosen, against the others."""
+"""WRITES and READS: relative frequency of each operation."""
 INTERRUPTED = ("read", "write", "open", "create", "fsync")
-TAKES_ROOM = ("write", "create", "mkdir", "link", "truncate")
+ALLOCATES = ("write", "create", "mkdir", "link", "truncate")
 VARIABLE = re.compile(r"[0-9a-f]{8,}|\d+")
 
 
@@ -66,18 +66,19 @@ class FileFault:
     nth: int
     match: str
     times: int = 1
-    """0: that call and all later ones."""
+    """Number of consecutive calls that fail; 0 is that call and all later ones."""
 
     def entry(self, number: int) -> str:
-        """For LPL_CHAOS_PLAN (layer.c)."""
+        """This fault in the format of LPL_CHAOS_PLAN (layer.c)."""
         words = (number, self.rank, self.op, self.action, self.nth, self.times, self.match)
         return " ".join(map(str, words))
 
 
 @dataclass(frozen=True)
 class SignalFault:
-    """A signal to one rank, or to all of them (`rank` None), after a fraction of an undisturbed
-    run's time.
+    """Signal to one rank, or to all (`rank` None).
+
+    `at` is a fraction of the seconds of an undisturbed run.
     """
 
     kind: str
@@ -85,14 +86,12 @@ class SignalFault:
     number: int
     at: float
     resume_s: float | None = None
-    """Of SIGSTOP: SIGCONT comes so much later."""
+    """Seconds from SIGSTOP to SIGCONT."""
 
 
 @dataclass(frozen=True)
 class LostLease:
-    """All ranks are suspended, their lease expires, the command is started again, and then they go
-    on.
-    """
+    """All ranks are suspended, their lease expires, the command starts again, then they resume."""
 
     at: float
     resume_s: float
@@ -107,9 +106,7 @@ def generator(seed: int, series: str, iteration: int, attempt: int) -> random.Ra
 
 
 def draw(rng: random.Random, trace: Trace, ranks: int, *, leased: bool) -> list[Fault]:
-    """One fault that an attempt rarely survives, preceded by up to four that it must not even
-    notice.
-    """
+    """Draw up to four faults that an attempt must survive, then one that it rarely survives."""
     faults: list[Fault] = [_survivable(rng, trace, ranks) for _ in range(rng.randint(0, 4))]
     kinds = {
         "kill": 5,
@@ -134,17 +131,15 @@ def draw(rng: random.Random, trace: Trace, ranks: int, *, leased: bool) -> list[
     if kind == "kill at call":
         return [*faults, _at_call(rng, trace, rank, "SIGKILL", WRITES, "kill")]
     if kind == "full":
-        ops = {op: weight for op, weight in WRITES.items() if op in TAKES_ROOM}
+        ops = {op: weight for op, weight in WRITES.items() if op in ALLOCATES}
         return [*faults, _at_call(rng, trace, rank, "disk full", ops, "full")]
     times = 1 if kind == "error" else 0
     return [*faults, _at_call(rng, trace, rank, "", {**WRITES, **READS}, None, times)]
 
 
 def _survivable(rng: random.Random, trace: Trace, ranks: int) -> Fault:
-    rank, kind = (
-        rng.randrange(ranks),
-        rng.choice(("stop", "stop at call", "short read", "short write", "EINTR")),
-    )
+    rank = rng.randrange(ranks)
+    kind = rng.choice(("stop", "stop at call", "short read", "short write", "EINTR"))
     if kind == "stop":
         return SignalFault("SIGSTOP", rank, signal.SIGSTOP, rng.random(), rng.uniform(0.1, 1.0))
     if kind == "stop at call":
@@ -163,17 +158,19 @@ def _at_call(
     action: str | None,
     times: int = 1,
 ) -> FileFault:
-    """`action` None: one of the operation's errors, which is the fault's kind as well."""
-    mine = [(op, path) for of, op, path in trace if of == rank]
-    ops = sorted({op for op, _ in mine} & weights.keys())
+    """Draw a call of `rank`, weighted by operation, and its fault.
+
+    If `action` is None, an error of the operation is drawn, which also names the fault's kind.
+    """
+    calls_of_rank = [(op, path) for of, op, path in trace if of == rank]
+    ops = sorted({op for op, _ in calls_of_rank} & weights.keys())
     if not ops:
         return FileFault(kind or "EIO", rank, "write", action or str(errno.EIO), 1, "*", times)
     op = rng.choices(ops, [weights[op] for op in ops])[0]
-    match = rng.choice(sorted({constant_part(path) for of, path in mine if of == op}))
-    calls = sum(of == op and match in path for of, path in mine)
-    nth = 1 + int(
-        calls * min(rng.random(), rng.random())
-    )  # rather early: a start that goes on makes fewer calls
+    match = rng.choice(sorted({constant_part(path) for of, path in calls_of_rank if of == op}))
+    calls = sum(of == op and match in path for of, path in calls_of_rank)
+    # biased to early calls, because a resumed start makes fewer of them
+    nth = 1 + int(calls * min(rng.random(), rng.random()))
     if action is None:
         error = rng.choice(ERRORS[op])
         action, kind = str(error), errno.errorcode[error]
@@ -181,9 +178,7 @@ def _at_call(
 
 
 def constant_part(path: str) -> str:
-    """The longest part of a file's name that is the same in every run and for every step, shard and
-    rank.
-    """
+    """Longest part of a file's name without hexadecimal ids and numbers of steps, shards, ranks."""
     parts = [part for part in VARIABLE.split(PurePosixPath(path).name) if part]
     return max(parts, key=len, default="*").replace(" ", "_")[:79] if parts else "*"
 

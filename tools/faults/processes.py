@@ -1,6 +1,4 @@
-"""The processes of one attempt: started as torchrun would start them, disturbed, and looked for
-afterwards.
-"""
+"""Processes of one attempt: started as torchrun starts them, signalled, and found by a mark."""
 
 from __future__ import annotations
 
@@ -20,14 +18,15 @@ from tests.support import fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 8.0
-"""Between the end of a rank that failed and that of the others, which may wait for it for ever."""
+"""Seconds from the failure of a rank to the end of the others, which may wait for it."""
 MARK = "LPL_CHAOS"
 
 
 @dataclass
 class Ranks:
-    """One start of a command on `count` processes.  `mark` is in their command line or environment,
-    and in nobody else's.
+    """One start of a command on `count` processes.
+
+    `mark` occurs in their command lines or environments and in those of no other process.
     """
 
     command: Sequence[str]
@@ -37,8 +36,8 @@ class Ranks:
     mark: str
     cold: bool = False
     torchrun: bool = False
-    meet: bool = True
-    """They communicate: when one has failed, the others are ended."""
+    communicate: bool = True
+    """Whether ranks communicate; if so, the failure of one ends the others."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> None:
@@ -63,12 +62,12 @@ class Ranks:
         port = free_port()
         for rank in range(self.count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.count)}
-            place = (
+            rank_env = (
                 {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 if self.count > 1
                 else {}
             )
-            self._popen([*python, *self.command], {**shared, **place}, f"rank_{rank}")
+            self._popen([*python, *self.command], {**shared, **rank_env}, f"rank_{rank}")
 
     def _popen(self, command: list[str], environment: dict[str, str], name: str) -> None:
         with (self.logs / f"{name}.txt").open("wb") as log:
@@ -77,28 +76,28 @@ class Ranks:
             )
 
     def pids(self, rank: int | None = None) -> list[int]:
-        """Of the processes that do the work, not of those that watch them."""
-        found = []
+        """Process ids of one rank or all, without torchrun, fork server clients and supervisors."""
+        pids = []
         for pid, line, environ in processes_of(self.mark):
             if "torch.distributed.run" in line or fork_server.__file__ in line:
                 continue
             own = line if line.startswith("RANK=") else environ
-            where = next(
+            own_rank = next(
                 (word for word in own.replace("\0", " ").split() if word.startswith("RANK=")),
                 "RANK=0",
             )
             if "lpl_pretrain" in line or "launch" in line or self.command[0] in line:
-                found += [pid] if rank is None or where == f"RANK={rank}" else []
-        return found
+                pids += [pid] if rank is None or own_rank == f"RANK={rank}" else []
+        return pids
 
     def send(self, number: int, rank: int | None = None) -> list[int]:
-        """The processes that it met."""
-        met = []
+        """Send a signal; the ids of the processes that received it."""
+        signalled = []
         for pid in self.pids(rank):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-                met.append(pid)
-        return met
+                signalled.append(pid)
+        return signalled
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -110,7 +109,7 @@ class Ranks:
         return [process.wait() for process in self.processes]
 
     def end(self) -> None:
-        """At once, whatever they do."""
+        """Kill all processes at once."""
         self.send(signal.SIGKILL)
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
@@ -126,8 +125,8 @@ class Ranks:
 
 
 def processes_of(mark: str) -> list[tuple[int, str, str]]:
-    """(pid, command line, environment) of all that bear the mark, zombies left out."""
-    found = []
+    """(pid, command line, environment) of all processes with the mark, except zombies."""
+    marked = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
@@ -135,12 +134,12 @@ def processes_of(mark: str) -> list[tuple[int, str, str]]:
             line = (folder / "cmdline").read_bytes().decode(errors="replace")
             environ = (folder / "environ").read_bytes().decode(errors="replace")
             if line and (mark in line or f"{MARK}={mark}\0" in environ):
-                found.append((int(folder.name), line.replace("\0", " "), environ))
-    return found
+                marked.append((int(folder.name), line.replace("\0", " "), environ))
+    return marked
 
 
 def orphans(mark: str, wait_s: float = 5.0) -> list[str]:
-    """Command lines of processes that still live so long after their command has ended."""
+    """Command lines of processes that are still alive `wait_s` after their command ended."""
     deadline = time.monotonic() + wait_s
     while (left := processes_of(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -154,9 +153,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def free_port() -> int:
-    """Below those that the system hands out, so that no other process is given it before ours
-    listens.
-    """
+    """Free port below the ephemeral range, which the system assigns to no other process."""
     while True:
         port = random.randrange(15_000, 30_000)
         with socket.socket() as probe, suppress(OSError):

@@ -1,6 +1,4 @@
-"""The jobs that are disturbed: how each is started, when it is complete, and what it has to leave
-behind.
-"""
+"""Series: jobs to disturb, when they are complete, and what must equal an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,9 +19,10 @@ from tests.support.autoencoders import tiny_folder
 from tests.support.latents import draw_images
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES, STEPS = 18, 6
+NUM_IMAGES = 18
+STEPS = 6
 ENCODE = """
-source: {inputs}/pictures
+source: {inputs}/images
 output: {inputs}/latents
 autoencoder: {inputs}/autoencoder
 resolution_px: 32
@@ -59,27 +58,28 @@ kid_subset_size: 4
 best: kid_efficientnet_lite0
 """
 CHANGING = {"finished_at", "seconds", "images_made_now", "processes"}
-"""Keys of a record that two undisturbed evaluations do not agree on."""
+"""Keys of a record that differ between two undisturbed evaluations."""
 TEMPORARY = (".tmp", ".lease", ".partial", ".lock", ".stale", ".writing")
 
 
 @dataclass
 class Series:
-    """A command that writes `folder`, over and over.  `module` is what Python is told to run."""
+    """A command that is started repeatedly and writes a folder; `python -m module` runs it."""
 
     name: str
     inputs: Path
     module: str = "lpl_pretrain"
     ranks: tuple[int, ...] = (1,)
-    """Of one iteration after the other, in turn."""
-    meet: bool = False
+    """Numbers of ranks, used by iterations in turn."""
+    communicate: bool = False
+    """Whether ranks communicate."""
     arguments: list[str] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Makes inputs of its own, once."""
+        """Write additional inputs, once."""
 
     def begin(self, folder: Path) -> None:
-        """Makes what the command finds."""
+        """Write the folder that the command starts from."""
         folder.mkdir(parents=True)
 
     def command(self, folder: Path) -> list[str]:
@@ -89,22 +89,22 @@ class Series:
         raise NotImplementedError
 
     def results(self, folder: Path) -> dict[str, bytes]:
-        """What has to equal an undisturbed run's, by name."""
+        """Contents that must equal those of an undisturbed run, by name."""
         raise NotImplementedError
 
     def problems(self, folder: Path) -> list[str]:
-        """What else is wrong with a complete job."""
+        """Other problems of a complete job."""
         return []
 
     def lease(self, folder: Path) -> Path | None:
-        """Which the command holds while it runs."""
+        """Lease that the command holds while it runs, if any."""
         return None
 
     def temporaries(self, folder: Path) -> list[str]:
-        """Names that must not be there once the job is complete."""
-        found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+        """Temporary files and folders, which a complete job must not leave."""
+        names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
         return sorted(
-            name for name in found if Path(name).name.startswith(".") or name.endswith(TEMPORARY)
+            name for name in names if Path(name).name.startswith(".") or name.endswith(TEMPORARY)
         )
 
 
@@ -143,15 +143,13 @@ class Train(Series):
         return self.steps in RunDir(folder / "run").complete_checkpoints()
 
     def results(self, folder: Path) -> dict[str, bytes]:
-        """The last checkpoint and all snapshots: parameters, moments, averages, and what the
-        trainer goes on from.
-        """
+        """Files of the last checkpoint and of all snapshots."""
         run_dir = RunDir(folder / "run")
-        found = {
+        files = {
             f"checkpoint/{name}": data
             for name, data in contents(run_dir.checkpoint(self.steps)).items()
         }
-        return found | {
+        return files | {
             f"snapshots/{name}": data for name, data in contents(run_dir.path / "snapshots").items()
         }
 
@@ -174,7 +172,7 @@ class Train(Series):
 
 
 class Spikes(Train):
-    """Training that rolls back when it meets a poisoned shard."""
+    """Training with rollbacks after spikes of the loss on a poisoned shard."""
 
     def prepare(self) -> None:
         from tests.support.spikes import poisoned_data, spike_config
@@ -201,29 +199,28 @@ class Evaluate(Series):
         return not run_dir.pending_evaluations("quick") and run_dir.best("quick").is_file()
 
     def results(self, folder: Path) -> dict[str, bytes]:
-        """Scores, less what tells when and by how many they were made; sheets of samples;
-        statistics of the reference.
-        """
+        """Scores without the keys in CHANGING, sample grids, and statistics of the reference."""
         run = folder / "run"
         records = {
             path: json.loads(path.read_text())
             for path in sorted((run / "evaluations").rglob("*.json"))
         }
-        found = {
+        records_text = {
             path: json.dumps(without(record, CHANGING)).replace(str(folder), "")
             for path, record in records.items()
         }
-        scores = {str(path.relative_to(run)): text.encode() for path, text in found.items()}
+        scores = {str(path.relative_to(run)): text.encode() for path, text in records_text.items()}
         others = [*(run / "evaluations").rglob("*.safetensors"), *run.rglob("*.png")]
         return scores | {str(path.relative_to(run)): path.read_bytes() for path in others}
 
 
 def prepare(inputs: Path) -> None:
-    """Pictures, a tiny autoencoder and the configurations; latents and a run are made by
-    undisturbed series.
+    """Write images, a tiny autoencoder and configurations.
+
+    Latents and a trained run come from undisturbed starts of other series.
     """
     inputs.mkdir(parents=True)
-    draw_images(inputs / "pictures", PICTURES)
+    draw_images(inputs / "images", NUM_IMAGES)
     draw_images(inputs / "few", 6)
     tiny_folder(inputs / "autoencoder", levels=2, attention=False)
     for name, text in (("encode", ENCODE), ("train", TRAIN), ("quick", PROTOCOL)):
@@ -236,17 +233,17 @@ def zero(stage: int) -> list[str]:
 
 
 def all_series(inputs: Path, module: str = "lpl_pretrain") -> dict[str, Series]:
-    two = {"ranks": (2,), "meet": True}
-    found = [
+    two = {"ranks": (2,), "communicate": True}
+    series_list = [
         Encode("encode", inputs, module, ranks=(1, 2)),
         Train("train_local", inputs, module),
         Spikes("train_spikes", inputs, module, config="spikes.yaml", steps=16),
         Train("train_fsdp2", inputs, module, **two, arguments=["parallel.strategy=fsdp2"]),
         Train("train_zero2", inputs, module, **two, arguments=zero(2)),
         Train("train_zero3", inputs, module, **two, arguments=zero(3)),
-        Evaluate("evaluate", inputs, module, ranks=(1, 2), meet=True),
+        Evaluate("evaluate", inputs, module, ranks=(1, 2), communicate=True),
     ]
-    return {series.name: series for series in found}
+    return {series.name: series for series in series_list}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -264,8 +261,8 @@ def without(value: Any, keys: set[str]) -> Any:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    found = []
+    records = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records
