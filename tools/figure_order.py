@@ -25,7 +25,9 @@ def positions(order: LaneOrder, sample_indices: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    order = LaneOrder([SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, shuffle_block_samples=BLOCK)
+    order = LaneOrder(
+        [SHARD_SAMPLES] * SHARDS, 0, "figure", lanes=LANES, shuffle_block_samples=BLOCK
+    )
     sample_indices = np.arange(order.samples)
     location = positions(order, sample_indices)
     figure, (left, right) = plt.subplots(
