@@ -24,10 +24,10 @@ from torch import Tensor
 
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.evaluation.feature_store import FeatureStore
-from lpl_pretrain.evaluation.features import load_extractor
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.inception import random_weights
 from lpl_pretrain.evaluation.inception_score import inception_score
+from lpl_pretrain.evaluation.registry import load_extractor
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.runtime import dist
@@ -87,7 +87,7 @@ def our_scores(
         if world.rank == 0:
             scores = (
                 frechet_distance(store.statistics("pooled"), real),
-                inception_score(store.whole("logits"), seed=None)[0],
+                inception_score(store.read_all("logits"), seed=None)[0],
             )
             shutil.rmtree(folder / "features")
         dist.barrier()

@@ -33,7 +33,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from lpl_pretrain.evaluation.features import efficientnet_lite0_weights
+from lpl_pretrain.evaluation.timm_networks import efficientnet_lite0_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "lpl_pretrain" / "assets" / "emoji"

@@ -36,8 +36,9 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
             f"reference={settings.reference}: holds statistics already; name pictures"
         )
     from lpl_pretrain.encoding.sources import read_pictures  # torch: not for --help
-    from lpl_pretrain.evaluation.features import load_extractor
-    from lpl_pretrain.evaluation.reference import build_reference, read_reference
+    from lpl_pretrain.evaluation.build_reference import build_reference
+    from lpl_pretrain.evaluation.reference import read_reference
+    from lpl_pretrain.evaluation.registry import load_extractor
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.log import set_up_logging
 
@@ -48,7 +49,7 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
         path, list(read_pictures(settings.reference)), settings, resolution_px, extractors, world
     )
     if world.rank == 0:
-        facts = read_reference(path).facts
+        facts = read_reference(path).provenance
         print(
             f"{output}: {facts['pictures']} pictures at {resolution_px} px, by "
             f"{', '.join(facts['extractors'])}"

@@ -39,7 +39,7 @@ def run(
     import torch  # not for --help
 
     from lpl_pretrain.evaluation.captions import Prompts
-    from lpl_pretrain.evaluation.image_files import publish_grid, publish_pictures, publish_tar
+    from lpl_pretrain.evaluation.image_files import write_grid, write_pngs, write_tar
     from lpl_pretrain.evaluation.trained_run import open_run, pick_device
     from lpl_pretrain.runtime.log import progress
 
@@ -65,7 +65,7 @@ def run(
     )
     try:
         if format == "grid":
-            publish_grid(path, pixels)
+            write_grid(path, pixels)
         else:
             shared = {
                 "run": str(run_dir.path),
@@ -75,7 +75,7 @@ def run(
                 "sampler": chosen.kind,
             }
             facts = [{**shared, **fact} for fact in trained.sample_metadata(seed, range(images))]
-            (publish_pictures if format == "png" else publish_tar)(path, [pixels], facts)
+            (write_pngs if format == "png" else write_tar)(path, [pixels], facts)
     except OSError as error:
         raise ConfigError(
             f"--output={path}: cannot be written: {error.strerror or error}"

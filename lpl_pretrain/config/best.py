@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lpl_pretrain.config.evaluation import higher_is_better
+from lpl_pretrain.config.metrics import higher_is_better
 from lpl_pretrain.config.records import (
     Record,
     Warn,

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lpl_pretrain.config.extractors import EXTRACTORS, TIMM
+from lpl_pretrain.config.metrics import METRICS
 from lpl_pretrain.config.protocol import EvaluateConfig, ExtractorConfig, SamplerConfig
 from lpl_pretrain.config.schema import Prediction
 from lpl_pretrain.errors import ConfigError
@@ -18,30 +20,6 @@ from lpl_pretrain.errors import ConfigError
 DISCRETE, FLOW = ("ddim", "dpmpp_2m"), ("euler", "heun")
 SAMPLERS = {Prediction.EPS: DISCRETE, Prediction.V: DISCRETE, Prediction.FLOW: FLOW}
 DISCRETE_TIMESTEPS = 1000
-
-ONLY_OF = {
-    "spatial_fd": {"inception"},
-    "inception_score": {"inception"},
-    "cmmd": {"clip"},
-    "clip_score": {"clip"},
-}
-"""Metric -> kinds of extractors; the others are for every kind but clip."""
-
-FID_WEIGHTS_SHA256_START = "6726825d"
-FID_WEIGHTS_HELP = (
-    "download https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth "
-    "(91 MiB; sha256 begins 6726825d; torch-fidelity's weights-inception-2015-12-05-6726825d.pth "
-    "serves too), put it anywhere, "
-    "such as ~/weights/, and set the extractor's weights to its path; or use kind: "
-    "efficientnet_lite0, which needs no download"
-)
-
-
-def higher_is_better(metric: str) -> bool:
-    """`metric`: as a record calls it."""
-    return metric.startswith(
-        ("inception_score", "precision", "recall", "density", "coverage", "clip_score")
-    )
 
 
 def check_sampler(prediction: Prediction, sampler: SamplerConfig) -> None:
@@ -75,44 +53,34 @@ def check_protocol(protocol: EvaluateConfig) -> None:
 
 
 def extractor_problems(extractor: ExtractorConfig) -> list[str]:
-    """Where its weights are not, and what to do about it."""
-    where, kind, weights = f"extractors.{extractor.label}", extractor.kind, extractor.weights
-    if kind == "efficientnet_lite0":
+    """Says which weights are not where the configuration says, and what to do about it."""
+    info, weights = EXTRACTORS[extractor.kind], extractor.weights
+    key = f"extractors.{extractor.label}"
+    if info.weights == "package":
         return []
-    if kind == "timm" and extractor.network is None:
+    if info.needs_network and extractor.network is None:
         return [
-            f"{where}: kind=timm wants network, timm's name of it, such as vit_large_patch14_dinov2"
+            f"{key}: kind={info.kind} needs network, {info.kind}'s name of it, such as "
+            "vit_large_patch14_dinov2"
         ]
-    help_of = {
-        "inception": FID_WEIGHTS_HELP,
-        "timm": f"save timm's {extractor.network} as .safetensors, put it anywhere, and set "
-        "weights to its path",
-        "clip": "set weights to a folder of a CLIPModel and its tokenizer, as transformers' "
-        "save_pretrained writes them",
-    }
+    remedy = info.weights_help.format(network=extractor.network)
     if weights is None:
-        return [f"{where}.weights=null with kind={kind}: {help_of[kind]}"]
+        return [f"{key}.weights=null with kind={info.kind}: {remedy}"]
     path = Path(weights)
-    if not (os.path.isdir(path) if kind == "clip" else os.path.isfile(path)):
+    if not (os.path.isdir(path) if info.weights == "folder" else os.path.isfile(path)):
+        return [f"{key}.weights={weights}: no such {info.weights}: {remedy}"]
+    if info is TIMM and path.suffix != ".safetensors":
         return [
-            f"{where}.weights={weights}: no such {'folder' if kind == 'clip' else 'file'}: "
-            f"{help_of[kind]}"
-        ]
-    if kind == "timm" and path.suffix != ".safetensors":
-        return [
-            f"{where}.weights={weights}: wanted .safetensors; other formats may run code when "
-            "they are read"
+            f"{key}.weights={weights}: wanted .safetensors; other formats may run code when they "
+            "are read"
         ]
     return []
 
 
 def metrics_of(extractor: ExtractorConfig, metrics: Sequence[str]) -> list[str]:
-    """Those of `metrics` that make sense on its features, in their order."""
-    return [
-        name
-        for name in metrics
-        if extractor.kind in ONLY_OF.get(name, {"efficientnet_lite0", "inception", "timm"})
-    ]
+    """Select the metrics that can be computed from this extractor's outputs; keeps their order."""
+    outputs = EXTRACTORS[extractor.kind].outputs
+    return [name for name in metrics if METRICS[name].output in outputs]
 
 
 def _numbers(protocol: EvaluateConfig) -> list[str]:
@@ -149,7 +117,10 @@ def _metrics(protocol: EvaluateConfig) -> list[str]:
     ]
     for metric in protocol.metrics:
         if not any(metrics_of(extractor, [metric]) for extractor in protocol.extractors):
-            kinds = " or ".join(sorted(ONLY_OF.get(metric, {"any but clip"})))
+            output = METRICS[metric].output
+            kinds = " or ".join(
+                sorted(kind for kind, info in EXTRACTORS.items() if output in info.outputs)
+            )
             problems.append(
                 f"metrics: {metric} wants an extractor of kind {kinds}; there are {labels}"
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Optional, Union
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -12,8 +14,11 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from lpl_pretrain.config.base import Name, PathText, Section
+from lpl_pretrain.config.extractors import EXTRACTORS
+from lpl_pretrain.config.metrics import METRICS
 
 
 class SamplerConfig(Section):
@@ -54,25 +59,34 @@ Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3}|posthoc
 """The average, the parameters themselves, a power-function average that the run tracks, or one
 rebuilt from its snapshots.
 """
-Metric = Literal[
-    "fd",
-    "spatial_fd",
-    "fd_infinity",
-    "kid",
-    "precision_recall",
-    "density_coverage",
-    "inception_score",
-    "cmmd",
-    "clip_score",
-]
-OF_FEATURES = frozenset({"kid", "precision_recall", "density_coverage", "cmmd"})
-"""Metrics that compare pictures one by one, and not by mean and covariance alone."""
+
+
+def _known_metric(name: str) -> str:
+    return _one_of(METRICS, name)
+
+
+def _known_extractor(kind: str) -> str:
+    return _one_of(EXTRACTORS, kind)
+
+
+def _one_of(known: Mapping[str, object], name: str) -> str:
+    """Return `name`.  Raises what a Literal of the `known` names would raise."""
+    if name in known:
+        return name
+    *others, last = map(repr, known)
+    raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
+"""Name of a metric: config/metrics.py."""
+ExtractorKind = Annotated[str, AfterValidator(_known_extractor)]
+"""Kind of a feature extractor: config/extractors.py."""
 
 
 class ExtractorConfig(Section):
     """A network whose features are compared."""
 
-    kind: Literal["efficientnet_lite0", "inception", "timm", "clip"]
+    kind: ExtractorKind
     """efficientnet_lite0 ships with the package; inception is FID's; timm any network of timm; clip
     a CLIPModel of transformers.
     """
@@ -116,9 +130,7 @@ class EvaluateConfig(Section):
     extractors: list[ExtractorConfig] = [ExtractorConfig(kind="efficientnet_lite0")]
     """One pass through the pictures serves them all."""
     metrics: list[Metric] = ["fd"]
-    """fd, fd_infinity, kid, precision_recall and density_coverage of every extractor but clip;
-    spatial_fd and inception_score of inception; cmmd and clip_score of clip.
-    """
+    """Each is computed for every extractor that gives what it compares (config/metrics.py)."""
     best: Optional[Name] = None
     """The score that the best checkpoint is chosen by, as the record calls it, such as fid; that
     checkpoint is not removed.
@@ -131,8 +143,8 @@ class EvaluateConfig(Section):
     only).
     """
     reference_features: PositiveInt = 50_000
-    """At most so many real pictures, evenly spaced, are compared one by one (kid, precision_recall,
-    density_coverage, cmmd).
+    """Largest number of real images, evenly spaced, that metrics compare one by one (those with
+    `compares_images` in config/metrics.py).
     """
     bootstrap: NonNegativeInt = 0
     """Resamplings for the standard error of fd; 0: none.  With `repeats` the error bars come from

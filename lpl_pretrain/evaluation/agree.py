@@ -1,4 +1,4 @@
-"""Errors of one rank, raised on all of them, so that none waits for the others."""
+"""Raises an error of one rank on all ranks, so that no rank waits for one that has stopped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ Result = TypeVar("Result")
 
 
 def run_and_agree(action: Callable[[], Result], *, act: bool = True) -> Result | None:
-    """Collective. The result of `action` on the ranks that `act`; the CheckpointError of one is
-    raised on all ranks.
+    """Collective.  Runs `action` where `act`; returns its result there, None on other ranks.
+
+    A CheckpointError of one rank is raised on all ranks.
     """
-    result, problem = None, None
+    result = None
+    problem = None
     try:
         result = action() if act else None
     except CheckpointError as error:

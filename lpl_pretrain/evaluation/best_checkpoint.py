@@ -1,4 +1,4 @@
-"""The best checkpoint by a protocol's scores, and a warning when they get worse."""
+"""Keeps evaluations/best_<protocol>.json up to date, and warns when scores get worse."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lpl_pretrain.runtime.log import log
 
 
 def update_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
-    """Write evaluations/best_<protocol>.json from all sound records; returns warnings.  Order of
-    arrival does not matter.
+    """Write the best-checkpoint file from all sound records; returns warnings.
+
+    The order in which records were written does not matter.
     """
     if protocol.best is None:
         return []
@@ -27,10 +28,11 @@ def update_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
         metrics = sorted({entry["metric"] for record in records for entry in record["results"]})
         return [
             *warnings,
-            f"best={protocol.best}: no score is called so; there are {', '.join(metrics)}",
+            f"best={protocol.best}: no score has this name; the records have {', '.join(metrics)}",
         ]
-    if not holds(run_dir.best(protocol.name), best):
-        publish_json(run_dir.best(protocol.name), best)
+    path = run_dir.best(protocol.name)
+    if not _says(path, best):
+        publish_json(path, best)
     later = [
         record["step"]
         for record in records
@@ -39,29 +41,30 @@ def update_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
     if len(later) >= protocol.patience:
         warnings.append(
             f"{protocol.best} has been worse than {best['value']:.4g} of step {best['step']} for "
-            f"{len(later)} evaluations "
-            f"(now step {later[-1]}): the run may be diverging or overfitting"
+            f"{len(later)} evaluations (now step {later[-1]}): the run may be diverging or "
+            "overfitting"
         )
     return warnings
 
 
 def repair_best(run_dir: RunDir, protocol: EvaluateConfig) -> None:
-    """Rewrite the best-checkpoint file where the records disagree: an evaluator may have ended
-    before it wrote it.
+    """Rewrite the best-checkpoint file where the records disagree with it.
+
+    An evaluator may have ended before it wrote the file.
     """
     path = run_dir.best(protocol.name)
     if protocol.best is not None and os.path.lexists(path):
         try:
             read_best(path)
         except DataError as error:
-            log.warning("%s: it is written anew from the records", error)
+            log.warning("%s: it is rewritten from the records", error)
     if any(run_dir.path.glob(f"evaluations/step_*/{protocol.name}.json")):
         for warning in update_best(run_dir, protocol):
             log.warning("%s", warning)
 
 
-def holds(path: Path, best: Record) -> bool:
-    """Whether this best-checkpoint file is there, sound, and says so."""
+def _says(path: Path, best: Record) -> bool:
+    """Whether this best-checkpoint file exists, is sound, and names this score."""
     try:
         return read_best(path) == best
     except DataError:

@@ -1,6 +1,4 @@
-"""Safetensors files that evaluation keeps between processes: each tensor with its sha256, so that a
-flipped bit is seen.
-"""
+"""Safetensors files with a sha256 for each tensor, so that a flipped bit is noticed on reading."""
 
 from __future__ import annotations
 
@@ -17,22 +15,23 @@ from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.tensors import safetensors_blocks
 
 PREFIX = "sha256 "
-"""In the header: this and the tensor's name, and behind it its digest."""
+"""Start of a metadata key in the header; the tensor's name follows, the value is its digest."""
 
 
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    there = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digests = {f"{PREFIX}{name}": digest(tensor) for name, tensor in there.items()}
+    """Write tensors and their digests, atomically."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digests = {f"{PREFIX}{name}": digest(tensor) for name, tensor in on_cpu.items()}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.writelines(safetensors_blocks(there, {**digests, **(metadata or {})}))
+        file.writelines(safetensors_blocks(on_cpu, {**digests, **(metadata or {})}))
 
 
 def load_tensors(
     path: Path, names: Iterable[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, or those of `names` that are there, and the other metadata.
+    """Read all tensors, or those of `names` that the file has, and the metadata.
 
     Raises DataError for a damaged file.  A file without any digest is of an older version, and is
     read without that check.
@@ -40,10 +39,10 @@ def load_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            there = set(file.keys())
+            stored = set(file.keys())
             tensors = {
                 name: file.get_tensor(name)
-                for name in (there if names is None else there.intersection(names))
+                for name in (stored if names is None else stored.intersection(names))
             }
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
@@ -52,8 +51,10 @@ def load_tensors(
         for key in list(metadata)
         if key.startswith(PREFIX)
     }
-    if digests and digests.keys() != there:
-        raise DataError(f"{path}: its tensors are not those whose digests it has: it was changed")
+    if digests and digests.keys() != stored:
+        raise DataError(
+            f"{path}: its header has digests of other tensors than the file: it was changed"
+        )
     for name, tensor in tensors.items():
         if digests and digest(tensor) != digests[name]:
             raise DataError(
@@ -63,7 +64,7 @@ def load_tensors(
 
 
 def digest(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and bytes."""
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    """Hexadecimal sha256 of dtype, shape and bytes."""
+    sha256 = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

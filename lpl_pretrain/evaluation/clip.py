@@ -1,4 +1,4 @@
-"""CLIP as an extractor: embeddings of pictures for CMMD (arXiv 2401.09603), and of captions for
+"""CLIP as an extractor: embeddings of images for CMMD (arXiv 2401.09603), and of captions for
 CLIPScore (arXiv 2104.08718).
 """
 
@@ -8,61 +8,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
+from lpl_pretrain.config import extractors
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.evaluation.extractor import Extractor, Features, resized, sha256_of
+from lpl_pretrain.evaluation.extractor import (
+    MAX_ERROR_LENGTH,
+    Extractor,
+    ExtractorSpec,
+    Features,
+    resize_bicubic,
+    sha256_of,
+)
 
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of OpenAI's pictures
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of each color channel over OpenAI's training images."""
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of each color channel over OpenAI's training images."""
 
 
-def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extractor:
-    """Raises ConfigError."""
+def load_clip(config: ExtractorConfig, device: torch.device) -> Extractor:
+    """Load a CLIPModel and its tokenizer from a local folder.  Raises ConfigError."""
+    folder = Path(str(config.weights))
     try:
-        found: Any = transformers.CLIPModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        network, loaded = found
-        if missing := sorted(
-            loaded["missing_keys"]
-        ):  # transformers draws them at random, with a warning
-            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        network, tokenizer = _read_folder(folder)
         weights_sha256 = sha256_of(folder / "model.safetensors")
-    except (
-        Exception
-    ) as problem:  # transformers, tokenizers and safetensors have errors of many kinds
+    except Exception as error:
+        # transformers, tokenizers and safetensors raise errors of many kinds
         raise ConfigError(
             f"extractors.{config.label}.weights={folder}: transformers cannot load it: "
-            f"{str(problem)[:300]}"
+            f"{str(error)[:MAX_ERROR_LENGTH]}"
         ) from None
     network = network.eval().requires_grad_(False).to(device)
-    side, longest = (
-        network.config.vision_config.image_size,
-        network.config.text_config.max_position_embeddings,
-    )
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    side = network.config.vision_config.image_size
+    max_tokens = network.config.text_config.max_position_embeddings
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(STD, device=device).view(3, 1, 1)
 
     def extract(network: Any, pixels: Tensor) -> Features:
-        images = (resized(pixels, side).clamp(0, 255) / 255 - mean) / std
+        images = (resize_bicubic(pixels, side).clamp(0, 255) / 255 - mean) / std
         return {"pooled": _embedding(network.get_image_features(pixel_values=images))}
 
     @torch.no_grad()
     def embed_text(captions: list[str]) -> Tensor:
         tokens = tokenizer(
-            captions, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            captions, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
         ).to(device)
         return _embedding(network.get_text_features(**tokens))
 
@@ -78,14 +69,31 @@ def clip(config: ExtractorConfig, folder: Path, device: torch.device) -> Extract
     )
 
 
-def clip_score(pictures: Tensor, captions: Tensor) -> float:
-    """Mean of 100 max(cos, 0) of (N, D) embeddings, float64 (arXiv 2104.08718, equation 1, in the
-    scale that tools print).
-    """
-    cosine = torch.nn.functional.cosine_similarity(pictures.double(), captions.double(), dim=1)
-    return 100 * cosine.clamp(min=0).mean().item()
+def _read_folder(folder: Path) -> tuple[Any, Any]:
+    """(CLIPModel, tokenizer).  Raises ValueError for absent tensors, and transformers' errors."""
+    import transformers
+
+    loaded: Any = transformers.CLIPModel.from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    network, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers would draw them at random, with no more than a warning
+        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    return network, tokenizer
 
 
-def _embedding(found: Any) -> Tensor:
-    """transformers 5 gives a record, 4 the tensor."""
-    return (found if isinstance(found, Tensor) else found.pooler_output).float()
+def _embedding(output: Any) -> Tensor:
+    """Unpack an embedding: transformers 5 returns a record, transformers 4 the tensor itself."""
+    return (output if isinstance(output, Tensor) else output.pooler_output).float()
+
+
+CLIP = ExtractorSpec(extractors.CLIP, load_clip)

@@ -1,9 +1,9 @@
-"""Features on their way to scores: one file for each batch of pictures, filled by any number of
-processes, read in order.
+"""Features between generation and scoring: one file a batch of images, read back in order.
 
-A batch is the same pictures whoever makes it, so scores do not depend on the number of processes,
-and a killed one loses the batch that it was working on.  About 16 KiB a picture and extractor,
-until the scores are written.
+Any number of processes fill a store.  A batch is the same images whichever process computes it, so
+scores do not depend on the number of processes, and a killed process loses no more than the batch
+that it was working on.  A store takes about 16 KiB for each image and extractor until the scores
+are written.
 """
 
 from __future__ import annotations
@@ -18,70 +18,77 @@ from torch import Tensor
 
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation.checksummed_tensors import load_tensors, save_tensors
+from lpl_pretrain.evaluation.feature_checks import MAX_NAMED_ROWS, nonfinite_rows
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 
 
 @dataclass(frozen=True)
 class FeatureStore:
+    """A folder of features of `count` images, in batches of `batch_size`."""
+
     folder: Path
     count: int
-    """Pictures in all."""
+    """Number of images in all batches."""
     batch_size: int
 
     @property
     def batches(self) -> list[range]:
+        """Image indices of each batch."""
         return [
             range(first, min(first + self.batch_size, self.count))
             for first in range(0, self.count, self.batch_size)
         ]
 
     def missing(self, rank: int, world_size: int) -> list[range]:
-        """Batches of this rank that are still to be made."""
+        """Batches of this rank that have no file yet."""
         return [
             batch for batch in self.batches[rank::world_size] if not self._file(batch).is_file()
         ]
 
     def put(self, batch: range, tensors: dict[str, Tensor]) -> None:
-        """Rows of one batch, by name.  Raises DataError for features that are not finite: they
-        would make every score NaN.
+        """Write the rows of one batch, by name.
+
+        Raises DataError for features that are not finite: they would make every score NaN.
         """
         for name, rows in tensors.items():
-            bad = (~rows.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-            if bad:
+            if bad := nonfinite_rows(rows):
                 raise DataError(
-                    f"{name} features of pictures {[batch[i] for i in bad[:8]]} are not finite: "
-                    "the pictures, or the network"
+                    f"{name} features of images {[batch[i] for i in bad[:MAX_NAMED_ROWS]]} are not "
+                    "finite: the images, or the extractor's outputs, contain NaN or infinity"
                 )
         save_tensors(self._file(batch), tensors)
 
     def rows(self, name: str, batches: list[range] | None = None) -> Iterator[Tensor]:
-        """Batch by batch; a batch that holds no `name` is passed over.  Raises DataError for a
-        damaged file.
+        """Yield the rows of each batch that has a tensor `name`; None: of all batches.
+
+        Raises DataError for a damaged file.
         """
         for batch in self.batches if batches is None else batches:
             try:
                 tensors, _ = load_tensors(self._file(batch), [name])
             except DataError as error:
                 raise DataError(
-                    f"{error}; remove this file, and the same command makes it again"
+                    f"{error}; remove this file, and the same command computes it again"
                 ) from None
             yield from tensors.values()
 
-    def whole(self, name: str) -> Tensor:
+    def read_all(self, name: str) -> Tensor:
+        """All rows, (count, ...)."""
         return torch.cat(list(self.rows(name)))
 
-    def first(self, name: str, count: int) -> Tensor:
-        """At most so many rows."""
+    def read_first(self, name: str, count: int) -> Tensor:
+        """The first `count` rows, or all where there are fewer."""
         batches = self.batches[: -(-count // self.batch_size)]
         return torch.cat(list(self.rows(name, batches)))[:count]
 
-    def statistics(self, name: str, *, share: float = 1.0) -> FeatureStatistics:
-        """Of the first `share` of the batches."""
+    def statistics(self, name: str, *, fraction: float = 1.0) -> FeatureStatistics:
+        """Mean and covariance over the first `fraction` of the batches."""
+        batches = self.batches[: max(1, round(fraction * len(self.batches)))]
         total: FeatureStatistics | None = None
-        for rows in self.rows(name, self.batches[: max(1, round(share * len(self.batches)))]):
+        for rows in self.rows(name, batches):
             total = total or FeatureStatistics(rows.shape[1])
             total.update(rows)
-        assert total is not None, f"nothing is called {name}"
+        assert total is not None, f"{self.folder}: no tensor {name}"
         return total
 
     def remove(self) -> None:

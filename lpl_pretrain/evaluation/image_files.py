@@ -1,6 +1,4 @@
-"""How evaluation writes: under a temporary name, then renamed, so that a file that exists is whole;
-pictures as a grid.
-"""
+"""Writes images, atomically: a grid as PNG, a folder of PNGs, a WebDataset tar, an .npz."""
 
 from __future__ import annotations
 
@@ -21,42 +19,48 @@ from torch import Tensor
 from lpl_pretrain.runtime.atomic import atomic_write
 
 GAP_PX = 2
+"""Width of the white lines between the images of a grid."""
 
 
 def publish_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value`, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def publish_grid(path: Path, pixels: Tensor) -> None:
-    """uint8 (N, 3, H, W), row by row, as square a grid as N allows, on white."""
+def write_grid(path: Path, pixels: Tensor) -> None:
+    """Write uint8 (N, 3, H, W) as one PNG: row by row, as square as N allows, on white."""
     with atomic_write(path) as temporary:
-        grid(pixels).save(temporary, format="PNG", optimize=True)
+        image_grid(pixels).save(temporary, format="PNG", optimize=True)
 
 
-def publish_pictures(folder: Path, pixels: Iterable[Tensor], facts: list[dict[str, Any]]) -> None:
-    """folder/00000000.png ...; the text chunk `lpl_pretrain` of each is its `facts` as JSON."""
-    for name, (data, _) in _named(pixels, facts):
+def write_pngs(folder: Path, pixels: Iterable[Tensor], metadata: list[dict[str, Any]]) -> None:
+    """Write folder/00000000.png ..., each with its metadata as JSON in text chunk `lpl_pretrain`.
+
+    `pixels`: batches, uint8 (N, 3, H, W).
+    """
+    for name, png, _ in _encoded(pixels, metadata):
         with atomic_write(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(data)
+            temporary.write_bytes(png)
 
 
-def publish_tar(path: Path, pixels: Iterable[Tensor], facts: list[dict[str, Any]]) -> None:
-    """A WebDataset shard of `<key>.png` and `<key>.json`; the same bytes for the same pictures."""
+def write_tar(path: Path, pixels: Iterable[Tensor], metadata: list[dict[str, Any]]) -> None:
+    """Write a WebDataset shard of `<key>.png` and `<key>.json`; equal images give equal bytes."""
     with (
         atomic_write(path) as temporary,
         tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for name, (picture, told) in _named(pixels, facts):
-            for suffix, data in (("png", picture), ("json", told)):
+        for name, png, text in _encoded(pixels, metadata):
+            for suffix, data in (("png", png), ("json", text)):
                 member = tarfile.TarInfo(f"{name}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
 
-def publish_npz(path: Path, pixels: Iterable[Tensor], shape: tuple[int, int, int, int]) -> None:
-    """`arr_0`, uint8 (N, H, W, 3) of this `shape`, as OpenAI's evaluator and its kin read it;
-    written batch by batch.
+def write_npz(path: Path, pixels: Iterable[Tensor], shape: tuple[int, int, int, int]) -> None:
+    """Write `arr_0`, uint8 (N, H, W, 3) of this `shape`, batch by batch.
+
+    OpenAI's evaluator and tools like it read this.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
@@ -69,19 +73,8 @@ def publish_npz(path: Path, pixels: Iterable[Tensor], shape: tuple[int, int, int
             file.write(batch.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
 
 
-def _named(
-    batches: Iterable[Tensor], facts: list[dict[str, Any]]
-) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
-    """(name, (PNG, JSON)) of every picture of `batches` (N, 3, H, W)."""
-    pictures = (picture for batch in batches for picture in batch.permute(0, 2, 3, 1).cpu().numpy())
-    for number, (picture, fact) in enumerate(zip(pictures, facts, strict=True)):
-        told, info, buffer = json.dumps(fact), PngInfo(), io.BytesIO()
-        info.add_text("lpl_pretrain", told)
-        Image.fromarray(picture).save(buffer, format="PNG", pnginfo=info)
-        yield f"{number:08d}", (buffer.getvalue(), told.encode())
-
-
-def grid(pixels: Tensor) -> Image.Image:
+def image_grid(pixels: Tensor) -> Image.Image:
+    """Arrange uint8 (N, 3, H, W) as one image."""
     count, _, height, width = pixels.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -90,7 +83,22 @@ def grid(pixels: Tensor) -> Image.Image:
         255,
         dtype=np.uint8,
     )
-    for i, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):
-        top, left = i // columns * (height + GAP_PX), i % columns * (width + GAP_PX)
-        canvas[top : top + height, left : left + width] = picture
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):
+        top = i // columns * (height + GAP_PX)
+        left = i % columns * (width + GAP_PX)
+        canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas)
+
+
+def _encoded(
+    batches: Iterable[Tensor], metadata: list[dict[str, Any]]
+) -> Iterator[tuple[str, bytes, bytes]]:
+    """Yield (name, PNG, JSON) of every image of `batches`, each uint8 (N, 3, H, W)."""
+    images = (image for batch in batches for image in batch.permute(0, 2, 3, 1).cpu().numpy())
+    for index, (image, entry) in enumerate(zip(images, metadata, strict=True)):
+        text = json.dumps(entry)
+        info = PngInfo()
+        info.add_text("lpl_pretrain", text)
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG", pnginfo=info)
+        yield f"{index:08d}", buffer.getvalue(), text.encode()

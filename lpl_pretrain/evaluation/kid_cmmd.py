@@ -8,40 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lpl_pretrain.errors import DataError
+from lpl_pretrain.config import metrics
+from lpl_pretrain.evaluation.feature_checks import check_pair
+from lpl_pretrain.evaluation.metric import Estimate, MetricInputs, MetricSpec
 from lpl_pretrain.runtime import rng
 
 CHUNK = 512
+"""Rows whose kernel values are in memory at a time."""
 NORMAL_95 = 1.959964
-"""Half the width of a 95 % confidence interval, in standard errors."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Over subsets: mean, standard deviation, and the 95 % confidence interval of the mean by the
-    normal approximation.
-    """
-
-    value: float
-    std: float
-    low: float
-    high: float
+"""Half the width of a 95 % confidence interval of a normal distribution, in standard errors."""
 
 
 def kernel_inception_distance(
     a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
-    """KID (arXiv 1801.01401, section 4) over random subsets, each without replacement.
+    """KID (arXiv 1801.01401, section 4) over random subsets, each drawn without replacement.
 
-    `subset_size` is lowered to the rows that there are.  The interval is about the draw of subsets
-    of these very pictures.
+    `subset_size` is lowered to the number of rows.  The interval covers the draw of subsets from
+    these very images, not the draw of the images.
     """
-    a, b = paired(a, b, at_least=2)
+    a, b = check_pair(a, b, at_least=2)
     size = min(subset_size, len(a), len(b))
 
     def pick(side: str, rows: int, subset: int) -> Tensor:
@@ -57,24 +47,29 @@ def kernel_inception_distance(
 
 
 def kid_of_subsets(a: Tensor, b: Tensor, picks: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
-    """KID over given subsets: for each, the indices of its rows of `a` and of its rows of `b`."""
+    """KID over given subsets: mean, standard deviation, and 95 % interval of the mean (normal).
+
+    `picks`: for each subset the indices of its rows of `a` and of its rows of `b`.
+    """
     values = torch.tensor(
-        [polynomial_mmd2(a[of_a], b[of_b]) for of_a, of_b in picks], dtype=torch.float64
+        [polynomial_mmd2(a[rows_a], b[rows_b]) for rows_a, rows_b in picks], dtype=torch.float64
     )
     if len(values) < 2:
         raise ValueError(
             f"KID over {len(values)} subsets has no standard deviation: take at least 2 subsets"
         )
-    mean, std = values.mean().item(), values.std(correction=0).item()
+    mean = values.mean().item()
+    std = values.std(correction=0).item()
     margin = NORMAL_95 * std / math.sqrt(len(values) - 1)
-    return Estimate(mean, std, mean - margin, mean + margin)
+    return Estimate(mean, std=std, low=mean - margin, high=mean + margin)
 
 
 def polynomial_mmd2(a: Tensor, b: Tensor) -> float:
-    """The unbiased estimator (Gretton et al., JMLR 2012, equation 3) with KID's kernel: no picture
-    is paired with itself.
+    """Unbiased estimator of MMD^2 (Gretton et al., JMLR 2012, equation 3) with KID's kernel.
+
+    No image is paired with itself.
     """
-    a, b = paired(a, b, at_least=2)
+    a, b = check_pair(a, b, at_least=2)
 
     def kernel(inner: Tensor) -> Tensor:
         return polynomial(inner, a.shape[1])
@@ -93,12 +88,12 @@ def polynomial(inner: Tensor, dimension: int) -> Tensor:
 
 
 def cmmd(a: Tensor, b: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """CMMD (arXiv 2401.09603) of CLIP embeddings, which are brought to length 1 here.
+    """CMMD (arXiv 2401.09603) of CLIP embeddings, which are normalised to length 1 here.
 
     As in the authors' code, the minimum-variance estimator (Gretton et al., JMLR 2012, equation 5):
-    every picture is paired with itself too.
+    every image is paired with itself too.
     """
-    a, b = (torch.nn.functional.normalize(x, dim=1) for x in paired(a, b, at_least=1))
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in check_pair(a, b, at_least=1))
 
     def mean(x: Tensor, y: Tensor) -> Tensor:
         return pair_sum(lambda inner: gaussian(inner, sigma), x, y) / (len(x) * len(y))
@@ -112,29 +107,25 @@ def gaussian(inner: Tensor, sigma: float) -> Tensor:
 
 
 def pair_sum(kernel: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """The sum over all pairs of a row of `a` and a row of `b`."""
+    """Sum of the kernel over all pairs of a row of `a` and a row of `b`, a scalar."""
     return torch.stack([kernel(rows @ b.T).sum() for rows in a.split(CHUNK)]).sum()
 
 
-def paired(a: Tensor, b: Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:
-    """Both in float64, where they lie, after checking that they can be compared."""
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"{a.shape[1]} and {b.shape[1]} features a picture: take both sets from one extractor"
-        )
-    return checked(a, at_least=at_least), checked(b, at_least=at_least)
+def _compute_kid(inputs: MetricInputs) -> list[Estimate]:
+    protocol = inputs.protocol
+    estimate = kernel_inception_distance(
+        inputs.generated_features(),
+        inputs.real_features(),
+        subsets=protocol.kid_subsets,
+        subset_size=protocol.kid_subset_size,
+        seed=protocol.seed,
+    )
+    return [estimate]
 
 
-def checked(features: Tensor, *, at_least: int) -> Tensor:
-    rows = features.detach().double()
-    if len(rows) < at_least:
-        raise DataError(
-            f"features of {len(rows)} pictures; this score needs at least {at_least}: add pictures"
-        )
-    bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise DataError(
-            f"features of pictures {bad[:8]} are not finite: the pictures, or the extractor, hold "
-            "NaN or infinity"
-        )
-    return rows
+def _compute_cmmd(inputs: MetricInputs) -> list[Estimate]:
+    return [Estimate(cmmd(inputs.generated_features(), inputs.real_features()))]
+
+
+KID = MetricSpec(metrics.KID, _compute_kid)
+CMMD = MetricSpec(metrics.CMMD, _compute_cmmd)

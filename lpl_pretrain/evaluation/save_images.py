@@ -1,6 +1,4 @@
-"""The generated pictures themselves, where a protocol asks for them: a folder of PNGs, an .npz or a
-WebDataset tar.
-"""
+"""Saves the generated images, where a protocol asks for them: PNGs, an .npz or a WebDataset tar."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lpl_pretrain.config.protocol import EvaluateConfig
-from lpl_pretrain.evaluation.image_files import publish_npz, publish_pictures, publish_tar
+from lpl_pretrain.evaluation.image_files import write_npz, write_pngs, write_tar
 from lpl_pretrain.evaluation.trained_run import TrainedRun
 
 
@@ -21,11 +19,14 @@ def save_images(
     scale: float,
     pixels: Iterable[Tensor],
 ) -> None:
-    """samples/step_*_<protocol>_<weights>_w<scale>, one batch in memory at a time."""
+    """Write samples/step_*_<protocol>_<weights>_w<scale>, with one batch in memory at a time.
+
+    `pixels`: batches, uint8 (N, 3, H, W).
+    """
     path = run.run_dir.samples(step, f"{protocol.name}_{weights}_w{scale:g}")
     if protocol.keep_images == "npz":
         side = run.index.resolution_px
-        publish_npz(path.with_name(f"{path.stem}.npz"), pixels, (protocol.images, side, side, 3))
+        write_npz(path.with_name(f"{path.stem}.npz"), pixels, (protocol.images, side, side, 3))
         return
     shared = {
         "run": str(run.run_dir.path),
@@ -34,10 +35,9 @@ def save_images(
         "guidance_scale": scale,
         "weights": weights,
     }
-    facts = [
-        {**shared, **fact} for fact in run.sample_metadata(protocol.seed, range(protocol.images))
-    ]
+    samples = run.sample_metadata(protocol.seed, range(protocol.images))
+    metadata = [{**shared, **sample} for sample in samples]
     if protocol.keep_images == "png":
-        publish_pictures(path.with_name(path.stem), pixels, facts)
+        write_pngs(path.with_name(path.stem), pixels, metadata)
     else:
-        publish_tar(path.with_name(f"{path.stem}.tar"), pixels, facts)
+        write_tar(path.with_name(f"{path.stem}.tar"), pixels, metadata)

@@ -1,7 +1,7 @@
-"""Mean and covariance of features, streamed and merged: the same to rounding for any batches, any
-split, any order of merging.
+"""Mean and covariance of features, streamed and merged.
 
-Features (N, D) of any float type; everything kept is float64 on CPU (float32 covariances give wrong
+Equal up to rounding for any batches, any split over processes and any order of merging.  Features
+are (N, D) of any float type; everything kept is float64 on the CPU (float32 covariances give wrong
 scores: torcheval issue 192).
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.errors import DataError
+from lpl_pretrain.evaluation.feature_checks import MAX_NAMED_ROWS, nonfinite_rows
 
 
 class FeatureStatistics:
@@ -22,25 +23,29 @@ class FeatureStatistics:
         self.scatter = torch.zeros(dimension, dimension, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Raises DataError when a row is not finite: one such picture would make every score NaN."""
+        """Add rows (N, D).
+
+        Raises DataError when a row is not finite: one such image would make every score NaN.
+        """
         rows = features.detach().to("cpu", torch.float64)
-        bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
+        if bad := nonfinite_rows(rows):
             raise DataError(
-                f"features of pictures {[self.count + i for i in bad[:8]]} are not finite: the "
-                "pictures, or the "
-                "extractor, hold NaN or infinity"
+                f"features of images {[self.count + i for i in bad[:MAX_NAMED_ROWS]]} are not "
+                "finite: the images, or the extractor's outputs, contain NaN or infinity"
             )
         if len(rows) == 0:
             return
         batch = FeatureStatistics(rows.shape[1])
-        batch.count, batch.mean = len(rows), rows.mean(dim=0)
+        batch.count = len(rows)
+        batch.mean = rows.mean(dim=0)
         centred = rows - batch.mean
         batch.scatter = centred.T @ centred
         self.merge(batch)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Pairwise update of Chan, Golub and LeVeque (1983), equation 2.1, for covariances."""
+        """Add another set's statistics: the pairwise update of Chan, Golub and LeVeque (1983),
+        equation 2.1, for covariances.
+        """
         count = self.count + other.count
         if count == 0:
             return
@@ -53,29 +58,31 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), divided by N - 1 as numpy's and every FID tool's."""
+        """(D, D), divided by N - 1 like numpy's and every FID tool's."""
         if self.count < 2:
-            raise DataError(f"a covariance needs at least 2 pictures; found {self.count}")
+            raise DataError(f"a covariance needs at least 2 images; found {self.count}")
         return self.scatter / (self.count - 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file needs to hold; `from_tensors` reads it back."""
+        """Tensors for a file; `from_tensors` reads them back."""
         return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> FeatureStatistics:
-        """Raises DataError for tensors that `tensors` cannot have given."""
-        count, mean, scatter = (tensors[name] for name in ("count", "mean", "scatter"))
-        wanted = (torch.int64, torch.float64, torch.float64)
+        """Inverse of `tensors`.  Raises DataError for tensors that it cannot have returned."""
+        count = tensors["count"]
+        mean = tensors["mean"]
+        scatter = tensors["scatter"]
+        dtypes = (count.dtype, mean.dtype, scatter.dtype)
         if (
-            (count.dtype, mean.dtype, scatter.dtype) != wanted
+            dtypes != (torch.int64, torch.float64, torch.float64)
             or count.dim()
             or mean.dim() != 1
             or not len(mean)
         ):
             raise DataError(
                 f"count {count.dtype} {tuple(count.shape)}, mean {mean.dtype} {tuple(mean.shape)}: "
-                "wanted () and (D,)"
+                "wanted int64 () and float64 (D,)"
             )
         if scatter.shape != 2 * mean.shape:
             raise DataError(
@@ -91,5 +98,7 @@ class FeatureStatistics:
                 f"count {int(count)}: wanted 2 at least, finite numbers, and no negative variance"
             )
         statistics = cls(len(mean))
-        statistics.count, statistics.mean, statistics.scatter = int(count), mean, scatter
+        statistics.count = int(count)
+        statistics.mean = mean
+        statistics.scatter = scatter
         return statistics

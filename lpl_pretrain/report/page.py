@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from lpl_pretrain.config.metrics import score_title
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import score_tables
@@ -128,7 +129,7 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     for name, records in record.protocols().items():
         (_, scale), values = score_tables.best_column(records)
         ends = values if len(values) == 1 else [values[0], values[-1]]
-        first = score_tables.title(records[-1]["results"][0]["metric"])
+        first = score_title(records[-1]["results"][0]["metric"])
         found.append((first, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
     if spikes := distinct_spikes(record):
         rollbacks = sum(action == "rollback" for _, action, _ in spikes)

@@ -6,15 +6,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lpl_pretrain.config.evaluation import higher_is_better
+from lpl_pretrain.config.metrics import higher_is_better, score_title
 from lpl_pretrain.report.charts import Chart
 from lpl_pretrain.report.record import Series
 
-NAMES = {
-    "fid": "Frechet inception distance",
-    "sfid": "spatial FID",
-    "kid": "Kernel inception distance",
-}
 Records = list[dict[str, Any]]
 MOST_METRICS = 60
 
@@ -68,7 +63,7 @@ def chart(records: Records, metric: str) -> Chart:
         else ""
     )
     return Chart(
-        title(metric),
+        score_title(metric),
         lines,
         markers=True,
         note=f"{metric} by guidance scale w; {better} is better{bars}",
@@ -86,14 +81,6 @@ def series(records: Records, metric: str, column: tuple[str, float]) -> Series:
         [entry["value"] for _, entry in found],
         [bar(entry) for _, entry in found],
     )
-
-
-def title(metric: str) -> str:
-    if metric.startswith("fd_"):
-        return "Frechet distance"
-    if metric.startswith("kid"):
-        return NAMES["kid"] if metric == "kid" else "Kernel distance"
-    return NAMES.get(metric, metric.replace("_", " ").capitalize())
 
 
 def bar(entry: dict[str, Any]) -> tuple[float, float] | None:

@@ -58,7 +58,7 @@ ALLOWED = {
 HEAVY = {
     "deepspeed": {"parallel/deepspeed_"},
     "diffusers": {"models/autoencoder.py", "models/unet.py", "diffusion/samplers.py"},
-    "timm": {"models/layers.py", "evaluation/features.py"},
+    "timm": {"models/layers.py", "evaluation/timm_networks.py"},
     "transformers": {"models/text.py", "evaluation/clip.py"},
     "torchao": {"parallel/float8.py"},
     "webdataset": set(),

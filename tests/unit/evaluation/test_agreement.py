@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 from torch_fidelity import metric_fid, metric_isc
 
+from lpl_pretrain.config import metrics
+from lpl_pretrain.config.metrics import record_name
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.evaluation.clip import clip_score
-from lpl_pretrain.evaluation.extractor import resized
-from lpl_pretrain.evaluation.features import load_extractor
+from lpl_pretrain.evaluation.clip_score import clip_score
+from lpl_pretrain.evaluation.extractor import resize_bicubic
 from lpl_pretrain.evaluation.fid import frechet_distance
 from lpl_pretrain.evaluation.inception_score import inception_score
+from lpl_pretrain.evaluation.registry import load_extractor
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from tests.support.text_encoders import tokenizer
 
@@ -128,7 +130,7 @@ def test_the_resize_is_pillows(size, side):
     wanted = np.stack(
         [np.asarray(channel.resize((side, side), Image.Resampling.BICUBIC)) for channel in channels]
     )
-    assert np.abs(resized(image, side)[0].numpy() - wanted).max() < 1e-2
+    assert np.abs(resize_bicubic(image, side)[0].numpy() - wanted).max() < 1e-2
     assert (
         np.abs(
             torch.nn.functional.interpolate(image.float(), size=(side, side), mode="bicubic")[
@@ -151,12 +153,12 @@ def test_networks_of_timm(tmp_path):
     images = pictures(3, 48)
     mean, std = (torch.tensor(network.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        wanted = network((resized(images, 32) / 255 - mean) / std)
+        wanted = network((resize_bicubic(images, 32) / 255 - mean) / std)
     torch.testing.assert_close(extractor(images)["pooled"], wanted)
     assert (
         extractor.dimension == 192
-        and extractor.named("fd") == "fd_vit"
-        and extractor.named("kid") == "kid_vit"
+        and record_name(metrics.FD.scores[0], extractor.suffix) == "fd_vit"
+        and record_name(metrics.KID.scores[0], extractor.suffix) == "kid_vit"
     )
     save_file({"x": torch.zeros(1)}, tmp_path / "no.safetensors")
     with pytest.raises(
@@ -219,6 +221,6 @@ def test_clip_equals_its_own_library(clip_folder, tmp_path):
     wanted = 100 * cosine_similarity(mine, text).clamp(min=0).double().mean().item()
     assert clip_score(mine, text) == pytest.approx(wanted, rel=1e-5)
     assert clip_score(mine, -text) != pytest.approx(wanted, rel=1e-2)
-    assert extractor.named("cmmd") == "cmmd"
+    assert record_name(metrics.CMMD.scores[0], extractor.suffix) == "cmmd"
     with pytest.raises(ConfigError, match="extractors.clip.weights=.*transformers cannot load it"):
         load_extractor(ExtractorConfig(kind="clip", weights=str(tmp_path)), CPU)

@@ -60,6 +60,6 @@ def test_a_word_when_scores_worsen(tmp_path):
 def test_a_score_that_nobody_computes(tmp_path):
     run_dir, (warning,) = scored(tmp_path, [9], best="kid")
     assert (
-        warning == "best=kid: no score is called so; there are fid, other"
+        warning == "best=kid: no score has this name; the records have fid, other"
         and not run_dir.best("p").exists()
     )

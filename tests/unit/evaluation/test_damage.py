@@ -22,11 +22,12 @@ from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
-from lpl_pretrain.evaluation import evaluator, features, trained_run
+from lpl_pretrain.evaluation import evaluator, registry, trained_run
 from lpl_pretrain.evaluation.checksummed_tensors import load_tensors, save_tensors
 from lpl_pretrain.evaluation.feature_store import FeatureStore
-from lpl_pretrain.evaluation.inception import random_weights
+from lpl_pretrain.evaluation.inception import load_inception, random_weights
 from lpl_pretrain.evaluation.reference import read_npz, read_reference
+from lpl_pretrain.evaluation.timm_networks import load_timm_network
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log
 from tests.support.checkpoints import edit
@@ -46,7 +47,7 @@ def prepared(monkeypatch):
     """A small extractor, and a log that caplog hears whatever a command in this process has set up
     before.
     """
-    for module in (evaluator, features):
+    for module in (evaluator, registry):
         monkeypatch.setattr(module, "load_extractor", color_means_extractor)
     monkeypatch.setattr(log, "propagate", True)
 
@@ -275,15 +276,15 @@ def test_features_on_disk_are_not_believed(tmp_path):
     with pytest.raises(
         DataError, match="pictures_00000004.safetensors: .*sha256.*remove this file"
     ):
-        store.whole("y"), store.whole("x")
+        store.read_all("y"), store.read_all("x")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(
         DataError, match="pictures_00000004.safetensors: cannot be read.*remove this file"
     ):
-        store.whole("x")
+        store.read_all("x")
     path.unlink()
     with pytest.raises(DataError, match="pictures_00000004.safetensors: cannot be read"):
-        store.whole("x")
+        store.read_all("x")
 
 
 def test_tensors_are_those_that_were_saved(tmp_path):
@@ -297,7 +298,7 @@ def test_tensors_are_those_that_were_saved(tmp_path):
     with safe_open(path, framework="pt") as file:
         digests = file.metadata()
     save_file({"a": tensors["a"]}, path, metadata=digests)
-    with pytest.raises(DataError, match="its tensors are not those whose digests it has"):
+    with pytest.raises(DataError, match="its header has digests of other tensors than the file"):
         load_tensors(path)
     save_file({**tensors, "b": torch.zeros(4)}, path, metadata=digests)
     with pytest.raises(DataError, match="b has another sha256"):
@@ -382,17 +383,15 @@ def test_weights_files_that_are_damaged(tmp_path):
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="x.pth: not the FID Inception's weights"):
-            features.fid_inception(config, path, CPU)
+            load_inception(config, CPU)
     for value in ([1, 2], {"fc.weight": 1}, {**weights, "fc.weight": torch.zeros(3)}):
         torch.save(value, path)
         with pytest.raises(ConfigError, match="x.pth: not the FID Inception's weights"):
-            features.fid_inception(config, path, CPU)
+            load_inception(config, CPU)
     named = tmp_path / "x.safetensors"
     named.write_bytes(b"\xff" * 64)
     with pytest.raises(ConfigError, match="x.safetensors: not timm's resnet18"):
-        features.timm_network(
-            ExtractorConfig(kind="timm", network="resnet18", weights=str(named)), named, CPU
-        )
+        load_timm_network(ExtractorConfig(kind="timm", network="resnet18", weights=str(named)), CPU)
     for source in ("hf-hub:a/b", "hf-hub:a"):
         with pytest.raises(ValidationError, match="network"):
             ExtractorConfig(kind="timm", network=source, weights=str(named))
@@ -401,7 +400,7 @@ def test_weights_files_that_are_damaged(tmp_path):
 def test_a_clip_that_lacks_a_tensor_is_refused(tmp_path):
     """transformers would draw it at random."""
     transformers = pytest.importorskip("transformers")
-    from lpl_pretrain.evaluation.clip import clip
+    from lpl_pretrain.evaluation.clip import load_clip
 
     small = {
         "hidden_size": 8,
@@ -424,4 +423,4 @@ def test_a_clip_that_lacks_a_tensor_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match="1 tensors are missing, such as visual_projection.weight"
     ):
-        clip(ExtractorConfig(kind="clip", weights=str(tmp_path)), tmp_path, CPU)
+        load_clip(ExtractorConfig(kind="clip", weights=str(tmp_path)), CPU)

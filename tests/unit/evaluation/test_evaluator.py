@@ -191,7 +191,7 @@ def test_reference_is_read_once_and_again_when_it_changes(run, monkeypatch):
 
 def test_another_protocol_of_the_same_name_is_refused(run):
     evaluate(run.run_dir, run.protocol(), [3])
-    with pytest.raises(ConfigError, match="images: scored with 10, you ask for 12"):
+    with pytest.raises(ConfigError, match="images: scored with 10, now 12"):
         evaluate(run.run_dir, run.protocol(images=12))
 
 
@@ -206,7 +206,7 @@ def test_another_protocol_of_the_same_name_is_refused(run):
             {"extractors": [{"kind": "inception"}]},
             "extractors.inception.weights=null.*pt_inception",
         ),
-        ({"extractors": [{"kind": "timm"}]}, "kind=timm wants network"),
+        ({"extractors": [{"kind": "timm"}]}, "kind=timm needs network"),
         (
             {"extractors": [{"kind": "timm", "network": "resnet18", "weights": "/x.pth"}]},
             "no such file",

@@ -9,7 +9,8 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.evaluation import fd_infinity
-from lpl_pretrain.evaluation.fd_infinity import bootstrap, frechet_at, frechet_infinity
+from lpl_pretrain.evaluation.fd_infinity import frechet_at, frechet_infinity
+from lpl_pretrain.evaluation.fid import bootstrap, frechet_from_features
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from lpl_pretrain.runtime import rng
 
@@ -66,12 +67,14 @@ def test_fewer_pictures_score_worse_and_draws_are_keyed():
 
 
 def test_a_straight_line_of_1_over_n_is_followed_to_its_end(monkeypatch):
-    monkeypatch.setattr(fd_infinity, "distance", lambda rows, reference: 3.0 + 70.0 / len(rows))
+    monkeypatch.setattr(
+        fd_infinity, "frechet_from_features", lambda rows, reference: 3.0 + 70.0 / len(rows)
+    )
     assert frechet_infinity(features(500, seed=2), normal_reference()) == pytest.approx(
         3.0, rel=1e-12
     )
     monkeypatch.setattr(
-        fd_infinity, "distance", lambda rows, reference: 3.0 + 70.0 / len(rows) ** 0.5
+        fd_infinity, "frechet_from_features", lambda rows, reference: 3.0 + 70.0 / len(rows) ** 0.5
     )  # teeth: another law
     assert frechet_infinity(features(500, seed=2), normal_reference()) != pytest.approx(
         3.0, rel=0.1
@@ -81,7 +84,9 @@ def test_a_straight_line_of_1_over_n_is_followed_to_its_end(monkeypatch):
 def test_the_smallest_subset_and_the_spacing(monkeypatch):
     counts = []
     monkeypatch.setattr(
-        fd_infinity, "distance", lambda rows, reference: counts.append(len(rows)) or 0.0
+        fd_infinity,
+        "frechet_from_features",
+        lambda rows, reference: counts.append(len(rows)) or 0.0,
     )
     frechet_infinity(features(500, seed=2), normal_reference(), points=4)
     frechet_infinity(features(500, seed=2), normal_reference(), points=3, smallest=100)
@@ -93,7 +98,7 @@ def test_infinity_is_nearer_to_the_truth_than_any_count():
     own.
     """
     reference, draws = normal_reference(), [features(1000, seed=10 + i) for i in range(8)]
-    finite = np.mean([fd_infinity.distance(rows, reference) for rows in draws])
+    finite = np.mean([frechet_from_features(rows, reference) for rows in draws])
     infinite = np.mean([frechet_infinity(rows, reference) for rows in draws])
     assert finite > 0.01
     assert abs(infinite) < finite / 3
@@ -102,7 +107,8 @@ def test_infinity_is_nearer_to_the_truth_than_any_count():
 def test_bootstrap_standard_error_is_that_of_fresh_draws():
     reference = normal_reference()
     fresh = [
-        fd_infinity.distance(features(500, seed=100 + i, offset=0.3), reference) for i in range(200)
+        frechet_from_features(features(500, seed=100 + i, offset=0.3), reference)
+        for i in range(200)
     ]
     mean, error = bootstrap(features(500, seed=3, offset=0.3), reference, repeats=200, seed=0)
     assert error == pytest.approx(np.std(fresh, ddof=1), rel=0.25)
@@ -117,7 +123,7 @@ def test_bootstrap_without_replacement_is_seen(monkeypatch):
         def integers(self, count, size):
             return np.random.default_rng(0).permutation(count)
 
-    monkeypatch.setattr(fd_infinity.rng, "numpy_generator", lambda *name: Permuted())
+    monkeypatch.setattr(rng, "numpy_generator", lambda *name: Permuted())
     _, error = bootstrap(features(500, seed=3, offset=0.3), normal_reference(), repeats=5, seed=0)
     assert error < 1e-10
 
@@ -126,14 +132,14 @@ def test_bad_input_is_refused():
     rows, reference = features(40, seed=4), normal_reference()
     with pytest.raises(
         DataError,
-        match=r"subsets of \[20, 50\] pictures: every count must be 2 to the 40 there are",
+        match=r"subsets of \[20, 50\] images: every count must be from 2 to 40",
     ):
         frechet_at(rows, reference, [20, 50], repeats=1, seed=0)
-    with pytest.raises(DataError, match="a line through 15 subsets of 40 to 40 pictures"):
+    with pytest.raises(DataError, match="a line through 15 subsets of 40 to 40 images"):
         frechet_infinity(rows, reference, smallest=40)
-    with pytest.raises(DataError, match="every count must be 2"):
+    with pytest.raises(DataError, match="every count must be from 2"):
         frechet_infinity(rows[:15], reference)
     with pytest.raises(ValueError, match="take at least 2"):
         bootstrap(rows, reference, repeats=1, seed=0)
-    with pytest.raises(ValueError, match="unlike extractors"):
+    with pytest.raises(ValueError, match="different extractors"):
         frechet_at(torch.zeros(40, 3), reference, [20], repeats=1, seed=0)

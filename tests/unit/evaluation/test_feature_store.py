@@ -29,8 +29,10 @@ def filled(folder, batch_size=4, world_size=1, rows=ROWS):
 
 def test_rows_come_back_in_order(tmp_path):
     store = filled(tmp_path, world_size=3)
-    assert torch.equal(store.whole("x"), ROWS) and torch.equal(store.first("x", 6), ROWS[:6])
-    assert torch.equal(store.whole("first"), ROWS[:2])
+    assert torch.equal(store.read_all("x"), ROWS) and torch.equal(
+        store.read_first("x", 6), ROWS[:6]
+    )
+    assert torch.equal(store.read_all("first"), ROWS[:2])
     assert store.batches[-1] == range(20, 23) and not store.missing(0, 1)
 
 
@@ -64,11 +66,11 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 
 def test_half_of_the_pictures(tmp_path):
-    assert filled(tmp_path).statistics("x", share=0.5).count == 12
+    assert filled(tmp_path).statistics("x", fraction=0.5).count == 12
 
 
 def test_features_that_are_not_finite_are_named(tmp_path):
     rows = ROWS.clone()
     rows[9, 2] = float("nan")
-    with pytest.raises(DataError, match=r"x features of pictures \[9\] are not finite"):
+    with pytest.raises(DataError, match=r"x features of images \[9\] are not finite"):
         filled(tmp_path, rows=rows)

@@ -68,7 +68,7 @@ def test_the_shuffle_is_keyed_and_mends_rows_sorted_by_class():
 
 def test_bad_input_is_refused():
     with pytest.raises(
-        DataError, match="features of 9 pictures; this score needs at least 10: add pictures"
+        DataError, match="features of 9 images; this score needs at least 10: add images"
     ):
         inception_score(torch.zeros(9, 5))
     with pytest.raises(DataError, match="not finite"):

@@ -173,14 +173,14 @@ def test_cmmd_has_teeth(broken, monkeypatch):
 @pytest.mark.parametrize("score", [polynomial_mmd2, kernel_inception_distance, cmmd])
 def test_bad_input_is_refused(score):
     with pytest.raises(
-        ValueError, match="5 and 6 features a picture: take both sets from one extractor"
+        ValueError, match="5 and 6 features an image: take both sets from one extractor"
     ):
         score(torch.zeros(9, 5), torch.zeros(9, 6))
-    with pytest.raises(DataError, match="features of 0 pictures; this score needs at least"):
+    with pytest.raises(DataError, match="features of 0 images; this score needs at least"):
         score(torch.zeros(9, 5), torch.zeros(0, 5))
     spoilt = features(9, 5, seed=0)
     spoilt[3, 2] = float("inf")
-    with pytest.raises(DataError, match=r"pictures \[3\] are not finite"):
+    with pytest.raises(DataError, match=r"images \[3\] are not finite"):
         score(torch.zeros(9, 5), spoilt)
 
 

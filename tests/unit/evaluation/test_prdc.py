@@ -124,11 +124,11 @@ def test_far_generated_pictures_raise_recall_and_not_coverage():
 @pytest.mark.parametrize("score", [precision_recall, density_coverage])
 def test_bad_input_is_refused(score):
     with pytest.raises(
-        ValueError, match="5 and 6 features a picture: take both sets from one extractor"
+        ValueError, match="5 and 6 features an image: take both sets from one extractor"
     ):
         score(torch.zeros(9, 5), torch.zeros(9, 6))
     with pytest.raises(
-        DataError, match="features of 4 pictures; this score needs at least 5: add pictures"
+        DataError, match="features of 4 images; this score needs at least 5: add images"
     ):
         score(torch.zeros(9, 5), torch.zeros(4, 5), k=4)
     with pytest.raises(ValueError, match="k is 0"):

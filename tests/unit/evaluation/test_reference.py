@@ -11,14 +11,10 @@ import torch
 from lpl_pretrain.cli import reference as command
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.errors import ConfigError, DataError
-from lpl_pretrain.evaluation import evaluator, features
+from lpl_pretrain.evaluation import evaluator, registry
+from lpl_pretrain.evaluation.build_reference import evenly_spaced
 from lpl_pretrain.evaluation.fid import frechet_distance
-from lpl_pretrain.evaluation.reference import (
-    check_provenance,
-    evenly_spaced,
-    read_npz,
-    read_reference,
-)
+from lpl_pretrain.evaluation.reference import check_provenance, read_npz, read_reference
 from lpl_pretrain.evaluation.stats import FeatureStatistics
 from tests.support.tiny_run import color_means_extractor
 
@@ -28,7 +24,7 @@ ALL = ["fd", "kid", "precision_recall"]
 
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
-    for module in (evaluator, features):
+    for module in (evaluator, registry):
         monkeypatch.setattr(module, "load_extractor", color_means_extractor)
 
 
@@ -68,7 +64,7 @@ def test_unlike_provenance_is_refused(run, tmp_path, monkeypatch):
     (mine,) = (color_means_extractor(entry, CPU) for entry in protocol.extractors)
     check_provenance("x", found, protocol, 32, [mine])
     for change, resolution_px, words in (
-        ({}, 64, "is of pictures of 32 px, the run makes 64 px"),
+        ({}, 64, "is of images of 32 px, the run generates 64 px"),
         ({"weights_sha256": "1" * 64}, 32, "made by another efficientnet_lite0: weights_sha256"),
         ({"preprocessing": "another"}, 32, "preprocessing 'none' there, 'another' here"),
         ({"config": mine.config.model_copy(update={"name": "other"})}, 32, "no features by other"),
@@ -79,7 +75,7 @@ def test_unlike_provenance_is_refused(run, tmp_path, monkeypatch):
     means = make_file(run, tmp_path / "means.safetensors", name="means")
     bare = read_reference(means)
     bare.features.clear()
-    with pytest.raises(ConfigError, match="holds no single features"):
+    with pytest.raises(ConfigError, match="has no features of single images"):
         check_provenance("x", bare, protocol, 32, [mine])
 
 
@@ -109,7 +105,7 @@ def test_the_usual_npz(run, tmp_path):
             [color_means_extractor(run.protocol().extractors[0], CPU)],
         )
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
-    with pytest.raises(ConfigError, match=r"mu \(3,\), sigma \(3, 3\); wanted 12"):
+    with pytest.raises(ConfigError, match=r"mu \(3,\), sigma \(3, 3\); wanted D = 12"):
         read_npz(tmp_path / "bad.npz", protocol, [extractor])
     np.savez(tmp_path / "worse.npz", mean=np.zeros(3))
     with pytest.raises(ConfigError, match="wanted mu"):

@@ -215,7 +215,7 @@ def test_rank_deficient_statistics_are_at_distance_zero_from_themselves():
 
 
 def test_unlike_dimensions_are_refused():
-    with pytest.raises(ValueError, match="unlike extractors"):
+    with pytest.raises(ValueError, match="different extractors"):
         frechet_distance(of(features(9, 3, seed=0)), of(features(9, 4, seed=0)))
 
 

