@@ -312,6 +312,15 @@ def zero_config(file: str, output: str | None) -> None:
 
 
 @commands.command()
+@click.argument("kind", type=click.Choice(["train", "encode", "evaluate", "cluster"]))
+def schema(kind: str) -> None:
+    """Print the JSON schema of configs/KIND/*.yaml, by which editors complete and check them."""
+    from lpl_pretrain.config.json_schema import schema_text
+
+    click.echo(schema_text(kind), nl=False)
+
+
+@commands.command()
 def doctor() -> None:
     """Say what this machine can do, and what is missing."""
     from lpl_pretrain.cli import doctor as command
