@@ -53,7 +53,7 @@ class Contestant:
         self.seconds: list[float] = []
 
     def step(self) -> None:
-        self.model(*self.inputs).square().mean().backward()
+        self.model(*self.inputs).output.square().mean().backward()
 
     def timed(self) -> None:
         started = time.perf_counter()

@@ -62,7 +62,8 @@ def main() -> None:
     labels = torch.tensor([1, 2], device=device)
 
     def step() -> None:
-        engine.backward(denoiser(z_t, t, Conditioning(labels)).square().mean(), microbatch=0, of=1)
+        output = denoiser(z_t, t, Conditioning(labels)).output
+        engine.backward(output.square().mean(), microbatch=0, of=1)
         engine.step(lr=1e-4, max_grad_norm=1.0)
         ema.update(1)
 

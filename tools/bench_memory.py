@@ -102,11 +102,8 @@ def run_rank(strategy: str, precision: str, depth: int, output: Path) -> None:
 
     def backward() -> None:
         z_t, t = torch.randn(2, 4, 16, 16), torch.rand(2)
-        engine.backward(
-            denoiser(z_t, t, Conditioning(torch.tensor([1, 2]))).float().square().mean(),
-            microbatch=0,
-            of=1,
-        )
+        output = denoiser(z_t, t, Conditioning(torch.tensor([1, 2]))).output
+        engine.backward(output.float().square().mean(), microbatch=0, of=1)
 
     for step in (1, 2):
         backward()

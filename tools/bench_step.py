@@ -87,7 +87,7 @@ def bare_loop(run: Run) -> Callable[[int], None]:
             with torch.autocast(
                 run.device.type, torch.bfloat16, enabled=config.parallel.precision is Precision.BF16
             ):
-                out = model(z_t, t, cond)
+                out = model(z_t, t, cond).output
             (out.float() - (eps - z0)).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
             optimizer.step()

@@ -24,6 +24,7 @@ from torch import Tensor
 from lpl_pretrain.config.evaluation import check_sampler
 from lpl_pretrain.config.protocol import SamplerConfig
 from lpl_pretrain.config.schema import Prediction
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.guidance import guided
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, DiscreteSchedule, Schedule
 from lpl_pretrain.diffusion.timesteps import shifted
@@ -41,7 +42,7 @@ class SamplerPlan:
 
 @torch.no_grad()
 def sample(
-    model: Callable[..., Tensor],
+    model: Callable[..., DenoiserOutput],
     prediction: Prediction,
     schedule: Schedule,
     sampler: SamplerConfig,
@@ -50,7 +51,7 @@ def sample(
     *,
     uncond: Any = None,
     guidance_scale: float = 1.0,
-    guide: Callable[..., Tensor] | None = None,
+    guide: Callable[..., DenoiserOutput] | None = None,
 ) -> Tensor:
     """`noise` to z0.  Where `guidance_scale` is not 1, away from `model`'s answer to `uncond`, or
     from `guide`'s to `cond`.

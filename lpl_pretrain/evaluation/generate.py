@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lpl_pretrain.config.protocol import SamplerConfig
 from lpl_pretrain.config.schema import Prediction
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.samplers import sample
 from lpl_pretrain.diffusion.schedule import Schedule
 from lpl_pretrain.errors import NonFiniteError
@@ -67,16 +68,14 @@ class Generator:
         noise = rng.normal(seed, "sample_noise", indices, self.latent_shape).to(self.device)
         cond, uncond = self._conditions(seed, indices)
 
-        def at_precision(denoiser: nn.Module) -> Callable[..., Tensor]:
-            def answer(z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        def at_precision(denoiser: nn.Module) -> Callable[..., DenoiserOutput]:
+            def run(z_t: Tensor, t: Tensor, cond: Conditioning) -> DenoiserOutput:
                 with torch.autocast(
                     self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"
                 ):
-                    return denoiser(z_t, t, cond)[
-                        :, : self.latent_shape[0]
-                    ]  # behind it lies a learned sigma, if any
+                    return denoiser(z_t, t, cond)
 
-            return answer
+            return run
 
         return self.decode(
             sample(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
 import torch
 
 from lpl_pretrain.config.dataset import DatasetIndex, LatentEntry
@@ -12,15 +10,12 @@ from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
 from lpl_pretrain.config.online_text import text_entries
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.text_layout import TextShape, text_shape
+from lpl_pretrain.diffusion.denoiser import Denoiser
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.dit import DiT
 from lpl_pretrain.models.mmdit import MMDiT
 
-if TYPE_CHECKING:
-    from lpl_pretrain.models.unet import UNet
-
-Denoiser: TypeAlias = "DiT | MMDiT | UNet"
 Section = DiTConfig | MMDiTConfig | UNetConfig
 
 
@@ -103,7 +98,7 @@ def _check_loss(model: Denoiser, z_t: torch.Tensor, cond: Conditioning) -> None:
     """`z_t` (1, C, H, W).  The answer has its shape, or twice its channels where the model predicts
     a variance too.
     """
-    output = model(z_t, torch.empty(len(z_t), device="meta"), cond)
+    output = model(z_t, torch.empty(len(z_t), device="meta"), cond).output
     channels = z_t.shape[1] * (2 if getattr(model.config, "learned_sigma", False) else 1)
     wanted = (len(z_t), channels, *z_t.shape[2:])
     if tuple(output.shape) != wanted:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lpl_pretrain.config.model import DiTConfig
 from lpl_pretrain.config.text_layout import TextShape
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput, check_hidden_blocks
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
     CrossAttention,
@@ -64,7 +65,10 @@ class DiT(PatchTransformer):
         )
         self._initialise()
 
-    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def forward(
+        self, z_t: Tensor, t: Tensor, cond: Conditioning, hidden_blocks: tuple[int, ...] = ()
+    ) -> DenoiserOutput:
+        check_hidden_blocks(hidden_blocks, len(self.blocks))
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
         tokens = self.x_embedder(z_t.to(self.x_embedder.proj.weight.dtype)) + self.positions(
             rows, columns
@@ -80,10 +84,14 @@ class DiT(PatchTransformer):
                 )
             if self.config.text == "in_context":
                 tokens, text = torch.cat([text.to(tokens.dtype), tokens], dim=1), None
-        for block in self.blocks:
+        first_image_token = tokens.shape[1] - rows * columns
+        hidden = {}
+        for index, block in enumerate(self.blocks):
             tokens = block(tokens, condition, rope, text)
-        picture = tokens[:, tokens.shape[1] - rows * columns :]
-        return unpatchify(self.final_layer(picture, condition), self.patch, rows, columns)
+            if index in hidden_blocks:
+                hidden[index] = tokens[:, first_image_token:]
+        output = self.final_layer(tokens[:, first_image_token:], condition)
+        return DenoiserOutput(unpatchify(output, self.patch, rows, columns), hidden)
 
     def _rotations(self, rows: int, columns: int, tokens: Tensor) -> Tensor | None:
         if not self.config.rope:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lpl_pretrain.config.model import TransformerConfig
+from lpl_pretrain.diffusion.denoiser import Denoiser
 
 __all__ = [
     "CrossAttention",
@@ -62,7 +63,7 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
-class PatchTransformer(nn.Module):
+class PatchTransformer(Denoiser):
     """Where the patches of a picture are, and which blocks there are: what DiT and MMDiT have in
     common.
     """
@@ -81,7 +82,6 @@ class PatchTransformer(nn.Module):
         )
 
     def sharded_blocks(self) -> list[str]:
-        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
         return [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def positions(self, rows: int, columns: int) -> Tensor:

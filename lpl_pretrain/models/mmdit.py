@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lpl_pretrain.config.model import MMDiTConfig
 from lpl_pretrain.config.text_layout import TextShape
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput, check_hidden_blocks
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.models.layers import (
     PatchEmbed,
@@ -52,22 +53,24 @@ class MMDiT(PatchTransformer):
         self.final_linear = nn.Linear(config.width, config.patch_size**2 * channels)
         self._initialise()
 
-    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def forward(
+        self, z_t: Tensor, t: Tensor, cond: Conditioning, hidden_blocks: tuple[int, ...] = ()
+    ) -> DenoiserOutput:
+        check_hidden_blocks(hidden_blocks, len(self.blocks))
         assert cond.text is not None and cond.pooled is not None
         dtype = self.x_embedder.proj.weight.dtype
         rows, columns = z_t.shape[-2] // self.patch, z_t.shape[-1] // self.patch
         image = self.x_embedder(z_t.to(dtype)) + self.positions(rows, columns)
         text = self.text_embedder(cond.text.to(dtype))
         condition = self.t_embedder(t) + self.pooled_embedder(cond.pooled.to(dtype))
-        for block in self.blocks:
+        hidden = {}
+        for index, block in enumerate(self.blocks):
             image, text = block(image, text, condition)
+            if index in hidden_blocks:
+                hidden[index] = image
         shift, scale = self.final_modulation(condition).chunk(2, dim=1)
-        return unpatchify(
-            self.final_linear(modulate(self.final_norm(image), shift, scale)),
-            self.patch,
-            rows,
-            columns,
-        )
+        output = self.final_linear(modulate(self.final_norm(image), shift, scale))
+        return DenoiserOutput(unpatchify(output, self.patch, rows, columns), hidden)
 
     def _initialise(self) -> None:
         """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the

@@ -8,6 +8,8 @@ and cond.sizes (B, 6) (arXiv 2307.01952, sections 2.1 and 2.2).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 
 from lpl_pretrain.config.model import UNetConfig
 from lpl_pretrain.config.text_layout import TextShape
+from lpl_pretrain.diffusion.denoiser import Denoiser, DenoiserOutput, check_hidden_blocks
 from lpl_pretrain.models.conditioning import Conditioning
 
 SIZES = 6
 
 
-class UNet(nn.Module):
+class UNet(Denoiser):
     def __init__(
         self, config: UNetConfig, channels: int, side: int, num_classes: int, text: TextShape | None
     ) -> None:
@@ -46,7 +49,7 @@ class UNet(nn.Module):
             self.class_embedding = nn.Embedding(num_classes + 1, settings["cross_attention_dim"])
 
     def sharded_blocks(self) -> list[str]:
-        """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one."""
+        """Down blocks, the middle block, up blocks."""
         levels = range(len(self.network.down_blocks))
         return (
             [f"network.down_blocks.{i}" for i in levels]
@@ -54,7 +57,11 @@ class UNet(nn.Module):
             + [f"network.up_blocks.{i}" for i in levels]
         )
 
-    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def forward(
+        self, z_t: Tensor, t: Tensor, cond: Conditioning, hidden_blocks: tuple[int, ...] = ()
+    ) -> DenoiserOutput:
+        blocks = self.sharded_blocks()
+        check_hidden_blocks(hidden_blocks, len(blocks))
         dtype = self.network.conv_in.weight.dtype
         added = None
         if self.config.preset == "sdxl":
@@ -65,6 +72,38 @@ class UNet(nn.Module):
             context = cond.text.to(dtype)
         else:
             context = self.class_embedding(cond.labels)[:, None]
-        return self.network(
-            z_t.to(dtype), 1000 * t.float(), encoder_hidden_states=context, added_cond_kwargs=added
-        ).sample
+        with _block_outputs(self, {index: blocks[index] for index in hidden_blocks}) as hidden:
+            output = self.network(
+                z_t.to(dtype),
+                1000 * t.float(),
+                encoder_hidden_states=context,
+                added_cond_kwargs=added,
+            ).sample
+        return DenoiserOutput(output, hidden)
+
+
+@contextmanager
+def _block_outputs(model: nn.Module, names: dict[int, str]) -> Iterator[dict[int, Tensor]]:
+    """Output (B, C_l, H_l, W_l) of each block in `names` that runs inside the `with`, by its index.
+
+    diffusers' forward calls the blocks, so their calls are observed by hooks that last as long as
+    the `with`.  A hook runs after the block's call: outside activation checkpointing and the
+    compiled function, and after the hooks that FSDP2 and DeepSpeed registered before.
+    """
+    hidden: dict[int, Tensor] = {}
+
+    def keep(index: int, output: Any) -> None:
+        # down blocks return their output and the skip connections
+        hidden[index] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, index=index: keep(index, output)
+        )
+        for index, name in names.items()
+    ]
+    try:
+        yield hidden
+    finally:
+        for handle in handles:
+            handle.remove()

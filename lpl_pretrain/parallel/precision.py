@@ -62,7 +62,7 @@ class AutocastWrapper(nn.Module):
         self._precision = precision
         self._device_type = device_type
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         if self._precision.master is torch.float64:
             inputs = tuple(_to_float64(value) for value in inputs)
         with torch.autocast(
@@ -70,7 +70,7 @@ class AutocastWrapper(nn.Module):
             dtype=self._precision.autocast,
             enabled=self._precision.autocast is not None,
         ):
-            return self.model(*inputs)
+            return self.model(*inputs, **options)
 
 
 def _to_float64(value: Any) -> Any:

@@ -19,6 +19,7 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import ConditioningConfig, OnSpike, TrainConfig
 from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.stream import LatentStream, RequestedFields
+from lpl_pretrain.diffusion.denoiser import Denoiser
 from lpl_pretrain.diffusion.schedule import Schedule, make_schedule
 from lpl_pretrain.ema.tracker import EMATracker
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
@@ -32,7 +33,7 @@ from lpl_pretrain.models.autoencoder import (
     latent_scaling,
     load_autoencoder,
 )
-from lpl_pretrain.models.build import Denoiser, build_denoiser
+from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import TextConditioner
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.build import make_strategy

@@ -18,9 +18,9 @@ from lpl_pretrain.config.init_from import InitConfig, diffusers_files
 from lpl_pretrain.config.load import load_run_config
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.strict_json import JSONError, read_json
+from lpl_pretrain.diffusion.denoiser import Denoiser
 from lpl_pretrain.errors import CheckpointError, ConfigError
 from lpl_pretrain.models import convert_dit, convert_mmdit
-from lpl_pretrain.models.build import Denoiser
 from lpl_pretrain.runtime.log import log
 
 State = dict[str, Tensor]

@@ -56,9 +56,8 @@ def denoiser_flops(
     t = torch.empty(1, device="meta")
 
     def sample(height: int, width: int) -> None:
-        model(
-            torch.empty(1, index.latent.channels, height, width, device="meta"), t, cond
-        ).sum().backward()
+        z_t = torch.empty(1, index.latent.channels, height, width, device="meta")
+        model(z_t, t, cond).output.sum().backward()
 
     return _mean(index, sample)
 

@@ -459,11 +459,8 @@ def test_every_accepted_model_runs(model, side):
     if text is not None:
         states, pooled = torch.zeros(1, text.tokens, text.width), torch.zeros(1, text.pooled_width)
         cond = Conditioning(cond.labels, states, pooled, torch.ones(1, 6, dtype=torch.int64))
-    loss = (
-        denoiser(torch.zeros(1, index.latent.channels, side, side), torch.zeros(1), cond)
-        .square()
-        .mean()
-    )
+    z_t = torch.zeros(1, index.latent.channels, side, side)
+    loss = denoiser(z_t, torch.zeros(1), cond).output.square().mean()
     loss.backward()
     assert loss.isfinite()
 

@@ -99,11 +99,8 @@ def exported(folder: Path, data, kind, **changes):
 def our_images(trained, noise, sampler, cond, uncond, scale):
     generator = trained.generator
 
-    def model(z_t, t, c):
-        return generator.denoiser(z_t, t, c)[:, :4]
-
     z0 = sample(
-        model,
+        generator.denoiser,
         generator.prediction,
         generator.schedule,
         sampler,

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from lpl_pretrain.config.schema import Prediction, ScheduleKind
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.learned_sigma import variational_bound
 from lpl_pretrain.diffusion.objective import denoise
 from lpl_pretrain.diffusion.schedule import make_schedule
@@ -24,7 +25,7 @@ def seen_at(t, spread, prediction=Prediction.EPS, wrong=0.1):
     answer = {Prediction.EPS: eps, Prediction.V: a * eps - s * z0}[prediction] + wrong * error
     answer.requires_grad_()
     seen = denoise(
-        lambda *_: torch.cat([answer, spread], dim=1),
+        lambda *_: DenoiserOutput(torch.cat([answer, spread], dim=1), {}),
         prediction,
         z0,
         eps,

@@ -7,6 +7,7 @@ import torch
 
 from lpl_pretrain.config.base import WeightingConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.objective import denoise
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.weighting import loss_weight
@@ -16,6 +17,11 @@ PAIRS = [
     (Prediction.V, ScheduleKind.COSINE),
     (Prediction.FLOW, ScheduleKind.RECTIFIED_FLOW),
 ]
+
+
+def predicting(output):
+    """A denoiser with this output for every input."""
+    return lambda z_t, t, cond, hidden_blocks: DenoiserOutput(output, {})
 
 
 def setting(kind, schedule_kind):
@@ -32,7 +38,7 @@ def setting(kind, schedule_kind):
 @pytest.mark.parametrize("kind, schedule_kind", PAIRS)
 def test_the_right_answer(kind, schedule_kind):
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
-    seen = denoise(lambda z_t, t, cond: answer, kind, z0, eps, t, alpha_t, sigma_t, None)
+    seen = denoise(predicting(answer), kind, z0, eps, t, alpha_t, sigma_t, None)
     assert not seen.loss.any()
     torch.testing.assert_close(seen.z0_hat, z0)
     torch.testing.assert_close(seen.noise_level, sigma_t / alpha_t)
@@ -43,7 +49,7 @@ def test_the_model_sees_z_t_and_t(kind, schedule_kind):
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
     seen = []
     denoise(
-        lambda *arguments: seen.append(arguments) or answer,
+        lambda *arguments: seen.append(arguments) or DenoiserOutput(answer, {}),
         kind,
         z0,
         eps,
@@ -52,9 +58,9 @@ def test_the_model_sees_z_t_and_t(kind, schedule_kind):
         sigma_t,
         "cond",
     )
-    z_t, time, cond = seen[0]
+    z_t, time, cond, hidden_blocks = seen[0]
     torch.testing.assert_close(z_t[2], alpha_t[2] * z0[2] + sigma_t[2] * eps[2])
-    assert time is t and cond == "cond"
+    assert time is t and cond == "cond" and hidden_blocks == ()
 
 
 @pytest.mark.parametrize("kind, schedule_kind", PAIRS)
@@ -64,7 +70,7 @@ def test_has_teeth(kind, schedule_kind, told):
     if told is kind:
         return
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
-    seen = denoise(lambda z_t, t, cond: answer, told, z0, eps, t, alpha_t, sigma_t, None)
+    seen = denoise(predicting(answer), told, z0, eps, t, alpha_t, sigma_t, None)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(seen.z0_hat, z0, rtol=0.1, atol=0.1)
 
@@ -86,7 +92,7 @@ def test_a_weighting_is_one_weight_on_the_error_of_z0(kind, schedule_kind, weigh
     options, on_z0 = ON_Z0[weighting]
     _, z0, eps, t, alpha_t, sigma_t, answer = setting(kind, schedule_kind)
     wrong = answer + 0.1 * torch.randn_like(answer)
-    seen = denoise(lambda z_t, t, cond: wrong, kind, z0, eps, t, alpha_t, sigma_t, None)
+    seen = denoise(predicting(wrong), kind, z0, eps, t, alpha_t, sigma_t, None)
     got = (
         loss_weight(WeightingConfig(kind=weighting, **options), kind, seen.noise_level) * seen.loss
     )
@@ -110,7 +116,7 @@ def test_v_at_zero_terminal_snr():
     alpha_t, sigma_t = schedule.coefficients(t)
     z0, eps = torch.randn(2, 1, 4, 5, 5, dtype=torch.float64)
     assert alpha_t.item() == 0.0
-    seen = denoise(lambda z_t, t, cond: -z0, Prediction.V, z0, eps, t, alpha_t, sigma_t, None)
+    seen = denoise(predicting(-z0), Prediction.V, z0, eps, t, alpha_t, sigma_t, None)
     torch.testing.assert_close(seen.z0_hat, z0)
     assert (
         not seen.loss.any()

@@ -11,6 +11,7 @@ import torch
 
 from lpl_pretrain.config.protocol import SamplerConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind
+from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.guidance import guided
 from lpl_pretrain.diffusion.samplers import plan_sampler, sample
 from lpl_pretrain.diffusion.schedule import make_schedule
@@ -52,7 +53,8 @@ def ideal(prediction: str, schedule, flip: float = 1.0):
         a, s = (c.view(-1, 1, 1, 1) for c in schedule.coefficients(t))
         whitened = (z_t - a * MEAN) / (a**2 * STD**2 + s**2)
         eps, z0 = s * whitened, MEAN + a * STD**2 * whitened
-        return flip * {"eps": eps, "v": a * eps - s * z0, "flow": eps - z0}[prediction]
+        output = {"eps": eps, "v": a * eps - s * z0, "flow": eps - z0}[prediction]
+        return DenoiserOutput(flip * output, {})
 
     return model
 
@@ -192,7 +194,8 @@ class Counting:
 
     def __call__(self, z_t, t, cond):
         self.rows.append(len(z_t))
-        return cond.labels.view(-1, 1, 1, 1).to(torch.bfloat16).expand_as(z_t)
+        output = cond.labels.view(-1, 1, 1, 1).to(torch.bfloat16).expand_as(z_t)
+        return DenoiserOutput(output, {})
 
 
 @pytest.mark.parametrize(
@@ -213,9 +216,11 @@ def test_autoguidance_asks_the_weaker_model_about_the_same_condition():
         torch.zeros(3, 1, 2, 2),
         Labels(torch.full((3,), 2)),
     )
-    out = guided(
-        strong, z_t, torch.zeros(3), cond, None, 3.0, lambda z_t, t, cond: weak(z_t, t, cond) + 1
-    )
+
+    def guide(z_t, t, cond):
+        return DenoiserOutput(weak(z_t, t, cond).output + 1, {})
+
+    out = guided(strong, z_t, torch.zeros(3), cond, None, 3.0, guide)
     assert (strong.rows, weak.rows) == ([3], [3])
     torch.testing.assert_close(out, torch.full_like(z_t, 3.0 + 3.0 * (2.0 - 3.0)))
 

@@ -51,9 +51,8 @@ def awake():
 
 
 def test_zero_at_initialisation():
-    assert not tiny()(
-        torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3]))
-    ).any()
+    cond = Conditioning(torch.tensor([0, 3]))
+    assert not tiny()(torch.randn(2, 4, 8, 12), torch.rand(2), cond).output.any()
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -64,23 +63,24 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 def test_every_input_matters(awake):
     z_t, t, labels = torch.randn(1, 4, 8, 12), torch.tensor([0.3]), torch.tensor([1])
-    out = awake(z_t, t, Conditioning(labels))
+    out = awake(z_t, t, Conditioning(labels)).output
     assert out.shape == z_t.shape
     for other in (
         awake(z_t + 1, t, Conditioning(labels)),
         awake(z_t, t + 0.1, Conditioning(labels)),
         awake(z_t, t, Conditioning(labels * 3)),
     ):
-        assert (out - other).abs().max() > 1e-3
+        assert (out - other.output).abs().max() > 1e-3
 
 
 def test_samples_do_not_see_each_other(awake):
     z_t, t, labels = torch.randn(3, 4, 8, 12), torch.rand(3), torch.tensor([0, 1, 3])
-    together = awake(z_t, t, Conditioning(labels))
-    alone = torch.cat(
-        [awake(z_t[i : i + 1], t[i : i + 1], Conditioning(labels[i : i + 1])) for i in range(3)]
-    )
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    together = awake(z_t, t, Conditioning(labels)).output
+    alone = [
+        awake(z_t[i : i + 1], t[i : i + 1], Conditioning(labels[i : i + 1])).output
+        for i in range(3)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_unpatchify_inverts_patches():
@@ -125,10 +125,9 @@ def test_other_shapes_are_those_of_a_model_built_for_them(awake, height, width):
         torch.rand(3),
         Conditioning(torch.tensor([0, 1, 2])),
     )
-    assert (
-        torch.equal(awake(z_t, t, cond), other(z_t, t, cond))
-        and awake(z_t, t, cond).shape == z_t.shape
-    )
+    output = awake(z_t, t, cond).output
+    assert torch.equal(output, other(z_t, t, cond).output)
+    assert output.shape == z_t.shape
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,7 @@ def test_a_size_is_spelt_out_and_may_not_be_contradicted():
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_changes_the_answer_and_starts_at_zero_too(option):
     inputs = torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3]))
-    assert not tiny(**{option: True})(*inputs).any()
+    assert not tiny(**{option: True})(*inputs).output.any()
     model = awakened(**{option: True})
     plain = awakened()
     shared = {
@@ -174,8 +173,8 @@ def test_an_option_changes_the_answer_and_starts_at_zero_too(option):
     }
     if option != "swiglu":
         plain.load_state_dict(shared)
-    assert (model(*inputs) - plain(*inputs)).abs().max() > 1e-3
-    model(*inputs).square().mean().backward()
+    assert (model(*inputs).output - plain(*inputs).output).abs().max() > 1e-3
+    model(*inputs).output.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -222,7 +221,8 @@ def one_step(world, device, strategy):
         model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0)
     )
     for _ in range(2):
-        out = denoiser(torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3])))
+        cond = Conditioning(torch.tensor([0, 3]))
+        out = denoiser(torch.randn(2, 4, 8, 12), torch.rand(2), cond).output
         door.backward((out.float() - 1).square().mean(), microbatch=0, of=1)
         report = door.step(lr=1e-2, max_grad_norm=1.0)
     assert report.applied
@@ -251,19 +251,18 @@ def test_text_is_read(text, rope):
     """
     torch.manual_seed(0)
     model, (z_t, t, cond) = reads(text, rope=rope)
-    assert not model(z_t, t, cond).any()
+    assert not model(z_t, t, cond).output.any()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    out = model(z_t, t, cond)
+    out = model(z_t, t, cond).output
     assert out.shape == z_t.shape
     for other in (
         replace(cond, text=cond.text + 1),
         replace(cond, pooled=cond.pooled + 1),
         replace(cond, labels=cond.labels.flip(0)),
     ):
-        assert (model(z_t, t, other) - out).abs().max() > 1e-3
-    torch.testing.assert_close(
-        model(z_t, t, replace(cond, text=cond.text.flip(1))), out, rtol=1e-3, atol=1e-4
-    )
+        assert (model(z_t, t, other).output - out).abs().max() > 1e-3
+    reordered = model(z_t, t, replace(cond, text=cond.text.flip(1))).output
+    torch.testing.assert_close(reordered, out, rtol=1e-3, atol=1e-4)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

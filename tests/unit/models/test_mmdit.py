@@ -42,23 +42,23 @@ def inputs(count=3):
 
 
 def test_zero_at_initialisation_and_every_parameter_gets_a_gradient():
-    assert not build_denoiser(CONFIG, LATENT, 0, text=TEXT)(*inputs()).any()
+    assert not build_denoiser(CONFIG, LATENT, 0, text=TEXT)(*inputs()).output.any()
     model = random_model()
-    model(*inputs()).square().mean().backward()
+    model(*inputs()).output.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_every_input_matters():
     model = random_model(std=0.2)
     z_t, t, cond = inputs(1)
-    out = model(z_t, t, cond)
+    out = model(z_t, t, cond).output
     for other in (
         model(z_t + 1, t, cond),
         model(z_t, t + 0.1, cond),
         model(z_t, t, replace(cond, text=cond.text.flip(2))),
         model(z_t, t, replace(cond, pooled=cond.pooled + 1)),
     ):
-        assert (out - other).abs().max() > 1e-3
+        assert (out - other.output).abs().max() > 1e-3
 
 
 def test_samples_do_not_see_each_other_and_shapes_may_differ():
@@ -68,9 +68,10 @@ def test_samples_do_not_see_each_other_and_shapes_may_differ():
         Conditioning(*(x[i : i + 1] for x in (cond.labels, cond.text, cond.pooled)))
         for i in range(3)
     ]
-    alone = [model(z_t[i : i + 1], t[i : i + 1], row) for i, row in enumerate(rows)]
-    torch.testing.assert_close(model(z_t, t, cond), torch.cat(alone), rtol=1e-4, atol=1e-5)
-    assert model(torch.randn(3, 4, 4, 16), t, cond).shape == (3, 4, 4, 16)
+    alone = [model(z_t[i : i + 1], t[i : i + 1], row).output for i, row in enumerate(rows)]
+    together = model(z_t, t, cond).output
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert model(torch.randn(3, 4, 4, 16), t, cond).output.shape == (3, 4, 4, 16)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -86,11 +87,10 @@ def test_diffusers_gives_the_same_answers(qk_norm):
         got = theirs(
             z_t, encoder_hidden_states=cond.text, pooled_projections=cond.pooled, timestep=1000 * t
         ).sample
-        torch.testing.assert_close(got, model(z_t, t, cond), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, model(z_t, t, cond).output, rtol=1e-4, atol=1e-4)
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(
-                got, model(z_t, t, replace(cond, text=cond.text.flip(2))), rtol=1e-3, atol=1e-3
-            )
+            other = model(z_t, t, replace(cond, text=cond.text.flip(2))).output
+            torch.testing.assert_close(got, other, rtol=1e-3, atol=1e-3)
 
 
 def test_the_round_trip_is_bit_equal():

@@ -53,7 +53,7 @@ def inputs(count=2):
 def test_blocks_exist_and_every_parameter_gets_a_gradient(preset):
     model = model_of(preset)
     assert [model.get_submodule(name) for name in model.sharded_blocks()]
-    model(*inputs()).square().mean().backward()
+    model(*inputs()).output.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -63,9 +63,9 @@ def test_blocks_exist_and_every_parameter_gets_a_gradient(preset):
 def test_it_heeds_its_conditions_and_no_others(preset, heeded):
     model = model_of(preset)
     z_t, t, cond = inputs(1)
-    out = model(z_t, t, cond)
+    out = model(z_t, t, cond).output
     for name in ("labels", "text", "pooled", "sizes"):
-        moved = model(z_t, t, replace(cond, **{name: getattr(cond, name) + 1}))
+        moved = model(z_t, t, replace(cond, **{name: getattr(cond, name) + 1})).output
         assert torch.equal(moved, out) != (name in heeded), name
 
 
@@ -76,7 +76,7 @@ def test_diffusers_is_told_timesteps_and_time_ids():
     theirs = model.network(
         z_t, torch.tensor([250.0, 999.0]), encoder_hidden_states=cond.text, added_cond_kwargs=added
     ).sample
-    torch.testing.assert_close(model(z_t, t, cond), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(z_t, t, cond).output, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_diffusers_folder(tmp_path):

@@ -40,7 +40,7 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     z_t = torch.randn(8, 4, 16, 16, generator=generator)
     t = torch.rand(8, generator=generator)
-    return model(z_t, t, Conditioning(torch.arange(8) % 3)).square().mean()
+    return model(z_t, t, Conditioning(torch.arange(8) % 3)).output.square().mean()
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -55,7 +55,7 @@ def gradients(
         before = {owned.name: owned.tensor.clone() for owned in engine.local_params()}
         generator = torch.Generator().manual_seed(0)
         z_t, t = torch.randn(8, 4, 8, 8, generator=generator), torch.rand(8, generator=generator)
-        output = denoiser(z_t, t, Conditioning(torch.arange(8) % 3))
+        output = denoiser(z_t, t, Conditioning(torch.arange(8) % 3)).output
         engine.backward(output.float().square().mean(), microbatch=0, of=1)
         assert engine.step(lr=1.0, max_grad_norm=1e9).applied
         return {owned.name: before[owned.name] - owned.tensor for owned in engine.local_params()}
