@@ -18,7 +18,7 @@ from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.parallel.activation_checkpointing import prepare_blocks
 from lpl_pretrain.parallel.build import make_strategy
 from tests.support.ranks import run_ranks
-from tests.support.training import JSON_OF, ROOT
+from tests.support.training import ZERO_CONFIGS, ROOT
 
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
 TEXT = TextShape(tokens=7, width=16, pooled_width=12)
@@ -153,8 +153,8 @@ def test_hidden_states_pass_through_every_strategy(strategy):
 
 def one_update(world, device, strategy):
     parallel = {"strategy": strategy, "precision": "fp32", "activation_checkpointing": "blocks"}
-    if strategy in JSON_OF:
-        parallel |= {"strategy": "zero", "zero_config": str(ROOT / JSON_OF[strategy])}
+    if strategy in ZERO_CONFIGS:
+        parallel |= {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}
     for name in CONFIGS:
         wanted = model_of(name)(*inputs(), (0, 2))
         engine = make_strategy(ParallelConfig.model_validate(parallel), world, device)
