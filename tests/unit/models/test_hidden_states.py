@@ -18,7 +18,7 @@ from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.parallel.activation_checkpointing import prepare_blocks
 from lpl_pretrain.parallel.build import make_strategy
 from tests.support.ranks import run_ranks
-from tests.support.training import ZERO_CONFIGS, ROOT
+from tests.support.training import ROOT, ZERO_CONFIGS
 
 LATENT = LatentEntry(channels=4, height=8, width=8, mean=[0.0] * 4, std=[1.0] * 4)
 TEXT = TextShape(tokens=7, width=16, pooled_width=12)
