@@ -1,6 +1,4 @@
-"""A test cluster that keeps accounts, as most do: slurmdbd and its MariaDB, each on a machine of
-its own.
-"""
+"""A test cluster with accounting: slurmdbd and its MariaDB, each on a machine of its own."""
 
 from __future__ import annotations
 
@@ -78,7 +76,7 @@ class AccountedCluster(Cluster):
             *FAST,
         ]
         self._start("database", DATABASE, *server)
-        ask = [
+        probe = [
             "mariadb",
             "--no-defaults",
             "-h",
@@ -90,19 +88,19 @@ class AccountedCluster(Cluster):
             "accounts",
         ]
         self.wait(
-            lambda: self.run(*ask, check=False, machine="database").returncode == 0, 30, "MariaDB"
+            lambda: self.run(*probe, check=False, machine="database").returncode == 0, 30, "MariaDB"
         )
         self._start("accountant", ACCOUNTANT, "/usr/sbin/slurmdbd", "-D")
         self.wait(
             lambda: self._sacctmgr("list", "qos", check=False).returncode == 0, 30, "slurmdbd"
         )
-        for words in (
+        for entity in (
             "cluster test",
             "account lab",
             "qos urgent",
             "user root account=lab qos=normal,urgent",
         ):
-            self._sacctmgr("-i", "add", *words.split())
+            self._sacctmgr("-i", "add", *entity.split())
         super()._start_head()
 
     def _sacctmgr(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:

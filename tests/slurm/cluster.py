@@ -1,9 +1,8 @@
-"""A throw-away multi-node SLURM cluster on one machine: the real daemons, made-up hardware, no
-trace left behind.
+"""A temporary multi-node SLURM cluster on one machine: real daemons, simulated hardware.
 
-Every machine of the cluster is a set of kernel namespaces (processes, host name, mounts, network),
-so a SIGKILL to its PID 1 is a power cut: whatever ran there is gone before the kernel lets anybody
-reap that PID 1. Needs root.
+Each machine of the cluster is a set of kernel namespaces (processes, host name, mounts, network),
+so a SIGKILL to its PID 1 is a power cut: all its processes have ended before the kernel lets that
+PID 1 be reaped.  Needs root.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from tests.slurm.network import ADDRESS, HEAD, PLUG_IN, SWITCH, in_network_of, s
 
 CONF = """\
 ClusterName=test
-# job ids of two clusters must differ: submitit takes the results of an older job of the same id for those of the new one
+# two clusters use different job ids: submitit would read the results of an older job of the same id
 FirstJobId={first_job_id}
 SlurmctldHost=head({head})
-# cred_expire is also how long a requeued job has to wait: 120 s unless told otherwise, and below 5 s it is refused
+# cred_expire is also the delay of a requeued job: 120 s by default, 5 s at least
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
 # no control groups and no systemd needed
 ProctrackType=proctrack/linuxproc
@@ -41,10 +40,10 @@ DefMemPerCPU=100
 PropagateResourceLimits=NONE
 SlurmdTimeout={slurmd_timeout_s}
 KillWait={kill_wait_s}
-# a host whose cable is pulled refuses nothing: how long everybody tries to reach it
+# time-outs for a disconnected host, which refuses no connection
 MessageTimeout=5
 TCPTimeout=1
-# finished jobs stay in the controller's table: the stand-in for sacct reads them there
+# finished jobs stay in the controller's table, where the substitute for sacct reads them
 MinJobAge=86400
 # a node that comes back serves again, whatever it was down for
 ReturnToService=2
@@ -59,23 +58,24 @@ SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/slurmd.%n.pid
 SlurmctldLogFile={folder}/log/head.log
 SlurmdLogFile={folder}/log/%n.log
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP \\
+  PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s}
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 SACCT = """\
 #!/bin/sh
-# Stand-in for sacct where no slurmdbd runs: `-o JobID,State,NodeList --parsable2 -j ID [-j ID ...]` from the controller's table.
+# Substitute for sacct without slurmdbd: reads the controller's table.
+# sacct -o JobID,State,NodeList --parsable2 -j ID [-j ID ...]
 ids=$(echo "$*" | grep -oE -e '(-j|--jobs)[ =]?[0-9_,]+' | grep -oE '[0-9][0-9_,]*$' | paste -sd, -)
 echo "JobID|State|NodeList"
 exec squeue -a -h -r -t all ${ids:+-j "$ids"} -o "%i|%T|%N"
 """
 
 SWITCHBOARD = "munge"
-"""The machine that has the switch: munged speaks to nobody over a network."""
+"""Machine of the network switch and of munged, which uses no network."""
 
-# own /etc/hosts and own host name, seen by nobody outside; $1 is the hosts file, $2 the name, $3
-# the address
+# an /etc/hosts and a host name that exist only inside; $1: hosts file, $2: name, $3: address
 AS_HOST = (
     'mount --bind "$1" /etc/hosts && hostname "$2" && {{ {wire}; }} && shift 3 && exec "$@" '
     "< /dev/null"
@@ -84,19 +84,21 @@ AS_HOST = (
 
 @dataclass
 class Machine:
-    """A running machine: our child that holds it, its PID 1 as the host counts, and its process
-    namespace kept open.
-    """
+    """A running machine."""
 
     child: subprocess.Popen[bytes]
+    """Process that started it."""
     init: int
-    namespace: int  # while this is open the kernel gives the namespace's number to no other one
+    """Pid of its PID 1 on the host."""
+    namespace: int
+    """File descriptor of its process namespace; while it is open, the number is not reused."""
 
 
 @dataclass
 class Cluster:
-    """Partition `main` is preempted by `high`; nodes are node1, node2, ...; the folder is absolute
-    and serves one cluster once.
+    """Partition `high` preempts `main`; nodes are node1, node2, ...
+
+    `folder` is absolute, and used for one cluster once.
     """
 
     folder: Path
@@ -112,19 +114,17 @@ class Cluster:
 
     @property
     def names(self) -> list[str]:
-        """The nodes' names, which are their host names too."""
+        """Names of the nodes, which are also their host names."""
         return [f"node{index + 1}" for index in range(self.nodes)]
 
     @property
     def disk(self) -> Path:
-        """A small one that every machine sees, to be filled."""
+        """A small file system that all machines share; tests fill it up."""
         return self.folder / "disk"
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment in which sbatch, squeue, scontrol and the stand-in for sacct talk to this
-        cluster.
-        """
+        """Environment in which sbatch, squeue, scontrol and sacct use this cluster."""
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -134,8 +134,9 @@ class Cluster:
         return {**kept, "SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path}
 
     def up(self) -> None:
-        """Return once every node is idle; where that fails nothing stays and the daemons' logs are
-        printed.
+        """Start the cluster and return once every node is idle.
+
+        On failure, all of it is stopped and the daemons' logs are printed.
         """
         atexit.register(self.down)
         try:
@@ -164,7 +165,7 @@ class Cluster:
             raise
 
     def down(self) -> None:
-        """End every machine with all that runs on it; the folder stays. Harmless when repeated."""
+        """Stop all machines with all their processes; the folder stays.  May be called twice."""
         for name in reversed(list(self.machines)):
             self._power_off(name)
         if self.disk.is_mount():
@@ -180,8 +181,9 @@ class Cluster:
         env: dict[str, str] | None = None,
         machine: str = "head",
     ) -> subprocess.CompletedProcess[str]:
-        """A command as on the login host, where the nodes' names resolve; with `check` a failure
-        raises its output.
+        """Run a command on a machine, by default the login host.
+
+        With `check`, a failed command raises RuntimeError with its output.
         """
         there = in_network_of(self.machines[machine].init)
         command = [*there, "unshare", "--mount", "--uts", *self._as_host(machine), *map(str, argv)]
@@ -196,23 +198,19 @@ class Cluster:
         return done
 
     def job_state(self, job_id: int | str) -> str:
-        """SLURM's word for the state, such as RUNNING; empty for a job that it does not know."""
+        """SLURM's state of a job, such as RUNNING; "" for an unknown job."""
         return self.run(
             "squeue", "-h", "-t", "all", "-j", str(job_id), "-o", "%T", check=False
         ).stdout.partition("\n")[0]
 
     def node_state(self, node: str) -> str:
-        """SLURM's word for the state, such as idle; a star at its end says that the node does not
-        answer.
-        """
+        """SLURM's state of a node, such as idle, with a star where the node does not answer."""
         return self.run(
             "sinfo", "-h", "-p", "main", "-n", node, "-o", "%T", check=False
         ).stdout.strip()
 
     def wait_state(self, job_id: int | str, states: str | tuple[str, ...], timeout_s: float) -> str:
-        """Wait for one of the states and return it; a time-out tells all that SLURM knows about the
-        job.
-        """
+        """Wait for one of the states and return it; a TimeoutError holds `scontrol show job`."""
         wanted = (states,) if isinstance(states, str) else states
         try:
             return self.wait(
@@ -226,24 +224,23 @@ class Cluster:
             ) from None
 
     def wait(self, predicate: Callable[[], Any], timeout_s: float, what: str) -> Any:
-        """Wait until the predicate's answer is true and return that answer; `TimeoutError` names
-        `what` did not come.
+        """Wait until `predicate` returns a true value, and return that.
+
+        `what`: what is waited for, for the TimeoutError.
         """
         end = time.monotonic() + timeout_s
-        while not (answer := predicate()):
+        while not (result := predicate()):
             if time.monotonic() > end:
-                raise TimeoutError(f"waited {timeout_s} s in vain for {what}")
+                raise TimeoutError(f"waited {timeout_s} s without success for {what}")
             time.sleep(0.05)
-        return answer
+        return result
 
     def pids_on(self, node: str) -> list[tuple[int, str]]:
-        """Every process of the node, also after its crash: its number on this machine and its
-        command line.
-        """
+        """(pid on this machine, command line) of each process of the node, also after its crash."""
         namespace = os.fstat(self.machines[node].namespace).st_ino
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # ended while we looked
+            with contextlib.suppress(OSError):  # it has just ended
                 if os.stat(entry / "ns" / "pid").st_ino == namespace:
                     command = (
                         (entry / "cmdline")
@@ -254,48 +251,43 @@ class Cluster:
                     found.append((int(entry.name), command.strip()))
         return found
 
-    def crash(self, node: str, tell: bool = False) -> None:
-        """A power cut; SLURM notices when the node is silent for too long, or at once with `tell`."""
+    def crash(self, node: str, mark_down: bool = False) -> None:
+        """Cut the power of a node.  SLURM notices by its timeout, or with `mark_down` at once."""
         machine = self.machines[node]
         if machine.child.poll() is None:
             os.kill(machine.init, signal.SIGKILL)
             machine.child.wait(10)
-        if tell:
+        if mark_down:
             self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash")
 
     def boot(self, node: str) -> None:
-        """Bring a crashed node back; returns when SLURM counts on it again."""
+        """Boot a crashed node; returns when SLURM uses it again."""
         self._power_off(node)
         self._start_node(node)
         self._wait_ready(node)
 
     def kill_slurmd(self, node: str) -> None:
-        """SIGKILL the node's slurmd alone: SLURM loses sight of the node while the jobs on it run
-        on.
-        """
+        """SIGKILL the node's slurmd only: SLURM loses the node while its jobs keep running."""
         os.kill(self.machines[node].init, signal.SIGUSR1)
         self.wait(lambda: not self._has_slurmd(node), 10, f"the end of slurmd on {node}")
 
     def start_slurmd(self, node: str) -> None:
-        """Start slurmd again on a node that lost it; returns when SLURM counts on the node again."""
+        """Start slurmd again; returns when SLURM uses the node again."""
         os.kill(self.machines[node].init, signal.SIGUSR2)
         self._wait_ready(node)
 
-    def cut(self, node: str) -> None:
-        """Pull the node's cable: what runs there runs on, and SLURM notices when the node is silent
-        for too long.
-        """
+    def disconnect(self, node: str) -> None:
+        """Unplug the node's network: its processes keep running, and SLURM notices later."""
         set_cable(self.machines[SWITCHBOARD].init, node, plugged=False)
 
-    def mend(self, node: str) -> None:
-        """Plug the cable in again; returns when SLURM counts on the node again."""
+    def reconnect(self, node: str) -> None:
+        """Plug the network in again; returns when SLURM uses the node again."""
         set_cable(self.machines[SWITCHBOARD].init, node, plugged=True)
         self._wait_ready(node)
 
     def logs(self) -> str:
-        """The ends of all daemons' logs, for the report of a failed test."""
-        # slurmd and slurmctld say everything twice, and with the time only in NAME.log: it replaces
-        # NAME.out where there are both
+        """Last lines of all daemons' logs, for the report of a failed test."""
+        # NAME.log, which has times, replaces NAME.out
         files = {file.stem: file for file in sorted((self.folder / "log").glob("*"), reverse=True)}
         ends = {
             name: file.read_text(errors="replace").splitlines()[-40:]
@@ -325,9 +317,8 @@ class Cluster:
             lines.append(f"NodeName={node} NodeHostname={node} {machine} State=UNKNOWN")
             for gpu in range(self.gpus):
                 device = self.folder / "dev" / f"{node}-gpu{gpu}"
-                os.mknod(
-                    device, 0o20666, os.makedev(1, 3)
-                )  # SLURM wants character devices: twins of /dev/null
+                # SLURM requires character devices: copies of /dev/null
+                os.mknod(device, 0o20666, os.makedev(1, 3))
                 gres.append(f"NodeName={node} Name=gpu File={device}")
         # cgroup.conf has to be there and stays empty: slurmd 22.05 dies of CgroupPlugin=disabled
         for name, content in {
@@ -359,10 +350,9 @@ class Cluster:
         ]
 
     def _start(self, name: str, address: str, *argv: str) -> None:
-        """Start a machine whose PID 1 is the command; the one without an address has the switch."""
-        # pdeathsig and kill-child: even where we are killed outright the machine ends with us. The
-        # kernel means the thread that started it, not the process: bring a cluster up in the main
-        # thread
+        """Start a machine whose PID 1 is the command; the one without an address is the switch."""
+        # pdeathsig and kill-child end the machine with this process, even if that is killed.  The
+        # kernel watches the thread that started it, so a cluster must be started in the main thread
         keep = ["setpriv", "--pdeathsig", "SIGKILL", "unshare", "--kill-child=SIGKILL"]
         host = self._as_host(name, address, PLUG_IN if address else SWITCH)
         command = [
@@ -378,8 +368,7 @@ class Cluster:
         ]
         switch = f"/proc/{self.machines[SWITCHBOARD].init}/ns/net" if address else os.devnull
         with open(self.folder / "log" / f"{name}.out", "ab") as log, open(switch) as stdin:
-            # its own session: Ctrl-C must not reach the daemons before the tests have taken them
-            # down
+            # a session of its own, so that Ctrl-C does not reach the daemons
             child = subprocess.Popen(
                 command, stdin=stdin, stdout=log, stderr=log, start_new_session=True, env=self.env
             )

@@ -1,5 +1,5 @@
-"""One real SLURM cluster for all tests of this folder; skipped only where it cannot be installed or
-root is not given.
+"""One real SLURM cluster for all tests of this folder, which are skipped without root, or where it
+cannot be installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.slurm.packages import missing
 
 @contextlib.contextmanager
 def running(kind=Cluster):
-    """A cluster for as long as it is needed."""
+    """Start a cluster, and stop it at the end."""
     if reason := missing():
         pytest.skip(reason)
     # not pytest's folder: the name of munge's socket must fit into 107 characters
@@ -30,22 +30,22 @@ def running(kind=Cluster):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Three nodes with two GPUs each, as good as empty: a test cancels the jobs that it submits."""
+    """Three nodes with two GPUs each; a test cancels the jobs that it submits."""
     with running() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Latents, `train.yaml`, and the profile `cluster.yaml`."""
+    """Folder with latents, `train.yaml`, and the profile `cluster.yaml`."""
     folder = tmp_path_factory.mktemp("slurm training")  # a name with a space, as users have them
     prepare(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left(request):
-    """By a test that fails, for the next one to wait for."""
+def cancel_jobs(request):
+    """Cancel the jobs that a failed test leaves, so that the next test need not wait for them."""
     yield
     cluster = request.node.funcargs.get("cluster")
     if cluster and cluster.machines:

@@ -1,4 +1,4 @@
-"""A training on the test cluster, 2 nodes of 2 processes, from where its user sits."""
+"""A training job on the test cluster: 2 nodes of 2 processes, started by `launch`."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PROFILE = {
     "environment": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
 }
 COLD = ["--set", "container=[]"]
-"""Every process with imports of its own."""
+"""Start every process without preloaded imports, as for users."""
 
 
 def prepare(folder):
-    """Latents, a configuration, and a profile."""
+    """Write latents, `train.yaml` and `cluster.yaml`."""
     latents, autoencoder = tiny_dataset(folder)
     config = TRAIN.format(
         every=EVERY, autoencoder=json.dumps(autoencoder), latents=json.dumps(latents)
@@ -64,17 +64,17 @@ class Job:
     def __init__(self, cluster, folder, run, *overrides, changes=(), more=()):
         """`run`: its folder, or the name of one in `folder`."""
         self.cluster, self.run = cluster, folder / run
-        self.afterwards = []  # what is left to be seen of its troubles
-        launched = self.ask(cluster, folder, run, *overrides, changes=changes, more=more)
+        self.unfinished_faults = []  # functions that wait for the last effects of a fault
+        launched = self.submit(cluster, folder, run, *overrides, changes=changes, more=more)
         assert launched.returncode == 0, launched.stdout + launched.stderr
         self.folder = JobFolder(self.run / "launch")
         self.id = self.folder.read_raw_record()["job"]
 
     @staticmethod
-    def ask(cluster, folder, run, *overrides, changes=(), more=()):
-        """What the scheduler may refuse."""
+    def submit(cluster, folder, run, *overrides, changes=(), more=()):
+        """Run `launch train`, which SLURM may refuse."""
         options = [option for change in changes for option in ("--set", change)]
-        where = [
+        arguments = [
             f"run_dir={folder / run}",
             *overrides,
             "--cluster",
@@ -82,7 +82,7 @@ class Job:
             "--nodes",
             2,
         ]
-        return launch(cluster, "train", folder / "train.yaml", *where, *options, *more)
+        return launch(cluster, "train", folder / "train.yaml", *arguments, *options, *more)
 
     def launch(self, *arguments):
         return launch(self.cluster, *arguments)
@@ -91,14 +91,14 @@ class Job:
         return metric_lines(self.run) if (self.run / "metrics.jsonl").exists() else []
 
     def steps(self):
-        """That were logged, with repetitions."""
+        """Logged steps, repeated ones included."""
         return [line["step"] for line in self.log() if "event" not in line]
 
     def resumes(self):
         return [line for line in self.log() if line.get("event") == "resumed"]
 
     def wait_steps(self, more):
-        """Until so many were made from now on."""
+        """Wait until `more` further steps are logged."""
         before = len(self.steps())
         self.wait(lambda: len(self.steps()) >= before + more, f"{more} more steps after {before}")
 
@@ -113,7 +113,7 @@ class Job:
         self.wait(lambda: self.cluster.job_state(self.id) in ("COMPLETED", ""), "the end")
 
     def ranks(self, node=None):
-        """(pid, command) of the processes that train, on one node or on any."""
+        """(pid, command) of the training processes on one node, or on all."""
         found = [
             process
             for name in ([node] if node else self.cluster.names)
@@ -126,7 +126,7 @@ class Job:
         ]
 
     def nodes(self):
-        """The one with the batch script and rank 0, and the other one."""
+        """[node of the batch script and rank 0, other node]."""
         first, listed = self.cluster.run(
             "squeue", "-h", "-j", self.id, "-o", "%B %N"
         ).stdout.split()
@@ -134,23 +134,23 @@ class Job:
         return sorted(found, key=lambda node: node != first)
 
     def restarts(self):
-        """As the scheduler counts them."""
+        """Number of restarts, by SLURM."""
         return int(self.cluster.run("squeue", "-h", "-j", self.id, "-O", "RestartCnt").stdout)
 
-    def goes_on_after(self, trouble):
-        """`trouble` happens once; seconds until the run has resumed, and steps that were made
-        before and are made again.
+    def resumes_after(self, fault):
+        """Apply a fault; return the seconds until the run has resumed, and the number of steps that
+        are repeated.
         """
         resumed, started = len(self.resumes()), time.time()
-        trouble(self)
+        fault(self)
         self.wait(lambda: len(self.resumes()) > resumed, "resumed")
-        told = self.log()
-        at = [i for i, line in enumerate(told) if line.get("event") == "resumed"][resumed]
-        made = max(line["step"] for line in told[:at] if "event" not in line)
-        return round(told[at]["time_s"] - started, 1), made - told[at]["step"]
+        log_lines = self.log()
+        at = [i for i, line in enumerate(log_lines) if line.get("event") == "resumed"][resumed]
+        made = max(line["step"] for line in log_lines[:at] if "event" not in line)
+        return round(log_lines[at]["time_s"] - started, 1), made - log_lines[at]["step"]
 
 
 def weights(run, step):
-    """Bytes of a checkpoint's pieces, by file."""
+    """{name: bytes} of a checkpoint's files, without its manifest."""
     files = (run / "checkpoints" / f"step_{step:08d}").iterdir()
     return {file.name: file.read_bytes() for file in files if file.name != "manifest.json"}

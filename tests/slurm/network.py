@@ -1,4 +1,4 @@
-"""The test cluster's wires: a switch, and a cable from it to every machine that can be pulled.
+"""Network of the test cluster: a switch, and a cable from it to each machine that can be unplugged.
 
 The switch is a bridge and the machines are network namespaces, so nothing is added to this
 machine's own network, and the kernel removes all of it with the processes in it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 
 HEAD, ADDRESS = "192.0.2.1", "192.0.2.{number}"
-"""Addresses that nobody has: RFC 5737."""
+"""Addresses reserved for documentation (RFC 5737)."""
 SWITCH = "ip link set lo up && ip link add lan type bridge && ip link set lan up"
 # $2 is the machine's name, $3 its address, stdin the switch, in which the cable of a machine that
 # has just crashed may still be
@@ -21,13 +21,14 @@ ip address add "$3/24" dev eth0 && ip link set eth0 up && on_switch set "$2" mas
 
 
 def in_network_of(pid: int) -> list[str]:
-    """What a command is run by to see that process's network."""
+    """Prefix of a command that runs in the network namespace of that process."""
     return ["nsenter", f"--net=/proc/{pid}/ns/net"]
 
 
 def set_cable(switch: int, name: str, *, plugged: bool) -> None:
-    """`switch` is a process that has it. From a machine without its cable packets vanish, and no
-    connection ends or is reset.
+    """Plug or unplug a machine's cable; `switch` is a process in the switch's namespace.
+
+    Packets of an unplugged machine vanish, and no connection ends or is reset.
     """
     command = [*in_network_of(switch), "ip", "link", "set", name, "up" if plugged else "down"]
     subprocess.run(command, check=True, capture_output=True)

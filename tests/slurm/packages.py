@@ -1,6 +1,4 @@
-"""The Debian packages behind the test cluster, and why there can be no cluster where they or the
-rights to use them are missing.
-"""
+"""Debian packages of the test cluster, and the reason where it cannot run."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ SBIN = "/usr/sbin:/sbin"
 
 
 def absent() -> list[str]:
-    """The packages whose programs are not on this machine."""
+    """Packages whose programs are not on this machine."""
     path = f"{os.environ.get('PATH', '')}:{SBIN}"
     return [
         package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=path)
@@ -32,7 +30,7 @@ def absent() -> list[str]:
 
 
 def install() -> None:
-    """Install what is absent; a `CalledProcessError` or `TimeoutExpired` says that it did not work."""
+    """Install missing packages.  Raises CalledProcessError or TimeoutExpired."""
     packages = absent()
     if not packages:
         return
@@ -59,7 +57,7 @@ def install() -> None:
 
 @functools.cache
 def missing() -> str | None:
-    """Why no cluster can run here after an attempt to install what it needs; None when one can."""
+    """Reason why no cluster can run here, after an attempt to install it; None when one can."""
     if os.geteuid():
         return "a SLURM test cluster needs root: its nodes are kernel namespaces"
     if absent() and not shutil.which("apt-get"):
@@ -86,7 +84,7 @@ def missing() -> str | None:
         [*unshare, f"{SWITCH} && ip link add type veth"], capture_output=True, text=True
     )
     return (
-        f"root may not make namespaces or wires here: {probe.stderr.strip()}"
+        f"root may not create namespaces or network devices here: {probe.stderr.strip()}"
         if probe.returncode
         else None
     )

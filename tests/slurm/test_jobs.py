@@ -1,4 +1,4 @@
-"""Other work than training, and what is refused: on the real scheduler, from pictures to scores."""
+"""Encoding, evaluation and pipelines on a real SLURM cluster, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import yaml
 
 from launch.job_folder import JobFolder
 from lpl_pretrain.config.override import as_override
+from tests.slurm.faults import crash, preempt
 from tests.slurm.job import COLD, STRATEGIES, Job, launch
-from tests.slurm.troubles import crash, preempt
 
-PIPED = 'it\'s: "piped" #2 $(touch canary)'
-"""A name that YAML and the shell would read otherwise."""
+SPECIAL_NAME = 'it\'s: "piped" #2 $(touch canary)'
+"""A folder name with characters that are special to YAML and the shell."""
 ONE_EACH = ["--set", "processes_per_node=1", "--set", "gpus_per_node=1"]
 
 
-def test_scores_arrive_though_all_are_preempted_and_a_node_is_lost(cluster, folder):
-    """A job watches and submits one for each checkpoint: all are scored, once each, and it ends
-    when no more can come.
-    """
+def test_all_checkpoints_are_scored_despite_preemption_and_a_crash(cluster, folder):
+    """The watching job submits one evaluation for each checkpoint and ends after the last one."""
     protocol = {
         "name": "quick",
         "images": 8,
@@ -31,44 +29,46 @@ def test_scores_arrive_though_all_are_preempted_and_a_node_is_lost(cluster, fold
     }
     protocol |= {"reference": str(folder / "images"), "grid_images": 0}
     (folder / "quick.yaml").write_text(yaml.safe_dump(protocol))
-    way = [*STRATEGIES["fsdp2"], "steps=120", "checkpoint.every_steps=40", "lpl=null"]
-    job = Job(cluster, folder, "scored", *way, more=["--evaluate-with", folder / "quick.yaml"])
+    overrides = [*STRATEGIES["fsdp2"], "steps=120", "checkpoint.every_steps=40", "lpl=null"]
+    job = Job(
+        cluster, folder, "scored", *overrides, more=["--evaluate-with", folder / "quick.yaml"]
+    )
     watcher = JobFolder(job.run / "launch" / "watch" / "quick")
     job.wait_steps(30)
     preempt(job)
-    job.wait(lambda: job.resumes(), "training goes on")
-    job.wait(lambda: cluster.job_state(watcher.job) == "RUNNING", "watching goes on")
+    job.wait(lambda: job.resumes(), "training resumes")
+    job.wait(lambda: cluster.job_state(watcher.job) == "RUNNING", "the watching job restarts")
     crash(job, cluster.run("squeue", "-h", "-j", watcher.job, "-o", "%B").stdout.strip())
     job.wait(
         lambda: watcher.read_attempts() and watcher.read_attempts()[-1]["reason"] == "done",
-        "all is scored",
+        "all checkpoints are scored",
         timeout_s=240,
     )
     assert [found["reason"] for found in watcher.read_attempts()] == ["stopped in time", "done"]
     scored = {path.parent.name for path in job.run.glob("evaluations/step_*/quick.json")}
     assert scored >= {f"step_{step:08d}" for step in (40, 80, 120)}
-    scorers = {
+    evaluations = {
         path.name: JobFolder(path) for path in (job.run / "launch" / "evaluate" / "quick").iterdir()
     }
-    assert set(scorers) == scored, "one folder for each, and so one job at a time"
+    assert set(evaluations) == scored, "one folder, and so one job at a time, for each checkpoint"
     job.wait(
-        lambda: all(scorer.read_attempts() for scorer in scorers.values()),
+        lambda: all(evaluation.read_attempts() for evaluation in evaluations.values()),
         "the last evaluation job's own end",
     )
-    for scorer in scorers.values():
-        assert [found["reason"] for found in scorer.read_attempts() if not found["requeued"]] == [
-            "done"
-        ]
-    assert "quick: " in (told := job.launch("status", job.run).stdout) and "next step" not in told
+    for evaluation in evaluations.values():
+        assert [
+            found["reason"] for found in evaluation.read_attempts() if not found["requeued"]
+        ] == ["done"]
+    assert (
+        "quick: " in (output := job.launch("status", job.run).stdout) and "next step" not in output
+    )
 
 
-def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
-    """Every process as it starts for users; and when the first part fails the scheduler cancels the
-    others.
-    """
+def test_pipeline_runs_from_images_to_scores(cluster, folder):
+    """Without preloaded imports; when the first part fails, SLURM cancels the others."""
     encode = {
         "source": str(folder / "images"),
-        "output": str(folder / PIPED),
+        "output": str(folder / SPECIAL_NAME),
         "resolution_px": 32,
     }
     encode["autoencoder"] = str(folder / "autoencoder")
@@ -90,25 +90,27 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
         "--evaluate",
         folder / "end.yaml",
     ]
-    way = [*STRATEGIES["fsdp2"], "steps=20", "lpl=null", "checkpoint.every_steps=20"]
+    overrides = [*STRATEGIES["fsdp2"], "steps=20", "lpl=null", "checkpoint.every_steps=20"]
 
     def pipeline(run):
         shape = ["--cluster", folder / "cluster.yaml", "--nodes", 2, *ONE_EACH, *COLD]
-        told = launch(
-            cluster, "pipeline", *parts, *way, as_override("run_dir", str(run)), *shape
+        output = launch(
+            cluster, "pipeline", *parts, *overrides, as_override("run_dir", str(run)), *shape
         ).stdout
-        return re.findall(r"^job (\S+), ([^:\n]+)", told, re.MULTILINE)
+        return re.findall(r"^job (\S+), ([^:\n]+)", output, re.MULTILINE)
 
     tasks = ("encode/0", "encode/1", "verify", "train", "watch/quick")
-    assert [part for _, part in pipeline(folder / f"{PIPED} run")] == [*tasks]
-    score = folder / f"{PIPED} run" / "evaluations" / "step_00000020" / "quick.json"
+    assert [part for _, part in pipeline(folder / f"{SPECIAL_NAME} run")] == [*tasks]
+    score = folder / f"{SPECIAL_NAME} run" / "evaluations" / "step_00000020" / "quick.json"
     cluster.wait(score.exists, 200, "the score at the end of the pipeline")
-    told = launch(cluster, "status", folder / PIPED).stdout.splitlines()[1:]
-    assert [(line.split()[0], line.split()[-1]) for line in told] == [
+    output = launch(cluster, "status", folder / SPECIAL_NAME).stdout.splitlines()[1:]
+    assert [(line.split()[0], line.split()[-1]) for line in output] == [
         ("encode/0", "done"),
         ("encode/1", "done"),
     ]
-    assert "[0] " in launch(cluster, "logs", folder / PIPED / "launch" / "encode" / "1").stdout
+    assert (
+        "[0] " in launch(cluster, "logs", folder / SPECIAL_NAME / "launch" / "encode" / "1").stdout
+    )
     (folder / "encode.yaml").write_text(
         yaml.safe_dump(
             {**encode, "source": str(folder / "nothing"), "output": str(folder / "none")}
@@ -119,11 +121,11 @@ def test_a_pipeline_runs_from_pictures_to_scores(cluster, folder):
     cluster.wait(
         lambda: all(cluster.job_state(job) in ("CANCELLED", "") for job in jobs[2:]),
         60,
-        "the rest is cancelled",
+        "the other jobs are cancelled",
     )
 
 
-def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
+def test_refusals_by_sbatch_and_by_the_run(cluster, folder):
     arguments = (
         "train",
         folder / "train.yaml",
@@ -133,13 +135,13 @@ def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
         folder / "cluster.yaml",
     )
 
-    nowhere = launch(cluster, *arguments, "--set", "partition=nowhere")
+    unknown_partition = launch(cluster, *arguments, "--set", "partition=nowhere")
     assert (
-        nowhere.returncode == 2
-        and "sbatch refused this job" in nowhere.stderr
-        and "invalid partition" in nowhere.stderr
+        unknown_partition.returncode == 2
+        and "sbatch refused this job" in unknown_partition.stderr
+        and "invalid partition" in unknown_partition.stderr
     )
-    greedy = launch(
+    too_many_gpus = launch(
         cluster,
         *arguments,
         "--nodes",
@@ -149,15 +151,16 @@ def test_what_the_scheduler_or_the_run_refuses(cluster, folder):
         "--set",
         "processes_per_node=4",
     )
-    assert greedy.returncode == 2 and "node configuration is not available" in greedy.stderr
+    assert too_many_gpus.returncode == 2
+    assert "node configuration is not available" in too_many_gpus.stderr
     uneven = launch(cluster, *arguments, "--nodes", 3).stderr
     assert "global_batch_size=8 is not a multiple of dp_world_size=6" in uneven, (
-        "found without the scheduler"
+        "refused without sbatch"
     )
 
 
-def test_input_that_is_refused_is_not_tried_again(cluster, folder):
-    """What the login node could not see: the latents are gone when the job begins."""
+def test_job_with_refused_input_is_not_requeued(cluster, folder):
+    """The latents are removed when the job starts, which the login node could not know."""
     shutil.copytree(folder / "latents", folder / "short lived")
     setup = [f"rm -r {shlex.quote(str(folder / 'short lived'))}"]
     own = [f"data.folder={folder / 'short lived'}", *STRATEGIES["fsdp2"]]

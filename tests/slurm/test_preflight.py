@@ -1,6 +1,4 @@
-"""A node that has lost the data is named and left out, and training completes on two others: on the
-real scheduler.
-"""
+"""Preflight on a real SLURM cluster: a node without the data is excluded."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ ONE_EACH = ["processes_per_node=1", "gpus_per_node=1"]
 
 
 @pytest.fixture
-def lost(cluster, folder):
-    """On node2 the latents' folder is empty, as when a file system was not mounted."""
+def unfit_node(cluster, folder):
+    """Make the latents' folder empty on node2, as when a file system is not mounted."""
     inside = ["nsenter", "--mount", "--target", str(cluster.machines["node2"].init)]
     subprocess.run([*inside, "mount", "-t", "tmpfs", "none", folder / "latents"], check=True)
     yield
@@ -25,13 +23,13 @@ def lost(cluster, folder):
 
 
 def run(cluster, folder, name, *overrides):
-    """The job, which has ended."""
+    """Run a job to its end."""
     job = Job(cluster, folder, name, *SMALL, *overrides, changes=ONE_EACH)
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", "FAILED"), "the end")
     return job
 
 
-def test_goes_on_without_a_node_that_is_unfit(cluster, folder, lost):
+def test_job_is_requeued_without_the_unfit_node(cluster, folder, unfit_node):
     job = run(cluster, folder, "fit")
     first, last = job.folder.read_attempts()
     assert (
@@ -45,16 +43,16 @@ def test_goes_on_without_a_node_that_is_unfit(cluster, folder, lost):
         "findings"
     ]
     assert "excluded    node2" in job.launch("status", job.run).stdout, (
-        "and `launch resume` reads it there"
+        "from the record that `launch resume` reads"
     )
-    told = job.launch("logs", job.run).stdout
+    logs = job.launch("logs", job.run).stdout
     assert (
-        "preflight: node2 (rank 1): input: found DataError" in told and "this node is unfit" in told
+        "preflight: node2 (rank 1): input: found DataError" in logs and "this node is unfit" in logs
     )
 
 
-def test_has_teeth(cluster, folder, lost):
-    """Without a preflight the same node ends the job: its trouble is taken for the input's."""
-    job = run(cluster, folder, "unseen", "preflight=null")
+def test_without_preflight_the_unfit_node_ends_the_job(cluster, folder, unfit_node):
+    """The missing data count as bad input of the run."""
+    job = run(cluster, folder, "no preflight", "preflight=null")
     (only,) = job.folder.read_attempts()
     assert (only["status"], only["requeued"]) == (2, False)

@@ -1,6 +1,4 @@
-"""Jobs are launched, watched and cancelled with accounts, and without sacct; that one which lies
-does no harm: test_recovery.py.
-"""
+"""Jobs with accounting, and without sacct.  test_recovery.py has a sacct that is wrong."""
 
 from __future__ import annotations
 
@@ -11,14 +9,14 @@ import pytest
 from tests.slurm.accounting import AccountedCluster
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import running
+from tests.slurm.faults import crash_node_of_rank_0
 from tests.slurm.job import STRATEGIES, Job
-from tests.slurm.troubles import crash_rank_0
 
 ENDLESS = [*STRATEGIES["fsdp2"], "steps=100000", "lpl=null"]
 
 
 class WithoutSacct(Cluster):
-    """All programs of the system but one."""
+    """A cluster where the programs on PATH do not include sacct."""
 
     @property
     def env(self):
@@ -37,7 +35,7 @@ def cluster(request):
         yield cluster
 
 
-def watch_and_cancel(job):
+def check_status_and_cancel(job):
     assert f"job         {job.id}: RUNNING" in job.launch("status", job.run).stdout
     assert f"its job {job.id} is RUNNING" in job.launch("resume", job.run).stderr
     job.launch("cancel", job.run)
@@ -55,38 +53,38 @@ def test_launch_without_sacct(cluster, folder):
     assert not cluster.run("sh", "-c", "command -v sacct", check=False).stdout
     job = Job(cluster, folder, "no sacct", *ENDLESS)
     job.wait_steps(10)
-    watch_and_cancel(job)
+    check_status_and_cancel(job)
 
 
 @pytest.mark.parametrize("cluster", [AccountedCluster], indirect=True)
 def test_launch_with_accounts(cluster, folder):
-    """sacct keeps saying that the job was lost with its node while it runs on; whom to bill is for
-    the scheduler to refuse.
+    """sacct still reports the node failure of an attempt while the requeued job runs; SLURM refuses
+    unknown accounts.
     """
-    refused = Job.ask(cluster, folder, "nobody's", *ENDLESS, changes=["account=nobody"])
+    refused = Job.submit(cluster, folder, "unknown account", *ENDLESS, changes=["account=unknown"])
     assert (
         refused.returncode == 2
         and "Invalid account or account/partition combination" in refused.stderr
     )
     assert (
         "Invalid qos"
-        in Job.ask(
+        in Job.submit(
             cluster, folder, "in a hurry", *ENDLESS, changes=["account=lab", "qos=now"]
         ).stderr
     )
     job = Job(cluster, folder, "accounted", *ENDLESS, changes=["account=lab", "qos=urgent"])
     job.wait_steps(25)  # a checkpoint
-    job.goes_on_after(crash_rank_0)
+    job.resumes_after(crash_node_of_rank_0)
 
-    def told():
+    def accounted():
         columns = ["-X", "-n", "-P", "-o", "State,Account,QOS,AllocTRES"]
         return cluster.run("sacct", "--duplicates", *columns, "-j", job.id).stdout.splitlines()
 
     job.wait(
-        lambda: len(told()) == 2 and told()[1].startswith("RUNNING"),
+        lambda: len(accounted()) == 2 and accounted()[1].startswith("RUNNING"),
         "the second attempt in the accounts",
     )
-    first, second = told()
+    first, second = accounted()
     assert first.startswith("NODE_FAIL|lab|urgent|") and "gres/gpu=4" in second
-    watch_and_cancel(job)
-    job.wait(lambda: told()[1].startswith("FAILED"), "the end in the accounts")
+    check_status_and_cancel(job)
+    job.wait(lambda: accounted()[1].startswith("FAILED"), "the end in the accounts")

@@ -1,6 +1,4 @@
-"""A sweep on the real scheduler: each task of the array is a run like any other, whatever happens
-to its neighbours.
-"""
+"""A sweep on a real SLURM cluster: a requeued task of the array does not affect the others."""
 
 from __future__ import annotations
 
@@ -14,10 +12,8 @@ STEPS = 800
 RATES = ("1e-3", "2e-3", "4e-3")
 
 
-def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
-    """The last one, which has the array's own number: `scontrol requeue` of that number would take
-    all three.
-    """
+def test_requeued_task_resumes_its_own_run(cluster, folder):
+    """The last task has the array's own number, by which all three would be requeued."""
     sweep = folder / "sweep"
 
     def launch(*arguments):
@@ -33,9 +29,9 @@ def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
         "--set",
         "gpus_per_node=1",
     ]
-    way = [f"run_dir={sweep}", f"steps={STEPS}", "checkpoint.every_steps=400", "lpl=null"]
+    overrides = [f"run_dir={sweep}", f"steps={STEPS}", "checkpoint.every_steps=400", "lpl=null"]
     swept = ["--sweep", f"optimizer.lr={','.join(RATES)}"]
-    sent = launch("train", folder / "train.yaml", *way, *swept, *shape)
+    sent = launch("train", folder / "train.yaml", *overrides, *swept, *shape)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     runs = [sweep / f"optimizer.lr={rate}" for rate in RATES]
     jobs = [JobFolder(run / "launch").job for run in runs]
@@ -55,13 +51,13 @@ def test_a_task_that_is_requeued_goes_on_in_its_own_run(cluster, folder):
         )
 
     assert f"JobId={array} " in cluster.run("scontrol", "show", "job", jobs[2], "--oneliner").stdout
-    cluster.wait(lambda: len(steps(runs[2])) >= 20, 60, "the beginning of the last run")
+    cluster.wait(lambda: len(steps(runs[2])) >= 20, 60, "the first steps of the last run")
     cluster.run("scontrol", "requeue", jobs[2])
-    told = launch("status", sweep).stdout.splitlines()
-    assert [line.split()[:2] for line in told[1:]] == [
+    table = launch("status", sweep).stdout.splitlines()
+    assert [line.split()[:2] for line in table[1:]] == [
         [run.name, job] for run, job in zip(runs, jobs)
     ]
-    cluster.wait(lambda: all(map(done, runs)), 100, "the end of all")
+    cluster.wait(lambda: all(map(done, runs)), 100, "the end of all runs")
     for run in runs:
         assert RunDir(run).complete_checkpoints()[-1] == STEPS and sorted(set(steps(run))) == list(
             range(1, STEPS + 1)

@@ -1,5 +1,5 @@
-"""The series on a real scheduler: one training by `launch` on three nodes in namespaces, disturbed
-over and over (needs root).
+"""Fault series on a real SLURM cluster: one training by `launch` on three nodes, with one fault
+after another.  Needs root.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.slurm import troubles
+from tests.slurm import faults
 from tests.slurm.cluster import Cluster
 from tests.slurm.job import EVERY, STRATEGIES, Job, prepare, weights
 from tests.slurm.packages import missing
@@ -25,36 +25,36 @@ NAME, STRATEGY = "launch", STRATEGIES["fsdp2"]
 
 
 def kill_step(job: Job) -> None:
-    """All ranks at once, as a person does it."""
+    """Kill all ranks at once, as `scancel` does."""
     job.cluster.run("scancel", "--signal=KILL", job.id)
 
 
 def suspend_a_rank(job: Job) -> None:
-    """For a second, in which the others wait for it; and then it is killed."""
-    pid = troubles.one_of(job, which=1)
+    """Suspend a rank for a second, in which the others wait for it, then kill it."""
+    pid = faults.rank_on(job, node=1)
     for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL):
         os.kill(pid, number)
         time.sleep(0.5)
 
 
 KINDS: dict[str, Callable[[Job], None]] = {
-    "requeue": troubles.requeue,
-    "preempted": troubles.preempt,
-    "SIGKILL": troubles.kill_a_rank,
+    "requeue": faults.requeue,
+    "preempted": faults.preempt,
+    "SIGKILL": faults.kill_a_rank,
     "SIGKILL of all": kill_step,
-    "SIGKILL while saving": troubles.kill_while_saving,
+    "SIGKILL while saving": faults.kill_while_saving,
     "SIGSTOP": suspend_a_rank,
-    "node crashed": troubles.crash_rank_0,
-    "network cut": troubles.cut_another,
-    "disk full": troubles.no_room_for_a_checkpoint,
+    "node crashed": faults.crash_node_of_rank_0,
+    "network cut": faults.disconnect_other_node,
+    "disk full": faults.fill_disk_for_checkpoints,
 }
 
 
-def run_launch(seed: int, until: Callable[[Tally], bool], tell: Callable[[str], None]) -> Tally:
-    """Raises RuntimeError where no cluster can be brought up."""
+def run_launch(seed: int, until: Callable[[Tally], bool], report: Callable[[str], None]) -> Tally:
+    """Raises RuntimeError where no cluster can be started."""
     if reason := missing():
         raise RuntimeError(f"series {NAME}: {reason}")
-    # not below a long name: that of munge's socket must fit into 107 characters
+    # a short path, because the path of munge's socket must fit into 107 characters
     with (
         tempfile.TemporaryDirectory(prefix="slurm-") as name,
         tempfile.TemporaryDirectory(prefix="chaos-") as material,
@@ -63,7 +63,7 @@ def run_launch(seed: int, until: Callable[[Tally], bool], tell: Callable[[str], 
         cluster.up()
         try:
             prepare(folder)
-            return disturb(cluster, folder, seed, until, tell)
+            return disturb(cluster, folder, seed, until, report)
         finally:
             cluster.down()
 
@@ -73,11 +73,9 @@ def disturb(
     folder: Path,
     seed: int,
     until: Callable[[Tally], bool],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Tally:
-    """One job, ended once there were enough faults; it then goes on to its end, as one that is left
-    alone.
-    """
+    """Apply faults to one job until `until(tally)`, then compare it with a run without faults."""
     rng, tally, started = random.Random(f"{seed}/{NAME}"), Tally(), time.monotonic()
     run = cluster.disk / "disturbed"
     job = Job(cluster, folder, run, *STRATEGY, "steps=100000", changes=["max_failures=1000"])
@@ -88,28 +86,28 @@ def disturb(
         tally.violations.append(
             Violation(NAME, 0, tally.faults.total(), f"{what} (after {last_kind})", [], replay)
         )
-        tell(f"VIOLATION {tally.violations[-1]}")
+        report(f"VIOLATION {tally.violations[-1]}")
 
     while not until(tally):
         job.wait_steps(rng.randint(1, EVERY + 2))
         last_kind = rng.choice(list(KINDS))
         try:
-            job.goes_on_after(KINDS[last_kind])
+            job.resumes_after(KINDS[last_kind])
         except AssertionError as error:
-            violated(f"does not go on: {str(error)[-2000:]}")
+            violated(f"does not resume: {str(error)[-2000:]}")
             break
         tally.faults[last_kind] += 1
         tally.starts += 1
         tally.iterations = 1
         tally.seconds = time.monotonic() - started
-    for what in ending(cluster, folder, job, run):
+    for what in problems_at_end(cluster, folder, job, run):
         violated(what)
     tally.recovered = int(not tally.violations)
     return tally
 
 
-def ending(cluster: Cluster, folder: Path, job: Job, run: Path) -> list[str]:
-    """What is wrong with the weights, the samples and the processes of the whole run."""
+def problems_at_end(cluster: Cluster, folder: Path, job: Job, run: Path) -> list[str]:
+    """Problems with the weights, the samples and the processes of the whole run."""
     job.launch("cancel", run)
     job.wait(lambda: cluster.job_state(job.id) in ("FAILED", "CANCELLED", ""), "its end")
     last = max(*job.steps(), LPL_FROM) + EVERY
@@ -119,15 +117,15 @@ def ending(cluster: Cluster, folder: Path, job: Job, run: Path) -> list[str]:
     job.wait_end()
     problems = []
     if weights(run, last) != weights(other, last):
-        problems.append(f"the weights of step {last} are not those of a run left alone")
+        problems.append(f"the weights of step {last} are not those of a run without faults")
     audit = lpl("audit", run, check=False)
-    if audit.returncode or "none was seen twice" not in audit.stdout:
+    if audit.returncode or "none was read twice" not in audit.stdout:
         problems.append(f"audit: {audit.stdout}{audit.stderr}")
     if left := job.ranks():
-        problems.append(f"processes are left: {left}")
+        problems.append(f"processes remain: {left}")
     hidden = [
         str(path.relative_to(run)) for path in run.rglob(".*") if not path.is_symlink()
     ]  # submitit keeps such links
     if hidden:
-        problems.append(f"temporaries are left: {', '.join(hidden[:6])}")
+        problems.append(f"temporary files remain: {', '.join(hidden[:6])}")
     return problems

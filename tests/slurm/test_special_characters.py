@@ -1,6 +1,4 @@
-"""Names of folders that mean something to a shell, to sbatch or to srun arrive as they are, on the
-real scheduler.
-"""
+"""Folders whose names are special to a shell, to sbatch or to srun, on a real SLURM cluster."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ NAMES = [
 
 @pytest.mark.parametrize("array", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_job_logs_and_works_in_the_folders_that_were_meant(cluster, tmp_path, name, array):
-    """The job's program prints its arguments; an array finds the folder of its task through a link."""
+def test_job_uses_folders_with_special_characters(cluster, tmp_path, name, array):
+    """The job runs echo; a task of an array finds its folder through a link."""
     work, run = tmp_path / f"work %u %j {name}", tmp_path / name
     work.mkdir()
     profile = ClusterProfile(python="/bin/echo", environment={"X": name}, setup=("pwd",))

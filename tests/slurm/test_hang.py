@@ -1,4 +1,4 @@
-"""Trouble that nobody reports: a rank that does nothing any more, for which all others wait."""
+"""A hang: one rank stops, no process reports it, and all others wait for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ HANG = ["watchdog.at_least_s=4", "lpl=null", "steps=80"]
 
 
 def stop_a_rank(job, node, stopped):
-    """As a broken device or file system does it: the process is there, and not even a signal
-    reaches it.
-    """
+    """Stop a rank as a broken device or file system does: it exists, and handles no signal."""
     pid, command = job.ranks(node)[0]
     known = (
         command if command.startswith("RANK=") else Path(f"/proc/{pid}/environ").read_text()
@@ -25,16 +23,16 @@ def stop_a_rank(job, node, stopped):
     os.kill(pid, signal.SIGSTOP)
 
 
-def test_a_run_that_hangs_is_killed_and_goes_on(cluster, folder):
-    """The stacks of the others are kept, and the rank that had left none is named."""
+def test_hung_run_is_killed_and_requeued(cluster, folder):
+    """The stacks of the other ranks are kept, and the rank without stacks is named."""
     job, stopped = Job(cluster, folder, "hung", *STRATEGIES["fsdp2"], *HANG), []
     job.wait_steps(25)
     node = next(
         node for node in cluster.names[::-1] if job.ranks(node)
     )  # not the one with rank 0 and the batch script
-    seconds, _ = job.goes_on_after(lambda job: stop_a_rank(job, node, stopped))
+    seconds, _ = job.resumes_after(lambda job: stop_a_rank(job, node, stopped))
     job.wait(lambda: cluster.job_state(job.id) in ("COMPLETED", ""), "the end")
-    print(f"\nseconds until it went on: {seconds}")
+    print(f"\nseconds until it resumed: {seconds}")
     attempts = (
         job.folder.read_attempts()
     )  # a machine that is busy with other things makes a slow step a hang
@@ -50,11 +48,11 @@ def test_a_run_that_hangs_is_killed_and_goes_on(cluster, folder):
         (stacks,) = job.folder.path.glob(f"stacks_{job.id}_{hung['attempt']}_rank_{rank:05d}_*.txt")
         assert "in loop" in stacks.read_text()
     assert not list(job.folder.path.glob(f"stacks_{job.id}_{attempts[-1]['attempt']}_*")), (
-        "a good end leaves none"
+        "a successful attempt leaves none"
     )
-    told = (
+    silent = (
         f"silent: rank {stopped[0]['rank']} on {node}; stacks: "
         f"launch/stacks_{job.id}_{hung['attempt']}_*.txt"
     )
-    assert told in job.launch("status", job.run).stdout
-    assert not [found for node in cluster.names for found in job.ranks(node)], "no process is left"
+    assert silent in job.launch("status", job.run).stdout
+    assert not [found for node in cluster.names for found in job.ranks(node)], "no process remains"
