@@ -1,6 +1,8 @@
-# demo: the whole way on real pictures, in 11 to 14 minutes on 2 cores    test: everything CI runs
-# test-fast: the unit tests and those of the architecture, for every edit
-# Both set up .venv on a fresh Debian or Ubuntu machine with Python >= 3.10.
+# demo       encode, train with LPL, resume, evaluate and report on real images, in 11 to 14 minutes on 2 cores
+# test       everything that CI runs
+# test-fast  lint, unit tests and tests of the architecture, for every edit
+# lint       style, types, spelling, links in docs; formats nothing
+# Each target sets up .venv on a fresh Debian or Ubuntu machine with Python >= 3.10.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -19,6 +21,8 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python tools/check_links.py
 
 .venv/.ready: setup.cfg pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv 2>/dev/null || (apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv)
