@@ -24,8 +24,9 @@ import torch
 from PIL import Image
 
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.encoding.encode import decode, encode
-from lpl_pretrain.encoding.sources import read_pictures
+from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.part_encoder import decode
+from lpl_pretrain.encoding.sources import list_images
 from lpl_pretrain.models.autoencoder import Autoencoder, load_autoencoder
 
 BATCH = 32
@@ -92,7 +93,7 @@ def main() -> None:
             )
 
         pixels = [
-            decode(image, config("x")).pixels for image in read_pictures(str(folder / "images"))
+            decode(image, config("x")).pixels for image in list_images(str(folder / "images"))
         ]
         stacked = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
         batches = list(stacked.split(BATCH))

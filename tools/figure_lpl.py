@@ -22,8 +22,8 @@ from lpl_pretrain.config.lpl import GateConfig, LPLConfig
 from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
-from lpl_pretrain.encoding.images import to_square
-from lpl_pretrain.encoding.sources import read_pictures
+from lpl_pretrain.encoding.resize_crop import to_square
+from lpl_pretrain.encoding.sources import list_images
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
 from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
 from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
@@ -59,7 +59,7 @@ def main() -> None:
 def read_images(split: str, count: int) -> Tensor:
     """First `count` images of a split: (count, 3, 64, 64) in [-1, 1]."""
     loaded = []
-    for image in read_pictures([str(resolve_path(f"asset:emoji/{split}.tar"))]):
+    for image in list_images([str(resolve_path(f"asset:emoji/{split}.tar"))]):
         loaded.append(torch.from_numpy(np.array(to_square(image.load(), SIDE_PX))))
         if len(loaded) == count:
             break

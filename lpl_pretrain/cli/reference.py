@@ -35,7 +35,7 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
         raise ConfigError(
             f"reference={settings.reference}: holds statistics already; name pictures"
         )
-    from lpl_pretrain.encoding.sources import read_pictures  # torch: not for --help
+    from lpl_pretrain.encoding.sources import list_images  # torch: not for --help
     from lpl_pretrain.evaluation.build_reference import build_reference
     from lpl_pretrain.evaluation.reference import read_reference
     from lpl_pretrain.evaluation.registry import load_extractor
@@ -46,7 +46,7 @@ def run(protocol: str, output: str, overrides: list[str], resolution_px: int) ->
     set_up_logging(world.rank)
     extractors = [load_extractor(entry, device) for entry in settings.extractors]
     build_reference(
-        path, list(read_pictures(settings.reference)), settings, resolution_px, extractors, world
+        path, list(list_images(settings.reference)), settings, resolution_px, extractors, world
     )
     if world.rank == 0:
         facts = read_reference(path).provenance

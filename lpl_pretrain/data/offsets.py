@@ -27,8 +27,8 @@ MAX_BYTES_PER_SAMPLE = 4096
 """Limit on the size of an offsets file, per sample of the shard."""
 MAX_HEADER_BYTES = 1 << 20
 MICRO_CONDITIONING = ("source_px", "resized_px", "crop_px")
-"""Metadata for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): (height, width) before and
-after resizing, (top, left) of the crop.
+"""Metadata for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): (height, width) before
+and after resizing, (top, left) of the crop.
 """
 FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
     "start": ("int64", ()),

@@ -1,6 +1,4 @@
-"""Which classes a source has: ids and names agree over all of it, or the first that does not is
-named.
-"""
+"""Collects the classes of a source and checks that class ids and names agree in all of it."""
 
 from __future__ import annotations
 
@@ -11,46 +9,50 @@ from lpl_pretrain.errors import DataError
 
 
 class ClassTable:
-    """`add` what each picture, or each encoded part, says; then `names`.  Both raise DataError."""
+    """Class ids and names of a source; `add` and `names` raise DataError for a contradiction."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
         self._ids: dict[str, int] = {}
-        self._first_of: dict[int, str] = {}  # class id -> where it was seen first
+        self._first_of: dict[int, str] = {}  # class id -> first sample of it
         self._unlabelled: str | None = None
 
     def add(self, where: str, label: int | None, name: str | None = None) -> None:
-        """`where` names the sample in errors."""
+        """Adds the class of a sample, or of an encoded part; `where` names it in errors."""
         if label is None:
             self._unlabelled = self._unlabelled or where
             return
         if label >= MAX_CLASSES:
             raise _out_of_range(where, label, MAX_CLASSES)
         self._first_of.setdefault(label, where)
-        if name is not None and (
-            self._names.setdefault(label, name),
-            self._ids.setdefault(name, label),
-        ) != (name, label):
+        if name is None:
+            return
+        known_name = self._names.setdefault(label, name)
+        known_label = self._ids.setdefault(name, label)
+        if (known_name, known_label) != (name, label):
             raise DataError(
                 f"{where}: class id {label} is named {name!r}; before, id {label} was "
-                f"{self._names[label]!r} "
-                f"and {name!r} was id {self._ids[name]}: give all sources the same classes"
+                f"{known_name!r} and {name!r} was id {known_label}: give all sources the same "
+                "classes"
             )
 
     def names(self) -> list[str]:
-        """Name of class i, `str(i)` where the source gives none; empty when the pictures have no
+        """Name of each class, `str(i)` for a class without a name; empty for images without
         classes.
         """
         if self._unlabelled and self._first_of:
             raise DataError(
                 f"{self._unlabelled} has no class, others do: add it, or encode them apart"
             )
-        count = 1 + max(self._names or self._first_of, default=-1)
-        if self._first_of and max(self._first_of) >= count:
-            raise _out_of_range(self._first_of[max(self._first_of)], max(self._first_of), count)
-        return [self._names.get(i, str(i)) for i in range(count)]
+        num_classes = 1 + max(self._names or self._first_of, default=-1)
+        if self._first_of and max(self._first_of) >= num_classes:
+            raise _out_of_range(
+                self._first_of[max(self._first_of)], max(self._first_of), num_classes
+            )
+        return [self._names.get(i, str(i)) for i in range(num_classes)]
 
     def known_names(self) -> Mapping[int, str]:
+        """Class id -> name, for the classes that the source names."""
         return self._names
 
 

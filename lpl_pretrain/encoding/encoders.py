@@ -1,4 +1,4 @@
-"""The frozen networks of an encode, and how their answers are stored.
+"""The frozen networks of an encode, and the storage formats of their outputs.
 
 Pixels are uint8 (B, H_px, W_px, 3); images float (B, 3, H_px, W_px) in [-1, 1]; moments (B, 2C, H,
 W).
@@ -18,7 +18,7 @@ from lpl_pretrain.data.format import NUMPY_DTYPES, CaptionEmbedding
 
 
 class Autoencoder(Protocol):
-    """What is asked of models/autoencoder.py here."""
+    """The part of models/autoencoder.py that an encode uses."""
 
     identity: str
     downscale: int
@@ -31,7 +31,7 @@ class Autoencoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """What is asked of models/text.py here."""
+    """The part of models/text.py that an encode uses."""
 
     identity: str
     width: int
@@ -43,14 +43,18 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoredMoments:
+    """Moments of a batch as they are stored."""
+
     stored: np.ndarray  # (B, 2C, H, W) float16, or uint16: the bits of bfloat16
     floats: np.ndarray  # float32, the same numbers
     finite: np.ndarray  # (B,) bool
-    reach: np.ndarray  # (B,) largest absolute value before rounding
+    max_abs: np.ndarray  # (B,) largest absolute value before rounding
 
 
 @dataclass(frozen=True, slots=True)
-class Networks:
+class Encoders:
+    """The autoencoder and the text encoders of an encode, on one device."""
+
     autoencoder: Autoencoder
     text: dict[str, TextEncoder]
     storage: dict[str, str]  # of each text encoder: int8 or fp16
@@ -62,12 +66,11 @@ class Networks:
         config: EncodeConfig,
         autoencoder: Autoencoder | None,
         text: dict[str, TextEncoder] | None,
-    ) -> Networks:
-        """Those that are given are taken as they are."""
+    ) -> Encoders:
+        """Loads the networks that are not given."""
         if autoencoder is None:
-            from lpl_pretrain.models.autoencoder import (
-                load_autoencoder,
-            )  # imports diffusers: seconds that a given one need not pay
+            # imports diffusers: seconds that a caller with its own autoencoder does not spend
+            from lpl_pretrain.models.autoencoder import load_autoencoder
 
             autoencoder = load_autoencoder(config.autoencoder)
         if text is None and config.text:
@@ -80,55 +83,59 @@ class Networks:
         storage: dict[str, str] = {name: entry.storage for name, entry in config.text.items()}
         return cls(autoencoder, text or {}, storage, torch.device("cpu"))
 
-    def to(self, device: torch.device) -> Networks:
+    def to(self, device: torch.device) -> Encoders:
         text = {name: encoder.to(device) for name, encoder in self.text.items()}
-        return Networks(self.autoencoder.to(device), text, self.storage, device)
+        return Encoders(self.autoencoder.to(device), text, self.storage, device)
 
     def identities(self) -> dict[str, str]:
+        """Name -> identity of every network."""
         return {
             "autoencoder": self.autoencoder.identity,
             **{f"text.{name}": encoder.identity for name, encoder in self.text.items()},
         }
 
     @torch.inference_mode()
-    def moments(self, pixels: np.ndarray, config: EncodeConfig) -> StoredMoments:
+    def encode_moments(self, pixels: np.ndarray, config: EncodeConfig) -> StoredMoments:
+        """Moments of `pixels`, rounded to `config.moments_dtype`."""
         images = torch.tensor(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             moments = self.autoencoder.encode_moments(images).float()
-        height, width = (side // self.autoencoder.downscale for side in images.shape[-2:])
+        downscale = self.autoencoder.downscale
         assert moments.shape == (
             len(pixels),
             2 * self.autoencoder.latent_channels,
-            height,
-            width,
+            images.shape[-2] // downscale,
+            images.shape[-1] // downscale,
         ), moments.shape
         rounded = moments.to(torch.float16 if config.moments_dtype == "fp16" else torch.bfloat16)
         return StoredMoments(
-            rounded.view(torch.int16).cpu().numpy().view(NUMPY_DTYPES[config.moments_dtype]),
-            rounded.float().cpu().numpy(),
-            rounded.isfinite().flatten(1).all(dim=1).cpu().numpy(),
-            moments.abs().flatten(1).amax(dim=1).cpu().numpy(),
+            stored=rounded.view(torch.int16).cpu().numpy().view(NUMPY_DTYPES[config.moments_dtype]),
+            floats=rounded.float().cpu().numpy(),
+            finite=rounded.isfinite().flatten(1).all(dim=1).cpu().numpy(),
+            max_abs=moments.abs().flatten(1).amax(dim=1).cpu().numpy(),
         )
 
     @torch.inference_mode()
-    def texts(self, captions: list[str]) -> dict[str, list[CaptionEmbedding]]:
-        """By encoder, one for each caption."""
+    def embed_captions(self, captions: list[str]) -> dict[str, list[CaptionEmbedding]]:
+        """Encoder name -> one embedding for each caption."""
         return {
             name: [
-                stored_text(states, pooled, self.storage[name])
+                store_embedding(states, pooled, self.storage[name])
                 for states, pooled in encoder.encode(captions)
             ]
             for name, encoder in self.text.items()
         }
 
 
-def stored_text(states: Tensor, pooled: Tensor | None, storage: str) -> CaptionEmbedding:
-    """`states` (T, D) of the true tokens.  int8: each token is divided by its largest absolute
-    value / 127.
+def store_embedding(states: Tensor, pooled: Tensor | None, storage: str) -> CaptionEmbedding:
+    """Rounds an embedding to `storage`; `states` (T, D) has no padding.
+
+    int8: each token is divided by its scale, its largest absolute value / 127.
     """
-    tokens, vector = states.float().cpu(), None if pooled is None else pooled.half().cpu().numpy()
+    tokens = states.float().cpu()
+    half_pooled = None if pooled is None else pooled.half().cpu().numpy()
     if storage == "fp16":
-        return CaptionEmbedding(tokens.half().numpy(), None, vector)
+        return CaptionEmbedding(tokens.half().numpy(), None, half_pooled)
     scale = (tokens.abs().amax(dim=1) / 127).half().clamp_(min=torch.finfo(torch.float16).tiny)
     values = (tokens / scale.float()[:, None]).round().clamp_(-127, 127).to(torch.int8)
-    return CaptionEmbedding(values.numpy(), scale.numpy(), vector)
+    return CaptionEmbedding(values.numpy(), scale.numpy(), half_pooled)

@@ -1,7 +1,7 @@
-"""Brings a finished folder of format 2 to the present format, which has digests over its index and
-null texts.
+"""Upgrades a finished folder of format 2 to the current format, which has digests of the index and
+the null texts.
 
-Runs that were started on the folder go on: what the order of samples is drawn from stays.
+Runs on the folder can go on: the fingerprint that keys the order of samples stays the same.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from lpl_pretrain.config.dataset import (
 from lpl_pretrain.config.paths import is_url
 from lpl_pretrain.data.format import null_text_name
 from lpl_pretrain.data.null_text import read_null_text
+from lpl_pretrain.encoding.publish import publish
 from lpl_pretrain.encoding.shard_checks import check_shards
-from lpl_pretrain.encoding.writer import publish
 from lpl_pretrain.errors import DataError
 
 
 def seal(folder: str) -> DatasetIndex:
-    """Compares the whole index with the shards first, statistics included.
+    """Compares the whole index with the shards, statistics included, then adds the digests.
 
-    Null texts are taken as they are, if they have the right shape and finite numbers: only `encode
-    --verify` can compare them, with the encoder.  Raises DataError when the folder is not sound.
+    Null texts are only checked for their shape and finite numbers: only `encode --verify` can
+    compare them, with the encoder.  Raises DataError if the index and the shards differ.
     """
     if is_url(folder):
         raise DataError(
-            f"{folder}: only a local folder can be sealed: seal it where it lies, and copy its "
-            "index.json"
+            f"{folder}: only a local folder can be sealed: seal it on its own machine, and copy "
+            "its index.json"
         )
-    index, path = read_index(folder), Path(folder)
+    index = read_index(folder)
+    path = Path(folder)
     if index.format_version >= FORMAT_VERSION:
         return index
     problems = [problem for check in check_shards(path, index) for problem in check.problems]

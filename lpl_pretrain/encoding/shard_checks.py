@@ -1,10 +1,9 @@
-"""Is a folder what its index says?  Every byte of its shards is read, and everything the index
-counts is counted again.
+"""Compares the shards of a folder with its index: reads every byte and recomputes every count and
+statistic of the index.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -27,32 +26,39 @@ from lpl_pretrain.data.format import (
 )
 from lpl_pretrain.data.offsets import SUFFIX
 from lpl_pretrain.data.shard import OpenShard
-from lpl_pretrain.encoding.writer import LatentStatistics
+from lpl_pretrain.encoding.latent_statistics import LatentStatistics
+from lpl_pretrain.encoding.source_image import sample_digest
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.log import progress
 
 STATISTICS_TOLERANCE = 1e-6
-"""Of the standard deviation: sums in float64, in another order."""
+"""In standard deviations; the sums in float64 may be in another order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
+    """Result of one check: sound without problems."""
+
     name: str
-    looked_at: str
+    scope: str
+    """What was checked, such as the number of shards."""
     problems: list[str] = field(default_factory=list)
 
 
 def check_shards(folder: Path, index: DatasetIndex) -> list[Check]:
-    tally, bytes_wrong, values_wrong = _Tally(index), list[str](), list[str]()
+    """Checks of all shards; a corrupt one is a problem, no error."""
+    totals = _Totals(index)
+    byte_problems: list[str] = []
+    value_problems: list[str] = []
     with progress(index.samples, " samples", "verify") as bar:
         for entry in index.shards:
             try:
                 shard = open_shard(folder, entry, index)
-                bytes_wrong += [damage.reason for damage in shard.verify()]
-                tally.add(shard)
-                values_wrong += _wrong_values(shard, index, tally)
-            except DataError as problem:
-                bytes_wrong.append(str(problem))
+                byte_problems += [bad.reason for bad in shard.verify()]
+                totals.add(shard)
+                value_problems += _value_problems(shard, index, totals)
+            except DataError as error:
+                byte_problems.append(str(error))
             bar.update(entry.samples)
     counted = (
         f"{index.samples} samples, {len(index.classes)} classes, {index.captions} captions, "
@@ -60,24 +66,25 @@ def check_shards(folder: Path, index: DatasetIndex) -> list[Check]:
     )
     total_mib = sum(entry.bytes for entry in index.shards) / 2**20
     return [
-        Check("checksums", f"{len(index.shards)} shards, {total_mib:.1f} MiB", bytes_wrong),
-        Check("shapes and finite values", f"{tally.arrays} arrays", values_wrong),
-        Check("counts", counted, tally.problems()),
+        Check("checksums", f"{len(index.shards)} shards, {total_mib:.1f} MiB", byte_problems),
+        Check("shapes and finite values", f"{totals.arrays} arrays", value_problems),
+        Check("counts", counted, totals.problems()),
         Check(
             "statistics",
             f"mean and std of {index.latent.channels} channels",
-            tally.statistics_problems(),
+            totals.statistics_problems(),
         ),
     ]
 
 
 def open_shard(folder: Path, entry: ShardEntry, index: DatasetIndex) -> OpenShard:
+    """Opens a shard of a local folder.  Raises DataError."""
     path = folder / entry.file
     return OpenShard(path, path.with_suffix(SUFFIX), entry, index)
 
 
 def moments_as_floats(shard: OpenShard, index: DatasetIndex, row: int, flipped: bool) -> np.ndarray:
-    """(2C, H, W) float32"""
+    """Stored moments (2C, H, W) of one sample as float32."""
     bucket = index.buckets[shard.entry.bucket]
     stored = np.empty(
         (2 * index.latent.channels, bucket.height, bucket.width), NUMPY_DTYPES[index.moments_dtype]
@@ -88,28 +95,32 @@ def moments_as_floats(shard: OpenShard, index: DatasetIndex, row: int, flipped: 
     return torch.from_numpy(stored.view("<i2")).view(torch.bfloat16).float().numpy()
 
 
-class _Tally:
-    """What shards hold, added up one by one: no more than one of them is open."""
+class _Totals:
+    """Totals over shards, added one by one so that only one shard is open at a time."""
 
     def __init__(self, index: DatasetIndex) -> None:
         self.index = index
-        self.arrays = self.captions = self.source = 0
+        self.arrays = 0
+        self.captions = 0
+        self.source = 0
         self.labels: Counter[int] = Counter()
-        self.per_bucket: Counter[int] = Counter()
+        self.bucket_samples: Counter[int] = Counter()
         self.key_hashes: list[np.ndarray] = []
         self.statistics = LatentStatistics(index.latent.channels)
         self.wrong_names: list[str] = []
 
     def add(self, shard: OpenShard) -> None:
+        """Adds all samples of a shard."""
         self.labels.update(shard.offsets.label.tolist())
-        self.per_bucket[shard.entry.bucket] += len(shard.offsets)
+        self.bucket_samples[shard.entry.bucket] += len(shard.offsets)
         self.key_hashes.append(shard.offsets.key_hash)
-        if (places := shard.offsets.members.get(CAPTION)) is not None:
-            self.captions += int((places[:, 1] >= 0).sum())
-        for key, label, caption, facts in _read_facts(shard.path):
-            class_name = facts.get("class_name")
-            entry = json.dumps([key, facts.get("image_sha256"), label, class_name, caption])
-            self.source += int.from_bytes(hashlib.sha256(entry.encode()).digest(), "big")
+        if (spans := shard.offsets.members.get(CAPTION)) is not None:
+            self.captions += int((spans[:, 1] >= 0).sum())
+        for key, label, caption, metadata in _read_texts(shard.path):
+            class_name = metadata.get("class_name")
+            self.source += sample_digest(
+                key, metadata.get("image_sha256"), label, class_name, caption
+            )
             if (
                 class_name is not None
                 and label is not None
@@ -121,11 +132,10 @@ class _Tally:
                 )
 
     def problems(self) -> list[str]:
-        index, different = (
-            self.index,
-            len(np.unique(np.concatenate(self.key_hashes))) if self.key_hashes else 0,
-        )
-        found = {
+        """Counts of the index that differ from those of the shards."""
+        index = self.index
+        num_keys = len(np.unique(np.concatenate(self.key_hashes))) if self.key_hashes else 0
+        compared = {
             "samples": (self.labels.total(), index.samples),
             "class counts": (
                 [self.labels[c] for c in range(len(index.classes))],
@@ -133,16 +143,16 @@ class _Tally:
             ),
             "captions": (self.captions, index.captions),
             "bucket counts": (
-                [self.per_bucket[b] for b in range(len(index.buckets))],
+                [self.bucket_samples[b] for b in range(len(index.buckets))],
                 [bucket.samples for bucket in index.buckets],
             ),
-            "different keys": (different, index.samples),
+            "different keys": (num_keys, index.samples),
             "source_fingerprint": (f"{self.source % 2**256:064x}", index.source_fingerprint),
         }
         lines = [
-            f"{what}: {there} in the shards, index.json says {said}"
-            for what, (there, said) in found.items()
-            if there != said
+            f"{name}: {actual} in the shards, index.json says {recorded}"
+            for name, (actual, recorded) in compared.items()
+            if actual != recorded
         ]
         if self.wrong_names:
             lines.append(
@@ -152,19 +162,20 @@ class _Tally:
         return lines
 
     def statistics_problems(self) -> list[str]:
+        """Statistics of the index that differ from those of the shards."""
         if not self.statistics.positions:
             return ["no latent could be read"]
         latent = self.index.latent
         mean, std = self.statistics.mean_and_std()
         return [
-            f"latent.{name}: {found.tolist()} in the shards, index.json says {said}"
-            for name, found, said in (("mean", mean, latent.mean), ("std", std, latent.std))
-            if not np.all(np.abs(found - np.array(said)) <= STATISTICS_TOLERANCE * std)
+            f"latent.{name}: {actual.tolist()} in the shards, index.json says {recorded}"
+            for name, actual, recorded in (("mean", mean, latent.mean), ("std", std, latent.std))
+            if not np.all(np.abs(actual - np.array(recorded)) <= STATISTICS_TOLERANCE * std)
         ]
 
 
-def _read_facts(path: Path) -> Iterator[tuple[str, int | None, str | None, dict[str, Any]]]:
-    """(key, class id, caption, facts) of each sample.  Raises DataError."""
+def _read_texts(path: Path) -> Iterator[tuple[str, int | None, str | None, dict[str, Any]]]:
+    """(key, class id, caption, metadata) of each sample.  Raises DataError."""
     with open(path, "rb") as file:
         for key, members in scan_shard(path).items():
             texts = {}
@@ -174,21 +185,23 @@ def _read_facts(path: Path) -> Iterator[tuple[str, int | None, str | None, dict[
                     file.seek(offset)
                     texts[extension] = file.read(size)
             try:
-                label, facts = int(texts[LABEL]), json.loads(texts[METADATA])
+                label = int(texts[LABEL])
+                metadata = json.loads(texts[METADATA])
                 caption = texts[CAPTION].decode() if CAPTION in texts else None
-            except (ValueError, RecursionError) as problem:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{path}: sample {key!r}: its texts cannot be read ({problem}): encode the "
+                    f"{path}: sample {key!r}: its texts cannot be read ({error}): encode the "
                     "folder again"
                 ) from None
-            if not isinstance(facts, dict):
+            if not isinstance(metadata, dict):
                 raise DataError(
                     f"{path}: sample {key!r}: its .json is no mapping: encode the folder again"
                 )
-            yield key, None if label == NO_CLASS else label, caption, facts
+            yield key, None if label == NO_CLASS else label, caption, metadata
 
 
-def _wrong_values(shard: OpenShard, index: DatasetIndex, tally: _Tally) -> list[str]:
+def _value_problems(shard: OpenShard, index: DatasetIndex, totals: _Totals) -> list[str]:
+    """Members of the shard that are unreadable or not finite; adds the others to `totals`."""
     problems = []
     for row in range(len(shard.offsets)):
         try:
@@ -200,11 +213,11 @@ def _wrong_values(shard: OpenShard, index: DatasetIndex, tally: _Tally) -> list[
                         f"{FLIPPED if flipped else 'latent'}"
                     )
                 elif not flipped:
-                    tally.statistics.add(moments)
+                    totals.statistics.add(moments)
             shard.read_caption(row)
             for name, entry in index.text.items():
                 shard.read_text(row, name, entry)
-            tally.arrays += 1 + index.flipped + len(index.text)
-        except DataError as problem:
-            problems.append(str(problem))
+            totals.arrays += 1 + index.flipped + len(index.text)
+        except DataError as error:
+            problems.append(str(error))
     return problems

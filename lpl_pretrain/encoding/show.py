@@ -1,6 +1,4 @@
-"""What is in a data folder, for people: counts, classes, buckets, statistics, disk use, and a sheet
-of its pictures.
-"""
+"""Summarises a data folder: counts, classes, buckets, statistics, disk use, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -24,11 +22,12 @@ GAP_PX = 2
 
 
 def describe(folder: str) -> str:
-    """A text of one line for each fact.  Raises DataError when it is no data set."""
+    """Summary of a folder, one line per property.  Raises DataError if it is no data set."""
     index = read_index(folder)
-    total_bytes, autoencoder = sum(entry.bytes for entry in index.shards), index.autoencoder
-    skipped = f", {index.skipped} pictures were skipped" if index.skipped else ""
-    facts = {
+    total_bytes = sum(entry.bytes for entry in index.shards)
+    autoencoder = index.autoencoder
+    skipped = f", {index.skipped} images were skipped" if index.skipped else ""
+    properties = {
         "samples": f"{index.samples:,} in {len(index.shards)} shards{skipped}",
         "disk": f"{total_bytes / 2**20:,.1f} MiB, {_per_sample(index, total_bytes)}",
         "classes": _classes(index),
@@ -45,11 +44,12 @@ def describe(folder: str) -> str:
         "format": str(index.format_version),
     }
     if index.format_version < FORMAT_VERSION:
-        facts["format"] += (
+        properties["format"] += (
             ", without checksums of its index and null texts: `lpl-pretrain data seal` adds them"
         )
-    width = max(map(len, facts))
-    return "\n".join([folder, *(f"  {name:<{width}}  {fact}" for name, fact in facts.items())])
+    width = max(map(len, properties))
+    lines = [f"  {name:<{width}}  {value}" for name, value in properties.items()]
+    return "\n".join([folder, *lines])
 
 
 @torch.inference_mode()
@@ -57,54 +57,46 @@ def contact_sheet(
     folder: str,
     autoencoder: DecodingAutoencoder,
     output: Path,
-    pictures: int = 64,
+    images: int = 64,
     side_px: int = 128,
 ) -> None:
-    """Writes a PNG of pictures decoded from latents, in the order in which a run with seed 0 would
-    meet them.
+    """Writes a PNG of images decoded from latents, in the order in which a run with seed 0 reads
+    them.
 
-    Raises DataError for an autoencoder that did not make them.
+    Raises DataError for another autoencoder than the one that encoded the folder.
     """
     index = read_index(folder)
     if autoencoder.identity != index.autoencoder.identity:
         raise DataError(
             f"{folder}: was encoded by autoencoder {index.autoencoder.identity[:12]} "
-            f"({index.autoencoder.name}), given is "
-            f"{autoencoder.identity[:12]}: name that one with --autoencoder"
+            f"({index.autoencoder.name}), given is {autoencoder.identity[:12]}: name that one with "
+            "--autoencoder"
         )
-    few = (
-        {"lanes": 2, "shuffle_block_samples": 256} if is_url(folder) else {}
-    )  # looks into as few remote shards as it can
-    stream = LatentStream(DataConfig.model_validate({"folder": folder} | few), 0, BATCH)
-    images: list[Image.Image] = []
-    for start in range(0, pictures, BATCH):
-        moments = stream.read(range(start, min(start + BATCH, pictures))).to("cpu").moments
-        images += [
-            _image(decoded, side_px) for decoded in autoencoder.decode(moments.chunk(2, dim=1)[0])
-        ]
+    # few lanes read few remote shards
+    order = {"lanes": 2, "shuffle_block_samples": 256} if is_url(folder) else {}
+    stream = LatentStream(DataConfig.model_validate({"folder": folder} | order), 0, BATCH)
+    thumbnails: list[Image.Image] = []
+    for start in range(0, images, BATCH):
+        moments = stream.read(range(start, min(start + BATCH, images))).to("cpu").moments
+        means = moments.chunk(2, dim=1)[0]
+        thumbnails += [_thumbnail(decoded, side_px) for decoded in autoencoder.decode(means)]
     stream.close()
-    columns = max(1, round(pictures**0.5))
-    rows, cell = -(-pictures // columns), side_px + GAP_PX
+    columns = max(1, round(images**0.5))
+    rows = -(-images // columns)
+    cell = side_px + GAP_PX
     sheet = Image.new("RGB", (columns * cell - GAP_PX, rows * cell - GAP_PX), "white")
-    for i, image in enumerate(images):
-        left, top = (i % columns) * cell, (i // columns) * cell
-        sheet.paste(
-            image, (left + (side_px - image.width) // 2, top + (side_px - image.height) // 2)
-        )
+    for i, thumbnail in enumerate(thumbnails):
+        left = (i % columns) * cell + (side_px - thumbnail.width) // 2
+        top = (i // columns) * cell + (side_px - thumbnail.height) // 2
+        sheet.paste(thumbnail, (left, top))
     with atomic_write(output) as temporary:
         sheet.save(temporary, "PNG")
 
 
-def _image(decoded: Tensor, side_px: int) -> Image.Image:
-    """(3, H_px, W_px) in [-1, 1]; its longer side becomes `side_px`."""
-    pixels = (
-        ((decoded.float().clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(1, 2, 0)
-        .numpy()
-    )
-    image = Image.fromarray(pixels)
+def _thumbnail(decoded: Tensor, side_px: int) -> Image.Image:
+    """Image of (3, H_px, W_px) in [-1, 1], resized so that its longer side is `side_px`."""
+    levels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    image = Image.fromarray(levels.permute(1, 2, 0).numpy())
     scale = side_px / max(image.size)
     return image.resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
@@ -112,8 +104,10 @@ def _image(decoded: Tensor, side_px: int) -> Image.Image:
 
 
 def _per_sample(index: DatasetIndex, total_bytes: int) -> str:
-    each = 2 * 2 * index.latent.channels * (1 + index.flipped)
-    latents = sum(each * bucket.height * bucket.width * bucket.samples for bucket in index.buckets)
+    position_bytes = 2 * 2 * index.latent.channels * (1 + index.flipped)
+    latents = sum(
+        position_bytes * bucket.height * bucket.width * bucket.samples for bucket in index.buckets
+    )
     return (
         f"{total_bytes / index.samples / 2**10:.1f} KiB a sample; latents are "
         f"{100 * latents / total_bytes:.0f} % of it"
@@ -133,7 +127,7 @@ def _classes(index: DatasetIndex) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escapes control characters, which a terminal would obey."""
+    """Escapes control characters, which a terminal would interpret."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -148,9 +142,9 @@ def _text(index: DatasetIndex) -> list[str]:
 
 
 def _buckets(index: DatasetIndex) -> str:
-    px = index.autoencoder.downscale
-    parts = [
-        f"{b.height * px}x{b.width * px} px ({b.height}x{b.width}) {b.samples:,}"
-        for b in index.buckets
-    ]
-    return ", ".join(parts)
+    downscale = index.autoencoder.downscale
+    return ", ".join(
+        f"{bucket.height * downscale}x{bucket.width * downscale} px "
+        f"({bucket.height}x{bucket.width}) {bucket.samples:,}"
+        for bucket in index.buckets
+    )

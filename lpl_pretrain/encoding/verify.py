@@ -1,5 +1,5 @@
-"""Is a finished folder what its index and its source say?  Every byte is read; some pictures are
-decoded and compared.
+"""Compares a finished folder with its index and its source: reads every byte, decodes some latents
+and compares them with their images.
 """
 
 from __future__ import annotations
@@ -21,30 +21,35 @@ from lpl_pretrain.data.null_text import read_null_text
 from lpl_pretrain.data.offsets import key_at
 from lpl_pretrain.data.remote import download
 from lpl_pretrain.data.shard import OpenShard
-from lpl_pretrain.encoding.encode import Decoded, decode
-from lpl_pretrain.encoding.encoders import Autoencoder, Networks, TextEncoder
+from lpl_pretrain.encoding.encoders import Autoencoder, Encoders, TextEncoder
 from lpl_pretrain.encoding.index import null_text_arrays, text_entry
-from lpl_pretrain.encoding.pictures import Picture
-from lpl_pretrain.encoding.plan import Part, Plan, make_plan, settings_of_bytes
+from lpl_pretrain.encoding.part_encoder import DecodedImage, decode
+from lpl_pretrain.encoding.plan import Part, Plan, content_settings, make_plan
 from lpl_pretrain.encoding.shard_checks import Check, check_shards, moments_as_floats, open_shard
+from lpl_pretrain.encoding.source_image import SourceImage
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.atomic import scratch_folder
 
-WORSE_DB = 1.0
-"""A stored latent may decode so much worse than one encoded afresh, for its rounding and for other
-hardware.
+MAX_PSNR_LOSS_DB = 1.0
+"""A stored latent may decode this much worse than a newly encoded one: it was rounded, and maybe
+encoded on other hardware.
 """
-SHARDS_WITH_PICTURES = 8
+MAX_SHARDS = 8
+"""Shards whose samples are compared with their images."""
 NULL_TEXT_TOLERANCE = 0.02
-"""Of the largest absolute value: for int8, and for other hardware."""
+"""Fraction of the largest absolute value, for int8 and for other hardware."""
 
 
 class DecodingAutoencoder(Autoencoder, Protocol):
+    """An autoencoder whose decoder is loaded too."""
+
     def decode(self, raw: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """Result of `verify`."""
+
     folder: str
     checks: list[Check]
 
@@ -53,13 +58,12 @@ class Report:
         return not any(check.problems for check in self.checks)
 
     def table(self) -> str:
+        """One line per check, with its first problems."""
         width = max(len(check.name) for check in self.checks)
         lines = [f"{self.folder}: {'sound' if self.is_sound else 'NOT SOUND'}"]
         for check in self.checks:
-            lines.append(
-                f"  {check.name:<{width}}  {'ok ' if not check.problems else 'BAD'}  "
-                f"{check.looked_at}"
-            )
+            verdict = "BAD" if check.problems else "ok "
+            lines.append(f"  {check.name:<{width}}  {verdict}  {check.scope}")
             lines += [f"  {'':<{width}}       {problem}" for problem in check.problems[:10]]
             if len(check.problems) > 10:
                 lines.append(f"  {'':<{width}}       ... and {len(check.problems) - 10} more")
@@ -68,41 +72,41 @@ class Report:
 
 def verify(
     config: EncodeConfig,
-    pictures: int = 32,
+    images: int = 32,
     autoencoder: DecodingAutoencoder | None = None,
     text_encoders: dict[str, TextEncoder] | None = None,
 ) -> Report:
-    """Of config.output against config.source; `pictures` are decoded, spread over the folder."""
+    """Compares config.output with config.source; decodes `images` samples of the folder."""
     try:
         index = read_index(config.output)
-    except DataError as problem:
-        return Report(config.output, [Check("index", INDEX_NAME, [str(problem)])])
-    networks = Networks.load(config, autoencoder, text_encoders)
+    except DataError as error:
+        return Report(config.output, [Check("index", INDEX_NAME, [str(error)])])
+    encoders = Encoders.load(config, autoencoder, text_encoders)
     checks = check_shards(Path(config.output), index)
-    checks.append(_check_null_text(config, index, networks))
+    checks.append(_check_null_text(config, index, encoders))
     try:
-        plan = make_plan(config, networks.identities())
-    except DataError as problem:
+        plan = make_plan(config, encoders.identities())
+    except DataError as error:
         return Report(
             config.output,
-            [*checks, Check("source and encoders", "as they are now", [str(problem)])],
+            [*checks, Check("source and encoders", "as they are now", [str(error)])],
         )
-    problems = _check_settings(config, index, networks, plan)
+    problems = _check_settings(config, index, encoders, plan)
     if index.plan not in (plan.identity, plan.earlier_identity):
-        problems.insert(0, "source, encoders or configuration are not those that made this folder")
+        problems.insert(0, "source, encoders or configuration are not those of this folder")
     checks.append(Check("source and encoders", f"{len(plan.parts)} parts", problems))
     if not any(check.problems for check in checks):
-        checks.append(_check_pictures(config, index, networks, plan, pictures))
+        checks.append(_check_images(config, index, encoders, plan, images))
     return Report(config.output, checks)
 
 
 def _check_settings(
-    config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan
+    config: EncodeConfig, index: DatasetIndex, encoders: Encoders, plan: Plan
 ) -> list[str]:
-    """What the index repeats of the configuration, the encoders and the source."""
-    autoencoder = networks.autoencoder
+    """Fields of the index that differ from the configuration, the encoders and the source."""
+    autoencoder = encoders.autoencoder
     stored = {name: value for name, value in json.loads(index.config).items() if name != "pixels"}
-    asked = {name: value for name, value in settings_of_bytes(config).items() if name != "pixels"}
+    current = {name: value for name, value in content_settings(config).items() if name != "pixels"}
     compared = {
         "autoencoder": (
             (
@@ -117,112 +121,116 @@ def _check_settings(
         "resolution_px": (index.resolution_px, config.resolution_px),
         "moments_dtype": (index.moments_dtype, config.moments_dtype),
         "flipped": (index.flipped, config.flips),
-        "text": (index.text, {name: text_entry(config, networks, name) for name in networks.text}),
-        "config": (stored, asked),
+        "text": (index.text, {name: text_entry(config, encoders, name) for name in encoders.text}),
+        "config": (stored, current),
     }
     if plan.classes is not None and not index.skipped:
         compared["classes"] = (index.classes, plan.classes)
     return [
-        f"{name}: index.json says {said}, wanted {wanted}"
-        for name, (said, wanted) in compared.items()
-        if said != wanted
+        f"{name}: index.json says {recorded}, wanted {wanted}"
+        for name, (recorded, wanted) in compared.items()
+        if recorded != wanted
     ]
 
 
 @torch.inference_mode()
-def _check_null_text(config: EncodeConfig, index: DatasetIndex, networks: Networks) -> Check:
+def _check_null_text(config: EncodeConfig, index: DatasetIndex, encoders: Encoders) -> Check:
+    """Compares the stored null texts with the encoders' outputs."""
     problems = []
-    for name in index.text.keys() & networks.text.keys():
+    for name in index.text.keys() & encoders.text.keys():
         try:
             stored = read_null_text(config.output, index, [name])[name]
-        except DataError as problem:
-            problems.append(str(problem))
+        except DataError as error:
+            problems.append(str(error))
             continue
-        for part, fresh in null_text_arrays(networks, name).items():
-            found = stored[part].numpy()
-            if (
-                found.shape != fresh.shape
-                or np.abs(found - fresh).max() > NULL_TEXT_TOLERANCE * np.abs(fresh).max()
-            ):
+        for field, wanted in null_text_arrays(encoders, name).items():
+            actual = stored[field].numpy()
+            tolerance = NULL_TEXT_TOLERANCE * np.abs(wanted).max()
+            if actual.shape != wanted.shape or np.abs(actual - wanted).max() > tolerance:
                 problems.append(
-                    f"text_{name}: its {part} are not what the encoder makes of the empty caption: "
-                    "encode the folder again"
+                    f"text_{name}: its {field} differ from the encoder's output for the empty "
+                    "caption: encode the folder again"
                 )
     return Check("empty captions", f"{len(index.text)} encoders", problems)
 
 
 @torch.inference_mode()
-def _check_pictures(
-    config: EncodeConfig, index: DatasetIndex, networks: Networks, plan: Plan, count: int
+def _check_images(
+    config: EncodeConfig, index: DatasetIndex, encoders: Encoders, plan: Plan, num_images: int
 ) -> Check:
-    problems, stored_db, fresh_db = [], [], []
+    """Decodes stored latents and compares them with their images, as well as newly encoded ones."""
+    problems: list[str] = []
+    stored_db: list[float] = []
+    new_db: list[float] = []
     with scratch_folder("lpl-verify") as scratch:
-        for shard, row, item in _find_pictures(config, index, plan, count, scratch):
+        for shard, row, decoded in _select_samples(config, index, plan, num_images, scratch):
             where = shard.where(row)
-            if shard.offsets.micro[row].tolist() != [
-                *item.source_px,
-                *item.fit.resized_px,
-                *item.fit.crop_px,
-            ]:
-                problems.append(
-                    f"{where}: its recorded sizes are not those of {item.picture.origin}"
-                )
+            origin = decoded.image.origin
+            resize_crop = decoded.resize_crop
+            sizes = [*decoded.source_px, *resize_crop.resized_px, *resize_crop.crop_px]
+            if shard.offsets.micro[row].tolist() != sizes:
+                problems.append(f"{where}: its recorded sizes are not those of {origin}")
                 continue
-            fresh = networks.moments(item.pixels[None], config).floats[0]
-            stored_db.append(
-                _psnr(networks, moments_as_floats(shard, index, row, False), item.pixels)
-            )
-            fresh_db.append(_psnr(networks, fresh, item.pixels))
-            if stored_db[-1] < fresh_db[-1] - WORSE_DB:
+            stored = moments_as_floats(shard, index, row, False)
+            new = encoders.encode_moments(decoded.pixels[None], config).floats[0]
+            stored_db.append(_psnr(encoders, stored, decoded.pixels))
+            new_db.append(_psnr(encoders, new, decoded.pixels))
+            if stored_db[-1] < new_db[-1] - MAX_PSNR_LOSS_DB:
                 problems.append(
-                    f"{where}: decodes at {stored_db[-1]:.1f} dB, {item.picture.origin} encoded "
-                    f"afresh at {fresh_db[-1]:.1f} dB: "
-                    "the latent belongs to another picture"
+                    f"{where}: decodes at {stored_db[-1]:.1f} dB, {origin} newly encoded at "
+                    f"{new_db[-1]:.1f} dB: the latent belongs to another image"
                 )
     if not stored_db:
-        return Check("pictures", "none could be compared", problems)
+        return Check("images", "none could be compared", problems)
     means = (
-        f"PSNR {np.mean(stored_db):.2f} dB (lowest {min(stored_db):.2f}); encoded afresh "
-        f"{np.mean(fresh_db):.2f} dB"
+        f"PSNR {np.mean(stored_db):.2f} dB (lowest {min(stored_db):.2f}); newly encoded "
+        f"{np.mean(new_db):.2f} dB"
     )
-    return Check("pictures", f"{len(stored_db)} decoded: {means}", problems)
+    return Check("images", f"{len(stored_db)} decoded: {means}", problems)
 
 
-def _find_pictures(
-    config: EncodeConfig, index: DatasetIndex, plan: Plan, count: int, scratch: Path
-) -> Iterator[tuple[OpenShard, int, Decoded]]:
-    """Samples spread over a few shards, with their pictures: a shard's name says which part of the
-    source made it.
+def _select_samples(
+    config: EncodeConfig, index: DatasetIndex, plan: Plan, num_images: int, scratch: Path
+) -> Iterator[tuple[OpenShard, int, DecodedImage]]:
+    """(shard, row, image) of samples spread over a few shards.  The name of a shard contains that
+    of its part.
     """
-    parts, total_shards = {part.name: part for part in plan.parts}, len(index.shards)
-    few = min(SHARDS_WITH_PICTURES, total_shards, max(1, count))
+    parts = {part.name: part for part in plan.parts}
+    num_shards = min(MAX_SHARDS, len(index.shards), max(1, num_images))
     shards = [
-        open_shard(Path(config.output), index.shards[i * total_shards // few], index)
-        for i in range(few)
+        open_shard(Path(config.output), index.shards[i * len(index.shards) // num_shards], index)
+        for i in range(num_shards)
     ]
-    each = -(-count // len(shards))
-    for name, group in groupby(
+    per_shard = -(-num_images // num_shards)
+    for part_name, group in groupby(
         shards, key=lambda shard: shard.entry.file.removeprefix("latents-")[:10]
     ):
-        wanted: dict[str, tuple[OpenShard, int]] = {}
+        selected: dict[str, tuple[OpenShard, int]] = {}
         for shard in group:
             total = len(shard.offsets)
-            rows = {i * total // each for i in range(each)} if total > each else set(range(total))
-            wanted |= {key_at(shard.path, shard.offsets, row): (shard, row) for row in sorted(rows)}
-        for picture in _pictures(parts[name], scratch) if name in parts else ():
-            if picture.key in wanted:
-                yield *wanted[picture.key], decode(picture, config)
+            rows = set(range(total))
+            if total > per_shard:
+                rows = {i * total // per_shard for i in range(per_shard)}
+            for row in sorted(rows):
+                selected[key_at(shard.path, shard.offsets, row)] = (shard, row)
+        if part_name not in parts:
+            continue
+        for image in _part_images(parts[part_name], scratch):
+            if image.key in selected:
+                shard, row = selected[image.key]
+                yield shard, row, decode(image, config)
 
 
-def _pictures(part: Part, scratch: Path) -> Iterator[Picture]:
-    for item in part.items(lambda url: download(url, scratch / part.name)):
-        if isinstance(item, Picture):
-            yield item
+def _part_images(part: Part, scratch: Path) -> Iterator[SourceImage]:
+    """The readable images of a part; downloads a remote tar to `scratch`."""
+    for image in part.images(lambda url: download(url, scratch / part.name)):
+        if isinstance(image, SourceImage):
+            yield image
 
 
-def _psnr(networks: Networks, moments: np.ndarray, pixels: np.ndarray) -> float:
-    """dB, of the posterior's mean decoded, against uint8 pixels."""
-    raw = torch.from_numpy(moments[: len(moments) // 2])[None].to(networks.device)
-    decoded = networks.autoencoder.decode(raw)[0].float().cpu().clamp(-1, 1)  # type: ignore[attr-defined]
+def _psnr(encoders: Encoders, moments: np.ndarray, pixels: np.ndarray) -> float:
+    """PSNR, in dB, of the decoded posterior mean against uint8 pixels."""
+    raw = torch.from_numpy(moments[: len(moments) // 2])[None].to(encoders.device)
+    decoded = encoders.autoencoder.decode(raw)[0].float().cpu().clamp(-1, 1)  # type: ignore[attr-defined]
     image = torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1
     return float(10 * torch.log10(4 / (decoded - image).square().mean().clamp_min(1e-12)))

@@ -1,21 +1,20 @@
-"""How a part of the pictures becomes finished shards: files in a folder of their own, then the
-part's record, then their place.
+"""Writes the shards of one part: files in a staging folder first, then the part's record, then the
+files are moved to the data folder.
 
-A part is what one process encodes without asking anybody: it goes to shards of its own, whose bytes
-depend on the part alone. So any number of processes write one folder, and a part without a record
-is simply done again.
+One process encodes a part without communication, to shards whose bytes depend on the part alone.
+Any number of processes can therefore write to one folder, and a part without a record is encoded
+again.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,120 +24,78 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lpl_pretrain.config.dataset import INDEX_NAME, ShardEntry
 from lpl_pretrain.data.format import NO_CLASS, Sample, shard_name
 from lpl_pretrain.data.offsets import SUFFIX, ShardBuilder
+from lpl_pretrain.encoding.latent_statistics import LatentStatistics
+from lpl_pretrain.encoding.publish import disk_error, publish_new, write_file
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.runtime.atomic import atomic_write, remove_leftovers, temporary_name
 
 RECORDS = ".encode"
-"""Folder of the parts' records, until index.json takes their place."""
-NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-"""How file systems without hard links refuse one."""
+"""Folder of the parts' records until index.json replaces them."""
 
 
 class PartRecord(BaseModel):
-    """What index.json needs to know of one part."""
+    """Contribution of one part to index.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     plan: str
     """Identity of the plan that the part belongs to."""
     staging: str
-    """Folder, inside RECORDS, that its files were written to; they are moved to their place after
-    this record is there.
+    """Folder inside RECORDS that its files were written to; they are moved to the data folder once
+    this record exists.
     """
     samples: int
     skipped: list[str]
-    """Why each picture was left out."""
+    """Reason of each skipped image."""
     labels: dict[int, int]
-    """Class id -> samples; NO_CLASS (-1) counts those without one."""
+    """Class id -> number of samples; NO_CLASS (-1) for those without one."""
     class_names: dict[int, str]
     captions: int
     blank_captions: int
     """Captions of spaces only."""
     source: str
-    """Sum modulo 2^256 of the sha256 of each picture's facts, in hexadecimal: it does not depend on
-    how parts are cut.
-    """
+    """Sum modulo 2^256 of the samples' digests (`sample_digest`), in hexadecimal."""
     statistics: dict[str, list[float]]
     shards: list[tuple[tuple[int, int], ShardEntry]]
-    """((height, width) in latent positions, entry) of each."""
-
-
-class LatentStatistics:
-    """Per-channel sums in float64 over samples and positions; sums, so that parts made apart can be
-    added.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.positions = 0.0
-        self.mean, self.mean_square, self.variance = np.zeros((3, channels))
-
-    def add(self, moments: np.ndarray) -> None:
-        """(2C, H, W), floating point."""
-        mean, std = np.split(moments.astype(np.float64), 2)
-        self.positions += mean[0].size
-        self.mean += mean.sum(axis=(1, 2))
-        self.mean_square += np.square(mean).sum(axis=(1, 2))
-        self.variance += np.square(std).sum(axis=(1, 2))
-
-    def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of a draw from the posterior: its variance is the variance of the means plus the mean of
-        the variances.
-        """
-        mean = self.mean / self.positions
-        return mean, np.sqrt(
-            self.mean_square / self.positions - np.square(mean) + self.variance / self.positions
-        )
-
-    def to_lists(self) -> dict[str, list[float]]:
-        sums = {"mean": self.mean, "mean_square": self.mean_square, "variance": self.variance}
-        return {
-            "positions": [self.positions],
-            **{name: values.tolist() for name, values in sums.items()},
-        }
-
-    @classmethod
-    def total(cls, parts: Iterable[dict[str, list[float]]]) -> LatentStatistics:
-        """In the order given: floating-point sums depend on it."""
-        whole: LatentStatistics | None = None
-        for part in parts:
-            whole = whole or cls(len(part["mean"]))
-            whole.positions += part["positions"][0]
-            for name in ("mean", "mean_square", "variance"):
-                setattr(whole, name, getattr(whole, name) + np.array(part[name]))
-        assert whole is not None, "no part"
-        return whole
+    """((height, width) of the latents, entry) of each shard."""
 
 
 class Superseded(Exception):
-    """Another process has recorded this part, or finished the folder: what was made of it here is
-    not needed.
+    """Another process has recorded this part or finished the folder; this process's files are not
+    needed.
     """
 
 
 class PartWriter:
-    """`add` every sample of a part, then `finish`.  Shards are put together in memory, one for each
+    """Writer of one part: `add` every sample, then `finish`.  Shards are built in memory, one per
     bucket at a time.
 
-    Files are written to a folder of this writer alone.  The part's record is created exclusively
-    and names that folder; only then do the files go to their place.  So of two processes that
-    encode one part by mistake, the first to finish counts, and a file that a record or an index
+    Files are written to a staging folder of this writer.  The part's record is created exclusively
+    and names that folder; only then are the files moved to the data folder.  Of two processes that
+    encode one part by mistake, the first to finish wins, and a file that a record or an index
     describes is never written again.
     """
 
     def __init__(
         self, folder: Path, part: str, channels: int, shard_samples: int, plan: str
     ) -> None:
-        self.folder, self.part, self.shard_samples, self.plan = folder, part, shard_samples, plan
+        self.folder = folder
+        self.part = part
+        self.shard_samples = shard_samples
+        self.plan = plan
         self.staging = folder / RECORDS / f"{part}.{secrets.token_hex(4)}"
         self.statistics = LatentStatistics(channels)
         self.labels: Counter[int] = Counter()
-        self.captions = self.blank_captions = 0
-        self._open: dict[tuple[int, int], ShardBuilder] = {}  # bucket -> shard in the making
+        self.captions = 0
+        self.blank_captions = 0
+        self._open: dict[tuple[int, int], ShardBuilder] = {}  # bucket -> incomplete shard
         self._shards: list[tuple[tuple[int, int], ShardEntry]] = []
         self._keys: set[str] = set()
 
     def add(self, sample: Sample, moments: np.ndarray) -> None:
-        """`moments`: those of the sample as floating-point numbers, for the statistics."""
+        """Adds a sample.  `moments`: (2C, H, W) those of the sample in floating point.
+
+        Raises DataError for a repeated key.
+        """
         if sample.key in self._keys:
             raise DataError(
                 f"part {self.part}: key {sample.key!r} is there twice, wanted unique keys: "
@@ -156,6 +113,10 @@ class PartWriter:
             self._write(bucket)
 
     def finish(self, *, skipped: list[str], class_names: dict[int, str], source: int) -> None:
+        """Writes the remaining shards and the record, then moves the shards to the data folder.
+
+        `source`: sum of the samples' digests modulo 2^256.  Raises Superseded.
+        """
         for bucket in sorted(self._open):
             self._write(bucket)
         record = PartRecord(
@@ -171,57 +132,58 @@ class PartWriter:
             statistics=self.statistics.to_lists(),
             shards=self._shards,
         )
-        with self._superseded_when_gone():
+        with self._superseded_if_removed():
             is_first = publish_new(
                 record_path(self.folder, self.part), [record.model_dump_json().encode()]
             )
-        if (
-            not is_first or (self.folder / INDEX_NAME).exists()
-        ):  # records disappear after the index is there
+        # records are removed after the index is published
+        if not is_first or (self.folder / INDEX_NAME).exists():
             raise Superseded(self.part)
-        place_shards(self.folder, record)
+        move_shards(self.folder, record)
         for leftover in (self.folder / RECORDS).glob(f"{self.part}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove what was written, unless the part's record names it: then it is what
-        `place_shards` has still to move.
+        """Removes the staging folder, unless the part's record names it: then `move_shards` still
+        has to move its files.
         """
         try:
             recorded = self.staging.name in record_path(self.folder, self.part).read_text()
         except FileNotFoundError:
             recorded = False
-        except OSError:  # nobody can know: it goes with the records when the folder is finished
+        except OSError:  # unknown: the folder is removed with the records of a finished encode
             recorded = True
         if not recorded:
             shutil.rmtree(self.staging, ignore_errors=True)
 
     def _write(self, bucket: tuple[int, int]) -> None:
-        pieces, offsets = self._open.pop(bucket).finish()
+        """Writes the shard of `bucket` to the staging folder."""
+        chunks, offsets = self._open.pop(bucket).finish()
         raw_offsets = offsets.to_bytes()
-        name = shard_name(
-            self.part, sum(other == bucket for other, _ in self._shards), f"{bucket[0]}x{bucket[1]}"
-        )
+        number = sum(other == bucket for other, _ in self._shards)
+        name = shard_name(self.part, number, f"{bucket[0]}x{bucket[1]}")
         digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-        with self._superseded_when_gone():
+        for chunk in chunks:
+            digest.update(chunk)
+        with self._superseded_if_removed():
             self.staging.mkdir(exist_ok=True)
-            write_file(self.staging / name, pieces)
+            write_file(self.staging / name, chunks)
             write_file(offsets_path(self.staging / name), [raw_offsets])
         entry = ShardEntry(
             file=name,
-            bucket=0,  # numbers are given when all buckets are known
+            bucket=0,  # replaced when all buckets are known
             samples=len(offsets),
-            bytes=sum(map(len, pieces)),
+            bytes=sum(map(len, chunks)),
             sha256=digest.hexdigest(),
             offsets_sha256=hashlib.sha256(raw_offsets).hexdigest(),
         )
         self._shards.append((bucket, entry))
 
     @contextmanager
-    def _superseded_when_gone(self) -> Iterator[None]:
-        """Whoever records a part removes the folders of others that work on it."""
+    def _superseded_if_removed(self) -> Iterator[None]:
+        """Raises Superseded for an error that is due to another process: the one that records the
+        part removes the staging folders of others.
+        """
         try:
             yield
         except (FileNotFoundError, DataError):
@@ -231,13 +193,15 @@ class PartWriter:
 
 
 def read_record(folder: Path, part: str, plan: str) -> PartRecord:
-    """Raises FileNotFoundError, and DataError for a record of another plan or a damaged one."""
+    """Record of a part.  Raises FileNotFoundError, and DataError for a corrupt record or one of
+    another plan.
+    """
     path = record_path(folder, part)
     remedy = f"remove {path} and run the same command again"
     try:
         record = PartRecord.model_validate_json(path.read_bytes())
-    except ValidationError as problem:
-        raise DataError(f"{path}: damaged ({problem.error_count()} fields): {remedy}") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: corrupt ({error.error_count()} fields): {remedy}") from None
     if record.plan != plan:
         raise DataError(
             f"{path}: belongs to plan {record.plan[:12]}, wanted {plan[:12]}: name another output, "
@@ -251,11 +215,11 @@ def read_record(folder: Path, part: str, plan: str) -> PartRecord:
     return record
 
 
-def place_shards(folder: Path, record: PartRecord) -> None:
-    """Moves what a record describes to its place; the rest of it, when another process was killed
-    or is at it.
+def move_shards(folder: Path, record: PartRecord) -> None:
+    """Moves the files of a record from its staging folder to the data folder, except those that
+    another process has moved.
 
-    Raises DataError when something is missing.
+    Raises DataError for a file that is in neither.
     """
     staging = folder / RECORDS / record.staging
     for _, entry in record.shards:
@@ -265,12 +229,11 @@ def place_shards(folder: Path, record: PartRecord) -> None:
             except FileNotFoundError:
                 if not (folder / name).is_file():
                     raise DataError(
-                        f"{folder / name}: missing, though a part that is recorded has it: remove "
-                        f"{folder / RECORDS} and run "
-                        "the same command again"
+                        f"{folder / name}: missing, though the record of its part lists it: remove "
+                        f"{folder / RECORDS} and run the same command again"
                     ) from None
-            except OSError as problem:
-                raise _no_room(folder / name, problem, entry.bytes) from None
+            except OSError as error:
+                raise disk_error(folder / name, error, entry.bytes) from None
 
 
 def record_path(folder: Path, part: str) -> Path:
@@ -279,72 +242,3 @@ def record_path(folder: Path, part: str) -> Path:
 
 def offsets_path(shard: Path) -> Path:
     return shard.with_suffix(SUFFIX)
-
-
-def publish(path: Path, pieces: list[bytes]) -> None:
-    """Raises DataError when there is no room; what was there before stays."""
-    try:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            file.writelines(pieces)
-    except OSError as problem:
-        raise _no_room(path, problem, sum(map(len, pieces))) from None
-
-
-def publish_new(path: Path, pieces: list[bytes]) -> bool:
-    """Creates a whole file unless there is one already, which stays: then False.  Of several
-    processes one succeeds.
-
-    Raises FileNotFoundError when the folder is gone, DataError when there is no room.
-    """
-    temporary = temporary_name(path)
-    try:
-        remove_leftovers(path.parent)
-        write_file(temporary, pieces)
-        try:
-            os.link(temporary, path)  # atomic on NFS too
-        except FileExistsError:
-            return (
-                os.stat(temporary).st_nlink > 1
-            )  # NFS may say so of a link that its first try has made
-        except OSError as problem:
-            if problem.errno not in NO_LINKS:
-                raise
-            return _create(path, pieces)
-        return True
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise _no_room(path, problem, sum(map(len, pieces))) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _create(path: Path, pieces: list[bytes]) -> bool:
-    """As `publish_new`, where there are no hard links; a kill here leaves a part of the file, which
-    its reader refuses.
-    """
-    try:
-        with open(path, "xb", buffering=0) as file:
-            file.write(b"".join(pieces))
-    except FileExistsError:
-        return False
-    return True
-
-
-def write_file(path: Path, pieces: list[bytes]) -> None:
-    """Raises FileNotFoundError when the folder is gone, DataError when there is no room."""
-    try:
-        with open(path, "wb") as file:
-            file.writelines(pieces)
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise _no_room(path, problem, sum(map(len, pieces))) from None
-
-
-def _no_room(path: Path, problem: OSError, size: int) -> DataError:
-    return DataError(
-        f"{path}: {problem.strerror} while writing {size / 2**20:.1f} MiB: make room and run the "
-        "same command again; "
-        "finished parts are kept"
-    )

@@ -18,9 +18,9 @@ from torch import Tensor
 from lpl_pretrain.config.metrics import image_metrics
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.encoding.images import to_square
-from lpl_pretrain.encoding.pictures import Picture
-from lpl_pretrain.encoding.sources import read_pictures
+from lpl_pretrain.encoding.resize_crop import to_square
+from lpl_pretrain.encoding.source_image import SourceImage
+from lpl_pretrain.encoding.sources import list_images
 from lpl_pretrain.evaluation.agree import run_and_agree
 from lpl_pretrain.evaluation.checksummed_tensors import save_tensors
 from lpl_pretrain.evaluation.extractor import Extractor
@@ -62,7 +62,7 @@ def open_reference(
         reference = read_reference(Path(source))
         check_provenance(source, reference, protocol, resolution_px, extractors)
         return reference
-    images = list(read_pictures(source))
+    images = list(list_images(source))
     key = reference_key(images, protocol, resolution_px, extractors)
     path = run_dir.path / "evaluations" / f"reference_{key}.safetensors"
     while not broadcast_json(path.is_file()):
@@ -80,7 +80,7 @@ def open_reference(
 
 def build_reference(
     path: Path,
-    images: list[Picture],
+    images: list[SourceImage],
     protocol: EvaluateConfig,
     resolution_px: int,
     extractors: list[Extractor],
@@ -110,7 +110,7 @@ def build_reference(
 def write_reference(
     path: Path,
     store: FeatureStore,
-    images: list[Picture],
+    images: list[SourceImage],
     protocol: EvaluateConfig,
     resolution_px: int,
     extractors: list[Extractor],
@@ -150,7 +150,7 @@ def _tensors_of(store: FeatureStore, label: str, single: list[int]) -> dict[str,
     return tensors
 
 
-def _fingerprint(images: list[Picture], store: FeatureStore) -> str:
+def _fingerprint(images: list[SourceImage], store: FeatureStore) -> str:
     """sha256 over the key and the sha256 of every image, in order."""
     fingerprint = hashlib.sha256()
     digests = (row for rows in store.rows(SHA256) for row in rows)
@@ -160,7 +160,7 @@ def _fingerprint(images: list[Picture], store: FeatureStore) -> str:
 
 
 def reference_key(
-    images: list[Picture],
+    images: list[SourceImage],
     protocol: EvaluateConfig,
     resolution_px: int,
     extractors: list[Extractor],
@@ -189,6 +189,6 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def _pixels(image: Picture, resolution_px: int) -> Tensor:
+def _pixels(image: SourceImage, resolution_px: int) -> Tensor:
     """uint8 (3, resolution_px, resolution_px)."""
     return torch.tensor(to_square(image.load(), resolution_px)).permute(2, 0, 1)

@@ -21,16 +21,16 @@ def written_in_place(path: Path) -> Iterator[Path]:
 
 atomic.atomic_write = written_in_place
 
-from lpl_pretrain.encoding import writer  # noqa: E402
+from lpl_pretrain.encoding import publish  # noqa: E402
 
 
-def created_in_place(path: Path, pieces: list[bytes]) -> bool:
+def created_in_place(path: Path, chunks: list[bytes]) -> bool:
     """Replacement for `publish_new` that may leave a partial file."""
-    path.write_bytes(b"".join(pieces))
+    path.write_bytes(b"".join(chunks))
     return True
 
 
-writer.publish_new = created_in_place
+publish.publish_new = created_in_place
 
 from lpl_pretrain.cli.main import main  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Random tars, members and pictures: what cannot be read is named in its place, and what is read is
+"""Random tars, members and images: what cannot be read is named in its place, and what is read is
 what was stored.
 """
 
@@ -16,8 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lpl_pretrain.encoding.images import MAX_PIXELS, apply_fit, decode_picture, plan_fit
-from lpl_pretrain.encoding.pictures import Picture, Problem
+from lpl_pretrain.encoding.decode_image import MAX_PIXELS, decode_image
+from lpl_pretrain.encoding.resize_crop import plan_resize_crop, resize_and_crop
+from lpl_pretrain.encoding.source_image import BadImage, SourceImage
 from lpl_pretrain.encoding.sources import list_units
 from lpl_pretrain.encoding.tars import parse_class_id
 from lpl_pretrain.errors import DataError, LPLError
@@ -36,18 +37,18 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tars") / "x.tar"
 
 
-def items_of(tar: Path) -> list[Picture | Problem]:
-    """Everything, each of it named; the pictures are decoded too."""
+def items_of(tar: Path) -> list[SourceImage | BadImage]:
+    """Everything, each of it named; the images are decoded too."""
     (unit,) = list_units(str(tar))
-    items = list(unit.pictures())
+    items = list(unit.images())
     for item in items:
-        if isinstance(item, Problem):
+        if isinstance(item, BadImage):
             assert str(tar) in item.reason and len(item.reason) < 2000
             item.reason.encode()
             continue
         assert not item.key.startswith("/") and ".." not in item.key.split("/")
         (item.key + (item.class_name or "") + (item.caption or "")).encode()
-        json.dumps(item.stamp())
+        json.dumps(item.fingerprint())
         try:
             pixels = item.load()
         except DataError as problem:
@@ -77,7 +78,7 @@ JSONS = st.one_of(
     st.binary(max_size=20),
     st.sampled_from([b"", b"{", b"[]", DEEP, b'{"caption": "\\ud800"}', b'{"a":' * 3000]),
 )
-PICTURES = st.sampled_from(
+NUM_IMAGES = st.sampled_from(
     [PNG, GREY16, WITH_PROFILE, b"", b"\x89PNG\r\n\x1a\n", encode_image(random_image(2), "JPEG")]
 )
 NAMES = st.one_of(
@@ -93,8 +94,8 @@ KINDS = st.sampled_from(
 MEMBERS = st.tuples(
     NAMES,
     st.one_of(
-        st.tuples(st.just("png"), PICTURES),
-        st.tuples(st.sampled_from(["jpg", "PNG", "png.png", "mp4"]), PICTURES),
+        st.tuples(st.just("png"), NUM_IMAGES),
+        st.tuples(st.sampled_from(["jpg", "PNG", "png.png", "mp4"]), NUM_IMAGES),
         st.tuples(st.just("cls"), CLASS_IDS),
         st.tuples(
             st.just("txt"),
@@ -139,7 +140,7 @@ def test_tars(tar: Path, members: list, form: int) -> None:
             stored.setdefault(name.removeprefix("./"), {}).setdefault(extension, data)
     for item in items_of(tar):
         if (
-            isinstance(item, Picture)
+            isinstance(item, SourceImage)
             and item.key in stored
             and len([name for name, *_ in members if name == item.key]) <= 4
         ):
@@ -213,7 +214,7 @@ MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
     edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=4)), max_size=2),
     cut=st.integers(0, 30),
 )
-def test_pictures(
+def test_images(
     mode: str, kind: str, size: tuple[int, int], profile: bytes | None, edits: list, cut: int
 ) -> None:
     image = Image.fromarray(random_image(3, *size)).convert("L" if mode == "I;16" else mode)
@@ -229,7 +230,7 @@ def test_pictures(
         raw[at : at + len(data)] = data[: len(raw) - at]
     is_whole = not edits and not cut
     try:
-        pixels = decode_picture(bytes(raw[: len(raw) - cut]), "here.png")
+        pixels = decode_image(bytes(raw[: len(raw) - cut]), "here.png")
     except LPLError as problem:
         assert not is_whole and str(problem).startswith("here.png: ") and len(str(problem)) < 1000
         return
@@ -240,5 +241,5 @@ def test_pictures(
     )
     if is_whole:
         assert pixels.shape[:2] == size
-    fitted = apply_fit(pixels, plan_fit(pixels.shape[:2], (16, 24)))
+    fitted = resize_and_crop(pixels, plan_resize_crop(pixels.shape[:2], (16, 24)))
     assert fitted.shape == (16, 24, 3)

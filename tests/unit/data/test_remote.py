@@ -228,21 +228,21 @@ def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
-    if MEMORY.exists("/pictures"):
-        MEMORY.rm("/pictures", recursive=True)
+    if MEMORY.exists("/images"):
+        MEMORY.rm("/images", recursive=True)
     (tmp_path / "in").mkdir()
     for number in range(3):
         tar = write_tar(
             tmp_path / "in" / f"{number}.tar",
             [m for n in range(4) for m in tar_sample(10 * number + n)],
         )
-        MEMORY.pipe(f"/pictures/{number}.tar", tar.read_bytes())
+        MEMORY.pipe(f"/images/{number}.tar", tar.read_bytes())
     encode_dataset(encode_config(tmp_path / "in", tmp_path / "local"), FakeAutoencoder())
     for number, source in enumerate(
         [
-            "memory://pictures",
-            "memory://pictures/*.tar",
-            [f"memory://pictures/{n}.tar" for n in range(3)],
+            "memory://images",
+            "memory://images/*.tar",
+            [f"memory://images/{n}.tar" for n in range(3)],
         ]
     ):
         output = tmp_path / f"remote{number}"
@@ -278,5 +278,5 @@ def test_what_only_remote_tars_show_is_found_in_the_end(tmp_path: Path) -> None:
         DataError, match="a key is there twice, in latents-00000-0000-000-4x4.tar and latents-00001"
     ):
         encode_dataset(encode_config("memory://twice", tmp_path / "latents"), FakeAutoencoder())
-    with pytest.raises(DataError, match="memory://missing: (no pictures|cannot be listed)"):
+    with pytest.raises(DataError, match="memory://missing: (no images|cannot be listed)"):
         encode_dataset(encode_config("memory://missing", tmp_path / "other"), FakeAutoencoder())

@@ -17,12 +17,13 @@ import torch
 
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.encoding import encode as encode_module
-from lpl_pretrain.encoding import index, writer
+from lpl_pretrain.encoding import plan_file, writer
 from lpl_pretrain.encoding.encode import encode
-from lpl_pretrain.encoding.index import begin
-from lpl_pretrain.encoding.plan import Plan
+from lpl_pretrain.encoding.plan import Plan, make_plan
+from lpl_pretrain.encoding.plan_file import create_plan_file
+from lpl_pretrain.encoding.publish import publish_new
 from lpl_pretrain.encoding.shard_checks import check_shards
-from lpl_pretrain.encoding.writer import RECORDS, publish_new
+from lpl_pretrain.encoding.writer import RECORDS
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.world import World
 from tests.support.image_tars import FakeAutoencoder, encode_config, encode_dataset, image_tar
@@ -65,7 +66,7 @@ def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Pa
         for number in range(ROUNDS):
             output = folder / str(number)
             results = together(
-                *(lambda plan=plan, output=output: begin(output, plan) for plan in PLANS)
+                *(lambda plan=plan, output=output: create_plan_file(output, plan) for plan in PLANS)
             )
             refusals = [result for result in results if isinstance(result, DataError)]
             assert all(result is None or result in refusals for result in results), results
@@ -80,7 +81,7 @@ def test_one_plan_begins_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rounds catch a plan file that may be written over: each finds its own when it looks."""
-    lock, first_of, real = threading.Lock(), dict[Path, threading.Event](), index.check_plan
+    lock, first_of, real = threading.Lock(), dict[Path, threading.Event](), plan_file.check_plan
 
     def write_over(before: Path, after: Path) -> None:
         with lock:
@@ -94,7 +95,7 @@ def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         real(folder, plan)
         first_of[folder / RECORDS / "plan.txt"].set()
 
-    monkeypatch.setattr(index, "check_plan", look)
+    monkeypatch.setattr(plan_file, "check_plan", look)
     assert race(tmp_path, monkeypatch, write_over) == ROUNDS
 
 
@@ -221,14 +222,14 @@ def test_a_folder_that_is_finished_meanwhile_is_not_touched(
 ) -> None:
     """Another plan finishes between our look for an index and our beginning."""
     source, output = image_tar(tmp_path / "x.tar", 4), tmp_path / "latents"
-    real = encode_module.begin
+    real = encode_module.create_plan_file
 
     def other_first(folder: Path, plan: Plan) -> None:
-        monkeypatch.setattr(encode_module, "begin", real)
+        monkeypatch.setattr(encode_module, "create_plan_file", real)
         encode_dataset(encode_config(source, output, crop="random"), FakeAutoencoder())
         real(folder, plan)
 
-    monkeypatch.setattr(encode_module, "begin", other_first)
+    monkeypatch.setattr(encode_module, "create_plan_file", other_first)
     with pytest.raises(
         DataError,
         match="holds a data set made from other inputs .crop 'random' there, 'center' now",
@@ -286,7 +287,7 @@ def test_a_kill_between_a_record_and_its_files_is_made_good(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "place_shards", kill)
+        patch.setattr(writer, "move_shards", kill)
         patch.setattr(writer.PartWriter, "discard", lambda self: None)  # a kill cleans nothing up
         with pytest.raises(Killed):
             encode(config, FakeAutoencoder())
@@ -341,8 +342,8 @@ def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
 def test_work_of_an_earlier_version_is_named_so(tmp_path: Path) -> None:
     source, output = image_tar(tmp_path / "x.tar", 2), tmp_path / "latents"
     config = encode_config(source, output)
-    earlier = encode_module.make_plan(config, {"autoencoder": "fake"}).earlier_identity
-    begin(output, Plan(earlier, []))
+    earlier = make_plan(config, {"autoencoder": "fake"}).earlier_identity
+    create_plan_file(output, Plan(earlier, []))
     with pytest.raises(
         DataError, match="unfinished work of an earlier version, which ignored colour profiles"
     ):

@@ -40,17 +40,17 @@ class NeverAsked(FakeAutoencoder):
 
 
 def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
-    config = encode_config(draw_images(tmp_path / "pictures", 6), tmp_path / "latents", text=text)
+    config = encode_config(draw_images(tmp_path / "images", 6), tmp_path / "latents", text=text)
     with pytest.raises(
         DataError,
-        match=r"text=\['clip'\]: none of the 6 pictures of source=.* has a caption .100 % lack "
+        match=r"text=\['clip'\]: none of the 6 images of source=.* has a caption .100 % lack "
         r"one.*, wanted",
     ):
         encode(config, NeverAsked())
     assert not (tmp_path / "latents").exists()
     assert (
         encode_dataset(
-            encode_config(tmp_path / "pictures", tmp_path / "latents"), FakeAutoencoder()
+            encode_config(tmp_path / "images", tmp_path / "latents"), FakeAutoencoder()
         ).captions
         == 0
     )
@@ -59,7 +59,7 @@ def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
 @pytest.mark.parametrize("blank", [None, b"", b" \n"])
 def test_tars_without_captions(tmp_path: Path, text: dict, blank: bytes | None) -> None:
     tar = tar_of_captions(tmp_path / "x.tar", blank, blank, None)
-    with pytest.raises(DataError, match="none of the 3 pictures"):
+    with pytest.raises(DataError, match="none of the 3 images"):
         encode(encode_config(tar, tmp_path / "latents", text=text), NeverAsked())
 
 
@@ -71,7 +71,7 @@ def test_some_missing_captions_are_one_line(
         index = encode_dataset(
             encode_config(tar, tmp_path / "latents", text=text), FakeAutoencoder()
         )
-    assert index.samples == 4 and caplog.text.count("2 of 4 pictures (50 %) have no caption") == 1
+    assert index.samples == 4 and caplog.text.count("2 of 4 images (50 %) have no caption") == 1
     caplog.clear()
     encode_dataset(
         encode_config(tar_of_captions(tmp_path / "y.tar", b"a"), tmp_path / "all", text=text),
@@ -90,7 +90,7 @@ def test_remote_tars_are_looked_at_before_the_index(
             f"/captions/{name}.tar",
             tar_of_captions(tmp_path / f"{name}.tar", *captions).read_bytes(),
         )
-    with pytest.raises(DataError, match="none of the 2 pictures"):
+    with pytest.raises(DataError, match="none of the 2 images"):
         encode(
             encode_config(["memory://captions/none.tar"], tmp_path / "none", text=text),
             FakeAutoencoder(),
@@ -101,4 +101,4 @@ def test_remote_tars_are_looked_at_before_the_index(
             encode_config(["memory://captions/some.tar"], tmp_path / "some", text=text),
             FakeAutoencoder(),
         )
-    assert caplog.text.count("1 of 2 pictures (50 %) have no caption") == 1
+    assert caplog.text.count("1 of 2 images (50 %) have no caption") == 1

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lpl_pretrain.encoding import colour
-from lpl_pretrain.encoding.images import decode_picture
+from lpl_pretrain.encoding.decode_image import decode_image
 from lpl_pretrain.errors import DataError
 from tests.support.image_tars import encode_image, random_image
 
@@ -92,7 +92,7 @@ PROFILES = [(WIDE, 2.19921875), (SWAPPED, 2.19921875), (SRGB, 1.0), (SRGB, 1.8),
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_profiles_are_converted(matrix: np.ndarray, gamma: float, kind: str) -> None:
     pixels, options = random_image(0, 24, 24), {"lossless": True} if kind == "WEBP" else {}
-    found = decode_picture(
+    found = decode_image(
         encode_image(pixels, kind, icc_profile=rgb_profile(matrix, gamma), **options), "x.png"
     )
     wanted = expected(pixels, matrix, gamma)
@@ -106,14 +106,14 @@ def test_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the conversion the same comparison fails."""
     monkeypatch.setattr(colour, "_transform", lambda profile, mode: (None, None))
     pixels = random_image(0, 24, 24)
-    found = decode_picture(encode_image(pixels, icc_profile=rgb_profile(WIDE, 2.19921875)), "x.png")
+    found = decode_image(encode_image(pixels, icc_profile=rgb_profile(WIDE, 2.19921875)), "x.png")
     assert np.abs(found.astype(int) - expected(pixels, WIDE, 2.19921875)).max() > 20
 
 
 def test_srgb_in_all_but_name_changes_nothing() -> None:
     pixels = random_image(0, 64, 64)
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.array_equal(decode_picture(encode_image(pixels, icc_profile=own), "x.png"), pixels)
+    assert np.array_equal(decode_image(encode_image(pixels, icc_profile=own), "x.png"), pixels)
 
 
 def test_jpeg_palette_and_alpha_have_profiles_too() -> None:
@@ -125,10 +125,10 @@ def test_jpeg_palette_and_alpha_have_profiles_too() -> None:
         (Image.fromarray(flat).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         (Image.fromarray(flat).convert("RGBA"), "PNG"),
     ):
-        found = decode_picture(encode_image(image, kind, icc_profile=raw), "x")
+        found = decode_image(encode_image(image, kind, icc_profile=raw), "x")
         assert np.abs(found[0, 0].astype(int) - wanted).max() <= 4, kind
     half = Image.fromarray(np.concatenate([flat, np.full((16, 16, 1), 128, np.uint8)], axis=2))
-    found = decode_picture(encode_image(half, icc_profile=raw), "x.png")
+    found = decode_image(encode_image(half, icc_profile=raw), "x.png")
     assert np.abs(found[0, 0] - (wanted * 128 + 255 * 127) / 255).max() <= 3
 
 
@@ -144,7 +144,7 @@ def test_grey_profiles(mode: str) -> None:
         image = Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert("1")
     elif mode == "LA":
         image.putalpha(255)
-    found = decode_picture(encode_image(image, icc_profile=linear), "x.png")
+    found = decode_image(encode_image(image, icc_profile=linear), "x.png")
     wanted = np.repeat(
         to_levels(np.eye(8) if mode == "1" else levels / 255.0)[..., None], 3, axis=2
     )
@@ -182,7 +182,7 @@ def test_cmyk_profiles(inks: tuple[int, int, int, int], lightness: float) -> Non
         Image.new("CMYK", (16, 16), inks), "JPEG", quality=100, icc_profile=cmyk_profile()
     )
     assert b"Adobe" in raw
-    found = decode_picture(raw, "x.jpg")[8, 8].astype(int)
+    found = decode_image(raw, "x.jpg")[8, 8].astype(int)
     assert np.abs(found - level_of_lightness(lightness)).max() <= 3
 
 
@@ -197,12 +197,12 @@ def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
     T.872, 6.5.3).
     """
     marked = encode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
-    assert np.abs(decode_picture(marked, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
+    assert np.abs(decode_image(marked, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
     plain = without_adobe(
         encode_image(Image.new("CMYK", (8, 8), (255, 0, 0, 255)), "JPEG", quality=100)
     )
     assert b"Adobe" not in plain
-    assert np.abs(decode_picture(plain, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
+    assert np.abs(decode_image(plain, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,11 @@ def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
     [
         (b"no profile", "RGB", "cannot be read"),
         (rgb_profile(WIDE, 2.2)[:200], "RGB", "cannot be read"),
-        (rgb_profile(WIDE, 2.2), "L", "it is for RGB and the picture is GRAY"),
+        (rgb_profile(WIDE, 2.2), "L", "it is for RGB and the image is GRAY"),
         (
             profile(b"GRAY", {b"kTRC": gamma_curve(1.0)}),
             "RGB",
-            "it is for GRAY and the picture is RGB",
+            "it is for GRAY and the image is RGB",
         ),
         (rgb_profile(WIDE, 2.2)[:-40] + b"\xff" * 40, "RGB", None),
     ],
@@ -226,9 +226,7 @@ def test_a_profile_that_cannot_be_used_is_ignored_and_named(
     colour._warned.clear()
     image = Image.fromarray(random_image(0)).convert(mode)
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
-        found = [
-            decode_picture(encode_image(image, icc_profile=raw), f"x{i}.png") for i in range(2)
-        ]
+        found = [decode_image(encode_image(image, icc_profile=raw), f"x{i}.png") for i in range(2)]
     if fragment is None:
         return  # any colours, no traceback
     assert np.array_equal(found[0], np.asarray(image.convert("RGB"))) and np.array_equal(*found)
@@ -322,7 +320,7 @@ PIXELS = {
 @pytest.mark.parametrize("name", PIXELS)
 def test_every_kind_of_transparency(name: str) -> None:
     raw, wanted = PIXELS[name]
-    found = decode_picture(raw, "x.png")
+    found = decode_image(raw, "x.png")
     assert found[0].tolist() == [
         list(value) if isinstance(value, tuple) else [value] * 3 for value in wanted
     ]
@@ -332,9 +330,9 @@ def test_a_transparent_colour_of_16_bits_is_refused() -> None:
     """Pillow keeps 8 of them: which pixels are meant can no longer be told."""
     raw = png(1, 1, 16, RGB, [bytes(6)], (b"tRNS", bytes(6)))
     with pytest.raises(
-        DataError, match="x.png: not a readable picture .a transparent colour of 16 bits a channel"
+        DataError, match="x.png: not a readable image .a transparent colour of 16 bits a channel"
     ):
-        decode_picture(raw, "x.png")
+        decode_image(raw, "x.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -343,22 +341,22 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     buffer = io.BytesIO()
     options = {"lossless": True} if kind == "WEBP" else {}
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=50, **options)
-    assert (decode_picture(buffer.getvalue(), "x") == (255, 0, 0)).all()
+    assert (decode_image(buffer.getvalue(), "x") == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
-def test_pictures_without_pixels(size: tuple[int, int]) -> None:
-    with pytest.raises(DataError, match="x.png: not a readable picture"):
-        decode_picture(png(*size, 8, GREY, [b""] * size[1]), "x.png")
+def test_images_without_pixels(size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match="x.png: not a readable image"):
+        decode_image(png(*size, 8, GREY, [b""] * size[1]), "x.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_cut_anywhere_is_refused_or_whole(kind: str) -> None:
     """Never half a picture."""
     raw = encode_image(random_image(0, 40, 40), kind)
-    whole = decode_picture(raw, "x")
+    whole = decode_image(raw, "x")
     for length in range(0, len(raw), 37):
         try:
-            assert np.array_equal(decode_picture(raw[:length], "x"), whole)
+            assert np.array_equal(decode_image(raw[:length], "x"), whole)
         except DataError as problem:
             assert str(problem).startswith("x: ")

@@ -17,7 +17,7 @@ from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import load_config
 from lpl_pretrain.data.stream import LatentStream, RequestedFields
 from lpl_pretrain.encoding.encode import check_shapes, encode
-from lpl_pretrain.encoding.writer import LatentStatistics
+from lpl_pretrain.encoding.latent_statistics import LatentStatistics
 from lpl_pretrain.errors import ConfigError, DataError
 from tests.support.image_tars import (
     CLASSES,
@@ -145,7 +145,7 @@ def test_an_interrupted_encode_is_made_again(tmp_path: Path) -> None:
 
 def test_a_failing_encode_leaves_no_index(tmp_path: Path) -> None:
     refused(
-        write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(1, png=b"no picture")),
+        write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(1, png=b"no image")),
         "x.tar:p0001.png",
     )
 
@@ -159,7 +159,7 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptu
     assert "left alone" in caplog.text
 
 
-def test_source_fingerprint_does_not_depend_on_how_pictures_are_packed(tmp_path: Path) -> None:
+def test_source_fingerprint_does_not_depend_on_how_images_are_packed(tmp_path: Path) -> None:
     _, index = encode_tar(tmp_path, 3)
     tars = [str(write_tar(tmp_path / f"{number}.tar", tar_sample(number))) for number in (2, 0, 1)]
     apart = encode_dataset(encode_config(tars, tmp_path / "apart"), FakeAutoencoder())
@@ -179,11 +179,11 @@ class OtherAutoencoder(FakeAutoencoder):
         ({"autoencoder": OtherAutoencoder()}, "source or encoders have changed"),
         ({"resolution_px": 32}, "resolution_px 16 there, 32 now"),
         (
-            {"picture": tar_sample(1, png=encode_image(random_image(99)))},
+            {"image": tar_sample(1, png=encode_image(random_image(99)))},
             "source or encoders have changed",
         ),
-        ({"picture": tar_sample(1, cls=b"2", json=b"{}")}, "source or encoders have changed"),
-        ({"picture": tar_sample(1, txt=b"another caption")}, "source or encoders have changed"),
+        ({"image": tar_sample(1, cls=b"2", json=b"{}")}, "source or encoders have changed"),
+        ({"image": tar_sample(1, txt=b"another caption")}, "source or encoders have changed"),
     ],
 )
 def test_a_finished_folder_of_other_inputs_is_refused(
@@ -192,8 +192,8 @@ def test_a_finished_folder_of_other_inputs_is_refused(
     folder, _ = encode_tar(tmp_path, 3)
     before = contents(folder)
     tar = write_tar(
-        tmp_path / "pictures.tar",
-        tar_sample(0) + change.get("picture", tar_sample(1)) + tar_sample(2),
+        tmp_path / "images.tar",
+        tar_sample(0) + change.get("image", tar_sample(1)) + tar_sample(2),
     )
     config = encode_config(tar, folder, resolution_px=change.get("resolution_px", 16))
     with pytest.raises(DataError, match=fragment) as error:
@@ -238,14 +238,14 @@ def test_resolution_must_fit_the_autoencoder(tmp_path: Path) -> None:
 
 
 def test_class_ids_out_of_range(tmp_path: Path) -> None:
-    pictures = [member for number in range(3) for member in tar_sample(number)]
+    images = [member for number in range(3) for member in tar_sample(number)]
     refused(
-        write_tar(tmp_path / "a.tar", pictures + tar_sample(4, cls=b"3", json=b"{}")),
+        write_tar(tmp_path / "a.tar", images + tar_sample(4, cls=b"3", json=b"{}")),
         "p0004",
         "class id 3, wanted 0 to 2",
     )
     refused(
-        write_tar(tmp_path / "b.tar", pictures + tar_sample(4, cls=b"-2")), "p0004", "class id -2"
+        write_tar(tmp_path / "b.tar", images + tar_sample(4, cls=b"-2")), "p0004", "class id -2"
     )
     refused(
         write_tar(tmp_path / "c.tar", tar_sample(4, cls=b"123456789", json=b"{}")),
@@ -281,7 +281,7 @@ def test_classes_without_names_and_no_classes(tmp_path: Path) -> None:
     assert (index.classes, index.class_counts) == ([], [])
 
 
-def test_pictures_of_any_size_and_bf16(tmp_path: Path) -> None:
+def test_images_of_any_size_and_bf16(tmp_path: Path) -> None:
     tar = write_tar(
         tmp_path / "x.tar",
         tar_sample(0, png=encode_image(random_image(0, 40, 23)))
@@ -401,7 +401,7 @@ class LopsidedAutoencoder(FakeAutoencoder):
         return super().encode_moments(images * torch.linspace(0.1, 1.0, images.shape[-1]))
 
 
-def test_flips_are_encodings_of_the_mirrored_picture(tmp_path: Path) -> None:
+def test_flips_are_encodings_of_the_mirrored_image(tmp_path: Path) -> None:
     encode_dataset(
         encode_config(image_tar(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True),
         LopsidedAutoencoder(),
@@ -420,11 +420,11 @@ def test_flips_are_encodings_of_the_mirrored_picture(tmp_path: Path) -> None:
 
 def test_class_folders_are_spread_over_the_shards(tmp_path: Path) -> None:
     for n in range(80):
-        folder = tmp_path / "pictures" / f"class{n // 40}"
+        folder = tmp_path / "images" / f"class{n // 40}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{n}.png").write_bytes(encode_image(random_image(n)))
     index = encode_dataset(
-        encode_config(tmp_path / "pictures", tmp_path / "latents", shard_samples=20),
+        encode_config(tmp_path / "images", tmp_path / "latents", shard_samples=20),
         FakeAutoencoder(),
     )
     assert [shard.samples for shard in index.shards] == [20] * 4
@@ -496,12 +496,12 @@ def test_captions_in_any_unicode(tmp_path: Path) -> None:
 # --- on_error: skip
 
 
-def test_unreadable_pictures_can_be_skipped_and_are_counted(
+def test_unreadable_images_can_be_skipped_and_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     members = [member for n in range(12) for member in tar_sample(n)]
     bad = (
-        tar_sample(20, png=b"no picture")
+        tar_sample(20, png=b"no image")
         + tar_sample(21, png=None)
         + tar_sample(22, cls=b"cat")
         + tar_sample(23, txt=b"\xff")
@@ -515,14 +515,14 @@ def test_unreadable_pictures_can_be_skipped_and_are_counted(
     assert list(read_samples(tmp_path / "latents")) == [f"p{n:04d}" for n in range(12)]
     for fragment in (
         "p0020.png: not a readable",
-        "'p0021': has 0 pictures",
+        "'p0021': has 0 images",
         "'p0022': .cls",
         "'p0023': .cls",
         "../evil.png",
     ):
         assert fragment in caplog.text
     with pytest.raises(
-        DataError, match="pictures cannot be read, more than max_skipped_fraction=0.1"
+        DataError, match="images cannot be read, more than max_skipped_fraction=0.1"
     ):
         encode(
             encode_config(tar, tmp_path / "other", on_error="skip", max_skipped_fraction=0.1),
@@ -560,7 +560,7 @@ def test_what_a_truncated_tar_still_holds(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_everything_skipped_is_an_error(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", tar_sample(0, png=b"x"))
-    with pytest.raises(DataError, match="1 of 1 pictures cannot be read"):
+    with pytest.raises(DataError, match="1 of 1 images cannot be read"):
         encode(
             encode_config(tar, tmp_path / "latents", on_error="skip", max_skipped_fraction=1.0),
             FakeAutoencoder(),

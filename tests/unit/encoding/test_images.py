@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpl_pretrain.encoding.images import (
-    apply_fit,
+from lpl_pretrain.encoding.decode_image import decode_image
+from lpl_pretrain.encoding.resize_crop import (
     aspect_buckets,
-    decode_picture,
     nearest_bucket,
-    plan_fit,
+    plan_resize_crop,
+    resize_and_crop,
     to_square,
 )
 from tests.support.image_tars import encode_image, random_image
@@ -33,17 +33,17 @@ from tests.support.image_tars import encode_image, random_image
     ],
 )
 def test_modes(pixels: Image.Image, wanted: tuple[int, int, int]) -> None:
-    assert decode_picture(encode_image(pixels), "x.png").tolist() == [[list(wanted)] * 2] * 2
+    assert decode_image(encode_image(pixels), "x.png").tolist() == [[list(wanted)] * 2] * 2
 
 
 def test_transparent_palette_is_white() -> None:
     image = Image.new("P", (2, 2), 0)
     image.putpalette([9, 9, 9, 8, 8, 8])
-    assert (decode_picture(encode_image(image, transparency=0), "x.png") == 255).all()
+    assert (decode_image(encode_image(image, transparency=0), "x.png") == 255).all()
 
 
 def test_cmyk() -> None:
-    pixels = decode_picture(
+    pixels = decode_image(
         encode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), "x.jpg"
     )
     assert np.abs(pixels[0, 0].astype(int) - (255, 0, 0)).max() <= 3
@@ -54,7 +54,7 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to show
     pixels = np.zeros((2, 4, 3), dtype=np.uint8)
     pixels[:, :2] = 255
-    shown = decode_picture(encode_image(pixels, exif=exif), "x.png")
+    shown = decode_image(encode_image(pixels, exif=exif), "x.png")
     assert shown.shape == (4, 2, 3) and (shown[:2] == 255).all() and (shown[2:] == 0).all()
 
 
@@ -87,22 +87,25 @@ def test_square_antialiases() -> None:
 
 
 def test_fit_covers_the_shape_and_names_the_crop() -> None:
-    fit = plan_fit((100, 200), (32, 48))
+    fit = plan_resize_crop((100, 200), (32, 48))
     assert (fit.resized_px, fit.crop_px, fit.shape_px) == ((32, 64), (0, 8), (32, 48))
-    assert plan_fit((32, 48), (32, 48)).resized_px == (32, 48)
+    assert plan_resize_crop((32, 48), (32, 48)).resized_px == (32, 48)
     for place, left in (((0.0, 0.0), 0), ((0.0, 0.999999), 16), ((0.5, 0.5), 8)):
-        assert plan_fit((100, 200), (32, 48), place).crop_px == (0, left)
+        assert plan_resize_crop((100, 200), (32, 48), place).crop_px == (0, left)
 
 
-def test_every_crop_is_a_part_of_the_whole_resized_picture() -> None:
+def test_every_crop_is_a_part_of_the_whole_resized_image() -> None:
     smooth = np.stack(np.broadcast_arrays(*np.ogrid[:60, :90], 128), axis=-1).astype(np.uint8)
     whole = np.asarray(Image.fromarray(smooth).resize((30, 20), Image.Resampling.LANCZOS)).astype(
         int
     )
     for column in (0.0, 0.3, 0.7, 0.99):
-        fit = plan_fit((60, 90), (20, 20), (0.0, column))
+        fit = plan_resize_crop((60, 90), (20, 20), (0.0, column))
         top, left = fit.crop_px
-        assert np.abs(apply_fit(smooth, fit) - whole[top : top + 20, left : left + 20]).max() <= 2
+        assert (
+            np.abs(resize_and_crop(smooth, fit) - whole[top : top + 20, left : left + 20]).max()
+            <= 2
+        )
 
 
 def test_aspect_buckets() -> None:

@@ -26,7 +26,7 @@ from tests.support.image_tars import (
     write_tar,
 )
 
-PICTURES, PARTS = 24, 8
+NUM_IMAGES, PARTS = 24, 8
 
 
 class SlowAutoencoder(FakeAutoencoder):
@@ -75,7 +75,7 @@ def finish(config: EncodeConfig, world: World | None = None) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
     """(source, what a whole run makes of it, its seconds)"""
     folder = tmp_path_factory.mktemp("whole")
-    source = image_tar(folder / "pictures.tar", PICTURES)
+    source = image_tar(folder / "images.tar", NUM_IMAGES)
     started = time.monotonic()
     finish(slow_config(source, folder / "latents"))
     return source, contents(folder / "latents"), time.monotonic() - started
@@ -203,10 +203,10 @@ def test_a_full_disk_keeps_finished_parts(
         return open(path, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lpl_pretrain.encoding.writer.open", full, raising=False)
+        patch.setattr("lpl_pretrain.encoding.publish.open", full, raising=False)
         with pytest.raises(
             DataError,
-            match="No space left on device while writing .* MiB: make room and run the same",
+            match="No space left on device while writing .* MiB: free disk space and run the same",
         ):
             encode(config, FakeAutoencoder())
     assert len(list((tmp_path / "latents").glob(".encode/part-*.json"))) == 2

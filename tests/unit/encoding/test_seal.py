@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from lpl_pretrain.cli.main import commands
 from lpl_pretrain.config.dataset import index_bytes, parse_index, read_index
 from lpl_pretrain.config.encode import EncodeConfig
-from lpl_pretrain.encoding.encode import encode, make_plan
+from lpl_pretrain.encoding.encode import encode
+from lpl_pretrain.encoding.plan import make_plan
 from lpl_pretrain.encoding.seal import seal
 from lpl_pretrain.encoding.verify import verify
 from lpl_pretrain.errors import DataError

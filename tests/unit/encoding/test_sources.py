@@ -1,4 +1,4 @@
-"""Reading pictures: every kind of source and pixel format, and an error that names the place for
+"""Reading images: every kind of source and pixel format, and an error that names the place for
 everything else.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from lpl_pretrain.data.format import scan_shard
-from lpl_pretrain.encoding.images import MAX_PIXELS
-from lpl_pretrain.encoding.sources import list_units, read_pictures
+from lpl_pretrain.encoding.decode_image import MAX_PIXELS
+from lpl_pretrain.encoding.sources import list_images, list_units
 from lpl_pretrain.errors import DataError
 from tests.support.image_tars import (
     FakeAutoencoder,
@@ -32,10 +32,10 @@ from tests.support.image_tars import (
 
 
 def keys(source: Path | list[str]) -> list[str]:
-    return [p.key for p in read_pictures(str(source) if isinstance(source, Path) else source)]
+    return [p.key for p in list_images(str(source) if isinstance(source, Path) else source)]
 
 
-def write_pictures(folder: Path, *names: str) -> Path:
+def write_images(folder: Path, *names: str) -> Path:
     for number, name in enumerate(names):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,18 +50,18 @@ def write_pictures(folder: Path, *names: str) -> Path:
 
 def refused(source: Path, *fragments: str) -> None:
     with pytest.raises(DataError) as error:
-        for found in read_pictures(str(source)):
+        for found in list_images(str(source)):
             found.load()
     for fragment in fragments:
         assert fragment in str(error.value)
 
 
 def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
-    write_pictures(
+    write_images(
         tmp_path, "dog/b.png", "cat/z.jpg", "dog/A.JPEG", "cat/deep/y.webp", ".cache/x.png"
     )
-    (tmp_path / "cat" / "notes.md").write_text("not a picture")
-    found = list(read_pictures(str(tmp_path)))
+    (tmp_path / "cat" / "notes.md").write_text("not an image")
+    found = list(list_images(str(tmp_path)))
     assert [(p.key, p.label, p.class_name) for p in found] == [
         ("cat/deep/y", 0, "cat"),
         ("cat/z", 0, "cat"),
@@ -72,18 +72,17 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
 
 
 def test_files_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_pictures(tmp_path, "dog/b.png", "cat/z.jpg")
+    write_images(tmp_path, "dog/b.png", "cat/z.jpg")
     (tmp_path / "cat" / "moving.gif").write_bytes(b"GIF89a")
     with caplog.at_level("INFO", logger="lpl_pretrain"):
         assert len(keys(tmp_path)) == 2
     assert (
-        "1 files are neither pictures nor tars and are left out, such as cat/moving.gif"
-        in caplog.text
+        "1 files are neither images nor tars and are ignored, such as cat/moving.gif" in caplog.text
     )
 
 
 def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
-    found = list(read_pictures(str(write_pictures(tmp_path, "b.png", "a.v2.png"))))
+    found = list(list_images(str(write_images(tmp_path, "b.png", "a.v2.png"))))
     assert [(p.key, p.label, p.class_name) for p in found] == [
         ("a_v2", None, None),
         ("b", None, None),
@@ -91,7 +90,7 @@ def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
 
 
 def test_tar_with_labels_and_captions(tmp_path: Path) -> None:
-    first, second = read_pictures(str(image_tar(tmp_path / "x.tar", 2)))
+    first, second = list_images(str(image_tar(tmp_path / "x.tar", 2)))
     assert (second.key, second.label, second.class_name, second.caption) == (
         "p0001",
         1,
@@ -108,34 +107,34 @@ def test_folder_of_tars_and_lists(tmp_path: Path) -> None:
     write_tar(tars / "b.tar", tar_sample(1))
     write_tar(tars / "a.tar", tar_sample(2))
     (tars / "a.parquet").write_bytes(b"img2dataset writes such files beside its tars")
-    write_pictures(tmp_path / "more", "c/q.png")
+    write_images(tmp_path / "more", "c/q.png")
     assert keys(tars) == ["p0002", "p0001"]
     assert keys([str(tmp_path / "more"), str(tars)]) == ["c/q", "p0002", "p0001"]
 
 
 def test_shipped_emoji() -> None:
-    found = next(read_pictures("asset:emoji/held_out.tar"))
+    found = next(list_images("asset:emoji/held_out.tar"))
     assert found.load().shape == (64, 64, 3) and found.class_name and found.caption
 
 
 def test_tar_of_a_folder_with_dot_slash_names(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in" / "sub", "p.png")
+    write_images(tmp_path / "in" / "sub", "p.png")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "in", arcname=".")
     assert keys(tmp_path / "x.tar") == ["sub/p"]
 
 
-def test_truncated_picture_names_shard_and_key(tmp_path: Path) -> None:
+def test_truncated_image_names_shard_and_key(tmp_path: Path) -> None:
     tar = write_tar(
         tmp_path / "x.tar",
         tar_sample(0) + tar_sample(1, png=encode_image(random_image(1, 64, 64))[:2000]),
     )
-    refused(tar, "x.tar:p0001.png", "not a readable picture")
+    refused(tar, "x.tar:p0001.png", "not a readable image")
 
 
-def test_no_picture_at_all(tmp_path: Path) -> None:
+def test_no_image_at_all(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"hello")
-    refused(tmp_path, "x.png", "not a readable picture")
+    refused(tmp_path, "x.png", "not a readable image")
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -215,8 +214,8 @@ def test_links_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("replaced", "fragment"),
     [
-        ({"png": None}, "has 0 pictures"),
-        ({"jpg": encode_image(random_image(0), "JPEG")}, "has 2 pictures"),
+        ({"png": None}, "has 0 images"),
+        ({"jpg": encode_image(random_image(0), "JPEG")}, "has 2 images"),
         ({"cls": b"-1"}, "class id -1 is out of range"),
         ({"cls": b"cat"}, "not an integer"),
         ({"json": b"{"}, "not an integer, JSON"),
@@ -245,29 +244,29 @@ def test_duplicate_keys(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="z.tar:p0001.png.*twice"):
         keys([str(write_tar(tmp_path / name, tar_sample(1))) for name in ("a.tar", "z.tar")])
-    refused(write_pictures(tmp_path / "folder", "c/a.png", "c/a.jpg"), "c/a.png", "twice")
+    refused(write_images(tmp_path / "folder", "c/a.png", "c/a.jpg"), "c/a.png", "twice")
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    refused(tmp_path, str(tmp_path), "no pictures")
+    refused(tmp_path, str(tmp_path), "no images")
     refused(tmp_path / "missing", "missing", "found nothing")
-    refused(write_tar(tmp_path / "empty.tar", []), "empty.tar", "no pictures")
+    refused(write_tar(tmp_path / "empty.tar", []), "empty.tar", "no images")
     (tmp_path / "zero.tar").write_bytes(b"")
     refused(tmp_path / "zero.tar", "zero.tar")
     (tmp_path / "text.md").write_text("")
     refused(tmp_path / "text.md", "no .tar")
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         keys([])
 
 
 def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
-    refused(write_pictures(tmp_path / "a", "x.png", "cat/y.png"), "pictures and sub-folders")
-    write_pictures(tmp_path / "b", "x.png")
+    refused(write_images(tmp_path / "a", "x.png", "cat/y.png"), "images and sub-folders")
+    write_images(tmp_path / "b", "x.png")
     image_tar(tmp_path / "b" / "x.tar", 1)
-    refused(tmp_path / "b", "tars and pictures")
-    write_pictures(tmp_path / "c", "cat/y.png")
+    refused(tmp_path / "b", "tars and images")
+    write_images(tmp_path / "c", "cat/y.png")
     (tmp_path / "c" / "dog").mkdir()
-    refused(tmp_path / "c", "c/dog", "no pictures in this class folder")
+    refused(tmp_path / "c", "c/dog", "no images in this class folder")
 
 
 @pytest.mark.parametrize(
@@ -283,9 +282,9 @@ def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, ki
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     (unit,) = list_units(str(tmp_path / "x.tar"))
-    whole = list(unit.pictures())
+    whole = list(unit.images())
     for number, found in enumerate(whole):
-        assert list(unit.pictures(start=found.start)) == whole[number:]
+        assert list(unit.images(start=found.start)) == whole[number:]
 
 
 def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
@@ -322,7 +321,7 @@ def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
     [(b"7", 7), (b" 7 ", 7), (b"7\n", 7), (b"7\r\n", 7), (b"007", 7), (b"-0", 0), (b"\t12\t", 12)],
 )
 def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> None:
-    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw, json=None))))
+    (found,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw, json=None))))
     assert found.label == label
 
 
@@ -389,7 +388,7 @@ def test_json_that_is_hostile(tmp_path: Path, raw: bytes, fragment: str) -> None
     [b'{"caption": NaN, "class_name": null}', b"[]", b"3", b'{"caption": null, "similarity": NaN}'],
 )
 def test_json_without_a_caption(tmp_path: Path, raw: bytes) -> None:
-    (found,) = read_pictures(str(write_tar(tmp_path / "x.tar", tar_sample(4, json=raw, txt=None))))
+    (found,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, json=raw, txt=None))))
     assert found.caption is None and found.class_name is None
 
 
@@ -513,7 +512,7 @@ def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) ->
         info.pax_headers = {"path": name} if "\0" in name else {}
         tar.addfile(info, io.BytesIO())
     with pytest.raises(DataError) as error:
-        list(read_pictures(str(tmp_path / "x.tar")))
+        list(list_images(str(tmp_path / "x.tar")))
     str(error.value).encode()
     assert "x.tar: the member name" in str(error.value) and len(str(error.value)) < 500
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from lpl_pretrain.config.dataset import read_index
 from lpl_pretrain.config.encode import EncodeConfig, TextEncoderConfig
 from lpl_pretrain.data.stream import LatentStream, RequestedFields
-from lpl_pretrain.encoding.encoders import stored_text
+from lpl_pretrain.encoding.encoders import store_embedding
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.models.text import load_text_encoder
 from tests.support.image_tars import (
@@ -115,12 +115,12 @@ def test_the_empty_caption_for_guidance(tmp_path: Path, clip: str) -> None:
 
 def test_int8_error_is_half_a_step_of_each_tokens_largest() -> None:
     states = torch.randn(50, 384) * torch.logspace(-1, 2, 50)[:, None]
-    stored = stored_text(states, None, "int8")
+    stored = store_embedding(states, None, "int8")
     error = (torch.from_numpy(stored.floats()) - states).abs().amax(dim=1) / states.abs().amax(
         dim=1
     )
     assert error.max() < 0.5 / 127 + 0.001
-    zero = stored_text(torch.zeros(3, 8), None, "int8")
+    zero = store_embedding(torch.zeros(3, 8), None, "int8")
     assert (zero.floats() == 0).all()
     coarse = torch.from_numpy(
         (stored.tokens // 16 * 16).astype(np.float32) * stored.scale.astype(np.float32)[:, None]
@@ -174,7 +174,7 @@ def test_embeddings_of_no_captions_are_refused_before_anything_is_encoded(
         tmp_path / "x.tar", [m for n in range(3) for m in tar_sample(n, txt=caption, json=None)]
     )
     with pytest.raises(
-        DataError, match="none of the 3 pictures of source=.*x.tar has a caption .100 % lack one."
+        DataError, match="none of the 3 images of source=.*x.tar has a caption .100 % lack one."
     ):
         encode_dataset(
             encode_config(tar, tmp_path / "latents", text={"clip_l": {"folder": clip}}),

@@ -191,7 +191,7 @@ def test_a_changed_source_or_autoencoder(folder) -> None:
     assert "found nothing" in problems(config)
 
 
-def test_a_latent_of_another_picture_decodes_to_the_wrong_one(
+def test_a_latent_of_another_image_decodes_to_the_wrong_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All checksums are right: the mistake was made while encoding."""
@@ -204,7 +204,7 @@ def test_a_latent_of_another_picture_decodes_to_the_wrong_one(
     encode(config, Swapping())
     table = problems(config)
     assert (
-        table.count("the latent belongs to another picture") >= 4
+        table.count("the latent belongs to another image") >= 4
         and "checksums                 ok" in table
     )
 
@@ -247,7 +247,7 @@ def test_describe(folder) -> None:
         describe(str(Path(config.output).parent))
 
 
-def test_contact_sheet_shows_the_pictures(tmp_path: Path) -> None:
+def test_contact_sheet_shows_the_images(tmp_path: Path) -> None:
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 255
     tar = write_tar(
@@ -263,7 +263,7 @@ def test_contact_sheet_shows_the_pictures(tmp_path: Path) -> None:
         str(tmp_path / "latents"),
         SmoothAutoencoder(),
         tmp_path / "sheet.png",
-        pictures=9,
+        images=9,
         side_px=16,
     )
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
@@ -280,10 +280,10 @@ def test_contact_sheet_shows_the_pictures(tmp_path: Path) -> None:
 
 def test_commands(tmp_path: Path) -> None:
     autoencoder = tiny_folder(tmp_path / "autoencoder")
-    draw_images(tmp_path / "pictures", 6)
+    draw_images(tmp_path / "images", 6)
     config = tmp_path / "encode.yaml"
     config.write_text(
-        f"source: {tmp_path}/pictures\noutput: {tmp_path}/latents\nautoencoder: "
+        f"source: {tmp_path}/images\noutput: {tmp_path}/latents\nautoencoder: "
         f"{autoencoder}\nresolution_px: 32\nflips: true\n"
     )
     run = CliRunner().invoke

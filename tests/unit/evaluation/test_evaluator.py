@@ -181,7 +181,8 @@ def test_reference_is_read_once_and_again_when_it_changes(run, monkeypatch):
     evaluate(run.run_dir, run.protocol(), [3])
     with monkeypatch.context() as patch:
         patch.setattr(
-            "lpl_pretrain.encoding.pictures.Picture.load", lambda picture: pytest.fail("read again")
+            "lpl_pretrain.encoding.source_image.SourceImage.load",
+            lambda picture: pytest.fail("read again"),
         )
         evaluate(run.run_dir, run.protocol(), [6])
     shutil.copy(run.reference / "00.png", run.reference / "zz.png")
