@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.slurm import JOB_ID
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.runtime.atomic import atomic_write
+from lpl_pretrain.runtime.atomic import atomic_write, atomic_write_json
 
 HUNG = 76
 """Exit status of a rank that completed no step for long and was killed."""
@@ -97,7 +97,7 @@ class JobFolder:
         return record
 
     def write_record(self, record: dict[str, Any]) -> None:
-        write_json(self.record_file, record)
+        atomic_write_json(self.record_file, record, indent=1)
 
     def write_config(self, text: str) -> None:
         """Store the configuration of a submission; "" for a command without one."""
@@ -141,7 +141,9 @@ class JobFolder:
         }
         if status == HUNG:
             record["silent_ranks"] = self.silent_ranks(job, attempt)
-        write_json(self.path / EXIT.format(job=job, attempt=attempt, rank=rank), record)
+        atomic_write_json(
+            self.path / EXIT.format(job=job, attempt=attempt, rank=rank), record, indent=1
+        )
 
     def exits(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """Exits of the ranks in the order in which they happened; a killed task leaves none."""
@@ -219,8 +221,3 @@ def single_job_folder(run: Path) -> JobFolder:
             f"{run}: holds {len(folders)} jobs: name one of them, such as {folders[0].path}"
         )
     return folders[0]
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")

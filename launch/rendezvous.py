@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.job_folder import write_json
 from launch.slurm import node_name
+from lpl_pretrain.runtime.atomic import atomic_write_json
 
 TIMEOUT_S = 300.0
 POLL_S = 0.2
@@ -22,7 +22,7 @@ def rendezvous_env(path: Path, rank: int, stopped: Callable[[], bool]) -> dict[s
     TimeoutError when rank 0 publishes nothing.
     """
     if rank == 0:
-        write_json(path, {"address": node_name(), "port": free_port()})
+        atomic_write_json(path, {"address": node_name(), "port": free_port()}, indent=1)
     deadline = time.monotonic() + TIMEOUT_S
     while not path.is_file():
         if stopped():

@@ -30,7 +30,6 @@ WITHOUT_DIGEST = 2
 READABLE = (WITHOUT_DIGEST, FORMAT)
 DIGEST = "digest"
 INDEX, STATE = "index.json", "state.json"
-CHUNK_BYTES = 1 << 22
 SHA256 = re.compile(r"[0-9a-f]{64}")
 IDENTITY = re.compile(r"[0-9a-f]{0,64}")
 
@@ -152,14 +151,6 @@ def expected_files(world_size: int) -> Iterator[str]:
     yield INDEX
     yield STATE
     yield from map(pieces_file, range(world_size))
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, content: Any) -> FileRecord:

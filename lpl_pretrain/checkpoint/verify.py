@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpl_pretrain.checkpoint.manifest import Manifest, pieces_file, sha256_of
+from lpl_pretrain.checkpoint.manifest import Manifest, pieces_file
 from lpl_pretrain.checkpoint.state import check_state, read_state
 from lpl_pretrain.checkpoint.store import Reader
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
 from lpl_pretrain.runtime.log import log
@@ -57,7 +58,7 @@ def open_checkpoint(
     names = sorted(manifest.files)[share::shares]
     for name in names:
         try:
-            found = sha256_of(folder / name)
+            found = file_sha256(folder / name)
         except OSError as error:
             raise DamagedCheckpointError(f"{folder / name}: {error.strerror or error}") from None
         if found != manifest.files[name].sha256:

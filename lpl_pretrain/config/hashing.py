@@ -35,12 +35,23 @@ def autoencoder_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal; the file may be larger than the memory."""
+    digest = hashlib.sha256()
+    _update_from_file(digest, Path(path))
+    return digest.hexdigest()
+
+
+def _update_from_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+
+
 def _add_content(digest: Any, path: Path, where: str) -> None:
-    """Hash a file block by block.  Raises ConfigError."""
+    """Adds the content of a file to `digest`.  Raises ConfigError."""
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        _update_from_file(digest, path)
     except OSError as error:
         raise ConfigError(f"{where}: {path.name} cannot be read: {error.strerror}") from None
 

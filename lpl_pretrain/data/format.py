@@ -19,7 +19,6 @@ A key has no dot after its last slash, because webdataset starts the extension a
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from dataclasses import dataclass, field
@@ -104,15 +103,6 @@ def text_members(name: str) -> tuple[str, str, str]:
 
 def shard_name(part: str, number: int, bucket: str) -> str:
     return f"latents-{part}-{number:03d}-{bucket}.tar"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal; the file may be larger than the memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def pack_sample(sample: Sample) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -17,7 +17,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from lpl_pretrain.data.format import file_sha256
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.log import log

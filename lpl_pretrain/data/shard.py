@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lpl_pretrain.config.dataset import REMEDY, DatasetIndex, ShardEntry, TextEntry
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.data.bad_samples import BadSample
 from lpl_pretrain.data.format import (
     CAPTION,
@@ -17,7 +18,6 @@ from lpl_pretrain.data.format import (
     NO_CLASS,
     NUMPY_DTYPES,
     CaptionEmbedding,
-    file_sha256,
     npy_header,
     scan_shard,
     text_members,

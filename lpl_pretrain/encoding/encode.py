@@ -109,7 +109,7 @@ def _accept_finished(config: EncodeConfig, plan: Plan) -> DatasetIndex:
         log.warning(
             "%s: was encoded by an earlier version, which ignored colour profiles", config.output
         )
-    log.info("%s: encoded already from this source; left as it is", config.output)
+    log.info("%s: encoded already from this source; left alone", config.output)
     return index
 
 

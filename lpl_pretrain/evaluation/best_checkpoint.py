@@ -10,7 +10,7 @@ from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.records import Record, read_records
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import DataError
-from lpl_pretrain.evaluation.image_files import publish_json
+from lpl_pretrain.runtime.atomic import atomic_write_json
 from lpl_pretrain.runtime.log import log
 
 
@@ -32,7 +32,7 @@ def update_best(run_dir: RunDir, protocol: EvaluateConfig) -> list[str]:
         ]
     path = run_dir.best(protocol.name)
     if not _says(path, best):
-        publish_json(path, best)
+        atomic_write_json(path, best)
     later = [
         record["step"]
         for record in records

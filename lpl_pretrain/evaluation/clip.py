@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config import extractors
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.extractor import (
@@ -19,7 +20,6 @@ from lpl_pretrain.evaluation.extractor import (
     ExtractorSpec,
     Features,
     resize_bicubic,
-    sha256_of,
 )
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -33,7 +33,7 @@ def load_clip(config: ExtractorConfig, device: torch.device) -> Extractor:
     folder = Path(str(config.weights))
     try:
         network, tokenizer = _read_folder(folder)
-        weights_sha256 = sha256_of(folder / "model.safetensors")
+        weights_sha256 = file_sha256(folder / "model.safetensors")
     except Exception as error:
         # transformers, tokenizers and safetensors raise errors of many kinds
         raise ConfigError(

@@ -37,7 +37,7 @@ from lpl_pretrain.evaluation.build_reference import open_reference
 from lpl_pretrain.evaluation.extractor import Extractor
 from lpl_pretrain.evaluation.feature_store import FeatureStore
 from lpl_pretrain.evaluation.generate import RULES
-from lpl_pretrain.evaluation.image_files import publish_json, write_grid
+from lpl_pretrain.evaluation.image_files import write_grid
 from lpl_pretrain.evaluation.metric import MetricInputs
 from lpl_pretrain.evaluation.preconditions import (
     WORK_KEY_LENGTH,
@@ -49,6 +49,7 @@ from lpl_pretrain.evaluation.reference import Reference
 from lpl_pretrain.evaluation.registry import average_over_seeds, compute_scores, load_extractor
 from lpl_pretrain.evaluation.save_images import save_images
 from lpl_pretrain.evaluation.trained_run import TrainedRun, open_run
+from lpl_pretrain.runtime.atomic import atomic_write_json
 from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.log import log, progress
@@ -169,7 +170,7 @@ class Evaluator:
             if not rank0:
                 return broadcast_json(None)
             record = self._record(step, manifest, results, samples)
-            publish_json(run_dir.evaluation(step, name), record)
+            atomic_write_json(run_dir.evaluation(step, name), record)
             shutil.rmtree(work, ignore_errors=True)
             for warning in update_best(run_dir, self.protocol):
                 log.warning("%s", warning)

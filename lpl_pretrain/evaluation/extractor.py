@@ -7,10 +7,8 @@ published Inception weights have none (`fid`, `kid`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -90,12 +88,3 @@ def resize_bicubic(pixels: Tensor, side: int) -> Tensor:
     return interpolate(
         pixels.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False
     )
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

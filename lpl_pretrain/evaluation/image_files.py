@@ -22,12 +22,6 @@ GAP_PX = 2
 """Width of the white lines between the images of a grid."""
 
 
-def publish_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value`, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def write_grid(path: Path, pixels: Tensor) -> None:
     """Write uint8 (N, 3, H, W) as one PNG: row by row, as square as N allows, on white."""
     with atomic_write(path) as temporary:

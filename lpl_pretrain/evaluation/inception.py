@@ -20,13 +20,13 @@ from torchvision.models import inception
 
 from lpl_pretrain.config import extractors
 from lpl_pretrain.config.extractors import FID_WEIGHTS_HELP, FID_WEIGHTS_SHA256_START
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.extractor import (
     MAX_ERROR_LENGTH,
     Extractor,
     ExtractorSpec,
-    sha256_of,
 )
 
 CLASSES = 1008
@@ -42,7 +42,7 @@ def load_inception(config: ExtractorConfig, device: torch.device) -> Extractor:
     """
     path = Path(str(config.weights))
     try:
-        sha256 = sha256_of(path)
+        sha256 = file_sha256(path)
         network: Any = FIDInception(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         # torch.load raises errors of many kinds for a damaged file

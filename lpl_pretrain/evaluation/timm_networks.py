@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpl_pretrain.config import extractors
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.config.protocol import ExtractorConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.extractor import (
@@ -19,7 +20,6 @@ from lpl_pretrain.evaluation.extractor import (
     ExtractorSpec,
     Features,
     resize_bicubic,
-    sha256_of,
 )
 
 LITE0 = "tf_efficientnet_lite0"
@@ -50,7 +50,7 @@ def load_efficientnet_lite0(config: ExtractorConfig, device: torch.device) -> Ex
         config=config,
         suffix=f"_{config.label}",
         dimension=LITE0_FEATURES,
-        weights_sha256=sha256_of(lite0_file()),
+        weights_sha256=file_sha256(lite0_file()),
         preprocessing=f"bicubic, antialiased, to {LITE0_SIDE_PX} px; (x / 255 - 0.498) / 0.502",
         network=network,
         extract=_lite0_features,
@@ -72,7 +72,7 @@ def load_timm_network(config: ExtractorConfig, device: torch.device) -> Extracto
         network.load_state_dict(
             {key: value for key, value in load_file(path).items() if not key.startswith("head.")}
         )
-        weights_sha256 = sha256_of(path)
+        weights_sha256 = file_sha256(path)
     except (RuntimeError, SafetensorError, TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"extractors.{config.label}.weights={path}: not timm's {config.network} "

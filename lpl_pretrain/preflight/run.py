@@ -33,7 +33,7 @@ from lpl_pretrain.preflight.diagnose import (
 from lpl_pretrain.preflight.node_report import NodeReport, inspect_node
 from lpl_pretrain.preflight.store_channel import StoreChannel
 from lpl_pretrain.runtime import dist
-from lpl_pretrain.runtime.atomic import atomic_write
+from lpl_pretrain.runtime.atomic import atomic_write_json
 from lpl_pretrain.runtime.log import log, set_up_logging
 from lpl_pretrain.runtime.torchrun import record_error
 from lpl_pretrain.runtime.world import World
@@ -158,8 +158,7 @@ def publish_verdict(
     channel.send(name, {"findings": list(map(asdict, findings)), "writer": writer})
     verdict = channel.recv(name)
     if verdict["writer"] == channel.world.rank:
-        with atomic_write(run_dir.preflight) as temporary:
-            temporary.write_text(json.dumps(channel.recv(f"{name} report"), indent=1) + "\n")
+        atomic_write_json(run_dir.preflight, channel.recv(f"{name} report"), indent=1)
     enforce(channel, [Finding(**finding) for finding in verdict["findings"]])
 
 

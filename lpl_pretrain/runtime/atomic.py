@@ -4,6 +4,7 @@ exists is complete.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lpl_pretrain.runtime.preempt import needs_cleanup
 
@@ -40,6 +42,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             with suppress(OSError):  # must not hide the first error
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def atomic_write_json(path: Path, value: Any, *, indent: int = 2) -> None:
+    """Writes `value` to `path` as JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def temporary_name(path: Path) -> Path:

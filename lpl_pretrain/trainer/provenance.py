@@ -20,7 +20,7 @@ from typing import Any
 
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.runtime.atomic import atomic_write
+from lpl_pretrain.runtime.atomic import atomic_write_json
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.source_hash import source_hash
 
@@ -82,8 +82,7 @@ def append(path: Path, start: dict[str, Any]) -> None:
     diffs = [entry[DIFF] for entry in starts if DIFF in entry]
     if diffs and diffs[-1] == start[DIFF]:
         start = {key: value for key, value in start.items() if key != DIFF}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps([*starts, start], indent=2) + "\n")
+    atomic_write_json(path, [*starts, start])
 
 
 def _git(*arguments: str) -> str | None:

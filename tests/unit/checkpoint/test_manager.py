@@ -18,7 +18,7 @@ from lpl_pretrain.checkpoint.verify import damage
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError, SaveError, exit_status
-from lpl_pretrain.evaluation.image_files import publish_json
+from lpl_pretrain.runtime.atomic import atomic_write_json
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.world import World
 from tests.support.checkpoints import edit
@@ -118,7 +118,7 @@ def test_what_evaluation_needs_is_not_removed(tmp_path, run):
     keeper = manager(tmp_path, keep_last=1)
     folder = keeper.run_dir
     best = {"metric": "fid", "value": 3.0, "weights": "ema", "guidance_scale": 1.0}
-    publish_json(folder.best("quick"), {"step": 2, **best})
+    atomic_write_json(folder.best("quick"), {"step": 2, **best})
     with Lease(folder.evaluation_lease(3, "quick")) as lease:
         assert lease.held
         dead = folder.evaluation_lease(4, "other")
@@ -411,7 +411,7 @@ def test_a_damaged_best_file_fails_no_save(tmp_path, run, caplog, content):
     entry = {"metric": "fid", "weights": "ema", "guidance_scale": 1.0}
     for step, value in ((1, 5.0), (2, 3.0), (3, 4.0)):
         record = {"format_version": 2, "step": step, "protocol": {"name": "quick", "best": "fid"}}
-        publish_json(
+        atomic_write_json(
             folder.evaluation(step, "quick"), {**record, "results": [{**entry, "value": value}]}
         )
     folder.best("quick").write_text(content)
@@ -432,10 +432,10 @@ def test_a_best_file_that_its_record_contradicts_is_damaged(tmp_path, run, caplo
     entry = {"metric": "fid", "weights": "ema", "guidance_scale": 1.0}
     for step, value in ((1, 3.0), (2, 5.0)):
         record = {"format_version": 2, "step": step, "protocol": {"name": "quick", "best": "fid"}}
-        publish_json(
+        atomic_write_json(
             folder.evaluation(step, "quick"), {**record, "results": [{**entry, "value": value}]}
         )
-    publish_json(folder.best("quick"), {"step": 2, **entry, "value": 3.0})
+    atomic_write_json(folder.best("quick"), {"step": 2, **entry, "value": 3.0})
     saved(tmp_path, run, 1, 2, 3, keep_last=1)
     assert folder.complete_checkpoints() == [1, 3] and "fid=3 of step 2 is not what" in caplog.text
 

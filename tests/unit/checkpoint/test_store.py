@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lpl_pretrain.checkpoint.manifest import sha256_of
 from lpl_pretrain.checkpoint.store import Reader, merge_parts, pieces_file, read_full, write_rank
+from lpl_pretrain.config.hashing import file_sha256
 from lpl_pretrain.errors import CheckpointError
 from lpl_pretrain.parallel.strategy import ParamRange
 
@@ -60,7 +60,7 @@ def test_any_layout_into_any_layout(tmp_path, ranks, readers, seed):
     files = write(tmp_path, tensors, ranks, seed)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     assert all(
-        (tmp_path / name).stat().st_size == f.bytes and sha256_of(tmp_path / name) == f.sha256
+        (tmp_path / name).stat().st_size == f.bytes and file_sha256(tmp_path / name) == f.sha256
         for name, f in files.items()
     )
     for kind in KINDS:

@@ -228,21 +228,21 @@ def test_encoding_remote_tars_and_folders_gives_the_bytes_of_local_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
-    if MEMORY.exists("/images"):
-        MEMORY.rm("/images", recursive=True)
+    if MEMORY.exists("/tars"):
+        MEMORY.rm("/tars", recursive=True)
     (tmp_path / "in").mkdir()
     for number in range(3):
         tar = write_tar(
             tmp_path / "in" / f"{number}.tar",
             [m for n in range(4) for m in tar_sample(10 * number + n)],
         )
-        MEMORY.pipe(f"/images/{number}.tar", tar.read_bytes())
+        MEMORY.pipe(f"/tars/{number}.tar", tar.read_bytes())
     encode_dataset(encode_config(tmp_path / "in", tmp_path / "local"), FakeAutoencoder())
     for number, source in enumerate(
         [
-            "memory://images",
-            "memory://images/*.tar",
-            [f"memory://images/{n}.tar" for n in range(3)],
+            "memory://tars",
+            "memory://tars/*.tar",
+            [f"memory://tars/{n}.tar" for n in range(3)],
         ]
     ):
         output = tmp_path / f"remote{number}"

@@ -251,7 +251,7 @@ def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path
     for change, fragment in (
         ({"plan": "b" * 64}, "belongs to plan bbbbbbbbbbbb"),
         ({"staging": "../../x"}, "names files of other parts"),
-        ({"samples": "many"}, "damaged"),
+        ({"samples": "many"}, "corrupt"),
     ):
         record.write_text(json.dumps(whole | change))
         with pytest.raises(

@@ -118,7 +118,7 @@ def test_a_damaged_null_text_is_not_sealed(old: EncodeConfig, tmp_path: Path) ->
         seal(old.output)
     file.write_bytes(whole[:-2] + b"\x80\x40")  # 4.0: only the encoder knows better
     assert (
-        "text_bert: its tokens are not what the encoder makes of the empty caption"
+        "text_bert: its tokens differ from the encoder's output for the empty caption"
         in verify(old, 7, SmoothAutoencoder()).table()
     )
 

@@ -129,7 +129,7 @@ def test_every_byte_counts(folder) -> None:
         (lambda index: index["class_counts"].reverse(), "class counts"),
         (lambda index: index.update(captions=3), "captions: 13 in the shards, index.json says 3"),
         (lambda index: index.update(fingerprint="0" * 64), "fingerprint"),
-        (lambda index: index.update(plan="other"), "are not those that made this folder"),
+        (lambda index: index.update(plan="other"), "are not those of this folder"),
         (lambda index: index["latent"]["mean"].__setitem__(0, 0.25), "latent.mean: ["),
         (lambda index: index["latent"]["std"].__setitem__(1, 0.25), "latent.std: ["),
         (
@@ -186,7 +186,7 @@ def test_a_damaged_index_or_null_text(folder) -> None:
 def test_a_changed_source_or_autoencoder(folder) -> None:
     config, _ = folder
     smooth_tar(Path(str(config.source)), 11)
-    assert "are not those that made this folder" in problems(config)
+    assert "are not those of this folder" in problems(config)
     Path(str(config.source)).unlink()
     assert "found nothing" in problems(config)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 import pytest
 
 from launch.epilog import SUPERSEDED, main
-from launch.job_folder import NO_RECORD, JobFolder, write_json
+from launch.job_folder import NO_RECORD, JobFolder
 from launch.profile import ClusterProfile
+from lpl_pretrain.runtime.atomic import atomic_write_json
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_only_the_newest_attempt_asks_for_another(
     says(f"JobId=7 {words} RunTime=00:01:00 TimeLimit=01:00:00")
     folder = JobFolder(tmp_path)
     write_record(folder, ClusterProfile())
-    write_json(folder.rendezvous("7", later), {})
-    write_json(folder.rendezvous("77", 5), {})
+    atomic_write_json(folder.rendezvous("7", later), {})
+    atomic_write_json(folder.rendezvous("77", 5), {})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     decision = main(folder, 1)
@@ -71,7 +72,7 @@ def test_only_the_newest_attempt_asks_for_another(
 def test_attempts_that_left_no_word_are_told(tmp_path):
     folder = JobFolder(tmp_path)
     for attempt in (1, 3):
-        write_json(folder.rendezvous("7", attempt), {})
+        atomic_write_json(folder.rendezvous("7", attempt), {})
     for attempt, job in ((1, "7"), (2, "6")):
         folder.append_attempt(
             {"job": job, "attempt": attempt, "reason": "stopped in time", "requeued": True}
@@ -99,7 +100,7 @@ def test_attempts_that_could_not_begin_are_failures(
     folder = JobFolder(tmp_path)
     write_record(folder, ClusterProfile(max_failures=2))
     for number in begun:
-        write_json(folder.rendezvous("7", number), {})
+        atomic_write_json(folder.rendezvous("7", number), {})
     folder.append_attempt(
         {
             "job": "7",
