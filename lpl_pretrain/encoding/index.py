@@ -256,7 +256,7 @@ def _check_skipped(config: EncodeConfig, samples: int, reasons: list[str]) -> No
 
 
 def _check_keys(folder: Path, shards: list[ShardEntry]) -> None:
-    """Raises DataError for a key that two shards have (a plan cannot compare keys of remote tars)."""
+    """Raises DataError for a key that two shards have; plans cannot compare keys of remote tars."""
     hashes = [Offsets.read(offsets_path(folder / entry.file), entry).key_hash for entry in shards]
     if (repeated := first_repeated(np.concatenate(hashes))) is not None:
         files = [

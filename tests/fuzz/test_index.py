@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def paths_of(value: Any, path: tuple = ()) -> list[tuple]:
-    """To every value inside."""
+    """Path to every value in `value`."""
     inner = (
         list(value.items())
         if isinstance(value, dict)
@@ -79,7 +79,7 @@ VALUES = st.recursive(
 
 
 def with_digests(fields: dict, *, fingerprints: bool) -> dict:
-    """As a careful forger would leave them."""
+    """`fields` with valid digests, as a careful forger would write them."""
     try:
         if fingerprints:
             index = DatasetIndex.model_validate(fields)
@@ -158,8 +158,8 @@ def test_bits_of_a_null_text(folder: Path, which: str, position: int, bit: int) 
     read_null_text(str(folder), read_index(folder), [which])
 
 
-def read_everything(tar: Path, offsets: Path, index: DatasetIndex, sha256: dict[str, str]) -> None:
-    """Of a shard whose digests fit.  Raises DataError."""
+def read_all(tar: Path, offsets: Path, index: DatasetIndex, sha256: dict[str, str]) -> None:
+    """Reads all of a shard with valid digests.  Raises DataError."""
     entry = index.shards[0].model_copy(update={"bytes": tar.stat().st_size, **sha256})
     shard = OpenShard(tar, offsets, entry, index)
     shape = (2 * index.latent.channels, index.latent.height, index.latent.width)
@@ -174,20 +174,20 @@ def read_everything(tar: Path, offsets: Path, index: DatasetIndex, sha256: dict[
     shard.verify()
 
 
-def outcome(tar: Path, offsets: Path, index: DatasetIndex) -> None:
+def check_outcome(tar: Path, offsets: Path, index: DatasetIndex) -> None:
     digests = {
         "sha256": hashlib.sha256(tar.read_bytes()).hexdigest(),
         "offsets_sha256": hashlib.sha256(offsets.read_bytes()).hexdigest(),
     }
     try:
-        read_everything(tar, offsets, index, digests)
+        read_all(tar, offsets, index, digests)
     except DataError as problem:
         refused(problem, tar.name.removesuffix(".tar"))
 
 
 @pytest.fixture(scope="module")
 def shard(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Path]:
-    """(tar, offsets) as they are, and two places for changed ones."""
+    """(tar, offsets, path for a changed tar, path for changed offsets)"""
     entry, changed = read_index(folder).shards[0], tmp_path_factory.mktemp("changed")
     files = folder / entry.file, (folder / entry.file).with_suffix(".offsets.safetensors")
     for file in files:
@@ -222,7 +222,7 @@ def test_bits_of_a_shard_and_its_offsets(
     ),
     cut=st.integers(0, 5),
 )
-def test_a_shard_that_was_changed_with_its_digest(
+def test_a_changed_shard_with_a_valid_digest(
     folder: Path, shard, edits: list[tuple[int, bytes]], cut: int
 ) -> None:
     tar, offsets, changed, _ = shard
@@ -231,7 +231,7 @@ def test_a_shard_that_was_changed_with_its_digest(
         at = position % len(raw)
         raw[at : at + len(data)] = data[: len(raw) - at]
     changed.write_bytes(raw[: len(raw) - 512 * cut])
-    outcome(changed, offsets, read_index(folder))
+    check_outcome(changed, offsets, read_index(folder))
     try:
         scan_shard(changed)
     except DataError as problem:
@@ -255,7 +255,7 @@ NUMBERS = st.one_of(
 )
 @example(name="moments", action="value", row=0, number=2**63 - 1, is_delta=False)
 @example(name="member/txt", action="value", row=1, number=2**62, is_delta=False)
-def test_offsets_that_were_changed_with_their_digest(
+def test_changed_offsets_with_a_valid_digest(
     folder: Path, shard, name: str, action: str, row: int, number: int, is_delta: bool
 ) -> None:
     tar, offsets, _, changed = shard
@@ -278,4 +278,4 @@ def test_offsets_that_were_changed_with_their_digest(
         limits = np.iinfo(flat.dtype)
         flat[at] = min(max(int(flat[at]) + number if is_delta else number, limits.min), limits.max)
     changed.write_bytes(save(arrays))
-    outcome(tar, changed, index)
+    check_outcome(tar, changed, index)

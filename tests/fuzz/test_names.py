@@ -1,5 +1,5 @@
-"""Names and paths that a user gives: refused, or one printable component of a path, or a path that
-means what was written.
+"""Names and paths in configurations: refused, or one printable path component, or a path that is
+used as written.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ inner_paths = st.lists(
 @example(name="", inner="etc/passwd", kind="asset:")
 @example(name="this", inner="x", kind="package:")
 def test_packages_and_assets_stay_in_their_folder(name, inner, kind):
-    """And nothing is imported."""
+    """No package is imported."""
     before = set(sys.modules)
     try:
         found = resolve_path(f"{kind}{name}/{inner}")
@@ -218,7 +218,7 @@ def test_packages_and_assets_stay_in_their_folder(name, inner, kind):
     assert set(sys.modules) == before
 
 
-def test_a_package_is_found_without_running_it(tmp_path, monkeypatch):
+def test_a_package_is_located_without_running_it(tmp_path, monkeypatch):
     package = tmp_path / "runs_when_imported"
     package.mkdir()
     (package / "__init__.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
@@ -231,7 +231,7 @@ def test_a_package_is_found_without_running_it(tmp_path, monkeypatch):
 
 
 def test_a_home_folder_is_expanded_once_for_every_consumer(tmp_path, monkeypatch):
-    """And what is saved, and enters the identity of a run, is what was written."""
+    """The saved configuration and the run's identity have the path as written."""
     monkeypatch.setenv("HOME", str(tmp_path))
     config = train_config(
         run_dir="~/r",

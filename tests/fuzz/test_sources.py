@@ -1,5 +1,5 @@
-"""Random tars, members and images: what cannot be read is named in its place, and what is read is
-what was stored.
+"""Random tars, members and images: a bad entry is listed with its name, a good one equals what was
+stored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items_of(tar: Path) -> list[SourceImage | BadImage]:
-    """Everything, each of it named; the images are decoded too."""
+    """All entries of a tar; decodes the images, checks that bad entries are named."""
     (unit,) = list_units(str(tar))
     items = list(unit.images())
     for item in items:
@@ -164,7 +164,7 @@ def test_tars(tar: Path, members: list, form: int) -> None:
 def test_tars_with_other_bytes(
     tar: Path, edits: list[tuple[int, bytes]], cut: int, headers: bool
 ) -> None:
-    """`headers`: the checksum of each header that was changed fits again."""
+    """`headers`: changed headers get a valid checksum."""
     members = [
         (name, part, tarfile.REGTYPE)
         for name in "ab"

@@ -1,4 +1,4 @@
-"""A shard: what is written is what is read, by us and by webdataset; anything else is named."""
+"""Shards: our reader and webdataset read what was written; a corrupt shard is refused by name."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def test_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["<f2", "<u2", "|i1"])
 @pytest.mark.parametrize("shape", [(4, 3, 2), (77, 384), (7,), (1, 1000000)])
-def test_headers_are_numpys_own(dtype: str, shape: tuple[int, ...]) -> None:
+def test_headers_equal_those_of_numpy(dtype: str, shape: tuple[int, ...]) -> None:
     assert npy(np.zeros(shape, dtype)).startswith(npy_header(dtype, shape))
 
 
-def test_offsets_say_what_a_walk_finds(tmp_path: Path) -> None:
-    """Samples come in any order and lie by key; the table beside the tar equals a walk through its
-    headers.
+def test_offsets_equal_a_walk_of_the_tar(tmp_path: Path) -> None:
+    """Samples are added in any order and stored by key; the offsets equal those of a walk through
+    the tar's headers.
     """
     shard = ShardBuilder()
     shard.samples = [full_sample("z"), Sample("m", moments(2)), full_sample("a/" + "y" * 150)]
@@ -138,7 +138,7 @@ def test_webdataset_reads_every_member(tmp_path: Path) -> None:
     )
 
 
-def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
+def test_bfloat16_is_stored_as_bits(tmp_path: Path) -> None:
     values = torch.randn(SHAPE).bfloat16()
     path = write_shard(
         tmp_path, pack_sample(Sample("a", values.view(torch.int16).numpy().view("<u2")))[0]
@@ -186,7 +186,7 @@ def test_bytes_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     assert packed("a") == before
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
+def test_a_truncated_tar_is_refused(tmp_path: Path) -> None:
     path = write_shard(tmp_path, packed("a"), packed("b"))
     whole = path.read_bytes()
     for length in range(0, len(whole) - len(END_OF_ARCHIVE), 256):
@@ -194,7 +194,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
         refused(path, "truncated")
 
 
-def test_damaged_header(tmp_path: Path) -> None:
+def test_corrupt_header(tmp_path: Path) -> None:
     path = write_shard(tmp_path, packed("a"))
     raw = bytearray(path.read_bytes())
     raw[0] ^= 1
@@ -227,7 +227,7 @@ def test_path_traversal(tmp_path: Path, name: str) -> None:
 
 
 def header_with_size(name: str, size: bytes, kind: bytes = b"0") -> bytes:
-    """A tar header whose size is this text, with the checksum that fits."""
+    """A tar header with this text as its size and a valid checksum."""
     raw = bytearray(tar_member(name, b"")[:512])
     raw[124:136], raw[156:157] = size.ljust(12, b"\0"), kind
     raw[148:156] = b" " * 8
@@ -239,7 +239,7 @@ def header_with_size(name: str, size: bytes, kind: bytes = b"0") -> bytes:
     "size", [b"-1000", b"1_0", b"+10", b"", b"0x10", b"\x80" + b"\xff" * 11, b" 1 0"]
 )
 def test_sizes_that_are_no_octal_number(tmp_path: Path, size: bytes) -> None:
-    """A negative one would lead back to a header before it, for ever."""
+    """A negative size would lead back to an earlier header, in an endless loop."""
     refused(
         write_shard(tmp_path, packed("a"), header_with_size("b.cls", size)),
         "no tar header, or a damaged one",
@@ -247,20 +247,20 @@ def test_sizes_that_are_no_octal_number(tmp_path: Path, size: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [b"77777777777", b"40000"])
-def test_a_long_name_is_not_allocated_before_it_is_looked_at(tmp_path: Path, size: bytes) -> None:
+def test_the_size_of_a_long_name_is_checked_before_allocation(tmp_path: Path, size: bytes) -> None:
     refused(
         write_shard(tmp_path, header_with_size("././@LongLink", size, b"L")), "a member name of"
     )
 
 
 @pytest.mark.parametrize("name", ["a\x85b", "a\udcffb", "x" * 5000])
-def test_names_that_no_log_can_hold(tmp_path: Path, name: str) -> None:
+def test_unprintable_and_long_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="the member name") as error:
         scan_shard(write_shard(tmp_path, packed(name)))
     assert len(str(error.value)) < 6000
 
 
-# --- offsets whose digest fits, made by somebody who knows the format
+# --- inconsistent offsets with a valid digest
 
 
 def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardEntry]:
@@ -298,14 +298,14 @@ def offsets_of(folder: Path, **changed: np.ndarray | None) -> tuple[Path, ShardE
         ),
     ],
 )
-def test_offsets_that_lead_elsewhere(tmp_path: Path, changed: dict, fragment: str) -> None:
+def test_inconsistent_offsets_are_refused(tmp_path: Path, changed: dict, fragment: str) -> None:
     assert len(Offsets.read(*offsets_of(tmp_path))) == 2
     with pytest.raises(DataError, match="x.offsets.safetensors: ") as error:
         Offsets.read(*offsets_of(tmp_path, **changed))
     assert fragment in str(error.value)
 
 
-def test_a_giant_file_of_offsets_is_not_read(tmp_path: Path) -> None:
+def test_a_huge_offsets_file_is_not_read(tmp_path: Path) -> None:
     path, entry = offsets_of(tmp_path)
     with open(path, "r+b") as file:
         file.truncate(1 << 40)

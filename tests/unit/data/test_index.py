@@ -1,5 +1,5 @@
-"""index.json and the null texts: every changed field is refused by name, and nothing in them leads
-out of the folder.
+"""index.json and the null texts: every changed field is refused by name, and no file name in them
+points outside the folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Path to every value that is neither a mapping nor a list with something in it."""
+    """Path to every value that is neither a mapping nor a non-empty list."""
     inner = (
         value.items()
         if isinstance(value, dict)
@@ -102,7 +102,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return Path(folder), autoencoder
 
 
-def test_every_field_that_is_changed_or_removed_is_found(captioned) -> None:
+def test_every_changed_or_removed_field_is_detected(captioned) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
     paths = list(leaves(fields))
@@ -120,8 +120,8 @@ def test_every_field_that_is_changed_or_removed_is_found(captioned) -> None:
     )
 
 
-def test_the_digest_is_what_finds_them(captioned) -> None:
-    """With a digest that fits, other statistics are accepted: nothing else in the file contradicts
+def test_without_the_digest_changes_go_undetected(captioned) -> None:
+    """With a valid digest, other statistics are accepted: nothing else in the file contradicts
     them.
     """
     folder, _ = captioned
@@ -223,7 +223,7 @@ NONSENSE = [
     NONSENSE,
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_nonsense_with_a_digest_that_fits(captioned, change: dict, fragment: str) -> None:
+def test_inconsistent_fields_with_a_valid_digest(captioned, change: dict, fragment: str) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
     for dotted, value in change.items():
@@ -269,13 +269,13 @@ def test_two_shards_of_one_name_are_refused(captioned) -> None:
     ],
     ids=range(14),
 )
-def test_what_is_no_json_of_ours(raw: bytes, fragment: str) -> None:
+def test_text_that_is_no_index(raw: bytes, fragment: str) -> None:
     with pytest.raises(DataError, match="^x/index.json: ") as error:
         parse_index(raw, "x/index.json")
     assert fragment in str(error.value)
 
 
-def test_a_giant_or_unreadable_index(tmp_path: Path) -> None:
+def test_a_huge_or_unreadable_index(tmp_path: Path) -> None:
     with open(tmp_path / "index.json", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(DataError, match="index.json: has more than .* bytes"):
@@ -302,7 +302,7 @@ def test_a_written_index_is_read_back() -> None:
 # --- null texts
 
 
-def test_any_bit_flip_in_a_null_text_is_found(captioned, tmp_path: Path) -> None:
+def test_any_bit_flip_in_a_null_text_is_detected(captioned, tmp_path: Path) -> None:
     folder, _ = captioned
     index = read_index(folder)
     raw = (folder / "text_clip.null.safetensors").read_bytes()
@@ -346,7 +346,7 @@ def test_any_bit_flip_in_a_null_text_is_found(captioned, tmp_path: Path) -> None
         (lambda tensors: tensors.update(pooled=tensors["pooled"][:-1]), "pooled has shape"),
     ],
 )
-def test_a_null_text_of_format_2_has_to_fit_at_least(
+def test_a_null_text_of_format_2_is_checked_for_its_shape(
     captioned, tmp_path: Path, change, fragment: str
 ) -> None:
     folder, _ = captioned
@@ -362,7 +362,7 @@ def test_a_null_text_of_format_2_has_to_fit_at_least(
 # --- fingerprints, older formats, runs that go on
 
 
-def test_the_fingerprint_covers_what_training_depends_on(captioned) -> None:
+def test_the_fingerprint_covers_all_training_inputs(captioned) -> None:
     index = read_index(captioned[0])
     assert index.fingerprint == fingerprint_of(index) != index.shards_fingerprint
     latent, autoencoder = index.latent, index.autoencoder
@@ -408,7 +408,7 @@ def test_a_folder_of_format_2_is_read_in_the_same_order(
     assert streams[0].index.fingerprint == wanted.index.shards_fingerprint
 
 
-def test_a_version_that_says_less_is_refused(captioned) -> None:
+def test_a_format_2_index_with_fields_of_format_3_is_refused(captioned) -> None:
     folder, _ = captioned
     fields = fields_of(folder)
     refused(
@@ -480,7 +480,7 @@ def test_a_mixture_covers_the_statistics_of_its_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, 0.0])
-def test_weights_that_are_none(weight: float) -> None:
+def test_invalid_weights_are_refused(weight: float) -> None:
     with pytest.raises(ConfigError, match="data.folder.a=.*: wanted a finite weight above 0"):
         read_data({"a": weight, "b": 1.0})
 

@@ -1,5 +1,5 @@
-"""The order inside a pool: every epoch is a permutation, every position costs the same, and reads
-stay near each other.
+"""Order within a pool: every epoch is a permutation, every index costs the same, and each lane
+reads sequentially.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def flat(order: LaneOrder, counts: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("sizes", [SIZES, [1], [1] * 40, [400], [5, 300], [3] * 67], ids=str)
 @pytest.mark.parametrize(("count", "block"), [(1, 1), (1, 8), (4, 8), (7, 3), (16, 1), (3, 1000)])
-def test_every_epoch_serves_every_sample_once(sizes: list[int], count: int, block: int) -> None:
+def test_every_epoch_has_every_sample_once(sizes: list[int], count: int, block: int) -> None:
     order = lanes(lanes=count, block=block, sizes=sizes)
     epochs = flat(order, np.arange(4 * order.samples)).reshape(4, -1)
     assert (np.sort(epochs, axis=1) == np.arange(order.samples)).all()
@@ -38,7 +38,7 @@ def test_every_epoch_serves_every_sample_once(sizes: list[int], count: int, bloc
         assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
 
 
-def test_does_not_depend_on_what_was_asked_before() -> None:
+def test_does_not_depend_on_earlier_calls() -> None:
     order, wanted = lanes(), flat(lanes(), np.arange(1000))
     counts = np.random.default_rng(0).permutation(1000)
     assert np.array_equal(flat(order, counts), wanted[counts])
@@ -54,7 +54,7 @@ def test_seed_name_and_epoch_change_it() -> None:
 
 
 def test_a_pool_that_fits_the_blocks_is_permuted_as_a_whole() -> None:
-    """Neighbours in storage land anywhere: no lane holds them together."""
+    """Neighbours in storage may be at any index: they are not confined to a lane."""
     order = lanes(lanes=16, block=1024, sizes=[100] * 20)
     assert (order.lanes, order.shuffle_block_samples) == (1, 2000)
     distance = np.abs(np.diff(flat(order, np.arange(2000))))
@@ -67,10 +67,8 @@ def test_a_batch_mixes_all_lanes() -> None:
     assert len(set(shards.tolist())) >= 15
 
 
-def test_reads_stay_near_each_other() -> None:
-    """Each lane moves through its stretch: the next read of a lane is at most a block away, save
-    where a shard ends.
-    """
+def test_each_lane_reads_sequentially() -> None:
+    """Consecutive reads of a lane are at most one block apart, except at the end of a shard."""
     order = lanes(lanes=8, block=64, sizes=[1000] * 64)
     shards, rows = order.locate(np.arange(order.samples))
     jumps, far = [], 0
@@ -86,8 +84,8 @@ def test_reads_stay_near_each_other() -> None:
     assert np.abs(np.diff(shuffled)).mean() > 500 * seek.mean()  # what a full permutation would do
 
 
-def test_any_position_costs_the_same() -> None:
-    """Ten thousand epochs in, the first batch comes as fast: nothing is skipped over."""
+def test_every_index_costs_the_same() -> None:
+    """The first batch after ten thousand epochs is as fast: no index is iterated over."""
     sizes = [8192] * 1221  # ten million samples
     started = time.perf_counter()
     order = lanes(lanes=16, block=1024, sizes=sizes)
@@ -96,7 +94,7 @@ def test_any_position_costs_the_same() -> None:
 
 
 def test_the_order_never_changes() -> None:
-    """A run that is resumed by a later version must go on in the same order."""
+    """A run that a later version resumes must go on in the same order."""
     assert flat(lanes(lanes=2, block=3, sizes=[5, 4, 6]), np.arange(15)).tolist() == [
         5,
         0,

@@ -1,5 +1,5 @@
-"""What every update was made of, over restarts, lost updates and other numbers of ranks; and that
-the audit finds what is wrong.
+"""Samples of every update over restarts, lost updates and other numbers of ranks; the audit detects
+wrong ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.indexes import simulated_folders, simulated_index
 
 SIZE, SAMPLES = 8, 24
 HISTORY = [(0, 5, 2), (4, 7, 4), (6, 9, 1)]
-"""(first step, last step, ranks) of every start: updates 5 and 7 are made again."""
+"""(first step, last step, ranks) of every start: updates 5 and 7 are repeated."""
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
         ),
     ],
 )
-def test_what_is_wrong_is_found(tmp_path, order, take, message):
+def test_wrong_samples_are_detected(tmp_path, order, take, message):
     train(RunDir(tmp_path), order, take=take)
     assert re.search(message, "\n".join(audit(RunDir(tmp_path), order, SIZE).problems))
 
 
-def test_an_update_that_is_missing_is_found(tmp_path, order):
-    """A run that took up a step too late."""
+def test_a_missing_update_is_detected(tmp_path, order):
+    """A run that resumed one step too late."""
     train(RunDir(tmp_path), order, history=[(0, 3, 2), (4, 6, 2)])
     assert audit(RunDir(tmp_path), order, SIZE).problems == [
         f"update 4: {SIZE} samples missed, such as 24"
@@ -136,20 +136,20 @@ def test_a_rollback_jumps_over_samples(tmp_path, order, starts, steps, again):
     ],
     ids=str,
 )
-def test_a_wrong_jump_is_found(tmp_path, order, number, change, message):
-    """Whether the number is wrong, or is right and the samples are others."""
+def test_a_wrong_jump_is_detected(tmp_path, order, number, change, message):
+    """The number is wrong, or it is right and the samples are others."""
     history = [dict(start) for start in ROLLBACK[:3]]
     history[number] |= change
     train_with_jumps(RunDir(tmp_path), order, history)
     assert message in "\n".join(audit(RunDir(tmp_path), order, SIZE).problems)
 
 
-def test_without_a_jump_the_file_is_as_before(tmp_path):
+def test_without_a_jump_the_file_has_the_older_format(tmp_path):
     Ledger(RunDir(tmp_path).ledger(0), "a", 3).close()
     assert RunDir(tmp_path).ledger(0).read_text() == '{"start": "a", "step": 3}\n'
 
 
-def test_a_sample_in_the_place_of_another_is_counted(tmp_path, order):
+def test_substitutes_are_counted(tmp_path, order):
     train(RunDir(tmp_path), order)
     file = RunDir(tmp_path).ledger(0)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -158,7 +158,7 @@ def test_a_sample_in_the_place_of_another_is_counted(tmp_path, order):
     assert audit(RunDir(tmp_path), order, SIZE).substitutes == 1
 
 
-def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path, order):
+def test_a_torn_line_affects_no_other(tmp_path, order):
     train(RunDir(tmp_path), order, history=[(0, 3, 1)])
     file = RunDir(tmp_path).ledger(0)
     file.write_bytes(file.read_bytes()[:-30])
@@ -172,7 +172,7 @@ def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path, order):
     assert found.problems == [] and found.steps == 3
 
 
-def test_what_a_suspended_rank_writes_after_a_later_start_belongs_to_its_own(tmp_path, order):
+def test_late_lines_of_a_suspended_rank_belong_to_its_own_start(tmp_path, order):
     run_dir = RunDir(tmp_path)
     suspended = [Ledger(run_dir.ledger(rank), "suspended", 0) for rank in range(2)]
     train(run_dir, order, history=[(0, 3, 2)])

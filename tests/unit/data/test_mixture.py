@@ -1,4 +1,4 @@
-"""Shares of folders and buckets: exact, in closed form, the same from any starting point."""
+"""Fractions of folders and buckets: exact, in closed form, the same from any starting index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shares(*weights: float) -> list[Fraction]:
 @pytest.mark.parametrize(
     "weights", [(1,), (1, 1), (0.7, 0.2, 0.1), (1, 4095), (0.3333, 0.3333, 0.3334), (5, 3, 2, 2, 1)]
 )
-def test_every_cycle_has_the_exact_shares(weights: tuple[float, ...]) -> None:
+def test_every_cycle_has_the_exact_fractions(weights: tuple[float, ...]) -> None:
     quota = quotas(shares(*weights))
     assert quota.sum() == MIX_CYCLE_SAMPLES
     assert np.abs(quota - np.array(weights) / sum(weights) * MIX_CYCLE_SAMPLES).max() < 1
@@ -32,13 +32,13 @@ def test_every_cycle_has_the_exact_shares(weights: tuple[float, ...]) -> None:
         )  # each stream is read in its own order, without a gap
 
 
-def test_folders_take_turns() -> None:
+def test_folders_are_interleaved() -> None:
     streams, _ = Mixture(shares(0.5, 0.5), 0, "mix").assign(np.arange(MIX_CYCLE_SAMPLES))
     windows = (streams == 0).reshape(-1, 64).mean(axis=1)
     assert windows.min() > 0.2 and windows.max() < 0.8 and len(set(windows.tolist())) > 5
 
 
-def test_mixture_from_anywhere() -> None:
+def test_a_mixture_at_any_index() -> None:
     wanted = Mixture(shares(3, 1), 5, "mix").assign(np.arange(20_000))
     counts = np.random.default_rng(0).permutation(20_000)
     got = Mixture(shares(3, 1), 5, "mix").assign(counts)
@@ -53,10 +53,10 @@ def bucket_schedule(samples: list[int], batch: int, seed: int = 0) -> BucketSche
     "samples", [[100, 50], [7, 1000, 3], [1, 1, 1], [64, 64], [999, 998, 997, 5]], ids=str
 )
 @pytest.mark.parametrize("batch", [1, 8, 96, 512])
-def test_every_bucket_is_served_by_its_share_and_without_a_gap(
+def test_every_bucket_is_read_in_proportion_and_without_a_gap(
     samples: list[int], batch: int
 ) -> None:
-    """Bucket b has had floor(e * samples_b / batch) batches when e epochs are over: all of it, but
+    """Bucket b has had floor(e * samples_b / batch) batches after e epochs: all of its samples but
     for less than a batch.
     """
     epochs = 6 * batch
@@ -78,7 +78,7 @@ def test_one_bucket_per_global_batch() -> None:
         assert mine.tolist() == list(range(len(mine)))
 
 
-def test_buckets_from_anywhere_and_far_away() -> None:
+def test_buckets_at_any_index() -> None:
     wanted = bucket_schedule([300, 200, 100], 16).assign(np.arange(16 * 500))
     for first, share in itertools.product((0, 16 * 77, 16 * 301), (1, 2, 4, 16)):
         schedule = bucket_schedule([300, 200, 100], 16)
@@ -97,7 +97,7 @@ def test_buckets_come_in_another_order_each_epoch() -> None:
     assert first.tolist() != second.tolist() and 5 < (np.diff(first) != 0).sum() < 195
 
 
-def test_a_single_bucket_does_not_look_at_the_batch_size() -> None:
+def test_a_single_bucket_ignores_the_batch_size() -> None:
     for batch in (1, 7, 64):
         assert bucket_schedule([10], batch).assign(np.arange(30))[1].tolist() == list(range(30))
 

@@ -1,5 +1,5 @@
-"""The order of samples: a pure function of (seed, fingerprints, count), over every layout that asks
-for it.
+"""Order of samples: a pure function of (seed, fingerprints, sample index), the same for every
+layout of ranks.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def table(places: Locations) -> np.ndarray:
 
 @pytest.mark.parametrize("data", [one_folder, bucketed, mixed], ids=lambda f: f.__name__)
 def test_same_samples_for_any_layout(data) -> None:
-    """Ranks, micro-batches and resume points cut the counts differently; what they get together is
-    the same, in every batch.
+    """Ranks, micro-batches and resume points split the sample indices differently; their union is
+    the same in every batch.
     """
     folders, total = data(), 480
     layouts = [
@@ -80,7 +80,7 @@ def test_same_samples_for_any_layout(data) -> None:
 
 
 def test_has_teeth() -> None:
-    """An order that depends on who asks would be seen: here, a rank-dependent seed."""
+    """An order that depends on the rank, here by its seed, fails the test above."""
     folders = one_folder()
     whole = table(order_of(folders).locate(np.arange(48)))
     halves = [
@@ -92,8 +92,8 @@ def test_has_teeth() -> None:
 
 @pytest.mark.parametrize("sizes", [[23], [1] * 23, [22, 1], [5, 9, 1, 8], [1, 1, 400]], ids=str)
 def test_uneven_shards_and_one_giant_shard(sizes: list[int]) -> None:
-    """Nobody waits for the end of anybody's shard: counts go on into the next epoch, in the middle
-    of a batch.
+    """No rank waits for the end of another rank's shard: sample indices go on into the next epoch
+    in the middle of a batch.
     """
     order, total = order_of(one_folder(sizes)), sum(sizes)
     epochs = table(order.locate(np.arange(3 * total))).reshape(3, total, 3)
@@ -102,12 +102,12 @@ def test_uneven_shards_and_one_giant_shard(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_fewer_samples_than_ranks(samples: int) -> None:
-    """Every rank has its share of every batch; samples come round again within one."""
+    """Every rank has its part of every batch; samples repeat within a batch."""
     counts = Counter(table(order_of(one_folder([samples])).locate(np.arange(96)))[:, 2].tolist())
     assert set(counts.values()) == {96 // samples}
 
 
-def test_one_bucket_in_a_batch_and_every_sample_served() -> None:
+def test_one_bucket_per_batch_and_every_sample_read() -> None:
     data = bucketed()
     order, shards = order_of(data, batch=8), data.indexes[0].shards
     places = order.locate(np.arange(8 * 324))  # 324 samples: eight epochs
@@ -129,7 +129,7 @@ def test_folders_by_weight_within_every_cycle() -> None:
     assert max(rows.values()) - min(rows.values()) <= 1  # 20 samples, each as often as the others
 
 
-def test_folders_with_buckets_keep_both_shares() -> None:
+def test_folders_with_buckets_keep_both_fractions() -> None:
     data = mixed()
     order = order_of(data, batch=8)
     places = order.locate(np.arange(8 * 8192))
@@ -152,7 +152,7 @@ def test_fingerprint_and_seed_change_the_order() -> None:
     )
 
 
-def test_drawn_from_pool_stays_in_the_bucket() -> None:
+def test_substitutes_are_of_the_same_pool() -> None:
     data = bucketed()
     order = order_of(data)
     drawn = {order.substitute_location((0, 2, 5), key) for key in range(246)}
@@ -171,6 +171,6 @@ def test_ten_million_samples_open_at_once() -> None:
     assert time.perf_counter() - started < 1.0
 
 
-def test_negative_counts_are_a_bug() -> None:
+def test_negative_indices_are_a_bug() -> None:
     with pytest.raises(AssertionError):
         order_of(one_folder()).locate([-1])

@@ -1,5 +1,5 @@
-"""Folders behind URLs: the same samples as from a disk, through a cache of limited size that
-survives failing networks.
+"""Folders at URLs: the same samples as from a disk, through a cache of limited size, with retries
+when the network fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MEMORY = fsspec.filesystem("memory")
 
 @pytest.fixture
 def url(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The data set of the other tests, in fsspec's memory; waiting between tries costs no time."""
+    """The data set of the other tests in fsspec's memory; retries do not wait."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
     if MEMORY.exists("/bucket"):
         MEMORY.rm("/bucket", recursive=True)
@@ -47,7 +47,7 @@ def url(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each remote file was opened."""
+    """Counts how often each remote file is opened."""
     counts: Counter[str] = Counter()
     real = MemoryFileSystem._open
 
@@ -71,7 +71,7 @@ def open_remote(
     )
 
 
-def test_same_samples_as_from_disk_and_each_file_fetched_once(
+def test_same_samples_as_from_disk_and_each_file_downloaded_once(
     data_set: Path, url: str, tmp_path: Path, opened
 ) -> None:
     wanted = LatentStream(data_config(data_set), 0, 8).read(range(60)).moments
@@ -89,7 +89,7 @@ def test_same_samples_as_from_disk_and_each_file_fetched_once(
     assert again.verify() == []
 
 
-def test_the_next_shards_are_fetched_ahead(url: str, tmp_path: Path, opened) -> None:
+def test_the_next_shards_are_prefetched(url: str, tmp_path: Path, opened) -> None:
     stream = open_remote(url, tmp_path / "cache", lanes=2, shuffle_block_samples=3)
     stream.read(range(2))
     deadline = time.monotonic() + 10
@@ -101,7 +101,7 @@ def test_the_next_shards_are_fetched_ahead(url: str, tmp_path: Path, opened) -> 
 
 
 class Flaky:
-    """Opening a file fails, or gives damaged bytes, the first `times` times."""
+    """Makes opening a file fail, or return corrupt bytes, the first `times` times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, damage: bool = False) -> None:
         self.left = Counter[str]()
@@ -119,7 +119,7 @@ class Flaky:
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_failures_and_damage_on_the_way_are_tried_again(
+def test_failed_and_corrupt_downloads_are_retried(
     url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,19 +131,20 @@ def test_failures_and_damage_on_the_way_are_tried_again(
     assert "Retrying" in caplog.text
 
 
-def test_in_the_end_the_url_and_the_reason_are_named(
+def test_the_last_failure_names_the_url_and_the_reason(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Flaky(monkeypatch, 99)
     with pytest.raises(
         DataError,
-        match=r"memory://bucket/latents/latents-.* cannot be downloaded \(connection reset by peer\)",
+        match=r"memory://bucket/latents/latents-.* cannot be downloaded "
+        r"\(connection reset by peer\)",
     ):
         open_remote(url, tmp_path / "cache", retries=1).read(range(23))
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]
 
 
-def test_damage_that_stays_is_told_by_its_checksum(url: str, tmp_path: Path) -> None:
+def test_a_corrupt_remote_file_is_detected_by_its_checksum(url: str, tmp_path: Path) -> None:
     name = read_index(url).shards[0].file
     MEMORY.pipe(f"/bucket/latents/{name}", b"x" + MEMORY.cat(f"/bucket/latents/{name}")[1:])
     with pytest.raises(
@@ -156,7 +157,7 @@ def test_damage_that_stays_is_told_by_its_checksum(url: str, tmp_path: Path) -> 
     assert stream.read(range(100)).moments.isfinite().all()
 
 
-def test_a_file_that_is_not_there_is_not_waited_for(url: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_not_retried(url: str, tmp_path: Path) -> None:
     MEMORY.rm(f"/bucket/latents/{read_index(url).shards[0].file}")
     started = time.monotonic()
     with pytest.raises(DataError, match="not found"):
@@ -186,7 +187,7 @@ def test_the_cache_keeps_to_its_size(url: str, tmp_path: Path) -> None:
         open_remote(url, cache, max_gib=limit / 2**30)
 
 
-def test_least_recently_used_makes_room(tmp_path: Path) -> None:
+def test_least_recently_used_files_are_evicted(tmp_path: Path) -> None:
     for name in "abc":
         MEMORY.pipe(f"/bucket/{name}", name.encode() * 400)
     digests = {name: hashlib.sha256(name.encode() * 400).hexdigest() for name in "abc"}
@@ -203,8 +204,8 @@ def test_least_recently_used_makes_room(tmp_path: Path) -> None:
     assert a.exists() and not b.exists()
 
 
-def test_one_process_fetches_and_the_others_wait(url: str, tmp_path: Path, opened) -> None:
-    """As threads here: each store has locks of its own, as processes have."""
+def test_one_process_downloads_and_the_others_wait(url: str, tmp_path: Path, opened) -> None:
+    """The test uses threads: each store has its own locks, as processes have."""
     entry = read_index(url).shards[0]
     config = CacheConfig(folder=str(tmp_path / "cache"))
     stores = [
@@ -268,7 +269,7 @@ def test_encoding_a_remote_image_folder(tmp_path: Path) -> None:
     assert found.fingerprint == local.fingerprint and found.classes == ["class0", "class1"]
 
 
-def test_what_only_remote_tars_show_is_found_in_the_end(tmp_path: Path) -> None:
+def test_problems_of_remote_tars_are_detected_before_the_index(tmp_path: Path) -> None:
     for name, members in {
         "a": tar_sample(0) + tar_sample(1),
         "b": tar_sample(2) + tar_sample(1),

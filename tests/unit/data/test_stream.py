@@ -1,5 +1,5 @@
-"""Reading latents by global sample count: the right ones, ahead of time, and damage named by shard
-and key, or skipped alike.
+"""Reads latents by sample index: the right ones, ahead of the consumer; bad samples are named by
+shard and key, or replaced alike on every layout.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def shard_and_offsets(folder: Path, number: int) -> tuple[Path, Offsets]:
 
 
 def overwrite(folder: Path, number: int, row: int, offset: int, data: bytes) -> str:
-    """Bytes of a sample's moments, `offset` from the start of its .npy; returns its key."""
+    """Overwrites bytes of a sample's moments at `offset` in its .npy; returns the sample's key."""
     path, offsets = shard_and_offsets(folder, number)
     with open(path, "r+b") as file:
         file.seek(int(offsets.moments[row]) + offset)
@@ -126,9 +126,9 @@ def test_open_shards_are_limited(data_set: Path) -> None:
     assert len(stream._open) <= 4
 
 
-def test_ten_million_samples_open_at_any_place_within_a_second(tmp_path: Path) -> None:
-    """A simulated index of 1,221 shards, whose files are sparse: all that is done before the first
-    sample is read.
+def test_ten_million_samples_open_at_any_index_within_a_second(tmp_path: Path) -> None:
+    """A simulated index of 1,221 shards, whose files are sparse; measures everything before the
+    first read.
     """
     index = simulated_index(
         "big", {(32, 32): [8192] * 1000, (40, 24): [8192] * 221}, bytes_each=20_000
@@ -144,7 +144,7 @@ def test_ten_million_samples_open_at_any_place_within_a_second(tmp_path: Path) -
     assert stream.index.samples > 10_000_000 and len(set(places.shard.tolist())) > 10
 
 
-def test_state_says_where_a_run_is(data_set: Path) -> None:
+def test_state_has_the_data_position(data_set: Path) -> None:
     stream = open_stream(data_set, seed=3)
     state = stream.state(50)
     assert state.pop("contents") == contents_of(stream.index)
@@ -199,7 +199,7 @@ def test_workers_change_nothing(data_set: Path, workers: int) -> None:
     assert all(torch.equal(a.moments, b.moments) for a, b in zip(got, alike, strict=True))
     assert not all(
         torch.equal(a.moments, b.moments) for a, b in zip(got, wanted, strict=True)
-    )  # another order would be seen
+    )  # another order gives other batches
 
 
 def test_prefetch_is_bounded_and_closes(data_set: Path) -> None:
@@ -219,7 +219,7 @@ def test_prefetch_is_bounded_and_closes(data_set: Path) -> None:
     assert threading.active_count() == threads
 
 
-def test_map_ahead_works_while_the_consumer_does() -> None:
+def test_prefetch_map_works_while_the_consumer_does() -> None:
     both = threading.Barrier(
         2, timeout=5
     )  # passes only when an item is worked on while the consumer waits here
@@ -243,10 +243,10 @@ def test_checksums(data_set: Path) -> None:
         open_stream(data_set).verify()
     assert (
         open_stream(data_set).verify(rank=0, world_size=len(stream.index.shards)) == []
-    )  # that is somebody's healthy share
+    )  # shards of a rank without the corrupt one
 
 
-def test_truncated_and_missing_shards_are_found_when_it_opens(data_set: Path) -> None:
+def test_truncated_and_missing_shards_are_detected_at_opening(data_set: Path) -> None:
     entry = read_index(data_set).shards[2]
     shard = data_set / entry.file
     shard.write_bytes(shard.read_bytes()[:-700])
@@ -289,7 +289,7 @@ def test_large_values_are_not_nan(data_set: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 8, 100])
-def test_what_is_not_the_array_of_the_index(data_set: Path, offset: int) -> None:
+def test_an_array_that_does_not_match_the_index(data_set: Path, offset: int) -> None:
     key = overwrite(data_set, 1, 2, offset, b"junk")
     refused(data_set, repr(key), "moments.npy is not the array that index.json describes")
 
@@ -325,9 +325,9 @@ def test_index_that_disagrees_with_its_shards(data_set: Path) -> None:
 # --- on_error: skip
 
 
-def damaged_set(data_set: Path) -> set[str]:
-    """A NaN, a bit flip in a header, and one in a value, which only the checksum sees; the rest is
-    whole.
+def corrupt_data_set(data_set: Path) -> set[str]:
+    """Keys of the corrupt samples: a NaN, a bit flip in a header, and one in a value, which only
+    the checksum detects.
     """
     return {
         overwrite(data_set, 0, 1, 128 + 8, np.float16(np.nan).tobytes()),
@@ -336,10 +336,10 @@ def damaged_set(data_set: Path) -> set[str]:
     }
 
 
-def test_damage_is_skipped_counted_and_alike_on_every_layout(
+def test_bad_samples_are_skipped_counted_and_replaced_alike_on_every_layout(
     data_set: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damaged_set(data_set)
+    corrupt_data_set(data_set)
     options = {
         "on_error": "skip",
         "max_skipped_fraction": 0.2,
@@ -352,10 +352,12 @@ def test_damage_is_skipped_counted_and_alike_on_every_layout(
     wanted = whole.read(range(96)).moments
     bad = expected(11 + 2)  # the third of shard 2
     bad[0, 0, 0] = 1.0
-    assert not any(torch.equal(row, bad) for row in wanted)  # never served, though it looks sound
+    assert not any(
+        torch.equal(row, bad) for row in wanted
+    )  # never read, though its values look valid
     for share in (1, 3, 8, 32):
         stream = open_stream(data_set, **options)
-        stream.bad_samples.extend(whole.verify())  # as the ranks tell each other
+        stream.bad_samples.extend(whole.verify())  # as the ranks broadcast them
         pieces = [stream.read(range(start, start + share)).moments for start in range(0, 96, share)]
         assert torch.equal(torch.cat(pieces), wanted)
     healthy = open_stream(data_set, **options)
@@ -367,11 +369,11 @@ def test_damage_is_skipped_counted_and_alike_on_every_layout(
     ]
     assert torch.equal(
         healthy.read(untouched).moments, wanted[untouched]
-    )  # others keep their places
+    )  # others keep their index
     assert 96 - len(untouched) > 5
 
 
-def test_damage_found_while_reading_is_skipped_too(
+def test_bad_samples_detected_while_reading_are_skipped_too(
     data_set: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overwrite(data_set, 0, 1, 128 + 8, np.float16(np.nan).tobytes())
@@ -396,8 +398,8 @@ def test_a_missing_shard_can_be_skipped(data_set: Path) -> None:
         open_stream(data_set, on_error="skip", max_skipped_fraction=0.1)
 
 
-def test_too_much_damage_stops(data_set: Path) -> None:
-    damaged_set(data_set)
+def test_too_many_bad_samples_stop_the_run(data_set: Path) -> None:
+    corrupt_data_set(data_set)
     stream = open_stream(data_set, on_error="skip", max_skipped_fraction=0.1)
     with pytest.raises(
         DataError, match="3 of 23 samples cannot be read, more than data.max_skipped_fraction=0.1"

@@ -1,4 +1,4 @@
-"""Text encoders want captions: none at all is an error before anything is encoded, some missing
+"""Text encoders need captions: none at all is an error before anything is encoded, some missing
 ones are counted.
 """
 
@@ -34,7 +34,7 @@ def tar_of_captions(path: Path, *captions: bytes | None) -> Path:
     )
 
 
-class NeverAsked(FakeAutoencoder):
+class UnusedAutoencoder(FakeAutoencoder):
     def encode_moments(self, images):
         raise AssertionError("encoded before the captions were looked at")
 
@@ -46,7 +46,7 @@ def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
         match=r"text=\['clip'\]: none of the 6 images of source=.* has a caption .100 % lack "
         r"one.*, wanted",
     ):
-        encode(config, NeverAsked())
+        encode(config, UnusedAutoencoder())
     assert not (tmp_path / "latents").exists()
     assert (
         encode_dataset(
@@ -60,10 +60,10 @@ def test_image_folders_have_no_captions(tmp_path: Path, text: dict) -> None:
 def test_tars_without_captions(tmp_path: Path, text: dict, blank: bytes | None) -> None:
     tar = tar_of_captions(tmp_path / "x.tar", blank, blank, None)
     with pytest.raises(DataError, match="none of the 3 images"):
-        encode(encode_config(tar, tmp_path / "latents", text=text), NeverAsked())
+        encode(encode_config(tar, tmp_path / "latents", text=text), UnusedAutoencoder())
 
 
-def test_some_missing_captions_are_one_line(
+def test_some_missing_captions_log_one_line(
     tmp_path: Path, text: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = tar_of_captions(tmp_path / "x.tar", b"a cat", None, b"a dog", b" ")
@@ -81,7 +81,7 @@ def test_some_missing_captions_are_one_line(
     assert "have no caption" not in caplog.text
 
 
-def test_remote_tars_are_looked_at_before_the_index(
+def test_captions_of_remote_tars_are_checked_before_the_index(
     tmp_path: Path, text: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = fsspec.filesystem("memory")

@@ -1,4 +1,4 @@
-"""Colour profiles and transparency: pixels against colours that are computed here, from the
+"""Colour profiles and transparency: pixels compared with colours that the tests compute from the
 definitions.
 """
 
@@ -110,7 +110,7 @@ def test_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(found.astype(int) - expected(pixels, WIDE, 2.19921875)).max() > 20
 
 
-def test_srgb_in_all_but_name_changes_nothing() -> None:
+def test_a_profile_equal_to_srgb_changes_nothing() -> None:
     pixels = random_image(0, 64, 64)
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(decode_image(encode_image(pixels, icc_profile=own), "x.png"), pixels)
@@ -134,7 +134,7 @@ def test_jpeg_palette_and_alpha_have_profiles_too() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16"])
 def test_grey_profiles(mode: str) -> None:
-    """A linear grey: 128 is a middle grey of light, 188 in sRGB."""
+    """Linear grey: 128 is half of the light, 188 in sRGB."""
     linear = profile(b"GRAY", {b"kTRC": gamma_curve(1.0)})
     levels = np.full((8, 8), 128, np.uint8)
     image = Image.fromarray(levels)
@@ -152,8 +152,8 @@ def test_grey_profiles(mode: str) -> None:
 
 
 def cmyk_profile() -> bytes:
-    """Inks whose mixtures have the lightness 100 - 70 K - 10 (C + M + Y) and no colour: a table of
-    two points each.
+    """Profile of inks whose mixtures have lightness 100 - 70 K - 10 (C + M + Y) and no colour, as a
+    table of two points each.
     """
     lab = [
         (100 - 70 * k - 10 * (c + m + y), 0, 0)
@@ -187,14 +187,14 @@ def test_cmyk_profiles(inks: tuple[int, int, int, int], lightness: float) -> Non
 
 
 def without_adobe(jpeg: bytes) -> bytes:
-    """The APP14 segment cut out."""
+    """The JPEG without its APP14 segment."""
     at = jpeg.index(b"\xff\xee\x00\x0eAdobe")
     return jpeg[:at] + jpeg[at + 16 :]
 
 
 def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
-    """Adobe stores inks inverted, and says so; without its mark they are stored as they are (ITU-T
-    T.872, 6.5.3).
+    """Adobe stores inks inverted and marks such files; without the mark they are stored as they are
+    (ITU-T T.872, 6.5.3).
     """
     marked = encode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
     assert np.abs(decode_image(marked, "x.jpg")[0, 0].astype(int) - (255, 0, 0)).max() <= 3
@@ -220,7 +220,7 @@ def test_cmyk_with_and_without_the_mark_of_adobe() -> None:
     ],
     ids=["none", "cut", "grey", "rgb", "bent"],
 )
-def test_a_profile_that_cannot_be_used_is_ignored_and_named(
+def test_an_unusable_profile_is_ignored_and_named(
     raw, mode, fragment, caplog: pytest.LogCaptureFixture
 ) -> None:
     colour._warned.clear()
@@ -237,7 +237,7 @@ def test_a_profile_that_cannot_be_used_is_ignored_and_named(
     assert fragment in caplog.text
 
 
-# --- transparency, PNG by PNG, against pixels that are known
+# --- transparency, PNG by PNG, compared with known pixels
 
 
 def png(
@@ -327,7 +327,7 @@ def test_every_kind_of_transparency(name: str) -> None:
 
 
 def test_a_transparent_colour_of_16_bits_is_refused() -> None:
-    """Pillow keeps 8 of them: which pixels are meant can no longer be told."""
+    """Pillow keeps 8 of the bits, which do not identify the transparent pixels."""
     raw = png(1, 1, 16, RGB, [bytes(6)], (b"tRNS", bytes(6)))
     with pytest.raises(
         DataError, match="x.png: not a readable image .a transparent colour of 16 bits a channel"
@@ -351,8 +351,8 @@ def test_images_without_pixels(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_cut_anywhere_is_refused_or_whole(kind: str) -> None:
-    """Never half a picture."""
+def test_a_truncated_image_is_refused_or_complete(kind: str) -> None:
+    """A partial image is never returned."""
     raw = encode_image(random_image(0, 40, 40), kind)
     whole = decode_image(raw, "x")
     for length in range(0, len(raw), 37):

@@ -1,4 +1,4 @@
-"""Encoding: the folder it makes, when it leaves one alone, and what it refuses."""
+"""Encoding: the folder that it writes, finished folders that it leaves alone, errors."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_same_bytes_every_time(tmp_path: Path) -> None:
     assert one == two and len(one) > 2
 
 
-def test_an_interrupted_encode_is_made_again(tmp_path: Path) -> None:
+def test_an_interrupted_encode_is_repeated(tmp_path: Path) -> None:
     folder, _ = encode_tar(tmp_path, 5)
     whole = contents(folder)
     (folder / "index.json").unlink()
@@ -203,7 +203,7 @@ def test_a_finished_folder_of_other_inputs_is_refused(
 
 
 class BrokenAutoencoder(FakeAutoencoder):
-    """Sample 6 of the run gets `value` somewhere."""
+    """Puts `value` into the moments of sample 6 of the run."""
 
     def __init__(self, value: float) -> None:
         self.value, self.seen = value, 0
@@ -254,7 +254,7 @@ def test_class_ids_out_of_range(tmp_path: Path) -> None:
     )
 
 
-def test_classes_that_contradict(tmp_path: Path) -> None:
+def test_contradicting_classes(tmp_path: Path) -> None:
     named = json.dumps({"class_name": "flags"}).encode()
     refused(
         write_tar(tmp_path / "a.tar", tar_sample(0) + tar_sample(1, json=named)),
@@ -367,7 +367,7 @@ def test_buckets_have_shards_of_their_own_with_sorted_keys(tmp_path: Path) -> No
         assert f"-{bucket.height}x{bucket.width}.tar" in shard.file
 
 
-def test_random_crops_are_recorded_and_do_not_depend_on_the_company(tmp_path: Path) -> None:
+def test_random_crops_are_recorded_and_independent_of_other_images(tmp_path: Path) -> None:
     whole = tar_of_sizes(tmp_path / "x.tar", *[(16, 48)] * 12)
     alone = write_tar(tmp_path / "y.tar", tar_sample(7, png=encode_image(random_image(7, 16, 48))))
     for tar in (whole, alone):
@@ -393,7 +393,7 @@ def test_random_crops_are_recorded_and_do_not_depend_on_the_company(tmp_path: Pa
 
 
 class LopsidedAutoencoder(FakeAutoencoder):
-    """Does not commute with mirrors, as real ones do not: it sees where the left is."""
+    """Does not commute with mirroring, as real autoencoders do not."""
 
     identity = "lopsided"
 
@@ -532,7 +532,7 @@ def test_unreadable_images_can_be_skipped_and_are_counted(
         encode(encode_config(tar, tmp_path / "strict"), FakeAutoencoder())
 
 
-def test_skipping_gives_the_same_bytes_as_leaving_them_out(tmp_path: Path) -> None:
+def test_skipping_gives_the_same_bytes_as_a_source_without_them(tmp_path: Path) -> None:
     whole = image_tar(tmp_path / "whole.tar", 9)
     holes = write_tar(
         tmp_path / "holes.tar",
@@ -547,7 +547,9 @@ def test_skipping_gives_the_same_bytes_as_leaving_them_out(tmp_path: Path) -> No
     assert [path.read_bytes() for path in tars[0]] == [path.read_bytes() for path in tars[1]]
 
 
-def test_what_a_truncated_tar_still_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_readable_samples_of_a_truncated_tar(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cut = tmp_path / "cut.tar"
     raw = image_tar(tmp_path / "whole.tar", 8).read_bytes()
     cut.write_bytes(raw[: len(raw.rstrip(b"\0")) // 2])

@@ -1,5 +1,5 @@
-"""Killed at any moment, on one process or several, and started again: the folder is byte for byte
-that of an undisturbed run.
+"""Encodes that are killed at any moment, with one process or several, and started again: the folder
+equals that of an uninterrupted run byte for byte.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def finish(config: EncodeConfig, world: World | None = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
-    """(source, what a whole run makes of it, its seconds)"""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
+    """(source, files of an uninterrupted run, its seconds)"""
     folder = tmp_path_factory.mktemp("whole")
     source = image_tar(folder / "images.tar", NUM_IMAGES)
     started = time.monotonic()
@@ -82,8 +82,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 
 
 @pytest.mark.parametrize("trial", range(20))
-def test_kill_at_a_random_moment(undisturbed, tmp_path: Path, trial: int) -> None:
-    source, whole, seconds = undisturbed
+def test_kill_at_a_random_moment(uninterrupted, tmp_path: Path, trial: int) -> None:
+    source, whole, seconds = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     worlds = [None] if trial % 2 else [World(0, 0, 2), World(1, 1, 2)]
     pids = [start(config, world) for world in worlds]
@@ -107,9 +107,9 @@ def test_kill_at_a_random_moment(undisturbed, tmp_path: Path, trial: int) -> Non
     )  # tar and offsets of the part that each process was working on
 
 
-def test_kills_land_in_the_middle(undisturbed, tmp_path: Path) -> None:
-    """The trials above mean something: half-way through, some parts are recorded and some are not."""
-    source, _, seconds = undisturbed
+def test_kills_land_in_the_middle(uninterrupted, tmp_path: Path) -> None:
+    """In the trials above a kill comes while some parts are recorded and some are not."""
+    source, _, seconds = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     pid = start(config)
     deadline = time.monotonic() + 20 * seconds
@@ -124,9 +124,9 @@ def test_kills_land_in_the_middle(undisturbed, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 11])
 def test_any_number_of_processes_makes_the_same_folder(
-    undisturbed, tmp_path: Path, ranks: int
+    uninterrupted, tmp_path: Path, ranks: int
 ) -> None:
-    source, whole, _ = undisturbed
+    source, whole, _ = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     results = [
         encode(config, FakeAutoencoder(), world=World(rank, rank, ranks)) for rank in range(ranks)
@@ -137,19 +137,19 @@ def test_any_number_of_processes_makes_the_same_folder(
     assert results[-1] is not None and contents(tmp_path / "latents") == whole
 
 
-def test_processes_at_once(undisturbed, tmp_path: Path) -> None:
-    source, whole, _ = undisturbed
+def test_processes_at_once(uninterrupted, tmp_path: Path) -> None:
+    source, whole, _ = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     pids = [start(config, World(rank, rank, 3)) for rank in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert contents(tmp_path / "latents") == whole
 
 
-def test_has_teeth(undisturbed, tmp_path: Path) -> None:
-    """A record vouches for its shards, and is written after them: one that lies is believed;
-    without it, they are made again.
+def test_has_teeth(uninterrupted, tmp_path: Path) -> None:
+    """A record, written after its shards, is trusted: a wrong one is not detected; without it the
+    shards are encoded again.
     """
-    source, whole, _ = undisturbed
+    source, whole, _ = uninterrupted
     config, folder = slow_config(source, tmp_path / "latents"), tmp_path / "latents"
     assert encode(config, FakeAutoencoder(), world=World(0, 0, 2)) is None
     next(folder.glob("latents-00000-0000-*.tar")).write_bytes(b"half a shard")
@@ -160,8 +160,8 @@ def test_has_teeth(undisturbed, tmp_path: Path) -> None:
     assert contents(folder) == whole
 
 
-def test_killed_between_the_index_and_the_records(undisturbed, tmp_path: Path) -> None:
-    source, whole, _ = undisturbed
+def test_killed_between_the_index_and_the_records(uninterrupted, tmp_path: Path) -> None:
+    source, whole, _ = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
@@ -171,8 +171,8 @@ def test_killed_between_the_index_and_the_records(undisturbed, tmp_path: Path) -
     assert contents(tmp_path / "latents") == whole
 
 
-def test_another_configuration_does_not_go_on(undisturbed, tmp_path: Path) -> None:
-    source, _, _ = undisturbed
+def test_another_configuration_does_not_go_on(uninterrupted, tmp_path: Path) -> None:
+    source, _, _ = uninterrupted
     output = tmp_path / "latents"
     assert encode(slow_config(source, output), FakeAutoencoder(), world=World(0, 0, 2)) is None
     for other in (
@@ -190,9 +190,9 @@ def test_another_configuration_does_not_go_on(undisturbed, tmp_path: Path) -> No
 
 
 def test_a_full_disk_keeps_finished_parts(
-    undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, whole, _ = undisturbed
+    source, whole, _ = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     written = []
 
@@ -217,8 +217,8 @@ def test_a_full_disk_keeps_finished_parts(
     assert contents(tmp_path / "latents") == whole
 
 
-def test_keys_and_classes_that_only_the_whole_shows(tmp_path: Path) -> None:
-    """Of local sources they are found before anything is encoded."""
+def test_repeated_keys_and_contradicting_classes_of_two_parts(tmp_path: Path) -> None:
+    """Those of local sources are detected before anything is encoded."""
     tars = [
         write_tar(tmp_path / f"{i}.tar", tar_sample(number)) for i, number in enumerate((1, 2, 1))
     ]

@@ -1,4 +1,4 @@
-"""Folders of format 2: read, verified, and brought to format 3 only when everything in them fits."""
+"""Folders of format 2: read, verified, and upgraded to format 3 only if they are consistent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rewrite_2(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "index.json").write_text(json.dumps(fields))
 
 
-def test_sealed_is_what_is_encoded_now(old: EncodeConfig, tmp_path: Path) -> None:
+def test_a_sealed_folder_equals_a_new_one(old: EncodeConfig, tmp_path: Path) -> None:
     before = read_index(old.output)
     assert before.format_version == 2 and before.digest == "" and before.null_text == {}
     sealed = seal(old.output)
@@ -92,7 +92,7 @@ def test_sealed_is_what_is_encoded_now(old: EncodeConfig, tmp_path: Path) -> Non
     ],
     ids=range(7),
 )
-def test_nothing_is_sealed_that_does_not_fit(
+def test_an_inconsistent_folder_is_not_sealed(
     old: EncodeConfig, tmp_path: Path, change, fragment: str
 ) -> None:
     if "classes" in fragment:
@@ -108,7 +108,7 @@ def test_nothing_is_sealed_that_does_not_fit(
     assert not verify(old, 7, SmoothAutoencoder()).is_sound
 
 
-def test_a_damaged_null_text_is_not_sealed(old: EncodeConfig, tmp_path: Path) -> None:
+def test_a_corrupt_null_text_is_not_sealed(old: EncodeConfig, tmp_path: Path) -> None:
     file = tmp_path / "latents" / "text_bert.null.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-2] + b"\x80\x7f")  # infinity in float32

@@ -1,6 +1,4 @@
-"""Reading images: every kind of source and pixel format, and an error that names the place for
-everything else.
-"""
+"""Sources of images: every kind of source and pixel format; errors name the file and the sample."""
 
 from __future__ import annotations
 
@@ -71,7 +69,7 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
     assert all(p.load().shape == (16, 16, 3) and p.load().dtype == np.uint8 for p in found)
 
 
-def test_files_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, "dog/b.png", "cat/z.jpg")
     (tmp_path / "cat" / "moving.gif").write_bytes(b"GIF89a")
     with caplog.at_level("INFO", logger="lpl_pretrain"):
@@ -132,7 +130,7 @@ def test_truncated_image_names_shard_and_key(tmp_path: Path) -> None:
     refused(tar, "x.tar:p0001.png", "not a readable image")
 
 
-def test_no_image_at_all(tmp_path: Path) -> None:
+def test_a_file_that_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"hello")
     refused(tmp_path, "x.png", "not a readable image")
 
@@ -165,8 +163,8 @@ def test_truncated_tar(tmp_path: Path, keep: float) -> None:
     refused(cut, "cut.tar", "truncated")
 
 
-def test_tar_cut_between_two_members(tmp_path: Path) -> None:
-    """`tarfile` takes it for complete."""
+def test_a_tar_truncated_between_two_members(tmp_path: Path) -> None:
+    """`tarfile` takes such a tar for complete."""
     one, two = write_tar(tmp_path / "a.tar", tar_sample(0)), tmp_path / "cut.tar"
     with tarfile.open(one) as tar:
         last = tar.getmembers()[-1]
@@ -176,7 +174,7 @@ def test_tar_cut_between_two_members(tmp_path: Path) -> None:
     refused(two, "cut.tar", "end mark")
 
 
-def test_damaged_header_in_the_middle(tmp_path: Path) -> None:
+def test_corrupt_header_in_the_middle(tmp_path: Path) -> None:
     tar = image_tar(tmp_path / "x.tar", 3)
     raw = bytearray(tar.read_bytes())
     with tarfile.open(tar) as members:
@@ -259,7 +257,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         keys([])
 
 
-def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
+def test_ambiguous_folders(tmp_path: Path) -> None:
     refused(write_images(tmp_path / "a", "x.png", "cat/y.png"), "images and sub-folders")
     write_images(tmp_path / "b", "x.png")
     image_tar(tmp_path / "b" / "x.tar", 1)
@@ -273,8 +271,8 @@ def test_folders_that_could_mean_two_things(tmp_path: Path) -> None:
     "names", ["p{:03d}", "a/rather/long/folder/{:03d}" + "x" * 120, "ünïcode/👩‍🚀/{:03d}"]
 )
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, kind: int) -> None:
-    """Parts of one large tar begin where they begin, without walking through what lies before."""
+def test_a_tar_can_be_read_from_any_sample(tmp_path: Path, names: str, kind: int) -> None:
+    """A part of a large tar is read without walking through the samples before it."""
     with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
         for number in range(6):
             for name, data in tar_sample(number):
@@ -287,7 +285,7 @@ def test_a_tar_is_read_from_any_of_its_samples_on(tmp_path: Path, names: str, ki
         assert list(unit.images(start=found.start)) == whole[number:]
 
 
-def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
+def test_one_large_tar_with_bad_members_at_every_part(tmp_path: Path) -> None:
     members = []
     for number in range(30):
         broken = (
@@ -320,7 +318,7 @@ def test_one_large_tar_with_damage_at_every_cut(tmp_path: Path) -> None:
     ("raw", "label"),
     [(b"7", 7), (b" 7 ", 7), (b"7\n", 7), (b"7\r\n", 7), (b"007", 7), (b"-0", 0), (b"\t12\t", 12)],
 )
-def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> None:
+def test_valid_class_ids(tmp_path: Path, raw: bytes, label: int) -> None:
     (found,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw, json=None))))
     assert found.label == label
 
@@ -345,7 +343,7 @@ def test_class_ids_that_are_right(tmp_path: Path, raw: bytes, label: int) -> Non
         b"--1",
     ],
 )
-def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> None:
+def test_invalid_class_ids(tmp_path: Path, raw: bytes) -> None:
     refused(
         write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw)),
         "x.tar",
@@ -374,7 +372,7 @@ def test_class_ids_that_python_reads_or_nearly(tmp_path: Path, raw: bytes) -> No
     ],
     ids=range(13),
 )
-def test_json_that_is_hostile(tmp_path: Path, raw: bytes, fragment: str) -> None:
+def test_hostile_json(tmp_path: Path, raw: bytes, fragment: str) -> None:
     refused(
         write_tar(tmp_path / "x.tar", tar_sample(0) + tar_sample(4, json=raw, txt=None)),
         "x.tar",
@@ -415,7 +413,7 @@ END = bytes(1024)
 
 
 def with_size(block: bytes, size: bytes) -> bytes:
-    """Another size in a header, with the checksum that fits."""
+    """The header with another size and a valid checksum."""
     raw = bytearray(block)
     raw[124:136] = size
     raw[148:156] = b"        "
@@ -466,13 +464,13 @@ def with_size(block: bytes, size: bytes) -> bytes:
         pytest.param(header("a.png", 0, tarfile.CHRTYPE) + END, id="device"),
     ],
 )
-def test_archives_that_are_hostile(tmp_path: Path, raw: bytes) -> None:
+def test_hostile_archives(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(raw)
     refused(tmp_path / "x.tar", f"{tmp_path}/x.tar: ")
 
 
 def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
-    """`tarfile` gives it the size that it has unpacked, though less lies there."""
+    """`tarfile` reports the unpacked size of a sparse file, which has fewer bytes in the tar."""
     data = encode_image(random_image(0))
     info = tarfile.TarInfo("p.png")
     info.size, info.pax_headers = (
@@ -488,8 +486,8 @@ def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
     refused(tmp_path / "x.tar", "x.tar: member 'p.png' is a link, a device or sparse")
 
 
-def test_archives_behind_each_other(tmp_path: Path) -> None:
-    """Everything behind the first end mark would be lost without a word."""
+def test_concatenated_archives(tmp_path: Path) -> None:
+    """Members after the first end mark would be lost silently."""
     both = (
         write_tar(tmp_path / "a.tar", tar_sample(0)).read_bytes()
         + write_tar(tmp_path / "b.tar", tar_sample(1)).read_bytes()
@@ -504,7 +502,7 @@ def test_archives_behind_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a\x00b.png", "a\x1b[2J.png", "a\x85.png", "\udcff.png", "x" * 5000 + ".png"]
 )
-def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) -> None:
+def test_unprintable_names(tmp_path: Path, name: str) -> None:
     with tarfile.open(
         tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT if "\0" in name else tarfile.GNU_FORMAT
     ) as tar:
@@ -518,7 +516,7 @@ def test_names_that_no_file_or_terminal_should_see(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("folder", ["", "class"])
-def test_a_folder_that_may_not_be_read(
+def test_a_folder_without_permission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     (tmp_path / "class").mkdir()

@@ -1,6 +1,4 @@
-"""Captions to stored embeddings and back: trimmed, small, near to what the encoder said, and there
-when asked for.
-"""
+"""Stored embeddings of captions: trimmed, small, close to the encoder's output, read on request."""
 
 from __future__ import annotations
 
@@ -80,7 +78,7 @@ def test_embeddings_come_back_with_their_captions(tmp_path: Path, clip: str, sto
         torch.testing.assert_close(got.pooled[row].float(), pooled, rtol=2e-3, atol=2e-3)
 
 
-def test_several_encoders_at_once_and_only_what_is_asked_for(tmp_path: Path, clip: str) -> None:
+def test_several_encoders_and_only_the_requested_ones(tmp_path: Path, clip: str) -> None:
     t5 = text_encoder_folder(tmp_path / "t5", "t5")
     encode_dataset(
         text_config(
@@ -145,7 +143,7 @@ def test_minilm_costs_less_than_32_kb_a_caption(tmp_path: Path) -> None:
     assert batch.text["minilm"].states.shape == (3, 77, 384)
 
 
-def test_another_encoder_is_another_data_set(tmp_path: Path, clip: str) -> None:
+def test_another_encoder_changes_the_plan(tmp_path: Path, clip: str) -> None:
     encode_dataset(text_config(tmp_path, {"clip_l": {"folder": clip}}), FakeAutoencoder())
     bert = text_encoder_folder(tmp_path / "bert", "bert")
     with pytest.raises(DataError, match="made from other inputs .source or encoders have changed"):
@@ -154,7 +152,7 @@ def test_another_encoder_is_another_data_set(tmp_path: Path, clip: str) -> None:
         encode_dataset(text_config(tmp_path, {}), FakeAutoencoder())
 
 
-def test_damaged_text_is_named(tmp_path: Path, clip: str) -> None:
+def test_corrupt_text_is_named(tmp_path: Path, clip: str) -> None:
     encode_dataset(text_config(tmp_path, {"clip_l": {"folder": clip}}), FakeAutoencoder())
     shard = tmp_path / "latents" / read_index(tmp_path / "latents").shards[0].file
     raw = shard.read_bytes()
@@ -167,7 +165,7 @@ def test_damaged_text_is_named(tmp_path: Path, clip: str) -> None:
 
 
 @pytest.mark.parametrize("caption", [None, b"", b" \n"])
-def test_embeddings_of_no_captions_are_refused_before_anything_is_encoded(
+def test_text_encoders_without_captions_are_refused_before_encoding(
     tmp_path: Path, clip: str, caption: bytes | None
 ) -> None:
     tar = write_tar(
@@ -185,7 +183,7 @@ def test_embeddings_of_no_captions_are_refused_before_anything_is_encoded(
 
 
 def test_a_remote_source_without_captions_is_never_published(tmp_path: Path, clip: str) -> None:
-    """Its captions are not known before it was read."""
+    """The captions of a remote source are not known before it is read."""
     tar = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in tar_sample(n, txt=None)])
     memory = fsspec.filesystem("memory")
     memory.pipe("/no_captions/x.tar", tar.read_bytes())

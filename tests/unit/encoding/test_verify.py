@@ -1,6 +1,4 @@
-"""`encode --verify` and `data show`: what is sound is called sound, and every kind of damage is
-found and named.
-"""
+"""`encode --verify` and `data show`: a sound folder passes, every kind of corruption is named."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ from tests.support.text_encoders import text_encoder_folder
 
 
 class SmoothAutoencoder(FakeAutoencoder):
-    """Keeps red and green at quarter size, and gives them back."""
+    """Encodes red and green at a quarter of the size, and decodes them."""
 
     def decode(self, raw: torch.Tensor) -> torch.Tensor:
         red_green = torch.nn.functional.interpolate(
@@ -69,7 +67,7 @@ def smooth_tar(path: Path, count: int = 13) -> Path:
 
 @pytest.fixture(scope="module")
 def encoded_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncodeConfig, DatasetIndex]:
-    """Everything at once: buckets, flips, text."""
+    """A folder with buckets, flips and text."""
     base = tmp_path_factory.mktemp("whole")
     config = encode_config(
         smooth_tar(base / "x.tar"),
@@ -84,7 +82,7 @@ def encoded_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncodeConfig
 
 @pytest.fixture
 def folder(encoded_once, tmp_path: Path) -> tuple[EncodeConfig, DatasetIndex]:
-    """A copy, to be changed."""
+    """A copy that the test may change."""
     config, index = encoded_once
     shutil.copytree(config.output, tmp_path / "latents")
     shutil.copy(str(config.source), tmp_path / "x.tar")
@@ -108,7 +106,7 @@ def test_sound(folder) -> None:
     assert f"{3 * 13} arrays" in table and f"{len(index.shards)} shards" in table
 
 
-def test_every_byte_counts(folder) -> None:
+def test_every_flipped_byte_is_detected(folder) -> None:
     config, index = folder
     shard = Path(config.output) / index.shards[1].file
     raw = bytearray(shard.read_bytes())
@@ -167,13 +165,15 @@ def test_every_byte_counts(folder) -> None:
         ),
     ],
 )
-def test_an_index_that_lies(folder, change: Callable[[dict], None], fragment: str) -> None:
+def test_an_index_that_differs_from_its_shards(
+    folder, change: Callable[[dict], None], fragment: str
+) -> None:
     config, _ = folder
     rewrite_index(Path(config.output), change)
     assert fragment in problems(config)
 
 
-def test_a_damaged_index_or_null_text(folder) -> None:
+def test_a_corrupt_index_or_null_text(folder) -> None:
     config, _ = folder
     null = Path(config.output) / "text_bert.null.safetensors"
     null.write_bytes(null.read_bytes()[:-1] + b"\x41")
@@ -194,7 +194,7 @@ def test_a_changed_source_or_autoencoder(folder) -> None:
 def test_a_latent_of_another_image_decodes_to_the_wrong_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All checksums are right: the mistake was made while encoding."""
+    """All checksums are valid: the latents were swapped while encoding."""
     config = encode_config(smooth_tar(tmp_path / "x.tar"), tmp_path / "latents", shard_samples=4)
 
     class Swapping(SmoothAutoencoder):
@@ -209,7 +209,7 @@ def test_a_latent_of_another_image_decodes_to_the_wrong_one(
     )
 
 
-def test_crops_must_be_those_that_are_recorded(tmp_path: Path) -> None:
+def test_recorded_crops_are_compared(tmp_path: Path) -> None:
     wide = write_tar(
         tmp_path / "x.tar",
         [m for n in range(6) for m in tar_sample(n, png=encode_image(smooth(n, 16, 64)))],
@@ -300,7 +300,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_many_shards_are_not_open_at_once(tmp_path: Path) -> None:
-    """A data set of thousands of shards: fewer files may be open than it has."""
+    """A data set may have more shards than a process may open files."""
     config = encode_config(
         smooth_tar(tmp_path / "x.tar", 60), tmp_path / "latents", shard_samples=1
     )

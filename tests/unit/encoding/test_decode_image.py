@@ -1,4 +1,4 @@
-"""From bytes to pixels of the wanted shape."""
+"""Decoding, resizing, cropping and aspect-ratio buckets."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_square_antialiases() -> None:
     assert np.abs(to_square(stripes, 16)[:, 2:-2].astype(int) - 127).max() <= 2
 
 
-def test_fit_covers_the_shape_and_names_the_crop() -> None:
+def test_resize_covers_the_shape_and_records_the_crop() -> None:
     fit = plan_resize_crop((100, 200), (32, 48))
     assert (fit.resized_px, fit.crop_px, fit.shape_px) == ((32, 64), (0, 8), (32, 48))
     assert plan_resize_crop((32, 48), (32, 48)).resized_px == (32, 48)

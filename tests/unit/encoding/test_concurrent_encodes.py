@@ -1,5 +1,5 @@
-"""Encodes that are started together: a folder is of one configuration, whole, and sound, whoever
-was faster.
+"""Concurrent encodes: the folder belongs to one configuration, and is complete and sound, whichever
+process is faster.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLANS = [Plan(letter * 64, []) for letter in "ab"]
 
 
 def together(*calls: Callable[[], object]) -> list[object]:
-    """What each returned or raised, on threads."""
+    """Results or exceptions of the calls, each on its own thread."""
     results: list[object] = [None] * len(calls)
 
     def run(i: int) -> None:
@@ -51,8 +51,8 @@ def together(*calls: Callable[[], object]) -> list[object]:
 
 
 def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Path], None]) -> int:
-    """Rounds, of ROUNDS, in which both of two plans began in one folder; both stand before the last
-    step at once.
+    """Number of rounds, of ROUNDS, in which two plans both got one folder; both threads wait for
+    each other before the last step.
     """
     barrier = threading.Barrier(2)
 
@@ -75,12 +75,12 @@ def race(folder: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[[Path, Pa
     return both
 
 
-def test_one_plan_begins_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_plans_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert race(tmp_path, monkeypatch, os.link) == 0
 
 
-def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same rounds catch a plan file that may be written over: each finds its own when it looks."""
+def test_has_teeth_in_the_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan file that is overwritten lets both plans find their own in every round."""
     lock, first_of, real = threading.Lock(), dict[Path, threading.Event](), plan_file.check_plan
 
     def write_over(before: Path, after: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_race_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert race(tmp_path, monkeypatch, write_over) == ROUNDS
 
 
-def test_without_hard_links_one_plan_begins_too(
+def test_one_of_two_plans_gets_the_folder_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_links(before: Path, after: Path) -> None:
@@ -108,7 +108,7 @@ def test_without_hard_links_one_plan_begins_too(
     assert race(tmp_path, monkeypatch, no_links) == 0
 
 
-def test_publish_new_keeps_what_is_there(tmp_path: Path) -> None:
+def test_publish_new_keeps_an_existing_file(tmp_path: Path) -> None:
     assert publish_new(tmp_path / "x", [b"a", b"b"]) and not publish_new(tmp_path / "x", [b"c"])
     assert (tmp_path / "x").read_bytes() == b"ab" and [
         path.name for path in tmp_path.iterdir()
@@ -132,7 +132,7 @@ def sound(folder: Path) -> None:
 
 
 def test_two_configurations_at_once(tmp_path: Path) -> None:
-    """Whole encodes: one is refused, whenever it comes, and the folder is the other's."""
+    """Of two complete encodes one is refused, at any time, and the folder belongs to the other."""
     source = image_tar(tmp_path / "x.tar", 6)
     alone = []
     for crop in ("center", "random"):
@@ -158,8 +158,8 @@ def test_two_configurations_at_once(tmp_path: Path) -> None:
         sound(output)
 
 
-class Late(FakeAutoencoder):
-    """Waits at random, so that two encodes overlap at every offset; and rounds differently, as
+class SlowRoundingAutoencoder(FakeAutoencoder):
+    """Waits at random, so that two encodes overlap at every offset, and rounds differently, as
     another device would.
     """
 
@@ -172,16 +172,16 @@ class Late(FakeAutoencoder):
 
 
 @pytest.mark.parametrize("trial", range(12))
-def test_one_command_started_twice_is_one_sound_folder(tmp_path: Path, trial: int) -> None:
+def test_one_command_started_twice_gives_one_sound_folder(tmp_path: Path, trial: int) -> None:
     source = image_tar(tmp_path / "x.tar", 12)
     config = encode_config(source, tmp_path / "latents", shard_samples=3, batch_size=2, flips=True)
     offset = random.Random(trial).uniform(0, 0.1) * (trial > 2)
 
     def second() -> object:
         time.sleep(offset)
-        return encode(config, Late(trial % 3))
+        return encode(config, SlowRoundingAutoencoder(trial % 3))
 
-    results = together(lambda: encode(config, Late(0)), second)
+    results = together(lambda: encode(config, SlowRoundingAutoencoder(0)), second)
     assert not [result for result in results if isinstance(result, BaseException)], results
     sound(tmp_path / "latents")
     assert len({index.digest for index in results}) == 1  # type: ignore[attr-defined]
@@ -193,10 +193,8 @@ def test_one_command_started_twice_is_one_sound_folder(tmp_path: Path, trial: in
         assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
 
 
-def test_whoever_records_a_part_first_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A second process, with other rounding, ends a part just before it is recorded by the first."""
+def test_the_first_record_of_a_part_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process with other rounding finishes a part just before the first records it."""
     source = image_tar(tmp_path / "x.tar", 4)
     config = encode_config(source, tmp_path / "latents", shard_samples=2)
     real, rivals = writer.publish_new, []
@@ -209,7 +207,7 @@ def test_whoever_records_a_part_first_counts(
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "publish_new", rival_first)
-        encode(config, Late(5), world=World(0, 0, 2))
+        encode(config, SlowRoundingAutoencoder(5), world=World(0, 0, 2))
     assert rivals
     encode_dataset(config, FakeAutoencoder())
     sound(tmp_path / "latents")
@@ -217,10 +215,10 @@ def test_whoever_records_a_part_first_counts(
     assert contents(tmp_path / "latents") == contents(tmp_path / "alone")
 
 
-def test_a_folder_that_is_finished_meanwhile_is_not_touched(
+def test_a_folder_that_is_finished_meanwhile_is_not_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another plan finishes between our look for an index and our beginning."""
+    """Another plan finishes between our check for an index and our plan file."""
     source, output = image_tar(tmp_path / "x.tar", 4), tmp_path / "latents"
     real = encode_module.create_plan_file
 
@@ -238,7 +236,7 @@ def test_a_folder_that_is_finished_meanwhile_is_not_touched(
     sound(output)
 
 
-def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path) -> None:
+def test_corrupt_records_and_other_plans_are_refused_before_the_index(tmp_path: Path) -> None:
     source, output = image_tar(tmp_path / "x.tar", 6), tmp_path / "latents"
     config = encode_config(source, output, shard_samples=2)
 
@@ -274,7 +272,7 @@ def test_records_and_plans_of_others_are_refused_before_the_index(tmp_path: Path
     assert not (output / "index.json").exists()
 
 
-def test_a_kill_between_a_record_and_its_files_is_made_good(
+def test_files_are_moved_after_a_kill_between_a_record_and_the_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = image_tar(tmp_path / "x.tar", 6)
@@ -297,11 +295,11 @@ def test_a_kill_between_a_record_and_its_files_is_made_good(
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".offsets.safetensors"])
-def test_a_move_that_is_refused_after_the_record_is_made_good(
+def test_files_are_moved_after_a_failed_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    """The record names the files: those that are not moved yet must not be discarded with what the
-    error ended.
+    """The record lists the files: those that are not moved yet must not be discarded after the
+    error.
     """
     source, output = image_tar(tmp_path / "x.tar", 6), tmp_path / "latents"
     config, replace, refused_names = (
@@ -339,7 +337,7 @@ def test_shards_of_an_earlier_data_set_are_removed(tmp_path: Path) -> None:
     sound(output)
 
 
-def test_work_of_an_earlier_version_is_named_so(tmp_path: Path) -> None:
+def test_the_error_names_an_earlier_version(tmp_path: Path) -> None:
     source, output = image_tar(tmp_path / "x.tar", 2), tmp_path / "latents"
     config = encode_config(source, output)
     earlier = make_plan(config, {"autoencoder": "fake"}).earlier_identity
