@@ -68,7 +68,7 @@ MIX_CYCLE_SAMPLES = 4096
 (data/mixture.py).
 """
 REMEDY = "copy the file again from where it is whole, or encode the folder again"
-"""For a corrupt or missing file of a data folder."""
+"""Remedy for a corrupt or missing file of a data folder."""
 PROBLEMS_SHOWN = 8
 _WANTED = {
     "missing": "it is missing",
