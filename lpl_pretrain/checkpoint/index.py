@@ -1,5 +1,5 @@
-"""index.json: which rank's file holds which range of which parameter; its schema, and the headers
-of the files it describes.
+"""Schema of index.json, which says in which rank's file each range of a parameter is, and of the
+headers of these files.
 
     {kind: {parameter: {dtype, shape, ranges: [[start, stop, rank], ...]}}}
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpl_pretrain.checkpoint.manifest import INDEX, Manifest, pieces_file, regular_file
+from lpl_pretrain.checkpoint.manifest import INDEX, Manifest, rank_file, regular_file
 from lpl_pretrain.config.strict_json import (
     JSONError,
     is_count,
@@ -29,7 +29,7 @@ ELEMENT_BYTES = {"F32": 4, "F64": 8}
 KIND = re.compile(r"[A-Za-z0-9_.]{1,100}")
 LIMIT_BYTES = 4 << 30
 HEADER_LIMIT_BYTES = 100_000_000
-"""As the safetensors library has it."""
+"""Limit of the safetensors library."""
 ENTRY_KEYS = frozenset({"dtype", "shape", "ranges"})
 HEADER_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 Entries = dict[str, dict[str, dict[str, Any]]]
@@ -42,14 +42,15 @@ class Index:
     folder: Path
     entries: Entries
     tensors: dict[int, int] = field(default_factory=dict)
-    """Rank -> how many ranges its file holds."""
+    """Rank -> number of ranges in its file."""
     data_bytes: dict[int, int] = field(default_factory=dict)
-    """Rank -> bytes of these ranges."""
+    """Rank -> number of bytes of these ranges."""
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest | None = None) -> Index:
-        """Raises DamagedCheckpointError.  `manifest` bounds the ranks and the bytes that each of
-        them may hold.
+        """Reads and checks index.json.  Raises DamagedCheckpointError.
+
+        `manifest` bounds the ranks and the bytes in the file of each.
         """
         path = folder / INDEX
         try:
@@ -64,10 +65,10 @@ class Index:
         return index
 
     def check_header(self, rank: int) -> None:
-        """Raises DamagedCheckpointError unless the file of `rank` holds exactly the ranges that are
-        said to be there.
+        """Raises DamagedCheckpointError unless the file of `rank` holds exactly the ranges that the
+        index lists for it.
         """
-        path = self.folder / pieces_file(rank)
+        path = self.folder / rank_file(rank)
         header = read_header(path)
         for key, (dtype, elements) in header.items():
             kind, _, name = key.partition("/")
@@ -77,11 +78,11 @@ class Index:
                 raise DamagedCheckpointError(
                     f"{path}: holds {shown(key)}, which {INDEX} does not expect there"
                 )
-            wanted = entry["dtype"], ranges[0][1] - ranges[0][0]
-            if (dtype, elements) != wanted:
+            start, stop, _ = ranges[0]
+            if (dtype, elements) != (entry["dtype"], stop - start):
                 raise DamagedCheckpointError(
                     f"{path}: {shown(key)} has {elements} elements of {dtype}, {INDEX} says "
-                    f"{wanted[1]} of {wanted[0]}"
+                    f"{stop - start} of {entry['dtype']}"
                 )
         if len(header) != self.tensors.get(rank, 0):
             raise DamagedCheckpointError(
@@ -89,7 +90,7 @@ class Index:
             )
 
     def _problem(self) -> str | None:
-        """What is wrong with the index in itself, if anything; counts what each rank holds."""
+        """Describes the first invalid entry, if any; also fills `tensors` and `data_bytes`."""
         if not isinstance(self.entries, dict):
             return f"found {shown(self.entries)}, wanted an object"
         shapes: dict[str, list[int]] = {}
@@ -107,24 +108,34 @@ class Index:
                     )
                 if problem is not None:
                     return f"{kind}/{shown(name)}: {problem}"
-                size = ELEMENT_BYTES[entry["dtype"]]
-                for start, stop, rank in entry["ranges"]:
-                    self.tensors[rank] = self.tensors.get(rank, 0) + 1
-                    self.data_bytes[rank] = self.data_bytes.get(rank, 0) + (stop - start) * size
+                self._count(entry)
         return None
 
+    def _count(self, entry: dict[str, Any]) -> None:
+        """Adds the ranges of one parameter to `tensors` and `data_bytes`."""
+        element_bytes = ELEMENT_BYTES[entry["dtype"]]
+        for start, stop, rank in entry["ranges"]:
+            range_bytes = (stop - start) * element_bytes
+            self.tensors[rank] = self.tensors.get(rank, 0) + 1
+            self.data_bytes[rank] = self.data_bytes.get(rank, 0) + range_bytes
+
     def _disagreement(self, manifest: Manifest) -> str | None:
-        for rank, held in self.data_bytes.items():
+        """Describes a contradiction to the manifest, if any."""
+        for rank, num_bytes in self.data_bytes.items():
             if rank >= manifest.world_size:
                 return f"names rank {rank}, the manifest says world_size={manifest.world_size}"
-            if held > (there := manifest.files[pieces_file(rank)].bytes):
-                return f"rank {rank} should hold {held} bytes, {pieces_file(rank)} has {there}"
+            file_bytes = manifest.files[rank_file(rank)].bytes
+            if num_bytes > file_bytes:
+                return (
+                    f"rank {rank} should hold {num_bytes} bytes, {rank_file(rank)} has {file_bytes}"
+                )
         return None
 
 
 def tiling_problem(shape: list[int], ranges: list[list[int]]) -> str | None:
-    """What keeps ascending ranges from covering a parameter of this shape once, if anything."""
-    expected, seen = 0, set()
+    """Explains why ascending ranges do not cover a parameter of this shape exactly once, if so."""
+    expected = 0
+    ranks = set()
     for start, stop, rank in ranges:
         if start != expected:
             return (
@@ -133,9 +144,9 @@ def tiling_problem(shape: list[int], ranges: list[list[int]]) -> str | None:
             )
         if stop <= start:
             return f"rank {rank} owns elements {start}..{stop}, wanted at least one"
-        if rank in seen:
+        if rank in ranks:
             return f"rank {rank} owns two ranges"
-        seen.add(rank)
+        ranks.add(rank)
         expected = stop
     if expected != math.prod(shape):
         return f"ranks own {expected} elements of {math.prod(shape)}"
@@ -143,7 +154,10 @@ def tiling_problem(shape: list[int], ranges: list[list[int]]) -> str | None:
 
 
 def read_header(path: Path) -> dict[str, tuple[str, int]]:
-    """(dtype, elements) of every 1-D tensor in a safetensors file.  Raises DamagedCheckpointError."""
+    """Reads (dtype, number of elements) of every 1-D tensor in a safetensors file.
+
+    Raises DamagedCheckpointError.
+    """
     size = regular_file(path).stat().st_size
     try:
         with path.open("rb") as file:
@@ -159,7 +173,8 @@ def read_header(path: Path) -> dict[str, tuple[str, int]]:
         raise DamagedCheckpointError(str(error)) from None
     if not isinstance(content, dict):
         raise DamagedCheckpointError(f"{path}: header: found {shown(content)}, wanted an object")
-    header, expected = {}, 0
+    header = {}
+    expected = 0
     for key, entry in content.items():
         if (problem := _header_problem(entry, expected)) is not None:
             raise DamagedCheckpointError(f"{path}: header: {shown(key)}: {problem}")
@@ -188,7 +203,7 @@ def _entry_problem(entry: Any) -> str | None:
 def _is_range(entry: Any) -> bool:
     if type(entry) is not list or len(entry) != 3:
         return False
-    start, stop, rank = entry  # written out: there may be millions
+    start, stop, rank = entry  # no loop over them: there may be millions of entries
     return (
         type(start) is int
         and type(stop) is int

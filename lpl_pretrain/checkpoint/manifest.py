@@ -1,9 +1,9 @@
-"""What makes a checkpoint folder complete: manifest.json, written last, with the size and sha256 of
-every other file.
+"""Reads and writes manifest.json, which holds the size and sha256 of every other file of a
+checkpoint and is written last.
 
-A folder without a manifest is no checkpoint; one whose files disagree with it is damaged; one of a
-newer format is refused. Format 3 added `digest`, the sha256 of the manifest's other keys.  Format 2
-has none and is still read.
+A folder without a manifest is not a checkpoint; one whose files disagree with it is damaged; one of
+a newer format is refused.  Format 3 added `digest`, the sha256 of the manifest's other keys; format
+2 is still read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ FORMAT = 3
 WITHOUT_DIGEST = 2
 READABLE = (WITHOUT_DIGEST, FORMAT)
 DIGEST = "digest"
-INDEX, STATE = "index.json", "state.json"
+INDEX = "index.json"
+STATE = "state.json"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 IDENTITY = re.compile(r"[0-9a-f]{0,64}")
 
 
-def pieces_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """File with the ranges of one rank."""
     return f"pieces_{rank:05d}.safetensors"
 
 
@@ -49,12 +51,13 @@ class Manifest:
     step: int
     samples_seen: int
     optimizer_steps: int
-    """Updates applied: `step` less those that were left out."""
+    """Updates applied: `step` minus the skipped ones."""
     strategy: str
-    """Class and world size of the run that saved it: for people, reading needs neither."""
+    """Class name, for people: any strategy can read the checkpoint."""
     world_size: int
+    """Number of ranks that saved it; any number can read it."""
     identity: str
-    """Hash of what the run learns by (config/check.py)."""
+    """Hash of the configuration keys that determine the result (config/check.py)."""
     files: dict[str, FileRecord]
     format: int = FORMAT
 
@@ -67,72 +70,54 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises DamagedCheckpointError, or CheckpointError for a format that this version does not
-        know.
+        """Reads and checks a manifest.  Raises DamagedCheckpointError, or CheckpointError for an
+        unknown format.
         """
         path = folder / MANIFEST
         try:
             content = read_json(regular_file(path))
         except JSONError as error:
             raise DamagedCheckpointError(str(error)) from None
-        found = content.get("format") if isinstance(content, dict) else None
-        if type(found) is int and found not in READABLE:
-            remedy = (
-                "update lpl_pretrain" if found > FORMAT else "go on with the version that saved it"
-            )
-            known = " and ".join(map(str, READABLE))
-            raise CheckpointError(
-                f"{folder}: checkpoint format {found}, this version reads {known}: {remedy}"
-            )
-        digest = content.pop(DIGEST, None) if found == FORMAT else None
+        version = content.get("format") if isinstance(content, dict) else None
+        _check_format(folder, version)
+        digest = content.pop(DIGEST, None) if version == FORMAT else None
         problem = _problem(content)
-        if problem is None and found == FORMAT and digest != digest_of(content):
+        if problem is None and version == FORMAT and digest != digest_of(content):
             problem = (
                 f"{DIGEST}: found {shown(digest)}, its content has another one: it was "
                 "changed after it was written"
             )
-        if (
-            problem is None
-            and STEP_NAME.fullmatch(folder.name)
-            and folder.name != step_name(content["step"])
-        ):
-            problem = (
-                f"step: found {content['step']}, the folder is called {folder.name}: it was "
-                "renamed or copied"
-            )
+        if problem is None:
+            problem = _folder_problem(folder, content["step"])
         if problem is not None:
             raise DamagedCheckpointError(f"{path}: {problem}")
-        if found == WITHOUT_DIGEST:
-            _note_old_format(str(folder))
-        return cls(
-            **{
-                **content,
-                "files": {name: FileRecord(**record) for name, record in content["files"].items()},
-            }
-        )
+        if version == WITHOUT_DIGEST:
+            _note_old_format()
+        records = {name: FileRecord(**record) for name, record in content["files"].items()}
+        return cls(**{**content, "files": records})
 
     def check_sizes(self, folder: Path) -> None:
-        """Raises DamagedCheckpointError unless every file is there, is no link, and has its size.
-        Reads no content.
+        """Raises DamagedCheckpointError unless every file is a regular file of the right size.
+
+        The files' content is not read.
         """
         for name, record in self.files.items():
-            found = regular_file(folder / name).stat().st_size
-            if found != record.bytes:
+            size = regular_file(folder / name).stat().st_size
+            if size != record.bytes:
                 raise DamagedCheckpointError(
-                    f"{folder / name}: {found} bytes, the manifest says {record.bytes}"
+                    f"{folder / name}: {size} bytes, the manifest says {record.bytes}"
                 )
 
 
 def digest_of(content: dict[str, Any]) -> str:
-    """sha256 of the keys of a manifest, without its `digest`, in one order and spacing."""
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """sha256 of a manifest without its `digest`, with sorted keys and no spaces."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def regular_file(path: Path) -> Path:
-    """`path`.  Raises DamagedCheckpointError for what is missing, a link, a directory, or anything
-    else that is no file.
+    """Returns `path`.  Raises DamagedCheckpointError if it is missing, a link, a directory or
+    anything else but a regular file.
     """
     try:
         mode = path.lstat().st_mode
@@ -147,14 +132,14 @@ def regular_file(path: Path) -> Path:
 
 
 def expected_files(world_size: int) -> Iterator[str]:
-    """Every file of a checkpoint but its manifest."""
+    """Yields the names of all files of a checkpoint but its manifest."""
     yield INDEX
     yield STATE
-    yield from map(pieces_file, range(world_size))
+    yield from map(rank_file, range(world_size))
 
 
 def write_json(path: Path, content: Any) -> FileRecord:
-    """Written through to the disk."""
+    """Writes and syncs a JSON file."""
     data = json.dumps(content, indent=1).encode()
     with path.open("wb") as file:
         file.write(data)
@@ -164,27 +149,47 @@ def write_json(path: Path, content: Any) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in `folder` survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Syncs a folder, so that renames and new names in it survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
+
+
+def _check_format(folder: Path, version: Any) -> None:
+    """Raises CheckpointError for a format that this version does not read."""
+    if type(version) is not int or version in READABLE:
+        return
+    known = " and ".join(map(str, READABLE))
+    remedy = "update lpl_pretrain" if version > FORMAT else "go on with the version that saved it"
+    raise CheckpointError(
+        f"{folder}: checkpoint format {version}, this version reads {known}: {remedy}"
+    )
+
+
+def _folder_problem(folder: Path, step: int) -> str | None:
+    """Describes a contradiction between `step` and the name of the folder, if any."""
+    if not STEP_NAME.fullmatch(folder.name) or folder.name == step_name(step):
+        return None
+    return f"step: found {step}, the folder is called {folder.name}: it was renamed or copied"
 
 
 def _problem(content: Any) -> str | None:
-    """What is wrong with a manifest's keys, types and values, if anything."""
+    """Describes the first invalid key, type or value of a manifest, if any."""
     keys = frozenset(field.name for field in fields(Manifest))
     if (problem := key_problem(content, keys)) is not None:
         return problem
-    step, seen, updates = (content[key] for key in ("step", "samples_seen", "optimizer_steps"))
     for key in ("step", "samples_seen", "optimizer_steps", "world_size", "format"):
         if not is_count(content[key]):
             return f"{key}: found {shown(content[key])}, wanted an integer from 0"
+    step = content["step"]
+    updates = content["optimizer_steps"]
+    samples_seen = content["samples_seen"]
     if updates > step:
         return f"optimizer_steps: found {updates}, wanted at most step={step}"
-    if seen % step if step else seen:
-        return f"samples_seen: found {seen}, wanted a multiple of step={step}"
+    if samples_seen % step if step else samples_seen:
+        return f"samples_seen: found {samples_seen}, wanted a multiple of step={step}"
     for key, pattern in (("strategy", re.compile(r"\w{1,100}")), ("identity", IDENTITY)):
         if not (isinstance(content[key], str) and pattern.fullmatch(content[key])):
             return f"{key}: found {shown(content[key])}, wanted {pattern.pattern}"
@@ -215,14 +220,10 @@ def _files_problem(files: Any, world_size: int) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def _once(message: str) -> None:
-    log.info("%s", message)
-
-
-def _note_old_format(folder: str) -> None:
-    """Log once in a process that manifests without a digest are read."""
-    _once(
-        f"checkpoint format {WITHOUT_DIGEST} has no digest of its manifest: its fields are "
-        "checked instead"
+@cache
+def _note_old_format() -> None:
+    """Logs, once in a process, that a manifest without a digest is read."""
+    log.info(
+        "checkpoint format %d has no digest of its manifest: its fields are checked instead",
+        WITHOUT_DIGEST,
     )

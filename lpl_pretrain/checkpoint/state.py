@@ -1,4 +1,4 @@
-"""state.json: what the trainer finds again beside tensors; its schema."""
+"""Schema of state.json: the state of the trainer beside tensors."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
 NULLABLE = ("lpl_weight", "spikes")
 COUNTS = ("step", "skipped_updates", "jump_updates")
 LATER_KEYS = frozenset({"contents", "jump_updates", "spikes"})
-"""Keys that checkpoints of earlier versions do not have."""
+"""Keys that checkpoints of earlier versions lack."""
 TRAINER_KEYS = frozenset({*COUNTS, *SECTIONS}) - LATER_KEYS
-"""Keys that a training run needs."""
+"""Keys that a training run needs to resume."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What was given to `save`, as JSON.  Raises DamagedCheckpointError."""
+    """Reads the state that was passed to `save`.  Raises DamagedCheckpointError."""
     try:
         state = read_json(regular_file(folder / STATE))
     except JSONError as error:
@@ -77,43 +77,59 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def check_state(folder: Path, state: dict[str, Any], manifest: Manifest, *, whole: bool) -> None:
-    """Raises DamagedCheckpointError for values that no trainer writes.  `whole`: all of its keys
-    must be there.
+def check_state(folder: Path, state: dict[str, Any], manifest: Manifest, *, complete: bool) -> None:
+    """Raises DamagedCheckpointError for values that no trainer writes.
+
+    With `complete`, every key that a training run needs must be present.
     """
     problem = _problem(state, manifest)
-    if problem is None and whole and (missing := sorted(TRAINER_KEYS - state.keys())):
+    if problem is None and complete and (missing := sorted(TRAINER_KEYS - state.keys())):
         problem = f"has no {', '.join(missing)}"
     if problem is not None:
         raise DamagedCheckpointError(f"{folder / STATE}: {problem}")
 
 
 def _problem(state: dict[str, Any], manifest: Manifest) -> str | None:
+    """Describes the first invalid value, if any."""
     for key in COUNTS:
         if key in state and not is_count(state[key]):
             return f"{key}: found {shown(state[key])}, wanted an integer from 0"
-    for section, checks in SECTIONS.items():
-        values: Any = state.get(section)
+    for section in SECTIONS:
+        values = state.get(section)
         if section not in state or (section in NULLABLE and values is None):
             continue
-        needed = checks.keys() - (
-            LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS
-        )
-        if (problem := key_problem(values, frozenset(needed))) is not None:
-            return f"{section}: {problem}"
-        for key in sorted(needed):
-            check, wanted = checks[key]
-            if not check(values[key]):
-                return f"{section}.{key}: found {shown(values[key])}, wanted {wanted}"
+        if (problem := _section_problem(section, values)) is not None:
+            return problem
+    return _disagreement(state, manifest)
+
+
+def _section_problem(section: str, values: Any) -> str | None:
+    checks = SECTIONS[section]
+    absent = LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS
+    needed = checks.keys() - absent
+    if (problem := key_problem(values, frozenset(needed))) is not None:
+        return f"{section}: {problem}"
+    for key in sorted(needed):
+        check, wanted = checks[key]
+        if not check(values[key]):
+            return f"{section}.{key}: found {shown(values[key])}, wanted {wanted}"
+    return None
+
+
+def _disagreement(state: dict[str, Any], manifest: Manifest) -> str | None:
+    """Describes a value that contradicts the manifest, if any."""
     if state.get("step", manifest.step) != manifest.step:
         return f"step: found {state['step']}, the manifest says {manifest.step}"
-    skipped, updates = state.get("skipped_updates", 0), manifest.optimizer_steps
+    skipped = state.get("skipped_updates", 0)
+    updates = manifest.optimizer_steps
     if updates + skipped > manifest.step:
         return (
             f"skipped_updates: found {skipped} beside {updates} updates, wanted {manifest.step} "
             "steps at most"
         )
-    seen = state.get("stream", {}).get("samples_seen", manifest.samples_seen)
-    if seen != manifest.samples_seen:
-        return f"stream.samples_seen: found {seen}, the manifest says {manifest.samples_seen}"
+    samples_seen = state.get("stream", {}).get("samples_seen", manifest.samples_seen)
+    if samples_seen != manifest.samples_seen:
+        return (
+            f"stream.samples_seen: found {samples_seen}, the manifest says {manifest.samples_seen}"
+        )
     return None

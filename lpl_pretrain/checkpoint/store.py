@@ -1,14 +1,14 @@
-"""The files of a checkpoint: every rank writes the ranges it owns, and any range can be read back
-by any other layout.
+"""Files of a checkpoint: every rank writes the ranges that it owns, and any other layout can read
+them.
 
-    pieces_00000.safetensors   one file a rank; tensor `<kind>/<parameter>` is the 1-D range which that rank owns
-    index.json                 {kind: {parameter: {dtype, shape, ranges: [[start, stop, rank], ...]}}}
-    state.json                 what the trainer wants to find again
-    manifest.json              see manifest.py
+    pieces_00000.safetensors   one file per rank: `<kind>/<parameter>` is the 1-D range that it owns
+    index.json                 dtype, shape and ranges of each parameter by rank (index.py)
+    state.json                 state of the trainer (state.py)
+    manifest.json              sizes and hashes of the other files (manifest.py)
 
-Kinds: `param` (masters), `ema`, `ema_power_<sigma_rel>`, `optimizer.<state name>`.  Ranges are in
-elements of the row-major flattened parameter and tile it. Nothing is pickled; nothing here
-communicates.
+Kinds: `param` (master weights), `ema`, `ema_power_<sigma_rel>`, `optimizer.<state name>`.  Ranges
+are in elements of the row-major flattened parameter and tile it.  Nothing is pickled, and no
+function here is collective.
 """
 
 from __future__ import annotations
@@ -25,38 +25,43 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lpl_pretrain.checkpoint.index import Entries, Index, tiling_problem
-from lpl_pretrain.checkpoint.manifest import INDEX, FileRecord, Manifest, pieces_file, write_json
+from lpl_pretrain.checkpoint.manifest import INDEX, FileRecord, Manifest, rank_file, write_json
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
 from lpl_pretrain.parallel.strategy import ParamRange
 from lpl_pretrain.runtime.tensors import DTYPES, safetensors_blocks
 
-LISTED = 5
+MAX_LISTED_NAMES = 5
 
 
 def part_file(rank: int) -> str:
+    """Temporary file with a rank's part of the index."""
     return f"part_{rank:05d}.json"
 
 
 def write_rank(folder: Path, rank: int, entries: Iterable[tuple[str, ParamRange]]) -> None:
-    """This rank's pieces, given as (kind, piece), and the part of the index that tells of them."""
+    """Writes this rank's ranges, given as (kind, range), and its part of the index."""
     entries = list(entries)
-    tensors = {f"{kind}/{piece.name}": piece.tensor.detach() for kind, piece in entries}
+    tensors = {f"{kind}/{owned.name}": owned.tensor.detach() for kind, owned in entries}
     assert len(tensors) == len(entries), "a rank owns one range of a parameter"
-    record = _write_safetensors(folder / pieces_file(rank), tensors)
+    record = _write_safetensors(folder / rank_file(rank), tensors)
     listing = [
-        [kind, p.name, DTYPES[p.tensor.dtype], list(p.shape), p.start, p.stop]
-        for kind, p in entries
+        [kind, owned.name, DTYPES[owned.tensor.dtype], list(owned.shape), owned.start, owned.stop]
+        for kind, owned in entries
     ]
     write_json(folder / part_file(rank), {"file": vars(record), "entries": listing})
 
 
 def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
-    """Turn all ranks' parts into index.json; returns the files to list in the manifest."""
+    """Merges all ranks' parts into index.json; returns the files to list in the manifest.
+
+    Raises CheckpointError if the ranges do not tile a parameter, which means that a strategy has
+    misread the layout of its engine.
+    """
     index: dict[str, dict[str, Any]] = {}
     files = {}
     for rank in range(world_size):
         part = json.loads((folder / part_file(rank)).read_text())
-        files[pieces_file(rank)] = FileRecord(**part["file"])
+        files[rank_file(rank)] = FileRecord(**part["file"])
         for kind, name, dtype, shape, start, stop in part["entries"]:
             entry = index.setdefault(kind, {}).setdefault(
                 name, {"dtype": dtype, "shape": shape, "ranges": []}
@@ -66,9 +71,7 @@ def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
         for name, entry in entries.items():
             entry["ranges"].sort()
             if (problem := tiling_problem(entry["shape"], entry["ranges"])) is not None:
-                raise CheckpointError(
-                    f"{kind}/{name}: {problem}"
-                )  # a strategy has misread its engine
+                raise CheckpointError(f"{kind}/{name}: {problem}")
     files[INDEX] = write_json(folder / INDEX, index)
     for rank in range(world_size):
         (folder / part_file(rank)).unlink()
@@ -76,10 +79,10 @@ def merge_parts(folder: Path, world_size: int) -> dict[str, FileRecord]:
 
 
 class Reader:
-    """Reads ranges of a checkpoint, touching only the bytes asked for."""
+    """Reads ranges of a checkpoint, and no other bytes of its files."""
 
     def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        """Raises DamagedCheckpointError for an index that cannot be right; `manifest` bounds it."""
+        """Raises DamagedCheckpointError for an invalid index; `manifest` bounds its values."""
         self.folder = folder
         self.index = Index.read(folder, manifest)
         self._files: dict[int, Any] = {}
@@ -88,70 +91,67 @@ class Reader:
     def entries(self) -> Entries:
         return self.index.entries
 
-    def named(self, kind: str) -> dict[str, dict[str, Any]]:
-        """Entries of one kind by parameter.  Raises CheckpointError."""
+    def entries_of(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Entries of one kind by parameter name.  Raises CheckpointError."""
         if kind not in self.entries:
             raise CheckpointError(f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}")
         return self.entries[kind]
 
-    def check(self, kind: str, shapes: dict[str, tuple[int, ...]], wanted: set[str]) -> None:
-        """CheckpointError unless `kind` covers the `wanted` parameters, and none that are not of
-        these shapes.
+    def check_shapes(self, kind: str, shapes: dict[str, tuple[int, ...]], needed: set[str]) -> None:
+        """Raises CheckpointError unless `kind` holds the `needed` parameters, and only parameters
+        that the model has in these `shapes`.
         """
         if kind not in self.entries:
             raise CheckpointError(
-                f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}: it was saved "
-                "with another "
-                "optimizer.kind; resume with that one, or start a new run directory"
+                f"{self.folder}: has no {kind!r}, only {sorted(self.entries)}: it was saved with "
+                "another optimizer.kind; resume with that one, or start a new run directory"
             )
         saved = {name: tuple(entry["shape"]) for name, entry in self.entries[kind].items()}
-        reshaped = [name for name in shapes if saved.get(name, shapes[name]) != shapes[name]]
-        complaints = [
-            _list(
-                "missing from the checkpoint",
-                [name for name in shapes if name in wanted and name not in saved],
-            ),
-            _list("unknown to the model", [name for name in saved if name not in shapes]),
-            _list(
-                "of another shape",
-                [f"{name} (checkpoint {saved[name]}, model {shapes[name]})" for name in reshaped],
-            ),
+        missing = [name for name in shapes if name in needed and name not in saved]
+        unknown = [name for name in saved if name not in shapes]
+        reshaped = [
+            f"{name} (checkpoint {saved[name]}, model {shape})"
+            for name, shape in shapes.items()
+            if saved.get(name, shape) != shape
         ]
-        if any(complaints):
+        problems = [
+            _summarize("missing from the checkpoint", missing),
+            _summarize("unknown to the model", unknown),
+            _summarize("of another shape", reshaped),
+        ]
+        if any(problems):
             raise CheckpointError(
                 f"{self.folder}: {kind} does not fit this model: "
-                f"{'; '.join(filter(None, complaints))}. "
+                f"{'; '.join(filter(None, problems))}. "
                 "Resume with the configuration that it was saved with, or start a new run directory"
             )
 
     @torch.no_grad()
-    def fill(self, kind: str, piece: ParamRange) -> None:
-        """Overwrite the live tensor of `piece`, from however many ranks' ranges it takes."""
+    def fill(self, kind: str, target: ParamRange) -> None:
+        """Overwrites the live tensor of `target` with the saved values, which may come from the
+        files of several ranks.  Raises CheckpointError.
+        """
         filled = 0
-        for start, stop, rank in self._entry(kind, piece.name)["ranges"]:
-            first, last = max(start, piece.start), min(stop, piece.stop)
+        for start, stop, rank in self._entry(kind, target.name)["ranges"]:
+            first = max(start, target.start)
+            last = min(stop, target.stop)
             if first < last:
-                key = f"{kind}/{piece.name}"
-                try:
-                    saved = self._file(rank).get_slice(key)[first - start : last - start]
-                except (OSError, SafetensorError) as error:
-                    path = self.folder / pieces_file(rank)
-                    raise DamagedCheckpointError(f"{path}: {key} cannot be read: {error}") from None
-                piece.tensor[first - piece.start : last - piece.start].copy_(saved)
+                saved = self._read_slice(rank, f"{kind}/{target.name}", first - start, last - start)
+                target.tensor[first - target.start : last - target.start].copy_(saved)
                 filled += last - first
-        if filled != piece.tensor.numel():
+        if filled != target.tensor.numel():
             raise CheckpointError(
-                f"{self.folder}: {kind}/{piece.name} holds {filled} of elements "
-                f"{piece.start}..{piece.stop}"
+                f"{self.folder}: {kind}/{target.name} holds {filled} of elements "
+                f"{target.start}..{target.stop}"
             )
 
-    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(parameter, whole tensor) of one kind.  Raises CheckpointError."""
-        for name in self.named(kind):
-            yield name, self.whole(kind, name)
+    def iter_full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, full tensor) of the parameters of one kind.  Raises CheckpointError."""
+        for name in self.entries_of(kind):
+            yield name, self.read_full(kind, name)
 
-    def whole(self, kind: str, name: str) -> Tensor:
-        """One parameter, joined from its ranges.  Raises CheckpointError."""
+    def read_full(self, kind: str, name: str) -> Tensor:
+        """Reads one parameter, joined from its ranges.  Raises CheckpointError."""
         entry = self._entry(kind, name)
         dtype = next(key for key, value in DTYPES.items() if value == entry["dtype"])
         tensor = torch.empty(entry["shape"], dtype=dtype)
@@ -159,29 +159,38 @@ class Reader:
         return tensor
 
     def _entry(self, kind: str, name: str) -> dict[str, Any]:
-        if (entry := self.named(kind).get(name)) is None:
+        if (entry := self.entries_of(kind).get(name)) is None:
             raise CheckpointError(f"{self.folder}: has no {kind}/{name}")
         return entry
 
+    def _read_slice(self, rank: int, key: str, first: int, last: int) -> Tensor:
+        """Reads elements [first, last) of the tensor `key` in the file of `rank`."""
+        try:
+            return self._file(rank).get_slice(key)[first:last]
+        except (OSError, SafetensorError) as error:
+            path = self.folder / rank_file(rank)
+            raise DamagedCheckpointError(f"{path}: {key} cannot be read: {error}") from None
+
     def _file(self, rank: int) -> Any:
-        """The open file of a rank, whose header agrees with the index."""
+        """Opens the file of a rank, after its header was compared with the index."""
         if rank not in self._files:
             self.index.check_header(rank)
-            self._files[rank] = safe_open(self.folder / pieces_file(rank), framework="pt")
+            self._files[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
         return self._files[rank]
 
 
-def read_full(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """Whole tensors on CPU, on one process and without any strategy.
+def load_full(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
+    """Reads the full tensors of one kind to the CPU, without a strategy.
 
-    Structure is checked, content is not: what a user names is read through verify.py.
+    Checks the structure but not the hashes; a checkpoint that a user names is read with verify.py.
     """
-    return dict(Reader(folder).full(kind))
+    return dict(Reader(folder).iter_full(kind))
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
-    """Hashed while written, and written through to the disk."""
-    digest, size = hashlib.sha256(), 0
+    """Writes, hashes and syncs a file."""
+    digest = hashlib.sha256()
+    size = 0
     with path.open("wb") as file:
         for block in safetensors_blocks(tensors):
             file.write(block)
@@ -192,8 +201,10 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _list(what: str, names: list[str]) -> str:
+def _summarize(what: str, names: list[str]) -> str:
+    """Number and first names of parameters with a problem; "" if there are none."""
     if not names:
         return ""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"
+    num_more = len(names) - MAX_LISTED_NAMES
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED_NAMES])}{more}"

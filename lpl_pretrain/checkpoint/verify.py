@@ -1,5 +1,6 @@
-"""The one way in which a checkpoint is opened, wherever it is read: everything is checked before
-anything is used.
+"""Opens checkpoints: everything is checked before anything is used.
+
+All code that reads a checkpoint opens it here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpl_pretrain.checkpoint.manifest import Manifest, pieces_file
+from lpl_pretrain.checkpoint.manifest import Manifest, rank_file
 from lpl_pretrain.checkpoint.state import check_state, read_state
 from lpl_pretrain.checkpoint.store import Reader
 from lpl_pretrain.config.hashing import file_sha256
@@ -19,7 +20,7 @@ from lpl_pretrain.runtime.log import log
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A sound checkpoint."""
+    """Checkpoint that has passed all checks."""
 
     folder: Path
     manifest: Manifest
@@ -32,22 +33,21 @@ def open_checkpoint(
     *,
     identity: str | None = None,
     samples_per_step: int | None = None,
-    share: int = 0,
-    shares: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Checkpoint:
-    """Not collective.  Compares all sizes and small files, and the content of every `shares`-th
-    file from `share` on.
+    """Checks the sizes of all files, the small files, and the hashes of this rank's part of the
+    files.  Not collective.
 
-    `identity` of the run that it should belong to (config/check.py); `samples_per_step` of a run
-    that wants to go on from it. Raises DamagedCheckpointError, and CheckpointError for another
-    run's or another version's checkpoint.
+    `identity`: hash of the configuration that it must have been saved with (config/check.py).
+    `samples_per_step`: global batch size of a run that resumes from it.  Raises
+    DamagedCheckpointError, and CheckpointError for a checkpoint of another run or another version.
     """
     manifest = Manifest.read(folder)
     if identity is not None and manifest.identity != identity:
         raise CheckpointError(
             f"{folder}: was saved by a run with another configuration ({manifest.identity[:12]}, "
-            f"this one is {identity[:12]}): "
-            "it belongs in the directory of that run"
+            f"this one is {identity[:12]}): it belongs in the directory of that run"
         )
     if samples_per_step is not None and manifest.samples_seen != manifest.step * samples_per_step:
         raise DamagedCheckpointError(
@@ -55,33 +55,39 @@ def open_checkpoint(
             f"{samples_per_step} samples"
         )
     manifest.check_sizes(folder)
-    names = sorted(manifest.files)[share::shares]
+    names = sorted(manifest.files)[rank::world_size]
     for name in names:
-        try:
-            found = file_sha256(folder / name)
-        except OSError as error:
-            raise DamagedCheckpointError(f"{folder / name}: {error.strerror or error}") from None
-        if found != manifest.files[name].sha256:
-            raise DamagedCheckpointError(f"{folder / name}: its sha256 is not the manifest's")
-    reader, state = Reader(folder, manifest), read_state(folder)
-    check_state(folder, state, manifest, whole=samples_per_step is not None)
-    for rank in range(manifest.world_size):
-        if pieces_file(rank) in names:
-            reader.index.check_header(rank)
+        _check_hash(folder / name, manifest.files[name].sha256)
+    reader = Reader(folder, manifest)
+    state = read_state(folder)
+    check_state(folder, state, manifest, complete=samples_per_step is not None)
+    for saved_rank in range(manifest.world_size):
+        if rank_file(saved_rank) in names:
+            reader.index.check_header(saved_rank)
     return Checkpoint(folder, manifest, reader, state)
 
 
-def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, if anything.  Raises CheckpointError for another version's."""
+def _check_hash(path: Path, expected: str) -> None:
+    """Raises DamagedCheckpointError unless the file has this sha256."""
     try:
-        open_checkpoint(folder, share=share, shares=shares)
+        actual = file_sha256(path)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path}: {error.strerror or error}") from None
+    if actual != expected:
+        raise DamagedCheckpointError(f"{path}: its sha256 is not the manifest's")
+
+
+def find_corruption(folder: Path) -> str | None:
+    """Describes the damage of a checkpoint, if any.  Raises CheckpointError for another format."""
+    try:
+        open_checkpoint(folder)
     except DamagedCheckpointError as error:
         return str(error)
     return None
 
 
-def looks_sound(folder: Path) -> bool:
-    """Whether the manifest is whole and all files have their sizes; their content is not read."""
+def has_expected_sizes(folder: Path) -> bool:
+    """Whether the manifest is valid and all files have its sizes; their content is not read."""
     try:
         Manifest.read(folder).check_sizes(folder)
     except CheckpointError:
@@ -90,10 +96,10 @@ def looks_sound(folder: Path) -> bool:
 
 
 def open_step(run_dir: RunDir, step: int | None, identity: str | None = None) -> Checkpoint:
-    """`step`, or else the newest sound checkpoint of a run: damaged ones are passed over with a
-    warning.
+    """Opens the checkpoint of `step`, or else the newest undamaged one of a run; damaged ones are
+    skipped with a warning.
 
-    Raises CheckpointError when `step` is missing or damaged, or when none is sound.
+    Raises CheckpointError if `step` is missing or damaged, or if all checkpoints are damaged.
     """
     if step is not None:
         try:
@@ -105,24 +111,30 @@ def open_step(run_dir: RunDir, step: int | None, identity: str | None = None) ->
                 f"{error}: bring it back, or name another --step"
             ) from None
     run_dir.complete_step(None)
-    steps, problem = run_dir.complete_checkpoints(), ""
-    for found in reversed(steps):
+    steps = run_dir.complete_checkpoints()
+    damage = ""
+    for candidate in reversed(steps):
+        folder = run_dir.checkpoint(candidate)
         try:
-            return open_checkpoint(run_dir.checkpoint(found), identity=identity)
+            return open_checkpoint(folder, identity=identity)
         except DamagedCheckpointError as error:
-            problem = str(error)
-            warn_passed_over(run_dir.checkpoint(found), problem)
-    raise all_damaged(run_dir, len(steps), problem)
+            damage = str(error)
+            warn_damaged(folder, damage)
+    raise all_damaged_error(run_dir, len(steps), damage)
 
 
-def warn_passed_over(folder: Path, problem: str) -> None:
-    log.warning("DAMAGED CHECKPOINT %s: passed over for an older one. %s", folder.name, problem)
+def warn_damaged(folder: Path, damage: str) -> None:
+    """Logs that a damaged checkpoint is skipped."""
+    log.warning("DAMAGED CHECKPOINT %s: passed over for an older one. %s", folder.name, damage)
 
 
-def all_damaged(run_dir: RunDir, count: int, problem: str) -> CheckpointError:
-    """`problem`: what is wrong with the oldest; an I/O error in it lets a scheduler try again."""
+def all_damaged_error(run_dir: RunDir, num_checkpoints: int, damage: str) -> CheckpointError:
+    """Error for a run without an undamaged checkpoint.
+
+    `damage` of the oldest is part of the message: an I/O error in it makes the error transient, so
+    that a scheduler tries again.
+    """
     return CheckpointError(
-        f"{run_dir.checkpoints}: all {count} checkpoints are damaged ({problem}; see the "
-        "warnings above): "
-        "bring one back, or remove them to start again"
+        f"{run_dir.checkpoints}: all {num_checkpoints} checkpoints are damaged ({damage}; see the "
+        "warnings above): bring one back, or remove them to start again"
     )

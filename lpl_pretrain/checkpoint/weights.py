@@ -1,4 +1,4 @@
-"""Whole weights of a run by name: averages, parameters, and averages of any length rebuilt from its
+"""Full weights of a run: parameters, EMA, and post-hoc EMA of any length, reconstructed from
 snapshots.
 """
 
@@ -8,45 +8,49 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.checkpoint.store import Reader
-from lpl_pretrain.checkpoint.verify import open_checkpoint, open_step, warn_passed_over
+from lpl_pretrain.checkpoint.verify import open_checkpoint, open_step, warn_damaged
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import power_kind
 from lpl_pretrain.ema.profiles import reconstruction
 from lpl_pretrain.errors import CheckpointError, ConfigError, DamagedCheckpointError
 
 POSTHOC = "posthoc_"
+"""Prefix of the names of reconstructed weights."""
 Weights = tuple[dict[str, Tensor], dict[str, str]]
-"""Tensors by name, and what they are."""
+"""(tensors by parameter name, metadata that describes them)"""
 
 
-def stored(run_dir: RunDir, weights: str, step: int | None, identity: str | None = None) -> Weights:
-    """Weights as they lie in a checkpoint: `ema`, `raw`, `ema_power_...`.
+def read_weights(
+    run_dir: RunDir, weights: str, step: int | None, identity: str | None = None
+) -> Weights:
+    """Reads weights that a checkpoint stores: `ema`, `raw`, `ema_power_...`.
 
-    Without `step` the newest sound checkpoint is read.  `identity`: as `open_checkpoint` has it.
+    Without `step` the newest undamaged checkpoint is read.  `identity`: see `open_checkpoint`.
     Raises CheckpointError.
     """
     checkpoint = open_step(run_dir, step, identity)
-    tensors = dict(checkpoint.reader.full("param" if weights == "raw" else weights))
+    tensors = dict(checkpoint.reader.iter_full("param" if weights == "raw" else weights))
     return tensors, {"weights": weights, "step": str(checkpoint.manifest.step)}
 
 
-def reconstructed(
+def reconstruct_ema(
     run_dir: RunDir,
-    lengths: tuple[float, ...],
+    stored_sigma_rels: tuple[float, ...],
     sigma_rel: float,
     step: int | None,
     identity: str | None = None,
 ) -> Weights:
-    """A power-function average of any length, from all snapshots up to `step` (arXiv 2312.02696,
-    section 3.2).
+    """Reconstructs a power-function EMA of any relative length `sigma_rel` from all snapshots up to
+    `step` (arXiv 2312.02696, section 3.2).
 
-    Without `step` it ends at the newest sound snapshot; a damaged one before that is refused, for
-    the others alone would give another average.
+    `stored_sigma_rels`: lengths of the averages that the snapshots hold.  Without `step` the EMA
+    ends at the newest undamaged snapshot.  An earlier damaged one is refused: without it the result
+    would be another average.  Raises ConfigError and CheckpointError.
     """
     if not 0.01 < sigma_rel < 0.28:
         raise ConfigError(f"sigma_rel={sigma_rel}: wanted 0.01 to 0.28")
-    steps = [found for found in run_dir.complete_snapshots() if step is None or found <= step]
-    if not steps or not lengths or (step is not None and steps[-1] != step):
+    steps = [saved for saved in run_dir.complete_snapshots() if step is None or saved <= step]
+    if not steps or not stored_sigma_rels or (step is not None and steps[-1] != step):
         have = ", ".join(map(str, run_dir.complete_snapshots())) or "none"
         raise CheckpointError(
             f"{run_dir.path}: no snapshot of step {step or 'any'}, there are: {have}; set "
@@ -54,13 +58,16 @@ def reconstructed(
         )
     readers = _open_snapshots(run_dir, steps, identity, newest_may_be_damaged=step is None)
     steps = list(readers)
-    kept = [(found, length) for found in steps for length in lengths]
-    coefficients = reconstruction(kept, (steps[-1], sigma_rel))
+    stored = [
+        (saved, stored_sigma_rel) for saved in steps for stored_sigma_rel in stored_sigma_rels
+    ]
+    coefficients = reconstruction(stored, (steps[-1], sigma_rel)).tolist()
     tensors = {}
-    for name in readers[steps[-1]].named(power_kind(lengths[0])):
+    for name in readers[steps[-1]].entries_of(power_kind(stored_sigma_rels[0])):
         total = torch.zeros((), dtype=torch.float64)
-        for (found, length), coefficient in zip(kept, coefficients.tolist(), strict=True):
-            total = total + coefficient * readers[found].whole(power_kind(length), name).double()
+        for (saved, stored_sigma_rel), coefficient in zip(stored, coefficients, strict=True):
+            average = readers[saved].read_full(power_kind(stored_sigma_rel), name)
+            total = total + coefficient * average.double()
         tensors[name] = total.to(torch.float32)
     return tensors, {
         "weights": power_kind(sigma_rel),
@@ -72,7 +79,7 @@ def reconstructed(
 def _open_snapshots(
     run_dir: RunDir, steps: list[int], identity: str | None, *, newest_may_be_damaged: bool
 ) -> dict[int, Reader]:
-    """Readers of sound snapshots by step, ascending.  Raises CheckpointError."""
+    """Opens the snapshots of `steps`: readers by step, ascending.  Raises CheckpointError."""
     readers: dict[int, Reader] = {}
     for step in reversed(steps):
         folder = run_dir.snapshot(step)
@@ -83,7 +90,7 @@ def _open_snapshots(
                 raise DamagedCheckpointError(
                     f"{error}: bring this snapshot back, or name an earlier --step"
                 ) from None
-            warn_passed_over(folder, str(error))
+            warn_damaged(folder, str(error))
             continue
         if step == 0:
             raise CheckpointError(f"{folder}: an average needs at least one step")

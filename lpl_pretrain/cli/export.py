@@ -45,12 +45,12 @@ def run(
         step, weights = best_of(run_dir, best)
     sigma_rel = length_of(weights, sigma_rel)
     check_output(target, folder=format == "diffusers")
-    from lpl_pretrain.checkpoint.weights import reconstructed, stored  # torch: not for --help
+    from lpl_pretrain.checkpoint.weights import read_weights, reconstruct_ema
 
     if sigma_rel is None:
-        tensors, facts = stored(run_dir, weights, step, run_identity(config))
+        tensors, facts = read_weights(run_dir, weights, step, run_identity(config))
     else:
-        tensors, facts = reconstructed(
+        tensors, facts = reconstruct_ema(
             run_dir, config.ema.sigma_rel, sigma_rel, step, run_identity(config)
         )
     parameters = sum(tensor.numel() for tensor in tensors.values())

@@ -46,7 +46,7 @@ class EMATracker:
             averages = [piece.tensor for piece in self._averages[kind]]
             torch._foreach_lerp_(averages, [piece.tensor for piece in self._live], 1.0 - decay)
 
-    def pieces(self, *, power_only: bool = False) -> Iterator[tuple[str, Any]]:
+    def local_averages(self, *, power_only: bool = False) -> Iterator[tuple[str, Any]]:
         """(kind, piece of that average), on the ranges of the live pieces; writing to the tensors
         restores it.
         """

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpl_pretrain.checkpoint.weights import POSTHOC, reconstructed, stored
+from lpl_pretrain.checkpoint.weights import POSTHOC, read_weights, reconstruct_ema
 from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.dataset import DatasetIndex
@@ -77,9 +77,9 @@ def load_weights(
     identity = run_identity(config)
     if weights.startswith(POSTHOC):
         sigma_rel = float(weights.removeprefix(POSTHOC))
-        tensors, facts = reconstructed(run_dir, config.ema.sigma_rel, sigma_rel, step, identity)
+        tensors, facts = reconstruct_ema(run_dir, config.ema.sigma_rel, sigma_rel, step, identity)
     else:
-        tensors, facts = stored(run_dir, weights, step, identity)
+        tensors, facts = read_weights(run_dir, weights, step, identity)
     found = int(facts["step"])
     try:
         denoiser.load_state_dict(tensors)

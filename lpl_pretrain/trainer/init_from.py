@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lpl_pretrain.checkpoint.weights import stored
+from lpl_pretrain.checkpoint.weights import read_weights
 from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.init_from import InitConfig, diffusers_files
 from lpl_pretrain.config.load import load_run_config
@@ -84,7 +84,7 @@ def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
     """Weights in our names, and what they come from.  Raises ConfigError or CheckpointError."""
     if init.run is not None:
         run_dir = RunDir(Path(init.run))
-        state, facts = stored(run_dir, init.weights, init.step, identity_of(run_dir))
+        state, facts = read_weights(run_dir, init.weights, init.step, identity_of(run_dir))
         return state, f"{init.run} step {facts['step']} {init.weights}"
     if init.file is not None:
         return convert_dit.from_published(

@@ -43,7 +43,7 @@ def saves_while_training(world, device, case, folder, forgets_to_copy):
         patch.setattr(manager_module, "write_rank", slow(manager_module.write_rank))
         patch.setattr(manager_module, "merge_parts", slow(manager_module.merge_parts))
         if forgets_to_copy:
-            patch.setattr(HostCopies, "of", lambda self, entries, device: list(entries))
+            patch.setattr(HostCopies, "copy", lambda self, entries, device: list(entries))
         wanted, asked = run.result(), time.monotonic()
         keeper.save(2, run.strategy, run.ema, {"step": 2}, samples_seen=32)
         stall, steps = time.monotonic() - asked, 0

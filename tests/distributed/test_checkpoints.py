@@ -13,8 +13,8 @@ import torch
 from lpl_pretrain.checkpoint import manager as manager_module
 from lpl_pretrain.checkpoint.manager import CheckpointManager
 from lpl_pretrain.checkpoint.state import read_state
-from lpl_pretrain.checkpoint.store import read_full
-from lpl_pretrain.checkpoint.weights import stored
+from lpl_pretrain.checkpoint.store import load_full
+from lpl_pretrain.checkpoint.weights import read_weights
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import CheckpointConfig
 from lpl_pretrain.errors import CheckpointError, SaveError
@@ -172,7 +172,7 @@ def test_the_ema_exported_from_every_layout_equals_that_of_one_process(saved_by_
         "ema"
     ]
     for folder, _, _ in saved_by_all.values():
-        exported, metadata = stored(RunDir(folder), "ema", None)
+        exported, metadata = read_weights(RunDir(folder), "ema", None)
         assert exported.keys() == wanted.keys() and metadata == {
             "weights": "ema",
             "step": str(SAVED),
@@ -210,7 +210,7 @@ def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
     )
     folder = RunDir(tmp_path).checkpoint(SAVED)
     for kind in ("param", "ema", "optimizer.exp_avg"):
-        full = read_full(folder, kind)
+        full = load_full(folder, kind)
         assert full.keys() == saved[kind].keys() and all(
             torch.equal(full[name], tensor) for name, tensor in saved[kind].items()
         )
@@ -222,7 +222,7 @@ def test_one_process_reads_and_resumes_any_checkpoint(tmp_path):
         match="has no 'optimizer.momentum', only \\['ema', 'ema_power_0.050', "
         ".*'optimizer.exp_avg'",
     ):
-        read_full(folder, "optimizer.momentum")
+        load_full(folder, "optimizer.momentum")
 
 
 def test_another_optimizer_is_refused(tmp_path):

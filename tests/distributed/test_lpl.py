@@ -74,7 +74,10 @@ def train(
         batches = [run.stream.read(hand.sample_indices) for hand in hands]
         norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
         run.ema.update(step + 1)
-    kinds = {"param": run.strategy.local_params(), "ema": (piece for _, piece in run.ema.pieces())}
+    kinds = {
+        "param": run.strategy.local_params(),
+        "ema": (piece for _, piece in run.ema.local_averages()),
+    }
     pieces = {
         kind: [(p.name, list(p.shape), p.start, p.tensor.clone()) for p in some]
         for kind, some in kinds.items()

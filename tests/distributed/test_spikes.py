@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lpl_pretrain.checkpoint.store import read_full
+from lpl_pretrain.checkpoint.store import load_full
 from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.ledger import audit
@@ -151,7 +151,7 @@ def positions(run_dir):
 
 
 def final(run_dir, kind="param"):
-    return read_full(run_dir.checkpoint(STEPS), kind)
+    return load_full(run_dir.checkpoint(STEPS), kind)
 
 
 def assert_close(got, wanted, **tolerance):

@@ -1,6 +1,4 @@
-"""Hostile checkpoints, records and leases: each is refused by name, or means exactly what was
-written.
-"""
+"""Fuzzed checkpoints, records and leases are refused with their file's name or read as written."""
 
 from __future__ import annotations
 
@@ -42,7 +40,9 @@ FILES = [
     "pieces_00000.safetensors",
     "pieces_00001.safetensors",
 ]
-DELETE, RENAME, TWICE = "delete", "rename", "twice"
+DELETE = "delete"
+RENAME = "rename"
+DUPLICATE = "duplicate"
 ODD_TEXT = [
     "",
     "../x",
@@ -87,7 +87,7 @@ VALUES = st.one_of(
 )
 CHANGES = st.one_of(
     st.tuples(st.just("set"), VALUES),
-    st.sampled_from([(DELETE, None), (RENAME, None), (TWICE, None)]),
+    st.sampled_from([(DELETE, None), (RENAME, None), (DUPLICATE, None)]),
 )
 
 
@@ -99,15 +99,13 @@ def original() -> Iterator[Path]:
 
 @pytest.fixture
 def copy(original, tmp_path):
-    """A function that brings a copy of the checkpoint back to what the original is."""
-    folder, sound = (
-        tmp_path / original.name,
-        {path.name: path.read_bytes() for path in original.iterdir()},
-    )
+    """Function that restores a copy of the checkpoint to the original."""
+    folder = tmp_path / original.name
+    undamaged = {path.name: path.read_bytes() for path in original.iterdir()}
     shutil.copytree(original, folder)
 
     def fresh() -> Path:
-        for name, data in sound.items():
+        for name, data in undamaged.items():
             if (folder / name).read_bytes() != data:
                 (folder / name).write_bytes(data)
         return folder
@@ -115,26 +113,26 @@ def copy(original, tmp_path):
     return fresh
 
 
-def paths(value: Any, here: tuple = ()) -> Iterator[tuple]:
-    """Of every value inside, and of the whole."""
-    yield here
-    for key, inner in (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    ):
-        yield from paths(inner, (*here, key))
+def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yields the path of `value` and of every value inside."""
+    yield path
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
+        yield from paths(inner, (*path, key))
 
 
 def changed(content: Any, where: int | tuple, change: tuple[str, Any]) -> Any:
-    """`content` with one value replaced, deleted, doubled, or its key renamed; `where`: a path, or
-    the number of one.
+    """Replaces, deletes or duplicates one value of `content`, or renames its key.
+
+    `where`: the path of the value, or an index into all paths.
     """
     if isinstance(where, int):
-        found = list(paths(content))
-        where = found[where % len(found)]
+        all_paths = list(paths(content))
+        where = all_paths[where % len(all_paths)]
     action, value = change
     if not where:
         return value if action == "set" else None
@@ -144,7 +142,7 @@ def changed(content: Any, where: int | tuple, change: tuple[str, Any]) -> Any:
     last = where[-1]
     if action == "set":
         parent[last] = value
-    elif action == TWICE:
+    elif action == DUPLICATE:
         if isinstance(parent, list):
             parent.insert(last, parent[last])
         else:
@@ -157,12 +155,12 @@ def changed(content: Any, where: int | tuple, change: tuple[str, Any]) -> Any:
 
 
 def check(folder: Path, *, repaired: bool) -> None:
-    """Refused with the file's name in a short message; or the tensors are those that were saved,
-    and numbers those on disk.
+    """Asserts that the checkpoint is refused with the file's name in a short message, or that its
+    tensors are the saved ones and its numbers those on disk.
     """
     try:
         checkpoint = open_with_defaults(folder)
-        found = content_of(checkpoint)
+        content = content_of(checkpoint)
     except CheckpointError as error:
         text = str(error)
         assert str(folder) in text and len(text) < len(str(folder)) + 600 and text.isprintable(), (
@@ -170,13 +168,12 @@ def check(folder: Path, *, repaired: bool) -> None:
         )
         return
     wanted = tensors_of(STEP)
-    assert found.keys() == wanted.keys()
+    assert content.keys() == wanted.keys()
     for kind, named in wanted.items():
-        assert found[kind].keys() == named.keys()
+        assert content[kind].keys() == named.keys()
         for name, tensor in named.items():
-            assert found[kind][name].dtype == tensor.dtype and torch.equal(
-                found[kind][name], tensor
-            )
+            assert content[kind][name].dtype == tensor.dtype
+            assert torch.equal(content[kind][name], tensor)
     manifest = checkpoint.manifest
     assert (manifest.step, manifest.samples_seen, manifest.world_size) == (STEP, STEP * 8, 2)
     assert (
@@ -227,7 +224,7 @@ def test_edited_json(copy, name, where, change, repair):
 
 
 def test_has_teeth_without_the_tiling_check(copy, monkeypatch):
-    """The same check of the same edit fails when ranges are believed: wrong weights go through."""
+    """Without the check of the ranges, the same edit gives wrong weights, and `check` fails."""
     folder = copy()
     damage_json(folder, "index.json", RANGES, ("set", [[6, 12, 0], [0, 6, 1]]), repair=True)
     check(folder, repaired=True)
@@ -245,7 +242,7 @@ def test_has_teeth_without_the_tiling_check(copy, monkeypatch):
     repair=st.booleans(),
 )
 def test_damaged_bytes(copy, name, position, act, bit, repair):
-    """With digests that were made again of what is no longer JSON, or not the same data, too."""
+    """With `repair`, the hashes match the damaged files."""
     folder = copy()
     path = folder / name
     data = bytearray(path.read_bytes())
@@ -271,7 +268,7 @@ def test_damaged_bytes(copy, name, position, act, bit, repair):
 @example(where=("param/b", "data_offsets"), change=("set", [0, 8]))
 @example(where=("param/b", "shape"), change=("set", [-2]))
 def test_edited_headers(copy, where, change):
-    """The header of a rank's file, with all digests made again."""
+    """Edits the header of a rank's file and repairs all hashes."""
     folder = copy()
     path = folder / FILES[3]
     data = path.read_bytes()
@@ -318,7 +315,7 @@ def test_edited_evaluation_records(tmp_path, where, change):
 @example(where=("step",), change=("set", STEP + 10), beside=True)
 @example(where=("step",), change=("set", -1), beside=False)
 def test_edited_best_files(tmp_path, where, change, beside):
-    """Beside the record that it was made of no other value passes."""
+    """Beside the record of its step, only the original values are accepted."""
     run_dir = RunDir(tmp_path)
     path, record = run_dir.best("quick"), run_dir.evaluation(STEP, "quick")
     shutil.rmtree(path.parent, ignore_errors=True)
@@ -345,7 +342,7 @@ def test_edited_best_files(tmp_path, where, change, beside):
 @example(where=("pid",), change=("set", "1"))
 @example(where=(), change=("set", None))
 def test_edited_leases(tmp_path, where, change):
-    """One that names its holder is respected; any other is nobody's, and is taken over at once."""
+    """A valid lease is respected; any other is taken over at once."""
     path = tmp_path / "live.lease"
     content = {"token": "x", "job": "", "host": "another", "pid": 7, "since": 0.0}
     path.write_text(json.dumps(changed(content, where, change)))

@@ -126,7 +126,7 @@ def test_pinned_copies_hold_the_values_of_their_time(gpu):
     copies, value = HostCopies(), torch.zeros(1 << 22, device=gpu)
     for moment in range(4):
         value += 1
-        ((_, piece),) = copies.of([("param", ParamRange("w", (1 << 22,), 0, value))], gpu)
+        ((_, piece),) = copies.copy([("param", ParamRange("w", (1 << 22,), 0, value))], gpu)
         value += 100  # queued behind the copy
         assert piece.tensor.is_pinned() and bool((piece.tensor == 101 * moment + 1).all())
 

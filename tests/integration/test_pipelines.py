@@ -67,7 +67,7 @@ def exported(folder: Path, data, kind, **changes):
     run_dir = RunDir(folder / "run")
     run = assemble(config, run_dir, World(), CPU)
     torch.manual_seed(0)
-    for _, piece in run.ema.pieces():
+    for _, piece in run.ema.local_averages():
         piece.tensor.normal_(std=0.05)
     run.checkpoints.save(3, run.strategy, run.ema, run.state(3), samples_seen=24)
     run.checkpoints.finish()

@@ -113,4 +113,4 @@ def open_with_defaults(folder: Path) -> Checkpoint:
 
 
 def content_of(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    return {kind: dict(checkpoint.reader.full(kind)) for kind in checkpoint.reader.entries}
+    return {kind: dict(checkpoint.reader.iter_full(kind)) for kind in checkpoint.reader.entries}

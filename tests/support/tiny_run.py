@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from lpl_pretrain.checkpoint.manifest import STATE, Manifest, write_json
-from lpl_pretrain.checkpoint.store import merge_parts, read_full, write_rank
+from lpl_pretrain.checkpoint.store import load_full, merge_parts, write_rank
 from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.dataset import INDEX_NAME
 from lpl_pretrain.config.hashing import autoencoder_identity
@@ -86,7 +86,7 @@ def save_snapshot(run_dir: RunDir, step: int) -> None:
     folder = run_dir.snapshot(step)
     pieces = []
     folder.mkdir(parents=True)
-    for name, tensor in read_full(run_dir.checkpoint(step), "param").items():
+    for name, tensor in load_full(run_dir.checkpoint(step), "param").items():
         for kind, factor in (("ema_power_0.050", 0.8), ("ema_power_0.100", 0.6)):
             pieces.append(
                 (kind, ParamRange(name, tuple(tensor.shape), 0, factor * tensor.flatten()))

@@ -103,7 +103,7 @@ class Training:
     def result(self) -> dict[str, Any]:
         """State that this rank owns, in types that a rank may return to its parent process."""
         pieces = {"param": list(self.strategy.local_params())}
-        for kind, piece in self.ema.pieces():
+        for kind, piece in self.ema.local_averages():
             pieces.setdefault(kind, []).append(piece)
         for name, piece in self.strategy.local_optimizer_state():
             pieces.setdefault(f"optimizer.{name}", []).append(piece)

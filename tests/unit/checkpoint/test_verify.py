@@ -1,6 +1,4 @@
-"""Nothing of a checkpoint is trusted: fields, ranges, headers and digests are checked wherever one
-is read.
-"""
+"""Opening a checkpoint checks all of it: fields, ranges, headers and hashes."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import torch
 from lpl_pretrain.checkpoint import index as index_module
 from lpl_pretrain.checkpoint import manifest as manifest_module
 from lpl_pretrain.checkpoint.manifest import Manifest
-from lpl_pretrain.checkpoint.weights import reconstructed, stored
+from lpl_pretrain.checkpoint.weights import read_weights, reconstruct_ema
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, DamagedCheckpointError
 from tests.support.checkpoints import (
@@ -31,8 +29,8 @@ from tests.support.checkpoints import (
 
 
 @pytest.fixture(autouse=True)
-def heard(monkeypatch):
-    """By caplog, whatever a command in this process has set up before."""
+def propagate_log(monkeypatch):
+    """Lets caplog capture the log, whatever a command in this process has set up before."""
     monkeypatch.setattr(manifest_module.log, "propagate", True)
 
 
@@ -41,28 +39,31 @@ def run_dir(tmp_path) -> RunDir:
     return RunDir(tmp_path)
 
 
-def same(found, step) -> bool:
+def equals_saved(content, step) -> bool:
+    """Whether `content` holds the tensors that were saved at `step`."""
     return all(
-        torch.equal(found[kind][name], tensor)
+        torch.equal(content[kind][name], tensor)
         for kind, named in tensors_of(step).items()
         for name, tensor in named.items()
     )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_sound_one_is_read_exactly(run_dir, ranks):
-    assert same(content_of(open_with_defaults(save(run_dir, 10, ranks=ranks))), 10)
+def test_an_undamaged_checkpoint_is_read_exactly(run_dir, ranks):
+    assert equals_saved(content_of(open_with_defaults(save(run_dir, 10, ranks=ranks))), 10)
 
 
-def set_range(number, *values):
+def set_range(position, *values):
+    """Edit of index.json that replaces one range of a parameter."""
+
     def change(index):
-        index["param"]["a.weight"]["ranges"][number] = list(values)
+        index["param"]["a.weight"]["ranges"][position] = list(values)
 
     return change
 
 
 EDITS = {
-    "the issue: optimizer_steps -1": (
+    "optimizer_steps -1": (
         "manifest.json",
         {"optimizer_steps": -1},
         "optimizer_steps: found -1, wanted an integer",
@@ -72,19 +73,19 @@ EDITS = {
         {"optimizer_steps": 11},
         "optimizer_steps: found 11, wanted at most step=10",
     ),
-    "the issue: another step": (
+    "step and samples_seen of another step": (
         "manifest.json",
         {"step": 20, "samples_seen": 160},
         "step: found 20, the folder is called step_0+10",
     ),
     "a fraction": ("manifest.json", {"step": 10.0}, r"step: found 10\.0, wanted an integer"),
     "a bool": ("manifest.json", {"world_size": True}, "world_size: found True, wanted an integer"),
-    "other samples": (
+    "samples of another batch size": (
         "manifest.json",
         {"samples_seen": 70},
         "samples_seen=70 after 10 steps of 8 samples",
     ),
-    "no multiple": (
+    "samples that are no multiple of the step": (
         "manifest.json",
         {"samples_seen": 71},
         "samples_seen: found 71, wanted a multiple of step=10",
@@ -95,14 +96,14 @@ EDITS = {
         "files: 4 are listed, wanted index.json, state.json and one for each of 3",
     ),
     "very many ranks": ("manifest.json", {"world_size": 10**15}, "files: 4 are listed"),
-    "an identity that is none": ("manifest.json", {"identity": "x"}, "identity: found 'x'"),
+    "an invalid identity": ("manifest.json", {"identity": "x"}, "identity: found 'x'"),
     "an unknown key": ("manifest.json", {"more": 1}, "unknown keys: 'more'"),
-    "the issue: overlapping ranges": (
+    "overlapping ranges": (
         "index.json",
         set_range(1, 5, 12, 1),
         "param/'a.weight': rank 1 owns elements 5..12",
     ),
-    "the issue: shifted ranges": (
+    "shifted ranges": (
         "index.json",
         set_range(0, 1, 7, 0),
         "param/'a.weight': rank 0 owns elements 1..7",
@@ -122,17 +123,17 @@ EDITS = {
         lambda index: index["param"]["b"].update(ranges=[[0, 3, 0], [3, 5, 1]]),
         "pieces_00000.safetensors: 'param/b' has 2 elements of F32, index.json says 3",
     ),
-    "the issue: negative shapes": (
+    "negative shapes": (
         "index.json",
         lambda index: index["param"]["b"].update(shape=[-5]),
         "shape: found .-5.,",
     ),
-    "two negative sides": (
+    "two negative sizes": (
         "index.json",
         lambda index: index["param"]["a.weight"].update(shape=[-4, -3]),
         "shape: found",
     ),
-    "a turned shape": (
+    "a transposed shape": (
         "index.json",
         lambda index: index["ema"]["a.weight"].update(shape=[3, 4]),
         "another kind has .4, 3.",
@@ -142,17 +143,17 @@ EDITS = {
         lambda index: index["param"]["b"].update(dtype="F16"),
         "dtype: found 'F16'",
     ),
-    "twice as wide": (
+    "a wider dtype": (
         "index.json",
         lambda index: index["param"]["b"].update(dtype="F64"),
         "index.json says 2 of F64",
     ),
-    "a kind that is gone": (
+    "a missing kind": (
         "index.json",
         lambda index: index.pop("ema") and None,
         "which index.json does not expect there",
     ),
-    "a kind that is empty": ("index.json", lambda index: index.update(more={}), "'more': found {}"),
+    "an empty kind": ("index.json", lambda index: index.update(more={}), "'more': found {}"),
     "a list": ("index.json", lambda index: [1], "index.json: found .1., wanted an object"),
     "state of another step": (
         "state.json",
@@ -169,7 +170,7 @@ EDITS = {
         {"loss_scale": {"value": 0, "dynamic": True, "good_updates": 0}},
         "loss_scale.value: found 0, wanted a number above 0",
     ),
-    "nothing of the stream": (
+    "no state of the stream": (
         "state.json",
         lambda state: state.pop("stream") and None,
         "state.json: has no stream",
@@ -188,17 +189,17 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_every_edit_is_named_though_all_digests_are_right(run_dir, name):
-    file, change, words = EDITS[name]
+def test_every_edit_is_detected_though_all_hashes_are_right(run_dir, name):
+    file, change, message = EDITS[name]
     folder = save(run_dir, 10)
-    assert same(content_of(open_with_defaults(folder)), 10)
+    assert equals_saved(content_of(open_with_defaults(folder)), 10)
     edit(folder, file, change if callable(change) else lambda content: content.update(change))
-    with pytest.raises(DamagedCheckpointError, match=words):
+    with pytest.raises(DamagedCheckpointError, match=message):
         open_with_defaults(folder)
 
 
-def test_an_edited_manifest_is_seen_by_its_digest(run_dir):
-    """Every value here is one that a manifest may have."""
+def test_an_edited_manifest_is_detected_by_its_digest(run_dir):
+    """The edited value is a valid one."""
     folder = save(run_dir, 10)
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"optimizer_steps": 9', '"optimizer_steps": 8'))
@@ -221,17 +222,17 @@ def test_a_manifest_without_its_digest_is_damaged(run_dir):
         open_with_defaults(folder)
 
 
-def test_the_format_before_is_read_and_checked(run_dir, monkeypatch):
-    """Old runs go on; the log says once that their manifests have no digest."""
-    said: list[str] = []
+def test_format_2_is_read_and_checked(run_dir, monkeypatch):
+    """Old runs can be resumed; the log says once that their manifests have no digest."""
+    messages: list[str] = []
     monkeypatch.setattr(
-        manifest_module.log, "info", lambda form, *values: said.append(form % values)
+        manifest_module.log, "info", lambda form, *values: messages.append(form % values)
     )
-    manifest_module._once.cache_clear()
+    manifest_module._note_old_format.cache_clear()
     folder = save(run_dir, 10, format=2)
     for _ in range(2):
-        assert same(content_of(open_with_defaults(folder)), 10)
-    assert said == [
+        assert equals_saved(content_of(open_with_defaults(folder)), 10)
+    assert messages == [
         "checkpoint format 2 has no digest of its manifest: its fields are checked instead"
     ]
     content = json.loads((folder / "manifest.json").read_text())
@@ -241,26 +242,26 @@ def test_the_format_before_is_read_and_checked(run_dir, monkeypatch):
 
 
 def test_has_teeth_without_the_tiling_check(run_dir, monkeypatch):
-    """Shifted ranges that are believed give wrong weights: the file holds what they say, only
-    elsewhere.
+    """Swapped ranges give wrong weights: each file holds a tensor of the listed size, but for other
+    elements.
     """
     folder = save(run_dir, 10)
 
-    def turn(index):
+    def swap(index):
         index["param"]["a.weight"]["ranges"] = [[6, 12, 0], [0, 6, 1]]
 
-    edit(folder, "index.json", turn)
+    edit(folder, "index.json", swap)
     with pytest.raises(
         DamagedCheckpointError, match="rank 0 owns elements 6..12, wanted a range that starts at 0"
     ):
         open_with_defaults(folder)
     monkeypatch.setattr(index_module, "tiling_problem", lambda shape, ranges: None)
-    found = content_of(open_with_defaults(folder))
-    assert not torch.equal(found["param"]["a.weight"], tensors_of(10)["param"]["a.weight"])
-    assert torch.equal(found["param"]["b"], tensors_of(10)["param"]["b"])
+    content = content_of(open_with_defaults(folder))
+    assert not torch.equal(content["param"]["a.weight"], tensors_of(10)["param"]["a.weight"])
+    assert torch.equal(content["param"]["b"], tensors_of(10)["param"]["b"])
 
 
-HARMS = {
+CORRUPTIONS = {
     "a link": (
         lambda path: (path.rename(path.with_name("x")), path.symlink_to("x")),
         "is a symbolic link, wanted a regular file",
@@ -270,33 +271,33 @@ HARMS = {
         "is a directory, wanted a regular file|No such file",
     ),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is a pipe, a socket or a device"),
-    "nothing": (
+    "an empty file": (
         lambda path: path.write_bytes(b""),
         "0 bytes, the manifest says|is empty, wanted JSON",
     ),
-    "half": (
+    "a truncated file": (
         lambda path: os.truncate(path, path.stat().st_size // 2),
         "bytes, the manifest says|is not valid JSON",
     ),
-    "gone": (lambda path: path.unlink(), "No such file"),
+    "a missing file": (lambda path: path.unlink(), "No such file"),
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
 @pytest.mark.parametrize(
     "name", ["manifest.json", "index.json", "state.json", "pieces_00001.safetensors"]
 )
-def test_no_file_may_be_anything_else(run_dir, name, harm):
-    act, words = HARMS[harm]
+def test_every_file_must_be_a_complete_regular_file(run_dir, name, corruption):
+    corrupt, message = CORRUPTIONS[corruption]
     folder = save(run_dir, 10)
-    act(folder / name)
-    with pytest.raises(DamagedCheckpointError, match=words) as caught:
+    corrupt(folder / name)
+    with pytest.raises(DamagedCheckpointError, match=message) as caught:
         open_with_defaults(folder)
     assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
         ('{"a": NaN}', "holds NaN, which is no JSON number"),
@@ -308,12 +309,12 @@ def test_no_file_may_be_anything_else(run_dir, name, harm):
     ],
 )
 @pytest.mark.parametrize("name", ["manifest.json", "index.json", "state.json"])
-def test_json_that_nobody_writes(run_dir, name, text, words):
+def test_invalid_json_is_refused(run_dir, name, text, message):
     folder = save(run_dir, 10)
     (folder / name).write_text(text)
     if name != "manifest.json":
         rewrite_manifest(folder)
-    with pytest.raises(DamagedCheckpointError, match=f"{name}: .*{words}|{name}: {words}"):
+    with pytest.raises(DamagedCheckpointError, match=f"{name}: .*{message}|{name}: {message}"):
         open_with_defaults(folder)
     (folder / name).write_bytes(b'{"\xff": 1}')
     if name != "manifest.json":
@@ -332,7 +333,7 @@ def rewrite_header(path, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda h: h["param/b"].update(dtype="I32"), "dtype 'I32'"),
         (lambda h: h["param/b"].update(shape=[2, 1]), "shape .2, 1., wanted one length"),
@@ -342,15 +343,15 @@ def rewrite_header(path, change):
         (lambda h: h.pop(list(h)[-1]), "bytes of data, the header says"),
     ],
 )
-def test_headers_must_agree_with_the_index(run_dir, change, words):
+def test_headers_must_agree_with_the_index(run_dir, change, message):
     folder = save(run_dir, 10)
     rewrite_header(folder / "pieces_00000.safetensors", change)
     rewrite_manifest(folder)
-    with pytest.raises(DamagedCheckpointError, match=f"pieces_00000.safetensors: .*({words})"):
+    with pytest.raises(DamagedCheckpointError, match=f"pieces_00000.safetensors: .*({message})"):
         open_with_defaults(folder)
 
 
-def test_headers_are_lists_of_bytes_within_the_file(run_dir):
+def test_a_header_that_is_no_json_object_within_the_file_is_refused(run_dir):
     folder = save(run_dir, 10)
     for data in (
         b"\xff" * 64,
@@ -364,13 +365,13 @@ def test_headers_are_lists_of_bytes_within_the_file(run_dir):
             open_with_defaults(folder)
 
 
-def test_what_reading_refuses_is_not_written(tmp_path, run_dir):
+def test_an_invalid_manifest_is_not_written(tmp_path, run_dir):
     manifest = Manifest.read(save(run_dir, 10))
-    for changes, words in (
+    for changes, message in (
         ({"optimizer_steps": 11}, "optimizer_steps: found 11"),
         ({"world_size": 3}, "files: 4 are listed"),
     ):
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=message):
             Manifest(**{**vars(manifest), **changes}).write(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -382,52 +383,50 @@ def three(run_dir):
     return run_dir
 
 
-def test_weights_come_from_the_newest_sound_one(three, caplog):
-    """One rule for export, sample, guide, init_from and evaluate: without a step fall back and say
-    so, with one refuse.
-    """
+def test_weights_come_from_the_newest_undamaged_checkpoint(three, caplog):
+    """All commands skip damaged ones with a warning, and refuse a damaged one that is named."""
     shift_range(three.checkpoint(30))
-    tensors, facts = stored(three, "ema", None, IDENTITY)
-    assert facts["step"] == "20" and torch.equal(tensors["b"], tensors_of(20)["ema"]["b"])
+    tensors, metadata = read_weights(three, "ema", None, IDENTITY)
+    assert metadata["step"] == "20" and torch.equal(tensors["b"], tensors_of(20)["ema"]["b"])
     assert "DAMAGED CHECKPOINT step_00000030: passed over for an older one" in caplog.text
     assert "index.json: param/'a.weight': rank 0 owns elements 1..7" in caplog.text
     with pytest.raises(
         CheckpointError, match="step_00000030/index.json: .*: bring it back, or name another --step"
     ):
-        stored(three, "ema", 30, IDENTITY)
+        read_weights(three, "ema", 30, IDENTITY)
     with pytest.raises(
         CheckpointError, match="another configuration \\(111111111111, this one is 222222222222\\)"
     ):
-        stored(three, "ema", 20, "2" * 64)
+        read_weights(three, "ema", 20, "2" * 64)
     for step in (10, 20):
         shift_range(three.checkpoint(step))
     with pytest.raises(CheckpointError, match="all 3 checkpoints are damaged"):
-        stored(three, "ema", None, IDENTITY)
+        read_weights(three, "ema", None, IDENTITY)
 
 
-def test_renamed_copied_and_linked_folders(three):
+def test_renamed_copied_and_linked_folders_are_damaged(three):
     three.checkpoint(30).rename(three.checkpoint(40))
     shutil.copytree(three.checkpoint(20), three.checkpoint(50))
     three.checkpoint(60).symlink_to(three.checkpoint(10))
     three.checkpoint(10**30).symlink_to(three.checkpoint(10))
     (three.checkpoints / "step_000000020").symlink_to(three.checkpoint(20))
     assert three.complete_checkpoints() == [10, 20, 40, 50, 60, 10**30]
-    assert stored(three, "ema", None)[1]["step"] == "20"
+    assert read_weights(three, "ema", None)[1]["step"] == "20"
     with pytest.raises(
         CheckpointError,
         match="step: found 20, the folder is called step_00000050: it was renamed or copied",
     ):
-        stored(three, "ema", 50)
+        read_weights(three, "ema", 50)
 
 
-def test_snapshots(run_dir, caplog):
-    """The last one may be passed over; without one in between the average would be another."""
+def test_only_the_newest_snapshot_may_be_damaged(run_dir, caplog):
+    """Without an earlier one the reconstructed EMA would be another."""
     for step in (10, 20, 30):
         save(run_dir, step, snapshot=True)
 
     def rebuilt(step):
-        found = reconstructed(run_dir, (0.05,), 0.08, step, IDENTITY)[1]
-        return found["step"], found["snapshots"]
+        _, metadata = reconstruct_ema(run_dir, (0.05,), 0.08, step, IDENTITY)
+        return metadata["step"], metadata["snapshots"]
 
     assert rebuilt(None) == ("30", "3")
     shift_range(run_dir.snapshot(30))
@@ -443,4 +442,4 @@ def test_snapshots(run_dir, caplog):
     with pytest.raises(CheckpointError, match="all 3 snapshots are damaged"):
         rebuilt(None)
     with pytest.raises(CheckpointError, match="no snapshot of step any"):
-        reconstructed(run_dir, (), 0.08, None)
+        reconstruct_ema(run_dir, (), 0.08, None)

@@ -54,7 +54,7 @@ def test_equals_the_recursion(warmup):
         tracker.update(step)
         d = decay_at(step, 0.9, warmup)
         average = d * average + (1 - d) * live
-    ((_, piece),) = tracker.pieces()
+    ((_, piece),) = tracker.local_averages()
     torch.testing.assert_close(piece.tensor, average, rtol=1e-13, atol=0)
     assert piece.name == "a" and piece.tensor.data_ptr() != live.data_ptr()
 
@@ -69,7 +69,7 @@ def test_ten_thousand_tiny_updates_move_it(dtype, moves):
     for step in range(1, 10_001):
         live += 1e-6
         tracker.update(step)
-    ((_, piece),) = tracker.pieces()
+    ((_, piece),) = tracker.local_averages()
     lag = 1e-6 * 0.999 / 0.001
     assert (piece.tensor > 1).all() == moves
     if moves:
@@ -81,7 +81,7 @@ def test_ten_thousand_tiny_updates_move_it(dtype, moves):
 def test_a_rank_may_own_nothing():
     tracker = EMATracker([], EMAConfig())
     tracker.update(1)
-    assert list(tracker.pieces()) == []
+    assert list(tracker.local_averages()) == []
 
 
 # --- power-function averages
@@ -130,7 +130,7 @@ def trained(lengths, steps=3000, every=50):
         if step % every == 0:
             kept |= {
                 (step, float(kind[-5:])): piece.tensor.clone()
-                for kind, piece in tracker.pieces(power_only=True)
+                for kind, piece in tracker.local_averages(power_only=True)
             }
     return kept
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(
 @pytest.mark.parametrize("when", ["with its lease", "with its weights"])
 def test_a_checkpoint_may_be_removed_at_any_moment(run, caplog, monkeypatch, when):
     folder = run.run_dir.checkpoint(3)
-    take, stored = Lease.take, trained_run.stored
+    take, read_weights = Lease.take, trained_run.read_weights
 
     def vanish(real, *arguments):
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,7 +130,9 @@ def test_a_checkpoint_may_be_removed_at_any_moment(run, caplog, monkeypatch, whe
         monkeypatch.setattr(Lease, "take", lambda *given: vanish(take, *given))
         words = "was removed before its evaluation began"
     else:
-        monkeypatch.setattr(trained_run, "stored", lambda *given: vanish(stored, *given))
+        monkeypatch.setattr(
+            trained_run, "read_weights", lambda *given: vanish(read_weights, *given)
+        )
         words = "was removed during its evaluation"
     assert steps_of(evaluate(run)) == [6]
     assert f"step_00000003: {words}" in caplog.text

@@ -13,7 +13,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from lpl_pretrain.checkpoint.weights import reconstructed
+from lpl_pretrain.checkpoint.weights import reconstruct_ema
 from lpl_pretrain.cli import evaluate as evaluate_command
 from lpl_pretrain.cli import sample as sample_command
 from lpl_pretrain.config.load import dump
@@ -163,7 +163,7 @@ def test_an_average_of_any_length_is_rebuilt_and_scored(tmp_path):
         save_snapshot(run.run_dir, step)
     trained = open_run(run.run_dir, CPU)
     trained.load(6, "posthoc_0.080")
-    tensors, _ = reconstructed(run.run_dir, (0.05, 0.1), 0.08, 6)
+    tensors, _ = reconstruct_ema(run.run_dir, (0.05, 0.1), 0.08, 6)
     state = trained.generator.denoiser.state_dict()
     assert tensors and all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
     (record,) = evaluate(

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import save_file
 
-from lpl_pretrain.checkpoint.store import read_full
+from lpl_pretrain.checkpoint.store import load_full
 from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.init_from import InitConfig, initial_problems
 from lpl_pretrain.config.rundir import RunDir
@@ -49,7 +49,7 @@ def trained(data, tmp_path_factory):
     with torch.no_grad():
         for piece in run.strategy.local_params():
             piece.tensor.normal_(std=0.1)
-        for _, piece in run.ema.pieces():
+        for _, piece in run.ema.local_averages():
             piece.tensor.normal_(std=0.1)
     run.checkpoints.save(6, run.strategy, run.ema, run.state(6), samples_seen=48)
     run.checkpoints.finish()
@@ -67,7 +67,7 @@ def begins(world, device, data, folder, init, strategy):
     run = assemble(config, RunDir(folder), world, device)
     run.checkpoints.save(0, run.strategy, run.ema, {}, samples_seen=0)
     run.checkpoints.finish()
-    return [read_full(run.run_dir.checkpoint(0), kind) for kind in ("param", "ema")]
+    return [load_full(run.run_dir.checkpoint(0), kind) for kind in ("param", "ema")]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_post_training_begins_with_a_runs_average(data, trained, tmp_path, strat
     found = run_ranks(
         2, begins, data, tmp_path, {"run": str(trained), "weights": weights}, strategy
     )[0]
-    wanted = read_full(RunDir(trained).checkpoint(6), "param" if weights == "raw" else "ema")
+    wanted = load_full(RunDir(trained).checkpoint(6), "param" if weights == "raw" else "ema")
     for state in found:
         assert state.keys() == wanted.keys() and all(
             torch.equal(state[name], tensor) for name, tensor in wanted.items()
@@ -250,7 +250,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged(data, tmp_path, caplog, monkey
         config_of(data).model, run.stream.index.latent, len(run.stream.index.classes), seed=99
     )
     load_init_from(InitConfig(run=str(tmp_path)), model)
-    wanted = read_full(run.run_dir.checkpoint(6), "ema")
+    wanted = load_full(run.run_dir.checkpoint(6), "ema")
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters())
     assert "DAMAGED CHECKPOINT step_00000007: passed over" in caplog.text
     with pytest.raises(
