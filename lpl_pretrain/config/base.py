@@ -1,10 +1,10 @@
-"""Base class of every section of a configuration, and the types that several of them share."""
+"""Base class of every section of a configuration, and the types that several of them use."""
 
 from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -13,7 +13,6 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     PlainSerializer,
-    PositiveFloat,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
@@ -56,8 +55,8 @@ Name = Annotated[str, AfterValidator(_checked_name)]
 bytes in UTF-8.
 """
 UnexpandedPath = Annotated[str, AfterValidator(_checked_path)]
-"""As PathText, for a path that every machine has in its configuration and few use: `expand`
-replaces its `~` then.
+"""A path whose `~` is expanded by `paths.expand` when it is used: every configuration has it, few
+runs use it.
 """
 PathText = Annotated[
     str, AfterValidator(_expanded_path), PlainSerializer(_as_written, when_used="json")
@@ -65,11 +64,56 @@ PathText = Annotated[
 """A path or URL: printable, not empty, no longer than file systems allow; `~` is expanded, and
 saved as it was written.
 """
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A number in [0, 1]."""
+
+
+class OnError(str, Enum):
+    """What to do about a sample that cannot be read: stop with an error that names it, or use
+    another sample instead, counted and logged.
+    """
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+def _with_exact_scalars(schema: Any) -> Any:
+    """Copy of a core schema, a tree of dicts and lists, in which no scalar converts its input:
+    pydantic would read "3" and true as 3, and 1 as true.
+
+    pydantic's own strict mode is no alternative: it also refuses a list for a tuple and a text for
+    an enum, which is what YAML has for them.
+    """
+    if isinstance(schema, list | tuple):
+        return type(schema)(_with_exact_scalars(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    if kind in ("bool", "str"):
+        return {**schema, "strict": True}
+    if kind == "int":
+        return core_schema.no_info_before_validator_function(_read_integer, _core(schema))
+    if kind == "float":
+        finite = {**schema, "allow_inf_nan": False}
+        return core_schema.no_info_before_validator_function(_read_number, _core(finite))
+    if kind == "function-before" and schema["function"]["function"] in (
+        _read_integer,
+        _read_number,
+    ):
+        return schema  # a number of a section inside this one, which was converted on its own
+    return {
+        key: part if key in ("default", "metadata") else _with_exact_scalars(part)
+        for key, part in schema.items()
+    }
+
+
+def _core(schema: dict[str, Any]) -> Any:
+    """`schema`, typed for pydantic_core, which has a TypedDict for each kind."""
+    return schema
 
 
 def _read_integer(value: Any) -> Any:
-    """As `_read_number`; pydantic then refuses a fraction."""
+    """Refuse what `_read_number` refuses; pydantic then refuses a fraction."""
     if isinstance(value, bool | str) and not _is_scientific(value):
         raise PydanticKnownError("int_type")
     return _read_number(value)
@@ -90,29 +134,6 @@ def _is_scientific(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 40 and SCIENTIFIC.fullmatch(value) is not None
 
 
-READERS = {"int": _read_integer, "float": _read_number}
-
-
-def _exact(schema: Any) -> Any:
-    """The schema with numbers read by READERS and `bool` and `str` strict, wherever they are in it."""
-    if isinstance(schema, list | tuple):
-        return type(schema)(_exact(part) for part in schema)
-    if not isinstance(schema, dict):
-        return schema
-    kind = schema.get("type")
-    if kind in ("bool", "str"):
-        return {**schema, "strict": True}
-    if kind in READERS:
-        finite: Any = {**schema, **({"allow_inf_nan": False} if kind == "float" else {})}
-        return core_schema.no_info_before_validator_function(READERS[kind], finite)
-    if kind == "function-before" and schema["function"]["function"] in READERS.values():
-        return schema  # of a section inside this one, which has been through here
-    return {
-        key: part if key in ("default", "metadata") else _exact(part)
-        for key, part in schema.items()
-    }
-
-
 class Section(BaseModel):
     """Frozen; unknown keys are refused; numbers, text, true and false are never converted into one
     another.
@@ -124,31 +145,10 @@ class Section(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Called by pydantic when the class is defined: returns what validates its instances."""
         schema = handler(source)
-        own: Any = handler.resolve_ref_schema(schema)
-        exact = _exact(own)
-        own.clear()
-        own.update(exact)
+        definition: Any = handler.resolve_ref_schema(schema)
+        exact = _with_exact_scalars(definition)
+        definition.clear()
+        definition.update(exact)
         return schema
-
-
-class OnError(str, Enum):
-    """What becomes of a sample that cannot be read: an error that names it, or another sample in
-    its place, counted and logged.
-    """
-
-    STOP = "stop"
-    SKIP = "skip"
-
-
-class WeightingConfig(Section):
-    kind: Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"] = "uniform"
-    """Formulas and sources: diffusion/weighting.py."""
-    gamma: PositiveFloat = 5.0
-    """SNR from which min_snr stops growing, and around which soft_min_snr bends."""
-    k: PositiveFloat = 1.0
-    """p2: added to the SNR."""
-    power: PositiveFloat = 1.0
-    """p2: exponent of SNR + k."""
-    bias: float = 0.0
-    """sigmoid: log-SNR at which the weight is a half."""

@@ -1,5 +1,5 @@
-"""The cluster profile (configs/cluster/*.yaml): partition, resources of a node, time limit, and what
-the processes of a job need around them.  It holds no hyper-parameters.
+"""The cluster profile (configs/cluster/*.yaml): partition, resources of a node, time limit, and the
+environment of a job's processes.  It holds no hyper-parameters.
 """
 
 from __future__ import annotations

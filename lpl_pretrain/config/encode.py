@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from lpl_pretrain.config.base import Name, OnError, PathText, Section, Share
+from lpl_pretrain.config.base import Name, OnError, PathText, Section, UnitInterval
 
 
 class BucketsConfig(Section):
@@ -71,6 +71,6 @@ class EncodeConfig(Section):
     seed: NonNegativeInt = 0
     """Of random crops, and of the order in which the pictures of an image folder go to shards."""
     on_error: OnError = OnError.STOP
-    max_skipped_fraction: Share = 0.001
+    max_skipped_fraction: UnitInterval = 0.001
     """With on_error skip: more unreadable pictures than this share of the source stop the encode.
     """

@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from lpl_pretrain.config.base import Name, PathText, Section, WeightingConfig
+from lpl_pretrain.config.base import Name, PathText, Section
+from lpl_pretrain.config.diffusion import WeightingConfig
 
 
 class GateConfig(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpl_pretrain.config.base import WeightingConfig
+from lpl_pretrain.config.diffusion import WeightingConfig
 from lpl_pretrain.config.lpl import GateConfig
 from lpl_pretrain.config.schema import Prediction, TimestepConfig
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, Schedule

@@ -5,7 +5,7 @@ prediction.
 import pytest
 import torch
 
-from lpl_pretrain.config.base import WeightingConfig
+from lpl_pretrain.config.diffusion import WeightingConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind
 from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.objective import denoise

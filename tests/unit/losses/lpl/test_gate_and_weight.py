@@ -5,7 +5,7 @@ frozen.
 import pytest
 import torch
 
-from lpl_pretrain.config.base import WeightingConfig
+from lpl_pretrain.config.diffusion import WeightingConfig
 from lpl_pretrain.config.lpl import GateConfig, LPLConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
