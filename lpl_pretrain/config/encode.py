@@ -1,5 +1,5 @@
-"""What an encode can be told: sources, shapes, what is stored beside a latent, and what becomes of
-unreadable pictures.
+"""The encode configuration (configs/encode/*.yaml): sources, shapes, what is stored beside a
+latent, and what to do about unreadable images.
 """
 
 from __future__ import annotations
@@ -12,65 +12,71 @@ from lpl_pretrain.config.base import Name, OnError, PathText, Section, UnitInter
 
 
 class BucketsConfig(Section):
-    """Aspect-ratio buckets: every picture goes to the shape that cuts least of it off."""
+    """Aspect-ratio buckets: each image goes to the shape that crops least of it."""
 
     max_aspect: Annotated[float, Field(ge=1.0)] = 2.0
-    """Longest side over shortest."""
+    """Largest ratio of the longer side to the shorter one."""
     step_px: PositiveInt = 64
-    """Sides are multiples of this, and areas at most that of the square of `resolution_px`."""
+    """Unit of the sides; the area is at most that of a square of `resolution_px`."""
 
 
 class TextEncoderConfig(Section):
+    """A text encoder, and what is taken from it."""
+
     folder: PathText
-    """A text encoder with its tokenizer, as transformers' save_pretrained writes them (CLIP, T5,
-    BERT ...).
+    """Folder of a text encoder and its tokenizer, as transformers' save_pretrained writes them
+    (CLIP, T5, BERT ...).
     """
     max_tokens: PositiveInt = 77
-    """Longer captions are cut."""
+    """Length of a caption's sequence; longer captions are truncated."""
     layer: int = -1
-    """Which hidden state is stored: -1 the last, -2 the one before (as SDXL takes it from CLIP)."""
+    """Hidden state that is used: -1 the last one, -2 the one before (as SDXL does with CLIP)."""
     pooled: bool = False
-    """Store the encoder's pooled vector too."""
+    """Use the encoder's pooled vector too."""
     storage: Literal["int8", "fp16"] = "int8"
-    """int8 has a scale per token: half the size, for errors up to 0.4 % of the token's largest
-    value.
+    """Number format on disk; int8 has a scale per token: half the size, with errors up to 0.4 % of
+    the token's largest value.
     """
 
 
 class EncodeConfig(Section):
-    """Pictures to latents."""
+    """One encoding of images into latents."""
 
     source: Union[PathText, list[PathText]]
-    """An image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json;
-    `asset:` and fsspec URLs work too.
+    """Images: an image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json,
+    also as `asset:NAME` or fsspec URLs.
     """
     output: PathText
+    """Folder of the encoded latents."""
     autoencoder: PathText
+    """Folder of a diffusers autoencoder, or `asset:NAME` for one that ships with the package."""
     resolution_px: PositiveInt
-    """Pictures are resized (Lanczos) to cover a square of this side, or their bucket, and cropped.
+    """Side of a square image; images are resized (Lanczos) to cover it, or their bucket, and
+    cropped.
     """
     buckets: Optional[BucketsConfig] = None
-    """Absent: squares only."""
+    """Aspect-ratio buckets; absent: squares only."""
     crop: Literal["center", "random"] = "center"
-    """Where the part lies that is kept; recorded with each sample."""
+    """Position of the crop, which is recorded with each sample."""
     flips: bool = False
-    """Encode the mirrored picture too, and store it beside the original."""
+    """Encode the mirrored image too, and store it beside the original."""
     text: dict[Annotated[Name, Field(pattern=r"^[a-z0-9_]+$")], TextEncoderConfig] = {}
-    """Embeddings of the captions: a name for each encoder; pictures without a caption get that of
-    the empty one.
+    """Text encoders whose embeddings of the captions are stored, by name; an image without a
+    caption gets those of the null text.
     """
     batch_size: PositiveInt = 32
+    """Images per forward of the autoencoder."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the encoders."""
     moments_dtype: Literal["fp16", "bf16"] = "fp16"
-    """How moments are stored."""
+    """Number format of the moments on disk."""
     shard_samples: PositiveInt = 8192
-    """At most so many samples in a shard; an interrupted encode repeats the shards it was working
-    on.
+    """Largest number of samples in a shard; an interrupted encode repeats the shards that were not
+    complete.
     """
     seed: NonNegativeInt = 0
-    """Of random crops, and of the order in which the pictures of an image folder go to shards."""
+    """Seed of random crops, and of the order in which images of an image folder go to shards."""
     on_error: OnError = OnError.STOP
+    """What to do about an image that cannot be read."""
     max_skipped_fraction: UnitInterval = 0.001
-    """With on_error skip: more unreadable pictures than this share of the source stop the encode.
-    """
+    """With on_error skip: stop when a larger fraction of the source is unreadable."""

@@ -1,5 +1,5 @@
-"""Which weights a run begins with: those of another run, of a file, or of a diffusers folder;
-checked without torch.
+"""The `init_from` section: initial weights from another run, a file or a diffusers folder; checked
+without torch.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class InitConfig(Section):
-    """Exactly one of run, file and diffusers."""
+    """Source of the initial weights: exactly one of run, file and diffusers."""
 
     run: Optional[PathText] = None
-    """Run directory; post-training with LPL starts here."""
+    """Run directory of another run, such as the one that post-training with LPL starts from."""
     step: Optional[PositiveInt] = None
-    """Of a complete checkpoint of `run`; absent: the newest."""
+    """Step of a complete checkpoint of `run`; absent: the newest."""
     weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3})$")] = "ema"
-    """Of `run`."""
+    """Weights of `run`: ema, raw, or a power-function average that it tracks."""
     file: Optional[PathText] = None
-    """Safetensors in our names, for a DiT the published ones: by `lpl-pretrain export`, or a
-    converted DiT-XL-2-256x256.pt.
+    """Safetensors file with our parameter names (for a DiT the published ones): written by
+    `lpl-pretrain export`, or a converted DiT-XL-2-256x256.pt.
     """
     diffusers: Optional[PathText] = None
-    """Folder of a transformer with its config.json, as diffusers saves it."""
+    """Folder of a transformer or U-Net with its config.json, as diffusers saves it."""
     allow_mismatch: tuple[Name, ...] = ()
-    """Beginnings of parameter names that may be missing, or of another shape: they keep their fresh
-    values.
+    """Prefixes of parameter names that may be missing or have another shape: those parameters keep
+    their random initial values.
     """
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ class InitConfig(Section):
 
 
 def initial_problems(init: InitConfig | None) -> list[str]:
-    """What can be seen without reading the weights."""
+    """Problems that show without reading the weights."""
     if init is None:
         return []
     if init.run is not None:

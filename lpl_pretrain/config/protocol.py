@@ -1,4 +1,4 @@
-"""What a score can be told: the sampler, a guide, and everything else that it depends on."""
+"""An evaluation protocol (configs/evaluate/*.yaml): everything that a score depends on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
@@ -22,42 +23,45 @@ from lpl_pretrain.config.metrics import METRICS
 
 
 class SamplerConfig(Section):
+    """How images are sampled."""
+
     kind: Literal["ddim", "dpmpp_2m", "euler", "heun"]
+    """ddim and dpmpp_2m for eps- and v-prediction; euler and heun for flow."""
     steps: PositiveInt = 50
+    """Steps of the sampler; heun evaluates the denoiser twice in each but the last."""
     shift: PositiveFloat = 1.0
-    """euler, heun: as diffusion.timesteps.shift, of the times that are visited."""
+    """euler, heun: shift of the times at which the ODE is solved, as diffusion.timesteps.shift."""
     guidance_interval: Optional[tuple[NonNegativeFloat, NonNegativeFloat]] = None
-    """Guide only where the noise level sigma_t / alpha_t lies between the two (arXiv 2404.07724).
+    """Lowest and highest noise level sigma_t / alpha_t with guidance (arXiv 2404.07724); absent:
+    guidance at all.
     """
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> SamplerConfig:
-        if (
-            self.guidance_interval is not None
-            and self.guidance_interval[0] >= self.guidance_interval[1]
-        ):
+        interval = self.guidance_interval
+        if interval is not None and interval[0] >= interval[1]:
             raise ValueError(
-                f"guidance_interval={list(self.guidance_interval)}: the lower noise level "
-                "comes first"
+                f"guidance_interval={list(interval)}: the lower noise level comes first"
             )
         return self
 
 
 class GuideConfig(Section):
-    """A weaker model of the same data, away from which samples are guided, instead of from the null
-    class (arXiv 2406.02507).
+    """Autoguidance (arXiv 2406.02507): guide away from a weaker model of the same data instead of
+    from the null condition.
     """
 
     run: PathText
-    """Run directory; an earlier step of the same run will do."""
+    """Run directory of the weaker model; the same run at an earlier step will do."""
     step: Optional[PositiveInt] = None
-    """Of a complete checkpoint; absent: the newest."""
+    """Step of one of its complete checkpoints; absent: the newest."""
     weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3})$")] = "ema"
+    """Its weights: ema, raw, or a power-function average that it tracks."""
 
 
 Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3}|posthoc_0\.[0-9]{3})$")]
-"""The average, the parameters themselves, a power-function average that the run tracks, or one
-rebuilt from its snapshots.
+"""The EMA, the parameters themselves, a power-function average that the run tracks, or one that is
+reconstructed from its snapshots.
 """
 
 
@@ -77,9 +81,13 @@ def _one_of(known: Mapping[str, object], name: str) -> str:
     raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
-Metric = Annotated[str, AfterValidator(_known_metric)]
+Metric = Annotated[
+    str, AfterValidator(_known_metric), WithJsonSchema({"type": "string", "enum": [*METRICS]})
+]
 """Name of a metric: config/metrics.py."""
-ExtractorKind = Annotated[str, AfterValidator(_known_extractor)]
+ExtractorKind = Annotated[
+    str, AfterValidator(_known_extractor), WithJsonSchema({"type": "string", "enum": [*EXTRACTORS]})
+]
 """Kind of a feature extractor: config/extractors.py."""
 
 
@@ -87,75 +95,89 @@ class ExtractorConfig(Section):
     """A network whose features are compared."""
 
     kind: ExtractorKind
-    """efficientnet_lite0 ships with the package; inception is FID's; timm any network of timm; clip
-    a CLIPModel of transformers.
+    """efficientnet_lite0, which ships with the package; inception, the network of FID; timm, any
+    network of timm; clip, a CLIPModel of transformers.
     """
     name: Optional[Annotated[Name, Field(pattern=r"^[a-z0-9_]+$")]] = None
-    """In the names of its scores: fd_<name>; absent: its kind, or timm's name of the network."""
+    """Suffix of its scores' names: fd_<name>; absent: `kind`, or timm's name of the network."""
     weights: Optional[PathText] = None
-    """A file (inception: .pth; timm: .safetensors), or CLIP's folder as transformers'
-    save_pretrained writes it.
+    """File of its weights (inception: .pth; timm: .safetensors), or folder of a CLIP model as
+    transformers' save_pretrained writes it.
     """
     network: Optional[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.]+$")]] = None
-    """timm's name of it: vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675).  No source
-    before it, such as `hf-hub:`, which would download something.
+    """timm: name of the network, such as vit_large_patch14_dinov2 for FD-DINOv2 (arXiv 2306.04675),
+    without a source such as `hf-hub:`, which would download it.
     """
     side_px: PositiveInt = 224
-    """timm: pictures are resized to this (bicubic, antialiased)."""
+    """timm: side that images are resized to (bicubic, antialiased)."""
 
     @property
     def label(self) -> str:
-        return self.name or (self.network if self.kind == "timm" and self.network else self.kind)
+        """Suffix of its scores' names."""
+        if self.name:
+            return self.name
+        return self.network if self.kind == "timm" and self.network else self.kind
 
 
 class EvaluateConfig(Section):
     """One evaluation protocol: everything that the score depends on."""
 
     name: Name
+    """Name of the protocol, and of the records of its scores."""
     images: PositiveInt
+    """Images that are generated for each score."""
     batch_size: PositiveInt = 64
+    """Images per forward of the denoiser and of the extractors."""
     seed: NonNegativeInt = 0
+    """Seed of noise, classes and captions."""
     repeats: PositiveInt = 1
-    """So many sets of pictures, with seeds from `seed` on: a score is their mean, and its error bar
-    their standard deviation.
+    """Number of image sets, with seeds from `seed` on: a score is their mean, its error bar their
+    standard deviation.
     """
     weights: list[Weights] = ["ema"]
-    """Each is scored; `ema_power_0.050` is one that the run tracks, `posthoc_0.080` one rebuilt
-    from its snapshots.
+    """Weights that are scored, each by itself: ema, raw, a power-function average that the run
+    tracks (`ema_power_0.050`), or one reconstructed from its snapshots (`posthoc_0.080`).
     """
     sampler: SamplerConfig
+    """How images are sampled."""
     guide: Optional[GuideConfig] = None
+    """Weaker model to guide away from; absent: the null condition."""
     guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
-    """1.0 is no guidance; the scales share their noise and classes."""
+    """Guidance scales that are scored, with the same noise and classes; 1.0 is no guidance."""
     extractors: list[ExtractorConfig] = [ExtractorConfig(kind="efficientnet_lite0")]
-    """One pass through the pictures serves them all."""
+    """Networks whose features are compared, computed in one pass over the images."""
     metrics: list[Metric] = ["fd"]
-    """Each is computed for every extractor that gives what it compares (config/metrics.py)."""
+    """Metrics, each computed for every extractor that has what it compares (config/metrics.py)."""
     best: Optional[Name] = None
-    """The score that the best checkpoint is chosen by, as the record calls it, such as fid; that
+    """Score that selects the best checkpoint, by its name in the record, such as fid; that
     checkpoint is not removed.
     """
     patience: PositiveInt = 3
-    """Warn when `best` has been worse than its best for so many evaluations."""
+    """Evaluations without an improvement of `best` before a warning."""
     reference: Union[PathText, list[PathText]]
-    """Real pictures: an image folder or WebDataset tars, as in encode; or statistics: a
-    .safetensors of `lpl-pretrain reference`, or the usual .npz with mu and sigma (fd of inception
-    only).
+    """Real images: an image folder or WebDataset tars, as in encode; or their statistics: a
+    .safetensors file of `lpl-pretrain reference`, or an .npz file with mu and sigma (fd of
+    inception only).
     """
     reference_features: PositiveInt = 50_000
     """Largest number of real images, evenly spaced, that metrics compare one by one (those with
     `compares_images` in config/metrics.py).
     """
     bootstrap: NonNegativeInt = 0
-    """Resamplings for the standard error of fd; 0: none.  With `repeats` the error bars come from
-    those.
+    """Bootstrap resamplings for the standard error of fd; 0: none.  With `repeats` the error bars
+    come from those.
     """
     kid_subsets: PositiveInt = 100
+    """Subsets whose mean is KID."""
     kid_subset_size: PositiveInt = 1000
+    """Images in each of them."""
     on_too_few_images: Literal["warn", "refuse"] = "warn"
-    """What is done about fewer pictures than features, which bias a Frechet distance upwards."""
+    """What to do when there are fewer images than features, which biases a Frechet distance
+    upwards.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the denoiser."""
     keep_images: Literal["none", "png", "npz", "tar"] = "none"
-    """Also write the pictures, beside the record."""
+    """Also save the generated images, beside the record."""
     grid_images: NonNegativeInt = 64
-    """Samples drawn into samples/step_*.png, at the largest guidance scale."""
+    """Images in the grid samples/step_*.png, at the largest guidance scale."""

@@ -18,7 +18,7 @@ from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import dump, load_config, validate
 from lpl_pretrain.config.problems import HANDLED, OF_ITS_KIND, OTHER_KIND
-from lpl_pretrain.config.protocol import EvaluateConfig
+from lpl_pretrain.config.protocol import EvaluateConfig, _known_extractor, _known_metric
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.config.yaml_reader import read_value
 from lpl_pretrain.errors import ConfigError
@@ -216,7 +216,7 @@ def test_many_problems_are_few_lines(path):
 @pytest.mark.parametrize("cls", [TrainConfig, EncodeConfig, EvaluateConfig])
 def test_every_text_is_a_name_a_path_or_one_of_a_few(cls):
     """A field that is added as a plain `str` is found here."""
-    ours = {_checked_name, _checked_path, _expanded_path}
+    ours = {_checked_name, _checked_path, _expanded_path, _known_metric, _known_extractor}
     for path, kind, metadata in leaves(cls):
         constrained = any(
             getattr(part, "func", None) in ours or "pattern=" in repr(part) for part in metadata
