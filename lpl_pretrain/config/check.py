@@ -249,7 +249,7 @@ def optimizer_problems(config: TrainConfig) -> list[str]:
 
 
 def model_problems(config: TrainConfig, index: DatasetIndex) -> list[str]:
-    multiple, kind = config.model.smallest_multiple, config.model.kind
+    multiple, kind = config.model.latent_multiple, config.model.kind
     what = (
         f"model.kind=unet halves latents to 1/{multiple}, which"
         if kind == "unet"

@@ -43,8 +43,8 @@ class EncodeConfig(Section):
     """One encoding of images into latents."""
 
     source: Union[PathText, list[PathText]]
-    """Images: an image folder (`class/name.png`), or WebDataset tars of png/jpg/webp + cls/txt/json,
-    also as `asset:NAME` or fsspec URLs.
+    """Images: an image folder (`class/name.png`), or WebDataset tars of png/jpg/webp +
+    cls/txt/json, also as `asset:NAME` or fsspec URLs.
     """
     output: PathText
     """Folder of the encoded latents."""

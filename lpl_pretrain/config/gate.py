@@ -66,7 +66,9 @@ def _quantile(timesteps: TimestepConfig, u: float) -> float:
 
 @lru_cache(maxsize=8)
 def _noise_levels(kind: ScheduleKind, zero_terminal_snr: bool) -> tuple[float, ...]:
-    """Of every timestep of a discrete schedule (diffusion/schedule.py); empty for a continuous one."""
+    """Noise level of each timestep of a discrete schedule (diffusion/schedule.py); empty for a
+    continuous one.
+    """
     if kind is ScheduleKind.RECTIFIED_FLOW:
         return ()
     steps = range(TIMESTEPS)

@@ -1,5 +1,5 @@
-"""What the Latent Perceptual Loss can be told: which samples, which features, on which scale, how
-much, and how cheaply.
+"""The `lpl` section, the Latent Perceptual Loss: which samples and features it compares, how they
+are normalised, its weight, and its cost.
 
 docs/lpl.md gives the source of every option.
 """
@@ -25,16 +25,16 @@ from lpl_pretrain.config.diffusion import WeightingConfig
 
 
 class GateConfig(Section):
-    """LPL counts a sample only where its one-step estimate is sharp enough to compare. Exactly one
-    of the three is set.
+    """Bound on the noise level of samples that LPL compares: beyond it the one-step estimate is too
+    blurred.  Exactly one of the three is set.
     """
 
     snr_above: Optional[PositiveFloat] = None
-    """alpha_t^2 / sigma_t^2 at least this."""
+    """SNR, alpha_t^2 / sigma_t^2, of at least this."""
     noise_level_below: Optional[PositiveFloat] = None
-    """sigma_t / alpha_t at most this."""
+    """Noise level, sigma_t / alpha_t, of at most this."""
     timestep_below: Optional[PositiveInt] = None
-    """Integer timestep below this (discrete schedules only)."""
+    """Integer timestep less than this (discrete schedules only)."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> GateConfig:
@@ -52,18 +52,18 @@ class GateConfig(Section):
 
 
 class NormalizeConfig(Section):
-    """On which scale the features of the two branches are compared (losses/lpl/normalize.py)."""
+    """Normalisation of both branches' features before their comparison (losses/lpl/normalize.py)."""
 
     over: Literal["space", "channels", "batch"] = "space"
     """Statistics over the positions of a channel, over the channels at a position, or over
     positions and all gated samples.
     """
     source: Literal["prediction", "target", "own"] = "prediction"
-    """Whose statistics normalise both branches, or each branch by its own. The paper: the
-    prediction's.
+    """Branch whose statistics normalise both branches (the paper: the prediction's), or `own`:
+    each branch by its own.
     """
     gradient: bool = True
-    """Whether gradient flows through the prediction's statistics. A replication without it kept
+    """Whether gradients flow through the prediction's statistics.  A replication without it kept
     16-39 % of the gain.
     """
     kind: Literal["std", "l2_norm"] = "std"
@@ -82,26 +82,29 @@ class NormalizeConfig(Section):
 
 
 class OutlierConfig(Section):
-    """Which positions of a feature map are left out of the distance (docs/lpl.md)."""
+    """Positions of a feature map that are masked out of the distance as outliers (docs/lpl.md)."""
 
     quantiles: tuple[
         Annotated[float, Field(gt=0.0, lt=1.0)], Annotated[float, Field(gt=0.0, lt=1.0)]
     ] = (0.02, 0.98)
+    """Lower and upper quantile of a channel's values."""
     margin: NonNegativeFloat = 2.0
-    """Standard deviations added outside the two quantiles."""
+    """Standard deviations beyond the two quantiles that still count as inliers."""
     source: Literal["target", "prediction"] = "target"
+    """Branch whose values define outliers."""
     first_stage: NonNegativeInt = 0
-    """Stages before this one (counted in decoder order, mid is 0) are not masked."""
+    """First stage with a mask, counted in decoder order (mid is 0)."""
     kernels: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 3), (1, 3), (1, 3), (3, 5))
-    """Side of the dilation, then of the erosion of the kept positions, for each stage; the last
-    pair goes for all deeper ones.
+    """Kernel sides of the dilation, then of the erosion, of the mask of inliers, a pair for each
+    stage; the last pair serves all later ones.
     """
     zeroed_in_statistics: bool = False
-    """Masked positions count as zeros in the statistics of normalisation (the public
-    implementation).
+    """Whether masked positions count as zeros in the statistics of the normalisation, as in the
+    public implementation.
     """
     mean_over: Literal["all", "kept"] = "all"
-    """Positions that the sum over a channel is divided by; `kept` is the public implementation's.
+    """Positions whose number divides the sum over a channel; `kept` as in the public
+    implementation.
     """
 
     @model_validator(mode="after")
@@ -119,13 +122,13 @@ class OutlierConfig(Section):
 
 
 class CropConfig(Section):
-    """LPL on a random window of the latent instead of all of it; unit: latent positions."""
+    """LPL on a random square window of each latent instead of all of it; unit: latent positions."""
 
     side: PositiveInt
-    """Side of the square that is compared."""
+    """Side of the window that is compared."""
     halo: NonNegativeInt = 4
-    """Positions around it that go through the decoder as its surroundings and are cut off the
-    feature maps.
+    """Positions around the window that are decoded with it, as context, and cropped off the feature
+    maps.
     """
 
 
@@ -142,73 +145,78 @@ LPL_PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""What each preset changes of the defaults below; keys that a configuration sets itself win."""
+"""Defaults that each preset changes; keys that a configuration sets itself take precedence."""
 
 
 class LPLConfig(Section):
-    """The Latent Perceptual Loss (arXiv 2411.04873); see docs/lpl.md for what is established and
-    what is our reading.
+    """The Latent Perceptual Loss (arXiv 2411.04873); docs/lpl.md says what is established and what
+    is our reading.
     """
 
     preset: Literal["paper", "diffusers_script"] = "paper"
-    """The paper's loss as far as it is known, or the numbers of the one public implementation."""
+    """Defaults of the paper as far as they are known, or of the one public implementation."""
     gate: GateConfig = GateConfig(snr_above=3.0)
+    """Bound on the noise level of the samples that are compared."""
     weight: Optional[PositiveFloat] = None
-    """Explicit weight of LPL in the total loss; or `target_fraction`."""
+    """Weight of LPL in the total loss; or set `target_fraction`."""
     target_fraction: Optional[Annotated[float, Field(ge=0.0, lt=1.0)]] = None
-    """Share of the total loss that LPL should have; its weight is measured over
-    `calibration_steps`, then frozen.
+    """Fraction of the total loss that LPL is to have; its weight is measured over
+    `calibration_steps`, then fixed.
     """
     calibration_steps: PositiveInt = 50
+    """With target_fraction: updates from `start_step` on over which both losses are measured."""
     start_step: Union[NonNegativeInt, Annotated[float, Field(gt=0.0, lt=1.0)]] = 0
     """First step (from 0) with LPL: a whole number of steps, or a fraction of `steps`, such as
     0.875 (rounded down).  A run's resolved configuration holds the number of steps.
     """
     ramp_steps: NonNegativeInt = 0
-    """The weight grows linearly from 0 over this many steps."""
+    """Steps over which the weight grows linearly from 0."""
     noise_weighting: WeightingConfig = WeightingConfig()
-    """How much each noise level counts inside the gate; min_snr is the public implementation's
+    """Weight of each noise level inside the gate; kind min_snr is the public implementation's
     `lpl_scale`.
     """
     stages: Optional[list[Name]] = None
-    """Decoder stages to compare, of `mid`, `up0`, `up1` ...; all of them when absent."""
+    """Decoder stages to compare, of `mid`, `up0`, `up1` ...; absent: all of them."""
     distance: Literal["mse", "l1"] = "mse"
+    """Distance of two feature maps."""
     normalize: Optional[NormalizeConfig] = NormalizeConfig()
-    """null: features are compared as they are."""
+    """Normalisation of the features; null: none."""
     depth_weights: Union[Literal["inverse_resolution", "uniform"], tuple[NonNegativeFloat, ...]] = (
         "inverse_resolution"
     )
-    """omega: 1 / upscaling of each stage, 1, or a list with one number for each compared stage."""
+    """Weight omega of each stage: 1 / its upscaling, 1, or a list with a number for each stage."""
     outliers: Optional[OutlierConfig] = OutlierConfig()
-    """null: no position is left out."""
+    """Mask of outliers; null: none."""
     sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the gated samples that go through the decoder, drawn at random, weighted by its
-    inverse: unbiased and cheaper.
+    """Fraction of the gated samples that is decoded, drawn at random and weighted by its inverse:
+    unbiased and cheaper.
     """
     crop: Optional[CropConfig] = None
+    """Random window that is decoded and compared; absent: the whole latent."""
     decoder: Optional[PathText] = None
-    """Folder of another autoencoder for the same latents, whose (smaller) decoder gives the
-    features; absent: `autoencoder`.
+    """Folder of another autoencoder for the same latents whose (smaller) decoder computes the
+    features; absent: that of `autoencoder`.
     """
     chunk_size: PositiveInt = 8
-    """Samples that are inside the decoder at once; memory does not grow beyond it."""
+    """Samples per forward of the decoder; its memory does not depend on the batch beyond this."""
     activation_checkpointing: bool = True
-    """Keep only the input of each resnet, attention and upsampler, and compute it again in
-    backward.
+    """Keep only the input of each resnet, attention and upsampler of the decoder, and recompute the
+    rest in backward.
     """
     compile: bool = False
-    """torch.compile for the decoder's pieces."""
+    """Compile the decoder's layers (torch.compile)."""
     decoder_precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of the decoder."""
 
     @property
     def first_weighted_step(self) -> int:
-        """The first step whose total loss LPL is a part of."""
+        """First step at which LPL is part of the total loss."""
         assert isinstance(self.start_step, int), "TrainConfig resolves a fraction of its steps"
         return self.start_step + (self.calibration_steps if self.weight is None else 0)
 
     def starting_within(self, steps: int) -> LPLConfig:
-        """With `start_step` in steps of a run of so many; a fraction of them is rounded down, in
-        exact decimal arithmetic.
+        """Copy in which a `start_step` that is a fraction of `steps` is a number of steps, rounded
+        down in exact decimal arithmetic.
         """
         if isinstance(self.start_step, int):
             return self

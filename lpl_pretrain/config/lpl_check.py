@@ -1,5 +1,5 @@
-"""Relations of the `lpl` section with the rest of a run: LPL that never runs, and decoders that do
-not fit.
+"""Relations of the `lpl` section with the rest of a run: LPL that never runs, decoders that do not
+fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIRST_BETA = {
 
 
 def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) -> list[str]:
-    """What of the `lpl` section does not fit the run, its data or its decoder."""
+    """Problems of the `lpl` section with the run, its data or its decoder; one line each."""
     lpl = config.lpl
     if lpl is None:
         return []
@@ -41,7 +41,8 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
         lpl.gate.snr_above**-0.5 if lpl.gate.snr_above else math.inf
     )
     beta = FIRST_BETA.get(config.diffusion.schedule, 0.0)
-    if limit < (least := (beta / (1 - beta)) ** 0.5):
+    least = (beta / (1 - beta)) ** 0.5
+    if limit < least:
         problems = [
             problem for problem in problems if "lpl.gate" not in problem
         ]  # said in more detail here
@@ -74,19 +75,18 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
 
 
 def _never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
-    """Why LPL is configured and yet never a part of the loss."""
+    """Problems by which LPL is configured and yet never part of the loss."""
     steps, start = config.steps, lpl.start_step
     if start >= steps:
         return [
-            f"lpl.start_step={start} with steps={steps}: LPL never runs; start below "
-            "steps, such as "
-            f"lpl.start_step={steps * 7 // 8} or a fraction such as 0.875, or set lpl=null"
+            f"lpl.start_step={start} with steps={steps}: LPL never runs; start below steps, such "
+            f"as lpl.start_step={steps * 7 // 8} or a fraction such as 0.875, or set lpl=null"
         ]
     if lpl.first_weighted_step >= steps:
         return [
             f"lpl.start_step={start} with lpl.calibration_steps={lpl.calibration_steps} and "
-            f"steps={steps}: the weight of lpl.target_fraction={lpl.target_fraction} is known after "
-            f"step {lpl.first_weighted_step}, so that LPL never is a part of the loss; start "
+            f"steps={steps}: the weight of lpl.target_fraction={lpl.target_fraction} is known "
+            f"after step {lpl.first_weighted_step}, so that LPL never is a part of the loss; start "
             "earlier, calibrate over fewer steps, or set lpl.weight"
         ]
     if (
@@ -106,7 +106,7 @@ def _never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
 
 
 def _stage_problems(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
-    """`stages` are those of the decoder in `folder`."""
+    """Problems with stages that the decoder in `folder` does not have; `stages`: those that it has."""
     problems: list[str] = []
     unknown = [stage for stage in lpl.stages or [] if stage not in stages]
     if unknown or lpl.stages == []:

@@ -1,5 +1,5 @@
-"""Which network is trained, and how large: one line of configuration each, all off or absent by
-default.
+"""The `model` section: which denoiser is trained, how large, and with which options, all of which
+are off by default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from lpl_pretrain.config.base import Section
 from lpl_pretrain.config.message import short
-from lpl_pretrain.config.unet import FOLLOWS, argument_problems, settings_problems
+from lpl_pretrain.config.unet import FROM_DATA, argument_problems, settings_problems
 
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """width, depth, heads (arXiv 2212.09748, table 1)."""
@@ -19,32 +19,39 @@ MMDIT_SIZES = {**DIT_SIZES, "2B": (1536, 24, 24), "8B": (2432, 38, 38)}
 
 
 class TransformerConfig(Section):
-    """What the transformers have in common."""
+    """Keys that the transformers have in common."""
 
     SIZES: ClassVar[dict[str, tuple[int, int, int]]] = {}
+    """Preset -> width, depth, heads."""
 
     width: Annotated[int, Field(ge=1, le=65_536)]
+    """Channels of a token."""
     depth: Annotated[int, Field(ge=1, le=1024)]
+    """Number of blocks."""
     heads: PositiveInt
+    """Attention heads; a divisor of `width`."""
     patch_size: Annotated[int, Field(ge=1, le=256)] = 2
+    """Side of a patch in latent positions; a patch is one token."""
     mlp_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = 4.0
+    """Hidden channels of the MLP divided by `width`."""
     qk_norm: bool = False
-    """Normalise queries and keys of each head (arXiv 2302.05442): large models stay stable in bf16.
+    """Normalise queries and keys of each head (arXiv 2302.05442), which keeps large models stable
+    in bf16.
     """
     position_side: Optional[PositiveInt] = None
-    """Side, in patches, of the pictures that positions were learnt at; larger ones are fitted into
-    the same range.
+    """Side, in patches, of the images that the position embedding was trained at; positions of
+    larger images are scaled into the same range.
     """
 
     @property
-    def smallest_multiple(self) -> int:
-        """That the sides of a latent must be a multiple of."""
+    def latent_multiple(self) -> int:
+        """Latent height and width must be divisible by this."""
         return self.patch_size
 
     @model_validator(mode="before")
     @classmethod
-    def _spell_out_the_size(cls, raw: Any) -> Any:
-        return spell_out(raw, cls.SIZES)
+    def _expand_size(cls, raw: Any) -> Any:
+        return expand_size(raw, cls.SIZES)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TransformerConfig:
@@ -71,39 +78,40 @@ class TransformerConfig(Section):
 
     @property
     def mlp_channels(self) -> int:
-        """Hidden channels of the MLP, before a gated one rounds them up."""
+        """Hidden channels of the MLP, before a gated MLP rounds them up."""
         hidden = int(self.width * self.mlp_ratio)
-        return hidden * 2 // 3 if getattr(self, "swiglu", False) else hidden
+        is_gated = getattr(self, "swiglu", False)
+        return hidden * 2 // 3 if is_gated else hidden
 
 
 class DiTConfig(TransformerConfig):
-    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); without further options the
-    published one.
+    """Diffusion transformer with adaLN-Zero (arXiv 2212.09748); the published one unless options
+    are set.
     """
 
     SIZES = DIT_SIZES
 
     kind: Literal["dit"] = "dit"
     size: Optional[Literal["S", "B", "L", "XL"]] = None
-    """Stands for width, depth and heads."""
+    """Preset of width, depth and heads (arXiv 2212.09748, table 1)."""
     rope: bool = False
     """Rotate queries and keys by row and column (arXiv 2104.09864), beside the absolute embedding.
     """
     swiglu: bool = False
     """Gated MLP (arXiv 2002.05202) of two thirds of the hidden width: as many parameters."""
     rms_norm: bool = False
-    """RMSNorm (arXiv 1910.07467) for LayerNorm."""
+    """RMSNorm (arXiv 1910.07467) instead of LayerNorm."""
     text: Optional[Literal["in_context", "cross_attention"]] = None
     """Read the encoders of `conditioning.text_encoders`: as tokens before those of the image
     (in_context), or by a cross-attention in every block.
     """
     learned_sigma: bool = False
-    """Also predict the variance of a sampling step (eps, v; arXiv 2102.09672, section 3.1), as the
-    published checkpoints do.
+    """Also predict the variance of a sampling step (for eps and v; arXiv 2102.09672, section 3.1),
+    as the published checkpoints do.
     """
     timestep_frequencies: Literal["dit", "diffusers"] = "dit"
-    """diffusers' DiT embeds time at slightly other frequencies than the published one; a model for
-    export wants its.
+    """Frequencies of the timestep embedding: those of the published DiT, or the slightly different
+    ones of diffusers' DiT, which a model for export to diffusers needs.
     """
 
     @property
@@ -137,7 +145,7 @@ class MMDiTConfig(TransformerConfig):
 
     kind: Literal["mmdit"] = "mmdit"
     size: Optional[Literal["S", "B", "L", "XL", "2B", "8B"]] = None
-    """Stands for width, depth and heads."""
+    """Preset of width, depth and heads."""
 
     @property
     def reads_text(self) -> bool:
@@ -208,13 +216,15 @@ class UNetConfig(Section):
 
     kind: Literal["unet"] = "unet"
     preset: Literal["ldm", "sd", "sdxl"]
+    """Architecture: of LDM-4, Stable Diffusion 1 or SDXL."""
     settings: dict[str, Any] = {}
-    """Arguments of UNet2DConditionModel that replace the preset's; widths of latents and text
+    """Arguments of UNet2DConditionModel that replace the preset's; channels of latents and text
     follow from the data.
     """
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """Arguments of UNet2DConditionModel: the preset's, replaced by `settings`."""
         given = {key: value for key, value in self.settings.items() if value is not None}
         return {**UNETS[self.preset], **given}
 
@@ -231,33 +241,32 @@ class UNetConfig(Section):
         return self.preset == "sdxl"
 
     @property
-    def smallest_multiple(self) -> int:
-        """That the sides of a latent must be a multiple of."""
+    def latent_multiple(self) -> int:
+        """Latent height and width must be divisible by this."""
         return 2 ** (len(self.arguments["block_out_channels"]) - 1)
 
     @model_validator(mode="after")
-    def _settings_that_follow(self) -> UNetConfig:
-        own = {*FOLLOWS, *(("cross_attention_dim",) if self.reads_text else ())}
-        if taken := sorted(own & self.settings.keys()):
+    def _settings_fit_together(self) -> UNetConfig:
+        from_data = set(FROM_DATA)
+        if self.reads_text:
+            from_data.add("cross_attention_dim")
+        if taken := sorted(from_data & self.settings.keys()):
             raise ValueError(f"settings.{taken[0]}: follows from the data; leave it out")
         if problems := settings_problems(self.settings) or argument_problems(self.arguments):
             raise ValueError("; ".join(f"settings.{problem}" for problem in problems[:3]))
         return self
 
 
-def spell_out(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
-    """`size` as width, depth and heads, which may be given too when they agree."""
-    if (
-        not isinstance(raw, dict)
-        or not isinstance(raw.get("size"), str)
-        or raw["size"] not in sizes
-    ):
+def expand_size(raw: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
+    """Raw section with the width, depth and heads of its `size`; given ones have to agree."""
+    size = raw.get("size") if isinstance(raw, dict) else None
+    if not isinstance(size, str) or size not in sizes:
         return raw
-    meant = dict(zip(("width", "depth", "heads"), sizes[raw["size"]], strict=True))
+    meant = dict(zip(("width", "depth", "heads"), sizes[size], strict=True))
     for key, value in meant.items():
         if raw.get(key, value) != value:
             raise ValueError(
-                f"{key}={short(raw[key])} with size={raw['size']}, which has {value}: leave one of "
+                f"{key}={short(raw[key])} with size={size}, which has {value}: leave one of "
                 "the two out"
             )
     return {**raw, **meant}
@@ -276,4 +285,4 @@ ModelConfig = Annotated[
     ],
     Discriminator(_kind),
 ]
-"""By `kind`, which is dit when absent."""
+"""Section `model`: a class by its `kind`, which is dit when absent."""

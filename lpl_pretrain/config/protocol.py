@@ -33,7 +33,7 @@ class SamplerConfig(Section):
     """euler, heun: shift of the times at which the ODE is solved, as diffusion.timesteps.shift."""
     guidance_interval: Optional[tuple[NonNegativeFloat, NonNegativeFloat]] = None
     """Lowest and highest noise level sigma_t / alpha_t with guidance (arXiv 2404.07724); absent:
-    guidance at all.
+    guidance at all of them.
     """
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""Arguments of diffusers' UNet2DConditionModel that `model.settings` may set: their types, and
-rules between them.
+"""Arguments of diffusers' UNet2DConditionModel that `model.settings` may set: their types, and the
+relations between them.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from lpl_pretrain.config.problems import problems_of
 
 Channels = Annotated[int, Field(ge=1, le=65_536)]
 Layers = Annotated[int, Field(ge=1, le=64)]
-OfLevels = {"min_length": 1, "max_length": 12}
-Heads = Union[Channels, Annotated[tuple[Channels, ...], Field(**OfLevels)]]
+LEVELS = {"min_length": 1, "max_length": 12}
+"""Length of a list with a value for each resolution level."""
+Heads = Union[Channels, Annotated[tuple[Channels, ...], Field(**LEVELS)]]
 ACTIVATIONS = Literal["swish", "silu", "mish", "gelu", "relu"]
-FOLLOWS = ("in_channels", "out_channels", "sample_size", "projection_class_embeddings_input_dim")
-"""Arguments whose values are those of the data."""
+FROM_DATA = ("in_channels", "out_channels", "sample_size", "projection_class_embeddings_input_dim")
+"""Arguments that follow from the data."""
 
 
 class UNetArguments(Section):
-    """Null, as a missing key, stands for the preset's value or diffusers' own default."""
+    """Types of the arguments; null or absent: the preset's value, or diffusers' default."""
 
-    block_out_channels: Optional[Annotated[tuple[Channels, ...], Field(**OfLevels)]] = None
-    down_block_types: Optional[Annotated[tuple[Name, ...], Field(**OfLevels)]] = None
+    block_out_channels: Optional[Annotated[tuple[Channels, ...], Field(**LEVELS)]] = None
+    down_block_types: Optional[Annotated[tuple[Name, ...], Field(**LEVELS)]] = None
     mid_block_type: Optional[Name] = None
-    up_block_types: Optional[Annotated[tuple[Name, ...], Field(**OfLevels)]] = None
-    layers_per_block: Optional[Union[Layers, Annotated[tuple[Layers, ...], Field(**OfLevels)]]] = (
-        None
-    )
+    up_block_types: Optional[Annotated[tuple[Name, ...], Field(**LEVELS)]] = None
+    layers_per_block: Optional[Union[Layers, Annotated[tuple[Layers, ...], Field(**LEVELS)]]] = None
     transformer_layers_per_block: Optional[
-        Union[Layers, Annotated[tuple[Union[Layers, tuple[Layers, ...]], ...], Field(**OfLevels)]]
+        Union[Layers, Annotated[tuple[Union[Layers, tuple[Layers, ...]], ...], Field(**LEVELS)]]
     ] = None
     reverse_transformer_layers_per_block: Optional[
         tuple[Union[Layers, tuple[Layers, ...]], ...]
@@ -40,9 +39,7 @@ class UNetArguments(Section):
     attention_head_dim: Optional[Heads] = None
     num_attention_heads: Optional[Heads] = None
     cross_attention_dim: Optional[Channels] = None
-    only_cross_attention: Optional[Union[bool, Annotated[tuple[bool, ...], Field(**OfLevels)]]] = (
-        None
-    )
+    only_cross_attention: Optional[Union[bool, Annotated[tuple[bool, ...], Field(**LEVELS)]]] = None
     mid_block_only_cross_attention: Optional[bool] = None
     dual_cross_attention: Optional[bool] = None
     use_linear_projection: Optional[bool] = None
@@ -71,7 +68,7 @@ class UNetArguments(Section):
 
 
 def settings_problems(settings: dict[str, Any]) -> list[str]:
-    """What is wrong with single settings."""
+    """Problems of single settings: unknown keys and values of a wrong type."""
     try:
         UNetArguments.model_validate(settings)
     except ValidationError as error:
@@ -80,8 +77,9 @@ def settings_problems(settings: dict[str, Any]) -> list[str]:
 
 
 def argument_problems(arguments: dict[str, Any]) -> list[str]:
-    """What does not fit together; `arguments`: the preset's, replaced by the settings."""
-    channels, groups = list(arguments["block_out_channels"]), arguments.get("norm_num_groups") or 32
+    """Relations that are violated between `arguments`, the preset's replaced by the settings."""
+    channels = list(arguments["block_out_channels"])
+    groups = arguments.get("norm_num_groups") or 32
     problems = [
         f"{key}={short(list(arguments[key]))}: wanted {len(channels)} values, one for each of "
         "block_out_channels"

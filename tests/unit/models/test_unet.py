@@ -111,4 +111,4 @@ def test_sizes_that_were_not_recorded():
 def test_what_follows_from_the_data_is_not_set_by_hand():
     with pytest.raises(ValueError, match="settings.in_channels: follows from the data"):
         UNetConfig(preset="sd", settings={"in_channels": 4})
-    assert UNetConfig(preset="sd").smallest_multiple == 8 and CONFIGS["sdxl"].smallest_multiple == 2
+    assert UNetConfig(preset="sd").latent_multiple == 8 and CONFIGS["sdxl"].latent_multiple == 2
