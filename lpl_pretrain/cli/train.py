@@ -35,18 +35,63 @@ from lpl_pretrain.runtime.world import World
 
 
 def run(config_path: str, overrides: Sequence[str]) -> None:
-    """Ends the process, but for a run that is complete: what engines leave running would otherwise
-    abort it.
+    """Train, and end the process, but for a run that was complete before: what engines leave
+    running would otherwise abort it.
     """
     stop = listen()
     config = load_config(TrainConfig, config_path, overrides)
-    run_dir = RunDir(Path(config.run_dir or f"runs/{config.name}"))
+    run_dir = run_dir_of(config)
     world = World.from_environment()
-    if (words := finished(config, run_dir)) is not None:
+    if (message := finished_message(config, run_dir, world)) is not None:
         if world.rank == 0:
-            clean_finished_run(run_dir, world)
-            print(f"{run_dir.path}: {words}{unscored(config, run_dir)}")
+            print(message)
         return
+    complete = train_run(config, run_dir, world, stop)
+    from lpl_pretrain.runtime import dist
+
+    dist.exit(0 if complete or not stop.interrupted else INTERRUPTED)
+
+
+def train(config: TrainConfig) -> RunDir:
+    """Collective.  Train a run in this process, or resume it; the same as `lpl-pretrain train`.
+
+        run = train(load_config(TrainConfig, "configs/train/emoji_dit.yaml", ["steps=100"]))
+
+    One process trains alone; under torchrun every rank calls it.  Returns the run's folder when all
+    `config.steps` are made, at once for a run that is complete.  Signals are left to the caller:
+    after an interruption the same call resumes from the last checkpoint.  Where the preflight finds
+    a node unfit, the process ends.
+
+    Raises ConfigError, DataError, CheckpointError or another LPLError.  After an error the process
+    group is left as it is: go on in a new process.
+    """
+    run_dir = run_dir_of(config)
+    world = World.from_environment()
+    if finished_message(config, run_dir, world) is None:
+        train_run(config, run_dir, world, StopRequest())
+        from lpl_pretrain.runtime import dist
+
+        dist.shutdown()
+    return run_dir
+
+
+def run_dir_of(config: TrainConfig) -> RunDir:
+    """Folder of a run: `run_dir`, or runs/NAME."""
+    return RunDir(Path(config.run_dir or f"runs/{config.name}"))
+
+
+def finished_message(config: TrainConfig, run_dir: RunDir, world: World) -> str | None:
+    """What to print about a run that is complete, whose leftovers rank 0 removes; None: train."""
+    reason = finished(config, run_dir)
+    if reason is None:
+        return None
+    if world.rank == 0:
+        clean_finished_run(run_dir, world)
+    return f"{run_dir.path}: {reason}{unscored(config, run_dir)}"
+
+
+def train_run(config: TrainConfig, run_dir: RunDir, world: World, stop: StopRequest) -> bool:
+    """Collective.  Check a run, then train it; True when it is complete.  Keeps the group."""
     missing = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
     try:
         data, protocol = accepted(config, run_dir, world)
@@ -67,7 +112,7 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
     from lpl_pretrain.runtime import dist
     from lpl_pretrain.runtime.device import bf16_is_native
     from lpl_pretrain.runtime.log import log, set_up_logging
-    from lpl_pretrain.trainer.loop import train
+    from lpl_pretrain.trainer.loop import train as train_steps
 
     device = run_preflight(
         config,
@@ -97,11 +142,11 @@ def run(config_path: str, overrides: Sequence[str]) -> None:
                 evaluate, run_dir, protocol, device, None, world, stopping=stop.__bool__
             )
         check_ownership = lease.check_ownership if lease else lambda: None
-        complete = train(config, run_dir, world, device, stop, score, check_ownership, begin)
+        complete = train_steps(config, run_dir, world, device, stop, score, check_ownership, begin)
         check_ownership()  # a process that was suspended may find that its heir has made all steps
     if complete:
         log.info("%s: complete", run_dir.path)
-    dist.exit(0 if complete or not stop.interrupted else INTERRUPTED)
+    return complete
 
 
 def listen() -> StopRequest:
