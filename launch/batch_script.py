@@ -18,7 +18,6 @@ from typing import Any
 import submitit
 
 from launch.job import JobSpec
-from launch.profile import ClusterProfile
 from launch.script_checks import (
     check_folder,
     check_script,
@@ -26,6 +25,7 @@ from launch.script_checks import (
     check_working_directory,
 )
 from launch.worker import Worker
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.runtime.source_hash import ROOT, source_hash
 
 LONGEST_JOB_NAME = 100

@@ -19,11 +19,11 @@ import click
 from launch.job import JobSpec
 from launch.job_folder import JobFolder
 from launch.monitor import training_finished
-from launch.profile import ClusterProfile
 from launch.requeue import DONE
 from launch.script_checks import check_setup
 from launch.slurm import job_state
 from launch.submit import submit, submit_or_preview
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.evaluation import check_protocol
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.protocol import EvaluateConfig

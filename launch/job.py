@@ -14,8 +14,8 @@ from typing import Annotated, Literal, Optional
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from launch.job_folder import JobFolder
-from launch.profile import ClusterProfile
 from lpl_pretrain.config.base import Section
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.load import load_config, validate
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from launch.profile import ClusterProfile
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.load import load_config
 
 CLUSTER = click.option("--cluster", required=True, metavar="PROFILE", help="configs/cluster/*.yaml")

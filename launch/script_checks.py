@@ -157,9 +157,9 @@ def _is_expected(line: str) -> bool:
     return value is None or (_is_quoted(value) and len(shlex.split(value)) == 1)
 
 
-def _is_quoted(words: str) -> bool:
-    """Whether no character of `words` has a meaning for a shell."""
+def _is_quoted(text: str) -> bool:
+    """Whether no character of `text` has a meaning for a shell."""
     try:
-        return shlex.join(shlex.split(words)) == words
+        return shlex.join(shlex.split(text)) == text
     except ValueError:
         return False

@@ -18,9 +18,9 @@ from submitit.core.utils import DelayedSubmission
 from launch.batch_script import array_batch_script, batch_script, make_executor, make_worker
 from launch.job import JobRecord, JobSpec, read_spec
 from launch.job_folder import JobFolder
-from launch.profile import ClusterProfile
 from launch.slurm import JOB_ID, job_states, sbatch_error
 from lpl_pretrain import __version__
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.runtime.atomic import atomic_write

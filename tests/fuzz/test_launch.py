@@ -1,5 +1,5 @@
-"""Names, folders and values of any text: a batch script holds our lines only, and a job means what
-was submitted.
+"""Fuzz names, folders and values: batch scripts hold no foreign line, and jobs have the submitted
+configuration.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launch.cli import commands
 from launch.evaluation_jobs import EvaluationWatcher
 from launch.job import JobSpec, read_spec
 from launch.job_folder import JobFolder
-from launch.profile import ClusterProfile
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.encode import EncodeConfig
 from lpl_pretrain.config.load import dump, load_config, validate
 from lpl_pretrain.config.override import as_override
@@ -118,13 +118,11 @@ PLAIN = st.text(
     max_size=20,
 )
 NAMES = st.one_of(HOSTILE, PLAIN)
-ISSUE = "x\ntouch canary #\n"
+LINE_BREAK_ATTACK = "x\ntouch canary #\n"
 
 
 def shape(text: str) -> list[str]:
-    """Of every line of a script what says what it does: an option of sbatch, or the first words of
-    a command.
-    """
+    """Option of sbatch, or first words of the command, of each line of a script."""
     return [re.match(r"#SBATCH --[a-z-]+|#.*|export \w+|\S*", line)[0] for line in text.split("\n")]
 
 
@@ -141,13 +139,13 @@ def profile_of(word: str, value: str) -> ClusterProfile:
 
 @cases(1000)
 @given(NAMES, st.one_of(st.just("gpu"), HOSTILE), NAMES, st.booleans())
-@example(ISSUE, "gpu", "x", False)
+@example(LINE_BREAK_ATTACK, "gpu", "x", False)
 @example("x", "gpu\n#SBATCH --uid=0", "x", False)
-@example("x", "gpu", ISSUE, True)
+@example("x", "gpu", LINE_BREAK_ATTACK, True)
 @example("50%", "gpu", "x", True)
 @example("a\\b", "gpu", "x", False)
-def test_every_line_of_a_script_is_ours(name, word, value, array):
-    def made(folder: Path, profile: ClusterProfile) -> str:
+def test_scripts_hold_no_foreign_line(name, word, value, array):
+    def created(folder: Path, profile: ClusterProfile) -> str:
         spec = JobSpec(
             "train", ["train", "x.yaml", as_override("name", name)], folder, 2, cwd="/home"
         )
@@ -158,11 +156,11 @@ def test_every_line_of_a_script_is_ours(name, word, value, array):
         )
 
     try:
-        text = made(Path("/runs", name.lstrip("/")), profile_of(word, value))
+        text = created(Path("/runs", name.lstrip("/")), profile_of(word, value))
     except LPLError as refusal:
         assert len(str(refusal)) < 1_000
         return
-    assert shape(text) == shape(made(Path("/runs/x"), profile_of(word and "gpu", "x")))
+    assert shape(text) == shape(created(Path("/runs/x"), profile_of(word and "gpu", "x")))
     assert not [c for c in text if not c.isprintable() and c not in "\n\t" and ord(c) < 0xA0]
 
 
@@ -174,17 +172,15 @@ printf '%s' "$X" > "$NOTED.x"
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
-    """Run a script with an srun that notes its arguments; they, $X, and whether anything else was
-    made.
-    """
+    """Function that runs a script: (arguments of srun, $X, files that were created)."""
     folder = tmp_path_factory.mktemp("shell")
     (folder / "srun").write_text(SRUN)
     (folder / "srun").chmod(0o755)
     (folder / "home").mkdir()
-    path, noted = f"{folder}:{os.environ['PATH']}", folder / "noted"
+    path, logged = f"{folder}:{os.environ['PATH']}", folder / "logged"
 
     def run(text: str) -> tuple[list[str], str, list[str]]:
-        environment = {"PATH": path, "NOTED": str(noted), "SLURM_ARRAY_TASK_ID": "0"}
+        environment = {"PATH": path, "NOTED": str(logged), "SLURM_ARRAY_TASK_ID": "0"}
         subprocess.run(
             ["bash", "-s"],
             input=text.encode(),
@@ -193,8 +189,8 @@ def shell(tmp_path_factory):
             check=True,
             capture_output=True,
         )
-        arguments = os.fsdecode(noted.read_bytes()).split("\0")[:-1]
-        return arguments, os.fsdecode(Path(f"{noted}.x").read_bytes()), os.listdir(folder / "home")
+        arguments = os.fsdecode(logged.read_bytes()).split("\0")[:-1]
+        return arguments, os.fsdecode(Path(f"{logged}.x").read_bytes()), os.listdir(folder / "home")
 
     return run
 
@@ -204,9 +200,9 @@ def shell(tmp_path_factory):
 @example(
     'it\'s a "run" #1 $(touch canary) `touch canary` ; touch canary', "$(touch canary)'\"", False
 )
-@example(ISSUE, ISSUE, False)
-def test_a_script_runs_nothing_else_in_a_real_shell(shell, name, value, array):
-    """And what it says arrives: the folder of the task, and the value of a variable."""
+@example(LINE_BREAK_ATTACK, LINE_BREAK_ATTACK, False)
+def test_scripts_run_no_foreign_command(shell, name, value, array):
+    """srun gets the folder of the task, and the variable its value."""
     spec = JobSpec("train", ["train", "x.yaml"], Path("/runs", name.lstrip("/")), 2)
     try:
         profile = profile_of("gpu", value)
@@ -216,23 +212,21 @@ def test_a_script_runs_nothing_else_in_a_real_shell(shell, name, value, array):
         )
     except LPLError:
         return
-    arguments, x, made = shell(text)
-    assert made == [] and x == value
+    arguments, x, created = shell(text)
+    assert created == [] and x == value
     folder = str(links / "%a") if array else str(spec.folder.path)
     assert arguments[-5:] == ["/bin/true", "-u", "-m", "submitit.core._submit", folder]
 
 
-def argv_means(cls, argv: list[str], at: int):
-    """The configuration that `lpl-pretrain` resolves from a command."""
+def resolve_argv(cls, argv: list[str], at: int):
+    """Configuration that `lpl-pretrain` resolves from a command."""
     return load_config(
         cls, argv[at], [word for word in argv[at + 1 :] if not word.startswith("--")]
     )
 
 
-def assert_means(spec: JobSpec, cls, at: int) -> object:
-    """Both the command that is shown and the one that is run, also from their pickle, mean what was
-    submitted.
-    """
+def check_configuration(spec: JobSpec, cls, at: int) -> object:
+    """Check that the printed command and the pickled one resolve to the submitted configuration."""
     with tempfile.TemporaryDirectory() as scratch:
         (stored := Path(scratch, "stored.yaml")).write_text(spec.config, encoding="utf-8")
         submitted = load_config(cls, stored)
@@ -243,7 +237,7 @@ def assert_means(spec: JobSpec, cls, at: int) -> object:
             str(spec.folder.config),
             *(w for w in spec.argv[at + 1 :] if w.startswith("--")),
         ]
-    assert argv_means(cls, spec.argv, at) == submitted
+    assert resolve_argv(cls, spec.argv, at) == submitted
     return submitted
 
 
@@ -272,20 +266,20 @@ OVERRIDES = st.lists(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A profile; and a cluster's sbatch, which is not asked here."""
+    """Folder with a cluster profile."""
     folder = tmp_path_factory.mktemp("configs")
     (folder / "cluster.yaml").write_text("processes_per_node: 1\n")
     return folder
 
 
 def write(path: Path, config) -> str:
-    """A configuration that has text of any kind in it."""
+    """Write a configuration, whose values may be any text."""
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return str(path)
 
 
 def submitted_by(*arguments: str) -> list[JobSpec]:
-    """The orders that `python -m launch` would submit; none when it refuses."""
+    """Jobs that `python -m launch` would submit; none when it refuses."""
     specs: list[JobSpec] = []
 
     def submit(spec, profile):
@@ -327,13 +321,13 @@ def raw_train(name: str, folder: str, run_dir: str | None) -> dict:
     "name",
     ["run #2", "a: b", 'it\'s a "run"', "- x", "null", "1e3", "été \U0001f600", "$(touch canary)"],
 )
-def test_names_that_yaml_would_read_otherwise_are_submitted(files, name):
-    """So that the tests below are about something."""
+def test_names_that_are_special_to_yaml_are_submitted(files, name):
+    """The tests below would otherwise pass if every name were refused."""
     config = write(files / "named.yaml", raw_train(name, name, name))
     (spec,) = submitted_by(
         "train", config, as_override("name", name), "--cluster", str(files / "cluster.yaml")
     )
-    settings = assert_means(spec, TrainConfig, 1)
+    settings = check_configuration(spec, TrainConfig, 1)
     assert (settings.name, settings.data.folder, settings.run_dir) == (
         name,
         name,
@@ -352,9 +346,11 @@ def test_names_that_yaml_would_read_otherwise_are_submitted(files, name):
 @example("run #2", "data", None, [], None)
 @example("a: b", "data", None, [], None)
 @example("x", "data #1", "runs/a: b", ["name=it's #1"], ["a,b", 'c "d" #'])
-@example(ISSUE, "data", None, [], None)
+@example(LINE_BREAK_ATTACK, "data", None, [], None)
 @example("x", "\ufeff", "\x85\u2028", ["run_dir=~"], None)
-def test_a_training_is_what_was_submitted(files, name, folder, run_dir, overrides, swept):
+def test_training_job_has_the_submitted_configuration(
+    files, name, folder, run_dir, overrides, swept
+):
     config = write(files / "train.yaml", raw_train(name, folder, run_dir))
     values = [as_override("", each).removeprefix("=") for each in swept or ()]
     axes = ["--sweep", f"data.folder={','.join(values)}"] if values else []
@@ -362,10 +358,10 @@ def test_a_training_is_what_was_submitted(files, name, folder, run_dir, override
         "train", config, "--cluster", str(files / "cluster.yaml"), *axes, "--", *overrides
     )
     for number, spec in enumerate(specs):
-        settings = assert_means(spec, TrainConfig, 1)
+        settings = check_configuration(spec, TrainConfig, 1)
         assert Path(settings.run_dir or f"runs/{settings.name}") == spec.run_dir
         if axes:
-            assert settings.data.folder == swept[number], "as it was given"
+            assert settings.data.folder == swept[number], "the given value"
         elif not overrides:
             assert (settings.name, settings.data.folder) == (name, folder)
 
@@ -373,8 +369,8 @@ def test_a_training_is_what_was_submitted(files, name, folder, run_dir, override
 @cases(60)
 @given(FOLDERS, FOLDERS, NAMES)
 @example("latents #2", "pictures: all", "x")
-@example(ISSUE, "x", "x")
-def test_an_encoding_is_what_was_submitted(files, output, source, value):
+@example(LINE_BREAK_ATTACK, "x", "x")
+def test_encoding_jobs_have_the_submitted_configuration(files, output, source, value):
     raw = {"source": source, "output": output, "autoencoder": value, "resolution_px": 64}
     config = write(files / "encode.yaml", raw)
     for spec in submitted_by(
@@ -384,7 +380,7 @@ def test_an_encoding_is_what_was_submitted(files, output, source, value):
         "--cluster",
         str(files / "cluster.yaml"),
     ):
-        settings = assert_means(spec, EncodeConfig, 1)
+        settings = check_configuration(spec, EncodeConfig, 1)
         assert Path(settings.output) == spec.run_dir == Path(output).resolve()
         assert (settings.source, settings.autoencoder) == (source, value)
 
@@ -392,8 +388,8 @@ def test_an_encoding_is_what_was_submitted(files, output, source, value):
 @cases(50)
 @given(FOLDERS, FOLDERS, NAMES, OVERRIDES)
 @example("latents #2", "a: b", "run #2", ["steps=7"])
-@example("latents", ISSUE, "x", [])
-def test_a_pipeline_is_what_was_submitted(files, output, run_dir, name, overrides):
+@example("latents", LINE_BREAK_ATTACK, "x", [])
+def test_pipeline_jobs_have_the_submitted_configurations(files, output, run_dir, name, overrides):
     encoding = write(
         files / "e.yaml",
         {"source": "x", "output": output, "autoencoder": "asset:x", "resolution_px": 64},
@@ -410,9 +406,9 @@ def test_a_pipeline_is_what_was_submitted(files, output, run_dir, name, override
     specs = submitted_by("pipeline", *given_files, "--", *overrides)
     assert [spec.kind for spec in specs] in ([], ["encode", "encode", "train"])
     for spec in specs[:-1]:
-        assert assert_means(spec, EncodeConfig, 1).output == str(Path(output).resolve())
+        assert check_configuration(spec, EncodeConfig, 1).output == str(Path(output).resolve())
     for spec in specs[-1:]:
-        settings = assert_means(spec, TrainConfig, 1)
+        settings = check_configuration(spec, TrainConfig, 1)
         assert (
             settings.data.folder == str(Path(output).resolve())
             and Path(settings.run_dir) == spec.run_dir
@@ -422,16 +418,16 @@ def test_a_pipeline_is_what_was_submitted(files, output, run_dir, name, override
 @cases(60)
 @given(NAMES, FOLDERS, NAMES, st.booleans())
 @example("run #2", "real: pictures", "p", True)
-@example(ISSUE, "x", "p", False)
-def test_an_evaluation_is_what_was_submitted(files, run, reference, name, watch):
-    """And those that a watching job submits, one for each checkpoint."""
+@example(LINE_BREAK_ATTACK, "x", "p", False)
+def test_evaluation_jobs_have_the_submitted_configuration(files, run, reference, name, watch):
+    """The same for the evaluation jobs that a watching job submits."""
     raw = {"name": name, "images": 8, "sampler": {"kind": "euler"}, "reference": reference}
     protocol = write(files / "protocol.yaml", raw)
     more = ["--watch"] if watch else []
     given_words = [run, protocol, as_override("reference", reference)]
     arguments = ["evaluate", "--cluster", str(files / "cluster.yaml"), *more, "--", *given_words]
     for spec in submitted_by(*arguments):
-        settings = assert_means(spec, EvaluateConfig, 2)
+        settings = check_configuration(spec, EvaluateConfig, 2)
         assert (settings.name, settings.reference) == (name, reference) and spec.argv[1] == str(
             Path(run).resolve()
         )
@@ -458,13 +454,13 @@ KEYS = ["kind", "part", "argv", "run_dir", "cwd", "nodes", "profile", "at_most",
 @example({"argv": ["-c", "import os"]})
 @example({"part": "../.."})
 @example({"job": "--user=me"})
-@example({"profile": {"setup": [ISSUE]}})
-def test_a_record_is_ours_or_refused(files, changes):
+@example({"profile": {"setup": [LINE_BREAK_ATTACK]}})
+def test_changed_record_is_refused_or_harmless(files, changes):
     folder = JobFolder(files / "run" / "launch")
     folder.path.mkdir(parents=True, exist_ok=True)
     settings = train_config(run_dir=str(folder.run_dir))
     folder.write_config(dump(settings))
-    facts = {
+    record_of_run = {
         "job": "7",
         "kind": "train",
         "part": "",
@@ -473,7 +469,12 @@ def test_a_record_is_ours_or_refused(files, changes):
         "nodes": 1,
     }
     folder.write_record(
-        {**facts, "cwd": "/", "profile": ClusterProfile().model_dump(mode="json"), **changes}
+        {
+            **record_of_run,
+            "cwd": "/",
+            "profile": ClusterProfile().model_dump(mode="json"),
+            **changes,
+        }
     )
     try:
         spec, record = read_spec(folder)
@@ -494,6 +495,6 @@ def test_a_record_is_ours_or_refused(files, changes):
 @example("a: b", "name")
 @example("".join(map(chr, range(0x300))), "name")
 @example("\ufeff\u2028\u2029\x85\U0001f600\U000e0001\ufffe\uffff\udcff", "name")
-def test_text_is_an_override(text, key):
+def test_any_text_can_be_an_override(text, key):
     name, _, value = as_override(key, text).partition("=")
     assert name == key and yaml.safe_load(value) == text == json.loads(value)

@@ -6,7 +6,7 @@ import pytest
 
 from launch.batch_script import array_batch_script, batch_script
 from launch.job import JobSpec
-from launch.profile import ClusterProfile
+from lpl_pretrain.config.cluster import ClusterProfile
 
 NAMES = [
     'it\'s a "run" #1 $(touch canary) `touch canary`; touch canary &',

@@ -1,6 +1,4 @@
-"""`launch sample` hands on what it was given, and refuses what the job would refuse, as far as that
-needs no torch.
-"""
+"""`launch sample` passes its options to the job, and refuses what the job would refuse."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from tests.support.configs import train_config
 
 @pytest.fixture
 def run(tmp_path):
-    """One that predicts flow and has a checkpoint, as far as its names tell."""
+    """Run that predicts flow, with an empty checkpoint."""
     run_dir = RunDir(tmp_path / "a run")
     run_dir.checkpoint(3).mkdir(parents=True)
     (run_dir.checkpoint(3) / "manifest.json").touch()
@@ -37,7 +35,7 @@ def launch(run, *options):
     )
 
 
-def test_the_options_that_were_given_arrive(run):
+def test_given_options_are_passed_to_the_job(run):
     given = [
         "--guidance-interval",
         "0.5",
@@ -53,12 +51,12 @@ def test_the_options_that_were_given_arrive(run):
     ]
     done = launch(run, *given)
     assert done.returncode == 0, done.stderr
-    (told,) = (
+    (command,) = (
         line.partition("lpl_pretrain ")[2]
         for line in done.stdout.splitlines()
         if line.startswith("# python -m lpl_pretrain")
     )
-    arrived = shlex.split(told)
+    arrived = shlex.split(command)
     assert arrived[:2] == ["sample", str(run)]
     chunks = {
         ("--guidance-interval", "0.5", "2.0"),
@@ -71,14 +69,14 @@ def test_the_options_that_were_given_arrive(run):
     assert "kind: euler" in done.stdout and "guidance_interval:\n- 0.5\n- 2.0" in done.stdout
 
 
-def test_one_process_on_one_gpu(run):
+def test_job_has_one_process_and_one_gpu(run):
     lines = launch(run).stdout.splitlines()
     for wanted in ("nodes=1", "ntasks-per-node=1", "gpus-per-node=1", "job-name=a_run-sample"):
         assert f"#SBATCH --{wanted}" in lines, wanted
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--images", "0"], "--images=0: at least 1"),
         (["--sampler", "ddim"], "ddim"),
@@ -88,11 +86,11 @@ def test_one_process_on_one_gpu(run):
         (["--nodes", "2"], "No such option"),
     ],
 )
-def test_what_the_job_would_refuse(run, options, words):
+def test_invalid_options_are_refused_before_submission(run, options, message):
     done = launch(run, *options)
-    assert done.returncode == 2 and words in done.stderr
+    assert done.returncode == 2 and message in done.stderr
 
 
-def test_no_run_no_job(tmp_path, run):
+def test_folder_without_a_run_is_refused(tmp_path, run):
     (run / "config.yaml").unlink()
     assert "not a run directory" in launch(run).stderr

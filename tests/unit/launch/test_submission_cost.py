@@ -1,6 +1,4 @@
-"""Submitting stays cheap on a login node that hundreds share: causes are counted, not seconds
-(docs/cluster.md has those).
-"""
+"""Cost of a submission on a shared login node: imports and hashes are counted, not seconds."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ HEAVY = {
 
 
 def imported(*command, **options) -> set[str]:
-    """Packages that a command of Python loads."""
+    """Packages that a Python command imports."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *map(str, command)],
         cwd=ROOT,
@@ -70,7 +68,7 @@ def config(tmp_path):
     return tmp_path / "train.yaml"
 
 
-def test_a_job_of_64_nodes_is_submitted_without_anything_heavy(config, tmp_path):
+def test_submission_imports_no_heavy_package(config, tmp_path):
     arguments = [
         "train",
         config,
@@ -94,16 +92,16 @@ def test_a_job_of_64_nodes_is_submitted_without_anything_heavy(config, tmp_path)
     written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
     assert len(written) >= 5 and not [
         path for path in written if path.stat().st_mode & stat.S_IWOTH
-    ], "whatever the umask"
+    ], "with any umask"
 
 
-def test_what_is_heavy_is_seen():
+def test_heavy_imports_are_detected():
     assert {"matplotlib", "numpy"} <= imported("-c", "import lpl_pretrain.report.charts") & HEAVY
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_weights_are_hashed_once_for_a_whole_sweep(config, monkeypatch, broken):
-    """Hundreds of megabytes of an autoencoder: more than all the rest of a submission."""
+def test_weights_are_hashed_once_for_a_sweep(config, monkeypatch, broken):
+    """Hashing an autoencoder of hundreds of MB takes longer than the rest of a submission."""
     opened, plain = [], Path.open
     monkeypatch.setattr(
         Path,

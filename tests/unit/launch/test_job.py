@@ -1,4 +1,4 @@
-"""A job's record is read back: `resume` submits what we wrote, or refuses and names the file."""
+"""Records of jobs: `launch resume` submits the same job again, or refuses the record."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from launch.cli import commands
 from launch.job import JobSpec, read_spec
 from launch.job_folder import JobFolder
 from launch.monitor import cancel, status_report
-from launch.profile import ClusterProfile
 from launch.submit import submit
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError
@@ -24,11 +24,11 @@ from tests.support.configs import train_config
 
 @pytest.fixture
 def scheduler(tmp_path, monkeypatch):
-    """sbatch takes everything; all programs note their arguments."""
+    """Programs that log their arguments; sbatch accepts everything."""
     (tmp_path / "bin").mkdir()
     for name in ("sbatch", "squeue", "scancel"):
         line = (
-            f'echo {name} "$@" >> {tmp_path}/asked; '
+            f'echo {name} "$@" >> {tmp_path}/commands; '
             f"{'echo Submitted batch job 4711' if name == 'sbatch' else ':'}"
         )
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -39,7 +39,7 @@ def scheduler(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(scheduler):
-    """A training that was submitted."""
+    """Job folder of a submitted training."""
     run = scheduler / "a run"
     settings = train_config(run_dir=str(run))
     (scheduler / "train.yaml").write_text(dump(settings))
@@ -48,14 +48,16 @@ def folder(scheduler):
     return JobFolder(run / "launch")
 
 
-def asked(scheduler, program):
+def commands_of(scheduler, program):
     return [
-        line for line in (scheduler / "asked").read_text().splitlines() if line.startswith(program)
+        line
+        for line in (scheduler / "commands").read_text().splitlines()
+        if line.startswith(program)
     ]
 
 
-def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
-    """From wherever: also when its configuration's file has changed since, or is gone."""
+def test_resume_submits_the_same_job(folder, scheduler, monkeypatch):
+    """Resume works from any folder, also when the configuration file has been removed."""
     before, record = read_spec(folder)
     (scheduler / "train.yaml").unlink()
     monkeypatch.chdir(folder.path)
@@ -63,7 +65,7 @@ def test_what_was_submitted_is_submitted_again(folder, scheduler, monkeypatch):
     assert after == before and after.cwd == record.cwd != os.getcwd()
     assert make_worker(after, record.profile).argv == ["train", str(folder.config)]
     done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
-    assert done.exit_code == 0 and len(asked(scheduler, "sbatch")) == 2, done.exception
+    assert done.exit_code == 0 and len(commands_of(scheduler, "sbatch")) == 2, done.exception
 
 
 def test_edits_after_the_submission_do_not_reach_the_job(folder, scheduler):
@@ -73,15 +75,15 @@ def test_edits_after_the_submission_do_not_reach_the_job(folder, scheduler):
     assert load_config(TrainConfig, spec.command[1], spec.command[2:]) == submitted
 
 
-def test_a_record_of_an_older_version_is_submitted_again(folder):
-    """It knows no folder in which paths begin, and no configuration was stored beside it."""
-    facts = folder.read_raw_record()
+def test_record_of_an_older_version_is_submitted_again(folder):
+    """Such a record has neither a working directory nor a stored configuration."""
+    record = folder.read_raw_record()
     folder.write_record(
-        {key: value for key, value in facts.items() if key not in ("cwd", "part", "at_most")}
+        {key: value for key, value in record.items() if key not in ("cwd", "part", "at_most")}
     )
     folder.config.unlink()
     spec, _ = read_spec(folder)
-    assert spec.command == spec.argv == facts["argv"] and spec.cwd == os.getcwd()
+    assert spec.command == spec.argv == record["argv"] and spec.cwd == os.getcwd()
 
 
 HOSTILE = [
@@ -119,34 +121,34 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("changes", HOSTILE, ids=str)
-def test_an_edited_record_is_refused(folder, scheduler, changes):
+def test_edited_record_is_refused(folder, scheduler, changes):
     folder.write_record({**folder.read_raw_record(), **changes})
     done = CliRunner().invoke(commands, ["resume", str(folder.run_dir)])
     assert isinstance(done.exception, ConfigError), done.exception
-    assert len(asked(scheduler, "sbatch")) == 1 and not list(scheduler.rglob("PWNED"))
+    assert len(commands_of(scheduler, "sbatch")) == 1 and not list(scheduler.rglob("PWNED"))
 
 
 @pytest.mark.parametrize(
     "text", ["", "{ not", "[1]", "null", "[" * 5_000, b"\xff\xfe", '{"job": {}}'], ids=str
 )
-def test_a_damaged_record_is_named(folder, scheduler, text):
+def test_error_names_a_damaged_record(folder, scheduler, text):
     folder.record_file.write_bytes(text if isinstance(text, bytes) else text.encode())
     for command in ("status", "cancel", "resume", "logs"):
         done = CliRunner().invoke(commands, [command, str(folder.run_dir)])
         assert isinstance(done.exception, ConfigError) and str(folder.record_file) in str(
             done.exception
         ), command
-    assert asked(scheduler, "scancel") == [] and len(asked(scheduler, "sbatch")) == 1
+    assert commands_of(scheduler, "scancel") == [] and len(commands_of(scheduler, "sbatch")) == 1
 
 
-def test_no_option_reaches_the_scheduler_as_a_job(folder, scheduler):
+def test_option_instead_of_a_job_id_is_refused(folder, scheduler):
     folder.write_record({**folder.read_raw_record(), "job": "--user=me"})
     with pytest.raises(ConfigError, match="job='--user=me': wanted the number of a job"):
         cancel(folder.run_dir)
-    assert asked(scheduler, "scancel") == []
+    assert commands_of(scheduler, "scancel") == []
 
 
-def test_a_stored_configuration_of_another_run_is_refused(folder):
+def test_stored_configuration_of_another_run_is_refused(folder):
     folder.config.write_text(dump(train_config(run_dir="/elsewhere")))
     with pytest.raises(ConfigError, match="its command trains in /elsewhere"):
         read_spec(folder)
@@ -155,29 +157,29 @@ def test_a_stored_configuration_of_another_run_is_refused(folder):
         read_spec(folder)
 
 
-def test_a_run_that_was_copied_is_not_the_run(folder, scheduler):
-    """Resumed there, the job would go on with the original."""
+def test_record_of_a_copied_run_is_refused(folder, scheduler):
+    """Resumed there, the job would continue the original run."""
     folder.run_dir.rename(scheduler / "moved")
     with pytest.raises(ConfigError, match="was the run moved or copied"):
         read_spec(JobFolder(scheduler / "moved" / "launch"))
 
 
-def test_shell_of_another_user_is_not_run(folder, monkeypatch):
+def test_record_of_another_user_is_refused(folder, monkeypatch):
     monkeypatch.setattr(job_module.os, "geteuid", lambda: 4321)
     os.chown(folder.record_file, 1234, -1) if os.getuid() == 0 else pytest.skip(
-        "only root gives files away"
+        "only root can change the owner of a file"
     )
     with pytest.raises(ConfigError, match="belongs to another user"):
         read_spec(folder)
 
 
-def test_status_prints_what_a_terminal_does_not_obey(folder):
+def test_status_escapes_control_characters(folder):
     folder.write_record({**folder.read_raw_record(), "argv": ["train", "x\x1b[2J\n"]})
     shown = status_report(folder.run_dir)
     assert "\x1b" not in shown and r"x\x1b[2J\n" in shown
 
 
-def test_damaged_lines_of_a_run_leave_a_status(folder):
+def test_status_ignores_damaged_lines(folder):
     folder.attempts.write_text(
         '{"job": "4711"\n[]\n7\n{"job": "4711"}\n'
         + json.dumps({"job": "1", "reason": "", "requeued": True})

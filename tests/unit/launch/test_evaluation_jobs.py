@@ -1,6 +1,4 @@
-"""The process that submits an evaluation for each checkpoint, against a made-up scheduler; the real
-one is in tests/slurm.
-"""
+"""The process that submits an evaluation for each checkpoint, with a simulated SLURM."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from launch.evaluation_jobs import (
     clear_job_environment,
 )
 from launch.job_folder import JobFolder
-from launch.profile import ClusterProfile
+from lpl_pretrain.config.cluster import ClusterProfile
 from lpl_pretrain.config.load import dump
 from lpl_pretrain.config.rundir import MANIFEST, RunDir
 from lpl_pretrain.errors import ConfigError
@@ -27,7 +25,7 @@ from tests.support.configs import train_config
 
 
 class Scheduler:
-    """Knows jobs until they end."""
+    """Simulated SLURM, which knows jobs until they end."""
 
     def __init__(self):
         self.jobs, self.specs, self.answers, self.refuses = {}, [], True, False
@@ -56,31 +54,31 @@ class Scheduler:
 
 @pytest.fixture
 def scheduler(monkeypatch):
-    found = Scheduler()
-    monkeypatch.setattr(evaluation_jobs, "submit", found.submit)
-    monkeypatch.setattr(evaluation_jobs, "job_state", found.ask)
-    return found
+    fixture = Scheduler()
+    monkeypatch.setattr(evaluation_jobs, "submit", fixture.submit)
+    monkeypatch.setattr(evaluation_jobs, "job_state", fixture.ask)
+    return fixture
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """Of a training of 40 steps, job 1, that runs."""
-    found = RunDir(tmp_path / "run")
-    found.path.mkdir()
-    found.config.write_text(dump(train_config(steps=40)))
-    (found.path / "launch").mkdir()
-    JobFolder(found.path / "launch").write_record({"job": "1"})
-    return found
+    """Run of 40 steps, trained by job 1, which is running."""
+    fixture = RunDir(tmp_path / "run")
+    fixture.path.mkdir()
+    fixture.config.write_text(dump(train_config(steps=40)))
+    (fixture.path / "launch").mkdir()
+    JobFolder(fixture.path / "launch").write_record({"job": "1"})
+    return fixture
 
 
 @pytest.fixture
-def watching(run_dir, scheduler):
+def watcher(run_dir, scheduler):
     scheduler.jobs["1"] = None
-    found = EvaluationWatcher(
+    fixture = EvaluationWatcher(
         run_dir, ["quick.yaml"], "quick", ClusterProfile(), nodes=1, at_most=2
     )
-    yield found
-    found.hold_leases(())
+    yield fixture
+    fixture.hold_leases(())
 
 
 def publish(run_dir, *steps):
@@ -97,11 +95,11 @@ def score(run_dir, step):
     path.write_text(json.dumps(record))
 
 
-def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, run_dir, scheduler):
-    assert not watching.poll() and scheduler.specs == [], "nothing is there yet"
+def test_one_job_for_each_checkpoint_and_at_most_two_at_a_time(watcher, run_dir, scheduler):
+    assert not watcher.poll() and scheduler.specs == [], "there is no checkpoint yet"
     publish(run_dir, 10, 20, 30)
     for _ in range(3):
-        assert not watching.poll()
+        assert not watcher.poll()
     assert scheduler.steps == [10, 20], "two at most"
     assert scheduler.specs[0].argv == [
         "evaluate",
@@ -112,105 +110,103 @@ def test_each_checkpoint_has_one_job_and_no_more_than_asked_at_a_time(watching, 
     ]
     score(run_dir, 10)
     scheduler.end("100")
-    watching.poll()
+    watcher.poll()
     assert scheduler.steps == [10, 20, 30]
     publish(run_dir, 40)
     for step, job in ((20, "101"), (30, "102")):
         score(run_dir, step)
         scheduler.end(job)
-    assert not watching.poll() and scheduler.steps == [10, 20, 30, 40], (
-        "training has ended, but not all is scored"
+    assert not watcher.poll() and scheduler.steps == [10, 20, 30, 40], (
+        "training has ended, but not all checkpoints are scored"
     )
     score(run_dir, 40)
-    assert watching.poll()
+    assert watcher.poll()
 
 
-def test_one_that_begins_again_knows_what_was_submitted(watching, run_dir, scheduler):
+def test_restarted_watcher_knows_the_submitted_jobs(watcher, run_dir, scheduler):
     publish(run_dir, 10, 20)
-    watching.poll()
-    watching.hold_leases(())
-    again = EvaluationWatcher(run_dir, watching.argv, "quick", ClusterProfile(), nodes=1, at_most=5)
+    watcher.poll()
+    watcher.hold_leases(())
+    again = EvaluationWatcher(run_dir, watcher.argv, "quick", ClusterProfile(), nodes=1, at_most=5)
     assert not again.poll() and scheduler.steps == [10, 20]
     again.hold_leases(())
 
 
 @pytest.mark.parametrize("how", ["given up", "cancelled", "lost"])
-def test_training_that_goes_no_further_ends_it(watching, run_dir, scheduler, how):
+def test_watcher_ends_when_training_has_ended(watcher, run_dir, scheduler, how):
     publish(run_dir, 10)
     score(run_dir, 10)
-    assert not watching.poll()
+    assert not watcher.poll()
     folder = JobFolder(run_dir.path / "launch")
     folder.append_attempt({"job": "1", "reason": "stopped in time", "requeued": True})
     del scheduler.jobs["1"]
-    assert not watching.poll(), "an attempt that goes on"
+    assert not watcher.poll(), "the attempt is requeued"
     if how == "lost":
-        assert [watching.poll() for _ in range(MAX_ABSENCES - 1)] == [False] * (
-            MAX_ABSENCES - 2
-        ) + [True]
+        assert [watcher.poll() for _ in range(MAX_ABSENCES - 1)] == [False] * (MAX_ABSENCES - 2) + [
+            True
+        ]
         return
     folder.append_attempt({"job": "1", "reason": how, "requeued": False})
-    assert watching.poll()
+    assert watcher.poll()
     folder.write_record({"job": "2"})
     scheduler.jobs["2"] = None
-    assert not watching.poll(), "resumed: another job, of which nothing has ended"
+    assert not watcher.poll(), "resumed: the new job has not ended"
 
 
-def test_a_scheduler_that_does_not_answer_says_nothing(watching, run_dir, scheduler):
+def test_silent_slurm_says_nothing_about_jobs(watcher, run_dir, scheduler):
     publish(run_dir, 10)
-    watching.poll()
+    watcher.poll()
     scheduler.answers = False
     for _ in range(2 * MAX_ABSENCES):
-        assert not watching.poll()
+        assert not watcher.poll()
     assert scheduler.steps == [10]
     scheduler.answers, scheduler.refuses = True, True
     publish(run_dir, 20)
     with pytest.raises(ConfigError, match="refused"):
         for _ in range(MAX_REFUSALS + 1):
-            assert not watching.poll()
+            assert not watcher.poll()
     scheduler.refuses = False
-    watching.poll()
-    assert scheduler.steps == [10, 20] and watching.refusals == 0
+    watcher.poll()
+    assert scheduler.steps == [10, 20] and watcher.refusals == 0
 
 
 @pytest.mark.parametrize(
     ("reason", "jobs"),
     [("done", MAX_JOBS), (None, MAX_JOBS), ("failed with status 1", 1), ("cancelled", 1)],
 )
-def test_jobs_that_end_without_a_score(watching, run_dir, scheduler, reason, jobs):
-    """Without a word they are tried again, a few times; what was decided stays so, and the others
-    are scored.
-    """
+def test_jobs_that_end_without_a_score_are_retried(watcher, run_dir, scheduler, reason, jobs):
+    """Jobs without a recorded reason are retried a few times; jobs that failed are not."""
     publish(run_dir, 40)
     for _ in range(MAX_JOBS * (MAX_ABSENCES + 2)):
-        over = watching.poll()
+        over = watcher.poll()
         for job in [job for job, spec in scheduler.jobs.items() if spec is not None]:
             if reason is None:
                 del scheduler.jobs[job]
             else:
                 scheduler.end(job, reason)
     assert scheduler.steps == [40] * jobs and over
-    assert watching.leases == {}, "not kept any longer"
+    assert watcher.leases == {}, "no lease is held any longer"
 
 
-def test_what_another_evaluator_works_on_is_left_to_it(watching, run_dir, scheduler):
+def test_checkpoint_of_another_evaluator_is_skipped(watcher, run_dir, scheduler):
     publish(run_dir, 10)
     with Lease(run_dir.evaluation_lease(10, "quick")):
-        assert not watching.poll() and scheduler.specs == []
-    watching.poll()
+        assert not watcher.poll() and scheduler.specs == []
+    watcher.poll()
     assert scheduler.steps == [10]
 
 
-def test_waiting_checkpoints_are_kept_from_retention(watching, run_dir, scheduler):
-    """As long as they wait: their leases are those that checkpoint/manager.py asks for."""
+def test_waiting_checkpoints_are_kept_from_removal(watcher, run_dir, scheduler):
+    """The leases of waiting checkpoints are those that checkpoint/manager.py checks."""
     publish(run_dir, 10, 20, 30)
-    watching.poll()
+    watcher.poll()
     assert sorted(step for step, _ in run_dir.evaluation_leases()) == [10, 20, 30]
     score(run_dir, 20)
-    watching.poll()
+    watcher.poll()
     assert sorted(step for step, _ in run_dir.evaluation_leases()) == [10, 30]
 
 
-def test_the_job_around_it_is_forgotten(monkeypatch):
+def test_variables_of_the_surrounding_job_are_removed(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SBATCH_PARTITION", "gpu")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")

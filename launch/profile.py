@@ -1,5 +1,0 @@
-"""The cluster profile, which lpl_pretrain/config/cluster.py defines beside the other sections."""
-
-from lpl_pretrain.config.cluster import ClusterProfile
-
-__all__ = ["ClusterProfile"]
