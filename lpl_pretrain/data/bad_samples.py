@@ -35,7 +35,7 @@ class BadSampleLog:
         self._lock = threading.Lock()
 
     def reason(self, folder: int, shard: int, row: int | None) -> str | None:
-        """Why a sample is logged as unreadable; None if it is not logged."""
+        """Reason of a logged sample; None if it is not logged."""
         if not self.reasons:
             return None
         return self.reasons.get((folder, shard, None)) or self.reasons.get((folder, shard, row))

@@ -57,7 +57,7 @@ def check_digest(raw: bytes, size: int, sha256: str, path: str) -> None:
 
 
 def _problem(tensors: dict[str, Tensor], entry: TextEntry) -> str | None:
-    """What of `tensors` does not match the encoder's entry in index.json."""
+    """First mismatch of `tensors` with the encoder's entry in index.json, or None."""
     wanted = ["pooled", "tokens"] if entry.pooled_width else ["tokens"]
     if sorted(tensors) != wanted:
         return f"holds {', '.join(sorted(tensors))[:200]}, wanted {' and '.join(wanted)}"

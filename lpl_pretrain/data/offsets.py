@@ -102,7 +102,7 @@ class Offsets:
         return offsets
 
     def range_problem(self, shard_bytes: int) -> str | None:
-        """Which offsets are outside the shard, or outside their sample."""
+        """First offset that is outside the shard or outside its sample, as text, or None."""
         ends = np.concatenate([np.zeros(1, np.int64), self.end])
         overlaps = (self.start < ends[:-1]).any() or (self.end <= self.start).any()
         if overlaps or ends[-1] > shard_bytes:
@@ -193,7 +193,7 @@ def key_at(path: Path, offsets: Offsets, row: int) -> str:
 
 
 def _array_problem(arrays: dict[str, np.ndarray], entry: ShardEntry) -> str | None:
-    """Which array is missing, unknown, or not of the type and shape that `Offsets` documents."""
+    """First array that is missing, unknown, or not as `Offsets` documents it, or None."""
     if missing := FIXED.keys() - arrays.keys():
         return f"has no {sorted(missing)[0]}"
     for name, array in arrays.items():

@@ -173,7 +173,7 @@ class OpenShard:
 
 
 def _text_problem(embedding: CaptionEmbedding, entry: TextEntry) -> str | None:
-    """What of an embedding does not match the encoder's entry in index.json."""
+    """First mismatch of an embedding with the encoder's entry in index.json, or None."""
     num_tokens = len(embedding.tokens)
     if not 0 < num_tokens <= entry.max_tokens:
         return f"has {num_tokens} tokens, wanted 1 to {entry.max_tokens}"

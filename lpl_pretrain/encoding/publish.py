@@ -53,8 +53,8 @@ def publish_new(path: Path, chunks: list[bytes]) -> bool:
 
 
 def _create(path: Path, chunks: list[bytes]) -> bool:
-    """As `publish_new`, without hard links; a kill leaves an incomplete file, which its reader
-    refuses.
+    """Does the same as `publish_new` without hard links; a kill leaves an incomplete file, which its
+    reader refuses.
     """
     try:
         with open(path, "xb", buffering=0) as file:

@@ -31,7 +31,7 @@ def plan_resize_crop(
     shape_px: tuple[int, int],
     crop_fraction: tuple[float, float] | None = None,
 ) -> ResizeCrop:
-    """How an image of `source_px` is brought to `shape_px`.
+    """Plans the resize and crop of an image of `source_px` to `shape_px`.
 
     `crop_fraction`: (row, column) of the crop in [0, 1), from the first to the last possible one;
     None: the center.

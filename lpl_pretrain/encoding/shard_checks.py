@@ -32,7 +32,7 @@ from lpl_pretrain.errors import DataError
 from lpl_pretrain.runtime.log import progress
 
 STATISTICS_TOLERANCE = 1e-6
-"""In standard deviations; the sums in float64 may be in another order."""
+"""Fraction of the standard deviation; the sums in float64 may be in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Check:
 
     name: str
     scope: str
-    """What was checked, such as the number of shards."""
+    """Amount that was checked, such as a number of shards."""
     problems: list[str] = field(default_factory=list)
 
 

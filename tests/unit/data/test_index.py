@@ -121,7 +121,7 @@ def test_every_changed_or_removed_field_is_detected(captioned) -> None:
 
 
 def test_without_the_digest_changes_go_undetected(captioned) -> None:
-    """With a valid digest, other statistics are accepted: nothing else in the file contradicts
+    """Other statistics with a valid digest are accepted: nothing else in the file contradicts
     them.
     """
     folder, _ = captioned

@@ -132,7 +132,7 @@ def sound(folder: Path) -> None:
 
 
 def test_two_configurations_at_once(tmp_path: Path) -> None:
-    """Of two complete encodes one is refused, at any time, and the folder belongs to the other."""
+    """One of two complete encodes is refused, at any time, and the folder belongs to the other."""
     source = image_tar(tmp_path / "x.tar", 6)
     alone = []
     for crop in ("center", "random"):

@@ -108,7 +108,7 @@ def test_kill_at_a_random_moment(uninterrupted, tmp_path: Path, trial: int) -> N
 
 
 def test_kills_land_in_the_middle(uninterrupted, tmp_path: Path) -> None:
-    """In the trials above a kill comes while some parts are recorded and some are not."""
+    """Kills of the trials above come while some parts are recorded and some are not."""
     source, _, seconds = uninterrupted
     config = slow_config(source, tmp_path / "latents")
     pid = start(config)
@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_finished_parts(
 
 
 def test_repeated_keys_and_contradicting_classes_of_two_parts(tmp_path: Path) -> None:
-    """Those of local sources are detected before anything is encoded."""
+    """Repeated keys of local sources are detected before anything is encoded."""
     tars = [
         write_tar(tmp_path / f"{i}.tar", tar_sample(number)) for i, number in enumerate((1, 2, 1))
     ]
