@@ -8,7 +8,6 @@ therefore the same one on every layout of ranks.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,24 +16,19 @@ import torch
 
 from lpl_pretrain.config.check import data_problems
 from lpl_pretrain.config.data_mixture import DataFolders, read_data
-from lpl_pretrain.config.dataset import ShardEntry, contents_of
-from lpl_pretrain.config.paths import is_url
+from lpl_pretrain.config.dataset import contents_of
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.bad_samples import BadSample, BadSampleLog
 from lpl_pretrain.data.batch import LatentBatch, TextEmbeddings, on_device
-from lpl_pretrain.data.cache import CachedStore, LocalStore, Store
 from lpl_pretrain.data.format import NUMPY_DTYPES, CaptionEmbedding
-from lpl_pretrain.data.offsets import SUFFIX
+from lpl_pretrain.data.open_shards import OpenShards
 from lpl_pretrain.data.order import SampleOrder
 from lpl_pretrain.data.prefetch import prefetch_map
-from lpl_pretrain.data.shard import OpenShard, check_size
 from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.log import log
 
 MIN_PREFETCHED_BATCHES = 4
-MAX_OPEN_SHARDS = 768
-"""Below the usual limit of 1,024 open files."""
 MAX_SUBSTITUTES = 100
 """Samples that are tried instead of an unreadable one."""
 INFINITY = {"fp16": 0x7C00, "bf16": 0x7F80}
@@ -90,23 +84,12 @@ class LatentStream:
             lanes=config.lanes,
             shuffle_block_samples=config.shuffle_block_samples,
         )
-        concurrent = [self.order.concurrent_shards(i) for i in range(len(self.folders.paths))]
-        self._max_open_shards = min(2 * sum(concurrent), MAX_OPEN_SHARDS)
-        self._stores = [
-            self._store(path, i, concurrent[i]) for i, path in enumerate(self.folders.paths)
-        ]
-        self._open: dict[tuple[int, int], OpenShard] = {}
-        self._lock = threading.Lock()
         self.bad_samples = BadSampleLog(config, self.folders.indexes)
-        self._prefetched_to = 0
-        self._check_sizes()
+        self.shards = OpenShards(config, self.folders, self.order, self.bad_samples)
 
     def close(self) -> None:
         """Cancels downloads that have not begun, waits for the others, closes open shards."""
-        for store in self._stores:
-            store.close()
-        with self._lock:
-            self._open.clear()
+        self.shards.close()
 
     def location_name(self, location: tuple[int, int, int]) -> str:
         """Name of a stored sample for messages."""
@@ -132,7 +115,7 @@ class LatentStream:
         """The samples with these indices, in this order; all of them must be of one bucket."""
         indices = np.asarray(sample_indices, dtype=np.int64)
         locations = self.order.locate(indices).tuples()
-        self._prefetch_shards(indices)
+        self.shards.prefetch(indices)
         flips = self._flips(indices)
         buckets = {self._bucket(folder, shard) for folder, shard, _ in locations}
         assert len(buckets) <= 1, (
@@ -192,7 +175,7 @@ class LatentStream:
             if self.bad_samples.reason(folder, shard, None):
                 continue
             try:
-                bad_samples = self._shard(folder, shard).verify()
+                bad_samples = self.shards.get(folder, shard).verify()
             except DataError as error:
                 bad_samples = [BadSample(None, str(error))]
             if bad_samples and self.bad_samples.stop_on_error:
@@ -240,7 +223,7 @@ class LatentStream:
         """Reads one sample.  Raises DataError if it is unreadable, or known to be."""
         if reason := self.bad_samples.reason(folder, shard, row):
             raise DataError(reason)
-        opened = self._shard(folder, shard)
+        opened = self.shards.get(folder, shard)
         opened.read_moments(row, flipped, memoryview(buffer))  # type: ignore[arg-type]
         if check_finite and self._not_finite(buffer[None])[0]:
             raise DataError(
@@ -317,70 +300,6 @@ class LatentStream:
         bucket = index.buckets[index.shards[shard].bucket]
         return bucket.height, bucket.width
 
-    def _shard(self, folder: int, shard: int) -> OpenShard:
-        """The shard, opened unless it is open.  Raises DataError if it cannot be opened, and logs
-        it as bad.
-        """
-        if already_open := self._open.get((folder, shard)):
-            return already_open
-        index = self.folders.indexes[folder]
-        entry = index.shards[shard]
-        try:
-            tar, offsets = (self._stores[folder].path(*file) for file in _files(entry))
-            opened = OpenShard(tar, offsets, entry, index)
-        except DataError as error:
-            self.bad_samples.add(folder, shard, None, str(error))
-            raise
-        with self._lock:
-            self._open[folder, shard] = opened
-            if len(self._open) > self._max_open_shards:
-                # the shard opened first; its file is closed when the last reader drops it
-                del self._open[next(iter(self._open))]
-        return opened
-
-    def _prefetch_shards(self, indices: np.ndarray) -> None:
-        """Starts to download the remote shards that are read before every lane has advanced by one
-        block.
-        """
-        if not any(isinstance(store, CachedStore) for store in self._stores):
-            return
-        lanes = self.config.lanes
-        horizon = lanes * self.config.shuffle_block_samples
-        newest = int(indices.max(initial=0))
-        if newest + horizon * 3 // 4 < self._prefetched_to:
-            return
-        self._prefetched_to = newest + horizon
-        distances = np.arange(0, horizon + 1, max(1, horizon // 4))
-        upcoming = self.order.locate((newest + distances[:, None] + np.arange(lanes)).ravel())
-        shards = zip(upcoming.folder.tolist(), upcoming.shard.tolist(), strict=True)
-        for folder, shard in dict.fromkeys(shards):
-            for file in _files(self.folders.indexes[folder].shards[shard]):
-                self._stores[folder].prefetch(*file)
-
-    def _store(self, path: str, folder: int, concurrent_shards: int) -> Store:
-        if not is_url(path):
-            return LocalStore(path)
-        largest = max(entry.bytes for entry in self.folders.indexes[folder].shards)
-        return CachedStore(
-            path,
-            self.config.cache,
-            max_file_bytes=largest,
-            concurrent_files=concurrent_shards,
-        )
-
-    def _check_sizes(self) -> None:
-        """Logs local shards of the wrong size as bad."""
-        for folder, (store, index) in enumerate(
-            zip(self._stores, self.folders.indexes, strict=True)
-        ):
-            if not isinstance(store, LocalStore):
-                continue
-            for shard, entry in enumerate(index.shards):
-                try:
-                    check_size(store.folder / entry.file, entry)
-                except DataError as error:
-                    self.bad_samples.add(folder, shard, None, str(error))
-
 
 def warn_without_digests(folders: DataFolders) -> None:
     """Logs one line, once in a process, for each folder of format 2."""
@@ -408,9 +327,3 @@ def _pad_and_stack(embeddings: list[CaptionEmbedding], width: int) -> TextEmbedd
         torch.tensor(lengths),
         torch.from_numpy(np.stack(pooled)) if pooled else None,
     )
-
-
-def _files(entry: ShardEntry) -> list[tuple[str, str, int]]:
-    """(file, sha256, bytes) of a shard and of its offsets."""
-    offsets = entry.file.removesuffix(".tar") + SUFFIX
-    return [(entry.file, entry.sha256, entry.bytes), (offsets, entry.offsets_sha256, 0)]

@@ -53,7 +53,7 @@ def publish_new(path: Path, chunks: list[bytes]) -> bool:
 
 
 def _create(path: Path, chunks: list[bytes]) -> bool:
-    """Does the same as `publish_new` without hard links; a kill leaves an incomplete file, which its
+    """Does the same as `publish_new` without hard links; a kill leaves a partial file, which its
     reader refuses.
     """
     try:

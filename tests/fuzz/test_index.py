@@ -52,8 +52,8 @@ def paths_of(value: Any, path: tuple = ()) -> list[tuple]:
     ]
 
 
-def refused(problem: DataError, name: str) -> None:
-    text = str(problem)
+def refused(error: DataError, name: str) -> None:
+    text = str(error)
     assert name in text and len(text) < 4000 and "pydantic" not in text
     text.encode()
 
@@ -93,19 +93,19 @@ def with_digests(fields: dict, *, fingerprints: bool) -> dict:
 
 @cases(170)
 @given(
-    place=st.integers(0, 10**6),
+    number=st.integers(0, 10**6),
     action=st.sampled_from(["replace", "replace", "remove", "add"]),
     value=VALUES,
     forged=st.sampled_from(["not", "digest", "digest and fingerprints"]),
 )
-@example(place=0, action="remove", value=None, forged="digest")
-@example(place=818080, action="remove", value=None, forged="digest")
-@example(place=3, action="replace", value=0.5, forged="not")
-@example(place=7, action="replace", value=float("nan"), forged="digest")
-def test_fields(folder: Path, place: int, action: str, value: Any, forged: str) -> None:
+@example(number=0, action="remove", value=None, forged="digest")
+@example(number=818080, action="remove", value=None, forged="digest")
+@example(number=3, action="replace", value=0.5, forged="not")
+@example(number=7, action="replace", value=float("nan"), forged="digest")
+def test_fields(folder: Path, number: int, action: str, value: Any, forged: str) -> None:
     whole = json.loads((folder / "index.json").read_text())
     fields, paths = copy.deepcopy(whole), paths_of(whole)
-    path = paths[place % len(paths)]
+    path = paths[number % len(paths)]
     parent = fields
     for key in path[:-1]:
         parent = parent[key]
@@ -122,8 +122,8 @@ def test_fields(folder: Path, place: int, action: str, value: Any, forged: str) 
     raw = json.dumps(fields).encode()
     try:
         index = parse_index(raw, PATH)
-    except DataError as problem:
-        refused(problem, PATH)
+    except DataError as error:
+        refused(error, PATH)
         return
     assert index.model_dump(mode="json") == json.loads(raw)
     assert forged != "not" or index == parse_index(json.dumps(whole).encode(), PATH)
@@ -138,8 +138,8 @@ def test_bits_of_the_index(folder: Path, position: int, bit: int) -> None:
         assert parse_index(bytes(raw), PATH) == read_index(
             folder
         )  # white space became other white space
-    except DataError as problem:
-        refused(problem, PATH)
+    except DataError as error:
+        refused(error, PATH)
 
 
 @cases(60)
@@ -169,8 +169,11 @@ def read_all(tar: Path, offsets: Path, index: DatasetIndex, sha256: dict[str, st
         assert into.tobytes() in tar.read_bytes()
         shard.read_caption(row)
         for name, text in index.text.items():
-            found = shard.read_text(row, name, text)
-            assert found.tokens.shape[1:] == (text.width,) and np.isfinite(found.floats()).all()
+            embedding = shard.read_text(row, name, text)
+            assert (
+                embedding.tokens.shape[1:] == (text.width,)
+                and np.isfinite(embedding.floats()).all()
+            )
     shard.verify()
 
 
@@ -181,8 +184,8 @@ def check_outcome(tar: Path, offsets: Path, index: DatasetIndex) -> None:
     }
     try:
         read_all(tar, offsets, index, digests)
-    except DataError as problem:
-        refused(problem, tar.name.removesuffix(".tar"))
+    except DataError as error:
+        refused(error, tar.name.removesuffix(".tar"))
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +210,11 @@ def test_bits_of_a_shard_and_its_offsets(
     pair = (changed_tar, offsets) if of_tar else (tar, changed_offsets)
     (changed_tar if of_tar else changed_offsets).write_bytes(raw)
     try:
-        found = [bad.reason for bad in OpenShard(*pair, index.shards[0], index).verify()]
-    except DataError as problem:
-        found = [str(problem)]
-    assert found and all(
-        (changed_tar if of_tar else changed_offsets).name in reason for reason in found
+        reasons = [bad.reason for bad in OpenShard(*pair, index.shards[0], index).verify()]
+    except DataError as error:
+        reasons = [str(error)]
+    assert reasons and all(
+        (changed_tar if of_tar else changed_offsets).name in reason for reason in reasons
     )
 
 
@@ -234,8 +237,8 @@ def test_a_changed_shard_with_a_valid_digest(
     check_outcome(changed, offsets, read_index(folder))
     try:
         scan_shard(changed)
-    except DataError as problem:
-        refused(problem, changed.name)
+    except DataError as error:
+        refused(error, changed.name)
 
 
 NUMBERS = st.one_of(
@@ -262,7 +265,7 @@ def test_changed_offsets_with_a_valid_digest(
     index = read_index(folder)
     whole = Offsets.read(offsets, index.shards[0])
     arrays = {field: getattr(whole, field).copy() for field in FIXED}
-    arrays |= {f"member/{extension}": places.copy() for extension, places in whole.members.items()}
+    arrays |= {f"member/{extension}": spans.copy() for extension, spans in whole.members.items()}
     array = arrays.setdefault(name, np.zeros(len(whole), np.int64))
     if action == "drop":
         del arrays[name]

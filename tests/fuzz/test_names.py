@@ -209,12 +209,12 @@ def test_packages_and_assets_stay_in_their_folder(name, inner, kind):
     """No package is imported."""
     before = set(sys.modules)
     try:
-        found = resolve_path(f"{kind}{name}/{inner}")
+        resolved = resolve_path(f"{kind}{name}/{inner}")
     except LPLError as error:
         check_error_message(error)
     else:
         folder = ASSETS if kind == "asset:" else Path(sys.modules[name].__file__).parent
-        assert Path(os.path.normpath(found)).is_relative_to(folder) and found.exists()
+        assert Path(os.path.normpath(resolved)).is_relative_to(folder) and resolved.exists()
     assert set(sys.modules) == before
 
 

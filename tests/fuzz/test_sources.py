@@ -51,8 +51,8 @@ def items_of(tar: Path) -> list[SourceImage | BadImage]:
         json.dumps(item.fingerprint())
         try:
             pixels = item.load()
-        except DataError as problem:
-            assert item.origin in str(problem) and len(str(problem)) < 2000
+        except DataError as error:
+            assert item.origin in str(error) and len(str(error)) < 2000
         else:
             assert (
                 pixels.ndim == 3
@@ -231,8 +231,8 @@ def test_images(
     is_whole = not edits and not cut
     try:
         pixels = decode_image(bytes(raw[: len(raw) - cut]), "here.png")
-    except LPLError as problem:
-        assert not is_whole and str(problem).startswith("here.png: ") and len(str(problem)) < 1000
+    except LPLError as error:
+        assert not is_whole and str(error).startswith("here.png: ") and len(str(error)) < 1000
         return
     assert (
         pixels.dtype == np.uint8

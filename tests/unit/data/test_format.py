@@ -65,10 +65,10 @@ def full_sample(key: str = "a") -> Sample:
 def test_round_trip(tmp_path: Path) -> None:
     names = ["a", "class/b", "ünïcode/👩‍🚀", "long/" + "x" * 150]
     path = write_shard(tmp_path, *(packed(key, number) for number, key in enumerate(names)))
-    found = scan_shard(path)
-    assert list(found) == names
+    samples = scan_shard(path)
+    assert list(samples) == names
     raw = path.read_bytes()
-    for number, members in enumerate(found.values()):
+    for number, members in enumerate(samples.values()):
         offset, size = members["moments.npy"]
         assert np.array_equal(np.load(io.BytesIO(raw[offset : offset + size])), moments(number))
         assert raw[slice(members["cls"][0], sum(members["cls"]))] == str(number).encode()
@@ -96,8 +96,8 @@ def test_offsets_equal_a_walk_of_the_tar(tmp_path: Path) -> None:
             offsets.moments[row] == members["moments.npy"][0] and key_at(path, offsets, row) == key
         )
         assert offsets.label[row] == (-1 if key == "m" else 1)
-        for extension, places in offsets.members.items():
-            assert tuple(places[row]) == members.get(extension, (-1, -1))
+        for extension, spans in offsets.members.items():
+            assert tuple(spans[row]) == members.get(extension, (-1, -1))
     assert set(offsets.members) == {
         "moments_flipped.npy",
         "text_minilm.npy",
@@ -122,16 +122,16 @@ def test_webdataset_reads_the_same(tmp_path: Path) -> None:
 
 def test_webdataset_reads_every_member(tmp_path: Path) -> None:
     wanted = full_sample()
-    (found,) = webdataset.WebDataset(
+    (sample,) = webdataset.WebDataset(
         str(write_shard(tmp_path, pack_sample(wanted)[0])), shardshuffle=False
     ).decode()
     assert (
-        np.array_equal(found["moments_flipped.npy"], wanted.flipped)
-        and found["txt"] == wanted.caption
+        np.array_equal(sample["moments_flipped.npy"], wanted.flipped)
+        and sample["txt"] == wanted.caption
     )
     text = wanted.text["minilm"]
     restored = CaptionEmbedding(
-        found["text_minilm.npy"], found["text_minilm_scale.npy"], found["text_minilm_pooled.npy"]
+        sample["text_minilm.npy"], sample["text_minilm_scale.npy"], sample["text_minilm_pooled.npy"]
     )
     assert np.array_equal(restored.floats(), text.floats()) and np.array_equal(
         restored.pooled, text.pooled
@@ -143,8 +143,8 @@ def test_bfloat16_is_stored_as_bits(tmp_path: Path) -> None:
     path = write_shard(
         tmp_path, pack_sample(Sample("a", values.view(torch.int16).numpy().view("<u2")))[0]
     )
-    (found,) = webdataset.WebDataset(str(path), shardshuffle=False).decode()
-    assert torch.equal(torch.from_numpy(found["moments.npy"]).view(torch.bfloat16), values)
+    (sample,) = webdataset.WebDataset(str(path), shardshuffle=False).decode()
+    assert torch.equal(torch.from_numpy(sample["moments.npy"]).view(torch.bfloat16), values)
 
 
 def test_a_caption_of_77_tokens_at_width_384_costs_less_than_32_kb() -> None:
@@ -176,8 +176,8 @@ def test_the_tar_command_reads_it(tmp_path: Path) -> None:
 
 def test_no_label_no_caption(tmp_path: Path) -> None:
     path = write_shard(tmp_path, pack_sample(Sample("a", moments(0)))[0])
-    (found,) = webdataset.WebDataset(str(path), shardshuffle=False).decode()
-    assert found["cls"] == -1 and "txt" not in found
+    (sample,) = webdataset.WebDataset(str(path), shardshuffle=False).decode()
+    assert sample["cls"] == -1 and "txt" not in sample
 
 
 def test_bytes_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,17 +21,19 @@ def lanes(
     return LaneOrder(sizes, seed, name, lanes=lanes, shuffle_block_samples=block)
 
 
-def flat(order: LaneOrder, counts: np.ndarray) -> np.ndarray:
+def flat(order: LaneOrder, indices: np.ndarray) -> np.ndarray:
     """Positions in storage order."""
-    shards, rows = order.locate(counts)
+    shards, rows = order.locate(indices)
     assert (rows >= 0).all() and (rows < order.sizes[shards]).all()
     return (np.cumsum(order.sizes) - order.sizes)[shards] + rows
 
 
 @pytest.mark.parametrize("sizes", [SIZES, [1], [1] * 40, [400], [5, 300], [3] * 67], ids=str)
-@pytest.mark.parametrize(("count", "block"), [(1, 1), (1, 8), (4, 8), (7, 3), (16, 1), (3, 1000)])
-def test_every_epoch_has_every_sample_once(sizes: list[int], count: int, block: int) -> None:
-    order = lanes(lanes=count, block=block, sizes=sizes)
+@pytest.mark.parametrize(
+    ("num_lanes", "block"), [(1, 1), (1, 8), (4, 8), (7, 3), (16, 1), (3, 1000)]
+)
+def test_every_epoch_has_every_sample_once(sizes: list[int], num_lanes: int, block: int) -> None:
+    order = lanes(lanes=num_lanes, block=block, sizes=sizes)
     epochs = flat(order, np.arange(4 * order.samples)).reshape(4, -1)
     assert (np.sort(epochs, axis=1) == np.arange(order.samples)).all()
     if order.samples > 30 and block > 1:
@@ -40,8 +42,8 @@ def test_every_epoch_has_every_sample_once(sizes: list[int], count: int, block: 
 
 def test_does_not_depend_on_earlier_calls() -> None:
     order, wanted = lanes(), flat(lanes(), np.arange(1000))
-    counts = np.random.default_rng(0).permutation(1000)
-    assert np.array_equal(flat(order, counts), wanted[counts])
+    indices = np.random.default_rng(0).permutation(1000)
+    assert np.array_equal(flat(order, indices), wanted[indices])
 
 
 def test_seed_name_and_epoch_change_it() -> None:

@@ -28,30 +28,31 @@ def order():
     return SampleOrder(folders, 7, SIZE, lanes=2, shuffle_block_samples=4)
 
 
-def batch(order, counts):
-    found, nothing = order.locate(counts), torch.zeros(0)
-    places = list(zip(found.folder.tolist(), found.shard.tolist(), found.row.tolist(), strict=True))
-    return LatentBatch(nothing, nothing, torch.tensor(counts), nothing, locations=places)
+def batch(order, indices):
+    empty = torch.zeros(0)
+    locations = order.locate(indices).tuples()
+    return LatentBatch(empty, empty, torch.tensor(indices), empty, locations=locations)
 
 
-def train(run_dir, order, history=HISTORY, take=lambda step, rank, counts: counts):
+def train(run_dir, order, history=HISTORY, take=lambda step, rank, indices: indices):
     for number, (first, last, ranks) in enumerate(history):
         for rank in range(ranks):
             ledger = Ledger(run_dir.ledger(rank), f"start {number}", first)
             for step in range(first + 1, last + 1):
-                counts = list(range((step - 1) * SIZE + rank, step * SIZE, ranks))
-                counts = take(step, rank, counts)
-                ledger.write(step, [batch(order, counts[:1]), batch(order, counts[1:])])
+                indices = list(range((step - 1) * SIZE + rank, step * SIZE, ranks))
+                indices = take(step, rank, indices)
+                ledger.write(step, [batch(order, indices[:1]), batch(order, indices[1:])])
             ledger.close()
 
 
 def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
     run_dir = RunDir(tmp_path)
     train(run_dir, order)
-    found = audit(run_dir, order, SIZE)
-    assert found.problems == []
-    assert (found.steps, found.starts, found.repeated_updates, found.substitutes) == (9, 3, 2, 0)
-    assert (found.min_reads, found.max_reads) == (9 * SIZE // SAMPLES, 9 * SIZE // SAMPLES), (
+    result = audit(run_dir, order, SIZE)
+    assert result.problems == []
+    counts = (result.steps, result.starts, result.repeated_updates, result.substitutes)
+    assert counts == (9, 3, 2, 0)
+    assert (result.min_reads, result.max_reads) == (9 * SIZE // SAMPLES, 9 * SIZE // SAMPLES), (
         "three epochs"
     )
 
@@ -60,15 +61,17 @@ def test_restarts_on_other_layouts_miss_and_repeat_nothing(tmp_path, order):
     ("take", "message"),
     [
         (
-            lambda step, rank, counts: counts[1:] if (step, rank) == (3, 1) else counts,
+            lambda step, rank, indices: indices[1:] if (step, rank) == (3, 1) else indices,
             "update 3: 1 samples missed, such as 17",
         ),
         (
-            lambda step, rank, counts: [*counts, counts[0]] if (step, rank) == (2, 0) else counts,
+            lambda step, rank, indices: (
+                [*indices, indices[0]] if (step, rank) == (2, 0) else indices
+            ),
             "update 2: 1 samples read twice",
         ),
         (
-            lambda step, rank, counts: [0, *counts[1:]] if (step, rank) == (4, 0) else counts,
+            lambda step, rank, indices: [0, *indices[1:]] if (step, rank) == (4, 0) else indices,
             "update 4: 1 samples of another",
         ),
     ],
@@ -104,8 +107,8 @@ def train_with_jumps(run_dir, order, history, ranks=2):
             )
             for step in range(start["first"] + 1, start["last"] + 1):
                 position = step - 1 + start.get("taken", jump)
-                counts = list(range(position * SIZE + rank, (position + 1) * SIZE, ranks))
-                ledger.write(step, [batch(order, counts)])
+                indices = list(range(position * SIZE + rank, (position + 1) * SIZE, ranks))
+                ledger.write(step, [batch(order, indices)])
             ledger.close()
 
 
@@ -116,11 +119,11 @@ def train_with_jumps(run_dir, order, history, ranks=2):
 )
 def test_a_rollback_jumps_over_samples(tmp_path, order, starts, steps, again):
     train_with_jumps(RunDir(tmp_path), order, ROLLBACK[:starts])
-    found = audit(RunDir(tmp_path), order, SIZE)
-    assert found.problems == []
-    assert (found.steps, found.starts, found.jump_updates) == (steps, starts, 3)
-    assert found.rollbacks == (2 if starts == 5 else 1)
-    assert found.repeated_updates == again
+    result = audit(RunDir(tmp_path), order, SIZE)
+    assert result.problems == []
+    assert (result.steps, result.starts, result.jump_updates) == (steps, starts, 3)
+    assert result.rollbacks == (2 if starts == 5 else 1)
+    assert result.repeated_updates == again
 
 
 @pytest.mark.parametrize(
@@ -168,8 +171,8 @@ def test_a_torn_line_affects_no_other(tmp_path, order):
     ledger = Ledger(file, "last", 2)
     ledger.write(3, [batch(order, list(range(16, 24)))])
     ledger.close()
-    found = audit(RunDir(tmp_path), order, SIZE)
-    assert found.problems == [] and found.steps == 3
+    result = audit(RunDir(tmp_path), order, SIZE)
+    assert result.problems == [] and result.steps == 3
 
 
 def test_late_lines_of_a_suspended_rank_belong_to_its_own_start(tmp_path, order):
@@ -179,8 +182,8 @@ def test_late_lines_of_a_suspended_rank_belong_to_its_own_start(tmp_path, order)
     for rank, ledger in enumerate(suspended):
         ledger.write(1, [batch(order, list(range(rank, SIZE, 2)))])
         ledger.close()
-    found = audit(run_dir, order, SIZE)
-    assert found.problems == [] and (found.starts, found.repeated_updates) == (2, 1)
+    result = audit(run_dir, order, SIZE)
+    assert result.problems == [] and (result.starts, result.repeated_updates) == (2, 1)
 
 
 def test_lines_of_older_versions_do_not_name_their_start(tmp_path, order):
@@ -191,8 +194,8 @@ def test_lines_of_older_versions_do_not_name_their_start(tmp_path, order):
             if "samples" in line:
                 del line["start"]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = audit(RunDir(tmp_path), order, SIZE)
-    assert found.problems == [] and (found.starts, found.repeated_updates) == (3, 2)
+    result = audit(RunDir(tmp_path), order, SIZE)
+    assert result.problems == [] and (result.starts, result.repeated_updates) == (3, 2)
 
 
 def test_without_a_ledger(tmp_path, order):

@@ -12,7 +12,7 @@ from lpl_pretrain.config.dataset import MIX_CYCLE_SAMPLES
 from lpl_pretrain.data.mixture import BucketSchedule, Mixture, quotas
 
 
-def shares(*weights: float) -> list[Fraction]:
+def fractions(*weights: float) -> list[Fraction]:
     return [Fraction(repr(weight)) for weight in weights]
 
 
@@ -20,29 +20,31 @@ def shares(*weights: float) -> list[Fraction]:
     "weights", [(1,), (1, 1), (0.7, 0.2, 0.1), (1, 4095), (0.3333, 0.3333, 0.3334), (5, 3, 2, 2, 1)]
 )
 def test_every_cycle_has_the_exact_fractions(weights: tuple[float, ...]) -> None:
-    quota = quotas(shares(*weights))
+    quota = quotas(fractions(*weights))
     assert quota.sum() == MIX_CYCLE_SAMPLES
     assert np.abs(quota - np.array(weights) / sum(weights) * MIX_CYCLE_SAMPLES).max() < 1
-    streams, inside = Mixture(shares(*weights), 0, "mix").assign(np.arange(3 * MIX_CYCLE_SAMPLES))
-    for stream, share in enumerate(quota):
+    streams, inside = Mixture(fractions(*weights), 0, "mix").assign(
+        np.arange(3 * MIX_CYCLE_SAMPLES)
+    )
+    for stream, size in enumerate(quota):
         mine = streams == stream
-        assert mine.reshape(3, -1).sum(axis=1).tolist() == [share] * 3
+        assert mine.reshape(3, -1).sum(axis=1).tolist() == [size] * 3
         assert inside[mine].tolist() == list(
-            range(3 * share)
+            range(3 * size)
         )  # each stream is read in its own order, without a gap
 
 
 def test_folders_are_interleaved() -> None:
-    streams, _ = Mixture(shares(0.5, 0.5), 0, "mix").assign(np.arange(MIX_CYCLE_SAMPLES))
+    streams, _ = Mixture(fractions(0.5, 0.5), 0, "mix").assign(np.arange(MIX_CYCLE_SAMPLES))
     windows = (streams == 0).reshape(-1, 64).mean(axis=1)
     assert windows.min() > 0.2 and windows.max() < 0.8 and len(set(windows.tolist())) > 5
 
 
 def test_a_mixture_at_any_index() -> None:
-    wanted = Mixture(shares(3, 1), 5, "mix").assign(np.arange(20_000))
-    counts = np.random.default_rng(0).permutation(20_000)
-    got = Mixture(shares(3, 1), 5, "mix").assign(counts)
-    assert all(np.array_equal(g, w[counts]) for g, w in zip(got, wanted, strict=True))
+    wanted = Mixture(fractions(3, 1), 5, "mix").assign(np.arange(20_000))
+    indices = np.random.default_rng(0).permutation(20_000)
+    got = Mixture(fractions(3, 1), 5, "mix").assign(indices)
+    assert all(np.array_equal(g, w[indices]) for g, w in zip(got, wanted, strict=True))
 
 
 def bucket_schedule(samples: list[int], batch: int, seed: int = 0) -> BucketSchedule:
@@ -80,9 +82,9 @@ def test_one_bucket_per_global_batch() -> None:
 
 def test_buckets_at_any_index() -> None:
     wanted = bucket_schedule([300, 200, 100], 16).assign(np.arange(16 * 500))
-    for first, share in itertools.product((0, 16 * 77, 16 * 301), (1, 2, 4, 16)):
+    for first, size in itertools.product((0, 16 * 77, 16 * 301), (1, 2, 4, 16)):
         schedule = bucket_schedule([300, 200, 100], 16)
-        pieces = [schedule.assign(np.arange(n, n + share)) for n in range(first, 16 * 320, share)]
+        pieces = [schedule.assign(np.arange(n, n + size)) for n in range(first, 16 * 320, size)]
         for i in (0, 1):
             assert np.array_equal(
                 np.concatenate([piece[i] for piece in pieces]), wanted[i][first : 16 * 320]
@@ -103,7 +105,7 @@ def test_a_single_bucket_ignores_the_batch_size() -> None:
 
 
 def test_the_schedule_never_changes() -> None:
-    streams, _ = Mixture(shares(0.5, 0.3, 0.2), 0, "mix").assign(np.arange(16))
+    streams, _ = Mixture(fractions(0.5, 0.3, 0.2), 0, "mix").assign(np.arange(16))
     assert streams.tolist() == [0, 2, 0, 2, 2, 0, 0, 1, 2, 0, 2, 0, 2, 0, 0, 0]
     buckets, _ = bucket_schedule([30, 20, 10], 4).assign(np.arange(0, 64, 4))
     assert buckets.tolist() == [0, 2, 0, 0, 1, 1, 0, 0, 0, 1, 2, 1, 0, 1, 0, 1]

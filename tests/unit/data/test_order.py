@@ -42,8 +42,8 @@ def order_of(
     return SampleOrder(data, seed, batch, lanes=lanes, shuffle_block_samples=block)
 
 
-def table(places: Locations) -> np.ndarray:
-    return np.stack([places.folder, places.shard, places.row], axis=1)
+def table(locations: Locations) -> np.ndarray:
+    return np.stack([locations.folder, locations.shard, locations.row], axis=1)
 
 
 @pytest.mark.parametrize("data", [one_folder, bucketed, mixed], ids=lambda f: f.__name__)
@@ -63,14 +63,14 @@ def test_same_samples_for_any_layout(data) -> None:
         for batch in (24, 48, 96)
     }
     for batch, ranks, accumulation, resumed in layouts:
-        share = batch // ranks // accumulation
+        size = batch // ranks // accumulation
         orders = [order_of(folders, batch=batch) for _ in range(ranks)]
         got = np.full((total, 3), -1)
         for start in range(resumed, total, batch):
             for rank, micro in itertools.product(reversed(range(ranks)), range(accumulation)):
-                first = start + (rank * accumulation + micro) * share
-                counts = np.arange(first, first + share)
-                got[counts] = table(orders[rank].locate(counts))
+                first = start + (rank * accumulation + micro) * size
+                indices = np.arange(first, first + size)
+                got[indices] = table(orders[rank].locate(indices))
         assert np.array_equal(got[resumed:], wanted[batch][resumed:]), (
             batch,
             ranks,
@@ -97,7 +97,7 @@ def test_uneven_shards_and_one_giant_shard(sizes: list[int]) -> None:
     """
     order, total = order_of(one_folder(sizes)), sum(sizes)
     epochs = table(order.locate(np.arange(3 * total))).reshape(3, total, 3)
-    assert all(len({tuple(place) for place in epoch.tolist()}) == total for epoch in epochs)
+    assert all(len({tuple(location) for location in epoch.tolist()}) == total for epoch in epochs)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -110,10 +110,10 @@ def test_fewer_samples_than_ranks(samples: int) -> None:
 def test_one_bucket_per_batch_and_every_sample_read() -> None:
     data = bucketed()
     order, shards = order_of(data, batch=8), data.indexes[0].shards
-    places = order.locate(np.arange(8 * 324))  # 324 samples: eight epochs
-    buckets = np.array([shards[shard].bucket for shard in places.shard]).reshape(-1, 8)
+    locations = order.locate(np.arange(8 * 324))  # 324 samples: eight epochs
+    buckets = np.array([shards[shard].bucket for shard in locations.shard]).reshape(-1, 8)
     assert (buckets == buckets[:, :1]).all()
-    counts = Counter(map(tuple, table(places).tolist()))
+    counts = Counter(map(tuple, table(locations).tolist()))
     assert len(counts) == 324 and max(counts.values()) - min(counts.values()) <= 2
 
 
@@ -123,19 +123,24 @@ def test_folders_by_weight_within_every_cycle() -> None:
         "b": simulated_index("b", {SQUARE: [20]}),
     }
     order = order_of(simulated_folders({"a": 3.0, "b": 1.0}, indexes))
-    places = order.locate(np.arange(2 * MIX_CYCLE_SAMPLES))
-    assert (places.folder == 1).reshape(2, -1).sum(axis=1).tolist() == [MIX_CYCLE_SAMPLES // 4] * 2
-    rows = Counter(places.row[places.folder == 1].tolist())
+    locations = order.locate(np.arange(2 * MIX_CYCLE_SAMPLES))
+    assert (locations.folder == 1).reshape(2, -1).sum(axis=1).tolist() == [
+        MIX_CYCLE_SAMPLES // 4
+    ] * 2
+    rows = Counter(locations.row[locations.folder == 1].tolist())
     assert max(rows.values()) - min(rows.values()) <= 1  # 20 samples, each as often as the others
 
 
 def test_folders_with_buckets_keep_both_fractions() -> None:
     data = mixed()
     order = order_of(data, batch=8)
-    places = order.locate(np.arange(8 * 8192))
-    assert abs((places.folder == 0).mean() - 0.75) < 0.005
+    locations = order.locate(np.arange(8 * 8192))
+    assert abs((locations.folder == 0).mean() - 0.75) < 0.005
     wide = np.array(
-        [data.indexes[1].shards[shard].bucket == 1 for shard in places.shard[places.folder == 1]]
+        [
+            data.indexes[1].shards[shard].bucket == 1
+            for shard in locations.shard[locations.folder == 1]
+        ]
     )
     assert abs(wide.mean() - 33 / 53) < 0.01
 

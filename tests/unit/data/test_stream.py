@@ -73,14 +73,14 @@ def expected(number: int) -> torch.Tensor:
 
 def test_reads_the_sample_that_the_order_names(data_set: Path) -> None:
     stream = open_stream(data_set, seed=5)
-    counts = [3, 40, 0, 22, 23, 3]
-    batch = stream.read(counts)
+    indices = [3, 40, 0, 22, 23, 3]
+    batch = stream.read(indices)
     assert batch.moments.shape == (6, *SHAPE) and batch.moments.dtype == torch.float16
     assert batch.labels.dtype == batch.sample_indices.dtype == batch.sizes.dtype == torch.int64
-    assert batch.sample_indices.tolist() == counts
+    assert batch.sample_indices.tolist() == indices
     first = np.cumsum([0, *(entry.samples for entry in stream.index.shards)])
-    places = stream.order.locate(counts)
-    for row, number in enumerate((first[places.shard] + places.row).tolist()):
+    locations = stream.order.locate(indices)
+    for row, number in enumerate((first[locations.shard] + locations.row).tolist()):
         assert torch.equal(batch.moments[row], expected(number)) and batch.labels[row] == number % 3
         assert batch.sizes[row].tolist() == [16, 16, 0, 0, 16, 16]
 
@@ -95,9 +95,9 @@ def test_one_epoch_is_every_sample(data_set: Path) -> None:
 
 def test_same_rows_for_any_cut_and_resume(data_set: Path) -> None:
     whole = open_stream(data_set, lanes=2, shuffle_block_samples=4).read(range(96)).moments
-    for share in (1, 3, 8, 32, 96):
+    for size in (1, 3, 8, 32, 96):
         stream = open_stream(data_set, lanes=2, shuffle_block_samples=4)
-        pieces = [stream.read(range(start, start + share)).moments for start in range(0, 96, share)]
+        pieces = [stream.read(range(start, start + size)).moments for start in range(0, 96, size)]
         assert torch.equal(torch.cat(pieces), whole)
 
 
@@ -123,7 +123,7 @@ def test_close_and_go_on(data_set: Path) -> None:
 def test_open_shards_are_limited(data_set: Path) -> None:
     stream = open_stream(data_set, lanes=1, shuffle_block_samples=1)
     stream.read(range(23))
-    assert len(stream._open) <= 4
+    assert len(stream.shards) <= 4
 
 
 def test_ten_million_samples_open_at_any_index_within_a_second(tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_ten_million_samples_open_at_any_index_within_a_second(tmp_path: Path) -
     (tmp_path / "index.json").write_bytes(index_bytes(sealed(index)))
     started = time.perf_counter()
     stream = open_stream(tmp_path, batch=1024)
-    places = stream.order.locate(np.arange(10_000_384, 10_000_384 + 1024))
+    locations = stream.order.locate(np.arange(10_000_384, 10_000_384 + 1024))
     assert time.perf_counter() - started < 1.0
-    assert stream.index.samples > 10_000_000 and len(set(places.shard.tolist())) > 10
+    assert stream.index.samples > 10_000_000 and len(set(locations.shard.tolist())) > 10
 
 
 def test_state_has_the_data_position(data_set: Path) -> None:
@@ -206,9 +206,9 @@ def test_prefetch_is_bounded_and_closes(data_set: Path) -> None:
     asked = []
 
     def endless() -> Iterator[list[int]]:
-        for count in range(10**9):
-            asked.append(count)
-            yield [count]
+        for index in range(10**9):
+            asked.append(index)
+            yield [index]
 
     threads = threading.active_count()
     batches = open_stream(data_set).prefetch(endless())
@@ -355,17 +355,17 @@ def test_bad_samples_are_skipped_counted_and_replaced_alike_on_every_layout(
     assert not any(
         torch.equal(row, bad) for row in wanted
     )  # never read, though its values look valid
-    for share in (1, 3, 8, 32):
+    for size in (1, 3, 8, 32):
         stream = open_stream(data_set, **options)
         stream.bad_samples.extend(whole.verify())  # as the ranks broadcast them
-        pieces = [stream.read(range(start, start + share)).moments for start in range(0, 96, share)]
+        pieces = [stream.read(range(start, start + size)).moments for start in range(0, 96, size)]
         assert torch.equal(torch.cat(pieces), wanted)
     healthy = open_stream(data_set, **options)
-    found = healthy.order.locate(np.arange(96))
+    locations = healthy.order.locate(np.arange(96))
     untouched = [
         i
         for i in range(96)
-        if (int(found.shard[i]), int(found.row[i])) not in {(0, 1), (1, 0), (2, 2)}
+        if (int(locations.shard[i]), int(locations.row[i])) not in {(0, 1), (1, 0), (2, 2)}
     ]
     assert torch.equal(
         healthy.read(untouched).moments, wanted[untouched]
@@ -434,14 +434,14 @@ def test_folders_mixed_by_weight(tmp_path: Path) -> None:
     b = encode_numbers(tmp_path, "b", list(range(9, 12)))
     stream = open_stream({str(a): 1.0, str(b): 3.0})
     batch = stream.read(range(4096))
-    share = (
+    fraction = (
         torch.tensor(
             [any(torch.equal(row, expected(n)) for n in (9, 10, 11)) for row in batch.moments[:400]]
         )
         .float()
         .mean()
     )
-    assert 0.68 < share < 0.82
+    assert 0.68 < fraction < 0.82
     assert stream.index.samples == 12 and len(stream.index.fingerprint) == 64
     other = open_stream({str(a): 1.0, str(b): 2.0})
     assert other.index.fingerprint != stream.index.fingerprint

@@ -92,12 +92,12 @@ PROFILES = [(WIDE, 2.19921875), (SWAPPED, 2.19921875), (SRGB, 1.0), (SRGB, 1.8),
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_profiles_are_converted(matrix: np.ndarray, gamma: float, kind: str) -> None:
     pixels, options = random_image(0, 24, 24), {"lossless": True} if kind == "WEBP" else {}
-    found = decode_image(
+    decoded = decode_image(
         encode_image(pixels, kind, icc_profile=rgb_profile(matrix, gamma), **options), "x.png"
     )
     wanted = expected(pixels, matrix, gamma)
     assert (
-        np.abs(found.astype(int) - wanted).max() <= 3
+        np.abs(decoded.astype(int) - wanted).max() <= 3
         and np.abs(wanted - pixels.astype(int)).max() > 15
     )
 
@@ -106,8 +106,8 @@ def test_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the conversion the same comparison fails."""
     monkeypatch.setattr(colour, "_transform", lambda profile, mode: (None, None))
     pixels = random_image(0, 24, 24)
-    found = decode_image(encode_image(pixels, icc_profile=rgb_profile(WIDE, 2.19921875)), "x.png")
-    assert np.abs(found.astype(int) - expected(pixels, WIDE, 2.19921875)).max() > 20
+    decoded = decode_image(encode_image(pixels, icc_profile=rgb_profile(WIDE, 2.19921875)), "x.png")
+    assert np.abs(decoded.astype(int) - expected(pixels, WIDE, 2.19921875)).max() > 20
 
 
 def test_a_profile_equal_to_srgb_changes_nothing() -> None:
@@ -125,11 +125,11 @@ def test_jpeg_palette_and_alpha_have_profiles_too() -> None:
         (Image.fromarray(flat).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         (Image.fromarray(flat).convert("RGBA"), "PNG"),
     ):
-        found = decode_image(encode_image(image, kind, icc_profile=raw), "x")
-        assert np.abs(found[0, 0].astype(int) - wanted).max() <= 4, kind
+        decoded = decode_image(encode_image(image, kind, icc_profile=raw), "x")
+        assert np.abs(decoded[0, 0].astype(int) - wanted).max() <= 4, kind
     half = Image.fromarray(np.concatenate([flat, np.full((16, 16, 1), 128, np.uint8)], axis=2))
-    found = decode_image(encode_image(half, icc_profile=raw), "x.png")
-    assert np.abs(found[0, 0] - (wanted * 128 + 255 * 127) / 255).max() <= 3
+    decoded = decode_image(encode_image(half, icc_profile=raw), "x.png")
+    assert np.abs(decoded[0, 0] - (wanted * 128 + 255 * 127) / 255).max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16"])
@@ -144,11 +144,11 @@ def test_grey_profiles(mode: str) -> None:
         image = Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert("1")
     elif mode == "LA":
         image.putalpha(255)
-    found = decode_image(encode_image(image, icc_profile=linear), "x.png")
+    decoded = decode_image(encode_image(image, icc_profile=linear), "x.png")
     wanted = np.repeat(
         to_levels(np.eye(8) if mode == "1" else levels / 255.0)[..., None], 3, axis=2
     )
-    assert np.abs(found.astype(int) - wanted).max() <= 1 and wanted.max() >= 188
+    assert np.abs(decoded.astype(int) - wanted).max() <= 1 and wanted.max() >= 188
 
 
 def cmyk_profile() -> bytes:
@@ -182,8 +182,8 @@ def test_cmyk_profiles(inks: tuple[int, int, int, int], lightness: float) -> Non
         Image.new("CMYK", (16, 16), inks), "JPEG", quality=100, icc_profile=cmyk_profile()
     )
     assert b"Adobe" in raw
-    found = decode_image(raw, "x.jpg")[8, 8].astype(int)
-    assert np.abs(found - level_of_lightness(lightness)).max() <= 3
+    decoded = decode_image(raw, "x.jpg")[8, 8].astype(int)
+    assert np.abs(decoded - level_of_lightness(lightness)).max() <= 3
 
 
 def without_adobe(jpeg: bytes) -> bytes:
@@ -226,10 +226,12 @@ def test_an_unusable_profile_is_ignored_and_named(
     colour._warned.clear()
     image = Image.fromarray(random_image(0)).convert(mode)
     with caplog.at_level("WARNING", logger="lpl_pretrain"):
-        found = [decode_image(encode_image(image, icc_profile=raw), f"x{i}.png") for i in range(2)]
+        decoded = [
+            decode_image(encode_image(image, icc_profile=raw), f"x{i}.png") for i in range(2)
+        ]
     if fragment is None:
         return  # any colours, no traceback
-    assert np.array_equal(found[0], np.asarray(image.convert("RGB"))) and np.array_equal(*found)
+    assert np.array_equal(decoded[0], np.asarray(image.convert("RGB"))) and np.array_equal(*decoded)
     assert (
         caplog.text.count("x0.png: its colour profile is ignored") == 1
         and "x1.png" not in caplog.text
@@ -320,8 +322,8 @@ PIXELS = {
 @pytest.mark.parametrize("name", PIXELS)
 def test_every_kind_of_transparency(name: str) -> None:
     raw, wanted = PIXELS[name]
-    found = decode_image(raw, "x.png")
-    assert found[0].tolist() == [
+    decoded = decode_image(raw, "x.png")
+    assert decoded[0].tolist() == [
         list(value) if isinstance(value, tuple) else [value] * 3 for value in wanted
     ]
 
@@ -358,5 +360,5 @@ def test_a_truncated_image_is_refused_or_complete(kind: str) -> None:
     for length in range(0, len(raw), 37):
         try:
             assert np.array_equal(decode_image(raw[:length], "x"), whole)
-        except DataError as problem:
-            assert str(problem).startswith("x: ")
+        except DataError as error:
+            assert str(error).startswith("x: ")

@@ -39,8 +39,8 @@ def together(*calls: Callable[[], object]) -> list[object]:
     def run(i: int) -> None:
         try:
             results[i] = calls[i]()
-        except BaseException as problem:
-            results[i] = problem
+        except BaseException as error:
+            results[i] = error
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
     for thread in threads:

@@ -90,8 +90,8 @@ def test_resize_covers_the_shape_and_records_the_crop() -> None:
     fit = plan_resize_crop((100, 200), (32, 48))
     assert (fit.resized_px, fit.crop_px, fit.shape_px) == ((32, 64), (0, 8), (32, 48))
     assert plan_resize_crop((32, 48), (32, 48)).resized_px == (32, 48)
-    for place, left in (((0.0, 0.0), 0), ((0.0, 0.999999), 16), ((0.5, 0.5), 8)):
-        assert plan_resize_crop((100, 200), (32, 48), place).crop_px == (0, left)
+    for crop_fraction, left in (((0.0, 0.0), 0), ((0.0, 0.999999), 16), ((0.5, 0.5), 8)):
+        assert plan_resize_crop((100, 200), (32, 48), crop_fraction).crop_px == (0, left)
 
 
 def test_every_crop_is_a_part_of_the_whole_resized_image() -> None:

@@ -89,10 +89,10 @@ def test_webdataset_reads_the_folder(data_set: Path) -> None:
     urls = [str(path) for path in sorted(data_set.glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert [s["__key__"] for s in samples] == [f"p{number:04d}" for number in range(23)]
-    for number, found in enumerate(samples):
-        assert np.array_equal(found["moments.npy"], expected_moments(number))
-        assert (found["cls"], found["txt"]) == (number % 3, f"picture {number}")
-        assert found["json"] == {
+    for number, stored in enumerate(samples):
+        assert np.array_equal(stored["moments.npy"], expected_moments(number))
+        assert (stored["cls"], stored["txt"]) == (number % 3, f"picture {number}")
+        assert stored["json"] == {
             "class_name": CLASSES[number % 3],
             "source_px": [16, 16],
             "resized_px": [16, 16],
@@ -206,13 +206,14 @@ class BrokenAutoencoder(FakeAutoencoder):
     """Puts `value` into the moments of sample 6 of the run."""
 
     def __init__(self, value: float) -> None:
-        self.value, self.seen = value, 0
+        self.value = value
+        self.num_encoded = 0
 
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         moments = super().encode_moments(images)
-        if self.seen <= 6 < self.seen + len(images):
-            moments[6 - self.seen, 1, 2, 3] = self.value
-        self.seen += len(images)
+        if self.num_encoded <= 6 < self.num_encoded + len(images):
+            moments[6 - self.num_encoded, 1, 2, 3] = self.value
+        self.num_encoded += len(images)
         return moments
 
 
@@ -325,8 +326,8 @@ def test_shipped_configs_are_valid() -> None:
 def read_samples(folder: Path) -> dict[str, dict]:
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     return {
-        found["__key__"]: found
-        for found in webdataset.WebDataset(urls, shardshuffle=False).decode()
+        stored["__key__"]: stored
+        for stored in webdataset.WebDataset(urls, shardshuffle=False).decode()
     }
 
 
@@ -357,13 +358,13 @@ def test_buckets_have_shards_of_their_own_with_sorted_keys(tmp_path: Path) -> No
     )
     for shard in index.shards:
         bucket = index.buckets[shard.bucket]
-        found = list(
+        stored = list(
             webdataset.WebDataset(
                 str(tmp_path / "latents" / shard.file), shardshuffle=False
             ).decode()
         )
-        assert {f["moments.npy"].shape for f in found} == {(4, bucket.height, bucket.width)}
-        assert [f["__key__"] for f in found] == sorted(f["__key__"] for f in found)
+        assert {f["moments.npy"].shape for f in stored} == {(4, bucket.height, bucket.width)}
+        assert [f["__key__"] for f in stored] == sorted(f["__key__"] for f in stored)
         assert f"-{bucket.height}x{bucket.width}.tar" in shard.file
 
 
@@ -373,12 +374,12 @@ def test_random_crops_are_recorded_and_independent_of_other_images(tmp_path: Pat
     for tar in (whole, alone):
         encode_dataset(encode_config(tar, tmp_path / tar.stem, crop="random"), FakeAutoencoder())
     samples = read_samples(tmp_path / "x")
-    crops = [found["json"]["crop_px"] for found in samples.values()]
+    crops = [stored["json"]["crop_px"] for stored in samples.values()]
     assert len({left for _, left in crops}) > 5 and all(
         top == 0 and 0 <= left <= 32 for top, left in crops
     )
-    for n, found in enumerate(samples.values()):
-        left = found["json"]["crop_px"][1]
+    for n, stored in enumerate(samples.values()):
+        left = stored["json"]["crop_px"][1]
         images = (
             torch.from_numpy(random_image(n, 16, 48)[:, left : left + 16].copy())
             .permute(2, 0, 1)[None]
@@ -387,7 +388,7 @@ def test_random_crops_are_recorded_and_independent_of_other_images(tmp_path: Pat
             - 1
         )
         assert np.array_equal(
-            found["moments.npy"], FakeAutoencoder().encode_moments(images)[0].half().numpy()
+            stored["moments.npy"], FakeAutoencoder().encode_moments(images)[0].half().numpy()
         )
     assert read_samples(tmp_path / "y")["p0007"]["json"] == samples["p0007"]["json"]
 
@@ -406,16 +407,16 @@ def test_flips_are_encodings_of_the_mirrored_image(tmp_path: Path) -> None:
         encode_config(image_tar(tmp_path / "x.tar", 3), tmp_path / "latents", flips=True),
         LopsidedAutoencoder(),
     )
-    for n, found in enumerate(read_samples(tmp_path / "latents").values()):
+    for n, stored in enumerate(read_samples(tmp_path / "latents").values()):
         mirrored = (
             torch.from_numpy(random_image(n)[:, ::-1].copy()).permute(2, 0, 1)[None].float() / 127.5
             - 1
         )
         assert np.array_equal(
-            found["moments_flipped.npy"],
+            stored["moments_flipped.npy"],
             LopsidedAutoencoder().encode_moments(mirrored)[0].half().numpy(),
         )
-        assert not np.array_equal(found["moments_flipped.npy"], found["moments.npy"][..., ::-1])
+        assert not np.array_equal(stored["moments_flipped.npy"], stored["moments.npy"][..., ::-1])
 
 
 def test_class_folders_are_spread_over_the_shards(tmp_path: Path) -> None:
@@ -445,7 +446,7 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
         members = []
         for n in range(3):
             key = f"{shard:05d}{n:04d}"
-            facts = {
+            metadata = {
                 "caption": f"a picture {n}",
                 "url": "https://example.com/x.jpg",
                 "status": "success",
@@ -455,14 +456,14 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
             members += [
                 (f"{key}.jpg", encode_image(random_image(n, 16, 20), "JPEG")),
                 *([(f"{key}.txt", f"a picture {n}".encode())] if n else []),
-                (f"{key}.json", json.dumps(facts).encode()),
+                (f"{key}.json", json.dumps(metadata).encode()),
             ]
         write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
         (tmp_path / "in" / f"{shard:05d}.parquet").write_bytes(b"PAR1")
         (tmp_path / "in" / f"{shard:05d}_stats.json").write_text("{}")
     index = encode_dataset(encode_config(tmp_path / "in", tmp_path / "latents"), FakeAutoencoder())
     assert (index.samples, index.captions, index.classes, len(index.shards)) == (6, 6, [], 2)
-    assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == [
+    assert [stored["txt"] for stored in read_samples(tmp_path / "latents").values()] == [
         "a picture 0",
         "a picture 1",
         "a picture 2",
@@ -487,7 +488,7 @@ def test_captions_in_any_unicode(tmp_path: Path) -> None:
         [m for n, text in enumerate(CAPTIONS) for m in tar_sample(n, txt=text.encode())],
     )
     encode_dataset(encode_config(tar, tmp_path / "latents"), FakeAutoencoder())
-    assert [found["txt"] for found in read_samples(tmp_path / "latents").values()] == CAPTIONS
+    assert [stored["txt"] for stored in read_samples(tmp_path / "latents").values()] == CAPTIONS
     stream = LatentStream(data_config(tmp_path / "latents"), 0, 8, RequestedFields(captions=True))
     captions = stream.read(range(8)).captions
     assert captions is not None and sorted(captions) == sorted(CAPTIONS)

@@ -48,8 +48,8 @@ def write_images(folder: Path, *names: str) -> Path:
 
 def refused(source: Path, *fragments: str) -> None:
     with pytest.raises(DataError) as error:
-        for found in list_images(str(source)):
-            found.load()
+        for image in list_images(str(source)):
+            image.load()
     for fragment in fragments:
         assert fragment in str(error.value)
 
@@ -59,14 +59,14 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
         tmp_path, "dog/b.png", "cat/z.jpg", "dog/A.JPEG", "cat/deep/y.webp", ".cache/x.png"
     )
     (tmp_path / "cat" / "notes.md").write_text("not an image")
-    found = list(list_images(str(tmp_path)))
-    assert [(p.key, p.label, p.class_name) for p in found] == [
+    images = list(list_images(str(tmp_path)))
+    assert [(p.key, p.label, p.class_name) for p in images] == [
         ("cat/deep/y", 0, "cat"),
         ("cat/z", 0, "cat"),
         ("dog/A", 1, "dog"),
         ("dog/b", 1, "dog"),
     ]
-    assert all(p.load().shape == (16, 16, 3) and p.load().dtype == np.uint8 for p in found)
+    assert all(p.load().shape == (16, 16, 3) and p.load().dtype == np.uint8 for p in images)
 
 
 def test_ignored_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,8 +80,8 @@ def test_ignored_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
-    found = list(list_images(str(write_images(tmp_path, "b.png", "a.v2.png"))))
-    assert [(p.key, p.label, p.class_name) for p in found] == [
+    images = list(list_images(str(write_images(tmp_path, "b.png", "a.v2.png"))))
+    assert [(p.key, p.label, p.class_name) for p in images] == [
         ("a_v2", None, None),
         ("b", None, None),
     ]
@@ -111,8 +111,8 @@ def test_folder_of_tars_and_lists(tmp_path: Path) -> None:
 
 
 def test_shipped_emoji() -> None:
-    found = next(list_images("asset:emoji/held_out.tar"))
-    assert found.load().shape == (64, 64, 3) and found.class_name and found.caption
+    image = next(list_images("asset:emoji/held_out.tar"))
+    assert image.load().shape == (64, 64, 3) and image.class_name and image.caption
 
 
 def test_tar_of_a_folder_with_dot_slash_names(tmp_path: Path) -> None:
@@ -281,8 +281,8 @@ def test_a_tar_can_be_read_from_any_sample(tmp_path: Path, names: str, kind: int
                 tar.addfile(info, io.BytesIO(data))
     (unit,) = list_units(str(tmp_path / "x.tar"))
     whole = list(unit.images())
-    for number, found in enumerate(whole):
-        assert list(unit.images(start=found.start)) == whole[number:]
+    for number, image in enumerate(whole):
+        assert list(unit.images(start=image.start)) == whole[number:]
 
 
 def test_one_large_tar_with_bad_members_at_every_part(tmp_path: Path) -> None:
@@ -319,8 +319,8 @@ def test_one_large_tar_with_bad_members_at_every_part(tmp_path: Path) -> None:
     [(b"7", 7), (b" 7 ", 7), (b"7\n", 7), (b"7\r\n", 7), (b"007", 7), (b"-0", 0), (b"\t12\t", 12)],
 )
 def test_valid_class_ids(tmp_path: Path, raw: bytes, label: int) -> None:
-    (found,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw, json=None))))
-    assert found.label == label
+    (image,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, cls=raw, json=None))))
+    assert image.label == label
 
 
 @pytest.mark.parametrize(
@@ -386,8 +386,8 @@ def test_hostile_json(tmp_path: Path, raw: bytes, fragment: str) -> None:
     [b'{"caption": NaN, "class_name": null}', b"[]", b"3", b'{"caption": null, "similarity": NaN}'],
 )
 def test_json_without_a_caption(tmp_path: Path, raw: bytes) -> None:
-    (found,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, json=raw, txt=None))))
-    assert found.caption is None and found.class_name is None
+    (image,) = list_images(str(write_tar(tmp_path / "x.tar", tar_sample(4, json=raw, txt=None))))
+    assert image.caption is None and image.class_name is None
 
 
 @pytest.mark.parametrize(
