@@ -3,7 +3,7 @@ copies.
 
 Samples are in the order of their keys, the members of a sample in the order of their names:
     <key>.cls                    class id in ASCII; -1: no class
-    <key>.json                   metadata of the image (see encoding/encode.py)
+    <key>.json                   metadata of the image (encoding/part_encoder.py)
     <key>.moments.npy            (2C, H, W) mean, then standard deviation, of the posterior;
                                  float16, or the bits of bfloat16 as uint16, a type that numpy
                                  lacks: torch.from_numpy(bits).view(torch.bfloat16)

@@ -1,7 +1,8 @@
 """Tar members as shards have them: splits their names, packs them, walks their headers.
 
-Only plain files and GNU long names are understood, which is what this project writes
-(encoding/tars.py reads the tars of others).
+The walk is strict: it accepts plain files and GNU long names, as this project writes them, and
+refuses headers that `tarfile` would read leniently.  encoding/tars.py reads the tars of others with
+`tarfile`, because they may have pax headers, folders or links.
 """
 
 from __future__ import annotations
