@@ -63,8 +63,8 @@ class OpenShards:
         index = self.folders.indexes[folder]
         entry = index.shards[shard]
         try:
-            tar, offsets = (self._stores[folder].path(*file) for file in _files(entry))
-            opened = OpenShard(tar, offsets, entry, index)
+            tar_path, offsets_path = (self._stores[folder].path(*file) for file in _files(entry))
+            opened = OpenShard(tar_path, offsets_path, entry, index)
         except DataError as error:
             self.bad_samples.add(folder, shard, None, str(error))
             raise

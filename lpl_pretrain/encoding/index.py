@@ -157,21 +157,7 @@ def make_index(
     skipped = [reason for record in records for reason in record.skipped]
     _check_skipped(config, samples, skipped)
     classes = _classes(plan, records)
-    mean, std = LatentStatistics.total(
-        record.statistics for record in records if record.samples
-    ).mean_and_std()
-    bucket_samples: Counter[tuple[int, int]] = Counter()
-    for bucket, entry in (shard for record in records for shard in record.shards):
-        bucket_samples[bucket] += entry.samples
-    buckets = sorted(bucket_samples)
-    height, width = max(
-        buckets, key=lambda bucket: (bucket[0] == bucket[1], bucket_samples[bucket], bucket)
-    )
-    shards = [
-        entry.model_copy(update={"bucket": buckets.index(bucket)})
-        for record in records
-        for bucket, entry in record.shards
-    ]
+    buckets, shards = _buckets_and_shards(records)
     autoencoder = encoders.autoencoder
     index = DatasetIndex(
         format_version=FORMAT_VERSION,
@@ -182,14 +168,8 @@ def make_index(
         captions=sum(record.captions for record in records),
         text={name: text_entry(config, encoders, name) for name in encoders.text},
         null_text=null_text,
-        latent=LatentEntry(
-            channels=autoencoder.latent_channels,
-            height=height,
-            width=width,
-            mean=mean.tolist(),
-            std=std.tolist(),
-        ),
-        buckets=[BucketEntry(height=h, width=w, samples=bucket_samples[h, w]) for h, w in buckets],
+        latent=_latent_entry(autoencoder.latent_channels, buckets, records),
+        buckets=buckets,
         moments_dtype=config.moments_dtype,
         flipped=config.flips,
         autoencoder=AutoencoderEntry(
@@ -207,6 +187,47 @@ def make_index(
         shards=shards,
     )
     return sealed(index)
+
+
+def _buckets_and_shards(records: list[PartRecord]) -> tuple[list[BucketEntry], list[ShardEntry]]:
+    """Buckets sorted by shape; shards with the numbers of their buckets."""
+    samples: Counter[tuple[int, int]] = Counter()
+    for record in records:
+        for shape, entry in record.shards:
+            samples[shape] += entry.samples
+    shapes = sorted(samples)
+    buckets = [BucketEntry(height=h, width=w, samples=samples[h, w]) for h, w in shapes]
+    shards = [
+        entry.model_copy(update={"bucket": shapes.index(shape)})
+        for record in records
+        for shape, entry in record.shards
+    ]
+    return buckets, shards
+
+
+def _latent_entry(
+    channels: int, buckets: list[BucketEntry], records: list[PartRecord]
+) -> LatentEntry:
+    """Statistics of all latents, and the shape of the bucket with the most samples, which is square
+    if any is.
+    """
+    main = max(
+        buckets,
+        key=lambda bucket: (
+            bucket.height == bucket.width,
+            bucket.samples,
+            (bucket.height, bucket.width),
+        ),
+    )
+    statistics = [record.statistics for record in records if record.samples]
+    mean, std = LatentStatistics.total(statistics).mean_and_std()
+    return LatentEntry(
+        channels=channels,
+        height=main.height,
+        width=main.width,
+        mean=mean.tolist(),
+        std=std.tolist(),
+    )
 
 
 def null_text_arrays(encoders: Encoders, name: str) -> dict[str, np.ndarray]:
