@@ -22,7 +22,7 @@ NOT_IN_SCORES = {"best", "patience", "keep_images", "on_too_few_images"}
 
 
 def check_enough_images(protocol: EvaluateConfig, extractors: list[Extractor]) -> None:
-    """Warn about fewer images than features, or raise ConfigError if `on_too_few_images` is refuse."""
+    """Warn about fewer images than features; ConfigError if `on_too_few_images` is refuse."""
     biased = [METRICS[name] for name in protocol.metrics if METRICS[name].biased_by_few_images]
     for extractor in extractors:
         outputs = EXTRACTORS[extractor.config.kind].outputs

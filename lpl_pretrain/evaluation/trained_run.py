@@ -1,6 +1,4 @@
-"""From a run directory to something that generates: the run's configuration, data index and
-autoencoder, the weights of a step.
-"""
+"""Opens a run for generation: its configuration, data index, autoencoder, and a step's weights."""
 
 from __future__ import annotations
 
@@ -28,24 +26,29 @@ from lpl_pretrain.evaluation.generate import Generator, draw_classes
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
 from lpl_pretrain.models.build import build_denoiser
 
+MAX_ERROR_LENGTH = 500
+"""Characters of torch's error that our own message repeats."""
+
 
 @dataclass(frozen=True)
 class TrainedRun:
+    """A run and a generator with its denoiser; `load` fills in weights."""
+
     run_dir: RunDir
     config: TrainConfig
     index: DatasetIndex
     generator: Generator
 
     def load(self, step: int | None, weights: str) -> int:
-        """Puts weights of a step (`ema`, `raw`, `ema_power_...`, `posthoc_...`) into the denoiser;
-        returns the step.
+        """Load weights of a step into the denoiser; returns the step.
 
-        None is the newest step whose checkpoint is sound.  Raises CheckpointError.
+        `step`: None for the newest whose checkpoint is sound.  `weights`: ema, raw, ema_power_...
+        or posthoc_....  Raises CheckpointError.
         """
         return load_weights(self.generator.denoiser, self.run_dir, self.config, step, weights)
 
     def captions(self, seed: int, indices: Sequence[int]) -> list[str]:
-        """What was written to the model; the names of classes where it reads no text."""
+        """Captions of images `indices`; names of their classes where the model reads no text."""
         if self.generator.captions is not None:
             return self.generator.captions.draw(seed, indices)[0]
         names = [*self.index.classes, ""]
@@ -54,20 +57,17 @@ class TrainedRun:
         ]
 
     def sample_metadata(self, seed: int, indices: Sequence[int]) -> list[dict[str, object]]:
-        """What the model was asked for in each of these pictures: index, class and, where it reads
-        text, caption.
-        """
+        """Conditions of images `indices`: index, class and, where the model reads text, caption."""
         names = [*self.index.classes, ""]
         labels = draw_classes(seed, indices, self.index.class_counts).tolist()
-        facts: list[dict[str, object]] = [
+        metadata: list[dict[str, object]] = [
             {"index": i, "class": names[label]} for i, label in zip(indices, labels, strict=True)
         ]
         if self.generator.captions is not None:
-            for fact, caption in zip(
-                facts, self.generator.captions.draw(seed, indices)[0], strict=True
-            ):
-                fact["caption"] = caption
-        return facts
+            captions, _, _ = self.generator.captions.draw(seed, indices)
+            for entry, caption in zip(metadata, captions, strict=True):
+                entry["caption"] = caption
+        return metadata
 
 
 def load_weights(
@@ -77,60 +77,56 @@ def load_weights(
     identity = run_identity(config)
     if weights.startswith(POSTHOC):
         sigma_rel = float(weights.removeprefix(POSTHOC))
-        tensors, facts = reconstruct_ema(run_dir, config.ema.sigma_rel, sigma_rel, step, identity)
+        tensors, state = reconstruct_ema(run_dir, config.ema.sigma_rel, sigma_rel, step, identity)
     else:
-        tensors, facts = read_weights(run_dir, weights, step, identity)
-    found = int(facts["step"])
+        tensors, state = read_weights(run_dir, weights, step, identity)
+    loaded_step = int(state["step"])
     try:
         denoiser.load_state_dict(tensors)
-    except RuntimeError as problem:
+    except RuntimeError as error:
         raise CheckpointError(
-            f"{run_dir.checkpoint(found)}: its {weights} weights do not fit the model in "
-            f"{run_dir.config}: {str(problem)[:500]}"
+            f"{run_dir.checkpoint(loaded_step)}: its {weights} weights do not fit the model in "
+            f"{run_dir.config}: {str(error)[:MAX_ERROR_LENGTH]}"
         ) from None
-    return found
+    return loaded_step
 
 
 def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
-    """With weights still to be loaded, frozen."""
+    """Build a frozen denoiser whose weights are still to be loaded."""
     conditioning = config.conditioning
-    text = (
-        text_shape(conditioning.text_encoders, text_entries(conditioning, index.text))
-        if conditioning.text_encoders
-        else None
-    )
-    return (
-        build_denoiser(config.model, index.latent, len(index.classes), text=text)
-        .eval()
-        .requires_grad_(False)
-    )
+    text = None
+    if conditioning.text_encoders:
+        text = text_shape(conditioning.text_encoders, text_entries(conditioning, index.text))
+    denoiser = build_denoiser(config.model, index.latent, len(index.classes), text=text)
+    return denoiser.eval().requires_grad_(False)
 
 
 def open_guide(
     guide: GuideConfig, config: TrainConfig, index: DatasetIndex, device: torch.device
 ) -> nn.Module:
-    """The weaker denoiser, with its weights.  Raises ConfigError when it was trained for something
-    else than `config`.
+    """Load the weaker denoiser that samples are guided away from.
+
+    Raises ConfigError when it was trained for another prediction, schedule, text or data.
     """
     run_dir = RunDir(Path(guide.run))
     theirs = load_run_config(run_dir)
-    asked, found = (some.diffusion.model_dump(mode="json") for some in (config, theirs))
+    ours_diffusion = config.diffusion.model_dump(mode="json")
+    theirs_diffusion = theirs.diffusion.model_dump(mode="json")
     if theirs.conditioning.text_encoders != config.conditioning.text_encoders:
         raise ConfigError(
-            f"guide.run={guide.run}: reads {theirs.conditioning.text_encoders}, this run "
-            f"{config.conditioning.text_encoders}"
+            f"guide.run={guide.run}: reads text by {theirs.conditioning.text_encoders}, this run "
+            f"by {config.conditioning.text_encoders}: use a guide like this run"
         )
     for key in ("prediction", "schedule", "zero_terminal_snr"):
-        mine, other = asked[key], found[key]
-        if mine != other:
+        if ours_diffusion[key] != theirs_diffusion[key]:
             raise ConfigError(
-                f"guide.run={guide.run}: trained with diffusion.{key}={other}, this run with "
-                f"{mine}: use one like it"
+                f"guide.run={guide.run}: trained with diffusion.{key}={theirs_diffusion[key]}, "
+                f"this run with {ours_diffusion[key]}: use a guide like this run"
             )
     if read_data(theirs.data.folder).merged.fingerprint != index.fingerprint:
         raise ConfigError(
             f"guide.run={guide.run}: trained on {theirs.data.folder}, this run on "
-            f"{config.data.folder}: use one like it"
+            f"{config.data.folder}: use a guide like this run"
         )
     denoiser = new_denoiser(theirs, index).to(device)
     load_weights(denoiser, run_dir, theirs, guide.step, guide.weights)
@@ -143,16 +139,15 @@ def open_run(
     guide: GuideConfig | None = None,
     prompts: Prompts | None = None,
 ) -> TrainedRun:
-    """Raises ConfigError or DataError; `load` a step before generating."""
+    """Open a run; `load` a step before generating.  Raises ConfigError or DataError."""
     config = load_run_config(run_dir)
     index = read_data(config.data.folder).merged
     autoencoder = load_autoencoder(config.autoencoder).to(device)
     if autoencoder.identity != index.autoencoder.identity:
         raise DataError(
             f"autoencoder={config.autoencoder} is {autoencoder.identity[:12]}, but "
-            f"data.folder={config.data.folder} "
-            f"was encoded by {index.autoencoder.identity[:12]}: put the autoencoder that made the "
-            "data back"
+            f"data.folder={config.data.folder} was encoded by {index.autoencoder.identity[:12]}: "
+            "put the autoencoder that encoded the data back"
         )
     scaling = latent_scaling(config.data.scaling, index)
 
@@ -168,12 +163,20 @@ def open_run(
     if prompts is not None and not config.conditioning.text_encoders:
         raise ConfigError(f"--prompt: {run_dir.path} was trained without text")
     captions = Captions(config, device, prompts) if config.conditioning.text_encoders else None
-    prediction, counts = config.diffusion.prediction, index.class_counts
     generator = Generator(
-        denoiser, decode, prediction, schedule, shape, counts, device, weak, captions
+        denoiser=denoiser,
+        decode=decode,
+        prediction=config.diffusion.prediction,
+        schedule=schedule,
+        latent_shape=shape,
+        class_counts=index.class_counts,
+        device=device,
+        guide=weak,
+        captions=captions,
     )
     return TrainedRun(run_dir, config, index, generator)
 
 
 def pick_device() -> torch.device:
+    """CUDA's current device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -233,12 +233,13 @@ def test_user_prompts(data):
         and torch.equal(vectors, pooled)
     )
     with pytest.raises(
-        ConfigError, match="reads embeddings by 't5': name its encoder, --text-encoder t5=FOLDER"
+        ConfigError,
+        match="reads embeddings by 't5': name the encoder's folder, --text-encoder t5=FOLDER",
     ):
         Captions(config_of(data), CPU, Prompts(texts, {"clip": folders["clip"]}))
     with pytest.raises(
         ConfigError,
-        match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: name that one",
+        match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: name the folder of that encoder",
     ):
         Captions(config_of(data), CPU, Prompts(texts, {**folders, "t5": folders["clip"]}))
 
