@@ -181,7 +181,7 @@ def reference_key(
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """At most `count` indices of 0 ... total - 1, spread over all of them.
+    """Pick at most `count` indices of 0 ... total - 1, spread over all of them.
 
     Neighbours in a source are often alike.
     """

@@ -81,7 +81,7 @@ class Captions:
             .clamp(max=samples - 1)
             .tolist()
         )
-        captions: list[str] = []
+        captions = []
         states = []
         pooled = []
         for index in caption_indices:  # one at a time: neighbours may be of different buckets

@@ -62,7 +62,7 @@ class Extractor:
         return next(self.network.parameters()).device
 
     def identity(self) -> dict[str, str | int]:
-        """What a record says about this extractor; scores of equal identities are comparable."""
+        """Entry in records; only scores by extractors of equal identities are comparable."""
         return {
             "name": self.config.label,
             "weights_sha256": self.weights_sha256,

@@ -10,7 +10,7 @@ MAX_NAMED_ROWS = 8
 
 
 def check_pair(a: Tensor, b: Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:
-    """As `check_features`, of two sets that are to be compared."""
+    """Apply `check_features` to two sets (N, D) and (M, D) that are to be compared."""
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"{a.shape[1]} and {b.shape[1]} features an image: take both sets from one extractor"

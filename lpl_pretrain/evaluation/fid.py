@@ -74,7 +74,7 @@ def covariance_factor(covariance: Tensor) -> Tensor:
 def frechet_from_features(
     features: Tensor, reference: FeatureStatistics, *, distinct: int | None = None
 ) -> float:
-    """As `frechet_distance`, of features (N, D) against statistics."""
+    """Frechet distance of features (N, D) to a reference; `distinct` as in `frechet_distance`."""
     statistics = FeatureStatistics(features.shape[1])
     statistics.update(features)
     return frechet_distance(statistics, reference, distinct=distinct)

@@ -67,7 +67,7 @@ def read_reference(path: Path) -> Reference:
 
 
 def _statistics_of(tensors: dict[str, Tensor]) -> dict[str, FeatureStatistics]:
-    """By `<extractor>/<kind>`.  Raises DataError or KeyError for an incomplete file."""
+    """Statistics by `<extractor>/<kind>`.  Raises DataError or KeyError for an incomplete file."""
     kinds = sorted({name.rpartition("/")[0] for name in tensors if name.endswith("/mean")})
     return {
         kind: FeatureStatistics.from_tensors(
@@ -78,7 +78,7 @@ def _statistics_of(tensors: dict[str, Tensor]) -> dict[str, FeatureStatistics]:
 
 
 def _features_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By extractor.  Raises DataError for another type or shape, and for NaN."""
+    """Features by extractor.  Raises DataError for another type or shape, and for NaN."""
     features = {
         name.partition("/")[0]: tensor
         for name, tensor in tensors.items()

@@ -73,7 +73,7 @@ class TrainedRun:
 def load_weights(
     denoiser: nn.Module, run_dir: RunDir, config: TrainConfig, step: int | None, weights: str
 ) -> int:
-    """As `TrainedRun.load`, into any denoiser."""
+    """Load weights of a step into any denoiser; arguments as in `TrainedRun.load`."""
     identity = run_identity(config)
     if weights.startswith(POSTHOC):
         sigma_rel = float(weights.removeprefix(POSTHOC))

@@ -1,8 +1,7 @@
-"""How a quantity over training steps is drawn: small inline SVG that takes its colours from the
-page, so that dark mode works.
+"""Draws quantities over training steps as small inline SVG.
 
-matplotlib draws in marker colours; `_inline` replaces each by a CSS variable (page.css defines
-them) and strips what only a file of its own needs.
+Colours are the page's, so that dark mode works: matplotlib draws in placeholder colours, and
+`_inline` replaces each by a CSS variable (page.css defines them).
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from lpl_pretrain.report.record import Series
 
-INK, GRID, EVENT = "#010101", "#020202", "#030303"
+INK = "#010101"
+GRID = "#020202"
+EVENT = "#030303"
 DASHES: list[tuple[float, ...]] = [(), (4, 1.6), (1.2, 1.4), (5, 1.4, 1.2, 1.4)]
-"""Units: line widths.  Once all colours are used they begin again with other dashes."""
+"""Lengths of dashes and gaps, in line widths; the colours repeat with the next entry."""
 WIDTH = 1.6
+"""Width of a line, points."""
 COLOURS = ["#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006"]
 VARIABLES = {
     INK: "--muted",
@@ -62,32 +64,43 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.handlelength": 1.2,
 }
-MOST_POINTS = 600
+MAX_POINTS = 600
+"""Points of a line; longer series are thinned out."""
+MIN_SMOOTHED_POINTS = 12
+"""Shorter series are drawn without a running mean."""
 SIZE_IN = (5.2, 2.5)
+X_LABEL = "training step"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: what the legend calls each series.  `smooth`: raw values faint, a running mean on
-    top.
-    """
+    """One set of axes."""
 
     title: str
     lines: dict[str, Series]
+    """Series by their names in the legend."""
+    unit: str = ""
+    """Label of the vertical axis."""
     note: str = ""
+    """Caption."""
     log: bool = False
+    """Logarithmic vertical axis, where all values are positive."""
     percent: bool = False
+    """Show fractions as percentages."""
     markers: bool = False
+    """Mark every value; no running mean."""
     smooth: bool = True
+    """Draw values faint, and a running mean on top."""
     from_zero: bool = False
     baseline: float | None = None
+    """Value of a horizontal line."""
     raw: bool = True
-    """Whether the values behind a running mean are drawn."""
+    """Draw the values behind a running mean."""
     legend: bool = True
 
 
 def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
-    """SVG markup.  `events`: steps at which the run was stopped or resumed, or had a spike."""
+    """SVG markup; `events`: steps of vertical marks (stops, resumes, spikes)."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE_IN, layout="constrained")
         axes = figure.add_subplot()
@@ -115,29 +128,32 @@ def draw(chart: Chart, events: Sequence[int], last_step: int) -> str:
 
 
 def swatch(number: int) -> str:
-    """SVG markup: a piece of the line of the chart's series of that number."""
-    colour, dashes = _look(number)
+    """SVG markup of a short line, in the colour and dashes of a chart's series `number`."""
+    colour, dashes = _line_style(number)
     pattern = " ".join(f"{WIDTH * length:g}" for length in dashes) or "none"
-    look = (
+    style = (
         f'stroke="var({VARIABLES[colour]})" stroke-width="{WIDTH + 0.6:g}" '
         f'stroke-dasharray="{pattern}"'
     )
     return (
         '<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="M0 4H26" '
-        f"{look}/></svg>"
+        f"{style}/></svg>"
     )
 
 
-def _look(number: int) -> tuple[str, tuple[float, ...]]:
-    """Colour and dashes."""
+def _line_style(number: int) -> tuple[str, tuple[float, ...]]:
+    """Colour and dashes of a chart's series `number`."""
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over about a fortieth of the series on both sides, shorter at the ends;
-    not-finite values do not spread.
+    """Running mean over a fortieth of the series on either side, over less at the ends.
+
+    NaN and infinity are left out.
     """
-    half, sums, counts = max(1, len(values) // 40), [0.0], [0]
+    half = max(1, len(values) // 40)
+    sums = [0.0]
+    counts = [0]
     for value in values:
         finite = math.isfinite(value)
         sums.append(sums[-1] + (value if finite else 0.0))
@@ -152,15 +168,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, number: int) -> None:
-    steps, raw = series.steps, series.values
-    colour, dashes = _look(number)
+    steps = series.steps
+    raw = series.values
+    colour, dashes = _line_style(number)
     line: dict[str, Any] = {
         "color": colour,
         "label": name,
         "linestyle": (0, dashes) if dashes else "-",
     }
-    stride = max(1, math.ceil(len(steps) / MOST_POINTS))
-    if chart.markers or not chart.smooth or len(steps) < 12:
+    stride = max(1, math.ceil(len(steps) / MAX_POINTS))
+    if chart.markers or not chart.smooth or len(steps) < MIN_SMOOTHED_POINTS:
         axes.plot(
             steps[::stride],
             raw[::stride],
@@ -168,26 +185,31 @@ def _draw_series(axes: Axes, chart: Chart, name: str, series: Series, number: in
             marker="o" if chart.markers or len(steps) < 3 else None,
             markersize=4,
         )
-        known = [
-            (step, value, bar)
-            for step, value, bar in zip(steps, raw, series.bars or (), strict=False)
-            if bar is not None
-        ]
-        if known:
-            at, values, bars = zip(*known, strict=True)
-            axes.errorbar(
-                at,
-                values,
-                yerr=list(zip(*bars, strict=True)),
-                fmt="none",
-                ecolor=colour,
-                elinewidth=1.0,
-                capsize=2.5,
-            )
+        _draw_error_bars(axes, series, colour)
         return
     if chart.raw:
         axes.plot(steps[::stride], raw[::stride], color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(steps[::stride], smoothed(raw)[::stride], **line)
+
+
+def _draw_error_bars(axes: Axes, series: Series, colour: str) -> None:
+    known = [
+        (step, value, bar)
+        for step, value, bar in zip(series.steps, series.values, series.bars or (), strict=False)
+        if bar is not None
+    ]
+    if not known:
+        return
+    steps, values, bars = zip(*known, strict=True)
+    axes.errorbar(
+        steps,
+        values,
+        yerr=list(zip(*bars, strict=True)),
+        fmt="none",
+        ecolor=colour,
+        elinewidth=1.0,
+        capsize=2.5,
+    )
 
 
 def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
@@ -211,6 +233,8 @@ def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
         )
         if chart.from_zero and finite:
             axes.set_ylim(0, max(finite) * 1.08 or 1)
+    axes.set_ylabel(chart.unit)
+    axes.set_xlabel(X_LABEL)
     axes.set_xlim(0, last_step * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     in_thousands = last_step >= 10_000
@@ -220,14 +244,13 @@ def _format_axes(axes: Axes, chart: Chart, last_step: int) -> None:
 
 
 def _inline(markup: str, title: str) -> str:
-    """An <svg> element for an HTML page: no file header, no links, page colours, fluid width."""
+    """Turn an SVG file into an <svg> element: no file header, no links, CSS colours, any width."""
     markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", markup, flags=re.S)
     markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(
-        r"<[^>]*>", lambda tag: _plain_tag(tag[0]), markup
-    )  # never the text between tags
+    # tags alone, never the text between them
+    markup = re.sub(r"<[^>]*>", lambda tag: _plain_tag(tag[0]), markup)
     label = title.replace("&", "and").replace('"', "").replace("<", "").replace(">", "")
     return re.sub(
         r"\n\s*", "\n", markup.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
@@ -235,6 +258,7 @@ def _inline(markup: str, title: str) -> str:
 
 
 def _plain_tag(tag: str) -> str:
+    """Drop namespaces and excess digits of one tag; replace fonts and placeholder colours."""
     tag = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", tag).replace("xlink:href", "href")
     tag = re.sub(r"(\d+\.\d{2})\d+", r"\1", tag)
     tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", tag)

@@ -1,7 +1,6 @@
-"""One page on which several runs stand side by side: what differs in their configurations, and what
-came of it.
+"""Renders several runs side by side: differences of their configurations, scores, samples, losses.
 
-A run keeps its colour and dashes throughout; what it lacks is left empty.
+A run keeps its colour and dashes throughout; a value that it lacks is left empty.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import score_tables
 from lpl_pretrain.report.charts import Chart, draw, smoothed, swatch
 from lpl_pretrain.report.embed import clean
+from lpl_pretrain.report.formatting import number
 from lpl_pretrain.report.page import (
     is_run,
     last_step,
-    number,
     samples,
     samples_file,
     status,
@@ -35,44 +34,48 @@ from lpl_pretrain.report.page import (
     write_page,
 )
 from lpl_pretrain.report.record import RunRecord, Series, read_run
+from lpl_pretrain.report.training_charts import MINIMISED
 
 TEMPLATE = "compare.html"
 NAMES_OF_RUNS = ("name", "run_dir")
-MOST_COLUMNS, LONGEST_LABEL = 6, 60
+"""Configuration keys that are not compared: they differ in any two runs."""
+MAX_COLUMNS = 6
+"""Differing keys in the table of runs; more go into a table of their own."""
+MAX_LABEL_LENGTH = 60
 NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 CURVES = {
     "loss/diffusion": Chart(
         "Diffusion loss",
         {},
+        unit="loss",
         log=True,
         note="mean squared error, weighted as each run is configured",
     ),
-    "loss/total": Chart(
-        "Total loss",
-        {},
-        log=True,
-        note="what the optimizer minimises; its scale moves with LPL's weight",
+    "loss/total": Chart("Total loss", {}, unit="loss", log=True, note=MINIMISED),
+    "loss/lpl": Chart("LPL", {}, unit="loss", log=True, note="unweighted, mean over the batch"),
+    "lpl/weighted_share": Chart(
+        "Weighted LPL / total loss", {}, unit="fraction", percent=True, from_zero=True
     ),
-    "loss/lpl": Chart("LPL", {}, log=True, note="unweighted, mean over the batch"),
-    "lpl/weighted_share": Chart("LPL's share of the total loss", {}, percent=True, from_zero=True),
-    "grad_norm": Chart("Gradient norm", {}, log=True, note="before clipping"),
-    "samples_per_s": Chart("Throughput", {}, from_zero=True, note="samples per second, all ranks"),
+    "grad_norm": Chart("Gradient norm", {}, unit="L2 norm", log=True, note="before clipping"),
+    "samples_per_s": Chart(
+        "Throughput", {}, unit="samples / s", from_zero=True, note="all ranks together"
+    ),
 }
+"""Metric of metrics.jsonl -> its chart, one line a run."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A key in which configurations differ, and its value in each run: None where a run has no such
-    key.
-    """
+    """A configuration key that differs, and its value in each run; None where a run lacks it."""
 
     key: str
     values: list[str | None]
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunDir]:
-    """Each once; a folder that is no run stands for the runs in it.  Raises ConfigError where there
-    are none.
+    """Runs of these folders, each once; a folder that is no run stands for the runs in it.
+
+    Raises ConfigError where a folder has none.
     """
     found: dict[Path, RunDir] = {}
     for folder in (folder.resolve() for folder in folders):
@@ -84,47 +87,50 @@ def find_runs(folders: Sequence[Path]) -> list[RunDir]:
         runs = [RunDir(path) for path in inner if is_run(RunDir(path))]
         if not runs:
             raise ConfigError(
-                f"{folder}: no run and no folder of runs: none has a config.yaml or metrics.jsonl"
+                f"{folder}: no run and no folder of runs: found neither config.yaml nor "
+                "metrics.jsonl; name a run directory, or the folder that contains several"
             )
         found |= {run.path: run for run in runs}
     return list(found.values())
 
 
 def natural(path: Path) -> list[Any]:
-    """Sorts names by the numbers in them."""
-    return [float(word) if i % 2 else word for i, word in enumerate(NUMBER.split(path.name))]
+    """Key for sorting by the numbers in names: lr=2 before lr=10."""
+    return [float(part) if i % 2 else part for i, part in enumerate(NUMBER.split(path.name))]
 
 
 def write_comparison(runs: Sequence[RunDir], output: Path | None = None) -> Path:
-    """Writes comparison.html into the folder that holds all runs, or `output`; returns its path."""
+    """Write comparison.html into the folder of all runs, or `output`; returns its path."""
     parent = common_folder(runs)
     path = output or parent / "comparison.html"
     return write_page(path, render([read_run(run) for run in runs]))
 
 
 def common_folder(runs: Sequence[RunDir]) -> Path:
+    """Deepest folder that contains all runs."""
     return Path(os.path.commonpath([run.path.parent for run in runs]))
 
 
 def render(records: Sequence[RunRecord]) -> str:
+    """HTML of the comparison."""
     parent = common_folder([record.run_dir for record in records])
     names = [clean(str(record.run_dir.path.relative_to(parent))) for record in records]
     columns = differing([record.settings for record in records])
     labels = labels_of(columns, names)
-    scored = list(dict.fromkeys(name for record in records for name in record.protocols()))
+    protocol_names = list(dict.fromkeys(name for record in records for name in record.protocols()))
     return template(TEMPLATE).render(
         name=parent.name,
         runs=[
-            {"name": name, "label": label, "swatch": Markup(swatch(i)), **facts(record)}
+            {"name": name, "label": label, "swatch": Markup(swatch(i)), **training_cells(record)}
             for i, (name, label, record) in enumerate(zip(names, labels, records, strict=True))
         ],
-        columns=columns[:MOST_COLUMNS],
-        more=columns[MOST_COLUMNS:],
+        columns=columns[:MAX_COLUMNS],
+        more=columns[MAX_COLUMNS:],
         scores=[
             summary(name, [record.protocols().get(name, []) for record in records])
-            for name in scored
+            for name in protocol_names
         ],
-        protocols=[protocol(name, records, labels) for name in scored],
+        protocols=[protocol(name, records, labels) for name in protocol_names],
         charts=drawn(
             [replace(chart, lines=lines(records, labels, key)) for key, chart in CURVES.items()],
             records,
@@ -139,70 +145,77 @@ def render(records: Sequence[RunRecord]) -> str:
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[Column]:
-    """A key is compared among the runs that have it; a section that some have switched off counts
-    as a key: off or on.
+    """Keys whose values differ among the runs that have them.
+
+    A section that some runs have switched off counts as a key, with values on and off.
     """
     flat = [flatten(each) if each else {} for each in settings]
-    found = []
+    columns = []
     for key in sorted({key for each in flat for key in each}):
         sections = [any(other.startswith(f"{key}.") for other in each) for each in flat]
-        values = [
-            ("on" if section else None)
-            if key not in each
-            else "off"
-            if any(sections)
-            else words(each[key])
-            for each, section in zip(flat, sections, strict=True)
-        ]
+        values = []
+        for each, is_section in zip(flat, sections, strict=True):
+            if key not in each:
+                values.append("on" if is_section else None)
+            else:
+                values.append("off" if any(sections) else as_text(each[key]))
         if key not in NAMES_OF_RUNS and len({value for value in values if value is not None}) > 1:
-            found.append(Column(key, values))
-    return found
+            columns.append(Column(key, values))
+    return columns
 
 
-def words(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A configuration value as a table shows it."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def labels_of(columns: Sequence[Column], names: Sequence[str]) -> list[str]:
-    """By what differs, if that is short and tells all runs apart; their names otherwise."""
-    last = [column.key.rpartition(".")[2] for column in columns]
-    short = [
-        word if last.count(word) == 1 else column.key
-        for word, column in zip(last, columns, strict=True)
+    """Label each run by its differing values, if that is short and unique; else by its name."""
+    last_parts = [column.key.rpartition(".")[2] for column in columns]
+    short_keys = [
+        part if last_parts.count(part) == 1 else column.key
+        for part, column in zip(last_parts, columns, strict=True)
     ]
-    said = []
+    labels = []
     for i in range(len(names)):
-        values = zip(short, (column.values[i] for column in columns), strict=True)
-        said.append(
-            ", ".join(f"{word} {value}" for word, value in values if value not in (None, "on"))
+        values = zip(short_keys, (column.values[i] for column in columns), strict=True)
+        labels.append(
+            ", ".join(f"{key} {value}" for key, value in values if value not in (None, "on"))
         )
-    good = all(said) and len(set(said)) == len(said) and max(map(len, said)) <= LONGEST_LABEL
-    return said if good else list(names)
+    usable = (
+        all(labels)
+        and len(set(labels)) == len(labels)
+        and max(map(len, labels)) <= MAX_LABEL_LENGTH
+    )
+    return labels if usable else list(names)
 
 
-def facts(record: RunRecord) -> dict[str, Any]:
-    """What a row of the table says beside the configuration and the scores."""
-    wanted, speed = wanted_steps(record), record.series("samples_per_s").values
+def training_cells(record: RunRecord) -> dict[str, Any]:
+    """Cells of a run's row beside the configuration and the scores."""
+    wanted = wanted_steps(record)
+    throughput = record.series("samples_per_s").values
     return {
         "step": f"{last_step(record):,}",
         "of": f"{wanted:,}" if wanted and status(record)[0] != "complete" else "",
-        "losses": [lately(record.series(key)) for key in ("loss/diffusion", "loss/lpl")],
-        "rate": number(statistics.median(speed)) if speed else "–",
+        "losses": [recent_mean(record.series(key)) for key in ("loss/diffusion", "loss/lpl")],
+        "throughput": number(statistics.median(throughput)) if throughput else "–",
     }
 
 
-def lately(series: Series) -> str:
+def recent_mean(series: Series) -> str:
+    """Running mean at the newest step."""
     return number(smoothed(series.values)[-1] if series else None)
 
 
 def lines(records: Sequence[RunRecord], labels: Sequence[str], key: str) -> dict[str, Series]:
+    """One line a run, of a metric in metrics.jsonl."""
     return {label: record.series(key) for label, record in zip(labels, records, strict=True)}
 
 
 def drawn(charts: Sequence[Chart], records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Those in which any run has a line."""
+    """Draw the charts in which any run has a line."""
     last = max(
         max(last_step(record), *(score["step"] for score in record.evaluations), 0)
         for record in records
@@ -217,30 +230,31 @@ def drawn(charts: Sequence[Chart], records: Sequence[RunRecord]) -> list[dict[st
 
 
 def summary(name: str, runs: Sequence[score_tables.Records]) -> dict[str, Any]:
-    """The two columns of the table that a protocol has: the newest score of each run, and its best."""
+    """Columns of the table for one protocol: newest score of each run, and best score of each."""
     metric = score_tables.main_metric([record for records in runs for record in records])
-    cells, best = [], []
+    cells = []
+    best_values = []
     for records in runs:
-        asked = [record for record in records if metric in score_tables.metrics([record])]
-        newest, found = (
-            score_tables.best_entry(some, metric) if some else None for some in (asked[-1:], asked)
-        )
-        cells.append([cell(newest), cell(found)])
-        best.append(found[1]["value"] if found else None)
-    known = [value for value in best if value is not None]
-    first = (max if score_tables.higher_is_better(metric) else min)(known)
+        scored = [record for record in records if metric in score_tables.metrics([record])]
+        newest = score_tables.best_entry(scored[-1:], metric)
+        best = score_tables.best_entry(scored, metric)
+        cells.append([cell(newest), cell(best)])
+        best_values.append(best[1]["value"] if best else None)
+    known = [value for value in best_values if value is not None]
+    best_of_all = (max if score_tables.higher_is_better(metric) else min)(known)
     return {
         "protocol": name,
         "metric": metric,
         "cells": cells,
-        "first": [value == first for value in best],
+        "is_best": [value == best_of_all for value in best_values],
     }
 
 
-def cell(found: tuple[dict[str, Any], dict[str, Any]] | None) -> dict[str, Any] | None:
-    if found is None:
+def cell(scored: tuple[dict[str, Any], dict[str, Any]] | None) -> dict[str, Any] | None:
+    """Values of one score for the template."""
+    if scored is None:
         return None
-    record, entry = found
+    record, entry = scored
     return {
         "value": entry["value"],
         "std": entry.get("std"),
@@ -250,59 +264,61 @@ def cell(found: tuple[dict[str, Any], dict[str, Any]] | None) -> dict[str, Any] 
 
 
 def protocol(name: str, records: Sequence[RunRecord], labels: Sequence[str]) -> dict[str, Any]:
-    """Scores over steps, a chart for each metric and guidance scale, and the sample grids of all
-    runs.
-    """
+    """One protocol: charts of its metrics, and the sample grids of all runs."""
     runs = [record.protocols().get(name, []) for record in records]
-    together = [score for scored in runs for score in scored]
-    asked = score_tables.columns(together)
+    all_records = [score for scored in runs for score in scored]
+    settings = {json.dumps(score["protocol"], sort_keys=True) for score in all_records}
+    grids, step = newest_grids(records, runs)
+    return {
+        "name": name,
+        "charts": drawn(score_charts(runs, labels), records),
+        "grids": grids,
+        "step": step,
+        "differ": len(settings) > 1,
+    }
+
+
+def score_charts(runs: Sequence[score_tables.Records], labels: Sequence[str]) -> list[Chart]:
+    """One chart for each metric, weights and guidance scale, with one line a run."""
+    all_records = [score for scored in runs for score in scored]
+    columns = score_tables.columns(all_records)
     charts = []
-    for metric in score_tables.metrics(together):
-        chart = score_tables.chart(together, metric)
-        for column in asked:
-            found = {
-                label: score_tables.series(scored, metric, column)
-                for label, scored in zip(labels, runs, strict=True)
-            }
-            title = (
-                f"{chart.title}, {score_tables.heading(column, asked)}"
-                if len(asked) > 1
-                else chart.title
-            )
+    for metric in score_tables.metrics(all_records):
+        chart = score_tables.chart(all_records, metric)
+        for column in columns:
+            title = chart.title
+            if len(columns) > 1:
+                title = f"{title}, {score_tables.heading(column, columns)}"
             charts.append(
                 replace(
                     chart,
                     title=title,
-                    lines=found,
+                    lines={
+                        label: score_tables.series(scored, metric, column)
+                        for label, scored in zip(labels, runs, strict=True)
+                    },
                     note=chart.note.replace(" by guidance scale w", ""),
                 )
             )
-    settings = {json.dumps(score["protocol"], sort_keys=True) for score in together}
-    grids, step = newest_grids(records, runs)
-    return {
-        "name": name,
-        "charts": drawn(charts, records),
-        "grids": grids,
-        "step": step,
-        "unlike": len(settings) > 1,
-    }
+    return charts
 
 
 def newest_grids(
     records: Sequence[RunRecord], runs: Sequence[score_tables.Records]
 ) -> tuple[list[dict[str, Any] | None], int | None]:
-    """(grid of each run, the newest step at which all that have grids have one); without such a
-    step each shows its own newest.
+    """(grid of each run, newest step at which all runs with grids have one).
+
+    Where there is no such step, it is None, and each run shows its own newest grid.
     """
-    found = [
+    by_step = [
         {score["step"]: score for score in scored if samples_file(record, score) is not None}
         for record, scored in zip(records, runs, strict=True)
     ]
-    steps = [set(each) for each in found if each]
+    steps = [set(each) for each in by_step if each]
     step = max(set.intersection(*steps), default=None) if steps else None
     shown: list[dict[str, Any] | None] = []
-    for record, each in zip(records, found, strict=True):
+    for record, each in zip(records, by_step, strict=True):
         own = step if step is not None else max(each, default=None)
         grid = samples(record, each[own]) if own in each else None
-        shown.append({"step": own, "picture": grid} if grid else None)
+        shown.append({"step": own, "image": grid} if grid else None)
     return shown, step

@@ -1,6 +1,4 @@
-"""What a page may hold of a run's files: pictures and text that lie inside the run, of bounded
-size.
-"""
+"""Reads images and text of a run for a page: only files inside the run, of bounded size."""
 
 from __future__ import annotations
 
@@ -9,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-MOST_PICTURE_BYTES, MOST_TEXT_BYTES, MOST_CONFIG_BYTES = 64 * MIB, 64 * MIB, MIB
+MAX_IMAGE_BYTES = 64 * MIB
+MAX_TEXT_BYTES = 64 * MIB
+MAX_CONFIG_BYTES = MIB
 MIME_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-"""By the first bytes of a file."""
-LONGEST_NAME = 200
+"""First bytes of a file -> its type."""
+MAX_NAME_LENGTH = 200
 
 
-def picture(run: Path, folder: str, name: Any, source: str, problems: list[str]) -> str | None:
-    """Return a data URI of the picture `name` (relative to the run) in the run's `folder`.
+def embed_image(run: Path, folder: str, name: Any, source: str, problems: list[str]) -> str | None:
+    """Data URI of the image `name` (relative to the run), which must be in the run's `folder`.
 
-    None when there is no such file, and when it may not be shown: `problems` then says why.
-    `source`: what names the picture.
+    None when there is no such file, and when it may not be shown: the reason is then appended to
+    `problems`.  `source`: the file that names the image.
     """
-    path = find_picture(run, folder, name, source, problems)
+    path = find_image(run, folder, name, source, problems)
     if path is None:
         return None
     content = path.read_bytes()
@@ -32,10 +32,8 @@ def picture(run: Path, folder: str, name: Any, source: str, problems: list[str])
     return None
 
 
-def find_picture(
-    run: Path, folder: str, name: Any, source: str, problems: list[str]
-) -> Path | None:
-    """The file that `picture` would show, as far as that is known without reading it."""
+def find_image(run: Path, folder: str, name: Any, source: str, problems: list[str]) -> Path | None:
+    """File that `embed_image` would show, as far as that is known without reading it."""
     if not name:
         return None
     problem = "wanted the name of a file"
@@ -44,12 +42,12 @@ def find_picture(
             path = inside(run, run / name, folder)
             if path is not None and not path.is_file():
                 return None
-            if path is not None and path.stat().st_size <= MOST_PICTURE_BYTES:
+            if path is not None and path.stat().st_size <= MAX_IMAGE_BYTES:
                 return path
             problem = (
-                f"larger than {MOST_PICTURE_BYTES // MIB} MiB"
+                f"larger than {MAX_IMAGE_BYTES // MIB} MiB"
                 if path
-                else f"lies outside of the run's {folder}/"
+                else f"is outside of the run's {folder}/"
             )
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({error})"
@@ -59,7 +57,7 @@ def find_picture(
 
 def _note(problems: list[str], source: str, name: Any, problem: str) -> None:
     text = (
-        f"{source}: picture {brief(repr(name), LONGEST_NAME)}: {brief(problem, LONGEST_NAME)}; "
+        f"{source}: image {brief(repr(name), MAX_NAME_LENGTH)}: {brief(problem, MAX_NAME_LENGTH)}; "
         "not shown"
     )
     if text not in problems:
@@ -67,41 +65,44 @@ def _note(problems: list[str], source: str, name: Any, problem: str) -> None:
 
 
 def inside(run: Path, path: Path, folder: str = "") -> Path | None:
-    """`path` without symbolic links; None when it lies outside of `folder` in the run.  Raises
-    OSError or ValueError.
+    """Resolve symbolic links; None when `path` is then outside of `folder` in the run.
+
+    Raises OSError or ValueError.
     """
     try:
-        found = path.resolve()
-        return found if found.is_relative_to(run.resolve() / folder) else None
-    except RuntimeError as problem:  # links that lead in a circle
-        raise OSError(str(problem)) from None
+        resolved = path.resolve()
+        return resolved if resolved.is_relative_to(run.resolve() / folder) else None
+    except RuntimeError as error:  # a loop of links
+        raise OSError(str(error)) from None
 
 
-def read_text(run: Path, path: Path, problems: list[str], most: int = MOST_TEXT_BYTES) -> str:
-    """The text of a file of the run; "" where there is none, or where `problems` says why it is not
-    read.
+def read_text(run: Path, path: Path, problems: list[str], most: int = MAX_TEXT_BYTES) -> str:
+    """Text of a file of the run; "" where it is absent, or where it may not be read.
+
+    The reason is then appended to `problems`.
     """
-    where = path.relative_to(run)
+    name = path.relative_to(run)
     try:
-        found = inside(run, path)
-        if found is None:
-            problems.append(f"{where}: is a link to a file outside of the run; not shown")
+        resolved = inside(run, path)
+        if resolved is None:
+            problems.append(f"{name}: is a link to a file outside of the run; not shown")
             return ""
-        if not found.is_file():
+        if not resolved.is_file():
             return ""
-        if found.stat().st_size > most:
-            problems.append(f"{where}: larger than {most // MIB} MiB; not shown")
+        if resolved.stat().st_size > most:
+            problems.append(f"{name}: larger than {most // MIB} MiB; not shown")
             return ""
-        return found.read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError) as problem:
-        problems.append(f"{where}: cannot be read ({problem})")
+        return resolved.read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        problems.append(f"{name}: cannot be read ({error})")
         return ""
 
 
 def brief(text: str, most: int) -> str:
+    """Cut `text` after `most` characters, with an ellipsis."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def clean(text: str) -> str:
-    """`text` without what cannot be written: bytes of a file's name that are not UTF-8."""
+    """Replace what UTF-8 cannot encode: bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "replace").decode()

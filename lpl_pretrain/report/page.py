@@ -1,13 +1,11 @@
-"""What the report says and in which order: from a run's record to one HTML page that needs nothing
-else.
+"""Renders a run's record as one self-contained HTML page.
 
-Every section is either drawn or says in one line what is missing.  Text is escaped by the template
-engine; only our own SVG is not.
+Every section is either drawn or says in one line what is missing.  The template engine escapes all
+text; only our own SVG is inserted as it is.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from datetime import datetime, timezone
@@ -22,49 +20,58 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report import score_tables
 from lpl_pretrain.report.charts import Chart, draw
-from lpl_pretrain.report.embed import brief, find_picture, picture
-from lpl_pretrain.report.record import TAKEN_UP, RunRecord, read_run
+from lpl_pretrain.report.embed import brief, embed_image, find_image
+from lpl_pretrain.report.formatting import duration, evenly_spaced, number, utc_time
+from lpl_pretrain.report.provenance import provenance
+from lpl_pretrain.report.record import RESUMING_EVENTS, RunRecord, read_run
 from lpl_pretrain.report.training_charts import training_charts
-from lpl_pretrain.report.validate import LONGEST_TEXT, is_step
+from lpl_pretrain.report.validate import MAX_TEXT_LENGTH, is_step
 from lpl_pretrain.runtime.atomic import atomic_write
 
-TEMPLATE, STYLE_SHEET = "page.html", "page.css"
-MOST_GRIDS, MOST_LPL_PICTURES = 6, 4
-MOST_DIFF_CHARACTERS = 40_000
-IN_TABLE = ("step", "time_s", "config_changes")
-"""Keys of a start that its details do not repeat."""
-MOST_EVENTS, LONGEST_VALUE, MOST_CONFIG_CHARACTERS = 200, 1_000, 100_000
+TEMPLATE = "page.html"
+STYLE_SHEET = "page.css"
+MAX_GRIDS = 6
+MAX_LPL_PANELS = 4
+MAX_EVENTS = 200
+MAX_VALUE_LENGTH = 1_000
+MAX_CONFIG_CHARACTERS = 100_000
+RECENT_LINES = 20
+"""Log lines over which the page averages LPL's fraction of the loss."""
+LPL_SECTION = 1
+"""Index of the section of `training_charts` that the LPL panels belong to."""
 HERE = Path(__file__).resolve().parent
 
 
 def is_run(run_dir: RunDir) -> bool:
+    """Whether the folder has a run's configuration or log."""
     return run_dir.config.is_file() or run_dir.metrics.is_file()
 
 
 def write_report(run_dir: RunDir, output: Path | None = None) -> Path:
-    """Writes report.html, or `output`; returns its path.  Raises ConfigError where there is no run."""
+    """Write report.html, or `output`; returns its path.  Raises ConfigError where no run is."""
     if not is_run(run_dir):
         raise ConfigError(
-            f"{run_dir.path}: neither config.yaml nor metrics.jsonl in it: not a run directory; "
-            "start one with `lpl-pretrain train`"
+            f"{run_dir.path}: not a run directory: found neither config.yaml nor metrics.jsonl; "
+            "start a run with `lpl-pretrain train`"
         )
     return write_page(output or run_dir.report, render(read_run(run_dir)))
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Return `path`.  Raises ConfigError where it cannot be written."""
+    """Write a page, atomically; returns `path`.  Raises ConfigError where it cannot be written."""
     try:
         with atomic_write(path) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as problem:
+    except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be written ({problem}): name another file with --output"
+            f"{path}: cannot be written ({error}): name another file with --output"
         ) from None
     return path
 
 
 def render(record: RunRecord) -> str:
-    name = brief(str(record.settings.get("name") or record.run_dir.path.name), LONGEST_TEXT)
+    """HTML of the report."""
+    name = brief(str(record.settings.get("name") or record.run_dir.path.name), MAX_TEXT_LENGTH)
     return template(TEMPLATE).render(
         name=name,
         status=status(record),
@@ -72,15 +79,15 @@ def render(record: RunRecord) -> str:
         sections=sections(record),
         protocols=[protocol(record, *item) for item in record.protocols().items()],
         record=record,
-        config_text=brief(record.config_text, MOST_CONFIG_CHARACTERS),
-        events=record.events[-MOST_EVENTS:],
+        config_text=brief(record.config_text, MAX_CONFIG_CHARACTERS),
+        events=record.events[-MAX_EVENTS:],
         provenance=provenance(record),
         source=record.run_dir.path,
     )
 
 
 def template(name: str) -> jinja2.Template:
-    """With what every page has: style sheet, filters, time."""
+    """Load a template, with what every page uses: style sheet, filters, time."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -89,7 +96,9 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        when=when, score="{:.4g}".format, brief=lambda value: brief(str(value), LONGEST_VALUE)
+        utc_time=utc_time,
+        score="{:.4g}".format,
+        brief=lambda value: brief(str(value), MAX_VALUE_LENGTH),
     )
     environment.globals.update(
         style=Markup((HERE / STYLE_SHEET).read_text()), written_at=datetime.now(timezone.utc)
@@ -98,8 +107,9 @@ def template(name: str) -> jinja2.Template:
 
 
 def status(record: RunRecord) -> tuple[str, str]:
-    """(kind for the style sheet, words)."""
-    last, wanted = last_step(record), wanted_steps(record)
+    """(class for the style sheet, text) of the run's state."""
+    last = last_step(record)
+    wanted = wanted_steps(record)
     if not last:
         return "waiting", "no steps logged yet"
     if wanted and last >= wanted:
@@ -111,130 +121,129 @@ def status(record: RunRecord) -> tuple[str, str]:
 
 
 def wanted_steps(record: RunRecord) -> int | None:
+    """Number of updates that the configuration asks for."""
     steps = record.settings.get("steps")
     return steps if is_step(steps) else None
 
 
 def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
-    """(label, value, small print)."""
-    last, wanted = last_step(record), wanted_steps(record)
-    speed = record.series("samples_per_s").values
-    found = [("steps", f"{last:,}", f"of {wanted:,}" if wanted and wanted >= last else "")]
-    if seen := record.series("samples_seen").values:
-        found.append(("samples seen", number(seen[-1]), epochs(record, seen[-1])))
-    if speed:
-        found.append(("samples / s", number(statistics.median(speed)), "median"))
-    if duration := training_seconds(record):
-        found.append(("training time", clock(duration), sessions(record)))
+    """(label, value, small print) of the figures at the top of the page."""
+    last = last_step(record)
+    wanted = wanted_steps(record)
+    tiles = [("steps", f"{last:,}", f"of {wanted:,}" if wanted and wanted >= last else "")]
+    if samples_seen := record.series("samples_seen").values:
+        tiles.append(("samples seen", number(samples_seen[-1]), epochs(record, samples_seen[-1])))
+    if throughput := record.series("samples_per_s").values:
+        tiles.append(("samples / s", number(statistics.median(throughput)), "median"))
+    if seconds := training_seconds(record):
+        tiles.append(("training time", duration(seconds), resumes(record)))
     for name, records in record.protocols().items():
         (_, scale), values = score_tables.best_column(records)
         ends = values if len(values) == 1 else [values[0], values[-1]]
-        first = score_title(records[-1]["results"][0]["metric"])
-        found.append((first, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
+        title = score_title(records[-1]["results"][0]["metric"])
+        tiles.append((title, " → ".join(map(number, ends)), f"{name}, guidance {scale:g}"))
     if spikes := distinct_spikes(record):
         rollbacks = sum(action == "rollback" for _, action, _ in spikes)
-        found.append(("spikes", f"{len(spikes):,}", f"{rollbacks:,} rolled back"))
-    if share := record.series("lpl/weighted_share").values:
-        found.append(("LPL share of loss", f"{100 * statistics.mean(share[-20:]):.1f}%", "lately"))
-    return found
+        tiles.append(("spikes", f"{len(spikes):,}", f"{rollbacks:,} rolled back"))
+    if fractions := record.series("lpl/weighted_share").values:
+        recent = statistics.mean(fractions[-RECENT_LINES:])
+        tiles.append(("LPL, fraction of total loss", f"{100 * recent:.1f}%", "recent mean"))
+    return tiles
 
 
 def sections(record: RunRecord) -> list[dict[str, Any]]:
-    """Titles with their charts, or with the one line that says why there are none."""
+    """Sections on training: titles with charts, or with one line that says why there are none."""
     if not record.lines:
-        return [
-            {
-                "title": "Training",
-                "charts": [],
-                "pictures": [],
-                "missing": "Nothing logged yet: metrics.jsonl is missing or empty.",
-            }
-        ]
-    events = interruptions(record)
-
-    def section(title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
-        drawn = [chart for chart in charts if any(chart.lines.values())]
-        last = last_step(record)
-        return {
-            "title": title,
-            "missing": "" if drawn else missing,
-            "charts": [
-                {"title": c.title, "note": c.note, "svg": Markup(draw(c, events, last))}
-                for c in drawn
-            ],
-            "pictures": [],
-        }
-
-    found = [section(title, missing, charts) for title, missing, charts in training_charts(record)]
-    found[1]["pictures"] = [shown for shown in lpl_pictures(record) if shown["picture"]]
+        missing = "Nothing logged yet: metrics.jsonl is missing or empty."
+        return [{"title": "Training", "charts": [], "panels": [], "missing": missing}]
+    found = [_section(record, *section) for section in training_charts(record)]
+    found[LPL_SECTION]["panels"] = [panel for panel in lpl_panels(record) if panel["image"]]
     return found
 
 
-def lpl_pictures(record: RunRecord) -> list[dict[str, Any]]:
-    """What LPL compared at some checkpoints."""
-    folder, found = record.run_dir.path, list(record.run_dir.lpl_pictures().items())
+def _section(record: RunRecord, title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:
+    drawn = [chart for chart in charts if any(chart.lines.values())]
+    events = interruptions(record)
+    last = last_step(record)
+    return {
+        "title": title,
+        "missing": "" if drawn else missing,
+        "charts": [
+            {"title": chart.title, "note": chart.note, "svg": Markup(draw(chart, events, last))}
+            for chart in drawn
+        ],
+        "panels": [],
+    }
+
+
+def lpl_panels(record: RunRecord) -> list[dict[str, Any]]:
+    """Panels of what LPL compared, at checkpoints that are spread over the run."""
+    folder = record.run_dir.path
+    paths = list(record.run_dir.lpl_pictures().items())
     return [
         {
             "step": step,
-            "picture": picture(
+            "image": embed_image(
                 folder, "lpl", str(path.relative_to(folder)), "lpl", record.problems
             ),
         }
-        for step, path in spread(found, MOST_LPL_PICTURES)
+        for step, path in evenly_spaced(paths, MAX_LPL_PANELS)
     ]
 
 
 def protocol(record: RunRecord, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One evaluation protocol: a chart and a table of each metric, sample grids over steps, real
-    pictures beside the last one.
+    """One evaluation protocol: charts and tables of its metrics, and sample grids over steps.
+
+    Real images are shown beside the newest grid.
     """
-    last, folder = records[-1], record.run_dir.path
-    asked, events, end = (
-        score_tables.columns(records),
-        interruptions(record),
-        max(last_step(record), last["step"]),
-    )
-    shown = []
-    for metric in score_tables.metrics(records):
-        chart = score_tables.chart(records, metric)
-        rows = score_tables.table(records, metric)
-        shown.append(
-            {
-                "name": metric,
-                "title": chart.title,
-                "svg": Markup(draw(chart, events, end)),
-                "note": chart.note,
-                "rows": rows,
-            }
-        )
-    dimensions = [extractor["dimension"] for extractor in last.get("extractors", {}).values()]
-    images, reference = last["results"][0]["images"], last.get("reference", {})
+    newest = records[-1]
+    columns = score_tables.columns(records)
+    extractors = newest.get("extractors", {}).values()
+    dimension = max((extractor["dimension"] for extractor in extractors), default=0)
+    images = newest["results"][0]["images"]
+    reference = newest.get("reference", {})
     grids = [
-        {"step": each["step"], "picture": samples(record, each)}
-        for each in spread(records, MOST_GRIDS)
+        {"step": each["step"], "image": samples(record, each)}
+        for each in evenly_spaced(records, MAX_GRIDS)
     ]
     real = reference.get("grid") and f"evaluations/{reference['grid']}"
     return {
         "name": name,
         "images": images,
-        "weights": ", ".join(dict.fromkeys(weights for weights, _ in asked)),
-        "metrics": shown,
-        "headings": [score_tables.heading(column, asked) for column in asked],
-        "sampler": last["protocol"].get("sampler"),
-        "shown_scale": max(scale for _, scale in asked),
-        "biased": bool(dimensions) and images <= max(dimensions),
-        "dimension": max(dimensions, default=0),
+        "weights": ", ".join(dict.fromkeys(weights for weights, _ in columns)),
+        "metrics": [_metric(record, records, metric) for metric in score_tables.metrics(records)],
+        "headings": [score_tables.heading(column, columns) for column in columns],
+        "sampler": newest["protocol"].get("sampler"),
+        "shown_scale": max(scale for _, scale in columns),
+        "biased": bool(extractors) and images <= dimension,
+        "dimension": dimension,
         "reference": reference,
-        "real": picture(folder, "evaluations", real, last["file"], record.problems),
-        "grids": [grid for grid in grids if grid["picture"]],
+        "real": embed_image(
+            record.run_dir.path, "evaluations", real, newest["file"], record.problems
+        ),
+        "grids": [grid for grid in grids if grid["image"]],
+    }
+
+
+def _metric(record: RunRecord, records: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Chart and table of one metric."""
+    chart = score_tables.chart(records, metric)
+    end = max(last_step(record), records[-1]["step"])
+    return {
+        "name": metric,
+        "title": chart.title,
+        "svg": Markup(draw(chart, interruptions(record), end)),
+        "note": chart.note,
+        "rows": score_tables.table(records, metric),
     }
 
 
 def samples(record: RunRecord, score: dict[str, Any]) -> str | None:
-    """The sample grid of one evaluation as a data URI; None where there is none, or where the
-    page's problems say why.
+    """Sample grid of one evaluation as a data URI; None where it is absent or may not be shown.
+
+    The record's problems then say why it may not.
     """
-    return picture(
+    return embed_image(
         record.run_dir.path,
         "samples",
         score.get("samples"),
@@ -244,130 +253,59 @@ def samples(record: RunRecord, score: dict[str, Any]) -> str | None:
 
 
 def samples_file(record: RunRecord, score: dict[str, Any]) -> Path | None:
-    """The file of that grid, before it is read."""
+    """File of the sample grid of one evaluation, without reading it."""
     source = score.get("file", "evaluations")
-    return find_picture(
-        record.run_dir.path, "samples", score.get("samples"), source, record.problems
-    )
-
-
-def provenance(record: RunRecord) -> dict[str, Any]:
-    """What provenance.json holds, sorted for reading; keys that this version does not know are
-    shown as they are.
-
-    All starts in a table, and the newest one in detail.
-    """
-    rest = {key: value for key, value in record.provenance.items() if key not in IN_TABLE}
-    diff = str(rest.pop("git_diff", None) or "")
-    argv, versions = rest.pop("argv", None), rest.pop("versions", None)
-    return {
-        "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv,
-        "versions": versions if isinstance(versions, dict) else {},
-        "diff": diff[:MOST_DIFF_CHARACTERS],
-        "diff_cut": len(diff) > MOST_DIFF_CHARACTERS,
-        "starts": [start_row(start) for start in record.starts],
-        "facts": {
-            key: value if isinstance(value, str) else json.dumps(value)
-            for key, value in rest.items()
-        },
-    }
-
-
-def start_row(start: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table; what an older version did not write is empty."""
-    hosts, changes, time_s = start.get("hosts"), start.get("config_changes"), start.get("time_s")
-    names = hosts if isinstance(hosts, list) else [start.get("host")]
-    changed = changes.items() if isinstance(changes, dict) else ()
-    return {
-        "step": start.get("step"),
-        "time_s": time_s if isinstance(time_s, (int, float)) else None,
-        "strategy": start.get("strategy"),
-        "world_size": start.get("world_size"),
-        "hosts": ", ".join(str(name) for name in names if name),
-        "code": str(start.get("code") or start.get("git_commit") or "")[:12],
-        "changes": "; ".join(f"{key}: {change_words(values)}" for key, values in changed),
-    }
-
-
-def change_words(values: Any) -> str:
-    return " → ".join(map(json.dumps, values)) if isinstance(values, list) else json.dumps(values)
+    return find_image(record.run_dir.path, "samples", score.get("samples"), source, record.problems)
 
 
 def interruptions(record: RunRecord) -> list[int]:
-    """Steps that the charts mark: the last ones, where there are very many."""
-    marked = ("stopped", *TAKEN_UP, "spike")
+    """Steps that the charts mark: stops, resumes and spikes; at most the last MAX_EVENTS."""
+    marked = ("stopped", *RESUMING_EVENTS, "spike")
     steps = {event["step"] for event in record.events if event["event"] in marked}
-    return sorted(steps)[-MOST_EVENTS:]
+    return sorted(steps)[-MAX_EVENTS:]
 
 
 def distinct_spikes(record: RunRecord) -> set[tuple[int, str, int]]:
-    """(step, action, updates jumped over): a run that is resumed before a spike meets it again."""
+    """(step, action, skipped updates) of every spike, once.
+
+    A run that is resumed from before a spike meets the same spike again.
+    """
     spikes = [event for event in record.events if event["event"] == "spike"]
     return {(e["step"], str(e.get("action")), e.get("jump_updates", 0)) for e in spikes}
 
 
 def last_step(record: RunRecord) -> int:
+    """Newest logged step; 0 where nothing is logged."""
     return record.lines[-1]["step"] if record.lines else 0
 
 
 def training_seconds(record: RunRecord) -> float:
-    """Time spent on the steps that count: samples between log lines over the rate of that stretch."""
-    seconds, before = 0.0, 0
+    """Seconds spent on the steps that remain: samples between two log lines over their throughput.
+
+    0 where a line lacks one of the two.
+    """
+    seconds = 0.0
+    samples_before = 0
     for line in record.lines:
-        seen, rate = line.get("samples_seen"), line.get("samples_per_s")
-        if seen is None or not rate or not math.isfinite(rate):
+        samples_seen = line.get("samples_seen")
+        throughput = line.get("samples_per_s")
+        if samples_seen is None or not throughput or not math.isfinite(throughput):
             return 0.0
-        seconds, before = seconds + (seen - before) / rate, seen
+        seconds += (samples_seen - samples_before) / throughput
+        samples_before = samples_seen
     return seconds
 
 
-def sessions(record: RunRecord) -> str:
+def resumes(record: RunRecord) -> str:
+    """How often training was resumed, in words."""
     if not record.resumes:
         return "without interruption"
     return "resumed once" if record.resumes == 1 else f"resumed {record.resumes} times"
 
 
-def epochs(record: RunRecord, seen: float) -> str:
-    samples = record.provenance.get("data_samples")
-    return f"{seen / samples:,.1f} times the data" if is_step(samples) and samples else ""
-
-
-def spread(records: list[Any], count: int) -> list[Any]:
-    """At most `count`, evenly, the first and the last among them."""
-    if len(records) <= count:
-        return records
-    return [records[round(i * (len(records) - 1) / (count - 1))] for i in range(count)]
-
-
-def number(value: float | None) -> str:
-    """Three or four digits: 96,000; 1.73M; 212; 0.0412."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    for limit, unit in ((1e9, "B"), (1e6, "M")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def clock(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min"
-        if seconds >= 60
-        else f"{seconds:.0f} s"
-    )
-
-
-def when(timestamp: Any) -> str:
-    """A time in UTC; "" for what is none."""
-    try:
-        moment = (
-            timestamp
-            if isinstance(timestamp, datetime)
-            else datetime.fromtimestamp(timestamp, timezone.utc)
-        )
-    except (TypeError, ValueError, OverflowError, OSError):
+def epochs(record: RunRecord, samples_seen: float) -> str:
+    """Passes over the data, in words; "" where the size of the data is unknown."""
+    data_samples = record.provenance.get("data_samples")
+    if not is_step(data_samples) or not data_samples:
         return ""
-    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"{samples_seen / data_samples:,.1f} epochs"

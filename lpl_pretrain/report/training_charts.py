@@ -1,113 +1,148 @@
-"""Which curves of a run are drawn, by section."""
+"""Charts of a training run, by section of the page."""
 
 from __future__ import annotations
 
 from lpl_pretrain.report.charts import Chart
 from lpl_pretrain.report.record import RunRecord, Series
 
-PHASES = (
-    "data",
-    "forward",
-    "lpl",
-    "backward",
-    "optimizer",
-    "checkpoint",
-)  # as many as there are colours
+PHASES = ("data", "forward", "lpl", "backward", "optimizer", "checkpoint")
+"""Phases of an update, `seconds/<phase>` in the log; as many as there are colours."""
+WEIGHTED = "mean squared error, weighted as configured"
+MINIMISED = "what the optimizer minimises; its scale moves with the weight of LPL"
+
 Section = tuple[str, str, list[Chart]]
-"""Title, what to say when no chart has a line, charts."""
+"""Title, text in place of the charts when none has a line, charts."""
 
 
 def training_charts(record: RunRecord) -> list[Section]:
+    """Sections of the page, in order."""
     return [losses(record), perceptual(record), optimisation(record)]
 
 
 def losses(record: RunRecord) -> Section:
-    one = record.series
-    weighted = "mean squared error, weighted as configured"
-    minimised = "what the optimizer minimises; its scale moves with LPL's weight"
+    """Diffusion loss and total loss."""
     return (
         "Loss",
         "No losses logged.",
         [
-            Chart("Diffusion loss", {"loss": one("loss/diffusion")}, log=True, note=weighted),
-            Chart("Total loss", {"loss": one("loss/total")}, log=True, note=minimised),
+            Chart(
+                "Diffusion loss",
+                {"loss": record.series("loss/diffusion")},
+                unit="loss",
+                log=True,
+                note=WEIGHTED,
+            ),
+            Chart(
+                "Total loss",
+                {"loss": record.series("loss/total")},
+                unit="loss",
+                log=True,
+                note=MINIMISED,
+            ),
         ],
     )
 
 
 def perceptual(record: RunRecord) -> Section:
-    one = record.series
-    shares = {
-        "of the loss": one("lpl/weighted_share"),
-        "of samples, gated in": one("lpl/gated_share"),
+    """The Latent Perceptual Loss: value, fractions, and its decoder stages."""
+    missing = "This run trains without the Latent Perceptual Loss (lpl: null)."
+    if record.settings.get("lpl"):
+        missing = "The Latent Perceptual Loss has not started yet."
+    fractions = {
+        "LPL / total loss": record.series("lpl/weighted_share"),
+        "gated samples / all": record.series("lpl/gated_share"),
     }
-    spread = "standard deviation over space; below 1 the estimate is blurrier than the data"
     return (
         "Latent Perceptual Loss",
-        "The Latent Perceptual Loss has not started yet."
-        if record.settings.get("lpl")
-        else "This run trains without the Latent Perceptual Loss (lpl: null).",
+        missing,
         [
             Chart(
-                "LPL", {"lpl": one("loss/lpl")}, log=True, note="unweighted, mean over the batch"
+                "LPL",
+                {"lpl": record.series("loss/lpl")},
+                unit="loss",
+                log=True,
+                note="unweighted, mean over the batch",
             ),
             Chart(
-                "Shares",
-                _present(shares),
+                "LPL fractions",
+                _logged(fractions),
+                unit="fraction",
                 percent=True,
                 from_zero=True,
-                note="LPL's share of the total loss; share of samples that pass the gate",
+                note="weighted LPL over the total loss; samples that pass the gate over all samples",
             ),
-            Chart("Contribution of each decoder stage", record.stages("contribution"), log=True),
             Chart(
-                "Feature spread, predicted / clean",
+                "LPL by decoder stage",
+                record.stages("contribution"),
+                unit="contribution to LPL",
+                log=True,
+                note="unweighted, mean over the samples with LPL",
+            ),
+            Chart(
+                "Feature standard deviation, predicted / clean",
                 record.stages("std_ratio"),
+                unit="ratio",
                 baseline=1.0,
-                note=spread,
+                note="over space, by decoder stage; below 1 the estimate is blurrier than the data",
             ),
             Chart(
-                "Positions kept by the outlier mask", record.stages("keep_fraction"), percent=True
+                "Positions kept by the outlier mask",
+                record.stages("keep_fraction"),
+                unit="fraction",
+                percent=True,
+                note="by decoder stage",
             ),
         ],
     )
 
 
 def optimisation(record: RunRecord) -> Section:
-    one = record.series
-    phases = _present({name: one(f"seconds/{name}") for name in PHASES})
+    """Gradient norm, throughput, time and arithmetic of an update."""
+    phases = _logged({name: record.series(f"seconds/{name}") for name in PHASES})
     return (
         "Optimisation",
-        "No gradient norms or rates logged.",
+        "No gradient norms or throughput logged.",
         [
-            Chart("Gradient norm", {"norm": one("grad_norm")}, log=True, note="before clipping"),
+            Chart(
+                "Gradient norm",
+                {"norm": record.series("grad_norm")},
+                unit="L2 norm",
+                log=True,
+                note="before clipping",
+            ),
             Chart(
                 "Throughput",
-                {"samples / s": one("samples_per_s")},
+                {"samples / s": record.series("samples_per_s")},
+                unit="samples / s",
                 from_zero=True,
-                note="samples per second, all ranks",
+                note="all ranks together",
             ),
             Chart(
-                "Seconds a step",
+                "Time of a step by phase",
                 phases,
+                unit="seconds",
                 from_zero=True,
-                note="by phase: data and checkpoints on the host, the rest on the device",
+                note="data and checkpoint on the host, the other phases on the device",
             ),
             Chart(
-                "Arithmetic",
-                {"TFLOP / s": one("tflops_per_s")},
+                "Arithmetic throughput",
+                {"TFLOP / s": record.series("tflops_per_s")},
+                unit="TFLOP / s",
                 from_zero=True,
-                note="of one device; recomputation not counted",
+                note="of one device; recomputation is not counted",
             ),
             Chart(
                 "Model FLOPs utilisation",
-                {"MFU": one("mfu")},
+                {"MFU": record.series("mfu")},
+                unit="fraction of peak",
                 percent=True,
                 from_zero=True,
-                note="of the device's peak",
+                note="arithmetic throughput over the device's peak",
             ),
         ],
     )
 
 
-def _present(lines: dict[str, Series]) -> dict[str, Series]:
+def _logged(lines: dict[str, Series]) -> dict[str, Series]:
+    """Lines that have values."""
     return {name: series for name, series in lines.items() if series}

@@ -1,4 +1,4 @@
-"""The shape of what a report reads: files of a run may be damaged, or come from elsewhere."""
+"""Validates what a report reads: files of a run may be damaged, or come from somewhere else."""
 
 from __future__ import annotations
 
@@ -9,28 +9,39 @@ from typing import Annotated, Any, Optional
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-LARGEST_STEP, LARGEST_NUMBER = 10**12, 1e100
-"""A chart cannot be drawn beyond."""
-LONGEST_TEXT = 200
-MOST_RESULTS, MOST_VALUES, MOST_SETTINGS, MOST_DEPTH = 2_000, 100_000, 5_000, 40
+MAX_STEP = 10**12
+"""Largest step that a chart can draw."""
+MAX_NUMBER = 1e100
+"""Largest magnitude that a chart can draw."""
+MAX_TEXT_LENGTH = 200
+MAX_RESULTS = 2_000
+"""Scores in one record."""
+MAX_VALUES = 100_000
+"""Values in one JSON document."""
+MAX_SETTINGS = 5_000
+"""Values in one configuration."""
+MAX_DEPTH = 40
+"""Levels of nesting."""
 
 
 def _drawable(value: float) -> float:
-    if math.isfinite(value) and abs(value) > LARGEST_NUMBER:
-        raise ValueError(f"larger than {LARGEST_NUMBER:g}")
+    if math.isfinite(value) and abs(value) > MAX_NUMBER:
+        raise ValueError(f"larger than {MAX_NUMBER:g}")
     return value
 
 
 Number = Annotated[float, Field(strict=True), AfterValidator(_drawable)]
-Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST_STEP)]
-Text = Annotated[str, Field(strict=True, max_length=LONGEST_TEXT)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_STEP)]
+Text = Annotated[str, Field(strict=True, max_length=MAX_TEXT_LENGTH)]
 
 
-class _Part(BaseModel):
+class _Lenient(BaseModel):
+    """Part of a record; keys that a report does not use are dropped."""
+
     model_config = ConfigDict(extra="ignore")
 
 
-class Score(_Part):
+class Score(_Lenient):
     metric: Text
     value: Number
     guidance_scale: Annotated[Number, Field(allow_inf_nan=False)]
@@ -42,50 +53,51 @@ class Score(_Part):
     at_half: Optional[Number] = None
 
 
-class Sampler(_Part):
+class Sampler(_Lenient):
     kind: Text
     steps: Count
 
 
-class Protocol(_Part):
+class Protocol(_Lenient):
     name: Text
     sampler: Optional[Sampler] = None
     best: Optional[Text] = None
 
 
-class ExtractorFacts(_Part):
+class ExtractorInfo(_Lenient):
     dimension: Count = 0
 
 
-class ReferenceFacts(_Part):
+class ReferenceInfo(_Lenient):
     pictures: Optional[Count] = None
     grid: Any = None
 
 
-class Evaluation(_Part):
+class Evaluation(_Lenient):
     step: Count
-    results: Annotated[list[Score], Field(min_length=1, max_length=MOST_RESULTS)]
+    results: Annotated[list[Score], Field(min_length=1, max_length=MAX_RESULTS)]
     protocol: Protocol
     samples: Any = None
-    """As written: embed.py decides whether it is shown."""
-    extractors: dict[str, ExtractorFacts] = {}
-    reference: ReferenceFacts = ReferenceFacts()
+    """Path of the sample grid, unchecked: embed.py decides whether it is shown."""
+    extractors: dict[str, ExtractorInfo] = {}
+    reference: ReferenceInfo = ReferenceInfo()
 
 
 def evaluation(raw: dict[str, Any]) -> dict[str, Any]:
-    """A record as the report uses it, without keys that are null.  Raises ValueError that says what
-    is wrong in one line.
+    """Validate a record; returns what the report uses of it, without keys that are null.
+
+    Raises ValueError with the first problem, in one line.
     """
     try:
-        found = Evaluation.model_validate(raw).model_dump(exclude_none=True)
-    except ValidationError as problems:
-        first = problems.errors(include_url=False, include_input=False)[0]
+        record = Evaluation.model_validate(raw).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return {**found, "protocol": {**raw["protocol"], **found["protocol"]}}
+    return {**record, "protocol": {**raw["protocol"], **record["protocol"]}}
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is not JSON, or nests too deeply."""
+    """Parse JSON.  Raises ValueError for other text, and for too many values or levels."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():  # an escape that may be half of a pair
@@ -96,49 +108,51 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data with text for keys, as JSON has it.  Raises ValueError for what is not YAML, or
-    too large.
+    """Parse YAML to plain data with text as keys, like JSON's.
+
+    Raises ValueError for other text, and for too many values or levels.
     """
     try:
-        value = bounded(yaml.safe_load(text), MOST_SETTINGS)
+        value = bounded(yaml.safe_load(text), MAX_SETTINGS)
         return json.loads(json.dumps(value, default=str, ensure_ascii=False).encode())
     except RecursionError:
         raise ValueError("nests too deeply") from None
-    except (yaml.YAMLError, TypeError) as problem:
-        raise ValueError(str(problem)) from None
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
-def bounded(value: Any, most: int = MOST_VALUES) -> Any:
-    """Return `value`.  Raises ValueError when it has more parts, aliases counted each time, or
-    levels than a report takes.
+def bounded(value: Any, most: int = MAX_VALUES) -> Any:
+    """Return `value`.  Raises ValueError for more than `most` values, or too many levels.
+
+    An alias of YAML counts every time.
     """
-    level, parts = [value], 0
-    for _ in range(MOST_DEPTH):
-        parts += len(level)
-        if parts > most:
+    level = [value]
+    count = 0
+    for _ in range(MAX_DEPTH):
+        count += len(level)
+        if count > most:
             raise ValueError(f"holds more than {most:,} values")
         level = [child for each in level for child in _children(each)]
         if not level:
             return value
-    raise ValueError(f"nests more than {MOST_DEPTH} levels")
+    raise ValueError(f"nests more than {MAX_DEPTH} levels")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a chart can draw it, or leave it out as not finite."""
+    """Whether a chart can draw `value`, or leave it out as not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return not abs(value) > LARGEST_NUMBER or (isinstance(value, float) and math.isinf(value))
+    return not abs(value) > MAX_NUMBER or (isinstance(value, float) and math.isinf(value))
 
 
 def is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_STEP
+    """Whether `value` is an integer that a chart can draw as a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_STEP
 
 
 def _children(value: Any) -> list[Any]:
-    return (
-        list(value.values())
-        if isinstance(value, dict)
-        else list(value)
-        if isinstance(value, (list, tuple, set))
-        else []
-    )
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    return []

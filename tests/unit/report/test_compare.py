@@ -70,8 +70,8 @@ def test_one_page_of_a_folder_of_runs(sweep):
         "24 step 120, w = 2.5",
         "Kernel distance (x), w = 2.5",
         "Samples at step 120",
-        "kid_x; lower is better; bars show its uncertainty",
-        "LPL's share of the total loss",
+        "kid_x; lower is better; bars: 95 % interval or standard error",
+        "Weighted LPL / total loss",
     ):
         assert words in page.text, words
     assert page.text.count("lpl.target_fraction") == 1, (
@@ -196,12 +196,12 @@ def test_newest_and_best_scores():
     found = summary("p", records([(1, 30.0), (2, 20.0), (3, 25.0)], [], [(1, 21.0)]))
     values = [[cell and (cell["step"], cell["value"]) for cell in row] for row in found["cells"]]
     assert values == [[(3, 25.0), (2, 20.0)], [None, None], [(1, 21.0), (1, 21.0)]]
-    assert found["first"] == [True, False, False], "the lowest distance"
+    assert found["is_best"] == [True, False, False], "the lowest distance"
 
 
 def test_where_higher_is_better(monkeypatch):
     monkeypatch.setattr(score_tables, "higher_is_better", lambda metric: True)
-    assert summary("p", records([(1, 30.0)], [(1, 40.0)]))["first"] == [False, True]
+    assert summary("p", records([(1, 30.0)], [(1, 40.0)]))["is_best"] == [False, True]
 
 
 def test_grids_are_of_the_newest_step_that_all_have(sweep):
@@ -235,8 +235,8 @@ def test_nothing_but_a_configuration(run, tmp_path):
         shutil.copy(run.config, tmp_path / "bare" / name)
     page = Page(write_comparison(find_runs([tmp_path / "bare"])).read_text())
     for words in (
-        "Configurations are the same",
-        "No checkpoint of these runs is scored",
+        "All configurations are equal",
+        "No checkpoint of these runs has a score",
         "Nothing logged yet",
     ):
         assert words in page.text

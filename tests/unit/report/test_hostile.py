@@ -66,10 +66,10 @@ def outside(tmp_path) -> Path:
 
 
 FOREIGN = {
-    "../passwd": "lies outside of the run's samples/",
-    "samples/../../passwd": "lies outside of the run's samples/",
-    "config.yaml": "lies outside of the run's samples/",
-    "samples/link.png": "lies outside of the run's samples/",
+    "../passwd": "is outside of the run's samples/",
+    "samples/../../passwd": "is outside of the run's samples/",
+    "config.yaml": "is outside of the run's samples/",
+    "samples/link.png": "is outside of the run's samples/",
     "samples/text.png": "neither a PNG nor a JPEG",
     "samples/a\0b": "cannot be read",
     "samples/" + "x" * 5_000: "cannot be read",
@@ -83,11 +83,9 @@ def test_only_pictures_of_the_run_are_embedded(bare, outside, name, words):
     (bare.path / "samples" / "link.png").symlink_to(outside / "passwd")
     (bare.path / "samples" / "text.png").write_bytes(SECRET)
     problems: list[str] = []
-    assert embed.picture(bare.path, "samples", name, RECORD, problems) is None
+    assert embed.embed_image(bare.path, "samples", name, RECORD, problems) is None
     assert (
-        len(problems) == 1
-        and problems[0].startswith(f"{RECORD}: picture ")
-        and words in problems[0]
+        len(problems) == 1 and problems[0].startswith(f"{RECORD}: image ") and words in problems[0]
     )
 
 
@@ -97,7 +95,7 @@ def test_only_pictures_of_the_run_are_embedded(bare, outside, name, words):
 def test_pages_say_what_they_do_not_embed(bare, outside, name):
     edit(bare, samples=name.format(outside=outside) if isinstance(name, str) else name)
     shown, stolen = [Page(text) for text in pages(bare)], base64.b64encode(SECRET).decode()[:-4]
-    assert f"{RECORD}: picture " in shown[0].text and "not shown" in shown[0].text
+    assert f"{RECORD}: image " in shown[0].text and "not shown" in shown[0].text
     assert shown[0].tags.count("img") == 2, "the other pictures are there"
     for page in shown:
         assert (
@@ -108,7 +106,7 @@ def test_pages_say_what_they_do_not_embed(bare, outside, name):
 
 def test_the_real_pictures_beside_them_too(bare, outside):
     edit(bare, "evaluations/step_00000120/quick.json", reference__grid="../../passwd")
-    assert "lies outside of the run's evaluations/" in Page(pages(bare)[0]).text
+    assert "is outside of the run's evaluations/" in Page(pages(bare)[0]).text
 
 
 def test_a_comparison_names_what_it_does_not_show(bare, outside):
@@ -121,7 +119,7 @@ def test_a_picture_is_of_bounded_size_and_may_be_a_jpeg(bare, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(bare.path / "samples" / "big.jpg")
     edit(bare, samples="samples/big.jpg")
     assert "data:image/jpeg;base64," in pages(bare)[0]
-    monkeypatch.setattr(embed, "MOST_PICTURE_BYTES", 300)
+    monkeypatch.setattr(embed, "MAX_IMAGE_BYTES", 300)
     assert "larger than 0 MiB" in Page(pages(bare)[0]).text
 
 
@@ -267,7 +265,7 @@ def test_damaged_records_are_named_and_the_others_are_shown(bare):
     for text in pages(bare):
         page = Page(text)
         assert [name for name in damaged if f"{name}: damaged: " not in page.text] == []
-        assert page.text.count("holds no score") + page.text.count("not valid") == other
+        assert page.text.count("has no score") + page.text.count("not valid") == other
         assert len(page.text) < 60_000 and page.tags.count("img") >= 2
 
 
@@ -376,7 +374,7 @@ def test_a_page_that_cannot_be_written_is_an_error(run, tmp_path):
 
 
 def test_a_very_large_file_is_not_read(bare):
-    bare.config.write_text("x" * (embed.MOST_CONFIG_BYTES + 1))
+    bare.config.write_text("x" * (embed.MAX_CONFIG_BYTES + 1))
     assert read_run(bare).problems == ["config.yaml: larger than 1 MiB; not shown"]
 
 

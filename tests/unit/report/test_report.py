@@ -14,17 +14,9 @@ from lpl_pretrain.cli import report as command
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.report.charts import Chart, draw, smoothed
-from lpl_pretrain.report.page import (
-    clock,
-    interruptions,
-    last_step,
-    number,
-    provenance,
-    render,
-    spread,
-    start_row,
-    write_report,
-)
+from lpl_pretrain.report.formatting import duration, evenly_spaced, number
+from lpl_pretrain.report.page import interruptions, last_step, render, write_report
+from lpl_pretrain.report.provenance import provenance, start_row
 from lpl_pretrain.report.record import Series, read_run
 from tests.unit.report.conftest import metrics
 
@@ -89,18 +81,18 @@ def test_a_whole_run(run):
         "120",
         "960",
         "100",
-        "15.0 times the data",
+        "15.0 epochs",
         "resumed once",
         "quick, guidance 2.5",
         "20.0%",
         "30 → 24",
         "fd_x",
         "biased upwards",
-        "kid_x by guidance scale w; lower is better; bars show its uncertainty",
+        "kid_x by guidance scale w; lower is better; bars: 95 % interval or standard error",
         "0.38 ± 0.03",
-        "At 5 pictures the last one is 95",
+        "From 5 images instead of 10, the newest score is 95",
         "step 120, guidance 2.5, ema weights",
-        "some of the 5 pictures",
+        "some of the 5 images of the reference",
         "SIGTERM",
         "something new",
         "x.yaml",
@@ -160,7 +152,7 @@ def test_a_torn_line_is_skipped_and_said(run):
     [
         ("config.yaml", "config.yaml is missing"),
         ("provenance.json", "provenance.json is missing"),
-        ("evaluations", "No checkpoint is scored yet"),
+        ("evaluations", "No checkpoint has a score yet"),
         ("samples", "No sample grids"),
         ("metrics.jsonl", "Nothing logged yet"),
     ],
@@ -188,7 +180,7 @@ def test_a_run_without_lpl_says_so(run):
 def test_an_evaluation_without_scores_is_named(run):
     path = run.evaluation(60, "quick")
     path.write_text(json.dumps({"step": 60, "results": [], "protocol": {"name": "quick"}}))
-    assert "quick.json: holds no score" in page_of(run).text
+    assert "quick.json: has no score" in page_of(run).text
 
 
 def test_not_finite_numbers_are_drawn_around(run):
@@ -341,31 +333,30 @@ def test_number(value, words):
 
 
 @pytest.mark.parametrize("seconds, words", [(12, "12 s"), (480, "8 min"), (7_500, "2 h 05 min")])
-def test_clock(seconds, words):
-    assert clock(seconds) == words
+def test_duration(seconds, words):
+    assert duration(seconds) == words
 
 
-def test_spread_keeps_the_ends():
-    assert spread(list(range(100)), 6) == [0, 20, 40, 59, 79, 99] and spread([1, 2], 6) == [1, 2]
+def test_evenly_spaced_items_keep_the_ends():
+    assert evenly_spaced(list(range(100)), 6) == [0, 20, 40, 59, 79, 99]
+    assert evenly_spaced([1, 2], 6) == [1, 2]
 
 
 def test_shows_what_lpl_compared(run):
     page = page_of(run)
-    assert "where each decoder stage sees them differ" in page.text
+    assert "a heatmap of the difference of their features" in page.text
     assert [
-        value for name, value in page.attributes if name == "alt" and "LPL compared" in value
-    ] == [f"what LPL compared at step {step}" for step in (60, 120)]
+        value for name, value in page.attributes if name == "alt" and "LPL panels" in value
+    ] == [f"LPL panels at step {step}" for step in (60, 120)]
     shutil.rmtree(run.path / "lpl")
-    assert "sees them differ" not in page_of(run).text
+    assert "a heatmap of the difference" not in page_of(run).text
 
 
 def test_four_pictures_of_what_lpl_compared_are_spread_over_the_run(run):
     for step in range(20, 120, 20):
         shutil.copy(run.lpl_picture(120), run.lpl_picture(step))
     shown = [
-        value
-        for name, value in page_of(run).attributes
-        if name == "alt" and "LPL compared" in value
+        value for name, value in page_of(run).attributes if name == "alt" and "LPL panels" in value
     ]
     assert [int(words.split()[-1]) for words in shown] == [20, 60, 80, 120]
 
@@ -373,13 +364,15 @@ def test_four_pictures_of_what_lpl_compared_are_spread_over_the_run(run):
 def test_phases_and_arithmetic_are_drawn_as_far_as_they_were_logged(run):
     text = page_of(run).text
     assert (
-        "Seconds a step" in text and "Arithmetic" in text and "Model FLOPs utilisation" not in text
+        "Time of a step by phase" in text
+        and "Arithmetic throughput" in text
+        and "Model FLOPs utilisation" not in text
     )
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     kept = [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
     run.metrics.write_text("".join(json.dumps({**line, "mfu": 0.4}) + "\n" for line in kept))
     text = page_of(run).text
-    assert "Seconds a step" not in text and "Model FLOPs utilisation" in text
+    assert "Time of a step by phase" not in text and "Model FLOPs utilisation" in text
 
 
 def test_spikes_are_shown(run):
