@@ -297,7 +297,7 @@ def training_seconds(record: RunRecord) -> float:
 
 
 def resumes(record: RunRecord) -> str:
-    """How often training was resumed, in words."""
+    """Number of resumes, in words."""
     if not record.resumes:
         return "without interruption"
     return "resumed once" if record.resumes == 1 else f"resumed {record.resumes} times"

@@ -69,7 +69,7 @@ def perceptual(record: RunRecord) -> Section:
                 unit="fraction",
                 percent=True,
                 from_zero=True,
-                note="weighted LPL over the total loss; samples that pass the gate over all samples",
+                note="weighted LPL over total loss; samples that pass the gate over all samples",
             ),
             Chart(
                 "LPL by decoder stage",
