@@ -133,11 +133,11 @@ def format_failure(attempt: dict[str, Any]) -> str:
 
 
 def training_finished(run_dir: RunDir) -> bool:
-    """Whether the run has a checkpoint of its last step."""
-    complete = run_dir.complete_checkpoints()
-    if not complete or not run_dir.config.is_file():
+    """Whether the run has an intact checkpoint of its last step."""
+    done = run_dir.last_intact_step()
+    if done is None or not run_dir.config.is_file():
         return False
-    return complete[-1] >= load_run_config(run_dir).steps
+    return done >= load_run_config(run_dir).steps
 
 
 def unfinished_runs(folders: Sequence[JobFolder]) -> list[JobFolder]:

@@ -1,4 +1,4 @@
-"""Whether a run can begin in a folder, or go on there: asked on the login node and by every rank."""
+"""Whether a run may start or resume in a folder; checked on the login node and by every rank."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lpl_pretrain.errors import ConfigError
 def check_start(
     config: TrainConfig, run_dir: RunDir, index: DatasetIndex, dp_world_size: int
 ) -> None:
-    """Raises ConfigError or DataError.  Of a run that was begun nothing is asked about where its
-    first weights came from.
+    """Raises ConfigError or DataError.  Once a run has a checkpoint, its initial weights need not
+    exist any more.
     """
-    begun = bool(run_dir.complete_checkpoints())
-    check_run(
-        config.model_copy(update={"init_from": None}) if begun else config, index, dp_world_size
-    )
+    checked = config
+    if run_dir.complete_checkpoints():
+        checked = config.model_copy(update={"init_from": None})
+    check_run(checked, index, dp_world_size)
     check_folder(config, run_dir)
 
 
 def check_folder(config: TrainConfig, run_dir: RunDir) -> None:
-    """Raises ConfigError where another run, or data, lie in the folder.
+    """Raises ConfigError if the folder holds another run, or data.
 
-    A run that never made a step takes a corrected configuration.  One that logged steps and saved
-    none does not, although it starts at step 0 again: its metrics are of the configuration that
-    made them.
+    A run that never made a step may start with a corrected configuration.  A run that logged steps
+    and saved no checkpoint may not, although it starts at step 0 again: its metrics belong to the
+    configuration that they were logged under.
     """
     if not run_dir.config.is_file():
         if (run_dir.path / INDEX_NAME).is_file():
@@ -54,39 +54,37 @@ def check_folder(config: TrainConfig, run_dir: RunDir) -> None:
     elif (name := stored_name(run_dir)) not in (None, config.name):
         raise ConfigError(
             f"run_dir={run_dir.path}: belongs to run {name!r}, which made no step yet; you start "
-            f"{config.name!r}: "
-            "name another folder, or remove this one"
+            f"{config.name!r}: name another folder, or remove this one"
         )
 
 
 def finished(config: TrainConfig, run_dir: RunDir) -> str | None:
-    """Words for a run that has made all steps that are asked for; None for any other.
+    """Message about a run that has made all of its steps; None for any other run, also where the
+    checkpoint of its last step has lost files: training resumes from the one before.
 
-    Raises ConfigError where the folder belongs to another configuration.
+    Raises ConfigError if the folder belongs to another configuration.
     """
-    complete = run_dir.complete_checkpoints()
-    if not complete or complete[-1] < config.steps:
+    done = run_dir.last_intact_step()
+    if done is None or done < config.steps:
         return None
     if run_dir.config.is_file():
         check_same_run(load_run_config(run_dir), config, run_dir.path)
-    if complete[-1] > config.steps:
+    if done > config.steps:
         return (
-            f"complete: it has made {complete[-1]} steps, and steps={config.steps} asks for no "
-            "more; nothing to do"
+            f"complete: it has made {done} steps, and steps={config.steps} asks for no more; "
+            "nothing to do"
         )
-    cosine = config.optimizer.lr_schedule == "cosine"
-    more = (
-        "a cosine ends with its steps: a longer run is a new one"
-        if cosine
-        else "raise steps to go on"
-    )
-    return f"complete: {complete[-1]} of {config.steps} steps; nothing to do ({more})"
+    if config.optimizer.lr_schedule == "cosine":
+        remedy = "a cosine ends with its steps: a longer run is a new one"
+    else:
+        remedy = "raise steps to go on"
+    return f"complete: {done} of {config.steps} steps; nothing to do ({remedy})"
 
 
 def stored_name(run_dir: RunDir) -> Any:
-    """None where config.yaml cannot be read: nothing is lost with it before the first step."""
+    """Name in config.yaml; None where it cannot be read: before the first step nothing is lost."""
     try:
-        found = yaml.safe_load(run_dir.config.read_text())
+        stored = yaml.safe_load(run_dir.config.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
         return None
-    return found.get("name") if isinstance(found, dict) else None
+    return stored.get("name") if isinstance(stored, dict) else None

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lpl_pretrain.config.records import is_scored
 from lpl_pretrain.config.steps import step_name, step_of
+from lpl_pretrain.config.strict_json import read_json
 from lpl_pretrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -124,6 +125,17 @@ class RunDir:
         """Steps whose checkpoint has its manifest (written last), ascending."""
         return _complete(self.checkpoints)
 
+    def last_intact_step(self) -> int | None:
+        """Step of the newest complete checkpoint whose files have the sizes in its manifest; None:
+        there is none.
+
+        The content of the files is not read.
+        """
+        for step in reversed(self.complete_checkpoints()):
+            if _has_its_files(self.checkpoint(step)):
+                return step
+        return None
+
     def interrupted(self) -> list[Path]:
         """Folders of checkpoints and snapshots that are being saved or removed, or whose saving or
         removal was interrupted.
@@ -187,6 +199,17 @@ def _is_step(line: str) -> bool:
     except ValueError:  # cut by a kill
         return False
     return isinstance(found, dict) and "step" in found and "event" not in found
+
+
+def _has_its_files(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint's manifest is there, with its size."""
+    try:
+        files = read_json(checkpoint / MANIFEST)["files"]
+        return all(
+            (checkpoint / name).stat().st_size == record["bytes"] for name, record in files.items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # no manifest that a checkpoint of ours has
 
 
 def _complete(parent: Path) -> list[int]:

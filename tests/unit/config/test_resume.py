@@ -20,9 +20,17 @@ ROOT = Path(__file__).resolve().parents[3]
 INDEX = dataset_index(identity=autoencoder_identity(resolve_path("asset:autoencoder_emoji")))
 
 
+def save_manifest(run_dir: RunDir, step: int) -> None:
+    """A checkpoint of one file of 5 bytes, as `finished` sees it."""
+    folder = run_dir.checkpoint(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_bytes(b"12345")
+    (folder / MANIFEST).write_text('{"files": {"state.json": {"bytes": 5}}}')
+
+
 def begin(run_dir: RunDir, config) -> None:
     run_dir.checkpoint(3).mkdir(parents=True)
-    (run_dir.checkpoint(3) / MANIFEST).touch()
+    save_manifest(run_dir, 3)
     run_dir.config.write_text(dump(config))
 
 
@@ -150,3 +158,26 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path):
         finished(train_config(steps=2, **cosine), run_dir)
     with pytest.raises(ConfigError, match="seed: the run has 0, you ask for 1"):
         finished(train_config(steps=3, seed=1, **cosine), run_dir)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_bytes(b"1234"),
+        lambda folder: (folder / MANIFEST).write_bytes(b""),
+        lambda folder: (folder / MANIFEST).write_text("[]"),
+        lambda folder: (folder / MANIFEST).write_text('{"files": {"state.json": 3}}'),
+    ],
+    ids=["file missing", "file cut", "manifest empty", "manifest a list", "record a number"],
+)
+def test_a_run_whose_last_checkpoint_lost_files_is_not_finished(tmp_path, damage):
+    """It resumes from the one before, which the same run with fewer steps ends at."""
+    run_dir = RunDir(tmp_path)
+    begin(run_dir, train_config(steps=6))
+    save_manifest(run_dir, 6)
+    assert finished(train_config(steps=6), run_dir) is not None
+    damage(run_dir.checkpoint(6))
+    assert finished(train_config(steps=6), run_dir) is None
+    assert run_dir.last_intact_step() == 3
+    assert "3 of 3 steps" in (finished(train_config(steps=3), run_dir) or "")

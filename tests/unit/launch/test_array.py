@@ -176,7 +176,7 @@ def test_cancel_acts_on_queued_runs_and_resume_on_the_others(slurm_programs):
     finished = RunDir(sweep / "n=3")
     finished.config.write_text(yaml.safe_dump(train_config(steps=6).model_dump(mode="json")))
     finished.checkpoint(6).mkdir(parents=True)
-    (finished.checkpoint(6) / "manifest.json").touch()
+    (finished.checkpoint(6) / "manifest.json").write_text('{"files": {}}')
     assert [folder.name for folder in monitor.unfinished_runs(find_job_folders(sweep))] == ["n=2"]
     (finished.checkpoint(6) / "manifest.json").unlink()
     assert [folder.name for folder in monitor.unfinished_runs(find_job_folders(sweep))] == [

@@ -84,7 +84,7 @@ def watcher(run_dir, scheduler):
 def publish(run_dir, *steps):
     for step in steps:
         run_dir.checkpoint(step).mkdir(parents=True)
-        (run_dir.checkpoint(step) / MANIFEST).touch()
+        (run_dir.checkpoint(step) / MANIFEST).write_text('{"files": {}}')
 
 
 def score(run_dir, step):

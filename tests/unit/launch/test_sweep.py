@@ -248,7 +248,7 @@ def test_finished_run_is_not_submitted(config, slurm_programs):
     done.path.mkdir(parents=True)
     done.config.write_text(dump(settings))
     done.checkpoint(settings.steps).mkdir(parents=True)
-    (done.checkpoint(settings.steps) / "manifest.json").touch()
+    (done.checkpoint(settings.steps) / "manifest.json").write_text('{"files": {}}')
     alone = launch("optimizer.lr=1e-3", as_override("run_dir", str(done.path)))
     assert (
         alone.returncode == 0 and f"{done.path}: complete: {settings.steps} of" in alone.stdout
