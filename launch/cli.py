@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -32,9 +32,6 @@ from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.override import as_override
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lpl_pretrain.config.schema import TrainConfig
 
 RUN = click.argument("run", callback=lambda _context, _argument, given: resolve_path(given, "RUN"))
 AT_MOST = click.option(
@@ -109,8 +106,13 @@ def train(
         evaluations = EvaluationLauncher(evaluate_with, (), cluster, changes, at_most)
         for run in runs:
             check_sampler(run.settings.diffusion.prediction, evaluations.settings.sampler)
-    unfinished = [run for run in runs if not report_if_finished(run.settings, run.run_dir)]
-    specs = [run.job_spec(target.nodes) for run in unfinished]
+    specs = []
+    for run in runs:
+        message = run.finished_message()
+        if message is None:
+            specs.append(run.job_spec(target.nodes))
+        else:
+            click.echo(f"{run.run_dir}: {message}")
     dependencies: dict[Path, str] = {}
     if sweeps and specs:
         jobs = submit_or_preview_array(specs, target.profile, sweep_at_most, dry_run=target.dry_run)
@@ -121,16 +123,6 @@ def train(
         for run in runs:
             dependency = dependencies.get(run.run_dir)
             evaluations.submit_watcher(run.run_dir, dependency=dependency, dry_run=target.dry_run)
-
-
-def report_if_finished(settings: TrainConfig, run_dir: Path) -> bool:
-    """Whether the run has made all its steps; prints that there is nothing to train."""
-    from lpl_pretrain.config.resume import finished
-
-    message = finished(settings, RunDir(run_dir))
-    if message is not None:
-        click.echo(f"{run_dir}: {message}")
-    return message is not None
 
 
 @commands.command()

@@ -52,8 +52,8 @@ FORBIDDEN_IN_FOLDERS = {
 
 def refuse_control_characters(text: str, where: str, allowed: str = "") -> str:
     """Return `text`.  Raises ConfigError when it holds a control character."""
-    if (found := control_character(text, allowed)) is not None:
-        raise ConfigError(f"{where}={text!r}: holds the control character {found!r}: remove it")
+    if (character := control_character(text, allowed)) is not None:
+        raise ConfigError(f"{where}={text!r}: holds the control character {character!r}: remove it")
     return text
 
 

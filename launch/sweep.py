@@ -17,6 +17,7 @@ from launch.script_checks import resolve_path
 from lpl_pretrain.cli.train import accepted
 from lpl_pretrain.config.load import dump, load_config
 from lpl_pretrain.config.override import as_override
+from lpl_pretrain.config.resume import finished
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.errors import ConfigError, LPLError
@@ -34,6 +35,10 @@ class PlannedRun:
     argv: list[str]
     """Arguments of `lpl-pretrain`."""
     settings: TrainConfig
+
+    def finished_message(self) -> str | None:
+        """Message that the run has made all its steps; None when steps are left."""
+        return finished(self.settings, RunDir(self.run_dir))
 
     def job_spec(self, nodes: int) -> JobSpec:
         return JobSpec("train", self.argv, self.run_dir, nodes, config=dump(self.settings))

@@ -238,7 +238,7 @@ class Cluster:
     def pids_on(self, node: str) -> list[tuple[int, str]]:
         """(pid on this machine, command line) of each process of the node, also after its crash."""
         namespace = os.fstat(self.machines[node].namespace).st_ino
-        found = []
+        processes = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended
                 if os.stat(entry / "ns" / "pid").st_ino == namespace:
@@ -248,8 +248,8 @@ class Cluster:
                         .replace(b"\0", b" ")
                         .decode(errors="replace")
                     )
-                    found.append((int(entry.name), command.strip()))
-        return found
+                    processes.append((int(entry.name), command.strip()))
+        return processes
 
     def crash(self, node: str, mark_down: bool = False) -> None:
         """Cut the power of a node.  SLURM notices by its timeout, or with `mark_down` at once."""

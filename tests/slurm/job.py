@@ -114,14 +114,14 @@ class Job:
 
     def ranks(self, node=None):
         """(pid, command) of the training processes on one node, or on all."""
-        found = [
+        processes = [
             process
             for name in ([node] if node else self.cluster.names)
             for process in self.cluster.pids_on(name)
         ]
         return [
             (pid, command)
-            for pid, command in found
+            for pid, command in processes
             if "lpl_pretrain train" in command and fork_server.__file__ not in command
         ]
 
@@ -130,8 +130,8 @@ class Job:
         first, listed = self.cluster.run(
             "squeue", "-h", "-j", self.id, "-o", "%B %N"
         ).stdout.split()
-        found = self.cluster.run("scontrol", "show", "hostnames", listed).stdout.split()
-        return sorted(found, key=lambda node: node != first)
+        hosts = self.cluster.run("scontrol", "show", "hostnames", listed).stdout.split()
+        return sorted(hosts, key=lambda node: node != first)
 
     def restarts(self):
         """Number of restarts, by SLURM."""

@@ -44,7 +44,7 @@ def test_all_checkpoints_are_scored_despite_preemption_and_a_crash(cluster, fold
         "all checkpoints are scored",
         timeout_s=240,
     )
-    assert [found["reason"] for found in watcher.read_attempts()] == ["stopped in time", "done"]
+    assert [attempt["reason"] for attempt in watcher.read_attempts()] == ["stopped in time", "done"]
     scored = {path.parent.name for path in job.run.glob("evaluations/step_*/quick.json")}
     assert scored >= {f"step_{step:08d}" for step in (40, 80, 120)}
     evaluations = {
@@ -57,7 +57,7 @@ def test_all_checkpoints_are_scored_despite_preemption_and_a_crash(cluster, fold
     )
     for evaluation in evaluations.values():
         assert [
-            found["reason"] for found in evaluation.read_attempts() if not found["requeued"]
+            attempt["reason"] for attempt in evaluation.read_attempts() if not attempt["requeued"]
         ] == ["done"]
     assert (
         "quick: " in (output := job.launch("status", job.run).stdout) and "next step" not in output

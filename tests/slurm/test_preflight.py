@@ -39,7 +39,7 @@ def test_job_is_requeued_without_the_unfit_node(cluster, folder, unfit_node):
     assert (first["status"], first["host"], first["requeued"]) == (75, "node2", True)
     assert last["reason"] == "done" and last["steps"][1] == 20
     report = json.loads((job.run / "preflight.json").read_text())
-    assert {found["host"] for found in report["ranks"]} == {"node1", "node3"} and not report[
+    assert {rank["host"] for rank in report["ranks"]} == {"node1", "node3"} and not report[
         "findings"
     ]
     assert "excluded    node2" in job.launch("status", job.run).stdout, (

@@ -112,12 +112,12 @@ def test_run_with_faults_ends_with_the_weights_of_a_run_without(
         and "none was read twice" in output
     )
     assert not job.ranks(), "no process remains"
-    reasons = [found["reason"] for found in attempts]
+    reasons = [attempt["reason"] for attempt in attempts]
     assert reasons[:2] == ["stopped in time", "time limit, 1 of 100"] and reasons[-1] == "cancelled"
     assert attempts[1]["status"] == 0 and attempts[1]["steps"][1] == job.resumes()[1]["step"], (
         "the time limit's checkpoint"
     )
-    assert {137, -9} & {found["status"] for found in attempts}, "of the killed ranks"
+    assert {137, -9} & {attempt["status"] for attempt in attempts}, "of the killed ranks"
     assert len(attempts) < 2 + len(FAULTS), "attempts on lost or disconnected nodes leave no record"
     assert job.folder.read_attempts()[-1]["reason"] == "done"
 

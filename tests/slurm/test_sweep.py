@@ -64,7 +64,7 @@ def test_requeued_task_resumes_its_own_run(cluster, folder):
         )
         assert f"{run}: complete" in launch("logs", run).stdout
     attempts = [JobFolder(run / "launch").read_attempts() for run in runs]
-    assert [len(found) for found in attempts] == [1, 1, 2] and attempts[2][0][
+    assert [len(of_run) for of_run in attempts] == [1, 1, 2] and attempts[2][0][
         "reason"
     ] == "stopped in time"
     assert "are complete" in launch("resume", sweep).stderr

@@ -14,7 +14,7 @@ def test_exits_are_in_order_of_time(tmp_path):
     for rank, status in ((3, 9), (0, 137)):
         folder.write_exit("7", 1, rank, status, "node1", stopped=False)
     folder.write_exit("7", 0, 1, 1, "node2", stopped=True)
-    assert [found["rank"] for found in folder.exits("7", 1)] == [3, 0]
+    assert [rank_exit["rank"] for rank_exit in folder.exits("7", 1)] == [3, 0]
 
 
 def test_record_is_plain_json(tmp_path):
@@ -29,9 +29,9 @@ def test_wildcards_in_a_run_name_match_nothing_else(tmp_path):
         folder.path.mkdir(parents=True)
         folder.write_exit("7", 0, len(name), 1, name, stopped=False)
         folder.stacks("7", 0, 0, name).touch()
-    found = JobFolder(tmp_path / "a[1]*?" / "launch")
-    assert [exit["host"] for exit in found.exits("7", 0)] == ["a[1]*?"]
-    assert found.silent_ranks("7", 0) == [{"rank": 0, "host": "a[1]*?"}]
+    folder = JobFolder(tmp_path / "a[1]*?" / "launch")
+    assert [rank_exit["host"] for rank_exit in folder.exits("7", 0)] == ["a[1]*?"]
+    assert folder.silent_ranks("7", 0) == [{"rank": 0, "host": "a[1]*?"}]
 
 
 def test_history_has_attempts_without_a_record(tmp_path):

@@ -127,7 +127,9 @@ FOREIGN = [
 def test_foreign_line_is_refused(tmp_path, line):
     text = batch_script(spec(tmp_path), ClusterProfile())
     own = {
-        found for found in text.split("\n") if found.startswith(("export PYTHONPATH", "trap", "/"))
+        line_of_script
+        for line_of_script in text.split("\n")
+        if line_of_script.startswith(("export PYTHONPATH", "trap", "/"))
     }
     assert check_script(text, own) == text
     lines = text.split("\n")

@@ -78,17 +78,17 @@ def test_submission_imports_no_heavy_package(config, tmp_path):
         "--nodes",
         64,
     ]
-    found = imported(
+    packages = imported(
         "-m",
         "launch",
         *arguments,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         umask=0,
     )
-    assert {"launch", "submitit", "pydantic"} <= found and (
+    assert {"launch", "submitit", "pydantic"} <= packages and (
         tmp_path / "run" / "launch" / "job.json"
     ).is_file()
-    assert not found & HEAVY
+    assert not packages & HEAVY
     written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
     assert len(written) >= 5 and not [
         path for path in written if path.stat().st_mode & stat.S_IWOTH

@@ -41,8 +41,8 @@ def test_values_are_split_at_outer_commas(text, values):
 
 
 def test_last_key_changes_fastest():
-    found = combinations(["a=1,2", "b=x,[y,z]"])
-    assert found == [("a=1", "b=x"), ("a=1", "b=[y,z]"), ("a=2", "b=x"), ("a=2", "b=[y,z]")]
+    changes = combinations(["a=1,2", "b=x,[y,z]"])
+    assert changes == [("a=1", "b=x"), ("a=1", "b=[y,z]"), ("a=2", "b=x"), ("a=2", "b=[y,z]")]
     assert combinations([]) == [()], "one run without overrides"
 
 
@@ -101,21 +101,21 @@ def config(tmp_path):
 
 
 def test_one_run_for_each_combination(config, tmp_path):
-    found = plan_runs(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
-    assert [run.run_dir for run in found] == [
+    runs = plan_runs(str(config), ["steps=7"], ["optimizer.lr=1e-3,2e-3"], 2)
+    assert [run.run_dir for run in runs] == [
         tmp_path / "swept" / f"optimizer.lr={rate}" for rate in ("1e-3", "2e-3")
     ]
-    assert [run.settings.optimizer.lr for run in found] == [1e-3, 2e-3] and {
-        run.settings.steps for run in found
+    assert [run.settings.optimizer.lr for run in runs] == [1e-3, 2e-3] and {
+        run.settings.steps for run in runs
     } == {7}
-    assert found[1].argv == [
+    assert runs[1].argv == [
         "train",
         str(config),
         "steps=7",
         "optimizer.lr=2e-3",
-        f'run_dir="{found[1].run_dir}"',
+        f'run_dir="{runs[1].run_dir}"',
     ]
-    assert {run.settings.run_dir for run in found} == {str(run.run_dir) for run in found}
+    assert {run.settings.run_dir for run in runs} == {str(run.run_dir) for run in runs}
     (alone,) = plan_runs(str(config), [], [], 2)
     assert alone.run_dir == tmp_path / "swept"
 

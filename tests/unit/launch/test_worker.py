@@ -48,8 +48,10 @@ def test_changed_code_is_reported_or_refused(tmp_path, policy, allocated, capsys
         "the code has changed since this job was submitted (000000000000 then, "
         in capsys.readouterr().out
     )
-    (found,) = JobFolder(tmp_path).exits("7", 0)
-    assert found["status"] == (BAD_INPUT if policy == "refuse" else 0) and not found["stopped"]
+    (rank_exit,) = JobFolder(tmp_path).exits("7", 0)
+    assert (
+        rank_exit["status"] == (BAD_INPUT if policy == "refuse" else 0) and not rank_exit["stopped"]
+    )
 
 
 def test_early_signal_is_forwarded_to_the_child(tmp_path, allocated, monkeypatch):
@@ -64,8 +66,8 @@ def test_early_signal_is_forwarded_to_the_child(tmp_path, allocated, monkeypatch
         ),
     )
     assert task() == 0
-    (found,) = JobFolder(tmp_path).exits("7", 0)
-    assert found["status"] == 0 and found["stopped"]
+    (rank_exit,) = JobFolder(tmp_path).exits("7", 0)
+    assert rank_exit["status"] == 0 and rank_exit["stopped"]
 
 
 @pytest.mark.parametrize(
@@ -91,9 +93,9 @@ def test_hung_child_is_killed(tmp_path, allocated, monkeypatch, child, kill_on_h
         assert ended.value.code == status
     else:
         assert task() == 0
-    (found,) = folder.exits("7", 0)
-    assert found["status"] == status
-    assert found.get("silent_ranks") == (
+    (rank_exit,) = folder.exits("7", 0)
+    assert rank_exit["status"] == status
+    assert rank_exit.get("silent_ranks") == (
         [{"rank": 3, "host": "node-2.site"}] if status == HUNG else None
     )
     folder.remove_empty_stacks("7")
