@@ -35,7 +35,8 @@ class Watchdog:
     """
 
     def __init__(self, config: WatchdogConfig | None, path: Path) -> None:
-        self.config, self.path = config, path
+        self.config = config
+        self.path = path
         self._seconds: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._last_step: float | None = None
         self._file: FileIO | None = None

@@ -370,7 +370,7 @@ def test_a_training_run_needs_its_complete_state(tmp_path, run):
 
 
 def test_damaged_checkpoints_do_not_displace_sound_ones(tmp_path, run):
-    """Damaged are a truncated one, one that was found damaged on resume, and a copy under the name
+    """Damaged are a truncated one, one whose damage a resume has detected, and a copy under the name
     of a much later step.
     """
     manager = saved(tmp_path, run, 1, 2, 3, 4)
