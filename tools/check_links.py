@@ -43,7 +43,7 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def slug(heading: str) -> str:
-    """Anchor that GitHub gives to a heading: lower case, without punctuation, hyphens for spaces."""
+    """Anchor of a heading on GitHub: lower case, no punctuation, hyphens for spaces."""
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
     return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 

@@ -23,6 +23,17 @@ def mixed(tmp_path_factory):
     return mixed_dataset(tmp_path_factory.mktemp("mixed"))
 
 
+@pytest.fixture(scope="module")
+def mixed_rows(mixed):
+    """Samples of each step that one process reads from `mixed`."""
+    return rows_of_each_step(World(), torch.device("cpu"), mixed, STREAM_OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def mixed_reference(mixed):
+    return train(World(), torch.device("cpu"), mixed, "local", "fp64", 8, {})
+
+
 def rows_of_each_step(world, device, data, options, first_step=0):
     """Samples of this rank: for each step {sample index: moments}."""
     config = train_config(
@@ -43,33 +54,33 @@ def rows_of_each_step(world, device, data, options, first_step=0):
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2), (4, 1), (6, 1), (8, 3)])
-def test_ranks_together_read_what_one_process_reads(mixed, ranks, workers):
-    wanted_steps = rows_of_each_step(World(), torch.device("cpu"), mixed, STREAM_OPTIONS)
+def test_ranks_together_read_what_one_process_reads(mixed, mixed_rows, ranks, workers):
     parts = run_ranks(ranks, rows_of_each_step, mixed, {**STREAM_OPTIONS, "workers": workers})
-    for step, wanted in enumerate(wanted_steps):
+    for step, wanted in enumerate(mixed_rows):
         got = {index: row for part in parts for index, row in part[step].items()}
         assert sum(len(part[step]) for part in parts) == len(got) == BATCH
         # all ranks read the same bucket
         assert len({tuple(row.shape) for row in got.values()}) == 1
         assert all(torch.equal(got[index], row) for index, row in wanted.items())
     # which changes between steps
-    assert len({tuple(row.shape) for step in wanted_steps for row in step.values()}) > 1
+    assert len({tuple(row.shape) for step in mixed_rows for row in step.values()}) > 1
 
 
-def test_resumed_on_another_number_of_ranks(mixed):
-    wanted_steps = rows_of_each_step(World(), torch.device("cpu"), mixed, STREAM_OPTIONS)
+def test_resumed_on_another_number_of_ranks(mixed, mixed_rows):
     parts = run_ranks(3, rows_of_each_step, mixed, STREAM_OPTIONS, 4)
-    for step, wanted in enumerate(wanted_steps[4:]):
+    for step, wanted in enumerate(mixed_rows[4:]):
         got = {index: row for part in parts for index, row in part[step].items()}
         assert all(torch.equal(got[index], row) for index, row in wanted.items())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_training_on_buckets_flips_and_a_mixture_equals_one_process(mixed, strategy):
+def test_training_on_buckets_flips_and_a_mixture_equals_one_process(
+    mixed, mixed_reference, strategy
+):
     results = run_ranks(2, train, mixed, strategy, "fp64", 2, {})
     assert_same(
         results,
-        train(World(), torch.device("cpu"), mixed, "local", "fp64", 8, {}),
+        mixed_reference,
         rtol=1e-11,
         atol=1e-13,
     )

@@ -28,6 +28,7 @@ from tests.support.training import (
     Training,
     assert_identical,
     join_ranks,
+    reference,
     train,
     train_one_process,
 )
@@ -67,7 +68,7 @@ def train_all(world, device, cases):
 def test_equals_one_process(strategy, world_size):
     cases = [Case(strategy, precision(strategy), grad_accum_steps=steps) for steps in (1, 2, 4)]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
-        assert_same(join_ranks(results), train_one_process(Case()), strategy)
+        assert_same(join_ranks(results), reference(Case()), strategy)
 
 
 @pytest.mark.parametrize(("world_size", "shard_size"), [(4, 2), (4, 1), (4, 4), (2, 1), (1, 1)])
@@ -78,7 +79,7 @@ def test_hsdp_equals_one_process(world_size, shard_size):
         for steps in (1, 2, 4)
     ]
     for results in zip(*run_ranks(world_size, train_all, cases), strict=True):
-        assert_same(join_ranks(results), train_one_process(Case()), "fsdp2")
+        assert_same(join_ranks(results), reference(Case()), "fsdp2")
 
 
 @pytest.mark.parametrize("more", [(("reshard_after_forward", False),), (("cpu_offload", True),)])
@@ -88,7 +89,7 @@ def test_options_of_fsdp2_change_nothing(more):
         Case("fsdp2", "fp64", more=(*more, ("shard_size", 1))),
     ]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
-        assert_same(join_ranks(results), train_one_process(Case()), "fsdp2")
+        assert_same(join_ranks(results), reference(Case()), "fsdp2")
 
 
 def test_a_shard_size_that_does_not_divide_the_world_is_refused():
@@ -113,7 +114,7 @@ def test_activation_checkpointing_changes_nothing(strategy):
         for blocks in CHECKPOINTING
     ]
     for results in zip(*run_ranks(2, train_all, cases), strict=True):
-        assert_same(join_ranks(results), train_one_process(Case()), strategy)
+        assert_same(join_ranks(results), reference(Case()), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
@@ -126,22 +127,22 @@ def test_compiled_blocks_change_nothing(strategy):
         Case(strategy, precision(strategy), grad_accum_steps=2, more=blocks),
         timeout_s=240,
     )
-    assert_same(join_ranks(results), train_one_process(Case()), strategy)
+    assert_same(join_ranks(results), reference(Case()), strategy)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *OFFLOADED])
 def test_adamw_with_clipping_equals_one_process(strategy):
     """Parameters and moments, which are sharded in the same ranges."""
     options = {"optimizer": "adamw", "max_grad_norm": 0.3, "lr": 0.01}
-    reference = train_one_process(Case(**options))
+    wanted = reference(Case(**options))
     assert (
-        reference["norms"]["norms"].min() > 0.3
-        and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < reference.keys()
+        wanted["norms"]["norms"].min() > 0.3
+        and {"optimizer.exp_avg", "optimizer.exp_avg_sq"} < wanted.keys()
     )
     got = join_ranks(
         run_ranks(2, train, Case(strategy, precision(strategy), grad_accum_steps=2, **options))
     )
-    assert_same(got, reference, strategy)
+    assert_same(got, wanted, strategy)
 
 
 MUON = Case(optimizer="muon", lr=0.01)
@@ -169,11 +170,9 @@ def test_muon_orthogonalizes_full_matrices(layout):
     world_size, strategy, more = MUON_LAYOUTS[layout]
     got = join_ranks(run_ranks(world_size, train, replace(MUON, strategy=strategy, more=more)))
     assert (
-        got.keys()
-        == train_one_process(MUON).keys()
-        >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
+        got.keys() == reference(MUON).keys() >= {"optimizer.momentum_buffer", "optimizer.exp_avg"}
     )
-    error, moved = largest_error_and_update(got, train_one_process(MUON))
+    error, moved = largest_error_and_update(got, reference(MUON))
     assert error < 1e-3 * moved
 
 
@@ -187,7 +186,7 @@ def test_has_teeth_muon_on_shards():
             lambda matrix: torch.cat([whole_matrix(rows) for rows in matrix.chunk(2)]),
         )
         broken = train_one_process(MUON)
-    error, moved = largest_error_and_update(broken, train_one_process(MUON))
+    error, moved = largest_error_and_update(broken, reference(MUON))
     assert error > 0.1 * moved
 
 
@@ -238,18 +237,16 @@ def sums_in_bf16(world, device, case):
 def test_has_teeth_sums_in_bf16(strategy):
     results = run_ranks(2, sums_in_bf16, Case(strategy, precision(strategy), grad_accum_steps=4))
     with pytest.raises(AssertionError):
-        assert_same(join_ranks(results), train_one_process(Case()), strategy)
+        assert_same(join_ranks(results), reference(Case()), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_has_teeth(strategy):
     results = run_ranks(2, breaks, strategy)
     for broken in results[0]:
-        reference = train_one_process(
-            Case(max_grad_norm=0.3 if broken == "forgets to clip" else NO_CLIPPING)
-        )
+        wanted = reference(Case(max_grad_norm=0.3 if broken == "forgets to clip" else NO_CLIPPING))
         with pytest.raises(AssertionError):
-            assert_same(join_ranks(result[broken] for result in results), reference, strategy)
+            assert_same(join_ranks(result[broken] for result in results), wanted, strategy)
 
 
 def trains_in_bf16(world, device, base_case, tiny_updates):
@@ -275,10 +272,10 @@ def test_bf16(strategy):
     )
     assert_near_and_float32(
         join_ranks(results[0]),
-        train_one_process(replace(base_case, strategy="local", precision="fp64")),
+        reference(replace(base_case, strategy="local", precision="fp64")),
     )
     assert_moved_by_tiny_updates(
-        join_ranks(results[1]), train_one_process(Case(precision="fp32"), steps=0)["param"]
+        join_ranks(results[1]), reference(Case(precision="fp32"), steps=0)["param"]
     )
 
 
@@ -314,7 +311,7 @@ def enable_fp16_in_deepspeed(patch):
 def test_fp16_scales_its_losses(strategy):
     """Loss scaling preserves gradients of 1e-7, too small for float16; large scales are lowered."""
     case, factor = Case(strategy, "fp16", lr=1e6, grad_accum_steps=2), 1e-6
-    wanted = train_one_process(
+    wanted = reference(
         replace(case, strategy="local", precision="fp64", grad_accum_steps=1, lr=1.0)
     )  # 1e6 * 1e-6
     results, tried, scales = zip(*run_ranks(2, in_fp16, case, None, factor), strict=True)
@@ -333,15 +330,16 @@ def test_fp16_scales_its_losses(strategy):
         and 0 < (lowered := sum(tried[0])) == len(tried[0]) - 3
         and scales[0] == 2.0 ** (52 - lowered)
     )
+    lowered_scale = join_ranks(results)["param"]
     for name, tensor in got["param"].items():
-        torch.testing.assert_close(join_ranks(results)["param"][name], tensor, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(lowered_scale[name], tensor, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_has_teeth_fp16_without_a_scale(strategy):
     case = Case(strategy, "fp16", lr=1e6)
     results, _, _ = zip(*run_ranks(2, in_fp16, case, 1.0, 1e-6), strict=True)
-    wanted = train_one_process(replace(case, strategy="local", precision="fp64", lr=1.0))
+    wanted = reference(replace(case, strategy="local", precision="fp64", lr=1.0))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             join_ranks(results)["norms"]["norms"] * 1e6, wanted["norms"]["norms"], rtol=2e-2, atol=0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,15 @@ def train(world, device, data, model, strategy, precision, micro_batch_size, dro
     return {"pieces": pieces, "norms": norms, "loss": meter.flush()["loss/total"]}
 
 
-def reference(data, model, precision="fp64"):
-    return train(World(), torch.device("cpu"), data, model, "local", precision, 8)
+@pytest.fixture(scope="module")
+def reference(data):
+    """Function that trains a model in one process, once for each precision."""
+
+    @cache
+    def train_once(model, precision="fp64"):
+        return train(World(), CPU, data, model, "local", precision, 8)
+
+    return train_once
 
 
 def assert_same(results, wanted, **tolerance):
@@ -120,28 +128,28 @@ def assert_same(results, wanted, **tolerance):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_equals_one_process(data, strategy, model):
+def test_equals_one_process(data, reference, strategy, model):
     """Captions of different lengths on different ranks, some of them dropped."""
     precision = "fp32" if strategy.startswith("zero") else "fp64"
     tolerance = (
         {"rtol": 2e-5, "atol": 2e-6} if precision == "fp32" else {"rtol": 1e-11, "atol": 1e-13}
     )
     results = run_ranks(2, train, data, model, strategy, precision, 2)
-    assert_same(results, reference(data, model, precision), **tolerance)
+    assert_same(results, reference(model, precision), **tolerance)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_has_teeth_captions_matter(data, model):
+def test_has_teeth_captions_matter(data, reference, model):
     results = run_ranks(2, train, data, model, "ddp", "fp64", 2, True)
     with pytest.raises(AssertionError):
-        assert_same(results, reference(data, model), rtol=1e-3, atol=1e-4)
+        assert_same(results, reference(model), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
-def test_bf16_is_near(data, strategy, model):
+def test_bf16_is_near(data, reference, strategy, model):
     results = run_ranks(2, train, data, model, strategy, "bf16", 2)
-    wanted = join_ranks([reference(data, model)])["norms"]["norms"]
+    wanted = join_ranks([reference(model)])["norms"]["norms"]
     torch.testing.assert_close(join_ranks(results)["norms"]["norms"], wanted, rtol=5e-2, atol=0)
 
 
@@ -198,21 +206,21 @@ def train_online(world, device, data, names, change_text=None):
 
 
 @pytest.mark.parametrize("names", [("t5",), ("clip", "t5")])
-def test_online_encoders_equal_stored_embeddings(data, names):
+def test_online_encoders_equal_stored_embeddings(data, reference, names):
     """Tolerances: t5 is stored in fp16, clip in int8; padding to a batch changes the last bits."""
-    got, wanted = run_ranks(2, train_online, data, names)[0], reference(data, "mmdit")
+    got, wanted = run_ranks(2, train_online, data, names)[0], reference("mmdit")
     tolerance = 1e-4 if names == ("t5",) else 1e-2
     assert got["norms"] == pytest.approx(wanted["norms"], rel=tolerance) and got[
         "loss"
     ] == pytest.approx(wanted["loss"], rel=tolerance)
 
 
-def test_has_teeth_captions_in_another_order(data):
+def test_has_teeth_captions_in_another_order(data, reference):
     real = OnlineText.__call__
     (got,) = run_ranks(
         1, train_online, data, ("t5",), lambda self, captions: real(self, captions[::-1])
     )
-    assert got["norms"] != pytest.approx(reference(data, "mmdit")["norms"], rel=1e-4)
+    assert got["norms"] != pytest.approx(reference("mmdit")["norms"], rel=1e-4)
 
 
 def test_user_prompts(data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,14 @@ def train(world: World, device: torch.device, case: Case, steps: int = 3) -> dic
 
 
 def train_one_process(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
-    """Reference run in this process: parameters, EMA and moments, gradient norms as "norms"."""
+    """Train in this process: parameters, EMA and moments, gradient norms as "norms"."""
     return join_ranks([train(World(), torch.device("cpu"), case, steps)])
+
+
+@cache
+def reference(case: Case, steps: int = 3) -> dict[str, dict[str, Tensor]]:
+    """`train_one_process`, computed once in this process; the tensors must not be changed."""
+    return train_one_process(case, steps)
 
 
 def join_ranks(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
