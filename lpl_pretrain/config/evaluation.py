@@ -1,4 +1,4 @@
-"""Which protocols can run: relations inside an evaluation protocol, and between it and the run that
+"""Checks relations between the keys of an evaluation protocol, and between it and the run that
 it scores.
 
 Nothing here needs torch, so that a protocol is refused before it costs an allocation.

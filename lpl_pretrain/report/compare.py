@@ -77,7 +77,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunDir]:
 
     Raises ConfigError where a folder has none.
     """
-    found: dict[Path, RunDir] = {}
+    runs_by_path: dict[Path, RunDir] = {}
     for folder in (folder.resolve() for folder in folders):
         inner = (
             sorted(folder.iterdir(), key=natural)
@@ -90,8 +90,8 @@ def find_runs(folders: Sequence[Path]) -> list[RunDir]:
                 f"{folder}: no run and no folder of runs: found neither config.yaml nor "
                 "metrics.jsonl; name a run directory, or the folder that contains several"
             )
-        found |= {run.path: run for run in runs}
-    return list(found.values())
+        runs_by_path |= {run.path: run for run in runs}
+    return list(runs_by_path.values())
 
 
 def natural(path: Path) -> list[Any]:

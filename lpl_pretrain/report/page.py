@@ -156,9 +156,9 @@ def sections(record: RunRecord) -> list[dict[str, Any]]:
     if not record.lines:
         missing = "Nothing logged yet: metrics.jsonl is missing or empty."
         return [{"title": "Training", "charts": [], "panels": [], "missing": missing}]
-    found = [_section(record, *section) for section in training_charts(record)]
-    found[LPL_SECTION]["panels"] = [panel for panel in lpl_panels(record) if panel["image"]]
-    return found
+    drawn = [_section(record, *section) for section in training_charts(record)]
+    drawn[LPL_SECTION]["panels"] = [panel for panel in lpl_panels(record) if panel["image"]]
+    return drawn
 
 
 def _section(record: RunRecord, title: str, missing: str, charts: list[Chart]) -> dict[str, Any]:

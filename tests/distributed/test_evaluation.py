@@ -51,7 +51,7 @@ def run(template):
 
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
-    """And one thread, as several ranks have: convolutions round by the number of threads."""
+    """Use a small extractor, and one thread as ranks do: rounding depends on the threads."""
     monkeypatch.setattr(evaluator, "load_extractor", color_means_extractor)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -132,7 +132,7 @@ def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
         put(store, batch, tensors)
 
     def doomed():
-        alone(run, protocol, [3])  # real pictures are read and kept
+        alone(run, protocol, [3])  # real images are read and kept
         FeatureStore.put = die_at_the_third
         alone(run, protocol, [6])
 
@@ -147,7 +147,7 @@ def test_a_killed_evaluator_loses_the_batch_in_flight(run, monkeypatch):
 
 
 def test_rivals_score_every_checkpoint_once(run, tmp_path):
-    """Three evaluators at once, which all find the real pictures unread; what each has done it
+    """Three evaluators at once, which all find the real images unread; what each has done it
     writes down.
     """
     protocol = run.protocol(**SMALL)
@@ -196,7 +196,7 @@ def test_watch_waits_for_checkpoints_and_ends_with_training(run, tmp_path):
 
 
 def meets_damage(world, device, run_dir, protocol):
-    """Steps that are scored, and what is said of the others; by name it is an error on every rank."""
+    """Scored steps, problems of the others, and the error on every rank for a named step."""
     passed_over: dict[int, str] = {}
     records = list(
         evaluator.evaluate(run_dir, protocol, device, None, world, passed_over=passed_over)
@@ -207,7 +207,7 @@ def meets_damage(world, device, run_dir, protocol):
 
 
 def test_damage_is_known_to_all_ranks(run, tmp_path):
-    """And nobody waits for a rank that has met it."""
+    """No rank waits for one that has raised the error."""
     folder, aside = run.run_dir.checkpoint(3), tmp_path / "aside"
     shutil.copytree(folder, aside)
     edit(folder, "manifest.json", lambda content: content.update(optimizer_steps=-1))

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def pictures(count, side=64, seed=0):
-    """Smooth ones, so that features differ more between pictures than noise does."""
+    """Smooth images, so that features differ more between images than noise does."""
     coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return (
         torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1) * 255
@@ -48,7 +48,7 @@ def weights(tmp_path_factory, inception_layout):
 
 @pytest.fixture(scope="module")
 def features(weights):
-    """(ours, torch-fidelity's) of the same 24 pictures of 64 px."""
+    """(ours, torch-fidelity's) of the same 24 images of 64 px."""
     network = theirs.FeatureExtractorInceptionV3(
         "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
     )
@@ -75,7 +75,7 @@ def test_features_equal_torch_fidelitys(features):
 
 
 def test_features_equal_pytorch_fids(weights, inception_layout, monkeypatch):
-    """Of one input: its resize and its scaling are not those of the TensorFlow graph."""
+    """Trunks are compared on one input: pytorch-fid resizes and scales unlike TensorFlow."""
     monkeypatch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *_, **__: inception_layout)
     network = pytorch_fid.InceptionV3([3], resize_input=False, normalize_input=False).eval()
     trunk = load_extractor(
@@ -87,7 +87,7 @@ def test_features_equal_pytorch_fids(weights, inception_layout, monkeypatch):
 
 
 def test_scores_equal_torch_fidelitys(features):
-    """From features that each tool extracted itself."""
+    """Scores are computed from features that each tool extracted itself."""
     ours, wanted = features
     halves = [slice(0, 12), slice(12, 24)]
     mine, real = (FeatureStatistics(2048) for _ in halves)
@@ -105,7 +105,7 @@ def test_scores_equal_torch_fidelitys(features):
 
 
 def test_has_teeth_another_resize(weights):
-    """Half-pixel bilinear instead of TensorFlow's is seen at once."""
+    """Half-pixel bilinear instead of TensorFlow's is noticed at once."""
     extractor, images = (
         load_extractor(ExtractorConfig(kind="inception", weights=str(weights)), CPU),
         pictures(2),
@@ -143,7 +143,7 @@ def test_the_resize_is_pillows(size, side):
 
 
 def test_networks_of_timm(tmp_path):
-    """FD-DINOv2 is one: what timm gives before a classifier; a file that does not fit is refused."""
+    """Features are those before the classifier (FD-DINOv2 is one); a file that does not fit fails."""
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).eval()
     save_file(network.state_dict(), tmp_path / "vit.safetensors")
     config = {"kind": "timm", "network": "vit_tiny_patch16_224", "side_px": 32, "name": "vit"}
@@ -195,7 +195,7 @@ def clip_folder(tmp_path_factory):
 
 
 def test_clip_equals_its_own_library(clip_folder, tmp_path):
-    """Pictures through transformers' own processor, captions through its tokenizer."""
+    """Images through transformers' own processor, captions through its tokenizer."""
     extractor = load_extractor(ExtractorConfig(kind="clip", weights=str(clip_folder)), CPU)
     images, captions = pictures(3, 48), ["a cat", "a red dog and a cat", ""]
     network = transformers.CLIPModel.from_pretrained(clip_folder).eval()

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best one, in whatever order scores arrive, and when to worry."""
+"""The best checkpoint, for any order in which scores arrive, and the warning of worse scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lpl_pretrain.evaluation.best_checkpoint import update_best
 
 
 def scored(folder, values, *, metric="fid", best="fid", patience=3):
-    """Records of steps 1, 2, ... in that order; what is said after the last one."""
+    """Records of steps 1, 2, ... in that order; returns the warnings after the last one."""
     run_dir, said = RunDir(folder), []
     protocol = SimpleNamespace(name="p", best=best, patience=patience)
     for step, value in enumerate(values, start=1):
@@ -57,7 +57,7 @@ def test_a_word_when_scores_worsen(tmp_path):
     assert "fid has been worse than 5 of step 2 for 3 evaluations (now step 5)" in warning
 
 
-def test_a_score_that_nobody_computes(tmp_path):
+def test_best_names_a_score_that_is_not_computed(tmp_path):
     run_dir, (warning,) = scored(tmp_path, [9], best="kid")
     assert (
         warning == "best=kid: no score has this name; the records have fid, other"

@@ -98,7 +98,7 @@ def test_the_command_ends_though_one_is_damaged(run, tmp_path, capsys):
 def test_a_checkpoint_that_cannot_be_read_now_may_be_scored_by_another_try(
     run, tmp_path, capsys, monkeypatch
 ):
-    """The exit status says so to a scheduler; the others are scored."""
+    """The exit status is 1 for a scheduler; the other steps are scored."""
     path = tmp_path / "protocol.yaml"
     path.write_text(dump(protocol_of(run)))
     real = evaluator.Evaluator._manifest
@@ -174,8 +174,8 @@ def export(run, output, **options):
         return file.metadata()
 
 
-def test_a_damaged_best_file_is_found_again(run, tmp_path, caplog):
-    """By the records, for `export`; and written anew by the next evaluation."""
+def test_a_damaged_best_file_is_replaced_from_the_records(run, tmp_path, caplog):
+    """`export` reads the records instead; the next evaluation rewrites the file."""
     records = evaluate(run, best="fd_averages")
     best = min(records, key=lambda record: record["results"][0]["value"])["step"]
     path = run.run_dir.best("tiny")
@@ -243,7 +243,7 @@ def test_another_runs_checkpoint_is_not_exported(run, tmp_path):
         ({"sigma_rel": float("nan")}, "sigma_rel=nan: wanted 0.01 to 0.28"),
     ],
 )
-def test_weights_that_there_are_not(run, tmp_path, options, words):
+def test_absent_weights_are_refused(run, tmp_path, options, words):
     with pytest.raises((ConfigError, CheckpointError), match=words):
         export(run, tmp_path / "x.safetensors", **options)
 
@@ -256,7 +256,7 @@ def test_where_export_cannot_write(run, tmp_path):
 
 
 def test_where_reference_cannot_write(run, tmp_path):
-    """Before the pictures are read."""
+    """Before the images are read."""
     protocol = tmp_path / "protocol.yaml"
     protocol.write_text(dump(protocol_of(run)))
     with pytest.raises(ConfigError, match="cannot be written: .*protocol.yaml is no folder"):
@@ -369,7 +369,7 @@ def test_npz_files_that_are_none(run, tmp_path):
 
 
 def test_weights_files_that_are_damaged(tmp_path):
-    """Of extractors; a pickle that would run something is refused by torch, and so named."""
+    """Weights of extractors; torch refuses a pickle that would run code, and it is named."""
     path = tmp_path / "x.pth"
     config = ExtractorConfig(kind="inception", weights=str(path))
     weights = random_weights()

@@ -74,7 +74,7 @@ def test_a_record_holds_what_repeating_it_needs(run):
         with Image.open(run.run_dir.path / name) as grid:
             assert (
                 grid.size[0] == 3 * 32 + 2 * 2 and grid.size[1] == 2 * 32 + 2
-            )  # five pictures: three columns
+            )  # five images: three columns
     assert not list(run.run_dir.path.rglob("*.tmp"))
 
 
@@ -97,7 +97,7 @@ def test_repeats_to_the_digit_and_weights_matter(run):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_error_bars_by_repeated_seeds(run, broken, monkeypatch):
-    """Each set of pictures is that of its own seed, the pictures shown are the first; teeth: one
+    """Each set of images is that of its own seed, the images shown are the first; teeth: one
     seed for all.
     """
     wanted = [
@@ -133,7 +133,7 @@ def test_error_bars_by_repeated_seeds(run, broken, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["png", "npz", "tar"])
-def test_pictures_are_kept_where_asked(run, kind):
+def test_generated_images_are_saved_on_request(run, kind):
     """The very pixels that were scored, beside the sheet, in order."""
     evaluate(run.run_dir, run.protocol(keep_images=kind, guidance_scales=[3.0], grid_images=0), [6])
     generator = open_run(run.run_dir, CPU)
@@ -242,7 +242,7 @@ def test_checkpoints_that_are_not_there(run):
         evaluate(run.run_dir, run.protocol())
 
 
-def test_a_corrupt_reference_picture_is_named(run):
+def test_a_corrupt_reference_image_is_named(run):
     (run.reference / "05.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"05\.png"):
         evaluate(run.run_dir, run.protocol())
@@ -296,7 +296,7 @@ def draw(run, **options):
     )
 
 
-def test_pictures_say_where_they_come_from(run, tmp_path):
+def test_saved_images_carry_their_metadata(run, tmp_path):
     """Single files and a tar that webdataset reads hold the same pixels; the sheet shows them."""
     draw(run, format="png", output=str(tmp_path / "pngs"))
     draw(run, format="tar", output=str(tmp_path / "some.tar"))
@@ -357,7 +357,7 @@ def test_a_guide_moves_the_samples_and_must_fit(run, tmp_path):
 
 
 def test_one_that_is_asked_to_stop_keeps_what_it_made(run):
-    """Of three batches for each guidance scale one is made before, and eleven more pictures after."""
+    """One batch is generated before the stop, and the other images after it."""
     asked = iter([False, True])
     protocol = run.protocol(batch_size=4, name="stopped")
     assert (

@@ -93,9 +93,7 @@ def test_inception_weights_load_by_path(tmp_path, inception_layout):
 
 
 def test_inception_differs_from_torchvisions_in_its_pools_alone(inception_layout):
-    """With torchvision's pooling put back the two agree; so every other branch is untouched, and
-    the pools do matter.
-    """
+    """Networks agree once torchvision's pooling is put back, and not before: only pools differ."""
     ours = inception.fid_inception(inception_layout)
     plain = inception.inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     plain.load_state_dict(inception_layout, strict=False)

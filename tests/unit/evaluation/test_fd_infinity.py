@@ -1,4 +1,4 @@
-"""FD against the number of pictures: the subsets, the line to infinity, the bootstrap."""
+"""FD against the number of images: the subsets, the line to infinity, the bootstrap."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def features(count: int, seed: int, offset: float = 0.0) -> torch.Tensor:
 
 
 def normal_reference() -> FeatureStatistics:
-    """Exactly N(0, I), as if of infinitely many pictures."""
+    """Exactly N(0, I), as if of infinitely many images."""
     statistics = FeatureStatistics(DIMENSION)
     statistics.count, statistics.scatter = 1001, 1000 * torch.eye(DIMENSION, dtype=torch.float64)
     return statistics
@@ -55,10 +55,10 @@ def test_subsets_equal_pytorch_fid():
     )
     assert got[1].tolist() == pytest.approx(
         [by_pytorch_fid(rows)] * 3, rel=1e-8
-    )  # all pictures, in any order
+    )  # all images, in any order
 
 
-def test_fewer_pictures_score_worse_and_draws_are_keyed():
+def test_fewer_images_score_worse_and_draws_are_keyed():
     rows, reference = features(800, seed=1), normal_reference()
     first = frechet_at(rows, reference, [100, 400, 800], repeats=2, seed=0)
     assert first.mean(dim=1).diff().max() < 0
@@ -112,13 +112,13 @@ def test_bootstrap_standard_error_is_that_of_fresh_draws():
     ]
     mean, error = bootstrap(features(500, seed=3, offset=0.3), reference, repeats=200, seed=0)
     assert error == pytest.approx(np.std(fresh, ddof=1), rel=0.25)
-    assert mean > np.mean(fresh)  # resampling adds the bias of fewer pictures once more
+    assert mean > np.mean(fresh)  # resampling adds the bias of fewer images once more
     assert bootstrap(features(500, seed=3), reference, repeats=3, seed=1) == bootstrap(
         features(500, seed=3), reference, repeats=3, seed=1
     )
 
 
-def test_bootstrap_without_replacement_is_seen(monkeypatch):
+def test_bootstrap_without_replacement_is_noticed(monkeypatch):
     class Permuted:
         def integers(self, count, size):
             return np.random.default_rng(0).permutation(count)

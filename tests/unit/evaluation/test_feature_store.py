@@ -65,7 +65,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
     assert store.missing(0, 2) == [range(4), range(8, 10)]
 
 
-def test_half_of_the_pictures(tmp_path):
+def test_statistics_of_half_of_the_images(tmp_path):
     assert filled(tmp_path).statistics("x", fraction=0.5).count == 12
 
 

@@ -1,4 +1,4 @@
-"""Picture i depends on (seed, i) alone; classes follow training; one rounding rule."""
+"""Image i depends on (seed, i) alone; classes follow training; one rounding rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generator(run):
     return trained.generator
 
 
-def test_pictures_do_not_depend_on_the_batch(generator):
+def test_images_do_not_depend_on_the_batch(generator):
     together = generator.images(range(6), **WAY)
     alone = torch.cat([generator.images([i], **WAY) for i in range(6)])
     scattered = generator.images([4, 0], **WAY)
@@ -35,7 +35,7 @@ def test_pictures_do_not_depend_on_the_batch(generator):
     [{"seed": 4}, {"guidance_scale": 1.0}, {"sampler": SamplerConfig(kind="heun", steps=3)}],
 )
 def test_has_teeth(generator, change):
-    """What must matter does: the comparison above is not of constants."""
+    """Another seed, scale or sampler gives other images: the test above compares no constants."""
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             generator.images(range(2), **{**WAY, **change}),
@@ -44,7 +44,7 @@ def test_has_teeth(generator, change):
         )
 
 
-def test_noise_keyed_by_position_in_the_batch_is_seen(generator, monkeypatch):
+def test_noise_keyed_by_position_in_the_batch_is_noticed(generator, monkeypatch):
     from lpl_pretrain.runtime import rng
 
     honest = rng.normal
@@ -93,7 +93,7 @@ def test_the_rounding_rule():
     assert to_uint8(images).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 
-def test_a_non_finite_picture_is_named():
+def test_a_non_finite_image_is_named():
     images = torch.zeros(3, 3, 2, 2)
     images[1, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"\[65\]"):

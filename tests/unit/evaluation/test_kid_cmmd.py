@@ -54,7 +54,7 @@ def test_kid_equals_torch_fidelity(sizes):
 
 @pytest.mark.parametrize("broken", ["degree", "diagonal", "chunks"])
 def test_kid_has_teeth(broken, monkeypatch):
-    """A square for a cube; pictures paired with themselves; the last chunk of rows lost."""
+    """A square for a cube; images paired with themselves; the last chunk of rows lost."""
     cube, total = kid_cmmd.polynomial, kid_cmmd.pair_sum
     if broken == "degree":
         monkeypatch.setattr(

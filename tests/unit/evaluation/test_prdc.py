@@ -36,7 +36,7 @@ def precision_recall_of_torch_fidelity(
 
 
 def brute_force(generated: torch.Tensor, real: torch.Tensor, k: int) -> tuple[float, float]:
-    """arXiv 2002.09797 by loops: the k-th smallest of a picture's distances to the others; strictly
+    """arXiv 2002.09797 by loops: the k-th smallest of an image's distances to the others; strictly
     inside.
     """
     density = covered = 0.0
@@ -66,7 +66,7 @@ def test_density_and_coverage_equal_a_brute_force(case, k):
     assert density_coverage(generated, real, k) == brute_force(generated, real, k)
 
 
-def test_two_thousand_pictures():
+def test_two_thousand_images():
     generated, real = features(2000, 64, seed=8, spread=0.95), features(2000, 64, seed=9)
     assert precision_recall(generated, real) == pytest.approx(
         precision_recall_of_torch_fidelity(generated, real, 3), rel=1e-6
@@ -78,7 +78,7 @@ def test_two_thousand_pictures():
     "broken", ["self_is_a_neighbour", "first_chunk_only", "half_the_cross_term"]
 )
 def test_has_teeth(broken, monkeypatch):
-    """Every picture its own first neighbour; the diagonal of later chunks missed; |x|^2 + |y|^2 -
+    """Every image its own first neighbour; the diagonal of later chunks missed; |x|^2 + |y|^2 -
     x.y.
     """
     generated, real = CASES["two_chunks"]
@@ -111,10 +111,8 @@ def test_a_set_covers_itself():
     assert density_coverage(rows, rows + 100) == (0.0, 0.0)
 
 
-def test_far_generated_pictures_raise_recall_and_not_coverage():
-    """Why coverage was proposed: two far generated pictures make balls that hold every real
-    picture.
-    """
+def test_far_generated_images_raise_recall_and_not_coverage():
+    """Coverage resists outliers: the balls of two far generated images contain all real images."""
     real, far = CASES["like"][1], torch.full((1, 8), 50.0, dtype=torch.float64)
     generated = torch.cat([features(2, 8, seed=10, spread=0.01), far, -far])
     assert precision_recall(generated, real)[1] == 1.0

@@ -47,7 +47,7 @@ def scores(record):
     return [entry["value"] for entry in record["results"]]
 
 
-def test_a_file_gives_the_same_scores_as_its_pictures(run, tmp_path, capsys):
+def test_a_file_gives_the_same_scores_as_its_images(run, tmp_path, capsys):
     path = make_file(run, tmp_path / "real.safetensors")
     assert "12 pictures at 32 px, by efficientnet_lite0" in capsys.readouterr().out
     assert scores(evaluate(run, name="a")) == scores(
@@ -79,7 +79,7 @@ def test_unlike_provenance_is_refused(run, tmp_path, monkeypatch):
         check_provenance("x", bare, protocol, 32, [mine])
 
 
-def test_what_is_no_reference_is_named(run, tmp_path):
+def test_a_file_that_is_no_reference_is_named(run, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(DataError, match=r"x\.safetensors: no statistics"):
         evaluate(run, reference=str(tmp_path / "x.safetensors"))
@@ -87,7 +87,7 @@ def test_what_is_no_reference_is_named(run, tmp_path):
 
 def test_the_usual_npz(run, tmp_path):
     """The distance to it is that to the statistics it was written from, whatever their number of
-    pictures.
+    images.
     """
     generator = torch.Generator().manual_seed(0)
     real, made = FeatureStatistics(12), FeatureStatistics(12)

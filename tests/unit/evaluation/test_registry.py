@@ -44,7 +44,7 @@ COLOR_MEANS = ExtractorSpec(
 
 
 def test_a_new_metric_is_scored_recorded_compared_and_reported(run, monkeypatch):
-    """So is a new extractor."""
+    """One spec and one entry do it, for an extractor too."""
     add_metric(monkeypatch, BRIGHTNESS)
     add_extractor(monkeypatch, COLOR_MEANS)
     name = f"brightness{color_means_extractor(None, CPU).suffix}"
@@ -99,7 +99,7 @@ def test_titles_and_directions_of_recorded_names(name, title, higher):
     assert score_title(name) == title and higher_is_better(name) is higher
 
 
-def test_names_of_scores_are_told_apart():
+def test_names_of_scores_are_unique():
     """No score's name is another's, or what the field calls another's."""
     names = [score.name for info in metrics.METRICS.values() for score in info.scores]
     assert len(set(names)) == len(names)

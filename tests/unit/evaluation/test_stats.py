@@ -48,7 +48,7 @@ def test_any_split_gives_the_same(split):
         )
 
 
-def test_a_merge_without_the_mean_shift_is_seen():
+def test_a_merge_without_the_mean_shift_is_noticed():
     class Broken(FeatureStatistics):
         def merge(self, other):
             delta = other.mean - self.mean
@@ -65,7 +65,7 @@ def test_a_merge_without_the_mean_shift_is_seen():
         )
 
 
-def test_a_non_finite_picture_is_named():
+def test_a_non_finite_image_is_named():
     statistics = of(features(5, 3, seed=0))
     rows = torch.zeros(4, 3)
     rows[2, 1] = float("nan")
@@ -97,7 +97,7 @@ def by_scipy(a: FeatureStatistics, b: FeatureStatistics) -> float:
     "count_a, count_b, rtol", [(400, 300, 1e-9), (400, 12, 1e-5), (10, 12, 1e-5)]
 )
 def test_equals_scipy(count_a, count_b, rtol):
-    """32 features: 12 pictures give rank 11, where sqrtm itself is exact to no more than 1e-5."""
+    """32 features: 12 images give rank 11, where sqrtm itself is exact to no more than 1e-5."""
     a, b = of(features(count_a, 32, seed=1)), of(features(count_b, 32, seed=2, offset=0.3))
     assert frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=rtol)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
@@ -164,7 +164,7 @@ def test_equals_mpmath(case, monkeypatch):
 
 @pytest.mark.parametrize("broken", ["never_in_doubt", "rank_unknown", "rank_too_small"])
 def test_mpmath_has_teeth(broken, monkeypatch):
-    """Roots of noise taken: for want of doubt, or of the rank that the count gives; one rank lost."""
+    """Broken: no limit on rounding; a rank that is not bounded by the count; one rank too few."""
     rows_a, rows_b, _ = HARD[
         "every picture twice" if broken == "never_in_doubt" else "fewer pictures than features"
     ]

@@ -1,6 +1,4 @@
-"""Several runs on one page: what differs is found and named, each keeps its look, and what is
-missing stays empty.
-"""
+"""Several runs on one page: differences are named, a run keeps its line style, gaps stay empty."""
 
 from __future__ import annotations
 
@@ -160,7 +158,7 @@ def test_labels_tell_runs_apart(columns, labels):
     )
 
 
-def test_every_line_has_its_own_look():
+def test_every_line_has_its_own_style():
     count = len(COLOURS) * len(DASHES)
     assert len({swatch(number) for number in range(count)}) == count
     series = {str(number): Series([1, 2, 3], [1.0, 2.0, 3.0 + number]) for number in range(count)}
@@ -172,7 +170,7 @@ def test_every_line_has_its_own_look():
 
 
 def test_a_run_without_a_line_does_not_move_the_others(sweep):
-    """Its colour stays its own."""
+    """Each run keeps its colour."""
     full, hole = Series([1, 2], [1.0, 2.0]), Series([], [])
     chart = draw(Chart("x", {"a": hole, "b": full}, legend=False, raw=False), [], 2)
     assert "var(--series-2)" in chart and chart.count("var(--series-1)") == draw(
@@ -181,7 +179,7 @@ def test_a_run_without_a_line_does_not_move_the_others(sweep):
 
 
 def records(*runs):
-    """Of (step, value) pairs each."""
+    """Evaluation records of each run, from its (step, value) pairs."""
     entry = {"metric": "fd_x", "weights": "ema", "guidance_scale": 1.0}
     return [
         [
@@ -218,7 +216,7 @@ def test_grids_are_of_the_newest_step_that_all_have(sweep):
     assert shown() == ([60, 120, None], None), "each its own where no step is common"
 
 
-def test_protocols_that_are_not_the_same_are_told(sweep):
+def test_differing_protocols_of_one_name_are_reported(sweep):
     path = RunDir(sweep / "share=0.2").evaluation(120, "quick")
     path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))
     (RunDir(sweep / "share=0.1").path / "provenance.json").write_text("{ not")

@@ -40,7 +40,7 @@ def edit(run: RunDir, name: str = RECORD, **changes) -> None:
 
 
 def pages(run: RunDir) -> list[str]:
-    """Its own page, and one on which it stands beside a sound run."""
+    """Report of the run, and its comparison with a sound run."""
     sound = run.path.parent / "runs" / "sound"
     if not sound.exists():
         shutil.copytree(run.path, sound, symlinks=True)
@@ -59,7 +59,7 @@ def bare(run) -> RunDir:
 
 @pytest.fixture
 def outside(tmp_path) -> Path:
-    """A file that no page may show, and a picture that lies elsewhere."""
+    """A file that no page may show, and an image outside of the run."""
     (tmp_path / "passwd").write_bytes(SECRET)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "elsewhere.png")
     return tmp_path
@@ -79,7 +79,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("name", "words"), FOREIGN.items(), ids=lambda value: str(value)[:20])
-def test_only_pictures_of_the_run_are_embedded(bare, outside, name, words):
+def test_only_images_of_the_run_are_embedded(bare, outside, name, words):
     (bare.path / "samples" / "link.png").symlink_to(outside / "passwd")
     (bare.path / "samples" / "text.png").write_bytes(SECRET)
     problems: list[str] = []
@@ -104,7 +104,7 @@ def test_pages_say_what_they_do_not_embed(bare, outside, name):
         )
 
 
-def test_the_real_pictures_beside_them_too(bare, outside):
+def test_only_real_images_of_the_run_are_embedded(bare, outside):
     edit(bare, "evaluations/step_00000120/quick.json", reference__grid="../../passwd")
     assert "is outside of the run's evaluations/" in Page(pages(bare)[0]).text
 
@@ -115,7 +115,7 @@ def test_a_comparison_names_what_it_does_not_show(bare, outside):
     assert "samples/; not shown" in Page(pages(bare)[1]).text
 
 
-def test_a_picture_is_of_bounded_size_and_may_be_a_jpeg(bare, monkeypatch):
+def test_a_image_is_of_bounded_size_and_may_be_a_jpeg(bare, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(bare.path / "samples" / "big.jpg")
     edit(bare, samples="samples/big.jpg")
     assert "data:image/jpeg;base64," in pages(bare)[0]

@@ -1,4 +1,4 @@
-"""The report builds from whatever is there, needs nothing else, and says what is missing."""
+"""The report is built from what a run has, needs no other file, and names missing parts."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_needs_nothing_else(run):
     assert "@import" not in text and "url(" not in text.replace("url(#", "")
 
 
-def test_outside_references_are_seen():
+def test_outside_references_are_noticed():
     for tag in (
         '<img src="https://x/y.png">',
         '<img src="y.png">',
@@ -141,7 +141,7 @@ def test_steps_beyond_a_resume_that_are_not_reached_again_are_dropped(run):
     assert read_run(run).series("loss/total").steps == [10, 18]
 
 
-def test_a_torn_line_is_skipped_and_said(run):
+def test_a_torn_line_is_skipped_and_reported(run):
     run.metrics.write_text(run.metrics.read_text() + '{"step": 121, "loss/to')
     page = page_of(run)
     assert "1 unreadable line skipped" in page.text and read_run(run).lines[-1]["step"] == 120
@@ -342,7 +342,7 @@ def test_evenly_spaced_items_keep_the_ends():
     assert evenly_spaced([1, 2], 6) == [1, 2]
 
 
-def test_shows_what_lpl_compared(run):
+def test_lpl_panels_are_shown(run):
     page = page_of(run)
     assert "a heatmap of the difference of their features" in page.text
     assert [
@@ -352,7 +352,7 @@ def test_shows_what_lpl_compared(run):
     assert "a heatmap of the difference" not in page_of(run).text
 
 
-def test_four_pictures_of_what_lpl_compared_are_spread_over_the_run(run):
+def test_four_lpl_panels_are_spread_over_the_run(run):
     for step in range(20, 120, 20):
         shutil.copy(run.lpl_picture(120), run.lpl_picture(step))
     shown = [
