@@ -16,7 +16,8 @@ from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.losses.lpl.gate import gate_share
-from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset
+from lpl_pretrain.losses.lpl.subset import LPLSubset
+from lpl_pretrain.trainer.batch_plan import BatchPlanner
 
 
 class Estimator:
@@ -45,9 +46,9 @@ class Estimator:
         planner = BatchPlanner(0, self.size, self.timesteps, self.schedule, subset)
         means = []
         for step in range(draws // self.size):
-            (microbatch,) = planner.deal(step, 1)
-            value = self.value(microbatch.t.double()[: microbatch.chosen]).sum()
-            means.append(value / (subset.inclusion if weighted else 1.0) / self.size)
+            (microbatch,) = planner.plan(step, 1)
+            value = self.value(microbatch.t.double()[: microbatch.num_lpl]).sum()
+            means.append(value / (subset.inclusion_probability if weighted else 1.0) / self.size)
         return torch.stack(means)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.planning.live_bytes import LiveBytes
@@ -85,7 +85,7 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
     z0_hat = z0 + 0.3 * torch.randn_like(z0)
     z0, z0_hat, network = z0.to(args.device), z0_hat.to(args.device), network.to(args.device)
 
-    def ours(*, decoder_precision: str = "fp32", compile_pieces: bool = False, **options) -> Run:
+    def ours(*, decoder_precision: str = "fp32", compile_layers: bool = False, **options) -> Run:
         config = LPLConfig(weight=1.0, chunk_size=args.chunk_size, **options)
         dtype = DTYPES[decoder_precision]
         scaling = LatentScaling(
@@ -95,8 +95,8 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
         features = DecoderFeatures(
             decoder_stages(copy_of(network)), scaling, config.stages, dtype=dtype
         )
-        if compile_pieces:
-            features.compile_pieces()
+        if compile_layers:
+            features.compile_layers()
         loss = LatentPerceptualLoss(config, features.to(args.device))
 
         def run() -> tuple[Tensor, Tensor]:
@@ -115,12 +115,12 @@ def make_runs(args: argparse.Namespace) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     if args.published:
         runs["published"] = published_loss(args.published, network, z0, z0_hat)
-    runs["ours, same_math math"] = ours(**same_math)
-    runs["ours, same_math math, recomputing"] = ours(preset="diffusers_script")
+    runs["ours, equal math"] = ours(**same_math)
+    runs["ours, equal math, recomputing"] = ours(preset="diffusers_script")
     if bf16:
-        runs["ours, same_math math, bf16 decoder"] = ours(**same_math, decoder_precision="bf16")
+        runs["ours, equal math, bf16 decoder"] = ours(**same_math, decoder_precision="bf16")
     if args.compile:
-        runs["ours, same_math math, compiled"] = ours(**same_math, compile_pieces=True)
+        runs["ours, equal math, compiled"] = ours(**same_math, compile_layers=True)
     runs["ours, the paper's loss"] = ours(activation_checkpointing=False)
     runs["ours, the paper's loss, to up1"] = ours(
         activation_checkpointing=False, stages=["mid", "up0", "up1"]

@@ -100,19 +100,16 @@ def bare_loop(run: Run) -> Callable[[int], None]:
 
 
 def our_loop(run: Run) -> Callable[[int], None]:
-    meter, clock, batches = (
-        Meter(run.device),
-        Clock(run.device),
-        run.stream.prefetch(run.requests(0)),
-    )
+    meter = Meter(run.device)
+    clock = Clock(run.device)
+    batches = run.batches(0)
     step = iter(range(run.config.steps))
 
     def loop(steps: int) -> None:
         for number in islice(step, steps):
-            run.updater.update(
-                number, run.hands(number), list(islice(batches, run.grad_accum_steps)), meter, clock
-            )
+            run.updater.update(number, list(islice(batches, run.grad_accum_steps)), meter, clock)
             run.ema.update(number + 1)
+        run.updater.skipped_updates()
         meter.flush()
         clock.flush()
 

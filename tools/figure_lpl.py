@@ -26,10 +26,10 @@ from lpl_pretrain.encoding.resize_crop import to_square
 from lpl_pretrain.encoding.sources import list_images
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
 from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.panels import heat, pixels
 from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, load_autoencoder
 from lpl_pretrain.models.decoder import decoder_stages
-from lpl_pretrain.trainer.lpl_panels import heat, pixels
 
 SIDE_PX, NUM_TRAIN_IMAGES = 64, 400
 

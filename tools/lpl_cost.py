@@ -38,7 +38,7 @@ from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning

@@ -34,6 +34,12 @@ def _is_window(value: Any) -> bool:
     )
 
 
+def _optional_names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
 SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
     "stream": {
         "samples_seen": (is_count, "an integer from 0"),
@@ -42,11 +48,6 @@ SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
         "fingerprint": (lambda value: isinstance(value, str), "text"),
         "contents": (_is_digests, "digests by name"),
     },
-    "lpl_weight": {
-        "frozen": (_optional_number, "a number or null"),
-        "diffusion_sum": (is_number, "a number"),
-        "perceptual_sum": (is_number, "a number"),
-    },
     "loss_scale": {
         "value": (lambda value: is_number(value) and value > 0, "a number above 0"),
         "dynamic": (lambda value: isinstance(value, bool), "true or false"),
@@ -54,15 +55,23 @@ SECTIONS: dict[str, dict[str, tuple[Check, str]]] = {
     },
     "spikes": {
         "events": (is_count, "an integer from 0"),
-        "with_lpl": (lambda value: value is None or isinstance(value, bool), "true, false or null"),
+        "terms": (_optional_names, "names of loss terms or null"),
         "window": (_is_window, "rows of numbers"),
     },
 }
-NULLABLE = ("lpl_weight", "spikes")
+TERMS: dict[str, dict[str, tuple[Check, str]]] = {
+    "lpl": {
+        "frozen": (_optional_number, "a number or null"),
+        "diffusion_sum": (is_number, "a number"),
+        "perceptual_sum": (is_number, "a number"),
+    },
+}
+"""Values of `loss_terms.NAME` that are checked."""
+NULLABLE = ("spikes",)
 COUNTS = ("step", "skipped_updates", "jump_updates")
 LATER_KEYS = frozenset({"contents", "jump_updates", "spikes"})
 """Keys that checkpoints of earlier versions lack."""
-TRAINER_KEYS = frozenset({*COUNTS, *SECTIONS}) - LATER_KEYS
+TRAINER_KEYS = frozenset({*COUNTS, *SECTIONS, "loss_terms"}) - LATER_KEYS
 """Keys that a training run needs to resume."""
 
 
@@ -74,6 +83,23 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(str(error)) from None
     if not isinstance(state, dict):
         raise DamagedCheckpointError(f"{folder / STATE}: found {shown(state)}, wanted an object")
+    return upgraded(state)
+
+
+def upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """The state in the present layout.  Until version 2 LPL was the only loss term with a state:
+    `lpl_weight`, and `spikes.with_lpl`.
+
+    The window of a run that looks for spikes starts anew, for it does not name its terms.
+    """
+    state = dict(state)
+    if "lpl_weight" in state:
+        weight = state.pop("lpl_weight")
+        state["loss_terms"] = {} if weight is None else {"lpl": weight}
+    spikes = state.get("spikes")
+    if isinstance(spikes, dict) and "with_lpl" in spikes:
+        state["spikes"] = {key: spikes[key] for key in spikes if key != "with_lpl"}
+        state["spikes"]["terms"] = None
     return state
 
 
@@ -94,26 +120,18 @@ def _problem(state: dict[str, Any], manifest: Manifest) -> str | None:
     for key in COUNTS:
         if key in state and not is_count(state[key]):
             return f"{key}: found {shown(state[key])}, wanted an integer from 0"
-    for section in SECTIONS:
-        values = state.get(section)
-        if section not in state or (section in NULLABLE and values is None):
+    terms = state.get("loss_terms", {})
+    if not isinstance(terms, dict):
+        return f"loss_terms: found {shown(terms)}, wanted an object"
+    named = [(name, state.get(name), checks, name in state) for name, checks in SECTIONS.items()]
+    for name, checks in TERMS.items():
+        named.append((f"loss_terms.{name}", terms.get(name), checks, name in terms))
+    for section, values, checks, present in named:
+        if not present or (section in NULLABLE and values is None):
             continue
-        if (problem := _section_problem(section, values)) is not None:
+        if (problem := _section_problem(section, values, checks)) is not None:
             return problem
     return _disagreement(state, manifest)
-
-
-def _section_problem(section: str, values: Any) -> str | None:
-    checks = SECTIONS[section]
-    absent = LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS
-    needed = checks.keys() - absent
-    if (problem := key_problem(values, frozenset(needed))) is not None:
-        return f"{section}: {problem}"
-    for key in sorted(needed):
-        check, wanted = checks[key]
-        if not check(values[key]):
-            return f"{section}.{key}: found {shown(values[key])}, wanted {wanted}"
-    return None
 
 
 def _disagreement(state: dict[str, Any], manifest: Manifest) -> str | None:
@@ -132,4 +150,17 @@ def _disagreement(state: dict[str, Any], manifest: Manifest) -> str | None:
         return (
             f"stream.samples_seen: found {samples_seen}, the manifest says {manifest.samples_seen}"
         )
+    return None
+
+
+def _section_problem(section: str, values: Any, checks: dict[str, tuple[Check, str]]) -> str | None:
+    """Describe the first value of a section that no trainer writes; None: all are sound."""
+    optional = LATER_KEYS - values.keys() if isinstance(values, dict) else LATER_KEYS
+    needed = checks.keys() - optional
+    if (problem := key_problem(values, frozenset(needed))) is not None:
+        return f"{section}: {problem}"
+    for key in sorted(needed):
+        check, wanted = checks[key]
+        if not check(values[key]):
+            return f"{section}.{key}: found {shown(values[key])}, wanted {wanted}"
     return None

@@ -114,6 +114,7 @@ def _cluster() -> Iterator[Row]:
     )
     yield _package("submitit", "optional")
     yield _package("wandb", "optional", "log.wandb.mode needs it")
+    yield _package("tensorboard", "optional", "log.trackers=[tensorboard] needs it")
 
 
 def _package(name: str, when_absent: str, remedy: str = "pip install it") -> Row:

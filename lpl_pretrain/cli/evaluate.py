@@ -16,8 +16,8 @@ from lpl_pretrain.config.paths import expand
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import CheckpointError, ConfigError, is_transient
-from lpl_pretrain.runtime.mirror import Mirror
 from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trackers.build import build_trackers
 
 PATIENCE = timedelta(hours=12)
 """The other ranks wait while the first one computes scores from all features."""
@@ -53,7 +53,9 @@ def run(
     set_up_logging(world.rank)
     records: list[dict[str, Any]] = []
     passed_over: dict[int, str] = {}
-    mirror = open_mirror(run_dir) if world.rank == 0 else None
+    trackers = []
+    if world.rank == 0:
+        trackers = build_trackers(run_dir, load_run_config(run_dir), training=False)
     while True:
         waiting = watch and not left(run_dir, settings.name, passed_over)
         if not dist.broadcast_json(waiting):
@@ -62,15 +64,15 @@ def run(
                 run_dir, settings, device, steps, world, again=not pending, passed_over=passed_over
             ):
                 records.append(record)
-                if mirror is not None:
-                    mirror.scores(record)
+                for tracker in trackers:
+                    tracker.score(record)
                 if watch and world.rank == 0:
                     log.info("%s", one_line(record))
         if dist.broadcast_json(not watch or over(run_dir, settings.name, passed_over)):
             break
         time.sleep(poll_s)
-    if mirror is not None:
-        mirror.close()
+    for tracker in trackers:
+        tracker.close()
     damaged = [
         text
         for number, text in sorted(passed_over.items())
@@ -92,14 +94,6 @@ def run(
         dist.exit(int(again))
     if again:
         sys.exit(1)
-
-
-def open_mirror(run_dir: RunDir) -> Mirror | None:
-    """To the same wandb run as its training's, if that has one."""
-    config = load_run_config(run_dir)
-    if config.log.wandb.mode == "disabled":
-        return None
-    return Mirror(run_dir.path, config.name, **config.log.wandb.model_dump())
 
 
 def left(run_dir: RunDir, protocol: str, passed_over: Container[int]) -> list[int]:

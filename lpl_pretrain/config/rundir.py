@@ -99,14 +99,12 @@ class RunDir:
     def samples(self, step: int, protocol: str) -> Path:
         return self.path / "samples" / f"{step_name(step)}_{protocol}.png"
 
-    def lpl_picture(self, step: int) -> Path:
-        """What LPL compared at a checkpoint: x0, its one-step estimate, and where each stage sees
-        them differ.
-        """
-        return self.path / "lpl" / f"{step_name(step)}.png"
+    def panels(self, term: str, step: int) -> Path:
+        """Image of what a loss term compared at a checkpoint, such as lpl/step_00010000.png."""
+        return self.path / term / f"{step_name(step)}.png"
 
-    def lpl_pictures(self) -> dict[int, Path]:
-        """By step, ascending."""
+    def lpl_panels(self) -> dict[int, Path]:
+        """Panels of LPL by step, ascending."""
         found = ((step_of(path.stem), path) for path in (self.path / "lpl").glob("step_*.png"))
         return dict(sorted((step, path) for step, path in found if step is not None))
 

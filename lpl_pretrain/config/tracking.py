@@ -63,6 +63,9 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this are never removed."""
 
 
+TrackerName = Literal["tensorboard", "wandb"]
+
+
 class WandbConfig(Section):
     """Weights & Biases."""
 
@@ -83,8 +86,23 @@ class LogConfig(Section):
     """Also log which samples each update trained on; `lpl-pretrain audit` compares them with the
     planned ones.
     """
+    trackers: tuple[TrackerName, ...] = ()
+    """Trackers beside metrics.jsonl, which is always written."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+
+    @property
+    def active_trackers(self) -> tuple[TrackerName, ...]:
+        """Trackers in use: `trackers`, and wandb where its mode says so."""
+        if self.wandb.mode == "disabled" or "wandb" in self.trackers:
+            return self.trackers
+        return (*self.trackers, "wandb")
+
+    @model_validator(mode="after")
+    def _wandb_is_not_disabled(self) -> LogConfig:
+        if "wandb" in self.trackers and self.wandb.mode == "disabled":
+            raise ValueError("trackers names wandb, but wandb.mode=disabled: set online or offline")
+        return self
 
 
 class WatchdogConfig(Section):

@@ -8,9 +8,21 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+
+class Batch(Protocol):
+    """Tensors that the prefetch threads make and that are copied to the device as a whole."""
+
+    def to(self, device: torch.device | str) -> Any: ...
+    def pin_memory(self) -> Any: ...
+    def map(self, function: Callable[[Tensor], Tensor]) -> Any: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,7 @@ class LatentBatch:
     """(B,) int64 class id; -1: no class."""
     sample_indices: Tensor
     """(B,) int64 global sample indices, which key the random draws of each sample
-    (runtime/rng.py).
+    (runtime/rng.py); they stay on the host.
     """
     sizes: Tensor
     """(B, 6) int64 micro-conditioning of SDXL (arXiv 2307.01952, section 2.2), in pixels: (height,
@@ -70,7 +82,7 @@ class LatentBatch:
         return LatentBatch(
             function(self.moments),
             function(self.labels),
-            function(self.sample_indices),
+            self.sample_indices,
             function(self.sizes),
             self.captions,
             {name: text.map(function) for name, text in self.text.items()},
@@ -79,8 +91,8 @@ class LatentBatch:
 
 
 def on_device(
-    batches: Generator[LatentBatch, None, None], device: torch.device
-) -> Generator[LatentBatch, None, None]:
+    batches: Generator[AnyBatch, None, None], device: torch.device
+) -> Generator[AnyBatch, None, None]:
     """Copies each batch to `device`.  On CUDA a separate stream copies the next batch while the
     consumer works on the current one.
 
@@ -102,8 +114,8 @@ def on_device(
 
 
 def _copies(
-    batches: Iterator[LatentBatch], device: torch.device
-) -> Iterator[tuple[LatentBatch, torch.cuda.Event]]:
+    batches: Iterator[AnyBatch], device: torch.device
+) -> Iterator[tuple[AnyBatch, torch.cuda.Event]]:
     """(batch on `device`, event that the end of its copy sets), copied on a stream of their own."""
     stream = torch.cuda.Stream(device)
     for batch in batches:

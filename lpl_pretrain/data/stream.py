@@ -8,8 +8,9 @@ therefore the same one on every layout of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from lpl_pretrain.config.data_mixture import DataFolders, read_data
 from lpl_pretrain.config.dataset import contents_of
 from lpl_pretrain.config.schema import DataConfig
 from lpl_pretrain.data.bad_samples import BadSample, BadSampleLog
-from lpl_pretrain.data.batch import LatentBatch, TextEmbeddings, on_device
+from lpl_pretrain.data.batch import AnyBatch, LatentBatch, TextEmbeddings, on_device
 from lpl_pretrain.data.format import NUMPY_DTYPES, CaptionEmbedding
 from lpl_pretrain.data.open_shards import OpenShards
 from lpl_pretrain.data.order import SampleOrder
@@ -28,6 +29,7 @@ from lpl_pretrain.errors import ConfigError, DataError
 from lpl_pretrain.runtime import rng
 from lpl_pretrain.runtime.log import log
 
+Request = TypeVar("Request")
 MIN_PREFETCHED_BATCHES = 4
 MAX_SUBSTITUTES = 100
 """Samples that are tried instead of an unreadable one."""
@@ -143,14 +145,23 @@ class LatentStream:
     def prefetch(
         self, requests: Iterable[Sequence[int]], device: torch.device | None = None
     ) -> Generator[LatentBatch, None, None]:
-        """Yields `read(request)` for each request, read ahead of the consumer on `workers` threads
+        """Yields `read(request)` for each request, as `prefetch_with` does."""
+        return self.prefetch_with(self.read, requests, device)
+
+    def prefetch_with(
+        self,
+        read: Callable[[Request], AnyBatch],
+        requests: Iterable[Request],
+        device: torch.device | None = None,
+    ) -> Generator[AnyBatch, None, None]:
+        """Yields `read(request)` for each request, called ahead of the consumer on `workers` threads
         and copied to `device` (CUDA: through pinned memory).
 
         `requests` is consumed a few batches ahead; closing the iterator joins the threads.
         """
         pin = device is not None and device.type == "cuda"
         batches = prefetch_map(
-            lambda request: self.read(request).pin_memory() if pin else self.read(request),
+            lambda request: read(request).pin_memory() if pin else read(request),
             requests,
             threads=self.config.workers,
             buffer_size=max(MIN_PREFETCHED_BATCHES, 2 * self.config.workers),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from lpl_pretrain.parallel.deepspeed_engine import (
     zero_stage,
 )
 from lpl_pretrain.parallel.precision import AutocastWrapper, precision_policy
-from lpl_pretrain.parallel.strategy import MakeOptimizer, ParamRange, Strategy, UpdateCheck
+from lpl_pretrain.parallel.strategy import MakeOptimizer, ParamRange, Strategy, Update, UpdateCheck
 from lpl_pretrain.parallel.torch_optimizer import STEP, materialize_state, set_steps
 from lpl_pretrain.runtime.world import World
 
@@ -52,7 +53,14 @@ class ZeroStage0Strategy(ReplicatedStrategy):
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.loss_scale.value, scale_wrt_gas=False)
+        self._engine.backward(loss * self.loss_scale.factor, scale_wrt_gas=False)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    norm: float
+    """Norm of this rank, before clipping."""
+    accepted: bool
 
 
 class ZeroStrategy(Strategy):
@@ -110,59 +118,73 @@ class ZeroStrategy(Strategy):
         self,
         lr: float,
         max_grad_norm: float,
+        refuse: Tensor | None,
         check: UpdateCheck | None,
-    ) -> tuple[float, bool]:
+    ) -> Update:
         """Lets the engine update.  It computes the norm before its update, the same on all ranks,
         and skips the update when the norm is not finite.
+
+        The host waits for the device: the engine reads the norm.
         """
         self._zero_optimizer.clip_grad = max_grad_norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        checked_norm = self._checked_step(check)
-        if self._engine.was_step_applied():
-            if checked_norm is None:
-                return float(self._engine.get_global_grad_norm()), True
-            return checked_norm, True
-        if getattr(self._zero_optimizer, "cpu_offload", False):
+        verdict = self._checked_step(refuse, check)
+        applied = bool(self._engine.was_step_applied())
+        norm: Tensor | float = math.nan
+        if verdict is not None:
+            norm = verdict.norm
+        elif applied:
+            norm = self._engine.get_global_grad_norm()
+        if not applied and getattr(self._zero_optimizer, "cpu_offload", False):
             # Stages 1 and 2 would add the next gradient to the skipped one.
             self._zero_optimizer.averaged_gradients = dict.fromkeys(
                 self._zero_optimizer.averaged_gradients
             )
-        return math.nan if checked_norm is None else checked_norm, False
+        return Update(
+            torch.as_tensor(norm, dtype=torch.float64, device=self.device),
+            torch.tensor(applied, device=self.device),
+            rejected=verdict is not None and not verdict.accepted,
+        )
 
-    def _checked_step(self, check: UpdateCheck | None) -> float | None:
-        """Runs the engine's step; returns the norm before clipping if `check` was called.
+    def _checked_step(self, refuse: Tensor | None, check: UpdateCheck | None) -> _Verdict | None:
+        """Runs the engine's step; returns what `check` said, if it was asked.
 
-        A norm that `check` does not accept is passed to the engine as infinite, so that it skips
-        the update.
+        A norm that `check` does not accept, or whose update is refused, is passed to the engine as
+        infinite, so that it skips the update.
         """
-        if check is None:
-            self._engine.step()
-            return None
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         method = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
         compute: Callable[[], Any] = getattr(self._zero_optimizer, method)
-        finite_norms: list[float] = []
+        verdicts: list[_Verdict] = []
 
         def compute_and_check() -> Any:
             computed = compute()
             norm = combine_grad_norm_groups(computed) if self._stage == 3 else computed
-            own, mean, sums = self._reduce_norm(norm, check)
-            agreed_norm = mean / self.loss_scale.value
-            if math.isfinite(agreed_norm):
-                finite_norms.append(own / self.loss_scale.value)
-                if check.accept(agreed_norm, sums):
-                    return computed
-            infinite = torch.full_like(norm, torch.inf)
-            return [infinite] if self._stage == 3 else infinite
+            refused = torch.zeros((), dtype=torch.bool) if refuse is None else refuse
+            if check is not None and (verdict := self._ask(norm, check)) is not None:
+                verdicts.append(verdict)
+                refused = refused | (not verdict.accepted)
+            refused = refused.to(norm.device)
+            if self._stage == 3:
+                return [torch.where(refused, torch.inf, group) for group in computed]
+            return torch.where(refused, torch.inf, norm)
 
         setattr(self._zero_optimizer, method, compute_and_check)
         try:
             self._engine.step()
         finally:
             delattr(self._zero_optimizer, method)  # uncovers the method of its class
-        return finite_norms[0] if finite_norms else None
+        return verdicts[0] if verdicts else None
+
+    def _ask(self, norm: Tensor, check: UpdateCheck) -> _Verdict | None:
+        """Collective.  What `check` says of a finite norm; None for one that is not."""
+        own, mean, sums = self._reduce_norm(norm, check)
+        agreed_norm = mean / self.loss_scale.value
+        if not math.isfinite(agreed_norm):
+            return None
+        return _Verdict(own / self.loss_scale.value, check.accept(agreed_norm, sums))
 
     def local_params(self) -> Iterator[ParamRange]:
         for name, parameter in self._parameters.items():
@@ -178,7 +200,7 @@ class ZeroStrategy(Strategy):
     def sync_after_load(self, optimizer_steps: int) -> None:
         self._refresh_working_copies()
         self._call_with_partitions(set_steps, optimizer_steps)
-        self.optimizer_steps = optimizer_steps
+        self._optimizer_steps.fill_(optimizer_steps)
 
     def _owned_range(
         self, name: str, parameter: nn.Parameter, key: str | None

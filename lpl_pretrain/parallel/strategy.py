@@ -7,7 +7,6 @@ Master weights, gradient accumulation and optimizer moments are float32 (float64
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,22 +56,35 @@ class ParamRange:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Result of one update; the same on all ranks."""
-
-    applied: bool
-    """False when the gradient was not finite or was rejected: parameters and moments are unchanged.
+    """Result of one update, the same on all ranks.  Tensors are () on the device: the host reads
+    them when it wants to know.
     """
-    grad_norm: float
-    """L2 norm of the gradient of the global batch, before clipping; NaN when it was not finite."""
-    scale_lowered: bool = False
-    """fp16 only: the scaled loss overflowed float16, which is expected now and then; the next
+
+    applied: Tensor
+    """bool; False when the gradient was not finite, was rejected or the update was refused:
+    parameters and moments are unchanged.
+    """
+    grad_norm: Tensor
+    """float64 L2 norm of the gradient of the global batch, before clipping; NaN when it was not
+    finite.
+    """
+    scale_lowered: Tensor
+    """bool; fp16 only: the scaled loss overflowed float16, which is expected now and then; the next
     update uses half the scale.
     """
+    rejected: bool = False
+    """Whether the gradient was finite and the `UpdateCheck` did not accept it."""
 
-    @property
-    def rejected(self) -> bool:
-        """Whether the gradient was finite and the `UpdateCheck` did not accept it."""
-        return not self.applied and math.isfinite(self.grad_norm)
+
+@dataclass(frozen=True)
+class Update:
+    """What a strategy's `_update` did; tensors () on the device."""
+
+    norm: Tensor
+    """float64, before clipping; may be infinite."""
+    applied: Tensor
+    """bool"""
+    rejected: bool = False
 
 
 class Strategy(ABC):
@@ -92,13 +104,12 @@ class Strategy(ABC):
         self.world = world
         self.device = device
         self.precision: PrecisionPolicy = precision_policy(config.strategy, config.precision)
-        self.loss_scale = LossScale.fp16() if config.precision is Precision.FP16 else LossScale()
+        self.loss_scale = LossScale(device, dynamic=config.precision is Precision.FP16)
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name and shape of every parameter, in the model's order: the same on all ranks and under
         all strategies.
         """
-        self.optimizer_steps = 0
-        """Updates applied; a skipped one does not count."""
+        self._optimizer_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def setup(
         self, model: nn.Module, blocks: list[str], make_optimizer: MakeOptimizer
@@ -132,24 +143,32 @@ class Strategy(ABC):
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._backward(loss / of, last=microbatch == of - 1)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates applied; a skipped one does not count.  Waits for the device."""
+        return int(self._optimizer_steps)
+
     def step(
         self,
         *,
         lr: float,
         max_grad_norm: float,
+        refuse: Tensor | None = None,
         check: UpdateCheck | None = None,
     ) -> StepReport:
         """Collective.  Clips to the global norm `max_grad_norm` and updates, or leaves parameters
         and moments unchanged on every rank; the report says which.
 
-        `check` may reject a finite gradient; it costs one more reduction, but no further wait for
-        the device.
+        The host does not wait for the device, but under ZeRO, whose engine reads the norm.
+        `refuse` (() bool, the same on all ranks): skip the update, whatever its gradient.  `check`
+        may reject a finite gradient; it costs one more reduction and one copy to the host.
         """
-        norm, applied = self._update(lr, max_grad_norm, check)
-        self.optimizer_steps += applied
-        finite = math.isfinite(norm)
+        update = self._update(lr, max_grad_norm, refuse, check)
+        self._optimizer_steps += update.applied
+        finite = update.norm.isfinite()
         scale_lowered = self.loss_scale.update(finite=finite)
-        return StepReport(applied, norm if finite else math.nan, scale_lowered)
+        norm = torch.where(finite, update.norm, torch.nan)
+        return StepReport(update.applied, norm, scale_lowered, update.rejected)
 
     @abstractmethod
     def local_params(self) -> Iterator[ParamRange]:
@@ -194,12 +213,13 @@ class Strategy(ABC):
         self,
         lr: float,
         max_grad_norm: float,
+        refuse: Tensor | None,
         check: UpdateCheck | None,
-    ) -> tuple[float, bool]:
-        """Collective.  Updates and clears the gradient; returns (norm of the gradient, whether the
-        update was applied).
+    ) -> Update:
+        """Collective.  Updates and clears the gradient.
 
-        It is not applied when the norm is not finite, or when `check` does not accept it.
+        The update is not applied when the norm is not finite, when it is refused, or when `check`
+        does not accept it.
         """
 
     def _reduce_norm(self, norm: Tensor, check: UpdateCheck) -> tuple[float, float, list[float]]:

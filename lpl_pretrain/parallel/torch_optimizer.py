@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lpl_pretrain.parallel.precision import AutocastWrapper
-from lpl_pretrain.parallel.strategy import MakeOptimizer, ParamRange, Strategy, UpdateCheck
+from lpl_pretrain.parallel.strategy import (
+    MakeOptimizer,
+    ParamRange,
+    Strategy,
+    Update,
+    UpdateCheck,
+)
 
 STEP = "step"
 """Key of the update count in the state of torch's optimizers."""
@@ -37,45 +43,60 @@ class TorchOptimizerStrategy(Strategy):
         return wrapped
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        (loss * self.loss_scale.value).backward()
+        (loss * self.loss_scale.factor).backward()
 
     @torch.no_grad()
     def _update(
         self,
         lr: float,
         max_grad_norm: float,
+        refuse: Tensor | None,
         check: UpdateCheck | None,
-    ) -> tuple[float, bool]:
+    ) -> Update:
         gradients = [
             self._local_shard(parameter.grad)
             for parameter in self._parameters.values()
             if parameter.grad is not None
         ]
         squared_norm = self._sum_over_shards(_squared_norm(gradients, self.device))
-        norm, applied = self._check_norm(squared_norm, check)
-        if applied:
-            factor = min(1.0, max_grad_norm / (norm + 1e-6)) / self.loss_scale.value
-            if factor != 1.0:
-                torch._foreach_mul_(gradients, factor)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+        norm = squared_norm.sqrt() / self.loss_scale.factor
+        applied = norm.isfinite()
+        rejected = False
+        if refuse is not None:
+            applied = applied & ~refuse
+        if check is not None:
+            finite, accepted = self._ask(squared_norm, check)
+            applied = applied & torch.full_like(applied, accepted)
+            rejected = finite and not accepted
+        self._apply(gradients, norm, applied, lr, max_grad_norm)
         self._optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        return Update(norm, applied, rejected)
 
-    def _check_norm(self, squared_norm: Tensor, check: UpdateCheck | None) -> tuple[float, bool]:
-        """Collective.  (norm, whether to apply the update), from the squared norm of the scaled
-        gradient.
+    def _ask(self, squared_norm: Tensor, check: UpdateCheck) -> tuple[bool, bool]:
+        """Collective.  (whether the norm is finite, whether `check` accepts it), the same on all
+        ranks; waits for the device.
         """
-        scale = self.loss_scale.value
-        if check is None:
-            norm = math.sqrt(squared_norm.item()) / scale
-            return norm, math.isfinite(norm)
-        own_squared, mean_squared, sums = self._reduce_norm(squared_norm, check)
-        agreed_norm = math.sqrt(mean_squared) / scale
-        if not math.isfinite(agreed_norm):
-            return math.nan, False
-        return math.sqrt(own_squared) / scale, check.accept(agreed_norm, sums)
+        _, mean_squared, sums = self._reduce_norm(squared_norm, check)
+        agreed_norm = math.sqrt(mean_squared) / self.loss_scale.value
+        finite = math.isfinite(agreed_norm)
+        return finite, finite and check.accept(agreed_norm, sums)
+
+    def _apply(
+        self,
+        gradients: list[Tensor],
+        norm: Tensor,
+        applied: Tensor,
+        lr: float,
+        max_grad_norm: float,
+    ) -> None:
+        """Clips and steps; the optimizer skips the update on the device where `applied` is False."""
+        if gradients:
+            clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.factor
+            torch._foreach_mul_(gradients, clip.to(gradients[0]))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        self._optimizer.step()
 
     def local_params(self) -> Iterator[ParamRange]:
         for name, parameter in self._parameters.items():
@@ -93,7 +114,7 @@ class TorchOptimizerStrategy(Strategy):
             for tensor in [parameter.detach(), *self._moments(parameter).values()]:
                 self._all_gather_replicas(tensor)
         set_steps(self._optimizer, optimizer_steps)
-        self.optimizer_steps = optimizer_steps
+        self._optimizer_steps.fill_(optimizer_steps)
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Optimizer state of `parameter` by name, without the step count."""

@@ -5,12 +5,19 @@ tensors are enough.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lpl_pretrain.config.dataset import DatasetIndex
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 aten = torch.ops.aten
 FORMULAS = {
     **flop_registry,
@@ -49,3 +56,22 @@ class _Counter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def on_meta(module: AnyModule) -> AnyModule:
+    """Copy a module onto the meta device: shapes without data."""
+    meta = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        empty = tensor.detach().to("meta")
+        meta[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return deepcopy(module, meta)
+
+
+def mean_over_buckets(index: DatasetIndex, sample: Callable[[int, int], None]) -> float:
+    """FLOPs of `sample(height, width)`, averaged over the samples of all buckets."""
+    total = 0
+    for bucket in index.buckets:
+        total += bucket.samples * count_flops(partial(sample, bucket.height, bucket.width))
+    return total / index.samples

@@ -179,7 +179,7 @@ def _section(record: RunRecord, title: str, missing: str, charts: list[Chart]) -
 def lpl_panels(record: RunRecord) -> list[dict[str, Any]]:
     """Panels of what LPL compared, at checkpoints that are spread over the run."""
     folder = record.run_dir.path
-    paths = list(record.run_dir.lpl_pictures().items())
+    paths = list(record.run_dir.lpl_panels().items())
     return [
         {
             "step": step,

@@ -136,6 +136,39 @@ def any_over_ranks(*values: bool) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
+class AgreedFlags:
+    """Flags that become True on all ranks once one rank has raised them, one step later, so that no
+    rank waits for another: `post` starts the reduction, the next `read` fetches it.
+
+    The reduction runs on the host (gloo), beside the device's work.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Collective."""
+        self._agreed = torch.zeros(count, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+
+    def post(self, *values: bool) -> None:
+        """Collective, without waiting."""
+        if dist.is_initialized():
+            self._agreed = torch.tensor(values, dtype=torch.int32)
+            self._pending = dist.all_reduce(
+                self._agreed, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+
+    def read(self, *values: bool) -> list[bool]:
+        """Flags of the last `post`, the same on all ranks; of one process: its present `values`."""
+        if not dist.is_initialized():
+            return list(values)
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return [bool(flag) for flag in self._agreed.tolist()]
+
+
 def first_error(message: str | None) -> str | None:
     """Collective.  Returns, on all ranks, the message of the lowest rank that has one, or None.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,25 +15,23 @@ PROGRESS_INTERVAL_S = 15.0
 log = logging.getLogger("lpl_pretrain")
 
 
-def progress(total: int | None, unit: str, desc: str, *, initial: int = 0) -> tqdm:
-    """Returns a tqdm bar with rate and time left.
+def progress(
+    total: int | None, unit: str, desc: str, *, initial: int = 0, shown: bool = True
+) -> tqdm:
+    """Returns a tqdm bar with rate and time left; `shown`: False on all ranks but one.
 
     If stderr is not a terminal, it prints a plain line every 15 s instead of redrawing.
     """
     if sys.stderr.isatty():
-        return tqdm(
-            total=total, unit=unit, desc=desc, initial=initial, dynamic_ncols=True, smoothing=0.1
-        )
-    return tqdm(
-        total=total,
-        unit=unit,
-        desc=desc,
-        initial=initial,
-        file=_LineWriter(),
-        mininterval=PROGRESS_INTERVAL_S,
-        ncols=100,
-        ascii=True,
-    )
+        style: dict[str, Any] = {"dynamic_ncols": True, "smoothing": 0.1}
+    else:
+        style = {
+            "file": _LineWriter(),
+            "mininterval": PROGRESS_INTERVAL_S,
+            "ncols": 100,
+            "ascii": True,
+        }
+    return tqdm(total=total, unit=unit, desc=desc, initial=initial, disable=not shown, **style)
 
 
 def set_up_logging(rank: int, file: Path | None = None) -> None:

@@ -1,7 +1,7 @@
-"""The training loop: resume, update, average, log, save, stop when asked, in words.
+"""The training loop: resume, update, average, log, save, stop when asked.
 
-Steps are counted as updates applied: after the first update `step` is 1.  A checkpoint named after
-a step holds the state after that many updates.
+Steps are counted as updates applied or skipped: after the first one `step` is 1.  A checkpoint
+named after a step holds the state after that many updates.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +17,26 @@ import torch
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.data.ledger import Ledger
+from lpl_pretrain.losses.term import LossTerm
+from lpl_pretrain.runtime.atomic import atomic_write
 from lpl_pretrain.runtime.device import peak_memory
-from lpl_pretrain.runtime.dist import any_over_ranks, broadcast_json
+from lpl_pretrain.runtime.dist import AgreedFlags, broadcast_json
 from lpl_pretrain.runtime.log import log, progress
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.watchdog import Watchdog
 from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trackers.build import Trackers
 from lpl_pretrain.trainer.assemble import Run, assemble
-from lpl_pretrain.trainer.lpl_panels import save_lpl_panels
 from lpl_pretrain.trainer.lr import learning_rate
 from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.resume import restore
 from lpl_pretrain.trainer.rollback import Start, recover
-from lpl_pretrain.trainer.step import UpdateResult
 from lpl_pretrain.trainer.stragglers import Stragglers
-from lpl_pretrain.trainer.trackers import Trackers
+from lpl_pretrain.trainer.update import UpdateResult
 
 Score = Callable[[], Iterable[dict[str, Any]]]
-"""Collective. Scores what is published and not scored; yields records."""
+"""Collective. Scores checkpoints that are published and not scored yet; yields records."""
 
 
 def train(
@@ -47,187 +49,214 @@ def train(
     check_ownership: Callable[[], None] = lambda: None,
     begin: Callable[[int], None] = lambda first_step: None,
 ) -> bool:
-    """Collective. Trains until `config.steps` or until a rank is asked to stop; True when the run
-    is complete.
+    """Collective. Train until `config.steps` or until a rank is asked to stop; True when the run is
+    complete.
 
-    `score` is called after every published checkpoint, and training waits for it.  `check_ownership` does not
-    return where the run is another process's by now; it is called before writing to what the two
-    would share.  `begin` is called when steps begin.
+    `score` is called after every published checkpoint, and training waits for it.  `check_ownership` exits
+    the process if the run's lease was taken over; it is called before every shared write.  `begin`
+    is called when steps begin.
     """
     run = assemble(config, run_dir, world, device, check_ownership)
-    sinks = Trackers(run_dir, config, world.rank, check_ownership)
+    trackers = Trackers(run_dir, config, world.rank, check_ownership)
     watchdog = Watchdog(config.watchdog, world.stacks_file() or run_dir.stacks(world.rank))
+    flags = AgreedFlags(2)
     try:
-        start = Start(restore(run, sinks))
+        start = Start(restore(run, trackers))
         begin(start.step)
-        while isinstance(ended := loop(run, sinks, watchdog, start, stop, score), Start):
+        while isinstance(ended := loop(run, trackers, watchdog, start, stop, flags, score), Start):
             start = ended
         return ended
     finally:
         watchdog.close()
-        sinks.close()
+        trackers.close()
 
 
 def loop(
     run: Run,
-    sinks: Trackers,
+    trackers: Trackers,
     watchdog: Watchdog,
     start: Start,
     stop: StopRequest,
+    flags: AgreedFlags,
     score: Score | None,
 ) -> bool | Start:
     """Collective. The loop itself: whether all steps are done, or where to start after a rollback."""
-    first_step = logged = start.step
-    config, meter, clock = run.config, Meter(run.device), Clock(run.device)
-    stragglers = Stragglers(
-        run.world,
-        run.device,
-        run.strategy.precision.autocast or run.strategy.precision.master,
-        sinks,
-    )
-    batches = run.stream.prefetch(run.requests(first_step), run.device)
+    config = run.config
+    meter = Meter(run.device)
+    clock = Clock(run.device)
+    dtype = run.strategy.precision.autocast or run.strategy.precision.master
+    stragglers = Stragglers(run.world, run.device, dtype, trackers)
+    batches = run.batches(start.step)
     ledger = open_ledger(run, start) if config.log.sample_indices else None
-    scored = first_step
-    bar = (
-        progress(config.steps, "step", config.name, initial=first_step)
-        if run.world.rank == 0
-        else None
-    )
-    for step in range(first_step, config.steps):
-        done = step + 1
-        with clock.host("data"):
-            microbatches = list(islice(batches, run.grad_accum_steps))
-        with clock.host("update"):
-            outcome = run.updater.update(step, run.hands(step), microbatches, meter, clock)
-            with clock.device("ema"):
-                run.ema.update(done)
-        if ledger is not None:
-            ledger.write(done, microbatches)
-        tell(run, sinks, done, outcome)
-        if outcome.spike is not None:
-            with watchdog.paused():
-                again = recover(run, sinks, outcome.spike)
-            if again is not None:
-                batches.close()
-                if bar is not None:
-                    bar.close()
-                return again
-        if done % config.log.every_steps == 0 or done == config.steps:
-            means, seconds = meter.flush(), clock.flush()
-            ranks = stragglers.look(done, seconds, done - logged)
-            sinks.metrics(
-                done,
-                {
-                    **means,
-                    **settings(run, step, means, outcome),
-                    **speed(run, logged, done, seconds),
-                    **ranks,
-                },
-            )
-            logged = done
-            if bar is not None and means:
-                bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
-        stopping, writing = any_over_ranks(bool(stop), run.checkpoints.busy)
-        stop.finishes_step = True  # from here on Ctrl-C waits for it
-        with clock.host("checkpoint"):
-            if not writing:
-                run.checkpoints.advance()
-            save(run, done, last=stopping or done == config.steps)
-        if score is not None and run.checkpoints.published > scored and not stopping:
-            with clock.host("evaluation"), watchdog.paused():
-                sinks.scores(score())
-            scored = run.checkpoints.published
-        watchdog.step_done()
-        if bar is not None:
+    bar = progress(config.steps, "step", config.name, initial=start.step, shown=run.world.rank == 0)
+    logged = scored = start.step
+    try:
+        for step in range(start.step, config.steps):
+            completed = step + 1
+            with clock.host("data"):
+                microbatches = list(islice(batches, run.grad_accum_steps))
+            with clock.host("update"):
+                result = run.updater.update(step, microbatches, meter, clock)
+                with clock.device("ema"):
+                    run.ema.update(completed)
+            if ledger is not None:
+                ledger.write(completed, [batch.latents for batch in microbatches])
+            log_calibrated(trackers, completed, result)
+            if result.spike is not None:
+                log_skipped(run, trackers)
+                with watchdog.paused():
+                    restart = recover(run, trackers, result.spike)
+                if restart is not None:
+                    return restart
+            stopping, writing = flags.read(bool(stop), run.checkpoints.busy)
+            last = stopping or completed == config.steps
+            if last or completed % config.log.every_steps == 0 or is_save_due(config, completed):
+                log_skipped(run, trackers)
+            if completed % config.log.every_steps == 0 or completed == config.steps:
+                means = meter.flush()
+                seconds = clock.flush()
+                steps = range(logged, completed)
+                metrics = {
+                    **means_of_terms(means),
+                    **step_metrics(run, step, result),
+                    **throughput_metrics(run, steps, seconds),
+                    **stragglers.look(completed, seconds, len(steps)),
+                }
+                trackers.metrics(completed, metrics)
+                logged = completed
+                if means:
+                    bar.set_postfix({"loss": f"{means['loss/total']:.4f}"}, refresh=False)
+            stop.finishes_step = True  # from here on Ctrl-C waits for the end of a step
+            with clock.host("checkpoint"):
+                if not writing:
+                    run.checkpoints.advance()
+                save(run, completed, last=last)
+            if score is not None and run.checkpoints.published > scored and not stopping:
+                with clock.host("evaluation"), watchdog.paused():
+                    trackers.scores(score())
+                scored = run.checkpoints.published
+            watchdog.step_done()
             bar.update(1)
-        if stopping and done < config.steps:
-            batches.close()
-            if bar is not None:
-                bar.close()
-            signal = stop.signal_name or "signal to another rank"
-            sinks.event("stopped", done, signal=signal)
-            log.info(
-                "%s: stopped after step %d of %d; %s", signal, done, config.steps, stop.resume_hint
-            )
-            return False
-    if bar is not None:
+            if stopping and completed < config.steps:
+                log_stop(run, trackers, stop, completed)
+                return False
+            if not last:
+                flags.post(bool(stop), run.checkpoints.busy)
+        return True
+    finally:
+        batches.close()
         bar.close()
-    return True
 
 
 def open_ledger(run: Run, start: Start) -> Ledger:
-    """Communicates: a start has one name on all ranks."""
-    path, name = run.run_dir.ledger(run.world.rank), broadcast_json(secrets.token_hex(4))
+    """Collective: a start has one name on all ranks."""
+    path = run.run_dir.ledger(run.world.rank)
+    name = broadcast_json(secrets.token_hex(4))
     if start.spike is None:
         return Ledger(path, name, start.step, jump_updates=run.jump_updates)
     skip = run.config.optimizer.spike.skip_updates
     return Ledger(path, name, start.step, run.jump_updates, spike=(start.spike.step, skip))
 
 
-def save(run: Run, done: int, *, last: bool) -> None:
-    """Collective. What is due after this step; `last`: nothing comes after it, so wait until it is
-    published.
-    """
-    config, seen = run.config, run.samples_seen(done)
-    if config.ema.snapshot_every_steps and done % config.ema.snapshot_every_steps == 0:
-        run.checkpoints.save_snapshot(
-            done, run.strategy, run.ema, run.state(done), samples_seen=seen
-        )
-    if last or done % config.checkpoint.every_steps == 0:
-        run.checkpoints.save(done, run.strategy, run.ema, run.state(done), samples_seen=seen)
-        if run.world.rank == 0 and run.updater.perceptual is not None:
-            save_lpl_panels(
-                config, run.updater.perceptual, run.updater.scaling, run.run_dir.lpl_picture(done)
-            )
+def is_save_due(config: TrainConfig, completed: int) -> bool:
+    """Whether the configuration asks for a checkpoint or a snapshot after this step."""
+    snapshot_every = config.ema.snapshot_every_steps
+    return completed % config.checkpoint.every_steps == 0 or bool(
+        snapshot_every and completed % snapshot_every == 0
+    )
+
+
+def save(run: Run, completed: int, *, last: bool) -> None:
+    """Collective. Save what is due after this step; `last`: wait until it is published."""
+    config = run.config
+    seen = run.samples_seen(completed)
+    if config.ema.snapshot_every_steps and completed % config.ema.snapshot_every_steps == 0:
+        state = run.state(completed)
+        run.checkpoints.save_snapshot(completed, run.strategy, run.ema, state, samples_seen=seen)
+    if last or completed % config.checkpoint.every_steps == 0:
+        state = run.state(completed)
+        run.checkpoints.save(completed, run.strategy, run.ema, state, samples_seen=seen)
+        if run.world.rank == 0:
+            for term in run.updater.terms:
+                save_panels(term, run.run_dir.panels(term.name, completed))
     if last:
         run.checkpoints.finish()
 
 
-def tell(run: Run, sinks: Trackers, done: int, outcome: UpdateResult) -> None:
-    """What happened in an update and does not happen in most."""
-    if outcome.left_out is not None:
-        sinks.event("update_left_out", done, reason=outcome.left_out)
-    if outcome.weight_frozen and run.updater.perceptual is not None:
-        sinks.event("lpl_weight_calibrated", done, weight=run.updater.perceptual.weight.frozen)
+def save_panels(term: LossTerm, path: Path) -> None:
+    """Write the panels of a loss term as PNG, if it has something to show.  Not collective."""
+    image = term.panels()
+    if image is not None:
+        with atomic_write(path) as temporary:
+            image.save(temporary, format="PNG", optimize=True)
 
 
-def settings(
-    run: Run, step: int, means: dict[str, float], outcome: UpdateResult
-) -> dict[str, float]:
-    """What was in force in update number `step` (from 0), beside what was measured."""
+def log_skipped(run: Run, trackers: Trackers) -> None:
+    """Collective. Log the updates that were skipped since the last call; waits for the device."""
+    for skipped in run.updater.skipped_updates():
+        trackers.event("update_left_out", skipped.step, reason=skipped.reason)
+
+
+def log_calibrated(trackers: Trackers, completed: int, result: UpdateResult) -> None:
+    for name, weight in result.calibrated.items():
+        trackers.event(f"{name}_weight_calibrated", completed, weight=weight)
+
+
+def log_stop(run: Run, trackers: Trackers, stop: StopRequest, completed: int) -> None:
+    signal = stop.signal_name or "signal to another rank"
+    trackers.event("stopped", completed, signal=signal)
+    log.info(
+        "%s: stopped after step %d of %d; %s",
+        signal,
+        completed,
+        run.config.steps,
+        stop.resume_hint,
+    )
+
+
+def means_of_terms(means: dict[str, float]) -> dict[str, float]:
+    """Metrics of the meter; the weighted loss of every term but the diffusion loss as a fraction of
+    the total.
+    """
+    metrics = {name: mean for name, mean in means.items() if not name.startswith("weighted/")}
+    for name, mean in means.items():
+        term = name.removeprefix("weighted/")
+        if term != name:
+            metrics[f"{term}/weighted_share"] = mean / means["loss/total"]
+    return metrics
+
+
+def step_metrics(run: Run, step: int, result: UpdateResult) -> dict[str, float]:
+    """Settings in force in update number `step` (from 0); waits for the device."""
     values = {
         "lr": learning_rate(run.config.optimizer, step, run.config.steps),
         "samples_seen": run.samples_seen(step + 1),
     }
-    if outcome.left_out is None:
-        values["grad_norm"] = outcome.grad_norm
+    grad_norm = result.grad_norm.item()
+    if grad_norm == grad_norm:
+        values["grad_norm"] = grad_norm
     if run.jump_updates:
         values["jump_updates"] = run.jump_updates
-    if run.updater.health.skipped_updates:
-        values["skipped_updates"] = run.updater.health.skipped_updates
+    if run.updater.nonfinite.skipped_updates:
+        values["skipped_updates"] = run.updater.nonfinite.skipped_updates
     if run.strategy.loss_scale.dynamic:
         values["loss_scale"] = run.strategy.loss_scale.value
     if lost := run.stream.bad_samples.num_samples():
         values["data/skipped_samples"] = lost
-    if means and run.updater.perceptual is not None and run.updater.perceptual.weight.active(step):
-        values["lpl/weight"] = run.updater.perceptual.weight.value(step)
-        values["lpl/weighted_share"] = 1 - means["loss/diffusion"] / means["loss/total"]
+    for term in run.updater.terms[1:]:
+        if term.active(step):
+            values[f"{term.name}/weight"] = term.weight(step)
     return values
 
 
-def speed(run: Run, before: int, done: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Of the updates since the last log line: seconds of each by phase, samples a second,
-    arithmetic of one device.
+def throughput_metrics(run: Run, steps: range, seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds of each update by phase, samples a second and FLOP/s of one device, over the updates
+    `steps`.
     """
-    updates, perceptual = done - before, run.updater.perceptual
-    with_lpl = (
-        0
-        if perceptual is None
-        else sum(perceptual.weight.active(step) for step in range(before, done))
-    )
+    samples = len(steps) * run.config.batch.global_batch_size
     return {
         **peak_memory(run.device),
-        "samples_per_s": updates * run.config.batch.global_batch_size / seconds["all"],
-        **run.effort.rates(seconds["all"], updates=updates, with_lpl=with_lpl),
-        **{f"seconds/{name}": total / updates for name, total in seconds.items()},
+        "samples_per_s": samples / seconds["all"],
+        **run.flops.throughput(seconds["all"], steps),
+        **{f"seconds/{name}": total / len(steps) for name, total in seconds.items()},
     }

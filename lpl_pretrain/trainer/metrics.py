@@ -1,5 +1,5 @@
-"""What happened since the last log line: weighted sums kept on the device, reduced over ranks and
-read once per log step.
+"""Metrics since the last log step: weighted sums kept on the device, reduced over ranks and read by
+the host once per log step.
 """
 
 from __future__ import annotations
@@ -19,26 +19,22 @@ class Meter:
         self.device = device
         self.sums: dict[str, Tensor] = {}
         self.update: dict[str, Tensor] = {}
-        """Of the update that is being made."""
+        """Sums of the current update."""
 
     def add(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
-        """Weighted mean over everything added; a mean over weights that sum to 0 is reported as
-        absent.
-        """
+        """Add to a weighted mean; a mean over weights that sum to 0 is reported as absent."""
         values = values.detach().double()
         weights = torch.ones_like(values) if weights is None else weights.detach().double()
         pair = torch.stack([torch.where(weights > 0, values * weights, 0.0).sum(), weights.sum()])
         self.update[name] = self.update[name] + pair if name in self.update else pair
 
-    def end_update(self, *, applied: bool) -> None:
-        """What was added since the last call counts, or is forgotten: a left-out update would make
-        every mean NaN.
+    def end_update(self, *, applied: Tensor) -> None:
+        """Keep the sums of the update if it was `applied` (() bool, on the device), else forget
+        them: one skipped update would make every mean NaN.
         """
-        if applied:
-            self.sums |= {
-                name: self.sums[name] + pair if name in self.sums else pair
-                for name, pair in self.update.items()
-            }
+        for name, pair in self.update.items():
+            kept = torch.where(applied, pair, 0.0)
+            self.sums[name] = self.sums[name] + kept if name in self.sums else kept
         self.update = {}
 
     def flush(self) -> dict[str, float]:
@@ -48,7 +44,8 @@ class Meter:
         if not self.sums:
             return {}
         reduced = mean_over_ranks(torch.stack(list(self.sums.values()))).tolist()
-        names, self.sums = list(self.sums), {}
+        names = list(self.sums)
+        self.sums = {}
         return {
             name: total / weight
             for name, (total, weight) in zip(names, reduced, strict=True)

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from lpl_pretrain.config.schema import OnSpike, OptimizerConfig
 from lpl_pretrain.errors import SpikeError
 from lpl_pretrain.runtime.log import log
+from lpl_pretrain.trackers.build import Trackers
 from lpl_pretrain.trainer.assemble import Run
 from lpl_pretrain.trainer.spikes import Spike
-from lpl_pretrain.trainer.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Start:
     spike: Spike | None = None
 
 
-def recover(run: Run, sinks: Trackers, spike: Spike) -> Start | None:
+def recover(run: Run, trackers: Trackers, spike: Spike) -> Start | None:
     """Collective.  Does what optimizer.on_spike says, and writes it down; raises SpikeError to
     stop.
 
@@ -43,18 +43,18 @@ def recover(run: Run, sinks: Trackers, spike: Spike) -> Start | None:
     assert guard is not None
     event = {name: value for name, value in asdict(spike).items() if name != "step"}
     if (why := reason_to_stop(config, guard.events)) is not None:
-        sinks.event("spike", spike.step, action="stop", **event)
+        trackers.event("spike", spike.step, action="stop", **event)
         raise SpikeError(f"{spike}. {why}")
     if config.on_spike is OnSpike.ROLLBACK:
         start = roll_back(run, spike)
     if start is None:
-        sinks.event("spike", spike.step, action="skip", **event)
+        trackers.event("spike", spike.step, action="skip", **event)
         done = "update left out"
         if config.on_spike is OnSpike.ROLLBACK:
             done += ", for there is no checkpoint to go back to"
     else:
         to = {"to_step": start.step, "jump_updates": run.jump_updates}
-        sinks.event("spike", spike.step, action="rollback", **to, **event)
+        trackers.event("spike", spike.step, action="rollback", **to, **event)
         done = f"rolled back to step {start.step}, {run.jump_updates} updates jumped over in all"
     log.warning("%s; %s (%d of at most %d)", spike, done, guard.events, config.spike.max_events)
     return start

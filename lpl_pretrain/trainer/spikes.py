@@ -123,9 +123,8 @@ class SpikeGuard:
         self.events = 0
         """In the whole run; a rollback does not take it back."""
         self.rows: deque[Row] = deque(maxlen=config.window_updates)
-        self.with_lpl: bool | None = None
-        """Whether LPL had a weight in the window's updates; when it gets one, a new window starts.
-        """
+        self.terms: list[str] | None = None
+        """Loss terms that had a weight in the window's updates; with others a new window starts."""
         self._noise_levels: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._bounds: list[Bound | None] = []
@@ -136,11 +135,14 @@ class SpikeGuard:
         self._noise_levels.append(noise_level)
         self._losses.append(losses)
 
-    def check(self, *, with_lpl: bool) -> UpdateCheck:
-        """Of the update whose microbatches were observed; the host does not wait for the device."""
-        if with_lpl != self.with_lpl:
+    def check(self, *, terms: list[str]) -> UpdateCheck:
+        """Check of the update whose microbatches were observed; the host does not wait here.
+
+        `terms`: names of the loss terms that have a weight in it.
+        """
+        if terms != self.terms:
             self.rows.clear()
-        self.with_lpl = with_lpl
+        self.terms = terms
         self._bounds = bounds(self.rows, self.config, columns=1 + self.levels.count)
         noise_level, losses = torch.cat(self._noise_levels), torch.cat(self._losses)
         self._noise_levels, self._losses = [noise_level], [losses]
@@ -167,14 +169,15 @@ class SpikeGuard:
         return self._spike(step, column, self._suspects(noise_level, losses, samples, places))
 
     def state(self) -> dict[str, Any]:
-        return {"events": self.events, "with_lpl": self.with_lpl, "window": list(self.rows)}
+        return {"events": self.events, "terms": self.terms, "window": list(self.rows)}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """None: of a run that did not look for spikes.  Another number of noise levels starts a new
         window.
         """
-        state = state or {"events": 0, "with_lpl": None, "window": []}
-        self.events, self.with_lpl = state["events"], state["with_lpl"]
+        state = state or {"events": 0, "terms": None, "window": []}
+        self.events = state["events"]
+        self.terms = state["terms"]
         self.rows.clear()
         self.rows.extend(row for row in state["window"] if len(row) == 1 + self.levels.count)
 

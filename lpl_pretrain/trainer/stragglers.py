@@ -29,7 +29,7 @@ from lpl_pretrain.runtime.dist import all_gather_rows
 from lpl_pretrain.runtime.log import log
 from lpl_pretrain.runtime.timer import DeviceTimer
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.trackers import Trackers
+from lpl_pretrain.trackers.build import Trackers
 
 MEASURES = {
     "data": "waiting for data",
@@ -56,9 +56,9 @@ class Stragglers:
     """
 
     def __init__(
-        self, world: World, device: torch.device, dtype: torch.dtype, sinks: Trackers
+        self, world: World, device: torch.device, dtype: torch.dtype, trackers: Trackers
     ) -> None:
-        self.world, self.sinks = world, sinks
+        self.world, self.trackers = world, trackers
         if world.world_size > 1:
             name = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES)
             names = all_gather_rows(torch.frombuffer(bytearray(name), dtype=torch.uint8))
@@ -113,7 +113,7 @@ class Stragglers:
                     worst,
                     what,
                 )
-                self.sinks.event(
+                self.trackers.event(
                     "straggler", step, rank=rank, host=host, measure=measure, times=round(worst, 2)
                 )
 

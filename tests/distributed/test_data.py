@@ -46,8 +46,8 @@ def rows_of_each_step(world, device, data, options, first_step=0):
     steps = []
     for step in range(first_step, STEPS):
         rows = {}
-        for hand in run.hands(step):
-            batch = run.stream.read(hand.sample_indices)
+        for plan in run.microbatch_plans(step):
+            batch = run.stream.read(plan.sample_indices)
             rows |= dict(zip(batch.sample_indices.tolist(), batch.moments.clone(), strict=True))
         steps.append(rows)
     return steps

@@ -16,6 +16,7 @@ from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
 from tests.support.training import ROOT, ZERO_CONFIGS, join_ranks
+from tests.support.updates import batches_of
 
 STEPS = 2
 LPL = {
@@ -69,11 +70,14 @@ def train(
     run = assemble(config, RunDir(Path("never_written")), world, device)
     meter, norms = Meter(device), []
     for step in range(STEPS):
-        hands = run.hands(step)
+        batches = batches_of(run, step)
         if decodes_padding:
-            hands = [replace(hand, chosen=len(hand.t)) for hand in hands]
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
-        norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
+            batches = [
+                replace(batch, draws=replace(batch.draws, num_lpl=len(batch.draws.t)))
+                for batch in batches
+            ]
+        result = run.updater.update(step, batches, meter, Clock(device))
+        norms.append(result.grad_norm.item())
         run.ema.update(step + 1)
     kinds = {
         "param": run.strategy.local_params(),

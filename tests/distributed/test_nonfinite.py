@@ -12,6 +12,7 @@ from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 from tests.support.ranks import run_ranks
 from tests.support.training import ROOT, ZERO_CONFIGS, assert_identical, join_ranks
+from tests.support.updates import batches_of, term, update
 
 BAD_STEPS = (1, 3)
 
@@ -59,20 +60,20 @@ def train(world, device, data, folder, strategy, steps, optimizer):
     clock = Clock(device)
     messages, bad, states = [], [], []
     for step in range(steps):
-        hands = run.hands(step)
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        batches = batches_of(run, step)
         if step in BAD_STEPS:
-            bad.append(run.dealer.deal(step, 4)[3].sample_indices[0])
+            bad.append(run.planner.plan(step, 4)[3].sample_indices[0])
             if world.rank == 1:
-                batches[1].moments[0] = torch.nan
+                batches[1].latents.moments[0] = torch.nan
         states.append({**pieces(run), "norms": []})
         try:
-            outcome = run.updater.update(step, hands, batches, meter, clock)
+            run.updater.update(step, batches, meter, clock)
+            skipped = run.updater.skipped_updates()
         except NonFiniteError as error:
             messages.append(str(error))
             states.append({**pieces(run), "norms": []})
             break
-        messages.append(outcome.left_out or "")
+        messages.append(skipped[0].reason if skipped else "")
     means = meter.flush() if steps > 2 else {}
     return (
         messages,
@@ -80,7 +81,7 @@ def train(world, device, data, folder, strategy, steps, optimizer):
         states,
         means,
         run.state(steps)["skipped_updates"],
-        run.updater.perceptual.weight.frozen or 0.0,
+        term(run).schedule.calibrated or 0.0,
     )
 
 
@@ -122,7 +123,7 @@ def test_more_skipped_updates_than_allowed(data, tmp_path):
     skip = {"on_nonfinite": "skip", "max_skipped_updates": 1}
     messages, *_ = zip(*run_ranks(2, train, data, tmp_path, "ddp", 5, skip), strict=True)
     assert (
-        "This is left-out update number 2, optimizer.max_skipped_updates is 1"
+        "This is skipped update number 2, optimizer.max_skipped_updates is 1"
         in messages[0][3]
         == messages[1][3]
     )
@@ -131,10 +132,8 @@ def test_more_skipped_updates_than_allowed(data, tmp_path):
 def explodes(world, device, data, folder):
     run = new_run(world, device, data, folder, "ddp")
     next(run.updater.denoiser.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    hands = run.hands(0)
     with pytest.raises(NonFiniteError) as caught:
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
-        run.updater.update(0, hands, batches, Meter(device), Clock(device))
+        update(run, 0)
     return str(caught.value)
 
 

@@ -31,7 +31,15 @@ from lpl_pretrain.trainer.assemble import Run, assemble
 from lpl_pretrain.trainer.metrics import Meter
 from tests.support.ranks import run_ranks
 from tests.support.spikes import BATCH, DATA, FIRST, SECOND, STEPS, poisoned_data, spike_config
-from tests.support.training import ZERO_CONFIGS, Case, Training, assert_identical, join_ranks
+from tests.support.training import (
+    ZERO_CONFIGS,
+    Case,
+    Training,
+    assert_identical,
+    join_ranks,
+    set_loss_scale,
+)
+from tests.support.updates import batches_of
 
 CPU = torch.device("cpu")
 SKIP = [(11, "skip", None, None)]
@@ -170,12 +178,12 @@ def replayed(data, tmp_path, at, moved=False):
         if position is None:
             continue
         run.jump_updates = position - step
-        hands = run.hands(step)
+        plans = run.microbatch_plans(step)
         if moved:
-            drawn = run.dealer.deal(step, run.grad_accum_steps)
-            hands = [replace(hand, t=other.t) for hand, other in zip(hands, drawn, strict=True)]
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
-        run.updater.update(step, hands, batches, Meter(CPU), Clock(CPU))
+            others = run.planner.plan(step, run.grad_accum_steps)
+            plans = [replace(plan, t=other.t) for plan, other in zip(plans, others, strict=True)]
+        batches = [run.reader.read(plan).to(CPU) for plan in plans]
+        run.updater.update(step, batches, Meter(CPU), Clock(CPU))
     return {piece.name: piece.tensor.view(piece.shape) for piece in run.strategy.local_params()}
 
 
@@ -246,7 +254,7 @@ def steps_with(world, device, strategy, precision, rejected=(), data_of=None, ch
     case = Case(engine, precision, "adamw", grad_accum_steps=2, max_grad_norm=0.5, more=more)
     training, asked, reports = Training(world, device, case), [], []
     if precision == "fp16":
-        training.strategy.loss_scale.value = 16.0  # the first one overflows
+        set_loss_scale(training.strategy, 16.0)  # the first one overflows
     for step in data_of or range(4):
         training.step = step
         for microbatch in range(2):
@@ -261,9 +269,11 @@ def steps_with(world, device, strategy, precision, rejected=(), data_of=None, ch
         check = UpdateCheck(values, accept) if checked else None
         reports.append(training.strategy.step(lr=case.lr, max_grad_norm=0.5, check=check))
         if reports[-1].applied:
-            training.norms.append(reports[-1].grad_norm)
+            training.norms.append(reports[-1].grad_norm.item())
             training.ema.update(len(training.norms))
-    decisions = [[report.applied, report.rejected, report.grad_norm] for report in reports]
+    decisions = [
+        [bool(report.applied), report.rejected, report.grad_norm.item()] for report in reports
+    ]
     scale = training.strategy.loss_scale.value
     return {**training.result(), "asked": asked, "decisions": decisions, "loss_scale": scale}
 
@@ -390,10 +400,9 @@ def cost(world, device, folder, data, strategies):
             config = spike_config(data, on_spike, strategy)
             run: Run = assemble(config, RunDir(folder), world, device)
             for step in range(2):
-                hands = run.hands(step)
-                batches = [run.stream.read(hand.sample_indices) for hand in hands]
+                batches = batches_of(run, step)
                 with CountCalls() as counted:
-                    run.updater.update(step, hands, batches, Meter(device), Clock(device))
+                    run.updater.update(step, batches, Meter(device), Clock(device))
             counts_by_case[f"{strategy} {on_spike}"] = [counted.reductions, counted.reads]
             pieces = {p.name: p.tensor.clone() for p in run.strategy.local_params()}
             counts_by_case.setdefault(strategy, pieces)
@@ -404,23 +413,25 @@ def cost(world, device, folder, data, strategies):
     return {name: counts for name, counts in counts_by_case.items() if " " in name}
 
 
-def test_spike_handling_costs_one_reduction_and_no_host_copy(data, tmp_path):
-    """Without a spike, parameters are also the same bit for bit."""
+def test_spike_handling_costs_one_reduction_and_one_host_copy(data, tmp_path):
+    """Without a spike, parameters are also the same bit for bit.  DeepSpeed reads the norm anyway."""
     alone = cost(World(), CPU, tmp_path, data, ["local"])
-    assert alone["local ignore"] == alone["local skip"] == [0, 1]
+    assert alone["local ignore"] == [0, 0] and alone["local skip"] == [0, 1]
     names = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
     first, second = run_ranks(2, cost, tmp_path, data, names, timeout_s=300)
     assert first == second
     for name in names:
-        (reductions, reads), (more, as_many) = first[f"{name} ignore"], first[f"{name} skip"]
-        assert (more, as_many) == (reductions + 1, reads) and reads >= 1, name
+        reductions, reads = first[f"{name} ignore"]
+        by_deepspeed = name in ("zero1", "zero2", "zero3")
+        assert first[f"{name} skip"] == [reductions + 1, reads if by_deepspeed else 1], name
+        assert reads >= 1 if by_deepspeed else reads == 0, name
 
 
 def train_with_a_diverging_rank(world, device, folder, data):
     """Train with a rank 1 that reads other samples after a jump."""
     if world.rank == 1:
-        plain = Run.hands
-        Run.hands = lambda self, step: plain(self, step - (self.jump_updates > 0))
+        plain = Run._plans_at
+        Run._plans_at = lambda self, position: plain(self, position - (self.jump_updates > 0))
     run_all(world, device, folder, data, [("astray", "rollback", "ddp", [])])
 
 

@@ -28,6 +28,7 @@ from tests.support.latents import captioned_dataset
 from tests.support.ranks import run_ranks
 from tests.support.text_encoders import text_encoder_folder
 from tests.support.training import ROOT, ZERO_CONFIGS, join_ranks
+from tests.support.updates import batches_of
 
 CPU = torch.device("cpu")
 STEPS, LAYOUT = 2, ["clip", "t5"]
@@ -94,12 +95,12 @@ def train(world, device, data, model, strategy, precision, micro_batch_size, dro
         )
     meter, norms = Meter(device), []
     for step in range(STEPS):
-        hands = run.hands(step)
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        batches = batches_of(run, step)
         if drops_captions:
             for batch in batches:
-                batch.text["clip"].states.zero_()
-        norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
+                batch.latents.text["clip"].states.zero_()
+        result = run.updater.update(step, batches, meter, Clock(device))
+        norms.append(result.grad_norm.item())
     pieces = {
         "param": [
             (p.name, list(p.shape), p.start, p.tensor.clone()) for p in run.strategy.local_params()
@@ -199,9 +200,8 @@ def train_online(world, device, data, names, change_text=None):
         run = assemble(config, RunDir(Path("never")), world, device)
         meter, norms = Meter(device), []
         for step in range(STEPS):
-            hands = run.hands(step)
-            batches = [run.stream.read(hand.sample_indices) for hand in hands]
-            norms.append(run.updater.update(step, hands, batches, meter, Clock(device)).grad_norm)
+            result = run.updater.update(step, batches_of(run, step), meter, Clock(device))
+            norms.append(result.grad_norm.item())
     return {"norms": norms, "loss": meter.flush()["loss/total"]}
 
 

@@ -13,7 +13,7 @@ from lpl_pretrain.checkpoint.staging import HostCopies
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.data.batch import LatentBatch, on_device
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling, load_autoencoder
 from lpl_pretrain.models.decoder import decoder_stages
 from lpl_pretrain.parallel.float8 import convert_linear_layers
@@ -183,7 +183,7 @@ def test_lpl_equals_the_cpu(gpu, options):
             stages, scaling, config.stages, dtype=DTYPES[config.decoder_precision]
         )
         if compiled:
-            features.compile_pieces()
+            features.compile_layers()
         return LatentPerceptualLoss(config, features.to(device))(
             z0.to(device), z0_hat.to(device), weights.to(device)
         )

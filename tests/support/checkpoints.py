@@ -36,7 +36,7 @@ def state_of(step: int) -> dict[str, Any]:
     return {
         "step": step,
         "stream": {"samples_seen": samples_seen, "epoch": 0, "seed": 0, "fingerprint": "f" * 64},
-        "lpl_weight": {"frozen": 0.5, "diffusion_sum": 1.0, "perceptual_sum": 2.0},
+        "loss_terms": {"lpl": {"frozen": 0.5, "diffusion_sum": 1.0, "perceptual_sum": 2.0}},
         "loss_scale": {"value": 1.0, "dynamic": False, "good_updates": 0},
         "skipped_updates": 0,
     }

@@ -36,7 +36,7 @@ NO_CLIPPING = 1e9
 HISTORIES = {"norms", "losses"}
 """Kinds of result that are series over steps, of the global batch."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda params: torch.optim.SGD(params.values(), lr=1.0),
+    "sgd": lambda params: make_optimizer(OptimizerConfig(kind="sgd", lr=1.0), params),
     "adamw": lambda params: torch.optim.AdamW(
         params.values(), lr=1.0, weight_decay=0.1, fused=True
     ),
@@ -84,7 +84,7 @@ class Training:
 
     def train(self, steps: int) -> Training:
         for _ in range(steps):
-            self.norms.append(self.update().grad_norm)
+            self.norms.append(self.update().grad_norm.item())
             self.step += 1
             self.ema.update(self.step)
         return self
@@ -129,6 +129,11 @@ class Training:
         return (
             (self.module(z_t, t, cond).to(master_dtype) - target.to(master_dtype)).square().mean()
         )
+
+
+def set_loss_scale(strategy: Strategy, value: float) -> None:
+    """Start fp16 at another loss scale."""
+    strategy.loss_scale.load_state({"value": value, "dynamic": True, "good_updates": 0})
 
 
 def train(world: World, device: torch.device, case: Case, steps: int = 3) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lpl_pretrain.losses.lpl.normalize import Statistics
+from lpl_pretrain.losses.lpl.normalization import Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,18 @@ class BatchStatistics:
     predicted: Statistics
     target: Statistics
     count: Tensor  # gated samples of the global batch
-    pull: Statistics | None = (
-        None  # d loss / d (shift, square) of the prediction's statistics, over all ranks
+    grad: Statistics | None = (
+        None  # d loss / d (shift, var) of the prediction's statistics, over all ranks
     )
 
     def surrogate(self, predicted: Tensor, weights: Tensor) -> Tensor | float:
         """() whose gradient at `predicted` (K, C, H, W) is the part of the loss's gradient that
         goes through the statistics.
         """
-        if self.pull is None:
+        if self.grad is None:
             return 0.0
         mean, second = _moments(predicted)
-        through = self.pull.shift * mean + self.pull.square * (
+        through = self.grad.shift * mean + self.grad.var * (
             second - 2 * self.predicted.shift * mean
         )
         return ((weights > 0).view(-1, 1, 1, 1) * through).sum() / self.count
@@ -66,37 +66,41 @@ def measure(
     `through_statistics`.
     """
     sums: dict[str, Tensor] = {}
-    for seen in observe():
-        _add(sums, seen.stage, _sums(seen))
-        dtype = torch.promote_types(seen.predicted.dtype, torch.float32)
+    for stage_features in observe():
+        _add(sums, stage_features.stage, _sums(stage_features))
+        dtype = torch.promote_types(stage_features.predicted.dtype, torch.float32)
     found = {
         name: _statistics(total, dtype) for name, total in _reduce(sums, sum_over_ranks).items()
     }
     if not through_statistics:
         return found
-    pulls: dict[str, Tensor] = {}
-    for seen in observe():
-        _add(pulls, seen.stage, _pull(seen, found[seen.stage]))
-    reduced = _reduce(pulls, sum_over_ranks)
+    grads: dict[str, Tensor] = {}
+    for stage_features in observe():
+        _add(
+            grads,
+            stage_features.stage,
+            _statistics_grad(stage_features, found[stage_features.stage]),
+        )
+    reduced = _reduce(grads, sum_over_ranks)
     return {
-        name: replace(one, pull=Statistics(*reduced[name].to(dtype))) for name, one in found.items()
+        name: replace(one, grad=Statistics(*reduced[name].to(dtype))) for name, one in found.items()
     }
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """(K, C, 1, 1) mean and mean square over space."""
     own = Statistics.of(features.to(torch.promote_types(features.dtype, torch.float32)))
-    return own.shift, own.square + own.shift.square()
+    return own.shift, own.var + own.shift.square()
 
 
-def _sums(seen: StageFeatures) -> Tensor:
+def _sums(stage_features: StageFeatures) -> Tensor:
     """(5, C) float64: the number of gated samples, then the sums over them of mean and mean square,
     of prediction and target.
     """
-    gated = (seen.weights > 0).double()
+    gated = (stage_features.weights > 0).double()
     moments = [
         m[:, :, 0, 0].double()
-        for features in (seen.predicted, seen.target)
+        for features in (stage_features.predicted, stage_features.target)
         for m in _moments(features)
     ]
     rows = [(gated[:, None] * moment).sum(dim=0) for moment in moments]
@@ -115,13 +119,13 @@ def _statistics(sums: Tensor, dtype: torch.dtype) -> BatchStatistics:
     return BatchStatistics(both[0], both[1], count[0].to(dtype))
 
 
-def _pull(seen: StageFeatures, at: BatchStatistics) -> Tensor:
+def _statistics_grad(stage_features: StageFeatures, at: BatchStatistics) -> Tensor:
     """(2, 1, C, 1, 1): how the chunk's loss depends on the prediction's mean and variance."""
-    shift, square = (x.detach().requires_grad_() for x in (at.predicted.shift, at.predicted.square))
+    shift, var = (x.detach().requires_grad_() for x in (at.predicted.shift, at.predicted.var))
     with torch.enable_grad():
-        loss = seen.loss(replace(at, predicted=Statistics(shift, square)))
+        loss = stage_features.loss(replace(at, predicted=Statistics(shift, var)))
         gradients = torch.autograd.grad(
-            loss, (shift, square), allow_unused=True, materialize_grads=True
+            loss, (shift, var), allow_unused=True, materialize_grads=True
         )
     return torch.stack(gradients)
 

@@ -21,7 +21,7 @@ class Windows:
     """One window per sample, in latent positions; (K, 2) int64 are (row, column)."""
 
     start: Tensor  # (K, 2) in the latent
-    inside: Tensor  # (K, 2) of what is compared, in the window
+    offset_in_window: Tensor  # (K, 2) of what is compared, in the window
     height: int
     width: int
     side: int
@@ -41,7 +41,7 @@ class Windows:
         """(K, C, H, W) -> (K, C, height, width)."""
         return _take(z, self.start, self.height, self.width)
 
-    def spread(self, window: Tensor, height: int, width: int) -> Tensor:
+    def scatter(self, window: Tensor, height: int, width: int) -> Tensor:
         """The transpose of `cut`: zeros (K, C, height, width) with the window in its place."""
         whole = window.new_zeros(len(window), height, width, window.shape[1])
         whole[_index(self.start, self.height, self.width)] = window.movedim(1, -1)
@@ -50,10 +50,12 @@ class Windows:
     def interior(self, features: Tensor) -> Tensor:
         """Of a feature map of the windows (any stage): the part that is compared."""
         upscale = features.shape[-2] // self.height
-        return _take(features, self.inside * upscale, self.side * upscale, self.side * upscale)
+        return _take(
+            features, self.offset_in_window * upscale, self.side * upscale, self.side * upscale
+        )
 
     def split(self, size: int) -> list[Windows]:
-        pairs = zip(self.start.split(size), self.inside.split(size), strict=True)
+        pairs = zip(self.start.split(size), self.offset_in_window.split(size), strict=True)
         return [
             Windows(start, inside, self.height, self.width, self.side) for start, inside in pairs
         ]

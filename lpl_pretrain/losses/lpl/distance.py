@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lpl_pretrain.config.lpl import LPLConfig
-from lpl_pretrain.losses.lpl.normalize import Statistics, scales
-from lpl_pretrain.losses.lpl.outliers import keep_mask
+from lpl_pretrain.losses.lpl.inliers import inlier_mask
+from lpl_pretrain.losses.lpl.normalization import Statistics, pick_statistics
 
 Pair = tuple[Statistics, Statistics]  # of (prediction, target)
 
@@ -54,31 +54,37 @@ def difference(
     ratio = space[0].std.mean(dim=(1, 2, 3)) / space[1].std.mean(dim=(1, 2, 3)).clamp(min=1e-12)
     if config.normalize is None:
         return Difference(predicted - target, None, keep, ratio)
-    of_predicted, of_target = scales(
+    predicted_stats, target_stats = pick_statistics(
         config.normalize, *(batch or _own_statistics(config, predicted, target, keep, space))
     )
-    if of_predicted is not of_target:
-        values = (predicted - of_predicted.shift) * of_predicted.inverse() - (
-            target - of_target.shift
-        ) * of_target.inverse()
+    if predicted_stats is not target_stats:
+        values = (predicted - predicted_stats.shift) * predicted_stats.inverse() - (
+            target - target_stats.shift
+        ) * target_stats.inverse()
         return Difference(values, None, keep, ratio)
-    factor = of_predicted.inverse()
+    factor = predicted_stats.inverse()
     if config.normalize.over == "channels":  # one number per position
         return Difference((predicted - target) * factor, None, keep, ratio)
     return Difference(predicted - target, factor, keep, ratio)
 
 
-def pointwise(config: LPLConfig, of: Difference) -> Tensor:
+def pointwise(config: LPLConfig, diff: Difference) -> Tensor:
     """(B, C, H, W): what every position contributes before averaging."""
-    return _penalty(config, of.values, of.keep) * _factor(config, of)
+    return _penalty(config, diff.values, diff.keep) * _factor(config, diff)
 
 
-def distance(config: LPLConfig, of: Difference) -> Tensor:
+def distance(config: LPLConfig, diff: Difference) -> Tensor:
     """(B,): mean over channels of the mean over positions."""
-    total = _penalty(config, of.values, of.keep).sum(dim=(2, 3), keepdim=True) * _factor(config, of)
-    positions: Tensor | int = of.values[0, 0].numel()
-    if of.keep is not None and config.outliers is not None and config.outliers.mean_over == "kept":
-        positions = of.keep.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    total = _penalty(config, diff.values, diff.keep).sum(dim=(2, 3), keepdim=True) * _factor(
+        config, diff
+    )
+    positions: Tensor | int = diff.values[0, 0].numel()
+    if (
+        diff.keep is not None
+        and config.outliers is not None
+        and config.outliers.mean_over == "kept"
+    ):
+        positions = diff.keep.sum(dim=(2, 3), keepdim=True).clamp(min=1)
     return (total / positions).mean(dim=(1, 2, 3))
 
 
@@ -89,8 +95,8 @@ def _keep(
     if outliers is None or stage < outliers.first_stage:
         return None
     if outliers.source == "target":
-        return keep_mask(target, space[1].std, outliers, stage)
-    return keep_mask(predicted.detach(), space[0].std, outliers, stage)
+        return inlier_mask(target, space[1].std, outliers, stage)
+    return inlier_mask(predicted.detach(), space[0].std, outliers, stage)
 
 
 def _own_statistics(
@@ -106,10 +112,10 @@ def _own_statistics(
             predicted = predicted * keep
     elif (normalize.over, normalize.kind) == ("space", "std"):
         return space
-    of_predicted, of_target = (
+    predicted_stats, target_stats = (
         Statistics.of(x, normalize.over, normalize.kind) for x in (predicted, target)
     )
-    return of_predicted, of_target
+    return predicted_stats, target_stats
 
 
 def _penalty(config: LPLConfig, values: Tensor, keep: Tensor | None) -> Tensor:
@@ -118,7 +124,7 @@ def _penalty(config: LPLConfig, values: Tensor, keep: Tensor | None) -> Tensor:
     return values.abs() if config.distance == "l1" else values.square()
 
 
-def _factor(config: LPLConfig, of: Difference) -> Tensor | float:
-    if of.factor is None:
+def _factor(config: LPLConfig, diff: Difference) -> Tensor | float:
+    if diff.factor is None:
         return 1.0
-    return of.factor if config.distance == "l1" else of.factor.square()
+    return diff.factor if config.distance == "l1" else diff.factor.square()

@@ -18,7 +18,7 @@ from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.decoder import DecoderStages
 from lpl_pretrain.models.upsampling import merge_upsampling
 
-Piece = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 """By `lpl.decoder_precision`."""
 
@@ -40,41 +40,41 @@ class DecoderFeatures(nn.Module):
         self.shift, self.scale = nn.Buffer(scaling.shift.clone()), nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
-    def compile_pieces(self) -> DecoderFeatures:
+    def compile_layers(self) -> DecoderFeatures:
         """In place; they are compiled when they first run."""
-        # pieces of a kind share their code, which is compiled for each of them, with gradient and
+        # layers of a kind share their code, which is compiled for each of them, with gradient and
         # without, and for a last chunk
-        limits, pieces = (
+        limits, layers = (
             torch._dynamo.config,
             sum(len(list(run.children())) for run in self.decoder.stages.values()),
         )
-        limits.recompile_limit = max(limits.recompile_limit, 4 * pieces)
+        limits.recompile_limit = max(limits.recompile_limit, 4 * layers)
         self.decoder = self.decoder.changed(
-            lambda run: [torch.compile(piece, dynamic=False) for piece in run]
+            lambda run: [torch.compile(layer, dynamic=False) for layer in run]
         )
         return self
 
-    def enter(self, z0: Tensor) -> Tensor:
-        """The first piece: back to raw latents, into the decoder's dtype and layout, through its
+    def first_layer(self, z0: Tensor) -> Tensor:
+        """The first layer: back to raw latents, into the decoder's dtype and layout, through its
         entrance.
         """
         raw = LatentScaling(self.shift, self.scale).denormalize(z0)
         return self.decoder.entrance(raw.to(self.dtype, memory_format=torch.channels_last))
 
-    def walk(self) -> Iterator[tuple[str | None, Piece]]:
-        """All pieces in order; each with the name of the stage that it completes, if that stage was
+    def named_layers(self) -> Iterator[tuple[str | None, Layer]]:
+        """All layers in order; each with the name of the stage that it completes, if that stage was
         asked for.
         """
-        yield None, self.enter
-        for name, pieces in self.decoder.stages.items():
-            *inner, last = pieces.children()
-            yield from ((None, piece) for piece in inner)
+        yield None, self.first_layer
+        for name, layers in self.decoder.stages.items():
+            *inner, last = layers.children()
+            yield from ((None, layer) for layer in inner)
             yield (name if name in self.stages else None), last
 
     def forward(self, z0: Tensor) -> dict[str, Tensor]:
         features, hidden = {}, z0
-        for name, piece in self.walk():
-            hidden = piece(hidden)
+        for name, layer in self.named_layers():
+            hidden = layer(hidden)
             if name is not None:
                 features[name] = hidden
         return features

@@ -1,8 +1,8 @@
-"""Backward through a chain of frozen pieces, by hand, with gradients that enter between them.
+"""Backward through a chain of frozen layers, by hand, with gradients that enter between them.
 
 Autograd would keep every feature map and every mask of a whole decoder until the last stage is
 done.  Here a stage hands in its gradient as soon as it is known, so what stays is the input of each
-piece (recomputed in backward), or its graph.
+layer (recomputed in backward), or its graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class _Step:
-    piece: Callable[[Tensor], Tensor]
+    layer: Callable[[Tensor], Tensor]
     source: Tensor  # leaf
     result: Tensor | None  # None: compute it again
 
@@ -26,16 +26,16 @@ class Tape:
         self.recompute = recompute
         self._records: list[_Step | Tensor] = []
 
-    def run(self, piece: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        """piece(source), without a graph on the outside."""
+    def run(self, layer: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+        """layer(source), without a graph on the outside."""
         leaf = source.detach().requires_grad_()
         with torch.set_grad_enabled(not self.recompute):
-            result = piece(leaf)
-        self._records.append(_Step(piece, leaf, None if self.recompute else result))
+            result = layer(leaf)
+        self._records.append(_Step(layer, leaf, None if self.recompute else result))
         return result.detach()
 
     def inject(self, gradient: Tensor) -> None:
-        """The gradient that the last result has of its own, beside what later pieces will bring."""
+        """The gradient that the last result has of its own, beside what later layers will bring."""
         self._records.append(gradient)
 
     def backward(self) -> Tensor:
@@ -46,10 +46,10 @@ class Tape:
             if isinstance(record, Tensor):
                 gradient = record if gradient is None else gradient + record
                 continue
-            assert gradient is not None, "nothing was injected after this piece"
+            assert gradient is not None, "nothing was injected after this layer"
             if record.result is None:
                 with torch.enable_grad():
-                    record.result = record.piece(record.source)
+                    record.result = record.layer(record.source)
             (gradient,) = torch.autograd.grad(record.result, record.source, gradient)
         assert gradient is not None
         return gradient

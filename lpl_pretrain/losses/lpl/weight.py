@@ -1,9 +1,9 @@
-"""How much LPL counts at a step: an explicit weight, or one measured so that LPL is a given share
-of the total loss.
+"""Weight of LPL at a step: configured, or calibrated so that LPL is a given fraction of the total
+loss.
 
-With a target share s the weight is  w = s / (1 - s) * E[L_diff] / E[gate * L_LPL]  over
-`calibration_steps` steps from `start_step` on; until then it is 0, afterwards it is frozen, saved
-in every checkpoint and never measured again.
+For a target fraction s the weight is  w = s / (1 - s) * E[L_diff] / E[gate * L_LPL]  over
+`calibration_steps` steps from `start_step` on.  Until then it is 0; afterwards it is constant (but
+for the ramp), saved in every checkpoint and never measured again.
 """
 
 from __future__ import annotations
@@ -21,63 +21,64 @@ from lpl_pretrain.errors import NonFiniteError
 @dataclass
 class LPLWeight:
     config: LPLConfig
-    frozen: float | None = field(init=False)
+    calibrated: float | None = field(init=False)
+    """The weight without its ramp; None until it is known."""
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    """Of the diffusion loss and of LPL since `start_step`; on the device, and looked at when the
-    weight is frozen or saved.
+    """Sums of the other terms and of LPL since `start_step`; on the device, and read by the host
+    when the calibration ends and at checkpoints.
     """
 
     def __post_init__(self) -> None:
         assert isinstance(self.config.start_step, int), (
             "TrainConfig resolves a fraction of its steps"
         )
-        self.frozen = self.config.weight
+        self.calibrated = self.config.weight
 
     def active(self, step: int) -> bool:
-        """Whether the decoder runs at all in this step (0-based)."""
+        """Whether the decoder runs at all in this step (from 0)."""
         return step >= self.config.start_step
 
     def calibrating(self, step: int) -> bool:
-        return self.frozen is None and self.active(step)
+        return self.calibrated is None and self.active(step)
 
     def value(self, step: int) -> float:
-        if self.frozen is None or not self.active(step):
+        if self.calibrated is None or not self.active(step):
             return 0.0
         first = self.config.first_weighted_step
-        ramp = (
-            min(1.0, (step - first + 1) / self.config.ramp_steps) if self.config.ramp_steps else 1.0
-        )
-        return self.frozen * ramp
+        ramp_steps = self.config.ramp_steps
+        ramp = min(1.0, (step - first + 1) / ramp_steps) if ramp_steps else 1.0
+        return self.calibrated * ramp
 
     def observe(self, step: int, means: Tensor) -> bool:
-        """`means` (2,) float64: diffusion loss and LPL of one step over the global batch (gated-out
-        samples as zeros).
+        """Add the means of one step; True at the step that ends the calibration.
 
-        True at the step that freezes the weight.
+        `means` (2,) float64: weighted sum of the other terms, and LPL, over the global batch
+        (gated-out samples as zeros); both 0 for a skipped update.  Raises NonFiniteError when no
+        weight can give LPL its fraction.
         """
         self.sums = self.sums.to(means.device) + means
         if step + 1 < self.config.first_weighted_step:
             return False
-        diffusion, perceptual = self.sums.tolist()
-        if not perceptual > 0.0:
+        others, lpl = self.sums.tolist()
+        if others == lpl == 0.0:  # all updates so far were skipped
+            return False
+        if not lpl > 0.0:
             raise NonFiniteError(
-                f"lpl.target_fraction={self.config.target_fraction}: LPL summed to {perceptual} "
-                "over "
+                f"lpl.target_fraction={self.config.target_fraction}: LPL summed to {lpl} over "
                 f"{self.config.calibration_steps} calibration steps, so no weight gives it a "
-                "share: open lpl.gate, "
-                "raise lpl.calibration_steps, or set lpl.weight"
+                "share: open lpl.gate, raise lpl.calibration_steps, or set lpl.weight"
             )
-        share = self.config.target_fraction
-        assert share is not None
-        self.frozen = share / (1 - share) * diffusion / perceptual
+        fraction = self.config.target_fraction
+        assert fraction is not None
+        self.calibrated = fraction / (1 - fraction) * others / lpl
         return True
 
     def state(self) -> dict[str, Any]:
-        diffusion, perceptual = self.sums.tolist()
-        return {"frozen": self.frozen, "diffusion_sum": diffusion, "perceptual_sum": perceptual}
+        others, lpl = self.sums.tolist()
+        return {"frozen": self.calibrated, "diffusion_sum": others, "perceptual_sum": lpl}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.frozen = state["frozen"]
+        self.calibrated = state["frozen"]
         self.sums = torch.tensor(
             [state["diffusion_sum"], state["perceptual_sum"]], dtype=torch.float64
         )

@@ -162,8 +162,8 @@ EDITS = {
     ),
     "a weight that is text": (
         "state.json",
-        {"lpl_weight": {"frozen": "1", "diffusion_sum": 1.0, "perceptual_sum": 1.0}},
-        "lpl_weight.frozen: found '1', wanted a number or null",
+        {"loss_terms": {"lpl": {"frozen": "1", "diffusion_sum": 1.0, "perceptual_sum": 1.0}}},
+        "loss_terms.lpl.frozen: found '1', wanted a number or null",
     ),
     "a loss scale of 0": (
         "state.json",

@@ -226,7 +226,7 @@ def one_step(world, device, strategy):
         door.backward((out.float() - 1).square().mean(), microbatch=0, of=1)
         report = door.step(lr=1e-2, max_grad_norm=1.0)
     assert report.applied
-    return report.grad_norm
+    return report.grad_norm.item()
 
 
 TEXT = TextShape(tokens=5, width=12, pooled_width=6)

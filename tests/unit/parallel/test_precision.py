@@ -52,25 +52,31 @@ def test_zero_refuses_fp64_and_fp8(precision):
         ParallelConfig(strategy="zero", zero_config="configs/zero/zero2.json", precision=precision)
 
 
+CPU = torch.device("cpu")
+FINITE = torch.tensor(True)
+OVERFLOW = torch.tensor(False)
+
+
 def test_the_scale_is_halved_by_an_overflow_and_doubled_after_many_good_updates():
-    scale = LossScale.fp16()
-    assert scale.update(finite=False) and scale.value == 2.0**15
-    assert not any(scale.update(finite=True) for _ in range(1999)) and scale.value == 2.0**15
+    scale = LossScale(CPU, dynamic=True)
+    assert scale.update(finite=OVERFLOW) and scale.value == 2.0**15
+    assert not any(scale.update(finite=FINITE) for _ in range(1999)) and scale.value == 2.0**15
     saved = scale.state()
-    scale.update(finite=True)
-    assert (scale.value, scale.good_updates) == (2.0**16, 0)
-    resumed = LossScale.fp16()
+    scale.update(finite=FINITE)
+    assert scale.state() == {"value": 2.0**16, "dynamic": True, "good_updates": 0}
+    resumed = LossScale(CPU, dynamic=True)
     resumed.load_state(saved)
-    resumed.update(finite=True)
-    assert resumed == scale
-    scale.value = 2.0
-    assert scale.update(finite=False) and not scale.update(finite=False) and scale.value == 1.0
+    resumed.update(finite=FINITE)
+    assert resumed.state() == scale.state()
+    scale.load_state({"value": 2.0, "dynamic": True, "good_updates": 0})
+    assert scale.update(finite=OVERFLOW) and not scale.update(finite=OVERFLOW)
+    assert scale.value == 1.0
 
 
 def test_without_fp16_there_is_no_scale():
-    scale = LossScale()
-    scale.load_state(LossScale.fp16().state())
-    assert not scale.update(finite=False) and scale == LossScale()
+    scale = LossScale(CPU)
+    scale.load_state(LossScale(CPU, dynamic=True).state())
+    assert not scale.update(finite=OVERFLOW) and scale.state() == LossScale(CPU).state()
 
 
 @pytest.mark.parametrize(

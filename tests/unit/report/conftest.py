@@ -110,7 +110,7 @@ def run(tmp_path) -> RunDir:
         path = run_dir.evaluation(step, "quick")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(record))
-        run_dir.lpl_picture(step).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), "green").save(run_dir.lpl_picture(step))
+        run_dir.panels("lpl", step).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "green").save(run_dir.panels("lpl", step))
     Image.new("RGB", (8, 8), "blue").save(run_dir.path / "evaluations" / "reference_x.png")
     return run_dir

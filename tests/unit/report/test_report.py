@@ -354,7 +354,7 @@ def test_lpl_panels_are_shown(run):
 
 def test_four_lpl_panels_are_spread_over_the_run(run):
     for step in range(20, 120, 20):
-        shutil.copy(run.lpl_picture(120), run.lpl_picture(step))
+        shutil.copy(run.panels("lpl", 120), run.panels("lpl", step))
     shown = [
         value for name, value in page_of(run).attributes if name == "alt" and "LPL panels" in value
     ]

@@ -9,21 +9,22 @@ import torch
 from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.losses.lpl.gate import gate_share
-from lpl_pretrain.trainer.batch_plan import BatchPlanner, LPLSubset
+from lpl_pretrain.losses.lpl.subset import LPLSubset
+from lpl_pretrain.trainer.batch_plan import BatchPlanner
 from lpl_pretrain.trainer.lr import learning_rate
 from tools.bench_batch_plan import Estimator
 
 
-def dealer(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_normal", seed=3):
+def planner(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_normal", seed=3):
     return BatchPlanner(seed, size, TimestepConfig(distribution=distribution), make_schedule(kind))
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 4, 6, 8, 12])
-def test_the_global_batch_does_not_depend_on_the_slots(slots):
-    one = dealer().deal(7, slots=1)[0]
-    hands = dealer().deal(7, slots=slots)
-    assert all(len(hand.sample_indices) == 48 // slots for hand in hands)
-    dealt = {i: t.item() for hand in hands for i, t in zip(hand.sample_indices, hand.t)}
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 6, 8, 12])
+def test_the_global_batch_does_not_depend_on_the_num_microbatches(num_microbatches):
+    one = planner().plan(7, num_microbatches=1)[0]
+    plans = planner().plan(7, num_microbatches=num_microbatches)
+    assert all(len(plan.sample_indices) == 48 // num_microbatches for plan in plans)
+    dealt = {i: t.item() for plan in plans for i, t in zip(plan.sample_indices, plan.t)}
     assert dealt == {i: t.item() for i, t in zip(one.sample_indices, one.t)}
     assert sorted(dealt) == list(range(7 * 48, 8 * 48))
 
@@ -32,15 +33,15 @@ def test_the_global_batch_does_not_depend_on_the_slots(slots):
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("threshold", [0.2, 3**-0.5, 1.0, 3.0])
 def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, threshold):
-    d = dealer(kind=kind, distribution=distribution)
+    d = planner(kind=kind, distribution=distribution)
     share = gate_share(threshold, d.schedule, d.timesteps)
-    for slots in (1, 2, 3, 8):
-        prefix = LPLSubset.of(48, share, 1.0).prefix(slots)
-        assert prefix <= math.ceil(48 * share / slots) + 1
+    for num_microbatches in (1, 2, 3, 8):
+        prefix = LPLSubset.of(48, share, 1.0).per_microbatch(num_microbatches)
+        assert prefix <= math.ceil(48 * share / num_microbatches) + 1
         counts = []
         for step in range(20):
-            for hand in d.deal(step, slots):
-                gated = d.schedule.noise_level(hand.t) <= threshold
+            for plan in d.plan(step, num_microbatches):
+                gated = d.schedule.noise_level(plan.t) <= threshold
                 assert not gated[prefix:].any()
                 counts.append(int(gated.sum()))
         assert (
@@ -50,18 +51,18 @@ def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, thres
 
 def test_has_teeth_without_sorting():
     """Dealt in the order of the draw, gated samples would lie anywhere."""
-    d = dealer()
-    prefix = LPLSubset.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).prefix(4)
-    hand = d.deal(0, 1)[0]
-    by_index = hand.t[torch.tensor(hand.sample_indices).argsort()]
+    d = planner()
+    prefix = LPLSubset.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).per_microbatch(4)
+    plan = d.plan(0, 1)[0]
+    by_index = plan.t[torch.tensor(plan.sample_indices).argsort()]
     assert any(
         (d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4)
     )
 
 
 def test_steps_and_seeds_differ():
-    assert not torch.equal(dealer().deal(0, 1)[0].t, dealer().deal(1, 1)[0].t)
-    assert not torch.equal(dealer().deal(0, 1)[0].t, dealer(seed=4).deal(0, 1)[0].t)
+    assert not torch.equal(planner().plan(0, 1)[0].t, planner().plan(1, 1)[0].t)
+    assert not torch.equal(planner().plan(0, 1)[0].t, planner(seed=4).plan(0, 1)[0].t)
 
 
 def test_inverse_square_root():
@@ -85,36 +86,39 @@ def test_learning_rate():
 
 
 @pytest.mark.parametrize("sample_fraction", [1.0, 0.5, 0.3, 0.01])
-@pytest.mark.parametrize("slots", [1, 2, 3, 8])
-def test_chosen_samples_come_first_and_are_the_same_for_any_slots(sample_fraction, slots):
-    choice = LPLSubset.of(48, 0.4, sample_fraction)
-    d = replace(dealer(), choice=choice)
-    assert choice.candidates == 20 and choice.chosen == math.ceil(20 * sample_fraction)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 8])
+def test_chosen_samples_come_first_and_are_the_same_for_any_num_microbatches(
+    sample_fraction, num_microbatches
+):
+    subset = LPLSubset.of(48, 0.4, sample_fraction)
+    d = replace(planner(), subset=subset)
+    assert subset.num_gated == 20 and subset.num_lpl == math.ceil(20 * sample_fraction)
     for step in range(5):
-        one = d.deal(step, 1)[0]
-        hands = d.deal(step, slots)
-        chosen = [i for hand in hands for i in hand.sample_indices[: hand.chosen]]
+        one = d.plan(step, 1)[0]
+        plans = d.plan(step, num_microbatches)
+        chosen = [i for plan in plans for i in plan.sample_indices[: plan.num_lpl]]
         assert (
-            sorted(chosen) == sorted(one.sample_indices[: one.chosen])
-            and len(chosen) == choice.chosen
+            sorted(chosen) == sorted(one.sample_indices[: one.num_lpl])
+            and len(chosen) == subset.num_lpl
         )
         assert all(
-            len(hand.sample_indices) == 48 // slots and hand.chosen <= choice.prefix(slots)
-            for hand in hands
+            len(plan.sample_indices) == 48 // num_microbatches
+            and plan.num_lpl <= subset.per_microbatch(num_microbatches)
+            for plan in plans
         )
-        assert max(hand.chosen for hand in hands) - min(hand.chosen for hand in hands) <= 1
-        assert sorted(i for hand in hands for i in hand.sample_indices) == list(
+        assert max(plan.num_lpl for plan in plans) - min(plan.num_lpl for plan in plans) <= 1
+        assert sorted(i for plan in plans for i in plan.sample_indices) == list(
             range(48 * step, 48 * step + 48)
         )
 
 
 def test_every_candidate_has_the_same_chance():
     """Systematic sampling: 7 of 20, each with probability 7 / 20, whatever its noise level."""
-    d = replace(dealer(), choice=LPLSubset(20, 7))
+    d = replace(planner(), subset=LPLSubset(20, 7))
     counts = torch.zeros(48)
     steps = 4000
     for step in range(steps):
-        order = d._chosen_first(torch.arange(48), step)
+        order = d._lpl_first(torch.arange(48), step)
         counts[order[:7]] += 1
     share = counts / steps
     assert not share[20:].any()
@@ -142,12 +146,12 @@ def test_marginal_of_t_is_exactly_the_configured_distribution(distribution):
     """Of single samples, by where they lie in the batch: Kolmogorov-Smirnov against the quantile
     function's inverse.
     """
-    d = dealer(size=4, distribution=distribution)
+    d = planner(size=4, distribution=distribution)
     steps = 4000
     t = torch.stack(
         [
             one.t[torch.tensor(one.sample_indices).argsort()]
-            for one in (d.deal(step, 1)[0] for step in range(steps))
+            for one in (d.plan(step, 1)[0] for step in range(steps))
         ]
     )
     for column in t.double().T:

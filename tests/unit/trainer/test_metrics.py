@@ -17,7 +17,7 @@ def test_weighted_means():
     meter.add("a", torch.tensor(5.0))
     meter.add("b", torch.tensor([2.0, math.nan]), torch.tensor([True, False]))
     meter.add("c", torch.tensor([1.0]), torch.tensor([False]))
-    meter.end_update(applied=True)
+    meter.end_update(applied=torch.tensor(True))
     assert meter.flush() == {"a": 3.0, "b": 2.0}
     assert meter.flush() == {}
 
@@ -26,10 +26,10 @@ def test_an_update_that_was_left_out_does_not_count():
     meter = Meter(torch.device("cpu"))
     for value, applied in ((1.0, True), (math.nan, False), (3.0, True)):
         meter.add("a", torch.tensor(value))
-        meter.end_update(applied=applied)
+        meter.end_update(applied=torch.tensor(applied))
     assert meter.flush() == {"a": 2.0}
     meter.add("a", torch.tensor(math.nan))
-    meter.end_update(applied=False)
+    meter.end_update(applied=torch.tensor(False))
     assert meter.flush() == {}
 
 

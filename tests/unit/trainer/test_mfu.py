@@ -8,15 +8,17 @@ import torch
 from lpl_pretrain.config.dataset import BucketEntry
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision
-from lpl_pretrain.planning.flops import count_flops
+from lpl_pretrain.losses.term import LossTerm
+from lpl_pretrain.planning.flops import count_flops, on_meta
 from lpl_pretrain.planning.peak import peak_flops
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
 from lpl_pretrain.trainer.metrics import Meter
-from lpl_pretrain.trainer.mfu import FlopsPerUpdate, denoiser_flops, on_meta
+from lpl_pretrain.trainer.mfu import FlopsPerUpdate, denoiser_flops
 from tests.support.configs import dataset_index, train_config
 from tests.support.latents import tiny_dataset
+from tests.support.updates import batches_of, term
 
 CPU = torch.device("cpu")
 
@@ -63,13 +65,13 @@ def test_an_update_costs_what_was_promised(tmp_path):
         batch={"global_batch_size": 8, "micro_batch_size": 2},
     )
     run = assemble(config, RunDir(tmp_path), World(), CPU)
-    hands = run.hands(0)
-    batches = [run.stream.read(hand.sample_indices) for hand in hands]
-    counted = count_flops(lambda: run.updater.update(0, hands, batches, Meter(CPU), Clock(CPU)))
-    assert run.effort.lpl > 0
-    assert counted == pytest.approx(run.effort.denoiser + run.effort.lpl, rel=0.01)
-    assert run.effort.peak is None and run.effort.rates(2.0, updates=4, with_lpl=0) == {
-        "tflops_per_s": pytest.approx(2 * run.effort.denoiser / 1e12)
+    batches = batches_of(run, 0)
+    counted = count_flops(lambda: run.updater.update(0, batches, Meter(CPU), Clock(CPU)))
+    lpl = term(run).flops_per_update()
+    assert lpl > 0
+    assert counted == pytest.approx(run.flops.denoiser + lpl, rel=0.01)
+    assert run.flops.peak is None and run.flops.throughput(2.0, range(4)) == {
+        "tflops_per_s": pytest.approx(2 * counted / 1e12, rel=0.01)
     }
 
 
@@ -103,5 +105,25 @@ def test_peaks(device, precision, tera):
 
 
 def test_mfu():
-    effort = FlopsPerUpdate(denoiser=6e14, lpl=2e14, peak=1e15)
-    assert effort.rates(4.0, updates=4, with_lpl=2) == {"tflops_per_s": 700.0, "mfu": 0.7}
+    """Four updates, the last two of them with a second term."""
+    flops = FlopsPerUpdate(6e14, [CountedTerm(0, 0.0), CountedTerm(8, 2e14)], peak=1e15)
+    assert flops.throughput(4.0, range(6, 10)) == {"tflops_per_s": 700.0, "mfu": 0.7}
+
+
+class CountedTerm(LossTerm):
+    """Active from `start` on, at `flops` an update."""
+
+    name = "counted"
+
+    def __init__(self, start, flops):
+        self.start = start
+        self.flops = flops
+
+    def __call__(self, draws, out, meter):
+        raise NotImplementedError
+
+    def active(self, step):
+        return step >= self.start
+
+    def flops_per_update(self):
+        return self.flops

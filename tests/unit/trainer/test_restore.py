@@ -15,7 +15,7 @@ from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
 
 
-class NoSinks:
+class NoTrackers:
     def event(self, *arguments, **values) -> None:
         pass
 
@@ -25,9 +25,9 @@ class NoSinks:
     [
         (
             lambda state: state.update(
-                lpl_weight={"frozen": 1.0, "diffusion_sum": 0.0, "perceptual_sum": 0.0}
+                loss_terms={"lpl": {"frozen": 1.0, "diffusion_sum": 0.0, "perceptual_sum": 0.0}}
             ),
-            "trains without LPL",
+            r"has the state of loss terms \['lpl'\], the run trains with \[\]",
         ),
         (
             lambda state: state["stream"].update(fingerprint="x", contents={"shards": "x"}),
@@ -45,7 +45,7 @@ def test_a_state_of_something_else_is_refused(tmp_path, change, words):
     run = assemble(config, RunDir(tmp_path / "run"), World(), torch.device("cpu"))
     run.checkpoints.save(6, run.strategy, run.ema, run.state(6), samples_seen=run.samples_seen(6))
     run.checkpoints.finish()
-    assert restore(run, NoSinks()) == 6
+    assert restore(run, NoTrackers()) == 6
     edit(run.run_dir.checkpoint(6), "state.json", change)
     with pytest.raises(CheckpointError, match=words):
-        restore(run, NoSinks())
+        restore(run, NoTrackers())

@@ -27,8 +27,9 @@ from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.rollback import reason_to_stop
 from lpl_pretrain.trainer.spikes import LISTED, NoiseLevels, SpikeGuard, bounds, logarithm, worst
 from tests.support.configs import train_config
+from tests.support.host_reads import HostReads
 from tests.support.latents import tiny_dataset
-from tests.unit.trainer.test_step import HostReads
+from tests.support.updates import batches_of
 
 CPU = torch.device("cpu")
 FLOW = make_schedule("rectified_flow")
@@ -135,8 +136,8 @@ def test_each_level_holds_an_equal_part_of_every_batch(schedule, timesteps):
     config, path = TimestepConfig(**timesteps), make_schedule(schedule)
     levels = NoiseLevels.of(8, config, path)
     for step in range(3):
-        (hand,) = BatchPlanner(3, 64, config, path).deal(step, slots=1)
-        counts = torch.bincount(levels.index(path.noise_level(hand.t)), minlength=8)
+        (plan,) = BatchPlanner(3, 64, config, path).plan(step, num_microbatches=1)
+        counts = torch.bincount(levels.index(path.noise_level(plan.t)), minlength=8)
         few = 0 if schedule == "rectified_flow" else 2  # a timestep that lies across an edge
         assert (counts - 8).abs().max() <= few, counts
     u = torch.tensor([0.3], dtype=torch.float64)
@@ -158,6 +159,16 @@ def test_sums_by_level():
 # The guard
 
 
+def step_report(applied, norm):
+    """A report of one process: rejected where the norm is finite and the update was not applied."""
+    return StepReport(
+        torch.tensor(applied),
+        torch.tensor(norm, dtype=torch.float64),
+        torch.tensor(False),
+        rejected=not applied and math.isfinite(norm),
+    )
+
+
 class Driven:
     """A guard whose norms and losses (one sample at each of four levels) the test gives."""
 
@@ -174,9 +185,9 @@ class Driven:
         losses = torch.tensor(losses)
         for half in (slice(0, 2), slice(2, 4)):  # two microbatches
             self.guard.observe(FLOW.noise_level(self.T[half]), losses[half])
-        check = self.guard.check(with_lpl=with_lpl)
+        check = self.guard.check(terms=["diffusion", "lpl"] if with_lpl else ["diffusion"])
         applied = finite and check.accept(norm, check.values.tolist())
-        report = StepReport(applied, norm if finite else math.nan)
+        report = step_report(applied, norm if finite else math.nan)
         samples = [4 * self.step + i for i in range(4)]
         spike = self.guard.judge(self.step, report, samples, [(0, 7, i) for i in range(4)])
         self.step += 1
@@ -215,8 +226,8 @@ def test_the_samples_that_are_told_are_few():
     driven = Driven(noise_levels=1).updates(8)
     many, guard = torch.arange(1.0, 21.0), driven.guard
     guard.observe(torch.ones(20), many)
-    check = guard.check(with_lpl=False)
-    report = StepReport(check.accept(50.0, check.values.tolist()), 50.0)
+    check = guard.check(terms=["diffusion"])
+    report = step_report(check.accept(50.0, check.values.tolist()), 50.0)
     spike = guard.judge(8, report, range(20), [(0, 0, i) for i in range(20)])
     assert len(spike.samples) == LISTED and spike.samples[0].startswith("sample 19 ")
 
@@ -368,10 +379,9 @@ def updates(data, folder, on_spike, count, **changes):
     run = assemble(train_config(**{**settings, **changes}), RunDir(folder), World(), CPU)
     meter, reads, outcomes = Meter(CPU), [], []
     for step in range(count):
-        hands = run.hands(step)
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        batches = batches_of(run, step)
         with HostReads() as counted:
-            outcomes.append(run.updater.update(step, hands, batches, meter, Clock(CPU)))
+            outcomes.append(run.updater.update(step, batches, meter, Clock(CPU)))
         reads.append(counted.count)
     return (
         [p.detach().clone() for p in run.updater.denoiser.parameters()],
@@ -383,13 +393,13 @@ def updates(data, folder, on_spike, count, **changes):
 
 
 def test_without_spikes_nothing_changes(data, tmp_path):
-    """Bit for bit, and the host waits once an update with or without."""
+    """Bit for bit; looking for spikes copies one vector to the host in each update."""
     lpl = {"lpl": {"weight": 1.0, "start_step": 3, "gate": {"noise_level_below": 1.0}}}
     plain, means, _, reads, run = updates(data, tmp_path, "ignore", 10, **lpl)
-    assert run.updater.spikes is None and run.state(10)["spikes"] is None and set(reads) == {1}
+    assert run.updater.spikes is None and run.state(10)["spikes"] is None and set(reads) == {0}
     guarded, same, outcomes, fewer, run = updates(data, tmp_path, "skip", 10, **lpl)
     assert all(map(torch.equal, guarded, plain)) and same == means
-    assert max(fewer) <= 1, "the norm and the sums come in one copy, which is no single value"
+    assert set(fewer) == {0}, "the norm and the sums come in one copy, which is no single value"
     assert [outcome.spike for outcome in outcomes] == [None] * 10
     assert len(run.updater.spikes.rows) == 7, "since LPL has a weight"
 
@@ -411,9 +421,12 @@ def test_a_state_without_spikes_is_read(data, tmp_path):
 def test_the_jump_moves_samples_noise_levels_and_lpls_choice_alike(data, tmp_path):
     lpl = {"weight": 1.0, "sample_fraction": 0.5, "gate": {"noise_level_below": 1.0}}
     *_, run = updates(data, tmp_path, "ignore", 0, lpl=lpl)
-    later = run.hands(7)
+    later = run.microbatch_plans(7)
     run.jump_updates = 3
-    moved = run.hands(4)
-    assert [hand.sample_indices for hand in moved] == [hand.sample_indices for hand in later]
+    moved = run.microbatch_plans(4)
+    assert [plan.sample_indices for plan in moved] == [plan.sample_indices for plan in later]
     assert all(torch.equal(a.t, b.t) for a, b in zip(moved, later, strict=True))
-    assert next(run.requests(4)) == later[0].sample_indices and run.samples_seen(4) == 32
+    batches = run.batches(4)
+    assert next(batches).draws.sample_indices == later[0].sample_indices
+    assert run.samples_seen(4) == 32
+    batches.close()

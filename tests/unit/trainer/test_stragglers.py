@@ -50,10 +50,10 @@ def waits(stragglers, *data_s):
     """At the log steps 1, 2, ... updates of a second wait so long for data; the steps at which rank
     0 was called slow.
     """
-    stragglers.sinks.clear()
+    stragglers.trackers.clear()
     for step, seconds in enumerate(data_s, start=1):
         stragglers.look(step, {"all": 10.0, "data": 10 * seconds}, 10)
-    return [event["step"] for event in stragglers.sinks]
+    return [event["step"] for event in stragglers.trackers]
 
 
 def test_times_the_median():
@@ -75,7 +75,7 @@ def test_waits_that_are_short_for_an_update_do_not_matter(update_s, slow):
 
 def test_a_rank_that_stays_slow_is_called_and_not_at_every_look(rank_0, monkeypatch):
     assert waits(rank_0, *[0.5] * 6) == [3]
-    assert rank_0.sinks == [
+    assert rank_0.trackers == [
         {
             "event": "straggler",
             "step": 3,

@@ -7,7 +7,7 @@ import torch
 
 from lpl_pretrain.config.lpl import CropConfig, LPLConfig
 from lpl_pretrain.losses.lpl.crop import Windows
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from tests.support.autoencoders import features_of, tiny_autoencoder, tiny_distilled, wrap
 from tests.support.toy_decoder import toy_decoder_features
 from tests.unit.losses.lpl.reference import reference_loss
@@ -30,7 +30,7 @@ def test_inside_is_identical_on_a_decoder_without_attention(stage):
     whole, cut = features(z0)[stage], features(windows.cut(z0))[stage]
     upscale = whole.shape[-1] // 32
     for i in range(3):
-        y, x = ((windows.start + windows.inside)[i] * upscale).tolist()
+        y, x = ((windows.start + windows.offset_in_window)[i] * upscale).tolist()
         expected = whole[i, :, y : y + 6 * upscale, x : x + 6 * upscale]
         torch.testing.assert_close(windows.interior(cut)[i], expected, rtol=1e-12, atol=1e-13)
 
@@ -46,7 +46,7 @@ def test_has_teeth(broken):
         32,
         32,
     )
-    y, x = (4 * (windows.start + windows.inside)[0]).tolist()
+    y, x = (4 * (windows.start + windows.offset_in_window)[0]).tolist()
     with pytest.raises(AssertionError):
         expected = features(z0)["up1"][:, :, y : y + 24, x : x + 24]
         torch.testing.assert_close(
@@ -60,18 +60,18 @@ def test_every_position_can_be_seen_and_none_outside(size, side, halo):
     height, width = size
     places = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
     windows = Windows.at(places, CropConfig(side=side, halo=halo), height, width)
-    first = windows.start + windows.inside
+    first = windows.start + windows.offset_in_window
     limits = torch.tensor([height, width])
     assert (windows.start >= 0).all() and (
         windows.start + torch.tensor([windows.height, windows.width]) <= limits
     ).all()
     assert (
-        (windows.inside >= 0).all()
+        (windows.offset_in_window >= 0).all()
         and (first.amin(0) == 0).all()
         and (first.amax(0) == limits - side).all()
     )
     surrounded = torch.minimum(first, limits - side - first).clamp(max=halo)
-    assert (windows.inside >= surrounded).all()
+    assert (windows.offset_in_window >= surrounded).all()
 
 
 def test_gradient_is_that_of_the_windows():
@@ -93,7 +93,7 @@ def test_gradient_is_that_of_the_windows():
     )
     clean, predicted = [], []
     for i in range(3):
-        (y, x), (dy, dx) = windows.start[i].tolist(), windows.inside[i].tolist()
+        (y, x), (dy, dx) = windows.start[i].tolist(), windows.offset_in_window[i].tolist()
         for whole, kept in ((z0, clean), (leaf, predicted)):
             maps = features(whole[i : i + 1, :, y : y + 6, x : x + 6])
             kept.append(

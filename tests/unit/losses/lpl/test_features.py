@@ -6,7 +6,7 @@ import torch
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.losses.lpl.tape import Tape
 from lpl_pretrain.models.autoencoder import LatentScaling, compose_scaling
 from lpl_pretrain.models.decoder import decoder_stages
@@ -84,8 +84,8 @@ def test_tape_is_autograd(recompute):
     z0 = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(sum(x.square().mean() for x in features(z0).values()), z0)[0]
     tape, hidden = Tape(recompute=recompute), z0
-    for name, piece in features.walk():
-        hidden = tape.run(piece, hidden)
+    for name, layer in features.named_layers():
+        hidden = tape.run(layer, hidden)
         if name is not None:
             tape.inject(2 * hidden / hidden.numel())
     torch.testing.assert_close(tape.backward(), wanted, rtol=1e-12, atol=1e-15)
@@ -99,7 +99,7 @@ def test_compiled_pieces_change_nothing():
     for compiled in (False, True):
         features = features_of(tiny_autoencoder(levels=1))
         if compiled:
-            features.compile_pieces()
+            features.compile_layers()
         terms.append(
             LatentPerceptualLoss(LPLConfig(weight=1.0, chunk_size=2), features)(
                 z0, z0_hat, torch.ones(3)

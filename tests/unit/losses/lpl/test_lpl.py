@@ -8,9 +8,9 @@ import torch
 
 from lpl_pretrain.config.lpl import LPLConfig, OutlierConfig
 from lpl_pretrain.losses.lpl.distance import difference, distance
-from lpl_pretrain.losses.lpl.lpl import LatentPerceptualLoss
-from lpl_pretrain.losses.lpl.normalize import FLOOR, Statistics
-from lpl_pretrain.losses.lpl.outliers import keep_mask
+from lpl_pretrain.losses.lpl.inliers import inlier_mask
+from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
+from lpl_pretrain.losses.lpl.normalization import FLOOR, Statistics
 from tests.support.autoencoders import features_of, tiny_autoencoder
 from tests.support.toy_decoder import toy_decoder_features
 from tests.unit.losses.lpl.reference import reference_keep, reference_loss
@@ -171,7 +171,7 @@ def test_keep_mask(kernels, side):
     torch.manual_seed(side)
     maps = torch.randn(2, 3, side, side, dtype=torch.float64) ** 3
     config = OutlierConfig(quantiles=(0.1, 0.9), margin=0.3, kernels=(kernels,))
-    got = keep_mask(maps, Statistics.of(maps).std, config, stage=4)
+    got = inlier_mask(maps, Statistics.of(maps).std, config, stage=4)
     assert torch.equal(got, reference_keep(maps, config, 4).bool())
 
 
@@ -179,7 +179,7 @@ def test_gaussian_maps_are_kept():
     torch.manual_seed(0)
     maps = torch.randn(4, 8, 32, 32)
     assert (
-        keep_mask(maps, Statistics.of(maps).std, OutlierConfig(), stage=0).double().mean() > 0.999
+        inlier_mask(maps, Statistics.of(maps).std, OutlierConfig(), stage=0).double().mean() > 0.999
     )
 
 
@@ -226,7 +226,7 @@ def test_gradient_is_finite_around_the_floor(kind, scale):
 @pytest.mark.parametrize("mean_over", ["all", "kept"])
 def test_a_fully_masked_map_contributes_zero(mean_over, monkeypatch):
     monkeypatch.setattr(
-        "lpl_pretrain.losses.lpl.distance.keep_mask",
+        "lpl_pretrain.losses.lpl.distance.inlier_mask",
         lambda features, *_: torch.zeros_like(features, dtype=bool),
     )
     z0, z0_hat, weights = inputs()

@@ -17,15 +17,15 @@ from torch import Tensor
 from lpl_pretrain.config.lpl import OutlierConfig
 
 
-def keep_mask(features: Tensor, std: Tensor, config: OutlierConfig, stage: int) -> Tensor:
+def inlier_mask(features: Tensor, std: Tensor, config: OutlierConfig, stage: int) -> Tensor:
     """(B, C, H, W) features and their (B, C, 1, 1) biased std over space -> True where kept."""
     with torch.no_grad():
         count = features[0, 0].numel()
-        reach = (
+        margin = (
             config.margin * std * math.sqrt(count / max(1, count - 1))
         )  # the unbiased standard deviation
         q1, q2 = (q[..., None] for q in _quantiles(features.flatten(2), *config.quantiles))
-        keep = (features > q1 - reach) & (features < q2 + reach)
+        keep = (features > q1 - margin) & (features < q2 + margin)
         dilate, erode = config.kernels[min(stage, len(config.kernels) - 1)]
         return ~_dilate(~_dilate(keep, dilate), erode)
 

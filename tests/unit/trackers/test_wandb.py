@@ -9,10 +9,11 @@ import struct
 
 import pytest
 
-from lpl_pretrain.runtime.mirror import Mirror
+from lpl_pretrain.config.tracking import WandbConfig
+from lpl_pretrain.trackers.wandb import WandbTracker
 
 wandb = pytest.importorskip("wandb")
-SETTINGS = {"project": "p", "entity": None, "mode": "offline"}
+OFFLINE = WandbConfig(project="p", mode="offline")
 
 
 def logged(file):
@@ -60,13 +61,13 @@ def test_late_and_repeated_steps_are_kept(tmp_path):
     """Training reaches step 30, is preempted and repeats 20; scores of steps 10 and 30 come later,
     that of 30 first.
     """
-    trainer = Mirror(tmp_path, "run", **SETTINGS, settings={"steps": 30})
+    trainer = WandbTracker(tmp_path, "run", OFFLINE, {"steps": 30})
     for step in (10, 20, 30, 20, 30):
-        trainer.training(step, {"loss": 1 / step})
+        trainer.metrics(step, {"loss": 1 / step})
     trainer.close()
-    evaluator = Mirror(tmp_path, "run", **SETTINGS)
-    evaluator.scores(record(30, 5.0))
-    evaluator.scores(record(10, 9.0))
+    evaluator = WandbTracker(tmp_path, "run", OFFLINE)
+    evaluator.score(record(30, 5.0))
+    evaluator.score(record(10, 9.0))
     evaluator.close()
     rows = history(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30, 20, 30]

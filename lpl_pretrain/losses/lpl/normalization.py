@@ -27,10 +27,10 @@ DIMS = {"space": (2, 3), "channels": (1,), "batch": (0, 2, 3)}
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """x becomes (x - shift) / sqrt(square)."""
+    """x becomes (x - shift) / sqrt(var)."""
 
     shift: Tensor
-    square: Tensor  # the biased variance, or the sum of squares
+    var: Tensor  # the biased variance, or the sum of squares
 
     @classmethod
     def of(cls, features: Tensor, over: str = "space", kind: str = "std") -> Statistics:
@@ -41,20 +41,20 @@ class Statistics:
         return cls(mean, variance)
 
     def detach(self) -> Statistics:
-        return Statistics(self.shift.detach(), self.square.detach())
+        return Statistics(self.shift.detach(), self.var.detach())
 
     @property
     def std(self) -> Tensor:
         """No gradient: for masks and reports."""
-        return self.square.detach().sqrt()
+        return self.var.detach().sqrt()
 
     def inverse(self) -> Tensor:
-        """1 / sqrt(square); 0 where that is below the floor, with a finite gradient."""
-        informative = self.square > FLOOR
-        return torch.where(informative, self.square, 1.0).rsqrt() * informative
+        """1 / sqrt(var); 0 where that is below the floor, with a finite gradient."""
+        informative = self.var > FLOOR
+        return torch.where(informative, self.var, 1.0).rsqrt() * informative
 
 
-def scales(
+def pick_statistics(
     config: NormalizeConfig, predicted: Statistics, target: Statistics
 ) -> tuple[Statistics, Statistics]:
     """The statistics that (prediction, target) are normalised by."""

@@ -8,18 +8,19 @@ import torch
 from PIL import Image
 
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.trainer.lpl_panels import (
+from lpl_pretrain.losses.lpl.panels import (
     CELL_PX,
     GAP_PX,
     LEFT_PX,
     TOP_PX,
     choose_rows,
-    heat,
-    save_lpl_panels,
+    heatmap,
 )
+from lpl_pretrain.trainer.loop import save_panels
 from tests.support.autoencoders import tiny_distilled
 from tests.support.latents import tiny_dataset
-from tests.unit.trainer.test_step import new_run, one_update
+from tests.support.updates import term
+from tests.unit.trainer.test_update import new_run, one_update
 
 STAGES = ["mid", "up0", "up1", "up2"]
 
@@ -30,7 +31,7 @@ def data(tmp_path_factory):
 
 
 def draw(run, path):
-    save_lpl_panels(run.config, run.updater.perceptual, run.updater.scaling, path)
+    save_panels(term(run), path)
 
 
 def cell(path, row, column):
@@ -42,8 +43,8 @@ def test_a_row_for_every_sample_and_a_column_for_every_stage(data, tmp_path):
     run = new_run(data, tmp_path)
     one_update(run)
     draw(run, tmp_path / "lpl" / "a.png")
-    rows = choose_rows(run.updater.perceptual.seen)
-    levels = run.updater.perceptual.seen.noise_level[rows]
+    rows = choose_rows(term(run).snapshot)
+    levels = term(run).snapshot.noise_level[rows]
     assert 1 <= len(rows) <= 4 and (levels.diff() >= 0).all()
     size = LEFT_PX + (2 + len(STAGES)) * (CELL_PX + GAP_PX), TOP_PX + len(rows) * (CELL_PX + GAP_PX)
     assert Image.open(tmp_path / "lpl" / "a.png").size == size
@@ -54,7 +55,7 @@ def test_a_row_for_every_sample_and_a_column_for_every_stage(data, tmp_path):
 def test_equal_latents_are_black_and_a_damaged_corner_lights_up(data, tmp_path):
     run = new_run(data, tmp_path, lpl__stages=["mid"])
     one_update(run)
-    seen, row = run.updater.perceptual.seen, choose_rows(run.updater.perceptual.seen)[0]
+    seen, row = term(run).snapshot, choose_rows(term(run).snapshot)[0]
     seen.z0_hat = seen.z0.clone()
     draw(run, tmp_path / "same.png")
     assert not cell(tmp_path / "same.png", 0, 2).any() and np.array_equal(
@@ -73,14 +74,14 @@ def test_a_shut_gate_and_a_run_that_has_not_started_lpl_leave_nothing(data, tmp_
     draw(run, tmp_path / "none.png")
     run = new_run(data, tmp_path)
     one_update(run)
-    run.updater.perceptual.seen.weights.zero_()
+    term(run).snapshot.weights.zero_()
     draw(run, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_microbatches_that_hold_padding_alone_are_not_what_is_shown(data, tmp_path):
     run = new_run(data, tmp_path, batch__micro_batch_size=2, lpl__sample_fraction=0.3)
-    assert run.hands(0)[0].chosen == 1 and run.hands(0)[-1].chosen == 0
+    assert run.microbatch_plans(0)[0].num_lpl == 1 and run.microbatch_plans(0)[-1].num_lpl == 0
     one_update(run)
     draw(run, tmp_path / "a.png")
     assert cell(tmp_path / "a.png", 0, 2).any()
@@ -120,11 +121,10 @@ def test_another_decoder_gives_the_maps_and_the_autoencoder_the_pictures(data, t
 def test_an_autoencoder_that_is_gone_is_an_error_and_leaves_nothing(data, tmp_path):
     run = new_run(data, tmp_path)
     one_update(run)
-    moved = replace(
-        run, config=run.config.model_copy(update={"autoencoder": str(tmp_path / "gone")})
-    )
+    lpl = term(run)
+    lpl._panel_source = replace(lpl._panel_source, autoencoder=str(tmp_path / "gone"))
     with pytest.raises(ConfigError, match="gone"):
-        draw(moved, tmp_path / "lpl" / "a.png")
+        draw(run, tmp_path / "lpl" / "a.png")
     assert not (tmp_path / "lpl").exists()
 
 
@@ -148,7 +148,7 @@ def test_rows_are_spread_over_the_noise_levels(data, tmp_path):
     run = new_run(data, tmp_path)
     one_update(run)
     seen = replace(
-        run.updater.perceptual.seen,
+        term(run).snapshot,
         noise_level=torch.arange(10.0).flip(0),
         weights=torch.tensor([0.0, *[1.0] * 9]),
     )
@@ -156,5 +156,5 @@ def test_rows_are_spread_over_the_noise_levels(data, tmp_path):
 
 
 def test_one_scale_for_a_stage():
-    dim, bright = heat([torch.full((4, 4), 0.1), torch.full((4, 4), 1.0)])
+    dim, bright = heatmap([torch.full((4, 4), 0.1), torch.full((4, 4), 1.0)])
     assert dim.tolist()[0][0] == [77, 0, 0] and bright.tolist()[0][0] == [255, 255, 255]

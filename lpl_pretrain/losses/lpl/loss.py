@@ -17,16 +17,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.losses.lpl.batch_statistics import BatchStatistics, StageFeatures, measure
 from lpl_pretrain.losses.lpl.crop import Windows
 from lpl_pretrain.losses.lpl.distance import difference, distance, pointwise
 from lpl_pretrain.losses.lpl.features import DecoderFeatures, stage_number
-from lpl_pretrain.losses.lpl.normalize import Statistics
+from lpl_pretrain.losses.lpl.normalization import Statistics
 from lpl_pretrain.losses.lpl.tape import Tape
 
 
@@ -45,9 +47,11 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PerceptualTerm:
-    loss: Tensor  # (K,) times its weight: zero where the gate is shut
-    gradient: Tensor  # (K, C, H, W) d loss.sum() / d z0_hat
+class LPLOutput:
+    loss: Tensor
+    """(K,) times its weight, zero where the gate is shut; carries its gradient to z0_hat."""
+    gradient: Tensor
+    """(K, C, H, W) d loss.sum() / d z0_hat."""
     stages: dict[str, StageReport]
 
 
@@ -57,6 +61,26 @@ class _Chunk:
     z0_hat: Tensor
     weights: Tensor
     windows: Windows | None
+
+
+class _WithGradient(torch.autograd.Function):
+    """`loss` (K,), whose gradient at `z0_hat` is known: `gradient` (K, C, H, W) of its sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z0_hat: Tensor, loss: Tensor, gradient: Tensor, one_factor: bool
+    ) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.one_factor = one_factor
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        if ctx.one_factor:
+            factor = torch.where(factor == factor[0], factor, torch.nan)
+        return gradient * factor.view(-1, 1, 1, 1), None, None, None
 
 
 class LatentPerceptualLoss(nn.Module):
@@ -75,20 +99,25 @@ class LatentPerceptualLoss(nn.Module):
         self.config, self.features, self.sum_over_ranks = config, features, sum_over_ranks
 
     def forward(
-        self, z0: Tensor, z0_hat: Tensor, weights: Tensor, places: Tensor | None = None
-    ) -> PerceptualTerm:
+        self, z0: Tensor, z0_hat: Tensor, weights: Tensor, crop_positions: Tensor | None = None
+    ) -> LPLOutput:
         """Loss and its gradient at `z0_hat`, `chunk_size` samples inside the decoder at a time.
 
-        z0_hat is taken as a leaf: the caller sends `gradient` through the denoiser in its one
-        backward.  `weights` (K,) are 0 where the gate is shut: there a sample is compared with
-        itself, finite and exactly 0.  `places` (K, 2) in [0, 1) say where `lpl.crop` cuts.
+        The gradient is computed here, while the features are in memory; `loss` hands it to autograd,
+        so that `loss.sum().backward()`, or any weighted sum, reaches z0_hat and the denoiser behind
+        it.  With `normalize.over: batch` samples depend on each other: all of `loss` must then have
+        one factor, else the gradient is NaN.
+
+        `weights` (K,) are 0 where the gate is shut: there a sample is compared with itself, finite
+        and exactly 0.  `crop_positions` (K, 2) in [0, 1) say where `lpl.crop` cuts.
         """
+        estimate = z0_hat
         z0_hat = torch.where((weights > 0).view(-1, 1, 1, 1), z0_hat.detach(), z0)
         height, width = z0.shape[-2:]
         windows = None
         if self.config.crop is not None:
-            assert places is not None, "lpl.crop needs places"
-            windows = Windows.at(places, self.config.crop, height, width)
+            assert crop_positions is not None, "lpl.crop needs crop_positions"
+            windows = Windows.at(crop_positions, self.config.crop, height, width)
             z0, z0_hat = windows.cut(z0), windows.cut(z0_hat)
         chunks = self._chunks(z0, z0_hat, weights, windows)
         batch = self._batch_statistics(chunks)
@@ -96,9 +125,13 @@ class LatentPerceptualLoss(nn.Module):
             *(self._differentiate(chunk, batch) for chunk in chunks), strict=True
         )
         gradient = torch.cat(gradients)
-        return PerceptualTerm(
-            torch.cat(losses),
-            gradient if windows is None else windows.spread(gradient, height, width),
+        if windows is not None:
+            gradient = windows.scatter(gradient, height, width)
+        one_factor = self.config.normalize is not None and self.config.normalize.over == "batch"
+        loss: Tensor = _WithGradient.apply(estimate, torch.cat(losses), gradient, one_factor)
+        return LPLOutput(
+            loss,
+            gradient,
             {
                 name: StageReport.concatenate([report[name] for report in reports])
                 for name in self.features.stages
@@ -125,10 +158,10 @@ class LatentPerceptualLoss(nn.Module):
                 if batch
                 else None
             )
-            of = difference(
+            diff = difference(
                 self.config, stage_number(name), *pair, None if own is None else (own[0], own[1])
             )
-            maps[name] = pointwise(self.config, of).mean(dim=1)
+            maps[name] = pointwise(self.config, diff).mean(dim=1)
         return maps
 
     def omega(self, name: str, upscale: int) -> float:
@@ -163,11 +196,11 @@ class LatentPerceptualLoss(nn.Module):
     def _observe(self, chunks: list[_Chunk]) -> Iterator[StageFeatures]:
         for chunk in chunks:
             hidden, clean = chunk.z0_hat, chunk.z0
-            for name, piece in self.features.walk():
+            for name, layer in self.features.named_layers():
                 with torch.no_grad():
-                    hidden, clean = piece(hidden), piece(clean)
+                    hidden, clean = layer(hidden), layer(clean)
                 if name is not None:
-                    pair = self._visible(chunk, hidden, clean)
+                    pair = self._crop(chunk, hidden, clean)
                     yield StageFeatures(
                         name, *pair, chunk.weights, partial(self._loss_under, name, chunk, pair)
                     )
@@ -190,14 +223,14 @@ class LatentPerceptualLoss(nn.Module):
         )
         loss = torch.zeros_like(chunk.weights)
         reports: dict[str, StageReport] = {}
-        for name, piece in self.features.walk():
-            hidden = tape.run(piece, hidden)
+        for name, layer in self.features.named_layers():
+            hidden = tape.run(layer, hidden)
             with torch.no_grad():
-                clean = piece(clean)
+                clean = layer(clean)
             if name is not None:
                 leaf = hidden.detach().requires_grad_()
                 with torch.enable_grad():
-                    pair = self._visible(chunk, leaf, clean)
+                    pair = self._crop(chunk, leaf, clean)
                     contribution, reports[name] = self._compare(name, chunk, *pair, batch.get(name))
                     objective = (contribution * chunk.weights).sum()
                     if name in batch:
@@ -206,7 +239,7 @@ class LatentPerceptualLoss(nn.Module):
                 loss = loss + contribution.detach() * chunk.weights
         return loss, tape.backward(), reports
 
-    def _visible(self, chunk: _Chunk, hidden: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    def _crop(self, chunk: _Chunk, hidden: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """What of both feature maps is compared."""
         if chunk.windows is None:
             return hidden, clean
@@ -223,7 +256,9 @@ class LatentPerceptualLoss(nn.Module):
         """(K,) contribution of one stage, with gradient at `predicted`, and what it did."""
         side = chunk.z0.shape[-1] if chunk.windows is None else chunk.windows.side
         given = None if batch is None else (batch.predicted, batch.target)
-        of = difference(self.config, stage_number(name), predicted, target, given)
+        diff = difference(self.config, stage_number(name), predicted, target, given)
         factor = self.omega(name, predicted.shape[-1] // side) / len(self.features.stages)
-        contribution = factor * distance(self.config, of)
-        return contribution, StageReport(contribution.detach(), of.keep_fraction(), of.std_ratio)
+        contribution = factor * distance(self.config, diff)
+        return contribution, StageReport(
+            contribution.detach(), diff.keep_fraction(), diff.std_ratio
+        )

@@ -7,17 +7,19 @@ import re
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.errors import NonFiniteError
+from lpl_pretrain.losses.lpl.build import build_features
 from lpl_pretrain.runtime.timer import Clock
 from lpl_pretrain.runtime.world import World
-from lpl_pretrain.trainer.assemble import assemble, build_features
+from lpl_pretrain.trainer.assemble import assemble
 from lpl_pretrain.trainer.metrics import Meter
 from tests.support.autoencoders import tiny_dc, tiny_distilled
 from tests.support.configs import train_config
+from tests.support.host_reads import HostReads
 from tests.support.latents import tiny_dataset
+from tests.support.updates import batches_of, term, update
 from tests.unit.losses.lpl.reference import reference_loss
 
 CPU = torch.device("cpu")
@@ -50,10 +52,7 @@ def new_run(data, tmp_path, **changes):
 
 def one_update(run, step=0):
     meter = Meter(CPU)
-    hands = run.hands(step)
-    run.updater.update(
-        step, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, Clock(CPU)
-    )
+    update(run, step, meter)
     return [p.detach().clone() for p in run.updater.denoiser.parameters()], meter.flush()
 
 
@@ -62,11 +61,12 @@ def test_one_backward_equals_differentiating_through_the_decoder(data, tmp_path)
     slow = copy.deepcopy(run.updater.denoiser)
     got, values = one_update(run)
 
-    hand = run.hands(0)[0]
+    (batch,) = batches_of(run, 0)
     borrowed = type(run.updater)(
         **{**{name: getattr(run.updater, name) for name in run.updater.__slots__}, "denoiser": slow}
     )
-    seen, diffusion = borrowed._diffusion(hand, run.stream.read(hand.sample_indices), Meter(CPU))
+    seen = borrowed.denoise(batch)
+    diffusion = run.updater.terms[0](batch.draws, seen, Meter(CPU)).loss
     features = build_features(run.config, run.config.lpl, run.stream.index, run.updater.scaling)
     gate = seen.noise_level <= 1.0
     assert 0 < gate.sum() < len(gate)
@@ -116,7 +116,7 @@ def test_has_teeth(data, tmp_path, changes):
     settings = {} if changes == {"lpl": None} else changes
     run = new_run(data, tmp_path, **settings)
     if changes == {"lpl": None}:
-        run.updater.perceptual.weight.frozen = 1e-9
+        term(run).schedule.calibrated = 1e-9
     other, _ = one_update(run)
     with pytest.raises(AssertionError):
         for a, b in zip(other, whole):
@@ -157,7 +157,7 @@ def test_learned_sigma_adds_its_bound(data, tmp_path):
         values["loss/variational_bound"] > 0
         and values["loss/diffusion"] > values["loss/variational_bound"]
     )
-    assert run.updater.perceptual.seen.z0_hat.shape[1] == 4
+    assert term(run).snapshot.z0_hat.shape[1] == 4
 
 
 def test_a_class_conditional_unet_trains(data, tmp_path):
@@ -180,34 +180,8 @@ def test_a_class_conditional_unet_trains(data, tmp_path):
     ), still
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for the device: single values, and sizes that depend on
-    values.
-    """
-
-    READS = {
-        "aten::_local_scalar_dense",
-        "aten::item",
-        "aten::nonzero",
-        "aten::is_nonzero",
-        "aten::equal",
-        "aten::masked_select",
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.name().split(".")[0] in self.READS
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("calibrating", [False, True])
-def test_lpl_adds_no_host_read_to_an_update(data, tmp_path, calibrating):
-    """One read is left, whatever LPL does: the gradient norm, which must be finite before the
-    update.
-    """
+def test_an_update_reads_nothing_to_the_host(data, tmp_path, calibrating):
     counts = []
     weight = (
         {"lpl__weight": None, "lpl__target_fraction": 0.2, "lpl__calibration_steps": 9}
@@ -220,13 +194,12 @@ def test_lpl_adds_no_host_read_to_an_update(data, tmp_path, calibrating):
         {**weight, "lpl__crop": {"side": 4, "halo": 1}, "lpl__sample_fraction": 0.5},
     ):
         run, meter = new_run(data, tmp_path, batch__micro_batch_size=4, **changes), Meter(CPU)
-        hands = run.hands(0)
-        batches = [run.stream.read(hand.sample_indices) for hand in hands]
+        batches = batches_of(run, 0)
         with HostReads() as reads:
-            run.updater.update(0, hands, batches, meter, Clock(CPU))
+            run.updater.update(0, batches, meter, Clock(CPU))
         counts.append(reads.count)
         assert meter.flush()["loss/lpl" if "lpl__start_step" not in changes else "loss/total"] > 0
-    assert counts == [1, 1, 1]
+    assert counts == [0, 0, 0]
 
 
 def test_has_teeth_a_read_is_counted():
@@ -239,17 +212,14 @@ def test_has_teeth_a_read_is_counted():
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
     run, clock, meter = new_run(data, tmp_path, lpl__sample_fraction=share), Clock(CPU), Meter(CPU)
-    hands = run.hands(0)
-    run.updater.update(
-        0, hands, [run.stream.read(hand.sample_indices) for hand in hands], meter, clock
-    )
+    run.updater.update(0, batches_of(run, 0), meter, clock)
     values, seconds = meter.flush(), clock.flush()
     assert (
-        set(seconds) == {"all", "forward", "lpl", "backward", "optimizer"}
+        set(seconds) == {"all", "forward", "diffusion", "lpl", "backward", "optimizer"}
         and min(seconds.values()) > 0
     )
     assert sum(seconds.values()) < 2 * seconds["all"] and set(clock.flush()) == {"all"}
-    assert run.updater.perceptual.seen.z0.shape[1:] == (4, 8, 8)
+    assert term(run).snapshot.z0.shape[1:] == (4, 8, 8)
     for stage in ("mid", "up0", "up1", "up2"):
         assert values[f"lpl/stage/{stage}/contribution"] > 0
         assert (
@@ -265,7 +235,7 @@ def test_features_from_another_decoder(data, tmp_path, make):
     _, own = one_update(new_run(data, tmp_path))
     run = new_run(data, tmp_path, lpl__decoder=str(tmp_path / "other"))
     weights, other = one_update(run)
-    assert list(run.updater.perceptual.loss.features.stages) == ["mid", "up0", "up1"]
+    assert list(term(run).loss.features.stages) == ["mid", "up0", "up1"]
     assert (
         other["loss/diffusion"] == own["loss/diffusion"]
         and 0 < other["loss/lpl"] != own["loss/lpl"]
@@ -279,12 +249,10 @@ def test_a_model_that_diverged_inside_the_gate_is_refused(data, tmp_path):
     """
     run = new_run(data, tmp_path)
     before = [p.detach().clone() for p in run.updater.denoiser.parameters()]
-    run.updater.perceptual.loss.features.decoder.stages["up0"][0].module.conv1.bias.data[0] = (
-        torch.nan
-    )
-    hand = run.hands(0)[0]
+    term(run).loss.features.decoder.stages["up0"][0].module.conv1.bias.data[0] = torch.nan
+    plan = run.microbatch_plans(0)[0]
     passed = sorted(
-        index for index, t in zip(hand.sample_indices, hand.t.tolist()) if t / (1 - t) <= 1.0
+        index for index, t in zip(plan.sample_indices, plan.t.tolist()) if t / (1 - t) <= 1.0
     )
     with pytest.raises(
         NonFiniteError,

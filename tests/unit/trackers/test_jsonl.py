@@ -8,7 +8,8 @@ import os
 import pytest
 
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.trainer.trackers import Trackers
+from lpl_pretrain.trackers.build import Trackers
+from lpl_pretrain.trackers.jsonl import JsonlTracker
 from tests.support.configs import train_config
 
 
@@ -18,9 +19,9 @@ from tests.support.configs import train_config
 def test_a_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, before, kept):
     """By a kill, or a full disk."""
     (tmp_path / "metrics.jsonl").write_text(before)
-    sinks = Trackers(RunDir(tmp_path), train_config(), 0)
-    sinks.event("resumed", 1)
-    sinks.close()
+    trackers = Trackers(RunDir(tmp_path), train_config(), 0)
+    trackers.event("resumed", 1)
+    trackers.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith(before) and len(text.splitlines()) == kept + 1
     assert json.loads(text.splitlines()[-1])["event"] == "resumed"
@@ -30,10 +31,10 @@ def test_who_has_lost_the_run_writes_no_line(tmp_path):
     def end():
         raise SystemExit
 
-    sinks = Trackers(RunDir(tmp_path), train_config(), 0, end)
+    trackers = Trackers(RunDir(tmp_path), train_config(), 0, end)
     with pytest.raises(SystemExit):
-        sinks.metrics(1, {})
-    sinks.close()
+        trackers.metrics(1, {})
+    trackers.close()
     assert not (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -41,10 +42,10 @@ def test_who_has_lost_the_run_writes_no_line(tmp_path):
     not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's"
 )
 def test_a_line_that_is_refused_when_the_file_is_closed_names_the_file(tmp_path):
-    sinks = Trackers(RunDir(tmp_path), train_config(), rank=0)
-    sinks.file.close()
-    sinks.file = open("/dev/full", "a")  # noqa: SIM115
-    sinks.file.write("a line")
+    tracker = JsonlTracker(RunDir(tmp_path).metrics)
+    tracker.file.close()
+    tracker.file = open("/dev/full", "a")  # noqa: SIM115
+    tracker.file.write("a line")
     with pytest.raises(OSError) as error:
-        sinks.close()
+        tracker.close()
     assert error.value.filename == str(RunDir(tmp_path).metrics)
