@@ -64,23 +64,28 @@ def train(world, device, run_dir, config, kill_at=None, stop_at=None, jumped=0):
     `kill_at` ends after that update without a save, `stop_at` with one.
     """
     stop = StopRequest()
-    tell = loop.tell
+    assemble, log_calibrated = loop.assemble, loop.log_calibrated
+    runs = []
 
-    def interrupt(run, sinks, done, outcome):
-        tell(run, sinks, done, outcome)
-        if run.jump_updates >= jumped and done == kill_at:
+    def assemble_and_keep(*arguments):
+        runs.append(assemble(*arguments))
+        return runs[-1]
+
+    def interrupt(trackers, completed, result):
+        log_calibrated(trackers, completed, result)
+        if runs[-1].jump_updates >= jumped and completed == kill_at:
             raise Killed
-        if run.jump_updates >= jumped and done == stop_at:
+        if runs[-1].jump_updates >= jumped and completed == stop_at:
             stop.signal_name = "SIGTERM"
 
-    loop.tell = interrupt
+    loop.assemble, loop.log_calibrated = assemble_and_keep, interrupt
     try:
         ended = loop.train(config, run_dir, world, device, stop)
         assert ended == (kill_at is None and stop_at is None)
     except Killed:
         assert kill_at is not None
     finally:
-        loop.tell = tell
+        loop.assemble, loop.log_calibrated = assemble, log_calibrated
 
 
 def run_all(world, device, folder, data, cases):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from lpl_pretrain.trainer.step import Updater
 
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.data.stream import LatentStream
@@ -11,6 +10,7 @@ from lpl_pretrain.runtime import timer
 from lpl_pretrain.runtime.preempt import StopRequest
 from lpl_pretrain.trainer import stragglers
 from lpl_pretrain.trainer.loop import train
+from lpl_pretrain.trainer.update import Updater
 from tests.support.commands import metric_lines
 from tests.support.configs import train_config
 from tests.support.latents import tiny_dataset
