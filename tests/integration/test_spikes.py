@@ -32,7 +32,7 @@ def test_train_audit_and_report(folder):
         (14, "rollback", 12),
     ]
     audited = lpl("audit", run).stdout
-    assert f"{STEPS} updates of 8 samples, 3 starts, 5 updates made again after one" in audited
+    assert f"{STEPS} updates of 8 samples, 3 starts, 5 updates repeated after one" in audited
     assert (
         "2 of the starts are rollbacks after a spike; the samples of 5 updates were jumped over"
         in audited
