@@ -259,7 +259,7 @@ def test_audit_reports_a_missing_sample(world):
     ledger.write_text("\n".join([start, first, *rest, ""]))
     refused = lpl("audit", world / "missed", check=False)
     assert refused.returncode == 2 and "update 1: 1 samples missed" in refused.stderr
-    assert "seen 2 to 2 times" in lpl("audit", world / "whole").stdout, "64 of 32"
+    assert "read 2 to 2 times" in lpl("audit", world / "whole").stdout, "64 of 32"
 
 
 def test_a_corrupt_shard_is_reported_before_training(world):
