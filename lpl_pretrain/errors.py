@@ -1,7 +1,7 @@
 """The errors a user can act on: each message names the key or path, the value found, the value
 wanted, and the remedy.
 
-They live at the root of the package because `config`, the lowest room, raises them too.  `assert`
+They are at the root of the package because `config`, the lowest layer, raises them too.  `assert`
 is for our own bugs.
 """
 
@@ -48,21 +48,20 @@ TRANSIENT_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
-"""Of storage, memory and networks: what fails with one of these may succeed when it is tried again.
-"""
+"""Errors of storage, memory and networks after which another try may succeed."""
 
 
 SYSTEM_ERROR = re.compile(r"\((?:os error )?(\d+)\)")
-"""In the text of errors that are no OSError: those of Rust, in which safetensors is written, and of
-torch.
+"""Error number in the text of errors that are no OSError: those of Rust, in which safetensors is
+written, and of torch.
 """
 
 
 LOST_RANK = re.compile(
     r"[Cc]onnection (closed by|reset by|was likely closed)|Broken pipe|remote process exited"
 )
-"""In the text of what gloo, NCCL and the store of torch.distributed raise when the process at the
-other end is gone.
+"""Text of the errors of gloo, NCCL and torch.distributed's store when the process at the other end
+is gone.
 """
 
 
@@ -107,7 +106,7 @@ class SpikeError(LPLError):
 
 
 class PreflightError(LPLError):
-    """What no node has that training needs, found before it begins."""
+    """A requirement of training that no node meets, detected before training begins."""
 
     def __init__(self, message: str, status: int = BAD_INPUT) -> None:
         """`status` 1: it may be there when the job is tried again."""
@@ -124,7 +123,7 @@ class StorageError(LPLError):
 
     @classmethod
     def of(cls, error: Exception) -> StorageError | None:
-        """None for an error that no file system has raised, or that another try would meet again."""
+        """StorageError of a transient error of a file system; None for any other error."""
         remedy = "look at the file system, then run the same command again"
         if isinstance(error, OSError) and is_transient(error):
             return cls(
@@ -138,9 +137,7 @@ class StorageError(LPLError):
 
 
 def file_in_use(error: BaseException) -> str:
-    """Of an error of a descriptor, which names no file: the innermost path or open file on the
-    stack.
-    """
+    """File of an error that names none: the innermost path or open file on the stack."""
     found, frame = "a file", error.__traceback__
     while frame is not None:
         for value in frame.tb_frame.f_locals.values():
@@ -155,11 +152,11 @@ def file_in_use(error: BaseException) -> str:
 
 
 def transient_reason(error: BaseException | None) -> str | None:
-    """Why an error may pass, in the system's words: it has its origin in an OSError with one of
-    TRANSIENT_ERRNOS.
+    """Reason in the system's words why an error may pass: it has its origin in an OSError with one
+    of TRANSIENT_ERRNOS.
 
-    Of an error of another rank, or of a library that is not written in Python, the text alone
-    arrives here.
+    Only the text arrives here of an error of another rank, or of a library that is not written in
+    Python.
     """
     while error is not None:
         found = error.errno if isinstance(error, OSError) else None
@@ -177,7 +174,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """True for the error of a collective whose other end is gone: that rank's own error says why."""
+    """Whether a collective failed because another rank is gone, whose own error says why."""
     return isinstance(error, RuntimeError) and LOST_RANK.search(str(error)) is not None
 
 

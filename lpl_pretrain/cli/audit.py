@@ -1,4 +1,4 @@
-"""`lpl-pretrain audit RUN`: checks from logged samples that every update trained on the right ones."""
+"""`lpl-pretrain audit RUN`: checks by logged samples that every update used the right ones."""
 
 from __future__ import annotations
 

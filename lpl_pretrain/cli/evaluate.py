@@ -32,7 +32,7 @@ def run(
     watch: bool = False,
     poll_s: float = 30.0,
 ) -> None:
-    """On several processes (torchrun) they share the pictures of each score."""
+    """Runs `lpl-pretrain evaluate`; processes of torchrun divide the images of each score."""
     settings, run_dir, world = (
         load_config(EvaluateConfig, protocol, overrides),
         RunDir(expand(run)),
@@ -119,7 +119,7 @@ def one_line(record: dict[str, Any]) -> str:
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:
-    """For each metric a line for each step and a column for each kind of weights and guidance
+    """Table of each metric: a line for each step, a column for each kind of weights and guidance
     scale, with standard errors.
     """
     lines: list[str] = []

@@ -67,8 +67,8 @@ def run(
 
 
 def length_of(weights: str, sigma_rel: float | None) -> float | None:
-    """Of the power-function average to rebuild from snapshots; None where `weights` lie in a
-    checkpoint.  Raises ConfigError.
+    """sigma_rel of the power-function average to reconstruct from snapshots; None if a checkpoint
+    holds `weights`.  Raises ConfigError.
     """
     if not WEIGHTS.fullmatch(weights):
         raise ConfigError(f"--weights={weights}: wanted ema, raw, ema_power_0.050 or posthoc_0.080")
@@ -138,7 +138,7 @@ def write_folder(
 
 
 def scores(run_dir: RunDir) -> dict[str, str]:
-    """Of the newest scored step, by protocol, for the card."""
+    """Scores of the newest scored step, by protocol, for the model card."""
     found = {}
     for path in sorted(run_dir.path.glob("evaluations/step_*/*.json")):
         try:

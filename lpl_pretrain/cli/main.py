@@ -38,11 +38,13 @@ def commands() -> None:
     """Pretrain latent diffusion models with the Latent Perceptual Loss.
 
     \b
-    lpl-pretrain encode   configs/encode/emoji.yaml             pictures -> latents; the same command goes on
-    lpl-pretrain data show data/emoji_latents                   what is in them
-    lpl-pretrain train    configs/train/emoji_dit_lpl.yaml      latents -> checkpoints; the same command resumes
+    lpl-pretrain encode   configs/encode/emoji.yaml             images -> latents
+    lpl-pretrain data show data/emoji_latents                   counts, statistics, a contact sheet
+    lpl-pretrain train    configs/train/emoji_dit_lpl.yaml      latents -> checkpoints
     lpl-pretrain evaluate runs/emoji_dit_lpl configs/evaluate/emoji.yaml
     lpl-pretrain report   runs/emoji_dit_lpl                    one page with everything
+
+    encode, train and evaluate resume when the same command is run again.
 
     On several processes: torchrun --nproc-per-node 2 -m lpl_pretrain train CONFIG
     """
@@ -64,9 +66,7 @@ def commands() -> None:
     help="How many --verify decodes and compares.",
 )
 def encode(config: str, overrides: tuple[str, ...], verify: bool, pictures: int) -> None:
-    """Encode pictures into latent shards, as CONFIG (configs/encode/*.yaml) says; killed and
-    started again, it goes on.
-    """
+    """Encode images into latent shards by CONFIG (configs/encode/*.yaml); run again, it resumes."""
     from lpl_pretrain.cli import encode as command
     from lpl_pretrain.config.encode import EncodeConfig
     from lpl_pretrain.config.load import load_config
@@ -90,11 +90,11 @@ def data() -> None:
 )
 @click.option(
     "--output",
-    help="PNG with pictures decoded from the latents; FOLDER/contact_sheet.png when absent.",
+    help="PNG with images decoded from the latents; FOLDER/contact_sheet.png when absent.",
 )
 @click.option("--pictures", type=int, default=64, show_default=True, help="0 writes no PNG.")
 def show(folder: str, autoencoder: str | None, output: str | None, pictures: int) -> None:
-    """Print counts, classes, buckets, statistics and disk use of FOLDER, and draw a contact sheet."""
+    """Print counts, classes, buckets, statistics and disk use of FOLDER; draw a contact sheet."""
     from lpl_pretrain.cli import data as command
 
     command.show(folder, autoencoder=autoencoder, output=output, pictures=pictures)
@@ -115,7 +115,7 @@ def seal(folder: str) -> None:
 @click.argument("config")
 @OVERRIDES
 def train(config: str, overrides: tuple[str, ...]) -> None:
-    """Train what CONFIG (configs/train/*.yaml) describes, or go on where its run stopped."""
+    """Train what CONFIG (configs/train/*.yaml) describes, or resume its run."""
     from lpl_pretrain.cli import train as command
 
     command.run(config, overrides)
@@ -166,8 +166,8 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 )
 @click.option("--output", help="File or folder to write; in the run's samples/ when absent.")
 def sample(run: str, **options: Any) -> None:
-    """Draw pictures from the EMA weights of RUN: one sheet, a folder of PNGs that say where they
-    come from, or a WebDataset tar.
+    """Draw images from the EMA weights of RUN: one grid, a folder of PNGs with their metadata, or a
+    WebDataset tar.
     """
     from lpl_pretrain.cli import sample as command
 
@@ -198,7 +198,9 @@ def sampler_of(options: dict[str, Any]) -> dict[str, Any]:
 )
 @click.option("--pending", is_flag=True, help="With --step: not again.")
 @click.option(
-    "--watch", is_flag=True, help="Go on until training has ended and everything is scored."
+    "--watch",
+    is_flag=True,
+    help="Wait for new checkpoints until training has ended and all are scored.",
 )
 def evaluate(
     run: str,
@@ -400,7 +402,9 @@ def refuse(text: str, status: int, file: Path | None) -> NoReturn:
 
 
 def end(status: int) -> NoReturn:
-    """Without destructors and without waiting for threads: both may wait for ranks that are gone."""
+    """Exits without destructors and without joining threads: both may wait for ranks that are
+    gone.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -31,7 +31,9 @@ def run(
     format: str,
     output: str | None,
 ) -> None:
-    """`sampler`: keys of SamplerConfig; without `kind` the first that suits what the run predicts."""
+    """Runs `lpl-pretrain sample`.  `sampler`: keys of SamplerConfig; without `kind` the first one
+    that suits the prediction type of the run.
+    """
     run_dir = RunDir(expand(run))
     _, chosen, weak, folders = check(
         run_dir, step, images, sampler, guide, guide_step, text_encoders
@@ -92,10 +94,8 @@ def check(
     guide_step: int | None,
     text_encoders: tuple[str, ...],
 ) -> tuple[int, SamplerConfig, GuideConfig | None, dict[str, str]]:
-    """What was asked for: (checkpoint, sampler, guide, folders of text encoders).  Raises
-    ConfigError or CheckpointError.
-
-    Whether the checkpoint is sound is seen when it is read.
+    """Checked arguments: (checkpoint, sampler, guide, folders of text encoders).  Raises
+    ConfigError or CheckpointError.  Damage of the checkpoint shows when it is read.
     """
     if images < 1:
         raise ConfigError(f"--images={images}: at least 1")

@@ -81,7 +81,7 @@ def run_dir_of(config: TrainConfig) -> RunDir:
 
 
 def finished_message(config: TrainConfig, run_dir: RunDir, world: World) -> str | None:
-    """What to print about a run that is complete, whose leftovers rank 0 removes; None: train."""
+    """Message about a run that is complete, after rank 0 has removed its leftovers; None: train."""
     reason = finished(config, run_dir)
     if reason is None:
         return None
@@ -234,7 +234,7 @@ def write(path: Path, content: bytes) -> None:
 def accepted(
     config: TrainConfig, run_dir: RunDir, world: World
 ) -> tuple[DataFolders, EvaluateConfig | None]:
-    """What a run needs, as far as this rank sees it without torch: its data, and the protocol that
+    """Reads what a run needs and can be checked without torch: its data, and the protocol that
     scores it inline.
     """
     data = read_data(config.data.folder)
@@ -278,7 +278,8 @@ def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
     except CheckpointError as error:
         return str(error)
     return (
-        f"{run_dir.path}: is being trained by {describe_holder(run_dir.live)}: wait for its end, or give "
+        f"{run_dir.path}: is being trained by {describe_holder(run_dir.live)}: wait for its end, "
+        "or give "
         "this one "
         f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
     )

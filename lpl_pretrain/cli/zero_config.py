@@ -34,7 +34,7 @@ def run(file: str, output: str | None) -> None:
 
 
 def use(adapted: Adapted, output: str | None) -> str:
-    """What to write in a run's configuration for the accepted file."""
+    """Keys to write in a run's configuration for the accepted file."""
     if adapted.is_builtin:
         return (
             f"use it as parallel.strategy=zero{adapted.stage}, whose built-in tuning it is: no "

@@ -1,5 +1,5 @@
-"""What an autoencoder's config.json says, read without torch: its family, its latents, and the
-stages of its decoder.
+"""Properties of an autoencoder in its config.json, read without torch: family, latents, and decoder
+stages.
 
 Stages are named in the order they run: `mid` at the latent's own resolution, then `up0`, `up1`, ...
 (models/decoder.py).
@@ -20,7 +20,7 @@ UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 @dataclass(frozen=True, slots=True)
-class AutoencoderFacts:
+class AutoencoderInfo:
     family: str  # diffusers class
     latent_channels: int
     downscale: int  # pixels per latent position along one side
@@ -35,7 +35,7 @@ class AutoencoderFacts:
         return list(self.upscales)
 
 
-def read_autoencoder(folder: str, path: Path) -> AutoencoderFacts:
+def read_autoencoder(folder: str, path: Path) -> AutoencoderInfo:
     """`folder` is what the user wrote, `path` where it lies.  Raises ConfigError for a family that
     is not known.
     """
@@ -54,7 +54,7 @@ def read_autoencoder(folder: str, path: Path) -> AutoencoderFacts:
     return FAMILIES[settings.text("_class_name")](settings)
 
 
-def _kl(settings: ModelJSON) -> AutoencoderFacts:
+def _kl(settings: ModelJSON) -> AutoencoderInfo:
     """SD, SDXL, SD3, FLUX and FLUX.2: `mid_block`, then `up_blocks`, all but the last of which
     double the side.
     """
@@ -65,7 +65,7 @@ def _kl(settings: ModelJSON) -> AutoencoderFacts:
             f"{settings.where}: has up blocks of type {listed}; known are {', '.join(UP_BLOCKS)}"
         )
     last = len(blocks) - 1
-    return AutoencoderFacts(
+    return AutoencoderInfo(
         settings.text("_class_name"),
         settings.count("latent_channels"),
         2 ** (len(settings.listed("block_out_channels", int)) - 1),
@@ -75,13 +75,13 @@ def _kl(settings: ModelJSON) -> AutoencoderFacts:
     )
 
 
-def _tiny(settings: ModelJSON) -> AutoencoderFacts:
+def _tiny(settings: ModelJSON) -> AutoencoderInfo:
     """TAESD and its relatives: blocks at the latent's resolution, then (upsample, convolution,
     blocks) again and again.
     """
     factor = settings.count("upsampling_scaling_factor", most=16)
     stages = len(settings.listed("num_decoder_blocks", int))
-    return AutoencoderFacts(
+    return AutoencoderInfo(
         settings.text("_class_name"),
         settings.count("latent_channels"),
         factor ** (stages - 1),
@@ -91,12 +91,12 @@ def _tiny(settings: ModelJSON) -> AutoencoderFacts:
     )
 
 
-def _dc(settings: ModelJSON) -> AutoencoderFacts:
+def _dc(settings: ModelJSON) -> AutoencoderInfo:
     """SANA: the deepest block keeps the resolution, each of the others doubles it; one without
     layers is part of the exit.
     """
     stages = sum(count > 0 for count in settings.listed("decoder_layers_per_block", int))
-    return AutoencoderFacts(
+    return AutoencoderInfo(
         settings.text("_class_name"),
         settings.count("latent_channels"),
         2 ** (len(settings.listed("encoder_block_out_channels", (int, list))) - 1),
@@ -114,7 +114,7 @@ def _scaling_factor(settings: ModelJSON) -> float | None:
     return factor
 
 
-FAMILIES: dict[str, Callable[[ModelJSON], AutoencoderFacts]] = {
+FAMILIES: dict[str, Callable[[ModelJSON], AutoencoderInfo]] = {
     "AutoencoderKL": _kl,
     "AutoencoderKLFlux2": _kl,
     "AutoencoderTiny": _tiny,

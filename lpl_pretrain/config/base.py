@@ -69,8 +69,8 @@ UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class OnError(str, Enum):
-    """What to do about a sample that cannot be read: stop with an error that names it, or use
-    another sample instead, counted and logged.
+    """Reaction to a sample that cannot be read: stop with an error that names it, or use another
+    sample instead, counted and logged.
     """
 
     STOP = "stop"

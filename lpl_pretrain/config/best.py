@@ -78,9 +78,8 @@ def best_entry(record: Record, metric: str) -> dict[str, Any] | None:
 
 
 def load_best(path: Path, warn: Warn) -> Record | None:
-    """What the file says; where it is damaged, what the records say, after a warning.
-
-    None where neither says anything.
+    """Content of the file; if it is damaged, the best of the records, after a warning.  None: there
+    is neither.
     """
     try:
         return read_best(path)

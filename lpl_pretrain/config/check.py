@@ -170,7 +170,7 @@ def _is_free(key: str, config: TrainConfig) -> bool:
 
 
 def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = ()) -> list[str]:
-    """What a run asks for and the folder does not hold; `text`: names of text encoders."""
+    """Problems with a data folder that lacks what a run needs; `text`: names of text encoders."""
     problems = [
         f"data.folder={data.folder}: has no embeddings by {name!r}, it has "
         f"{sorted(index.text) or 'none'}: "

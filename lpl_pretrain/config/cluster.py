@@ -38,7 +38,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class ClusterProfile(Section):
-    """How jobs are submitted to one SLURM cluster; `python -m launch ... --cluster FILE`."""
+    """Submission of jobs to one SLURM cluster: `python -m launch ... --cluster FILE`."""
 
     partition: Optional[SlurmValue] = None
     """SLURM partition; absent: the cluster's default one."""
@@ -79,12 +79,12 @@ class ClusterProfile(Section):
     submitting shell and do not belong into a file.
     """
     on_changed_code: Literal["warn", "refuse"] = "warn"
-    """What a requeued job does when the code of this package is not the one that submitted it."""
+    """Reaction of a requeued job to code of this package that is not the code that submitted it."""
     on_unfit_node: Literal["exclude", "stop"] = "exclude"
-    """What to do when the preflight finds a node unfit: requeue the job without it, or stop."""
+    """Reaction to a node that the preflight finds unfit: requeue the job without it, or stop."""
     on_hang: Literal["requeue", "stop", "wait"] = "requeue"
-    """What to do when the watchdog of a training reports a hang: kill and requeue the job, kill it,
-    or leave it running.
+    """Reaction to a hang that the watchdog of a training reports: kill and requeue the job, kill
+    it, or leave it running.
     """
     max_timeouts: PositiveInt = 100
     """Times that a job is requeued after its time limit."""

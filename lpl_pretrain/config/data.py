@@ -38,9 +38,9 @@ class DataConfig(Section):
     workers: PositiveInt = 1
     """Threads that prefetch batches."""
     on_error: OnError = OnError.STOP
-    """What to do about a sample that cannot be read: stop, or skip it and train on another one."""
+    """Reaction to a sample that cannot be read: stop, or skip it and train on another one."""
     max_skipped_fraction: UnitInterval = 0.001
-    """With on_error skip: stop when a larger fraction of the data is unreadable."""
+    """Largest fraction of unreadable data that on_error skip accepts."""
     cache: CacheConfig = CacheConfig()
     """Local copies of remote shards."""
     scaling: Literal["autoencoder", "per_channel"] = "autoencoder"

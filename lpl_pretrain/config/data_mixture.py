@@ -1,4 +1,4 @@
-"""One data folder, or several mixed by weight, seen as one data set."""
+"""One data set of one data folder, or of several mixed by weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class DataFolders:
     """Shares of the samples that training sees; they sum to 1."""
     indexes: list[DatasetIndex]
     merged: DatasetIndex
-    """What the whole is: no shards, statistics and class counts by weight, the buckets of all."""
+    """Index of the mixture: no shards, statistics and class counts by weight, the buckets of all
+    folders.
+    """
 
 
 def read_data(folder: str | dict[str, float]) -> DataFolders:

@@ -81,11 +81,11 @@ _WANTED = {
     "dict": "wanted a mapping",
     "model": "wanted a mapping",
 }
-"""By the start of pydantic's name for a problem."""
+"""Start of pydantic's name for a problem -> text of the message."""
 
 
 def read_index(folder: str | Path) -> DatasetIndex:
-    """Of a local folder or an fsspec URL.  Raises DataError when it is no finished data set."""
+    """Index of a local folder or an fsspec URL.  Raises DataError if it is no finished data set."""
     path = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
     missing = (
         f"{path}: not found; a folder without it is not a data set: run `lpl-pretrain "
@@ -132,12 +132,12 @@ def with_digest(index: DatasetIndex) -> DatasetIndex:
 
 
 def index_bytes(index: DatasetIndex) -> bytes:
-    """What `index.json` holds, digest included."""
+    """Content of `index.json`, digest included."""
     return json.dumps(with_digest(index).model_dump(mode="json"), indent=2).encode() + b"\n"
 
 
 def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
-    """A whole small file, here or behind a URL.  Raises DataError: `missing` when it is not there."""
+    """Content of a small file or URL.  Raises DataError, with `missing` if it is absent."""
     size = 0
     try:
         if is_url(path):

@@ -23,10 +23,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.tar")
 _ENCODER_NAME = re.compile(r"[a-z0-9_]{1,64}")
 MAX_COUNT = 2**53
-"""Of samples and bytes: whole numbers that a float holds exactly."""
+"""Largest number of samples or bytes: a float holds whole numbers up to it exactly."""
 MAX_CHANNELS, MAX_SIDE, MAX_TOKENS, MAX_WIDTH, MAX_PX = 65_536, 65_536, 65_536, 1_048_576, 1_048_576
 MAX_LATENT_BYTES = 2**31
-"""Of one sample's moments."""
+"""Largest size of one sample's moments."""
 
 
 def index_problems(index: DatasetIndex) -> list[str]:

@@ -29,12 +29,12 @@ class ShardEntry(Section):
     bytes: int
     sha256: str
     offsets_sha256: str
-    """Of the file beside it that says where in the tar everything lies (data/offsets.py)."""
+    """sha256 of the file beside it with the offsets of the tar's members (data/offsets.py)."""
 
 
 class AutoencoderEntry(Section):
     name: str = ""
-    """As the configuration of `encode` named it."""
+    """Path in the configuration of `encode`."""
     identity: str
     """sha256 over the weights and config.json (models/autoencoder.py)."""
     downscale: int
@@ -47,8 +47,8 @@ class AutoencoderEntry(Section):
 class LatentEntry(Section):
     channels: int
     height: int
-    """Of the square bucket, or of the one with the most samples, in latent positions: what a run
-    generates.
+    """Side of the latents that a run generates, in latent positions: of the square bucket, or else
+    of the one with the most samples.
     """
     width: int
     mean: list[float]
@@ -61,7 +61,7 @@ class LatentEntry(Section):
 
 class BucketEntry(Section):
     height: int
-    """In latent positions."""
+    """Height in latent positions, as `width`."""
     width: int
     samples: int
 
@@ -94,7 +94,7 @@ class DatasetIndex(Section):
     """Samples that have one."""
     text: dict[str, TextEntry] = {}
     null_text: dict[str, FileEntry] = {}
-    """By text encoder: the file of the empty caption's embedding; absent in format 2."""
+    """Text encoder -> file of its embedding of the null text; absent in format 2."""
     latent: LatentEntry
     buckets: list[BucketEntry]
     moments_dtype: Literal["fp16", "bf16"] = "fp16"
@@ -125,7 +125,7 @@ class DatasetIndex(Section):
 
     @property
     def order_key(self) -> str:
-        """What the order of samples is drawn from: the shards' content, in every format."""
+        """Seed material of the order of samples: the shards' content, in every format."""
         return self.shards_fingerprint or self.fingerprint
 
 

@@ -77,6 +77,6 @@ class EncodeConfig(Section):
     seed: NonNegativeInt = 0
     """Seed of random crops, and of the order in which images of an image folder go to shards."""
     on_error: OnError = OnError.STOP
-    """What to do about an image that cannot be read."""
+    """Reaction to an image that cannot be read."""
     max_skipped_fraction: UnitInterval = 0.001
-    """With on_error skip: stop when a larger fraction of the source is unreadable."""
+    """Largest fraction of unreadable images that on_error skip accepts."""

@@ -32,10 +32,10 @@ class ExtractorInfo:
     """One kind of extractor; its loader is the ExtractorSpec of the same kind."""
 
     kind: str
-    """As in an extractor's `kind`."""
+    """Value of an extractor's key `kind`."""
     outputs: frozenset[Output]
     weights: Literal["package", "file", "folder"]
-    """Where the weights are: in a package that is installed with this one, or at a path."""
+    """Source of the weights: a package that is installed with this one, or a path."""
     weights_help: str = ""
     """Remedy for absent weights; `{network}` stands for the extractor's `network`."""
     needs_network: bool = False

@@ -19,7 +19,7 @@ BISECTIONS = 50
 
 
 def gate_fraction(gate: GateConfig, diffusion: DiffusionConfig) -> float:
-    """In [0, 1], by bisection: noise grows with t, and t with its uniform u."""
+    """Fraction in [0, 1], by bisection: noise grows with t, and t with its uniform u."""
     levels = _noise_levels(diffusion.schedule, diffusion.zero_terminal_snr)
     limit = _max_noise_level(gate, levels)
     low, high = 0.0, 1.0
@@ -52,7 +52,7 @@ def _noise_level(t: float, levels: tuple[float, ...]) -> float:
 
 
 def _quantile(timesteps: TimestepConfig, u: float) -> float:
-    """As diffusion/timesteps.py."""
+    """Quantile of t at `u` in [0, 1], as in diffusion/timesteps.py."""
     t = u
     if timesteps.distribution == "logit_normal":
         logit = timesteps.mean + timesteps.std * NormalDist().inv_cdf(u)

@@ -1,4 +1,6 @@
-"""Who a frozen network is: a hash of its configuration and weights, taken from the files alone."""
+"""Hashes that identify frozen networks and files: of a configuration and weights, from the files
+alone.
+"""
 
 from __future__ import annotations
 

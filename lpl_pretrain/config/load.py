@@ -1,5 +1,5 @@
-"""From a YAML file, its `base:` chain and `key=value` overrides to a frozen, fully resolved
-configuration.
+"""Loading of configurations: from a YAML file, its `base:` chain and `key=value` overrides to a
+frozen, fully resolved configuration.
 
 A file may name another one as its `base:` (path relative to itself) and say only what differs:
 mappings merge, unless their `kind` differs; anything else replaces.  A section set to null is
@@ -43,8 +43,8 @@ ALTERNATIVES = {
     "lpl.gate": frozenset({"snr_above", "noise_level_below", "timestep_below"}),
     "init_from": frozenset({"run", "file", "diffusers"}),
 }
-"""By section: keys of which exactly one is set.  A file over its base, or an override, replaces the
-one that was there.
+"""Section -> keys of which exactly one is set.  One in a file over its base, or in an override,
+replaces another in the base.
 """
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
@@ -52,7 +52,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 def load_config(cls: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Raises ConfigError that lists every wrong key or value at once, up to a limit."""
     file = expand(path)
-    raw = _read_with_base(file, seen=())
+    raw = _read_with_base(file, visited=())
     if is_stored_copy(file):
         raw = with_new_keys(cls.__name__, raw)
     given = {override.partition("=")[0] for override in overrides}
@@ -68,7 +68,7 @@ def load_run_config(run_dir: RunDir) -> TrainConfig:
             f"{run_dir.config}: not found; {run_dir.path} is not a run directory: start one with "
             "`lpl-pretrain train`"
         )
-    raw = _read_with_base(run_dir.config, seen=())
+    raw = _read_with_base(run_dir.config, visited=())
     return validate_stored(TrainConfig, raw, where=str(run_dir.config))
 
 
@@ -80,7 +80,7 @@ def validate(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyConfig
 
 
 def validate_stored(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyConfig:
-    """As `validate`, for settings that this package stored, perhaps under earlier names of keys."""
+    """Validates settings that this package stored, perhaps under earlier names of keys."""
     return validate(cls, with_new_keys(cls.__name__, raw), where)
 
 
@@ -99,12 +99,12 @@ def differences(stored: Section, wanted: Section) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _read_with_base(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+def _read_with_base(path: Path, visited: tuple[str, ...]) -> dict[str, Any]:
     real = os.path.realpath(path)
-    if real in seen:
-        chain = " -> ".join(one_line(name, 60) for name in (*seen, real))
+    if real in visited:
+        chain = " -> ".join(one_line(name, 60) for name in (*visited, real))
         raise ConfigError(f"{one_line(str(path))}: its `base:` chain comes back to itself: {chain}")
-    if len(seen) > MAX_BASES:
+    if len(visited) > MAX_BASES:
         raise ConfigError(
             f"{one_line(str(path))}: is the end of a chain of more than {MAX_BASES} `base:` files"
         )
@@ -118,7 +118,7 @@ def _read_with_base(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         other = path.parent / expand(base)
     except ConfigError as problem:
         raise ConfigError(f"{one_line(str(path))}: base: {problem}") from None
-    return _merge(_read_with_base(other, (*seen, real)), raw)
+    return _merge(_read_with_base(other, (*visited, real)), raw)
 
 
 def _merge(base: dict[str, Any], delta: dict[str, Any], section: str = "") -> dict[str, Any]:

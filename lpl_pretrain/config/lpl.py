@@ -52,7 +52,7 @@ class GateConfig(Section):
 
 
 class NormalizeConfig(Section):
-    """Normalisation of both branches' features before their comparison (losses/lpl/normalize.py)."""
+    """Normalisation of the features of both branches (losses/lpl/normalize.py)."""
 
     over: Literal["space", "channels", "batch"] = "space"
     """Statistics over the positions of a channel, over the channels at a position, or over
@@ -164,7 +164,7 @@ class LPLConfig(Section):
     `calibration_steps`, then fixed.
     """
     calibration_steps: PositiveInt = 50
-    """With target_fraction: updates from `start_step` on over which both losses are measured."""
+    """Updates from `start_step` on over which both losses are measured for target_fraction."""
     start_step: Union[NonNegativeInt, Annotated[float, Field(gt=0.0, lt=1.0)]] = 0
     """First step (from 0) with LPL: a whole number of steps, or a fraction of `steps`, such as
     0.875 (rounded down).  A run's resolved configuration holds the number of steps.

@@ -106,7 +106,7 @@ def _never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
 
 
 def _stage_problems(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]:
-    """Problems with stages that the decoder in `folder` does not have; `stages`: those that it has."""
+    """Problems with the stages of `lpl`; `stages`: those of the decoder in `folder`."""
     problems: list[str] = []
     unknown = [stage for stage in lpl.stages or [] if stage not in stages]
     if unknown or lpl.stages == []:

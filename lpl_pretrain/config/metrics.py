@@ -17,7 +17,7 @@ class Score:
     """One number that a metric yields."""
 
     name: str
-    """In records and charts, followed by `_<extractor>`: fd_efficientnet_lite0."""
+    """Name in records and charts, followed by `_<extractor>`: fd_efficientnet_lite0."""
     title: str
     higher_is_better: bool = False
     fid_name: str | None = None
@@ -31,7 +31,7 @@ class MetricInfo:
 
     name: str
     output: Output
-    """What it compares; it is computed for every extractor that gives this."""
+    """Output that it compares; it is computed for every extractor that has this output."""
     scores: tuple[Score, ...]
     compares_images: bool = False
     """Whether it needs the features of single real images, and not mean and covariance alone."""

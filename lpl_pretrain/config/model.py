@@ -106,7 +106,7 @@ class DiTConfig(TransformerConfig):
     (in_context), or by a cross-attention in every block.
     """
     learned_sigma: bool = False
-    """Also predict the variance of a sampling step (for eps and v; arXiv 2102.09672, section 3.1),
+    """Predict the variance of a sampling step too (for eps and v; arXiv 2102.09672, section 3.1),
     as the published checkpoints do.
     """
     timestep_frequencies: Literal["dit", "diffusers"] = "dit"

@@ -1,5 +1,5 @@
-"""What a name or a path may be, whoever gives it: text that a file system, a script and a log can
-hold as it is.
+"""Rules for names and paths from any source: text that a file system, a script and a log can hold
+unchanged.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def unusable_character(text: str) -> str | None:
 
 
 def name_problem(text: str) -> str | None:
-    """What keeps `text` from being the name of one file, if anything."""
+    """Reason why `text` cannot be the name of one file; None: it can."""
     if problem := unusable_character(text):
         return f"{problem}; wanted printable characters"
     if not text or text in (".", ".."):
@@ -57,7 +57,7 @@ def name_problem(text: str) -> str | None:
 
 
 def path_problem(text: str) -> str | None:
-    """What keeps `text` from being a path or URL, if anything."""
+    """Reason why `text` cannot be a path or URL; None: it can."""
     if problem := unusable_character(text):
         return f"{problem}; wanted printable characters"
     if not text:

@@ -1,4 +1,6 @@
-"""What the data hold and a run does not use, and what does not end: named when training starts."""
+"""Warnings at the start of training: data that a run does not use, and a ramp of LPL that does not
+end.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lpl_pretrain.config.base import OnError, Section, UnitInterval
 
 
 class OnSpike(str, Enum):
-    """What to do about an update whose gradient norm or loss spikes (trainer/spikes.py)."""
+    """Reaction to an update whose gradient norm or loss spikes (trainer/spikes.py)."""
 
     IGNORE = "ignore"
     STOP = "stop"
@@ -82,14 +82,14 @@ class OptimizerConfig(Section):
     decay_from_steps: Optional[PositiveInt] = None
     """inverse_sqrt: lr / sqrt(max(step / this, 1)) (arXiv 2312.02696, equation 67)."""
     on_nonfinite: OnError = OnError.STOP
-    """What to do about a loss or gradient that is not finite: stop, with the parameters before that
+    """Reaction to a loss or gradient that is not finite: stop, with the parameters before that
     update, or skip the update, log it and go on.
     """
     max_skipped_updates: NonNegativeInt = 10
-    """With on_nonfinite skip: stop the run after more skipped updates than this."""
+    """Largest number of skipped updates of a run that on_nonfinite skip accepts."""
     on_spike: OnSpike = OnSpike.IGNORE
-    """What to do about a gradient norm or loss far above those of the last updates: ignore it;
-    stop, with the parameters before that update; skip that update; rollback: restore the newest
+    """Reaction to a gradient norm or loss far above those of the last updates: ignore it; stop,
+    with the parameters before that update; skip that update; rollback: restore the newest
     checkpoint and skip the samples of that update.
     """
     spike: SpikeConfig = SpikeConfig()

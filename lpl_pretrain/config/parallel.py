@@ -13,7 +13,7 @@ FSDP2_KEYS = ("shard_size", "reshard_after_forward", "cpu_offload")
 
 
 class StrategyKind(str, Enum):
-    """How parameters, gradients and optimizer states are divided among the ranks."""
+    """Division of parameters, gradients and optimizer states among the ranks."""
 
     LOCAL = "local"
     DDP = "ddp"
@@ -50,7 +50,7 @@ class Precision(str, Enum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
-    """With a dynamic loss scale; for GPUs without bf16."""
+    """Arithmetic with a dynamic loss scale; for GPUs without bf16."""
     FP8 = "fp8"
     """bf16, with float8 products in the linear layers of the blocks (torchao)."""
     FP64 = "fp64"
@@ -68,7 +68,7 @@ class ParallelConfig(Section):
     """Sharding, precision and memory of the denoiser's training."""
 
     strategy: StrategyKind = StrategyKind.LOCAL
-    """How parameters, gradients and optimizer states are divided among the ranks."""
+    """Division of parameters, gradients and optimizer states among the ranks."""
     zero_config: Optional[PathText] = None
     """DeepSpeed JSON (configs/zero/*.json) with engine tuning only, never batch, precision or
     clipping.  `zero` needs one; `zero1`, `zero2` and `zero3` have built-in tuning.
@@ -81,7 +81,7 @@ class ParallelConfig(Section):
     products and attention.
     """
     checkpoint_every_blocks: PositiveInt = 1
-    """With activation checkpointing: apply it to every n-th block."""
+    """Apply activation checkpointing to every n-th block."""
     shard_size: Optional[PositiveInt] = None
     """fsdp2: ranks that shard one copy of the model, which other groups of ranks replicate (HSDP);
     absent: all ranks.

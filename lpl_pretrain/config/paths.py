@@ -1,8 +1,7 @@
-"""From what a user writes for a path to a path of this machine.  `~` is expanded here and nowhere
-else.
+"""Paths as a user writes them -> paths of this machine.  `~` is expanded here and nowhere else.
 
-Fields of a configuration are expanded as they are read (PathText in config/base.py), arguments
-of the command line by `expand`.
+Fields of a configuration are expanded as they are read (PathText in config/base.py), arguments of
+the command line by `expand`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, in our words and with our keys."""
+"""Translation of pydantic's errors about a configuration into our messages, with our keys."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def problems_of(cls: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 def _lines(group: list[tuple[Location, Any]], config_class: str) -> list[str]:
-    """Of one value: what is wrong with it as the member of a union whose kind it has, or that it is
-    none of them.
+    """Problem of one value: as the member of a union whose type it has, or that it has none of its
+    types.
     """
     place, problem = group[0]
     if place.union is None:
@@ -190,7 +190,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _tagged(members: list[Any]) -> dict[Any, type[BaseModel]]:
-    """By `kind`; empty where a member has none."""
+    """Members by their `kind`; empty if one has none."""
     if not all(isinstance(member, type) and issubclass(member, BaseModel) for member in members):
         return {}
     return {member.model_fields["kind"].default: member for member in members}

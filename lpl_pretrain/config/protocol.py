@@ -23,7 +23,7 @@ from lpl_pretrain.config.metrics import METRICS
 
 
 class SamplerConfig(Section):
-    """How images are sampled."""
+    """Sampler: its kind, steps and times, and where guidance is applied."""
 
     kind: Literal["ddim", "dpmpp_2m", "euler", "heun"]
     """ddim and dpmpp_2m for eps- and v-prediction; euler and heun for flow."""
@@ -56,7 +56,7 @@ class GuideConfig(Section):
     step: Optional[PositiveInt] = None
     """Step of one of its complete checkpoints; absent: the newest."""
     weights: Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3})$")] = "ema"
-    """Its weights: ema, raw, or a power-function average that it tracks."""
+    """Weights of that checkpoint: ema, raw, or a power-function average that the run tracks."""
 
 
 Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema_power_0\.[0-9]{3}|posthoc_0\.[0-9]{3})$")]
@@ -139,7 +139,7 @@ class EvaluateConfig(Section):
     tracks (`ema_power_0.050`), or one reconstructed from its snapshots (`posthoc_0.080`).
     """
     sampler: SamplerConfig
-    """How images are sampled."""
+    """Sampler: its kind, steps and times."""
     guide: Optional[GuideConfig] = None
     """Weaker model to guide away from; absent: the null condition."""
     guidance_scales: list[Annotated[float, Field(ge=1.0)]] = [1.0]
@@ -172,12 +172,10 @@ class EvaluateConfig(Section):
     kid_subset_size: PositiveInt = 1000
     """Images in each of them."""
     on_too_few_images: Literal["warn", "refuse"] = "warn"
-    """What to do when there are fewer images than features, which biases a Frechet distance
-    upwards.
-    """
+    """Reaction to fewer images than features, which bias a Frechet distance upwards."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the denoiser."""
     keep_images: Literal["none", "png", "npz", "tar"] = "none"
-    """Also save the generated images, beside the record."""
+    """Save the generated images too, beside the record."""
     grid_images: NonNegativeInt = 64
     """Images in the grid samples/step_*.png, at the largest guidance scale."""

@@ -62,7 +62,7 @@ def is_scored(path: Path) -> bool:
 
 
 def _record_problem(record: Record, path: Path) -> str | None:
-    """What keeps an object from being the record of this step and protocol, if anything."""
+    """Reason why an object is not the record of this step and protocol; None: it is."""
     protocol, results = record.get("protocol"), record.get("results")
     if not is_count(record.get("step")) or record["step"] != step_of(path.parent.name):
         return f"step: found {shown(record.get('step'))}, the folder is called {path.parent.name}"
@@ -78,7 +78,7 @@ def _record_problem(record: Record, path: Path) -> str | None:
 
 
 def entry_problem(entry: Any) -> str | None:
-    """What is wrong with the keys that every score has, if anything."""
+    """Problem with the keys that every score has, if any."""
     if not isinstance(entry, dict):
         return f"found {shown(entry)}, wanted an object"
     for key in ("metric", "weights"):

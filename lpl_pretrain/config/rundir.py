@@ -1,10 +1,11 @@
-"""The name of every file in a run, which checkpoints are complete, and which evaluations are
-pending.
+"""Layout of a run's folder: the names of its files, its complete checkpoints and pending
+evaluations.
 
 runs/<name>/  config.yaml  provenance.json  preflight.json  metrics.jsonl  report.html
               checkpoints/step_00010000/{manifest.json, index.json, pieces_*.safetensors,
               state.json} snapshots/step_00010000/ (power-function averages, as a checkpoint)
-              evaluations/step_00010000/<protocol>.json   samples/step_00010000_<protocol>.png   logs/rank_00000.log
+              evaluations/step_00010000/<protocol>.json   logs/rank_00000.log
+              samples/step_00010000_<protocol>.png
               logs/stacks_rank_00000.txt (of a hang)
               evaluations/best_<protocol>.json   lpl/step_00010000.png
 """
@@ -40,7 +41,7 @@ class RunDir:
 
     @property
     def preflight(self) -> Path:
-        """What the newest start has found out about its nodes."""
+        """Findings of the newest start about its nodes."""
         return self.path / "preflight.json"
 
     @property
@@ -74,15 +75,17 @@ class RunDir:
         return self.path / "evaluations" / step_name(step) / f"{protocol}.json"
 
     def evaluation_lease(self, step: int, protocol: str) -> Path:
-        """Of the evaluator that works on it; its checkpoint is not removed meanwhile."""
+        """Lease of the evaluator that scores the checkpoint, which is not removed meanwhile."""
         return self.path / "evaluations" / step_name(step) / f"{protocol}.lease"
 
     def queue_lease(self, step: int, protocol: str) -> Path:
-        """Of whoever has it in a queue for an evaluator; as good as the evaluator's own."""
+        """Lease for the time that an evaluator waits in a queue; it protects the checkpoint in the
+        same way.
+        """
         return self.path / "evaluations" / step_name(step) / f"{protocol}.queued.lease"
 
     def best(self, protocol: str) -> Path:
-        """Which checkpoint has the best score; it is not removed."""
+        """File that names the checkpoint with the best score, which is not removed."""
         return self.path / "evaluations" / f"best_{protocol}.json"
 
     def best_files(self) -> list[Path]:
@@ -112,11 +115,11 @@ class RunDir:
         return self.path / "logs" / f"rank_{rank:05d}.log"
 
     def ledger(self, rank: int) -> Path:
-        """Which samples this rank's updates were made of, where that is asked for."""
+        """Sample indices of this rank's updates, with log.sample_indices."""
         return self.path / "logs" / f"samples_rank_{rank:05d}.jsonl"
 
     def stacks(self, rank: int) -> Path:
-        """What the threads of a rank were doing when the run hung, one hang behind the other."""
+        """Stacks of a rank's threads when the run hung; a second hang appends."""
         return self.path / "logs" / f"stacks_rank_{rank:05d}.txt"
 
     def complete_checkpoints(self) -> list[int]:

@@ -120,7 +120,7 @@ class TrainConfig(Section):
     ema: EMAConfig = EMAConfig()
     """Averages of the parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are saved, and which are kept."""
+    """Times at which checkpoints are saved, and which are kept."""
     inline_evaluation: Optional[PathText] = None
     """Evaluation protocol (configs/evaluate/*.yaml) that scores every checkpoint while training
     waits; for single machines.  Elsewhere `lpl-pretrain evaluate --watch` scores them in processes

@@ -1,4 +1,4 @@
-"""What looks like a secret in a cluster profile, whose text ends up in scripts and in job.json."""
+"""Recognition of secrets in a cluster profile, whose text ends up in scripts and in job.json."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SECRET_WORDS = frozenset(
     }
 )
 SECRET_ENDS = ("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "TOKEN", "APIKEY", "CREDENTIALS")
-"""Also without a word boundary before them: GITHUBTOKEN."""
+"""Ends of names of secrets, without a word boundary before them: GITHUBTOKEN."""
 SECRET_OPTIONS = ("PASSWORD", "PASSWD", "TOKEN", "SECRET", "KEY", "PAT")
 """Last words of options of a command, such as --docker-password, whose value is the next word."""
 HARMLESS = re.compile(
@@ -64,7 +64,7 @@ TOKENS = (
     r"dckr_pat_[\w-]{12,}",
     r"SG\.[\w-]{16,}",
 )
-"""What tokens of well-known services begin with."""
+"""Patterns of tokens of well-known services."""
 PATTERNS = {
     "a password in a URL": re.compile(
         r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/@:]*:[^\s/@]+|[\w-]{20,})@"
@@ -81,7 +81,7 @@ PATTERNS = {
     ),
 }
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-"""As devices are named by."""
+"""UUIDs, which name devices."""
 HEXADECIMAL = re.compile(r"(?<![\w:.@/-])[0-9a-fA-F]{32,}(?![\w-])")
 LONG_WORD = re.compile(r"(?<![\w/+.~-])[A-Za-z0-9+][\w+/-]{31,}={0,2}(?![\w/+.-])")
 CHANGES = 0.4
@@ -94,7 +94,7 @@ OPTION = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
 
 def looks_secret(name: str, value: str) -> str | None:
-    """Why a variable of this name and value looks like a secret; None when it does not."""
+    """Reason why a variable of this name and value looks like a secret; None: it does not."""
     named = set(_words(name)) & SECRET_WORDS or name.upper().endswith(SECRET_ENDS)
     if named and not SWITCH.fullmatch(value) and not HARMLESS.fullmatch(name.upper()):
         return "its name says so"
@@ -104,9 +104,7 @@ def looks_secret(name: str, value: str) -> str | None:
 
 
 def secret_value(value: str, *, hexadecimal: bool = True) -> str | None:
-    """What kind of secret is in a text; None when there is none.  `hexadecimal`: long numbers
-    count.
-    """
+    """Kind of secret that a text holds; None: none.  `hexadecimal`: long hex numbers count."""
     value = UUID.sub("", value)
     for kind, pattern in PATTERNS.items():
         if pattern.search(value):
@@ -119,7 +117,7 @@ def secret_value(value: str, *, hexadecimal: bool = True) -> str | None:
 
 
 def secret_in_line(line: str) -> tuple[str, str] | None:
-    """(what holds it, why) of the first secret in a line of shell."""
+    """First secret in a line of shell, as (name, reason)."""
     try:
         return secret_in_words(shlex.split(line))
     except ValueError:  # an open quote
@@ -127,9 +125,7 @@ def secret_in_line(line: str) -> tuple[str, str] | None:
 
 
 def secret_in_words(words: Iterable[str]) -> tuple[str, str] | None:
-    """(what holds it, why) of the first secret in the words of a command: assignments, options,
-    values.
-    """
+    """First secret in the words of a command (assignments, options, values), as (name, reason)."""
     option = ""
     for word in words:
         for name, value in _named(word, option):

@@ -87,7 +87,7 @@ def shown(value: object) -> str:
 
 
 def key_problem(content: Any, wanted: Mapping[str, object] | frozenset[str]) -> str | None:
-    """What is wrong with the keys of an object that should have exactly these, if anything."""
+    """Problem with the keys of an object that should have exactly `wanted`, if any."""
     if not isinstance(content, dict):
         return f"found {shown(content)}, wanted an object"
     if missing := sorted(

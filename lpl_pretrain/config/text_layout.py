@@ -50,8 +50,8 @@ def text_shape(layout: Layout, entries: dict[str, TextEntry]) -> TextShape:
 def text_problems(
     layout: Layout, entries: dict[str, TextEntry], folder: object, *, model: Any
 ) -> list[str]:
-    """Problems with `conditioning.text_encoders`: missing for a model that reads text, given for one
-    that does not, named twice, without a pooled vector.  `model`: its section.
+    """Problems with `conditioning.text_encoders`: missing for a model that reads text, given for
+    one that does not, named twice, without a pooled vector.  `model`: its section.
     """
     names, kind = encoders(layout), model.kind
     if not names:

@@ -49,7 +49,7 @@ def power_kind(sigma_rel: float) -> str:
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are saved, and which are kept."""
+    """Times at which checkpoints are saved, and which are kept."""
 
     every_steps: PositiveInt = 1000
     """Updates between two checkpoints."""
@@ -83,7 +83,7 @@ class LogConfig(Section):
     every_steps: PositiveInt = 50
     """Updates between two lines of metrics."""
     sample_indices: bool = False
-    """Also log which samples each update trained on; `lpl-pretrain audit` compares them with the
+    """Log which samples each update trained on too; `lpl-pretrain audit` compares them with the
     planned ones.
     """
     trackers: tuple[TrackerName, ...] = ()
@@ -106,8 +106,8 @@ class LogConfig(Section):
 
 
 class WatchdogConfig(Section):
-    """When a run counts as hung: no step has ended for `factor` times the median of the last ones,
-    and for at least `at_least_s`.
+    """Definition of a hang: no step has ended for `factor` times the median of the last ones, and
+    for at least `at_least_s`.
 
     Every rank then writes the stacks of its threads (runtime/watchdog.py), and a job of `launch`
     does what `on_hang` of its cluster profile says.

@@ -120,7 +120,7 @@ def parse(text: str, where: str) -> Any:
 
 
 def plain_scalar(text: str, where: str) -> Any:
-    """What an unquoted scalar stands for.  Raises ConfigError for an integer that is too long."""
+    """Value of an unquoted scalar.  Raises ConfigError for an integer that is too long."""
     if NULL.fullmatch(text):
         return None
     if found := BOOL.fullmatch(text):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpl_pretrain.config.autoencoder import AutoencoderFacts, read_autoencoder
+from lpl_pretrain.config.autoencoder import AutoencoderInfo, read_autoencoder
 from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
 from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
@@ -30,7 +30,7 @@ for name in (
 class Autoencoder(nn.Module):
     """A diffusers autoencoder, frozen, in eval mode, float32 unless moved."""
 
-    def __init__(self, network: Any, identity: str, facts: AutoencoderFacts) -> None:
+    def __init__(self, network: Any, identity: str, facts: AutoencoderInfo) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.identity = identity
@@ -87,7 +87,7 @@ def load_autoencoder(folder: str) -> Autoencoder:
     return Autoencoder(network, identity, facts)
 
 
-def _shift_and_scale(network: Any, facts: AutoencoderFacts) -> tuple[float, float]:
+def _shift_and_scale(network: Any, facts: AutoencoderInfo) -> tuple[float, float]:
     """FLUX.2 has no scaling factor but running statistics of its patched latents: their overall
     mean and deviation stand in.
     """

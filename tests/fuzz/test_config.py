@@ -284,7 +284,7 @@ def test_any_override(folder, key, text):
 @example(text="a\x85b\u2028\n")
 @example(text="😀")
 def test_an_override_is_the_text_that_was_typed(folder, text):
-    """As it stands, where it does not look like another value; and always as a JSON text."""
+    """Text that looks like no other value is read unchanged, and always as a JSON string."""
     for spelt in (text, json.dumps(text)):
         config = load_or_check_error(TrainConfig, folder / "tiny.yaml", [f"name={spelt}"])
         assert config is None or config.name == (
@@ -441,8 +441,8 @@ TEXT = TextShape(tokens=3, width=8, pooled_width=4)
 )
 @example(model={"kind": "unet", "preset": "ldm", "settings": {"layers_per_block": "2"}}, side=8)
 def test_every_accepted_model_runs(model, side):
-    """What the rules and the run on meta tensors accept has a first forward on a device, and a loss
-    with gradients.
+    """A model that the rules and the run on meta tensors accept has a forward on a device, and a
+    loss with gradients.
     """
     raw = {**train_config().model_dump(mode="json"), "model": model}
     index = dataset_index(side=side)

@@ -102,7 +102,7 @@ def deepspeed():
 
 
 def accepted(file):
-    """What is read of a file, or None with a message that is short and names the file."""
+    """Content of a file, or None after a message that is short and names the file."""
     try:
         return read_zero_config(file)
     except ConfigError as error:
@@ -159,9 +159,7 @@ def test_damaged_bytes_of_shipped_files(file, deepspeed, number, inserted, at, c
 @example({"scheduler": {"type": ["x"], "params": 3}, "train_batch_size": -1})
 @given(FILES | st.dictionaries(st.sampled_from(sorted({*OWNED, *TUNING})), ANYTHING, max_size=4))
 def test_what_is_adapted_is_accepted(file, deepspeed, content):
-    """And adapting it again changes nothing; everything that was there is kept, or named as taken
-    out or changed.
-    """
+    """A second adaptation changes nothing; every key is kept, or named as removed or changed."""
     file.write_text(json.dumps(content))
     try:
         adapted = adapt_file(file)

@@ -18,7 +18,7 @@ TYPES = {
 
 
 def schema_errors(value: Any, schema: Any, root: dict[str, Any], path: str = "") -> list[str]:
-    """What of `value` does not fit, each with its path; empty for a valid one."""
+    """Errors of `value`, each with its path; empty for a valid one."""
     if isinstance(schema, bool):
         return [] if schema else [f"{path}: not allowed"]
     if "$ref" in schema:

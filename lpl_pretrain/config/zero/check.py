@@ -77,7 +77,7 @@ def show_path(path: str | Path) -> str:
 def find_problems(
     content: dict[str, Any], known: set[tuple[str, ...]] | None = None
 ) -> list[Problem]:
-    """What cannot be used of a JSON object; `known`: paths that have a problem already."""
+    """Keys of a JSON object that cannot be used; `known`: paths that have a problem already."""
     problems = list(_table_problems(content, TUNING, (), None))
     if "zero_optimization" not in content:
         problems.append(_stage_problem(None))
@@ -130,7 +130,7 @@ def _table_problems(
 
 
 def value_problem(value: Any, rule: Key, stage: int | None = None) -> str | None:
-    """Why a key cannot have this value; None when it can."""
+    """Reason why a key cannot have this value; None: it can."""
     if rule.refused:
         off = same(value, rule.default) or value is None or (value is False and not rule.default)
         return None if off else f"{rule.refused}; remove it"
@@ -147,7 +147,7 @@ def value_problem(value: Any, rule: Key, stage: int | None = None) -> str | None
 
 
 def _contradictions(content: dict[str, Any], zero: dict[str, Any]) -> Iterator[Problem]:
-    """What only DeepSpeed would refuse, or silently ignore, later."""
+    """Combinations that only DeepSpeed would refuse, or silently ignore, later."""
     path = ("zero_optimization",)
     for name in STAGE_3:
         if name in zero and f"stage3_{name}" in zero:

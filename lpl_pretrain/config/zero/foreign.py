@@ -39,7 +39,7 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Adapted:
     settings: dict[str, Any]
-    """What `read_zero_config` accepts."""
+    """Settings that `read_zero_config` accepts."""
     changes: list[Change]
 
     @property

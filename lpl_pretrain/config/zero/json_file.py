@@ -24,7 +24,7 @@ BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong at one key of the file."""
+    """Problem at one key of the file."""
 
     path: tuple[str, ...]
     text: str

@@ -13,22 +13,22 @@ from typing import Any, Union
 STAGES = (0, 1, 2, 3)
 INT64_MAX = 2**63 - 1
 MAX_BUFFER_ELEMENTS = 10**11
-"""Of buffers that DeepSpeed allocates whole; more than any device holds."""
+"""Largest size of buffers that DeepSpeed allocates whole; more than any device holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     wanted: str
-    """In words, for messages."""
+    """Description for messages."""
     accepts: Callable[[Any], bool]
     default: Any
     """DeepSpeed's."""
     stages: tuple[int, ...] = STAGES
-    """Those in which another value than the default has an effect."""
+    """Stages in which another value than the default has an effect."""
     integer: bool = False
     """Whether 5e8 means 500000000."""
     refused: str = ""
-    """Why no other value than the default can be used; such a key is not passed on to DeepSpeed."""
+    """Reason why only the default can be used; such a key is not passed on to DeepSpeed."""
 
 
 Keys = dict[str, Union[Key, "Keys"]]

@@ -27,7 +27,7 @@ NOTES = {
 
 
 def translate(key: str, value: Any) -> str:
-    """What to write instead of a key in OWNED: `key=value ...`, or which key of ours decides."""
+    """Replacement of a key in OWNED: `key=value ...`, or the name of our key that decides it."""
     owner, overrides = OWNED[key], " ".join(_OVERRIDES.get(key, _nothing)(value))
     if not overrides:
         nothing = owner.startswith(NO_COUNTERPART)

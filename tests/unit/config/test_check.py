@@ -261,8 +261,8 @@ def test_objectives_that_do_not_go_together(identity, diffusion, words):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("train/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_fits_itself(path):
-    """On a data folder as it wants one, on 8 processes: all relations but those to files that are
-    not here.
+    """Data folder as the configuration needs it, on 8 processes: all relations hold but those to
+    files that are not here.
     """
     config = load_config(TrainConfig, path)
     entries = {

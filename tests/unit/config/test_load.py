@@ -142,7 +142,7 @@ def test_every_encode_config_loads(path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("evaluate/*.yaml")), ids=lambda p: p.stem)
 def test_every_evaluate_config_loads_and_fits_together(path):
-    """But for weights files, which are the user's."""
+    """Weights files are the only exception: they are the user's."""
     protocol = load_config(EvaluateConfig, path)
     assert protocol.name == path.stem
     with_files = protocol.model_copy(

@@ -55,7 +55,7 @@ def test_refused_with_the_remedy(lpl, words):
 
 @pytest.mark.parametrize("share", [0, 0.1])
 def test_a_share_of_zero_is_a_run_without_it(share):
-    """As `lpl: null`, from its identity to its saved file: the baseline of a sweep."""
+    """A baseline equals `lpl: null`, from its identity to its saved file."""
     raw = train_config().model_dump(mode="json")
     config, without = (
         validate(TrainConfig, {**raw, "lpl": lpl}, "x.yaml")

@@ -34,7 +34,9 @@ from lpl_pretrain.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 OLD_RUN = Path(__file__).parent / "old_run" / "config.yaml"
-"""What the version before the first rename stored for a run, every renamed key off its default."""
+"""Configuration of a run that the version before the first rename stored, with every renamed key
+off its default.
+"""
 OLD_IDENTITIES = {
     "timestep_below=200": "b37480714ff4ca20a27630cfcccdb69fabcea2a96f0470f18575ded157af4e35",
     "snr_above=5": "b4a553223cc9889613288c0265f57eb588d483e4274c74e14328316aec7179b4",

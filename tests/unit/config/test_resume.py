@@ -172,7 +172,7 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path):
     ids=["file missing", "file cut", "manifest empty", "manifest a list", "record a number"],
 )
 def test_a_run_whose_last_checkpoint_lost_files_is_not_finished(tmp_path, damage):
-    """It resumes from the one before, which the same run with fewer steps ends at."""
+    """The run resumes from the checkpoint before, which the same run with fewer steps ends at."""
     run_dir = RunDir(tmp_path)
     begin(run_dir, train_config(steps=6))
     save_manifest(run_dir, 6)

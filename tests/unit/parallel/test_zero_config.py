@@ -400,7 +400,7 @@ def test_the_tables_are_those_of_the_installed_deepspeed(ours, module, name):
 
 
 def test_every_top_level_key_of_the_installed_deepspeed_is_known():
-    """Those that its configuration reads by a constant of its own."""
+    """Keys that DeepSpeed's configuration reads by a constant of its own."""
     constants = pytest.importorskip("deepspeed.runtime.constants")
     config = pytest.importorskip("deepspeed.runtime.config")
     source = Path(config.__file__).read_text()
