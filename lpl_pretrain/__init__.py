@@ -3,6 +3,9 @@
 The names below are the public interface; they are imported when they are first used, so that
 `import lpl_pretrain` loads no torch.
 
+LatentPerceptualLoss  the loss as a module; `lpl_from_autoencoder` builds one
+LPLOutput             result of its call
+lpl_from_autoencoder  the loss on the decoder of a diffusers autoencoder
 load_config           reads a configuration, `load_config(TrainConfig, path, overrides)`
 TrainConfig           configuration of a run
 LPLConfig             its `lpl` section
@@ -23,9 +26,12 @@ __all__ = [
     "ConfigError",
     "LPLConfig",
     "LPLError",
+    "LPLOutput",
+    "LatentPerceptualLoss",
     "RunDir",
     "TrainConfig",
     "load_config",
+    "lpl_from_autoencoder",
     "resolve_path",
     "train",
 ]
@@ -33,9 +39,12 @@ _MODULES = {
     "ConfigError": "errors",
     "LPLConfig": "config.lpl",
     "LPLError": "errors",
+    "LPLOutput": "losses.lpl.loss",
+    "LatentPerceptualLoss": "losses.lpl.loss",
     "RunDir": "config.rundir",
     "TrainConfig": "config.schema",
     "load_config": "config.load",
+    "lpl_from_autoencoder": "losses.lpl.from_autoencoder",
     "resolve_path": "config.load",
     "train": "cli.train",
 }
@@ -48,6 +57,8 @@ if TYPE_CHECKING:
     from lpl_pretrain.config.rundir import RunDir
     from lpl_pretrain.config.schema import TrainConfig
     from lpl_pretrain.errors import ConfigError, LPLError
+    from lpl_pretrain.losses.lpl.from_autoencoder import lpl_from_autoencoder
+    from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss, LPLOutput
 
 
 def __getattr__(name: str) -> Any:

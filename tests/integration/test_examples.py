@@ -1,6 +1,7 @@
 """The scripts of examples/ run as their docstrings say."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from tests.support import fork_server
 from tests.support.commands import ROOT, metric_lines
 from tests.support.latents import tiny_dataset
 
-MAX_LINES = {"train_from_python": 30}
+MAX_LINES = {"lpl_in_your_own_loop": 40, "train_from_python": 30}
 """Examples are read before they are run."""
 
 
@@ -26,6 +27,13 @@ def run_example(name, *arguments):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_lpl_in_your_own_loop():
+    losses = [
+        float(loss) for loss in re.findall(r"LPL ([0-9.]+)", run_example("lpl_in_your_own_loop"))
+    ]
+    assert len(losses) == 10 and max(losses) > 0
 
 
 def test_train_from_python_makes_its_steps_and_resumes(tmp_path):
