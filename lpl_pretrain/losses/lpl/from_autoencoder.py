@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpl_pretrain.config.autoencoder import FAMILIES, AutoencoderFacts
+from lpl_pretrain.config.autoencoder import FAMILIES, AutoencoderInfo
 from lpl_pretrain.config.load import validate
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.model_json import ModelJSON
@@ -72,21 +72,21 @@ def lpl_from_autoencoder(
     Raises:
         ConfigError: unknown autoencoder, stage or option, or a value of the wrong type.
     """
-    facts = _facts(autoencoder)
-    if stages is not None and (unknown := [name for name in stages if name not in facts.upscales]):
+    info = _info(autoencoder)
+    if stages is not None and (unknown := [name for name in stages if name not in info.upscales]):
         raise ConfigError(
             f"{WHERE}: stages={list(stages)}: {unknown} are no stages of this "
-            f"{facts.family}; it has {facts.stages}"
+            f"{info.family}; it has {info.stages}"
         )
     config = _config(options, stages, decoder_dtype)
-    network = Autoencoder(_copy_of_decoder(autoencoder), identity="", facts=facts)
+    network = Autoencoder(_copy_of_decoder(autoencoder), "", info)
     shift = network.shift if shift_factor is None else shift_factor
     scale = network.scale if scaling_factor is None else scaling_factor
     features = DecoderFeatures(
         decoder_stages(network.network),
         LatentScaling(
-            _per_channel("shift_factor", shift, facts.latent_channels),
-            _per_channel("scaling_factor", scale, facts.latent_channels),
+            _per_channel("shift_factor", shift, info.latent_channels),
+            _per_channel("scaling_factor", scale, info.latent_channels),
         ),
         config.stages,
         dtype=decoder_dtype,
@@ -98,8 +98,8 @@ def lpl_from_autoencoder(
     )
 
 
-def _facts(autoencoder: nn.Module) -> AutoencoderFacts:
-    """Facts of the autoencoder's `config`, as of a config.json.  Raises ConfigError."""
+def _info(autoencoder: nn.Module) -> AutoencoderInfo:
+    """Family, latents and stages by the autoencoder's `config`.  Raises ConfigError."""
     family = type(autoencoder).__name__
     if family not in FAMILIES:
         raise ConfigError(
