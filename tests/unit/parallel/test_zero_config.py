@@ -454,7 +454,7 @@ def test_a_strategy_and_a_file_of_another_stage(tmp_path):
     with pytest.raises(ValueError, match="strategy='zero1': DeepSpeed keeps float32 masters"):
         ParallelConfig(strategy="zero1", precision="fp64")
     with pytest.raises(
-        ValueError, match="shard_size=2 with strategy='zero3': it is for strategy fsdp2"
+        ValueError, match="shard_size=2 with strategy='zero3': this key is for strategy fsdp2"
     ):
         ParallelConfig(strategy="zero3", shard_size=2)
 
