@@ -1,5 +1,5 @@
-"""Which package may import which, read from the imports: data flows one way, modules form no cycle,
-and each heavy dependency is imported in one module.
+"""Import rules between packages, checked on the source: packages import in one direction, modules
+form no cycle, and each heavy dependency is imported in one module.
 """
 
 import ast
@@ -104,7 +104,7 @@ def module_imports(package: Path) -> dict[str, set[str]]:
 
 
 def cycle(graph: dict[str, set[str]]) -> set[str]:
-    """Nodes on a cycle, and between two cycles; an edge to something outside the graph is ignored."""
+    """Nodes on a cycle or between two cycles; edges to nodes outside the graph are ignored."""
     left = {node: targets & graph.keys() for node, targets in graph.items()}
     while True:
         targets_of_any = set().union(*left.values())

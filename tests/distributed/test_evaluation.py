@@ -91,7 +91,7 @@ def alone(run, protocol, steps=None):
 def test_any_number_of_ranks_gives_the_same_scores(run, world_size):
     (wanted,) = alone(run, run.protocol(**SMALL, name="one"), [6])
     results = run_ranks(world_size, on_a_rank, run.run_dir, run.protocol(**SMALL, name="many"))
-    assert len(set(results)) == 1, "all ranks are told the same"
+    assert len(set(results)) == 1, "all ranks have the same result"
     (got,) = json.loads(results[0])
     assert values([got]) == values([wanted]) and got["processes"] == world_size
     assert [entry["metric"] for entry in got["results"]] == [

@@ -419,7 +419,7 @@ def cost(world, device, folder, data, strategies):
 
 
 def test_spike_handling_costs_one_reduction_and_one_host_copy(data, tmp_path):
-    """Without a spike, parameters are also the same bit for bit.  DeepSpeed reads the norm anyway."""
+    """Without a spike, parameters also stay bit-identical.  DeepSpeed reads the norm anyway."""
     alone = cost(World(), CPU, tmp_path, data, ["local"])
     assert alone["local ignore"] == [0, 0] and alone["local skip"] == [0, 1]
     names = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]

@@ -247,7 +247,8 @@ def test_user_prompts(data):
         Captions(config_of(data), CPU, Prompts(texts, {"clip": folders["clip"]}))
     with pytest.raises(
         ConfigError,
-        match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: name the folder of that encoder",
+        match=r"--text-encoder t5=.*clip: is .*, the data's embeddings are by .*: "
+        "name the folder of that encoder",
     ):
         Captions(config_of(data), CPU, Prompts(texts, {**folders, "t5": folders["clip"]}))
 

@@ -242,7 +242,7 @@ def test_has_teeth_without_the_tiling_check(copy, monkeypatch):
     repair=st.booleans(),
 )
 def test_damaged_bytes(copy, name, position, act, bit, repair):
-    """With `repair`, the hashes match the damaged files."""
+    """`repair` rewrites the manifest, so that its hashes match the damaged files."""
     folder = copy()
     path = folder / name
     data = bytearray(path.read_bytes())

@@ -83,8 +83,8 @@ def test_a_rollback_goes_to_a_multiple_of_every_steps(tmp_path, run):
 def test_a_rollback_raises_a_transient_error_instead_of_going_further_back(
     tmp_path, run, monkeypatch
 ):
-    """From an older checkpoint it would train on other samples than a run without the error.  A
-    damaged checkpoint is skipped, as on a resume.
+    """A rollback to an older checkpoint would train on other samples than a run without the error.
+    A damaged checkpoint is skipped, as on a resume.
     """
     manager = CheckpointManager(
         RunDir(tmp_path), CheckpointConfig(asynchronous=False, every_steps=2), keep_due=True
@@ -229,7 +229,7 @@ def exit_process():
 
 
 def test_a_process_that_lost_its_lease_neither_removes_nor_publishes(tmp_path, run, monkeypatch):
-    """It checks its ownership before a save, and again at the end of one."""
+    """The manager checks its ownership before a save and again at the end of one."""
     new = make_manager(tmp_path)
     old = make_manager(tmp_path)
     new.save(1, run.strategy, run.ema, {"of": "the new process"}, samples_seen=16)
@@ -370,8 +370,8 @@ def test_a_training_run_needs_its_complete_state(tmp_path, run):
 
 
 def test_damaged_checkpoints_do_not_displace_sound_ones(tmp_path, run):
-    """Damaged are a truncated one, one whose damage a resume has detected, and a copy under the name
-    of a much later step.
+    """Three checkpoints are damaged: a truncated one, one whose damage a resume has detected, and a
+    copy under the name of a much later step.
     """
     manager = saved(tmp_path, run, 1, 2, 3, 4)
     folder = manager.run_dir

@@ -143,7 +143,7 @@ def test_the_resize_is_pillows(size, side):
 
 
 def test_networks_of_timm(tmp_path):
-    """Features are those before the classifier (FD-DINOv2 is one); a file that does not fit fails."""
+    """Features are those before the classifier (as in FD-DINOv2); a file of other shapes fails."""
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).eval()
     save_file(network.state_dict(), tmp_path / "vit.safetensors")
     config = {"kind": "timm", "network": "vit_tiny_patch16_224", "side_px": 32, "name": "vit"}

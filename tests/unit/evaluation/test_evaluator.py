@@ -308,9 +308,13 @@ def test_saved_images_carry_their_metadata(run, tmp_path):
     assert [sample["__key__"] for sample in samples] == ["00000000", "00000001"]
     for i, sample in enumerate(samples):
         single = Image.open(tmp_path / "pngs" / f"{i:08d}.png")
-        told = json.loads(single.text["lpl_pretrain"])
-        assert told == sample["json"] and (told["step"], told["seed"], told["index"]) == (6, 0, i)
-        assert told["class"] in ("a", "b") and told["sampler"] == "euler"
+        metadata = json.loads(single.text["lpl_pretrain"])
+        assert metadata == sample["json"] and (
+            metadata["step"],
+            metadata["seed"],
+            metadata["index"],
+        ) == (6, 0, i)
+        assert metadata["class"] in ("a", "b") and metadata["sampler"] == "euler"
         assert single.tobytes() == sample["png"].tobytes()
 
 

@@ -108,7 +108,7 @@ def test_a_storage_error_names_path_and_reason():
 
 
 def test_errors_of_safetensors_are_storage_errors(tmp_path):
-    """Its writer is in Rust and raises no OSError."""
+    """The writer of safetensors is in Rust and raises SafetensorError instead of OSError."""
     with pytest.raises(SafetensorError) as raised:
         save_file({"x": torch.zeros(1)}, tmp_path / "absent" / "x")
     absent = str(raised.value)

@@ -107,7 +107,7 @@ def hold_and_die(path):
 
 
 def test_the_lease_of_a_killed_holder_is_taken_over(tmp_path):
-    """At once if it ran on this host; after `stale_s` if it ran elsewhere."""
+    """A takeover is immediate on the holder's host and waits for `stale_s` on any other host."""
     path = tmp_path / "x.lease"
     hold_and_die(path)
     elsewhere = {**read_lease(path), "host": "another"}
@@ -133,7 +133,7 @@ def test_a_requeued_job_takes_over_its_own_lease(tmp_path):
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_one_of_many_concurrent_processes_gets_the_lease(tmp_path, dead):
-    """With and without the lease of a dead holder."""
+    """The processes start with (`dead`) or without the lease of a dead holder."""
     path = tmp_path / "x.lease"
     if dead:
         hold_and_die(path)
@@ -273,7 +273,7 @@ def test_a_directory_instead_of_a_lease_is_an_error(tmp_path):
 
 
 def test_an_unreadable_lease_is_respected_until_it_is_stale(tmp_path, monkeypatch):
-    """It may be another user's; messages do not call its holder "None"."""
+    """An unreadable lease may be another user's; messages do not call its holder "None"."""
     path = tmp_path / "x.lease"
     path.write_text(json.dumps(VALID))
     assert describe_holder(path) == "process 1 on another"

@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_ends_a_process_that_is_blocked_in_c(second):
 
 
 def test_an_interrupt_in_a_finalizer_ends_the_process():
-    """By default Python prints such an exception and continues."""
+    """Python by default prints an exception of a finalizer and continues."""
     body = """
     class Last:
         def __del__(self):

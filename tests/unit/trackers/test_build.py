@@ -1,4 +1,4 @@
-"""Which trackers a configuration asks for; a new one takes an entry and a name."""
+"""Selection of trackers by the configuration; a new tracker needs a builder and a name."""
 
 from typing import get_args
 

@@ -17,7 +17,7 @@ from tests.support.configs import train_config
     "before, kept", [("", 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{"step": 2, "lo', 2)]
 )
 def test_a_line_that_was_cut_short_does_not_spoil_the_next_one(tmp_path, before, kept):
-    """By a kill, or a full disk."""
+    """A kill or a full disk can leave the last line incomplete."""
     (tmp_path / "metrics.jsonl").write_text(before)
     trackers = Trackers(RunDir(tmp_path), train_config(), 0)
     trackers.event("resumed", 1)

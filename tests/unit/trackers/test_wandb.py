@@ -1,5 +1,5 @@
-"""What wandb keeps: every line, late and out of order, of training and evaluation; read back from
-the run files.
+"""Records that wandb keeps: every line of training and evaluation, also late and out of order; read
+back from the run files.
 """
 
 from __future__ import annotations

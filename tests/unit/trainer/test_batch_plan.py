@@ -1,4 +1,4 @@
-"""What a step trains on is a function of (seed, step); who takes it never changes what is taken."""
+"""Batch plans: samples and timesteps of a step depend on (seed, step), not on the microbatches."""
 
 import math
 from dataclasses import replace
@@ -20,19 +20,19 @@ def planner(size=48, kind=ScheduleKind.RECTIFIED_FLOW, distribution="logit_norma
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 6, 8, 12])
-def test_the_global_batch_does_not_depend_on_the_num_microbatches(num_microbatches):
+def test_the_global_batch_does_not_depend_on_the_number_of_microbatches(num_microbatches):
     one = planner().plan(7, num_microbatches=1)[0]
     plans = planner().plan(7, num_microbatches=num_microbatches)
     assert all(len(plan.sample_indices) == 48 // num_microbatches for plan in plans)
-    dealt = {i: t.item() for plan in plans for i, t in zip(plan.sample_indices, plan.t)}
-    assert dealt == {i: t.item() for i, t in zip(one.sample_indices, one.t)}
-    assert sorted(dealt) == list(range(7 * 48, 8 * 48))
+    planned = {i: t.item() for plan in plans for i, t in zip(plan.sample_indices, plan.t)}
+    assert planned == {i: t.item() for i, t in zip(one.sample_indices, one.t)}
+    assert sorted(planned) == list(range(7 * 48, 8 * 48))
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("threshold", [0.2, 3**-0.5, 1.0, 3.0])
-def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, threshold):
+def test_gated_samples_come_first_in_every_microbatch(kind, distribution, threshold):
     d = planner(kind=kind, distribution=distribution)
     share = gate_share(threshold, d.schedule, d.timesteps)
     for num_microbatches in (1, 2, 3, 8):
@@ -44,19 +44,19 @@ def test_gated_samples_lie_in_the_prefix_of_every_hand(kind, distribution, thres
                 gated = d.schedule.noise_level(plan.t) <= threshold
                 assert not gated[prefix:].any()
                 counts.append(int(gated.sum()))
-        assert (
-            max(counts) - min(counts) <= 2
-        )  # one for the stratum that straddles the gate, one for the dealing
+        # one for the stratum that straddles the gate, one for the round-robin assignment
+        assert max(counts) - min(counts) <= 2
 
 
 def test_has_teeth_without_sorting():
-    """Dealt in the order of the draw, gated samples would lie anywhere."""
+    """Gated samples that are assigned in the order of the draw do not come first."""
     d = planner()
     prefix = LPLSubset.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).per_microbatch(4)
     plan = d.plan(0, 1)[0]
     by_index = plan.t[torch.tensor(plan.sample_indices).argsort()]
     assert any(
-        (d.schedule.noise_level(by_index[slot::4]) <= 3**-0.5)[prefix:].any() for slot in range(4)
+        (d.schedule.noise_level(by_index[microbatch::4]) <= 3**-0.5)[prefix:].any()
+        for microbatch in range(4)
     )
 
 
@@ -87,7 +87,7 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("sample_fraction", [1.0, 0.5, 0.3, 0.01])
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3, 8])
-def test_chosen_samples_come_first_and_are_the_same_for_any_num_microbatches(
+def test_lpl_samples_come_first_and_do_not_depend_on_the_number_of_microbatches(
     sample_fraction, num_microbatches
 ):
     subset = LPLSubset.of(48, 0.4, sample_fraction)
@@ -112,7 +112,7 @@ def test_chosen_samples_come_first_and_are_the_same_for_any_num_microbatches(
         )
 
 
-def test_every_candidate_has_the_same_chance():
+def test_every_gated_sample_has_the_same_inclusion_probability():
     """Systematic sampling: 7 of 20, each with probability 7 / 20, whatever its noise level."""
     d = replace(planner(), subset=LPLSubset(20, 7))
     counts = torch.zeros(48)
@@ -128,11 +128,11 @@ def test_every_candidate_has_the_same_chance():
 @pytest.mark.parametrize("sample_fraction", [1.0, 0.5, 0.25])
 def test_unbiased_against_the_plain_gate_over_1e5_draws_and_less_noisy(sample_fraction):
     estimator = Estimator()
-    plain, dealt = estimator.plain(1_600_000), estimator.planned(100_000, sample_fraction)
-    error = math.sqrt(dealt.var() / len(dealt) + plain.var() / len(plain))
-    assert abs(dealt.mean() - plain.mean()) < 4 * error
+    plain, planned = estimator.plain(1_600_000), estimator.planned(100_000, sample_fraction)
+    error = math.sqrt(planned.var() / len(planned) + plain.var() / len(plain))
+    assert abs(planned.mean() - plain.mean()) < 4 * error
     assert error < 0.02 * plain.mean()
-    assert dealt.var() < 0.5 * plain.var()
+    assert planned.var() < 0.5 * plain.var()
 
 
 def test_has_teeth_half_of_the_samples_without_their_weight():
@@ -143,8 +143,8 @@ def test_has_teeth_half_of_the_samples_without_their_weight():
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_marginal_of_t_is_exactly_the_configured_distribution(distribution):
-    """Of single samples, by where they lie in the batch: Kolmogorov-Smirnov against the quantile
-    function's inverse.
+    """Kolmogorov-Smirnov test of each position in the batch, over 4000 steps, against the inverse
+    of the quantile function.
     """
     d = planner(size=4, distribution=distribution)
     steps = 4000

@@ -73,7 +73,7 @@ def begins(world, device, data, folder, init, strategy):
 @pytest.mark.parametrize(
     ("strategy", "weights"), [("ddp", "ema"), ("fsdp2", "ema"), ("fsdp2", "raw")]
 )
-def test_post_training_begins_with_a_runs_average(data, trained, tmp_path, strategy, weights):
+def test_post_training_starts_from_the_weights_of_a_run(data, trained, tmp_path, strategy, weights):
     """Parameters and the new average; the old moments and steps are left behind."""
     found = run_ranks(
         2, begins, data, tmp_path, {"run": str(trained), "weights": weights}, strategy
@@ -85,7 +85,7 @@ def test_post_training_begins_with_a_runs_average(data, trained, tmp_path, strat
         )
 
 
-def test_a_run_that_goes_on_does_not_begin_again(data, trained, tmp_path):
+def test_a_resumed_run_does_not_load_init_from_again(data, trained, tmp_path):
     first = assemble(config_of(data), RunDir(tmp_path), World(), CPU)
     first.checkpoints.save(1, first.strategy, first.ema, first.state(1), samples_seen=8)
     first.checkpoints.finish()
@@ -218,8 +218,8 @@ def begins_badly(world, device, data, folder, file):
     return str(caught.value)
 
 
-def test_a_file_that_is_no_safetensors_is_told_by_all_ranks(data, tmp_path):
-    """Rank 0 alone has read it."""
+def test_all_ranks_report_a_file_that_is_not_safetensors(data, tmp_path):
+    """Rank 0 reads the file; the other ranks raise its error."""
     (tmp_path / "x.safetensors").write_bytes(b"PK not at all")
     messages = run_ranks(2, begins_badly, data, tmp_path, str(tmp_path / "x.safetensors"))
     assert (
@@ -227,8 +227,8 @@ def test_a_file_that_is_no_safetensors_is_told_by_all_ranks(data, tmp_path):
     )
 
 
-def test_positions_fitted_into_the_range_that_was_learnt():
-    """Of every second position of a picture twice the side, the embedding is the small picture's."""
+def test_position_side_scales_positions_into_the_trained_range():
+    """Every second position of an image of twice the side has the small image's embedding."""
     small, large = model_of(side=8), model_of(side=16, position_side=4)
     assert torch.equal(large.pos_embed.view(8, 8, 32)[::2, ::2], small.pos_embed.view(4, 4, 32))
     assert not torch.equal(
@@ -237,8 +237,8 @@ def test_positions_fitted_into_the_range_that_was_learnt():
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged(data, tmp_path, caplog, monkeypatch):
-    """As everywhere: passed over with a warning, refused where it was asked for, and never begun
-    from.
+    """A damaged checkpoint is passed over with a warning when the newest one is wanted, and refused
+    when its step is named.
     """
     monkeypatch.setattr(log, "propagate", True)
     run = assemble(config_of(data), RunDir(tmp_path), World(), CPU)

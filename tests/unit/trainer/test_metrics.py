@@ -22,7 +22,7 @@ def test_weighted_means():
     assert meter.flush() == {}
 
 
-def test_an_update_that_was_left_out_does_not_count():
+def test_a_skipped_update_does_not_enter_the_means():
     meter = Meter(torch.device("cpu"))
     for value, applied in ((1.0, True), (math.nan, False), (3.0, True)):
         meter.add("a", torch.tensor(value))
@@ -33,7 +33,7 @@ def test_an_update_that_was_left_out_does_not_count():
     assert meter.flush() == {}
 
 
-def test_a_clock_tells_phases_from_parts():
+def test_a_clock_separates_host_phases_from_device_parts():
     clock = Clock(torch.device("cpu"))
     with clock.host("data"):
         pass

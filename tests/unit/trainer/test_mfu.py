@@ -49,8 +49,8 @@ def test_buckets_are_weighted_by_their_samples():
     )
 
 
-def test_an_update_costs_what_was_promised(tmp_path):
-    """Counted while a real update runs, on one of two ranks' shares, with LPL and padding."""
+def test_flops_of_a_real_update_match_the_estimate(tmp_path):
+    """Counts FLOPs during a real update with LPL and padding."""
     latents, autoencoder = tiny_dataset(tmp_path)
     lpl = {
         "weight": 1.0,

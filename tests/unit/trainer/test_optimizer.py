@@ -1,4 +1,4 @@
-"""Which parameters Muon takes, what it does to a matrix, and where it is refused."""
+"""Muon: the parameters it takes, its update of a matrix, and the cases in which it is refused."""
 
 from __future__ import annotations
 

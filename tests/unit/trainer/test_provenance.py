@@ -30,7 +30,7 @@ def test_what_an_older_version_wrote_is_the_first_start(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['[{"step": 0', "3", "\\xff"])
-def test_what_cannot_be_read_is_kept_aside(tmp_path, content):
+def test_an_unreadable_file_is_moved_aside(tmp_path, content):
     path = tmp_path / "provenance.json"
     path.write_bytes(content.encode().decode("unicode_escape").encode("latin-1"))
     append(path, start(1))
@@ -39,7 +39,7 @@ def test_what_cannot_be_read_is_kept_aside(tmp_path, content):
     assert aside.read_bytes() == content.encode().decode("unicode_escape").encode("latin-1")
 
 
-def test_a_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_kill_during_a_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "provenance.json"
     append(path, start(0))
 
@@ -54,7 +54,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path, monkeyp
     ] == [path.name]
 
 
-def test_a_start_says_what_it_ran_as():
+def test_a_start_records_world_size_hosts_and_strategy():
     found = describe(
         train_config(parallel__strategy="ddp"),
         dataset_index(),

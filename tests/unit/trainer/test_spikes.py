@@ -1,5 +1,5 @@
-"""What counts as a spike: bounds by median and MAD, noise levels, windows that restart, and what a
-checkpoint keeps of it.
+"""Detection of spikes: bounds by median and MAD, noise levels, windows that restart, and the state
+in a checkpoint.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_values_that_hardly_differ_may_still_double(values, wanted):
     assert largest(values, min_factor=1.5) == pytest.approx(0.75 * wanted, rel=1e-5)
 
 
-def test_no_verdict_before_there_is_a_window():
+def test_no_bound_before_the_window_has_min_updates():
     assert largest([1.0] * 7) is None and largest([1.0] * 8) is not None
     known, unknown = [1.0] * 9, [math.nan] * 2 + [1.0] * 7
     found = bounds(rows(known, unknown), SpikeConfig(**SMALL), columns=2)
@@ -79,7 +79,7 @@ def test_no_verdict_before_there_is_a_window():
     assert bounds([], SpikeConfig(**SMALL), columns=3) == [None] * 3
 
 
-def test_single_outliers_hardly_move_it():
+def test_single_outliers_hardly_move_the_bound():
     """A mean and a standard deviation would let the next one pass."""
     values = list(np.exp(0.1 * np.random.default_rng(1).normal(size=60)))
     settings = {"window_updates": 64}
@@ -96,7 +96,7 @@ def test_a_trend_is_no_spike(factor):
         assert values[i] < largest(values[max(0, i - 128) : i], window_updates=128, min_updates=32)
 
 
-def test_the_worst_of_several_is_told():
+def test_the_quantity_furthest_above_its_bound_is_reported():
     limits = bounds(rows([1.0] * 8, [5.0] * 8, [1.0] * 8), SpikeConfig(**SMALL), columns=3)
     assert worst([math.log(x) for x in (1.0, 9.9, 1.9)], limits) is None
     assert worst([math.log(x) for x in (3.0, 100.0, 1.0)], limits) == 1
@@ -105,7 +105,7 @@ def test_the_worst_of_several_is_told():
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_what_has_no_logarithm_is_no_value(value):
+def test_zero_and_nonfinite_values_have_no_logarithm(value):
     assert logarithm(value) is None
 
 
@@ -222,7 +222,7 @@ def test_a_loss_that_the_mean_hides():
     assert sum(usual) * 1.01 > 0.03 + 12.0
 
 
-def test_the_samples_that_are_told_are_few():
+def test_only_the_samples_with_the_largest_losses_are_listed():
     driven = Driven(noise_levels=1).updates(8)
     many, guard = torch.arange(1.0, 21.0), driven.guard
     guard.observe(torch.ones(20), many)
@@ -239,23 +239,23 @@ def test_a_rejected_update_does_not_enter_the_window():
     assert driven.update(norm=1.0) is None and len(driven.guard.rows) == 16
 
 
-def test_nor_does_one_that_was_not_finite():
+def test_a_nonfinite_update_does_not_enter_the_window():
     driven = Driven().updates(8)
     assert driven.update(finite=False) is None
     assert len(driven.guard.rows) == 8 and driven.guard.events == 0
     assert driven.update(norm=2.5) is not None
 
 
-def test_the_window_forgets():
+def test_old_updates_leave_the_window():
     driven = Driven().updates(16)
     for norm in [1.9**i for i in (0.5, 1, 1.5, 2, 2.5, 3)]:
         driven.updates(16, norm=norm)
     assert driven.update(norm=1.9**3.5) is None
 
 
-def test_a_new_window_where_lpl_begins_to_count():
-    """Its weight is a step in the gradient norm, and no spike; what follows is compared with what
-    it made.
+def test_the_window_restarts_when_lpl_gets_its_weight():
+    """The jump of the gradient norm when LPL gets its weight is no spike; later updates are
+    compared with those since the jump.
     """
     driven = Driven().updates(16)
     assert Driven().updates(16).update(norm=5.0) is not None
@@ -263,7 +263,7 @@ def test_a_new_window_where_lpl_begins_to_count():
     assert driven.update(norm=11.0, with_lpl=True) is not None
 
 
-def test_json_keeps_it_exactly():
+def test_the_state_survives_json_exactly():
     """A resumed run decides as the one that went on: same bounds, same spikes, same state, over
     another 40 updates.
     """
@@ -405,7 +405,7 @@ def test_without_spikes_nothing_changes(data, tmp_path):
 
 
 def test_a_state_without_spikes_is_read(data, tmp_path):
-    """Of a version that knew none."""
+    """States of versions without spike detection have neither `jump_updates` nor `spikes`."""
     *_, run = updates(data, tmp_path, "skip", 9)
     state = run.state(9)
     assert json.loads(json.dumps(state, allow_nan=False)) == state
@@ -418,7 +418,7 @@ def test_a_state_without_spikes_is_read(data, tmp_path):
     assert run.state(9) == {**state, "jump_updates": 4, "stream": passed}
 
 
-def test_the_jump_moves_samples_noise_levels_and_lpls_choice_alike(data, tmp_path):
+def test_the_jump_moves_samples_noise_levels_and_the_lpl_subset_alike(data, tmp_path):
     lpl = {"weight": 1.0, "sample_fraction": 0.5, "gate": {"noise_level_below": 1.0}}
     *_, run = updates(data, tmp_path, "ignore", 0, lpl=lpl)
     later = run.microbatch_plans(7)

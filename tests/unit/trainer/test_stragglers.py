@@ -1,5 +1,5 @@
-"""Who is slow, by what each rank spends by itself: not in one bad moment, not by waits that are
-short, and not twice in a row.
+"""Detection of slow ranks from the time each rank spends by itself: a single slow measurement or a
+short wait is no straggler, and a rank is not reported twice in a row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Events(list):
 
 @pytest.fixture
 def rank_0(monkeypatch):
-    """Of three ranks, of which the other two wait for nothing; and a probe and a core that are
-    always the same.
+    """The straggler detection of rank 0 of three; ranks 1 and 2 never wait, and the times of the
+    probe and of the core are constant.
     """
 
     def rows(row):
@@ -47,8 +47,8 @@ def rank_0(monkeypatch):
 
 
 def waits(stragglers, *data_s):
-    """At the log steps 1, 2, ... updates of a second wait so long for data; the steps at which rank
-    0 was called slow.
+    """Steps at which rank 0 is reported as slow, where updates take one second and wait `data_s[i]`
+    seconds for data at log step i + 1.
     """
     stragglers.trackers.clear()
     for step, seconds in enumerate(data_s, start=1):
@@ -73,7 +73,7 @@ def test_waits_that_are_short_for_an_update_do_not_matter(update_s, slow):
     assert bool((times_the_median(rows, update_s) > stragglers.SLOW).any()) is slow
 
 
-def test_a_rank_that_stays_slow_is_called_and_not_at_every_look(rank_0, monkeypatch):
+def test_a_rank_that_stays_slow_is_reported_but_not_at_every_log_step(rank_0, monkeypatch):
     assert waits(rank_0, *[0.5] * 6) == [3]
     assert rank_0.trackers == [
         {
@@ -85,20 +85,20 @@ def test_a_rank_that_stays_slow_is_called_and_not_at_every_look(rank_0, monkeypa
             "times": 10.0,
         }
     ]
-    told = rank_0.look(7, {"all": 10.0, "data": 5.0}, 10)
-    assert told["ranks/data_spread"] == pytest.approx(10) and told["ranks/data_slowest"] == 0
-    assert told["ranks/core_spread"] == told["ranks/device_spread"] == 1
+    metrics = rank_0.look(7, {"all": 10.0, "data": 5.0}, 10)
+    assert metrics["ranks/data_spread"] == pytest.approx(10) and metrics["ranks/data_slowest"] == 0
+    assert metrics["ranks/core_spread"] == metrics["ranks/device_spread"] == 1
     monkeypatch.setattr(stragglers, "REMIND_S", 0.0)
     assert waits(rank_0, 0.5, 0.5) == [1, 2]
 
 
-def test_one_bad_moment_makes_no_straggler(rank_0):
+def test_single_slow_measurements_are_not_reported(rank_0):
     assert waits(rank_0, 0, 0, 9.0, 0, 9.0, 0, 0, 0, 9.0) == []
     assert waits(rank_0, 9.0, 9.0) == [2], "three of the last five"
 
 
 @pytest.mark.parametrize(("look_s", "called"), [(0.2, []), (0.0, [3])])
-def test_what_lies_close_together_is_one_moment(rank_0, monkeypatch, look_s, called):
+def test_calls_within_look_s_are_one_measurement(rank_0, monkeypatch, look_s, called):
     monkeypatch.setattr(stragglers, "LOOK_S", look_s)
     assert waits(rank_0, 9.0, 9.0, 9.0) == called
     monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
@@ -106,12 +106,12 @@ def test_what_lies_close_together_is_one_moment(rank_0, monkeypatch, look_s, cal
     assert rank_0._waits[0][0] == (9.0 if called else 7.0), "nothing is forgotten"
 
 
-def test_one_rank_has_nobody_to_compare_with():
+def test_a_single_rank_has_no_metrics():
     assert Stragglers(World(), CPU, torch.float32, Events()).look(9, {"all": 1.0}, 1) == {}
 
 
 @pytest.mark.parametrize(("share", "looks"), [(0.1, range(4, 9)), (1e9, range(9, 99))])
-def test_the_probe_keeps_to_its_share_of_the_time(monkeypatch, share, looks):
+def test_the_probe_keeps_to_its_fraction_of_the_time(monkeypatch, share, looks):
     """A look takes 50 ms: a tenth of 2 s is 4 of them, beside the first ones."""
     monkeypatch.setattr(stragglers, "PROBE_SHARE", share)
     probe, goes = Probe(CPU, torch.float32), []
@@ -123,7 +123,7 @@ def test_the_probe_keeps_to_its_share_of_the_time(monkeypatch, share, looks):
     assert len(goes) / stragglers.GOES in looks
 
 
-def test_an_interrupted_go_does_not_count_and_a_slow_device_does(monkeypatch):
+def test_an_interrupted_probe_does_not_count_and_a_slow_device_does(monkeypatch):
     probe = Probe(CPU, torch.float32)
     usual = iter([0.5, 0.01, 0.5, 0.5, 0.011] * stragglers.AT_FIRST)
     monkeypatch.setattr(Probe, "_go", lambda self: next(usual))

@@ -111,7 +111,7 @@ def test_microbatches_change_nothing(data, tmp_path, micro_batch_size):
     ids=str,
 )
 def test_has_teeth(data, tmp_path, changes):
-    """What matters to an update shows in it."""
+    """Each setting that matters to an update changes its weights."""
     whole, _ = one_update(new_run(data, tmp_path))
     settings = {} if changes == {"lpl": None} else changes
     run = new_run(data, tmp_path, **settings)
@@ -210,7 +210,7 @@ def test_has_teeth_a_read_is_counted():
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_seconds_and_pictures_are_there_for_the_log(data, tmp_path, share):
+def test_times_and_the_lpl_snapshot_are_available_for_the_log(data, tmp_path, share):
     run, clock, meter = new_run(data, tmp_path, lpl__sample_fraction=share), Clock(CPU), Meter(CPU)
     run.updater.update(0, batches_of(run, 0), meter, clock)
     values, seconds = meter.flush(), clock.flush()

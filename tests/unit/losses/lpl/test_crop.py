@@ -20,9 +20,9 @@ def corner_places(count=3):
 
 
 @pytest.mark.parametrize("stage", ["mid", "up0", "up1"])
-def test_inside_is_identical_on_a_decoder_without_attention(stage):
-    """Of the TAESD family: no norm and no attention, so a halo as wide as the receptive field is
-    all that is needed.
+def test_the_interior_of_a_crop_is_exact_on_a_decoder_without_attention(stage):
+    """Decoders of the TAESD family have no norm and no attention, so a halo as wide as their
+    receptive field makes the crop exact.
     """
     features = features_of(wrap(tiny_distilled()), dtype=torch.float64)
     z0, config = torch.randn(3, 4, 40, 32, dtype=torch.float64), CropConfig(side=6, halo=RECEPTIVE)
@@ -56,7 +56,7 @@ def test_has_teeth(broken):
 
 @pytest.mark.parametrize("size", [(12, 12), (8, 17)])
 @pytest.mark.parametrize("side, halo", [(4, 0), (4, 2), (8, 4), (7, 100)])
-def test_every_position_can_be_seen_and_none_outside(size, side, halo):
+def test_crops_cover_every_position_and_stay_inside(size, side, halo):
     height, width = size
     places = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
     windows = Windows.at(places, CropConfig(side=side, halo=halo), height, width)
@@ -75,7 +75,7 @@ def test_every_position_can_be_seen_and_none_outside(size, side, halo):
 
 
 def test_gradient_is_that_of_the_windows():
-    """Against the reference on windows that are cut by hand."""
+    """Compares with the reference loss on windows that are cut one by one."""
     torch.manual_seed(0)
     z0 = torch.randn(3, 3, 8, 10, dtype=torch.float64)
     z0_hat, weights = (
@@ -109,7 +109,7 @@ def test_gradient_is_that_of_the_windows():
     torch.testing.assert_close(term.gradient, leaf.grad, rtol=1e-8, atol=1e-13)
 
 
-def test_a_crop_of_everything_is_no_crop():
+def test_a_crop_of_the_whole_latent_changes_nothing():
     torch.manual_seed(0)
     z0 = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     z0_hat, weights = z0 + 0.4 * torch.randn_like(z0), torch.ones(2, dtype=torch.float64)

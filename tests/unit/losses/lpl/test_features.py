@@ -25,8 +25,8 @@ from tests.support.autoencoders import (
     [tiny_autoencoder, lambda: wrap(tiny_distilled()), lambda: wrap(tiny_dc())],
     ids=["kl", "tiny", "dc"],
 )
-def test_features_lead_to_the_decoded_pixels(make):
-    """From z0: scaling is undone first."""
+def test_the_last_stage_leads_to_the_decoded_pixels(make):
+    """The features undo the latent scaling before they decode."""
     autoencoder = make()
     raw = torch.randn(2, 4, 8, 8)
     features = features_of(autoencoder)
@@ -91,8 +91,8 @@ def test_tape_is_autograd(recompute):
     torch.testing.assert_close(tape.backward(), wanted, rtol=1e-12, atol=1e-15)
 
 
-def test_compiled_pieces_change_nothing():
-    """In float32 on this machine's compiler; the last chunk is smaller than the others."""
+def test_compiled_layers_change_nothing():
+    """Runs in float32 with the local compiler; the last chunk is smaller than the others."""
     torch.manual_seed(0)
     z0 = torch.randn(3, 4, 8, 8)
     z0_hat, terms = z0 + 0.3 * torch.randn_like(z0), []

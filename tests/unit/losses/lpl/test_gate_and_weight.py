@@ -34,7 +34,7 @@ UNIFORM, LOGIT_NORMAL = TimestepConfig(), TimestepConfig(distribution="logit_nor
         ("rectified_flow", {"snr_above": 3}, LOGIT_NORMAL, 0.291),
     ],
 )
-def test_published_shares(kind, gate, timesteps, share):
+def test_published_gate_fractions(kind, gate, timesteps, share):
     schedule = make_schedule(ScheduleKind(kind))
     assert gate_share(
         max_noise_level(GateConfig(**gate), schedule), schedule, timesteps

@@ -118,7 +118,7 @@ def test_value_and_gradient(options):
     ids=str,
 )
 def test_has_teeth(wrong):
-    """Every option, computed when the default is asked for, is told apart."""
+    """The gradient under each single other option differs from that under the reference options."""
     z0, z0_hat, weights = inputs()
     broken = config_of(**{**TEETH, **wrong})
     term = LatentPerceptualLoss(broken, toy_decoder_features(broken.stages))(z0, z0_hat, weights)
@@ -164,9 +164,9 @@ def test_chunks_change_nothing(chunk_size, options):
 
 @pytest.mark.parametrize("kernels", [(1, 3), (3, 5), (1, 1), (5, 3)], ids=str)
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 7, 12])
-def test_keep_mask(kernels, side):
-    """Also on maps smaller than the kernels and than 50 positions, where the public implementation
-    raises.
+def test_inlier_mask(kernels, side):
+    """The mask also covers maps smaller than the kernels or than 50 positions, on which the public
+    implementation raises.
     """
     torch.manual_seed(side)
     maps = torch.randn(2, 3, side, side, dtype=torch.float64) ** 3
@@ -256,9 +256,9 @@ def test_constant_maps_give_zero_not_nan(options):
     "options", [{}, {"normalize": {"over": "batch"}}, {"preset": "diffusers_script"}], ids=str
 )
 @pytest.mark.parametrize("open_gates", [0, 1])
-def test_a_shut_gate_hides_nonsense(options, open_gates):
-    """Where the gate is shut the estimate may be anything at all, NaN included; it may be shut for
-    everybody.
+def test_a_closed_gate_ignores_nonfinite_estimates(options, open_gates):
+    """Estimates of samples with weight 0 may hold any value, NaN included; all samples of the
+    batch may have weight 0.
     """
     z0, z0_hat, _ = inputs()
     z0_hat[1] = math.nan
@@ -272,8 +272,8 @@ def test_a_shut_gate_hides_nonsense(options, open_gates):
     assert not term.gradient[1:].any()
 
 
-def test_nonsense_inside_the_gate_is_not_hidden():
-    """A model that diverged must be seen: the strategy refuses the update."""
+def test_nan_inside_the_gate_reaches_the_loss():
+    """The loss of a diverged model is NaN, so that the strategy refuses the update."""
     z0, z0_hat, weights = inputs()
     z0_hat[0, 0, 0, 0] = math.nan
     assert (
@@ -326,9 +326,9 @@ def test_bf16_is_near():
     assert cosine > 0.99
 
 
-def test_the_host_looks_at_no_tensor():
-    """On the meta device there are no values: whoever asks for one fails.  So LPL cannot wait for
-    an accelerator.
+def test_the_host_reads_no_tensor():
+    """Tensors on the meta device have no values, and reading one raises.  LPL runs there, so it
+    never waits for an accelerator.
     """
     for options in (
         {},

@@ -39,7 +39,7 @@ def peak(decoder, samples, *, dtype=torch.float32, **options):
     return live.peak
 
 
-def test_flat_in_the_number_of_samples(decoder):
+def test_the_peak_is_flat_in_the_number_of_samples(decoder):
     one, four, sixteen = (peak(decoder, samples, chunk_size=1) for samples in (1, 4, 16))
     assert one < four < sixteen < 1.05 * one
 
@@ -53,7 +53,7 @@ def test_flat_in_the_number_of_samples(decoder):
     ],
     ids=str,
 )
-def test_flat_whatever_the_options(decoder, options):
+def test_the_peak_is_flat_for_every_option(decoder, options):
     assert peak(decoder, 4, chunk_size=1, **options) < 1.01 * peak(
         decoder, 1, chunk_size=1, **options
     )
@@ -63,7 +63,7 @@ def test_has_teeth_one_chunk_for_all(decoder):
     assert peak(decoder, 4, chunk_size=4) > 3 * peak(decoder, 4, chunk_size=1)
 
 
-def test_what_is_asked_for_less_costs_less(decoder):
+def test_fewer_stages_crops_and_bf16_reduce_the_peak(decoder):
     whole = peak(decoder, 1, chunk_size=1)
     assert peak(decoder, 1, chunk_size=1, stages=["mid", "up0"]) < 0.2 * whole
     assert peak(decoder, 1, chunk_size=1, crop={"side": 12, "halo": 2}) < 0.4 * whole

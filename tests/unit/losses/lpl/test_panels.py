@@ -68,7 +68,7 @@ def test_equal_latents_are_black_and_a_damaged_corner_lights_up(data, tmp_path):
     assert error[:half, :half].mean() > 2 * error[half:, half:].mean()
 
 
-def test_a_shut_gate_and_a_run_that_has_not_started_lpl_leave_nothing(data, tmp_path):
+def test_no_panels_with_a_closed_gate_or_before_start_step(data, tmp_path):
     run = new_run(data, tmp_path, lpl__start_step=5)
     one_update(run)
     draw(run, tmp_path / "none.png")
@@ -79,7 +79,7 @@ def test_a_shut_gate_and_a_run_that_has_not_started_lpl_leave_nothing(data, tmp_
     assert not (tmp_path / "none.png").exists()
 
 
-def test_microbatches_that_hold_padding_alone_are_not_what_is_shown(data, tmp_path):
+def test_microbatches_without_lpl_samples_are_not_shown(data, tmp_path):
     run = new_run(data, tmp_path, batch__micro_batch_size=2, lpl__sample_fraction=0.3)
     assert run.microbatch_plans(0)[0].num_lpl == 1 and run.microbatch_plans(0)[-1].num_lpl == 0
     one_update(run)
@@ -96,14 +96,14 @@ def test_microbatches_that_hold_padding_alone_are_not_what_is_shown(data, tmp_pa
     ],
     ids=str,
 )
-def test_whatever_the_options(data, tmp_path, lpl):
+def test_panels_for_every_option(data, tmp_path, lpl):
     run = new_run(data, tmp_path, **{f"lpl__{key}": value for key, value in lpl.items()})
     one_update(run)
     draw(run, tmp_path / "a.png")
     assert cell(tmp_path / "a.png", 0, 2).any()
 
 
-def test_another_decoder_gives_the_maps_and_the_autoencoder_the_pictures(data, tmp_path):
+def test_another_decoder_gives_the_maps_and_the_autoencoder_the_images(data, tmp_path):
     tiny_distilled().save_pretrained(tmp_path / "other")
     for name, options in (("own", {}), ("other", {"lpl__decoder": str(tmp_path / "other")})):
         run = new_run(data, tmp_path, **options)
@@ -118,7 +118,7 @@ def test_another_decoder_gives_the_maps_and_the_autoencoder_the_pictures(data, t
     ] == [True, True, False]
 
 
-def test_an_autoencoder_that_is_gone_is_an_error_and_leaves_nothing(data, tmp_path):
+def test_a_missing_autoencoder_is_an_error_and_leaves_no_file(data, tmp_path):
     run = new_run(data, tmp_path)
     one_update(run)
     lpl = term(run)
@@ -128,7 +128,7 @@ def test_an_autoencoder_that_is_gone_is_an_error_and_leaves_nothing(data, tmp_pa
     assert not (tmp_path / "lpl").exists()
 
 
-def test_training_does_not_notice(data, tmp_path):
+def test_panels_do_not_change_training(data, tmp_path):
     results = []
     for pictures in (False, True):
         run = new_run(data, tmp_path)
