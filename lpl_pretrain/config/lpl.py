@@ -52,7 +52,7 @@ class GateConfig(Section):
 
 
 class NormalizeConfig(Section):
-    """Normalisation of the features of both branches (losses/lpl/normalize.py)."""
+    """Normalisation of the features of both branches (losses/lpl/normalization.py)."""
 
     over: Literal["space", "channels", "batch"] = "space"
     """Statistics over the positions of a channel, over the channels at a position, or over
