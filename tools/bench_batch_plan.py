@@ -15,7 +15,7 @@ from torch import Tensor
 from lpl_pretrain.config.schema import ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
-from lpl_pretrain.losses.lpl.gate import gate_share
+from lpl_pretrain.losses.lpl.gate import gate_fraction
 from lpl_pretrain.losses.lpl.subset import LPLSubset
 from lpl_pretrain.trainer.batch_plan import BatchPlanner
 
@@ -28,7 +28,7 @@ class Estimator:
         self.size = size
         self.schedule = make_schedule(ScheduleKind.RECTIFIED_FLOW)
         self.timesteps = TimestepConfig(distribution="logit_normal")
-        self.gated_fraction = gate_share(threshold, self.schedule, self.timesteps)
+        self.gated_fraction = gate_fraction(threshold, self.schedule, self.timesteps)
 
     def value(self, t: Tensor) -> Tensor:
         noise_level = self.schedule.noise_level(t)

@@ -25,7 +25,7 @@ from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.encoding.resize_crop import to_square
 from lpl_pretrain.encoding.sources import list_images
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
-from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.gate import gate_fraction, max_noise_level
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.losses.lpl.panels import heat, pixels
 from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, load_autoencoder
@@ -173,7 +173,7 @@ def gates(figure: plt.Figure) -> None:
             (GateConfig(noise_level_below=3), "#d9622b"),
         ):
             threshold = max_noise_level(gate, schedule)
-            fraction = gate_share(threshold, schedule, timesteps)
+            fraction = gate_fraction(threshold, schedule, timesteps)
             name = "snr_above: 3" if gate.snr_above else "noise_level_below: 3"
             edge = quantile(timesteps, torch.tensor([fraction], dtype=torch.float64)).item()
             axes.axvline(edge, color=colour, label=f"{name}, {fraction:.0%}")

@@ -37,7 +37,7 @@ from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
-from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.gate import gate_fraction, max_noise_level
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.models.autoencoder import LatentScaling
 from lpl_pretrain.models.build import build_denoiser
@@ -149,7 +149,7 @@ class Case:
     def gated_fraction(self) -> float:
         diffusion = self.config.diffusion
         schedule = make_schedule(diffusion.schedule, zero_terminal_snr=diffusion.zero_terminal_snr)
-        return gate_share(
+        return gate_fraction(
             max_noise_level(self.lpl.gate, schedule), schedule, self.config.diffusion.timesteps
         )
 

@@ -1,6 +1,4 @@
-"""The diffusion loss: weighted squared error of what the denoiser predicts (eps, v or flow
-velocity).
-"""
+"""The diffusion loss: weighted squared error of the prediction (eps, v or flow velocity)."""
 
 from __future__ import annotations
 

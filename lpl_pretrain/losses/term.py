@@ -1,4 +1,4 @@
-"""The contract of a loss term.  Everything that adds to the training loss is one, the diffusion loss
+"""Interface of a loss term.  Everything that adds to the training loss is one, the diffusion loss
 included:
 
     total = sum over terms of  weight(step) * term(draws, out, meter).loss
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Meter(Protocol):
-    """Means of what a term wants logged; values stay on the device until a log step."""
+    """Means that a term logs; values stay on the device until a log step."""
 
     def add(self, name: str, values: Tensor, weights: Tensor | None = None) -> None: ...
 

@@ -24,7 +24,7 @@ class VariationalBound(LossTerm):
 
 
 def build_variational_bound(context: TermContext) -> VariationalBound | None:
-    """None without `model.learned_sigma`."""
+    """Build the term; None without `model.learned_sigma`."""
     if not getattr(context.config.model, "learned_sigma", False):
         return None
     assert isinstance(context.schedule, DiscreteSchedule)

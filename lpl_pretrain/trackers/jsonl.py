@@ -17,9 +17,7 @@ from lpl_pretrain.runtime.atomic import add_path_to_oserror
 
 class JsonlTracker:
     def __init__(self, path: Path, check_ownership: Callable[[], None] = lambda: None) -> None:
-        """`check_ownership` is called before every line: it exits the process if the run's lease was
-        taken over.
-        """
+        """`check_ownership`, called before every line, exits if the run's lease was taken over."""
         self.path = path
         self.check_ownership = check_ownership
         with add_path_to_oserror(path):
@@ -47,8 +45,9 @@ class JsonlTracker:
 
 
 def ends_with_newline(path: Path) -> bool:
-    """Whether a file is empty or its last line is whole: a process that was killed, or found no
-    space, leaves part of a line.
+    """Whether a file is empty or its last line is complete.
+
+    A kill or a full disk leaves part of a line.
     """
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))

@@ -37,7 +37,7 @@ class TensorBoardTracker:
             self._writer.close()
 
     def _open(self, step: int | None) -> Any:
-        """The writer; one that starts at `step` hides what an earlier start wrote from there on."""
+        """Writer; opened at `step`, it hides values that an earlier start wrote from there on."""
         if self._writer is None:
             self._writer = self._make_writer(str(self._folder), purge_step=step)
         return self._writer

@@ -1,4 +1,4 @@
-"""The contract of an experiment tracker: where metrics, events and scores of a run are shown."""
+"""Interface of an experiment tracker, where metrics, events and scores of a run are shown."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 
 class Tracker(Protocol):
-    """One destination.  Called on rank 0 alone, in the order of the run; a step may come twice after
-    a restart, and the later one counts.
+    """One destination.  Called on rank 0 alone, in the order of the run.
+
+    A step may come twice after a restart; the later one counts.
     """
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -47,7 +47,7 @@ class WandbTracker:
         self._run.log({TRAINING_STEP: step, **values})
 
     def event(self, name: str, step: int, details: dict[str, Any]) -> None:
-        """Events are not sent: wandb has no place for them."""
+        """Do nothing: wandb has no concept of an event."""
 
     def score(self, record: dict[str, Any]) -> None:
         self._run.log({EVALUATION_STEP: record["step"], **score_values(record)})

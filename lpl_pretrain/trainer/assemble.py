@@ -1,4 +1,4 @@
-"""From a checked configuration to the parts of a run, each built once, in the one order that works."""
+"""Builds the parts of a run from a checked configuration, each once, in the order of dependency."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Run:
         return self._plans_at(step + self.jump_updates)
 
     def batches(self, first_step: int) -> Generator[TrainBatch, None, None]:
-        """This rank's microbatches of all updates from `first_step` on, prefetched to the device."""
+        """This rank's microbatches from update `first_step` on, prefetched to the device."""
         positions = range(first_step + self.jump_updates, self.config.steps + self.jump_updates)
         return self.reader.prefetch(self._plans_at, positions, self.device)
 
@@ -124,7 +124,10 @@ def assemble(
     device: torch.device,
     check_ownership: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Collective: strategies shard as they are built.  `check_ownership`: as CheckpointManager has it."""
+    """Collective. Build a run; strategies shard the model as they are built.
+
+    `check_ownership` exits the process if the run's lease was taken over.
+    """
     accumulation = grad_accum_steps(config, world.world_size)
     stream = open_stream(config, world)
     text = text_conditioner(config.conditioning, stream.folders, device)
@@ -204,7 +207,7 @@ def assemble(
 
 
 def open_stream(config: TrainConfig, world: World) -> LatentStream:
-    """Collective with data.verify=full."""
+    """Open the latents of a run.  Collective with data.verify=full, which reads every shard."""
     requested = RequestedFields(
         captions=bool(config.conditioning.online_encoders),
         text=stored_encoders(config.conditioning),
@@ -221,7 +224,7 @@ def build_spike_guard(
     stream: LatentStream,
     device: torch.device,
 ) -> SpikeGuard | None:
-    """None where spikes are ignored."""
+    """Build the spike guard; None with optimizer.on_spike=ignore."""
     if config.optimizer.on_spike is OnSpike.IGNORE:
         return None
     count = min(config.optimizer.spike.noise_levels, config.batch.global_batch_size)
@@ -230,37 +233,39 @@ def build_spike_guard(
 
 
 def init_model(init: InitConfig, model: Denoiser, world: World) -> None:
-    """Communicates: rank 0 loads, because a strategy starts from its weights; its error is raised
-    on all ranks.
+    """Collective. Load initial weights on rank 0, from which a strategy copies them.
+
+    An error of rank 0 is raised on all ranks as CheckpointError.
     """
-    trouble = None
+    message = None
     if world.rank == 0:
         try:
             load_init_from(init, model)
         except (CheckpointError, ConfigError) as error:
-            trouble = str(error)
+            message = str(error)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            trouble = (
+            message = (
                 f"init_from: {init.model_dump(exclude_defaults=True)} cannot be read: "
                 f"{type(error).__name__}: {error}"
             )
-    trouble = first_error(trouble)
-    if trouble is not None:
-        raise CheckpointError(trouble)
+    message = first_error(message)
+    if message is not None:
+        raise CheckpointError(message)
 
 
 def text_conditioner(
     conditioning: ConditioningConfig, folders: DataFolders, device: torch.device
 ) -> TextConditioner | None:
-    """None for models that read no text.  The empty caption is that of the first folder: all were
-    encoded by the same encoder.
+    """Build the text conditioner; None for models that read no text.
+
+    The null text is that of the first folder: all folders used the same encoders.
     """
     if not conditioning.text_encoders:
         return None
-    empty = read_null_text(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
-    there = {
-        name: {key: tensor.to(device) for key, tensor in found.items()}
-        for name, found in empty.items()
+    null_text = read_null_text(folders.paths[0], folders.indexes[0], stored_encoders(conditioning))
+    null_text = {
+        name: {key: tensor.to(device) for key, tensor in tensors.items()}
+        for name, tensors in null_text.items()
     }
     online = None
     if conditioning.online_encoders:
@@ -268,21 +273,26 @@ def text_conditioner(
 
         online = OnlineText.load(conditioning.online_encoders, device)
     return TextConditioner(
-        conditioning.text_encoders, text_entries(conditioning, folders.merged.text), there, online
+        conditioning.text_encoders,
+        text_entries(conditioning, folders.merged.text),
+        null_text,
+        online,
     )
 
 
 def verify(stream: LatentStream, world: World) -> None:
-    """Communicates: every rank reads its share of the shards; what one finds wrong is raised, or
-    skipped, on all.
+    """Collective. Verify the shards, divided among the ranks.
+
+    Raises DataError on all ranks; samples that may be skipped are skipped on all ranks.
     """
-    trouble, damaged = None, []
+    message = None
+    bad_samples = []
     try:
-        damaged = stream.verify(rank=world.rank, world_size=world.world_size)
+        bad_samples = stream.verify(rank=world.rank, world_size=world.world_size)
     except DataError as error:
-        trouble = str(error)
-    trouble = first_error(trouble)
-    if trouble is not None:
-        raise DataError(trouble)
+        message = str(error)
+    message = first_error(message)
+    if message is not None:
+        raise DataError(message)
     for rank in range(world.world_size):
-        stream.bad_samples.extend(broadcast_json(damaged, source=rank))
+        stream.bad_samples.extend(broadcast_json(bad_samples, source=rank))

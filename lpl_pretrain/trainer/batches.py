@@ -1,5 +1,5 @@
-"""From plans to batches: latents are read and random numbers drawn in the prefetch threads, and a
-batch is copied to the device once.
+"""Batches from plans: prefetch threads read latents and draw random numbers, and each batch is
+copied to the device once.
 
     BatchPlanner.plan(step) -> MicrobatchPlan -> TrainBatch -> pinned -> on the device
 """

@@ -1,5 +1,7 @@
-"""Fresh weights replaced by those that `init_from` names; what was loaded, left and missing is
-told, and a mismatch is an error.
+"""Initial weights of a run from what `init_from` names: a run, a file, or a diffusers folder.
+
+The log says how many parameters were loaded and which were not.  A parameter that is missing,
+unknown or of another shape is an error unless `init_from.allow_mismatch` names it.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from lpl_pretrain.models import convert_dit, convert_mmdit
 from lpl_pretrain.runtime.log import log
 
 State = dict[str, Tensor]
-LISTED = 10
+MAX_LISTED = 10
 UNET = "UNet2DConditionModel"
 CONVERTERS: dict[str, Callable[[dict[str, Any], State], tuple[Any, State]]] = {
     "DiTTransformer2DModel": convert_dit.from_diffusers,
     "SD3Transformer2DModel": convert_mmdit.from_diffusers,
 }
-CAUSES = {
+SHAPE_HINTS = {
     "x_embedder": "another number of latent channels, or another patch_size",
     "y_embedder": "another number of classes",
     "final_layer.linear": "another number of latent channels, or learned_sigma",
@@ -38,12 +40,13 @@ CAUSES = {
     "pooled_embedder": "other pooled vectors",
     "blocks": "another width or depth",
 }
-"""Beginning of a name -> why its shape may differ."""
+"""Prefix of a parameter's name -> likely reason why its shape differs."""
 
 
 def load_init_from(init: InitConfig, model: Denoiser) -> None:
-    """Not collective. Overwrites the parameters of `model` in place.  Raises ConfigError or
-    CheckpointError.
+    """Overwrite the parameters of `model` in place.  Not collective.
+
+    Raises ConfigError or CheckpointError.
     """
     state, source = read_initial(init, model)
     own = dict(model.named_parameters())
@@ -56,13 +59,14 @@ def load_init_from(init: InitConfig, model: Denoiser) -> None:
         if not name.startswith(init.allow_mismatch or ("\0",))
     ]
     if differing:
-        told = {**dict.fromkeys(missing, "missing"), **dict.fromkeys(unknown, "not in this model")}
-        told |= {
+        problems = dict.fromkeys(missing, "missing")
+        problems |= dict.fromkeys(unknown, "not in this model")
+        problems |= {
             name: f"{tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
             for name in reshaped
         }
-        lines = [f"  {name}: {told[name]}" for name in differing[:LISTED]]
-        more = f"\n  and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
+        lines = [f"  {name}: {problems[name]}" for name in differing[:MAX_LISTED]]
+        more = f"\n  and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
         raise CheckpointError(
             f"{source} does not fit this model in {len(differing)} parameters "
             f"({likely_cause(differing, state)}):\n"
@@ -81,11 +85,14 @@ def load_init_from(init: InitConfig, model: Denoiser) -> None:
 
 
 def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
-    """Weights in our names, and what they come from.  Raises ConfigError or CheckpointError."""
+    """Weights by this project's parameter names, and their source for messages.
+
+    Raises ConfigError or CheckpointError.
+    """
     if init.run is not None:
         run_dir = RunDir(Path(init.run))
-        state, facts = read_weights(run_dir, init.weights, init.step, identity_of(run_dir))
-        return state, f"{init.run} step {facts['step']} {init.weights}"
+        state, record = read_weights(run_dir, init.weights, init.step, identity_of(run_dir))
+        return state, f"{init.run} step {record['step']} {init.weights}"
     if init.file is not None:
         return convert_dit.from_published(
             read_tensors(Path(init.file), "init_from.file")
@@ -94,7 +101,7 @@ def read_initial(init: InitConfig, model: Denoiser) -> tuple[State, str]:
 
 
 def identity_of(run_dir: RunDir) -> str | None:
-    """Of a run's configuration; None where it cannot be read, as that of a run of another version."""
+    """Identity of a run's configuration; None if this version cannot read the configuration."""
     try:
         return run_identity(load_run_config(run_dir))
     except ConfigError:
@@ -102,7 +109,7 @@ def identity_of(run_dir: RunDir) -> str | None:
 
 
 def read_tensors(path: Path, key: str) -> State:
-    """A safetensors file of finite numbers; nothing else is ever read.  Raises CheckpointError."""
+    """Tensors of a safetensors file.  Raises CheckpointError if unreadable or not finite."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
@@ -117,6 +124,7 @@ def read_tensors(path: Path, key: str) -> State:
 
 
 def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
+    """Weights of a diffusers folder, converted, and the folder; ConfigError if settings differ."""
     try:
         settings = read_json(folder / "config.json")
     except JSONError as error:
@@ -136,34 +144,32 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
         section, state = CONVERTERS[name](settings, theirs)
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"init_from.diffusers={folder}: {error}") from None
-    except (
-        Exception
-    ) as error:  # of any kind, for settings and tensors that are not those of this class
+    except Exception as error:  # any kind: settings or tensors may be those of another class
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise ConfigError(
             f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})"
         ) from None
-    here = {"size", "mlp_ratio", "position_side"}
-    mine = model.config.model_dump(exclude=here)
-    for key, value in {
-        "kind": section.kind,
-        **section.model_dump(exclude=here),
-    }.items():  # the kind explains the rest
-        if mine.get(key) != value:
+    not_compared = {"size", "mlp_ratio", "position_side"}
+    configured = model.config.model_dump(exclude=not_compared)
+    # the kind is compared first: another kind explains all other differences
+    stored = {"kind": section.kind, **section.model_dump(exclude=not_compared)}
+    for key, value in stored.items():
+        if configured.get(key) != value:
             raise ConfigError(
-                f"init_from.diffusers={folder}: has {key}={value}, model.{key} is {mine.get(key)}: "
-                "set it so"
+                f"init_from.diffusers={folder}: has {key}={value}, "
+                f"model.{key} is {configured.get(key)}: set it so"
             )
     return state, str(folder)
 
 
 def likely_cause(differing: list[str], state: State) -> str:
+    """Hint for the error message, from the names of the parameters that differ."""
     if any(name.startswith("transformer_blocks.") for name in state):
         return "these are diffusers' names: use init_from.diffusers with the folder"
     prefixes = {name.split(".")[0] for name in state}
     if len(prefixes) == 1:
         return f"all names begin with {prefixes.pop()!r}: take the dictionary inside it"
-    for beginning, cause in CAUSES.items():
-        if any(name.startswith(beginning) for name in differing):
-            return f"likely {cause}"
+    for prefix, hint in SHAPE_HINTS.items():
+        if any(name.startswith(prefix) for name in differing):
+            return f"likely {hint}"
     return "likely another kind of model"

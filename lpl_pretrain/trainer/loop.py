@@ -52,9 +52,9 @@ def train(
     """Collective. Train until `config.steps` or until a rank is asked to stop; True when the run is
     complete.
 
-    `score` is called after every published checkpoint, and training waits for it.  `check_ownership` exits
-    the process if the run's lease was taken over; it is called before every shared write.  `begin`
-    is called when steps begin.
+    `score` is called after every published checkpoint, and training waits for it.
+    `check_ownership` exits the process if the run's lease was taken over; it is called before every
+    shared write.  `begin(first_step)` is called before the first update.
     """
     run = assemble(config, run_dir, world, device, check_ownership)
     trackers = Trackers(run_dir, config, world.rank, check_ownership)
@@ -80,7 +80,7 @@ def loop(
     flags: AgreedFlags,
     score: Score | None,
 ) -> bool | Start:
-    """Collective. The loop itself: whether all steps are done, or where to start after a rollback."""
+    """Collective. Run updates; True: all steps done, False: stopped, Start: rolled back."""
     config = run.config
     meter = Meter(run.device)
     clock = Clock(run.device)
@@ -120,7 +120,7 @@ def loop(
                     **means_of_terms(means),
                     **step_metrics(run, step, result),
                     **throughput_metrics(run, steps, seconds),
-                    **stragglers.look(completed, seconds, len(steps)),
+                    **stragglers.update(completed, seconds, len(steps)),
                 }
                 trackers.metrics(completed, metrics)
                 logged = completed
@@ -149,7 +149,7 @@ def loop(
 
 
 def open_ledger(run: Run, start: Start) -> Ledger:
-    """Collective: a start has one name on all ranks."""
+    """Collective. Open this rank's ledger; the name of the start is the same on all ranks."""
     path = run.run_dir.ledger(run.world.rank)
     name = broadcast_json(secrets.token_hex(4))
     if start.spike is None:
@@ -215,9 +215,7 @@ def log_stop(run: Run, trackers: Trackers, stop: StopRequest, completed: int) ->
 
 
 def means_of_terms(means: dict[str, float]) -> dict[str, float]:
-    """Metrics of the meter; the weighted loss of every term but the diffusion loss as a fraction of
-    the total.
-    """
+    """Replace `weighted/TERM` of each term by its fraction of the total loss."""
     metrics = {name: mean for name, mean in means.items() if not name.startswith("weighted/")}
     for name, mean in means.items():
         term = name.removeprefix("weighted/")

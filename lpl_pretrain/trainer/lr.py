@@ -1,6 +1,4 @@
-"""The learning rate of a step: linear warm-up, then constant, a cosine to zero, or falling with the
-root of the step.
-"""
+"""Learning rate schedules: linear warm-up, then constant, cosine or inverse square root."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from lpl_pretrain.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """For update number `step`, counted from 0."""
+    """Learning rate of update number `step`, counted from 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":

@@ -1,5 +1,7 @@
-"""Losses and gradients that are not finite: the update is skipped on the device, on all ranks alike;
-the host reads later which it was, names the samples, and decides whether the run goes on.
+"""Guard against losses and gradients that are not finite.
+
+The device skips such an update, on all ranks alike.  The host reads later which update it was,
+names the samples, and decides whether the run goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class NonFiniteGuard:
         self.config = config
         self.world = world
         self.skipped_updates = 0
-        """Skipped updates of the whole run; an fp16 loss scale that was too large does not count."""
+        """Skipped updates of the whole run; those of a too large fp16 loss scale do not count."""
         self.refuse = torch.zeros((), dtype=torch.bool, device=device)
         """() bool: the next update is refused, whatever its gradient."""
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)

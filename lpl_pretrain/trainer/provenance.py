@@ -1,4 +1,4 @@
-"""Where a run came from: provenance.json lists its starts, each with code, versions, command,
+"""Provenance of a run: provenance.json lists its starts, each with code, versions, command,
 machines and data.
 
 A start is listed once it makes steps.  The file is replaced as a whole, by the process that holds
@@ -38,8 +38,10 @@ def describe(
     device: str,
     changes: dict[str, Any],
 ) -> dict[str, Any]:
-    """A start: `step` updates were made before it; `hosts` has one name a rank; `changes` in the
-    configuration since the last.
+    """Describe a start, for `append`.
+
+    `step`: updates made before it.  `hosts`: one name per rank.  `changes`: in the configuration
+    since the last start.
     """
     return {
         "time_s": time.time(),
@@ -65,16 +67,14 @@ def describe(
 
 
 def append(path: Path, start: dict[str, Any]) -> None:
-    """What cannot be read is kept under another name."""
+    """Add a start to the file; an unreadable file is first renamed, not overwritten."""
     starts: list[dict[str, Any]] = []
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
-            starts = (
-                [found]
-                if isinstance(found, dict)
-                else [entry for entry in found if isinstance(entry, dict)]
-            )
+            entries = json.loads(path.read_text())
+            if isinstance(entries, dict):
+                entries = [entries]
+            starts = [entry for entry in entries if isinstance(entry, dict)]
         except (ValueError, TypeError) as problem:
             aside = path.with_name(f"{path.stem}.unreadable.{int(time.time())}.json")
             path.rename(aside)
@@ -86,7 +86,7 @@ def append(path: Path, start: dict[str, Any]) -> None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Of the checkout that this code runs from; None for an installed package."""
+    """Output of git in the checkout that this code runs from; None for an installed package."""
     here = Path(__file__).resolve().parent
     try:
         return subprocess.run(

@@ -10,20 +10,22 @@ from lpl_pretrain.trainer.assemble import Run
 
 
 def restore(run: Run, trackers: Trackers) -> int:
-    """Collective. Loads the newest complete checkpoint, if there is one; returns the number of
-    updates it holds.
+    """Collective. Load the newest complete checkpoint; the number of updates it holds, 0 without.
+
+    Raises CheckpointError.
     """
     state = run.checkpoints.restore_latest(run.strategy, run.ema)
     if state is None:
         if trackers.begun_before:
             trackers.event("restarted", 0, world_size=run.world.world_size)
         return 0
-    seen, now = state["stream"], run.stream.index.fingerprint
-    if changed := changed_contents(seen, run.stream.index):
+    saved_data = state["stream"]
+    fingerprint = run.stream.index.fingerprint
+    if changed := changed_contents(saved_data, run.stream.index):
         raise CheckpointError(
-            f"{run.run_dir.checkpoints}: trained on data {seen['fingerprint'][:12]}, but "
-            f"data.folder={run.config.data.folder} is {now[:12]} (different: {', '.join(changed)}): name the "
-            "folder it was trained on"
+            f"{run.run_dir.checkpoints}: trained on data {saved_data['fingerprint'][:12]}, "
+            f"but data.folder={run.config.data.folder} is {fingerprint[:12]} "
+            f"(different: {', '.join(changed)}): name the folder it was trained on"
         )
     saved = sorted(state["loss_terms"])
     wanted = sorted(term.name for term in run.updater.terms if term.state())

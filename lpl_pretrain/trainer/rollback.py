@@ -1,14 +1,14 @@
-"""Goes back before a spike, and on without the samples up to and with those of the spike.
+"""Rollback after a spike: restore an earlier checkpoint and skip the samples up to and including
+those of the spike.
 
-Update number `step` (from 0) is made of the samples at position `step + jump_updates` of the order,
+Update number `step` (from 0) trains on the samples at position `step + jump_updates` of the order,
 and all its draws are keyed by that position.  A rollback from position p to a checkpoint of c
-updates sets jump_updates = p + skip_updates - c, so that the next update begins behind the spike.
-The number is in every checkpoint, so the order stays a function of the count and a resumed run
-needs nothing else.  The samples between the checkpoint and the spike are not used in this epoch
-either.
+updates sets jump_updates = p + skip_updates - c, so that the next update begins after the spike.
+Every checkpoint holds jump_updates, so a resumed run needs nothing else.  The samples
+between the checkpoint and the spike are not used in this epoch either.
 
-Only checkpoints at multiples of checkpoint.every_steps are gone back to: those that a stop left
-behind would make a run that was interrupted differ from one that was not.  A process that ends
+Only checkpoints at multiples of checkpoint.every_steps are restored: those written when a run was
+stopped would make an interrupted run differ from an uninterrupted one.  A process that ends
 after a rollback and before the next checkpoint resumes before it, meets the same spike and decides
 the same.
 """
@@ -27,19 +27,20 @@ from lpl_pretrain.trainer.spikes import Spike
 
 @dataclass(frozen=True)
 class Start:
-    """Where the loop starts: after how many updates, and after which spike, if one led there."""
+    """Start of the loop: updates made before it, and the spike that was rolled back, if any."""
 
     step: int
     spike: Spike | None = None
 
 
 def recover(run: Run, trackers: Trackers, spike: Spike) -> Start | None:
-    """Collective.  Does what optimizer.on_spike says, and writes it down; raises SpikeError to
-    stop.
+    """Collective. Follow optimizer.on_spike and log an event; raises SpikeError to stop.
 
-    None: the update is left out, and training goes on with the next one.
+    None: the update is skipped, and training goes on with the next one.
     """
-    config, guard, start = run.config.optimizer, run.updater.spikes, None
+    config = run.config.optimizer
+    guard = run.updater.spikes
+    start = None
     assert guard is not None
     event = {name: value for name, value in asdict(spike).items() if name != "step"}
     if (why := reason_to_stop(config, guard.events)) is not None:
@@ -61,26 +62,26 @@ def recover(run: Run, trackers: Trackers, spike: Spike) -> Start | None:
 
 
 def reason_to_stop(config: OptimizerConfig, events: int) -> str | None:
-    """With the remedy; None when the run goes on after `events` spikes."""
-    most = config.spike.max_events
+    """Reason to stop, with the remedy; None when it goes on after `events` spikes."""
+    max_events = config.spike.max_events
     if config.on_spike is OnSpike.STOP:
         return (
             "Parameters and moments are as before this step. Look at these samples, lower "
-            "optimizer.lr "
-            "or raise optimizer.warmup_steps; optimizer.on_spike=skip leaves such updates out, "
-            "rollback goes back to a checkpoint and on without their samples"
+            "optimizer.lr or raise optimizer.warmup_steps; optimizer.on_spike=skip leaves such "
+            "updates out, rollback goes back to a checkpoint and on without their samples"
         )
-    if events > most:
+    if events > max_events:
         return (
-            f"This is spike number {events}, optimizer.spike.max_events is {most}: "
+            f"This is spike number {events}, optimizer.spike.max_events is {max_events}: "
             "look at these samples, lower optimizer.lr, or raise the limit"
         )
     return None
 
 
 def roll_back(run: Run, spike: Spike) -> Start | None:
-    """Collective.  Restores the newest checkpoint that was due before the spike; None without one."""
-    guard, position = run.updater.spikes, spike.step - 1 + run.jump_updates
+    """Collective. Restore the newest checkpoint due before the spike; None without one."""
+    guard = run.updater.spikes
+    position = spike.step - 1 + run.jump_updates
     assert guard is not None
     run.checkpoints.finish()
     state = run.checkpoints.restore_latest(run.strategy, run.ema, only_due=True)

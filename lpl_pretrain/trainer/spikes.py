@@ -1,12 +1,13 @@
-"""A finite gradient norm or loss far above those of the last updates: found before the update, on
-all ranks alike.
+"""Spike detection: a finite gradient norm or loss far above those of the last updates is rejected
+before the update, on all ranks alike.
 
-Spikes come of single batches in an unlucky state: trained again from an earlier checkpoint without
-those batches, a run does not meet them (PaLM, arXiv 2204.02311, section 5.1).
+Spikes come from the combination of certain batches with a certain state of the parameters: a run
+restarted from an earlier checkpoint without those batches does not have them (PaLM,
+arXiv 2204.02311, section 5.1).
 
-What is watched: the norm of the global gradient before clipping, and the mean squared error of each
-noise level, of which each holds an equal part of the timestep distribution; an error at one of them
-is hidden in the mean over all.  Both are positive with heavy tails, so their logarithms are
+Watched quantities: the norm of the global gradient before clipping, and the mean squared error of
+each noise level, which holds an equal part of the timestep distribution; the mean over all levels
+would hide a spike at one of them.  Both are positive with heavy tails, so their logarithms are
 compared: a value is a spike when
 
     log(value) > median + max(threshold_mads * 1.4826 * MAD, log(min_factor))
@@ -37,12 +38,13 @@ from lpl_pretrain.parallel.strategy import StepReport, UpdateCheck
 from lpl_pretrain.runtime.dist import all_gather_rows
 
 MAD_TO_STD = 1.4826
-"""Of a normal distribution."""
+"""Standard deviation of a normal distribution over its MAD."""
 DIGITS = 6
-"""Of the logarithms that are kept: a millionth of a value, written exactly in JSON."""
-LISTED = 8
-Place = tuple[int, int, int]
-Row = list[Optional[float]]
+"""Decimals of the stored logarithms: a millionth of a value, exact in JSON."""
+MAX_LISTED = 8
+Location = tuple[int, int, int]
+"""(folder, shard, row) of a stored sample."""
+LogValues = list[Optional[float]]
 """Logarithms of one update: of the gradient norm, then of the loss at each noise level; None: no
 value.
 """
@@ -50,7 +52,7 @@ value.
 
 @dataclass(frozen=True)
 class Bound:
-    """Logarithms."""
+    """Bound of one quantity; both numbers are logarithms."""
 
     median: float
     largest: float
@@ -92,7 +94,7 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class Spike:
-    """The same on all ranks."""
+    """A rejected update; equal on all ranks."""
 
     step: int  # number of the update, from 1
     quantity: str
@@ -109,26 +111,28 @@ class Spike:
 
 
 class SpikeGuard:
-    """Watches one run.  `name`: how messages call a stored sample, by (folder, shard, row)."""
+    """Watches one run."""
 
     def __init__(
         self,
         config: SpikeConfig,
         levels: NoiseLevels,
         device: torch.device,
-        name: Callable[[Place], str] = str,
+        location_name: Callable[[Location], str] = str,
     ) -> None:
-        self.config, self.name = config, name
+        """`location_name` names a stored sample in messages."""
+        self.config = config
+        self.location_name = location_name
         self.levels = NoiseLevels(levels.t, levels.edges.to(device))
         self.events = 0
-        """In the whole run; a rollback does not take it back."""
-        self.rows: deque[Row] = deque(maxlen=config.window_updates)
+        """Spikes of the whole run; a rollback does not lower the number."""
+        self.rows: deque[LogValues] = deque(maxlen=config.window_updates)
         self.terms: list[str] | None = None
         """Loss terms that had a weight in the window's updates; with others a new window starts."""
         self._noise_levels: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._bounds: list[Bound | None] = []
-        self._row: Row = []
+        self._row: LogValues = []
 
     def observe(self, noise_level: Tensor, losses: Tensor) -> None:
         """Squared errors (B,) of one microbatch at `noise_level` (B,); both stay on the device."""
@@ -144,8 +148,10 @@ class SpikeGuard:
             self.rows.clear()
         self.terms = terms
         self._bounds = bounds(self.rows, self.config, columns=1 + self.levels.count)
-        noise_level, losses = torch.cat(self._noise_levels), torch.cat(self._losses)
-        self._noise_levels, self._losses = [noise_level], [losses]
+        noise_level = torch.cat(self._noise_levels)
+        losses = torch.cat(self._losses)
+        self._noise_levels = [noise_level]
+        self._losses = [losses]
         return UpdateCheck(self.levels.sums(noise_level, losses), self._accept)
 
     def judge(
@@ -153,27 +159,31 @@ class SpikeGuard:
         step: int,
         report: StepReport,
         samples: Sequence[int],
-        places: Sequence[Place],
+        locations: Sequence[Location],
     ) -> Spike | None:
-        """Communicates when update number `step` (from 0) was rejected: why; None when it was not.
+        """Spike of update number `step` (from 0); None when it was not rejected.
 
-        `samples` and `places`: of what was observed, on this rank.
+        Collective when it was rejected.  `samples` and `locations`: of the observed losses of this
+        rank.
         """
-        (noise_level,), (losses,) = self._noise_levels, self._losses
-        self._noise_levels, self._losses = [], []
+        (noise_level,) = self._noise_levels
+        (losses,) = self._losses
+        self._noise_levels = []
+        self._losses = []
         if not report.rejected:
             return None
         column = worst(self._row, self._bounds)
         assert column is not None
         self.events += 1
-        return self._spike(step, column, self._suspects(noise_level, losses, samples, places))
+        return self._spike(step, column, self._suspects(noise_level, losses, samples, locations))
 
     def state(self) -> dict[str, Any]:
         return {"events": self.events, "terms": self.terms, "window": list(self.rows)}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """None: of a run that did not look for spikes.  Another number of noise levels starts a new
-        window.
+        """Restore what `state` returned; None: a checkpoint of a run without spike detection.
+
+        Another number of noise levels starts a new window.
         """
         state = state or {"events": 0, "terms": None, "window": []}
         self.events = state["events"]
@@ -182,7 +192,8 @@ class SpikeGuard:
         self.rows.extend(row for row in state["window"] if len(row) == 1 + self.levels.count)
 
     def _accept(self, norm: float, sums: list[float]) -> bool:
-        totals, counts = sums[: self.levels.count], sums[self.levels.count :]
+        totals = sums[: self.levels.count]
+        counts = sums[self.levels.count :]
         means = [total / n if n else math.nan for total, n in zip(totals, counts, strict=True)]
         self._row = [logarithm(value) for value in (norm, *means)]
         accepted = worst(self._row, self._bounds) is None
@@ -191,12 +202,13 @@ class SpikeGuard:
         return accepted
 
     def _spike(self, step: int, column: int, samples: list[str]) -> Spike:
-        bound, value = self._bounds[column], self._row[column]
+        bound = self._bounds[column]
+        value = self._row[column]
         assert bound is not None and value is not None
-        at = f"the loss at {self.levels.name(column - 1)}" if column else "the gradient norm"
+        quantity = f"the loss at {self.levels.name(column - 1)}" if column else "the gradient norm"
         return Spike(
             step + 1,
-            at,
+            quantity,
             value=math.exp(value),
             median=math.exp(bound.median),
             bound=math.exp(bound.largest),
@@ -208,43 +220,44 @@ class SpikeGuard:
         noise_level: Tensor,
         losses: Tensor,
         samples: Sequence[int],
-        places: Sequence[Place],
+        locations: Sequence[Location],
     ) -> list[str]:
-        """Communicates.  Samples of the global batch whose losses exceed their levels' medians
-        most.
-        """
+        """Collective. Samples of the global batch whose losses exceed their medians most."""
         medians = [0.0 if bound is None else bound.median for bound in self._bounds[1:]]
         usual = torch.tensor(medians, dtype=torch.float64)[self.levels.index(noise_level).cpu()]
         excess = losses.double().cpu().log() - usual
-        order = torch.argsort(excess, descending=True)[:LISTED].tolist()
-        rows = torch.full((LISTED, 5), -torch.inf, dtype=torch.float64)
+        order = torch.argsort(excess, descending=True)[:MAX_LISTED].tolist()
+        rows = torch.full((MAX_LISTED, 5), -torch.inf, dtype=torch.float64)
         for row, i in zip(rows, order, strict=False):
-            row[:] = torch.tensor([excess[i], samples[i], *places[i]], dtype=torch.float64)
-        found = all_gather_rows(rows.flatten()).view(-1, 5).tolist()
-        largest = sorted(found, key=lambda row: (-row[0], row[1]))[:LISTED]
+            row[:] = torch.tensor([excess[i], samples[i], *locations[i]], dtype=torch.float64)
+        gathered = all_gather_rows(rows.flatten()).view(-1, 5).tolist()
+        largest = sorted(gathered, key=lambda row: (-row[0], row[1]))[:MAX_LISTED]
         listed = [[int(number) for number in row[1:]] for row in largest if row[1] >= 0]
-        return [f"sample {i} ({self.name((a, b, c))})" for i, a, b, c in listed]
+        return [
+            f"sample {i} ({self.location_name((folder, shard, row))})"
+            for i, folder, shard, row in listed
+        ]
 
 
-def bounds(rows: Sequence[Row], config: SpikeConfig, *, columns: int) -> list[Bound | None]:
-    """Of each column; None while fewer than `min_updates` values are known."""
+def bounds(rows: Sequence[LogValues], config: SpikeConfig, *, columns: int) -> list[Bound | None]:
+    """Bound of each column; None while fewer than `min_updates` values are known."""
     if len(rows) < config.min_updates:
         return [None] * columns
-    found: list[Bound | None] = []
+    limits: list[Bound | None] = []
     for column in np.array(rows, dtype=np.float64).T:
         known = column[~np.isnan(column)]
         if len(known) < config.min_updates:
-            found.append(None)
+            limits.append(None)
             continue
         median = float(np.median(known))
         deviation = MAD_TO_STD * float(np.median(np.abs(known - median)))
         above = max(config.threshold_mads * deviation, math.log(config.min_factor))
-        found.append(Bound(median, median + above))
-    return found
+        limits.append(Bound(median, median + above))
+    return limits
 
 
 def worst(row: Sequence[float | None], limits: Sequence[Bound | None]) -> int | None:
-    """The column that exceeds its bound most; None when none does."""
+    """Index of the column that exceeds its bound most; None when none does."""
     excess = [
         -math.inf if value is None or bound is None else value - bound.largest
         for value, bound in zip(row, limits, strict=True)
@@ -254,5 +267,5 @@ def worst(row: Sequence[float | None], limits: Sequence[Bound | None]) -> int | 
 
 
 def logarithm(value: float) -> float | None:
-    """None for what has none: no sample, or a gradient of zero."""
+    """Rounded logarithm; None for a value without one (NaN: no sample; a gradient of zero)."""
     return round(math.log(value), DIGITS) if 0 < value < math.inf else None

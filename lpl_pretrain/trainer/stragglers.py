@@ -1,17 +1,17 @@
-"""Which rank the others wait for.
+"""Straggler detection: find the rank that the others wait for.
 
-Steps of synchronous training take all ranks equally long, for each waits for the slowest; so a rank
-tells what it spends by itself:
+In synchronous training an update takes the same time on all ranks, because each waits for the
+slowest.  Ranks are therefore compared by times that a rank does not spend waiting for others:
 
-    data     seconds of an update that it waited for its next batch
-    core     seconds of an update that its main thread was ready to run and had no core (Linux's run delay)
-    device   seconds of a fixed piece of arithmetic, in the training's number format, while the device has nothing else to do
+    data     seconds per update that the rank waited for its next batch
+    core     seconds per update that its main thread was runnable without a core (Linux's run delay)
+    device   seconds of a fixed matrix product in the training's dtype, on the idle device
 
-Each is the median of the last WINDOW looks, compared with the median over ranks (of two in the
-middle, the lower).  What none of them shows is the network: there all wait for each other.
+Each is the median of the last WINDOW measurements, divided by the median over ranks (the lower one
+for an even number of ranks).  A slow network is not detected: there all ranks wait for each other.
 
-It costs one reduction of three numbers a rank at each log step, and PROBE_SHARE of the time for the
-arithmetic.
+Costs: one all-gather of three numbers per rank at each log step, and at most PROBE_FRACTION of the
+time for the matrix products.
 """
 
 from __future__ import annotations
@@ -36,82 +36,100 @@ MEASURES = {
     "core": "waiting for a core",
     "device": "the same arithmetic",
 }
-WINDOW, AT_FIRST, LOOK_S = 5, 3, 10.0
-"""Looks of which the median counts, those before anybody is called slow, and the least that lies
-between two: one bad moment makes no straggler, and processes that share cores are late in turn.
-"""
-SLOW = 1.5
-"""Times the median from which on a rank is called slow."""
-SMALL = 0.05
-"""Waits shorter than this share of an update count as this long."""
-REMIND_S = 600.0
-"""Between two warnings about one rank."""
-GOES, PROBE_SHARE = 5, 0.002
+WINDOW = 5
+"""Measurements whose median counts, so that one bad moment makes no straggler."""
+MIN_MEASUREMENTS = 3
+"""Measurements before any rank is called slow."""
+MEASURE_EVERY_S = 10.0
+"""Least seconds between two measurements: processes that share cores are late in turn."""
+SLOW_FACTOR = 1.5
+"""A rank is slow if it spends more than this many times the median over ranks."""
+SMALL_FRACTION = 0.05
+"""Waits shorter than this fraction of an update count as this fraction."""
+WARN_EVERY_S = 600.0
+"""Least seconds between two warnings about one rank."""
+PROBE_REPEATS = 5
+"""Runs of the probe per measurement; the fastest counts."""
+PROBE_FRACTION = 0.002
+"""Largest fraction of the time that the probe takes."""
 NAME_BYTES = 64
 
 
 class Stragglers:
-    """Collective: every rank makes one and asks it at every log step; rank 0 tells.  One rank has
-    nobody to compare with.
+    """Compares ranks at every log step; rank 0 warns about slow ones.
+
+    A run on one rank has no comparison and logs nothing.
     """
 
     def __init__(
         self, world: World, device: torch.device, dtype: torch.dtype, trackers: Trackers
     ) -> None:
-        self.world, self.trackers = world, trackers
+        """Collective."""
+        self.world = world
+        self.trackers = trackers
         if world.world_size > 1:
             name = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES)
             names = all_gather_rows(torch.frombuffer(bytearray(name), dtype=torch.uint8))
             self.hosts = [bytes(row).decode(errors="replace").strip() for row in names.tolist()]
-            self.probe, self._delay = Probe(device, dtype), run_delay()
+            self.probe = Probe(device, dtype)
+            self._run_delay_s = run_delay()
             self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW)
-            self._data_s, self._updates, self._looked = 0.0, 0, time.monotonic()
-            self._told: dict[int, float] = {}
+            self._data_s = 0.0
+            self._updates = 0
+            self._measured_s = time.monotonic()
+            self._warned_s: dict[int, float] = {}
 
-    def look(self, step: int, seconds: dict[str, float], updates: int) -> dict[str, float]:
-        """Collective, and the device is idle.  What to log, on rank 0; `seconds`: a clock's, over
-        the last `updates`.
+    def update(self, step: int, seconds: dict[str, float], updates: int) -> dict[str, float]:
+        """Collective. Metrics for the log on rank 0, empty elsewhere.  The device must be idle.
+
+        `seconds`: by phase, from a `Clock`, over the last `updates` optimizer updates.
         """
         if self.world.world_size == 1:
             return {}
         self._data_s += seconds.get("data", 0.0)
         self._updates += updates
-        if (now := time.monotonic()) - self._looked >= LOOK_S:
+        if (now := time.monotonic()) - self._measured_s >= MEASURE_EVERY_S:
             delay = run_delay()
             self._waits.append(
-                (self._data_s / self._updates, (delay - self._delay) / self._updates)
+                (self._data_s / self._updates, (delay - self._run_delay_s) / self._updates)
             )
-            self._data_s, self._updates, self._delay, self._looked = 0.0, 0, delay, now
+            self._data_s = 0.0
+            self._updates = 0
+            self._run_delay_s = delay
+            self._measured_s = now
         row = [*map(median, zip(*(self._waits or [(0.0, 0.0)]), strict=True)), self.probe.seconds()]
         rows = all_gather_rows(torch.tensor(row, dtype=torch.float64))
         if self.world.rank:
             return {}
         times = times_the_median(rows, seconds["all"] / updates)
-        if len(self._waits) >= AT_FIRST:
-            self._call(step, times)
+        if len(self._waits) >= MIN_MEASUREMENTS:
+            self._warn(step, times)
         slowest = times.max(dim=0)
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for i, name in enumerate(MEASURES):
-            found |= {
+            metrics |= {
                 f"ranks/{name}_spread": slowest.values[i].item(),
                 f"ranks/{name}_slowest": slowest.indices[i].item(),
             }
-        return found
+        return metrics
 
-    def _call(self, step: int, times: Tensor) -> None:
-        """Each slow rank by its worst measure, unless that was done in the last REMIND_S."""
+    def _warn(self, step: int, times: Tensor) -> None:
+        """Warn about each slow rank, by its worst measure, at most once in WARN_EVERY_S."""
         now = time.monotonic()
         for rank, row in enumerate(times.tolist()):
             worst, measure = max(zip(row, MEASURES, strict=True))
-            if worst > SLOW and now - self._told.get(rank, -REMIND_S) >= REMIND_S:
-                self._told[rank], host = now, self.hosts[rank]
-                what = MEASURES[measure]
+            if (
+                worst > SLOW_FACTOR
+                and now - self._warned_s.get(rank, -WARN_EVERY_S) >= WARN_EVERY_S
+            ):
+                self._warned_s[rank] = now
+                host = self.hosts[rank]
                 log.warning(
                     "rank %d on %s is slow: it spends %.1f times the median of all ranks on %s",
                     rank,
                     host,
                     worst,
-                    what,
+                    MEASURES[measure],
                 )
                 self.trackers.event(
                     "straggler", step, rank=rank, host=host, measure=measure, times=round(worst, 2)
@@ -119,18 +137,17 @@ class Stragglers:
 
 
 def times_the_median(rows: Tensor, update_s: float) -> Tensor:
-    """(ranks, measures) of seconds: each over the median of its column; waits below SMALL of an
-    update count as that much.
+    """Divide (ranks, measures) seconds by the median over ranks.
+
+    Waits below SMALL_FRACTION of an update count as that much.
     """
-    small = SMALL * update_s
+    small = SMALL_FRACTION * update_s
     rows = rows.clamp(min=torch.tensor([small, small, 1e-9], dtype=rows.dtype))
     return rows / rows.median(dim=0).values
 
 
 class Probe:
-    """A fixed piece of arithmetic: GOES products of matrices on a CPU, about 2 ms; larger ones, and
-    20 times as many, on a GPU.
-    """
+    """Times a fixed matrix product: one of side 256 on a CPU, 20 of side 2048 on a GPU."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         side, self.products = (2048, 20) if device.type == "cuda" else (256, 1)
@@ -138,20 +155,22 @@ class Probe:
             torch.linspace(-1, 1, side * side, device=device).reshape(side, side).to(dtype)
         )
         self.product = self.factor @ self.factor  # the first one is slow; memory is taken once
-        self.timer, self._due = DeviceTimer(device), 0.0
+        self.timer = DeviceTimer(device)
+        self._due_s = 0.0
         self._fastest: deque[float] = deque(maxlen=WINDOW)
 
     def seconds(self) -> float:
-        """Of the fastest of GOES, because a go may be interrupted; the median of the last WINDOW
-        times that this was done.
+        """Median of the last WINDOW measurements; measures again when one is due.
+
+        One measurement is the fastest of PROBE_REPEATS runs, because a run may be interrupted.
         """
-        if len(self._fastest) < AT_FIRST or time.monotonic() >= self._due:
-            goes = [self._go() for _ in range(GOES)]
-            self._fastest.append(min(goes))
-            self._due = time.monotonic() + sum(goes) / PROBE_SHARE
+        if len(self._fastest) < MIN_MEASUREMENTS or time.monotonic() >= self._due_s:
+            durations = [self._probe_once() for _ in range(PROBE_REPEATS)]
+            self._fastest.append(min(durations))
+            self._due_s = time.monotonic() + sum(durations) / PROBE_FRACTION
         return median(self._fastest)
 
-    def _go(self) -> float:
+    def _probe_once(self) -> float:
         with self.timer:
             for _ in range(self.products):
                 torch.mm(self.factor, self.factor, out=self.product)
@@ -159,8 +178,9 @@ class Probe:
 
 
 def run_delay() -> float:
-    """Seconds that this process's main thread was ready to run and had no core, since it began; 0
-    where nobody counts them.
+    """Seconds since its start that this process's main thread was runnable without a core.
+
+    0 where the kernel does not count them.
     """
     file = Path("/proc/self/schedstat")
     return int(file.read_text().split()[1]) / 1e9 if file.is_file() else 0.0

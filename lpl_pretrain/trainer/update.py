@@ -1,6 +1,4 @@
-"""One optimizer update: from the batches of a step to the loss terms, one backward per microbatch,
-and the strategy's step.
-"""
+"""One optimizer update: loss terms and one backward per microbatch, then the strategy's step."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ class UpdateResult:
     grad_norm: Tensor
     """() float64 on the device: L2 norm before clipping; NaN if it was not finite."""
     spike: Spike | None = None
-    """Why the update was rejected, if its gradient was finite."""
+    """Reason why the update was rejected, if its gradient was finite."""
     calibrated: dict[str, float] = field(default_factory=dict)
     """Weights of loss terms whose calibration ended with this update."""
 

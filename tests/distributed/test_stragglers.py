@@ -66,7 +66,7 @@ def train_slowly(world, device, data, folder, measure):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.gethostname", lambda: f"node{world.rank}")
         patch.setattr(timer, "time", fake_time)
-        patch.setattr(stragglers, "LOOK_S", 0.0)
+        patch.setattr(stragglers, "MEASURE_EVERY_S", 0.0)
         patch.setattr(Updater, "update", fake_time.delayed(UPDATE_S, Updater.update))
         patch.setattr(
             stragglers,

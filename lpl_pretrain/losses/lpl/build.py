@@ -7,7 +7,7 @@ from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import TrainConfig
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.flops import lpl_flops
-from lpl_pretrain.losses.lpl.gate import gate_share, max_noise_level
+from lpl_pretrain.losses.lpl.gate import gate_fraction, max_noise_level
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.losses.lpl.subset import LPLSubset
 from lpl_pretrain.losses.lpl.term import LPLTerm, PanelSource
@@ -18,13 +18,13 @@ from lpl_pretrain.models.decoder import decoder_stages
 
 
 def build_lpl(context: TermContext) -> LPLTerm | None:
-    """None without an `lpl` section.  The decoder keeps the stages that are compared, no more."""
+    """Build LPL; None without an `lpl` section.  The decoder keeps only the compared stages."""
     config = context.config
     lpl = config.lpl
     if lpl is None:
         return None
     threshold = max_noise_level(lpl.gate, context.schedule)
-    fraction = gate_share(threshold, context.schedule, config.diffusion.timesteps)
+    fraction = gate_fraction(threshold, context.schedule, config.diffusion.timesteps)
     features = build_features(config, lpl, context.index, context.scaling)
     flops_per_sample = lpl_flops(lpl, features, context.index)
     if lpl.compile:

@@ -1,8 +1,7 @@
-"""Where features come from: the stages of a frozen decoder, from the latent up to the deepest stage
-asked for.
+"""Decoder features: the stages of a frozen decoder, from the latent to the deepest stage in use.
 
-An SD decoder of latent side H has stages `mid`, `up0` .. `up3` of sides H, 2H, 4H, 8H, 8H.  What
-runs after the deepest stage asked for is not kept, and neither is the encoder.  Upsampling is
+An SD decoder of latent side H has stages `mid`, `up0` .. `up3` of sides H, 2H, 4H, 8H, 8H.  Layers
+after the deepest stage in use are not kept, and neither is the encoder.  Upsampling is
 merged into the convolution after it (models/upsampling.py): equal up to rounding, and cheaper.
 """
 
@@ -20,7 +19,7 @@ from lpl_pretrain.models.upsampling import merge_upsampling
 
 Layer = Callable[[Tensor], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""By `lpl.decoder_precision`."""
+"""Value of `lpl.decoder_precision` -> dtype."""
 
 
 class DecoderFeatures(nn.Module):
@@ -37,34 +36,29 @@ class DecoderFeatures(nn.Module):
         super().__init__()
         self.stages = [name for name in decoder.stages if stages is None or name in stages]
         self.decoder = decoder.cut_after(self.stages[-1]).changed(merge_upsampling)
-        self.shift, self.scale = nn.Buffer(scaling.shift.clone()), nn.Buffer(scaling.scale.clone())
+        self.shift = nn.Buffer(scaling.shift.clone())
+        self.scale = nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def compile_layers(self) -> DecoderFeatures:
-        """In place; they are compiled when they first run."""
-        # layers of a kind share their code, which is compiled for each of them, with gradient and
-        # without, and for a last chunk
-        limits, layers = (
-            torch._dynamo.config,
-            sum(len(list(run.children())) for run in self.decoder.stages.values()),
-        )
-        limits.recompile_limit = max(limits.recompile_limit, 4 * layers)
+        """Compile the layers in place; each is compiled when it first runs."""
+        # layers of one class share code, which is compiled for each layer, with and without
+        # gradient, and again for a smaller last chunk
+        num_layers = sum(len(list(stage.children())) for stage in self.decoder.stages.values())
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * num_layers)
         self.decoder = self.decoder.changed(
             lambda run: [torch.compile(layer, dynamic=False) for layer in run]
         )
         return self
 
     def first_layer(self, z0: Tensor) -> Tensor:
-        """The first layer: back to raw latents, into the decoder's dtype and layout, through its
-        entrance.
-        """
+        """Denormalise `z0`, cast it to the decoder's dtype and layout, run conv_in."""
         raw = LatentScaling(self.shift, self.scale).denormalize(z0)
         return self.decoder.entrance(raw.to(self.dtype, memory_format=torch.channels_last))
 
     def named_layers(self) -> Iterator[tuple[str | None, Layer]]:
-        """All layers in order; each with the name of the stage that it completes, if that stage was
-        asked for.
-        """
+        """All layers in order, each with the name of the stage that it completes, or None."""
         yield None, self.first_layer
         for name, layers in self.decoder.stages.items():
             *inner, last = layers.children()
@@ -85,9 +79,7 @@ class DecoderFeatures(nn.Module):
 
     @torch.no_grad()
     def check(self, channels: int, height: int, width: int) -> None:
-        """Raises ConfigError when a stage is not finite for the most ordinary latent there is, z0 =
-        0.
-        """
+        """Raise ConfigError when a stage is not finite for z0 = 0, the mean latent."""
         for name, features in self(
             torch.zeros(1, channels, height, width, device=self.scale.device)
         ).items():

@@ -1,7 +1,7 @@
-"""Which samples LPL counts: those noised so little that the one-step estimate is a picture worth
-comparing.
+"""The gate of LPL: only samples with little noise count, whose one-step estimate is a usable image.
 
-All three spellings come down to one number, the largest noise level sigma_t / alpha_t that passes.
+All three forms of `lpl.gate` are converted to one number, the largest noise level
+sigma_t / alpha_t that passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lpl_pretrain.errors import ConfigError
 
 
 def max_noise_level(gate: GateConfig, schedule: Schedule) -> float:
-    """The gate is open where noise_level <= this."""
+    """Largest noise level sigma_t / alpha_t that passes the gate."""
     if gate.noise_level_below is not None:
         return gate.noise_level_below
     if gate.snr_above is not None:
@@ -37,15 +37,14 @@ def max_noise_level(gate: GateConfig, schedule: Schedule) -> float:
 def gate_weights(
     noise_level: Tensor, threshold: float, weighting: WeightingConfig, prediction: Prediction
 ) -> Tensor:
-    """(B,) how much each sample counts in LPL: 0 outside the gate, inside it 1 or as
-    `lpl.noise_weighting` says.
-    """
+    """(B,) weight of each sample in LPL: 0 outside the gate, by `lpl.noise_weighting` inside it."""
     return (noise_level <= threshold) * loss_weight(weighting, prediction, noise_level)
 
 
-def gate_share(threshold: float, schedule: Schedule, timesteps: TimestepConfig) -> float:
-    """Share of training samples inside the gate, by bisection: noise grows with t, and t with its
-    uniform u.
+def gate_fraction(threshold: float, schedule: Schedule, timesteps: TimestepConfig) -> float:
+    """Fraction of training samples inside the gate.
+
+    Found by bisection: the noise level grows with t, and t with the uniform u it is drawn from.
 
     Raises ConfigError when no sample can ever pass.
     """

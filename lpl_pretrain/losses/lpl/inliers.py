@@ -1,5 +1,4 @@
-"""Which positions of a feature map are kept: decoders hide a few huge values in their maps, which
-would drown the rest.
+"""Outlier mask: decoder feature maps hold a few huge values, which would dominate the loss.
 
 Per sample and channel keep q1 - m < f < q2 + m, with q1 and q2 the k-th smallest values, k =
 int(0.02 N) and int(0.98 N), and m = margin x standard deviation; then holes of one or two positions
@@ -21,9 +20,8 @@ def inlier_mask(features: Tensor, std: Tensor, config: OutlierConfig, stage: int
     """(B, C, H, W) features and their (B, C, 1, 1) biased std over space -> True where kept."""
     with torch.no_grad():
         count = features[0, 0].numel()
-        margin = (
-            config.margin * std * math.sqrt(count / max(1, count - 1))
-        )  # the unbiased standard deviation
+        # the square root makes the standard deviation the unbiased one
+        margin = config.margin * std * math.sqrt(count / max(1, count - 1))
         q1, q2 = (q[..., None] for q in _quantiles(features.flatten(2), *config.quantiles))
         keep = (features > q1 - margin) & (features < q2 + margin)
         dilate, erode = config.kernels[min(stage, len(config.kernels) - 1)]
@@ -44,7 +42,7 @@ def _quantiles(flat: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
 
 
 def _dilate(mask: Tensor, size: int) -> Tensor:
-    """True where any position of the size x size neighbourhood is; rows, then columns, on bytes."""
+    """Dilate a mask by a size x size square, separably: rows, then columns."""
     for dim in (-2, -1):
         spread, length = mask.clone(), mask.shape[dim]
         for shift in range(1, min(size // 2, length - 1) + 1):

@@ -34,12 +34,14 @@ from lpl_pretrain.losses.lpl.tape import Tape
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """What one stage of the decoder did; each (K,), meaningful where the gate is open."""
+    """Measurements of one decoder stage; each (K,), meaningful where the gate is open."""
 
-    contribution: Tensor  # omega_l * distance / number of stages
-    keep_fraction: Tensor  # share of positions that the outlier mask kept
-    # std over space of predicted / clean features, mean over channels: LPL counters its shrinking
+    contribution: Tensor
+    """omega_l * distance / number of stages"""
+    keep_fraction: Tensor
+    """Fraction of positions that the outlier mask kept."""
     std_ratio: Tensor
+    """Std over space of predicted / clean features, mean over channels."""
 
     @classmethod
     def concatenate(cls, parts: list[StageReport]) -> StageReport:
@@ -64,7 +66,7 @@ class _Chunk:
 
 
 class _WithGradient(torch.autograd.Function):
-    """`loss` (K,), whose gradient at `z0_hat` is known: `gradient` (K, C, H, W) of its sum."""
+    """`loss` (K,) with `gradient` (K, C, H, W), the known gradient of its sum at `z0_hat`."""
 
     @staticmethod
     def forward(
@@ -92,21 +94,21 @@ class LatentPerceptualLoss(nn.Module):
         features: DecoderFeatures,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
-        """`sum_over_ranks` is called only for `normalize.over: batch`, the same number of times on
-        every rank.
-        """
+        """`sum_over_ranks` is used with `normalize.over: batch`, equally often on all ranks."""
         super().__init__()
-        self.config, self.features, self.sum_over_ranks = config, features, sum_over_ranks
+        self.config = config
+        self.features = features
+        self.sum_over_ranks = sum_over_ranks
 
     def forward(
         self, z0: Tensor, z0_hat: Tensor, weights: Tensor, crop_positions: Tensor | None = None
     ) -> LPLOutput:
         """Loss and its gradient at `z0_hat`, `chunk_size` samples inside the decoder at a time.
 
-        The gradient is computed here, while the features are in memory; `loss` hands it to autograd,
-        so that `loss.sum().backward()`, or any weighted sum, reaches z0_hat and the denoiser behind
-        it.  With `normalize.over: batch` samples depend on each other: all of `loss` must then have
-        one factor, else the gradient is NaN.
+        The gradient is computed here, while the features are in memory.  `loss` passes it to
+        autograd, so that backward of any weighted sum of `loss` reaches z0_hat and the denoiser.
+        With `normalize.over: batch` samples depend on each other: all of `loss` must then have one
+        factor, else the gradient is NaN.
 
         `weights` (K,) are 0 where the gate is shut: there a sample is compared with itself, finite
         and exactly 0.  `crop_positions` (K, 2) in [0, 1) say where `lpl.crop` cuts.
@@ -140,10 +142,10 @@ class LatentPerceptualLoss(nn.Module):
 
     @torch.no_grad()
     def error_maps(self, z0: Tensor, z0_hat: Tensor) -> dict[str, Tensor]:
-        """For pictures: {stage: (1, H_l, W_l)}, mean over channels of what every position of ONE
-        whole latent contributes.
+        """Contribution of every position of ONE whole latent: {stage: (1, H_l, W_l)}, for images.
 
-        Without `crop` and depth weights; statistics over a batch are taken over this sample.
+        Mean over channels, without `crop` and depth weights; statistics over a batch are taken over
+        this sample.
         """
         predicted, clean = self.features(z0_hat), self.features(z0)
         batch = self.config.normalize is not None and self.config.normalize.over == "batch"
@@ -182,7 +184,7 @@ class LatentPerceptualLoss(nn.Module):
         ]
 
     def _batch_statistics(self, chunks: list[_Chunk]) -> dict[str, BatchStatistics]:
-        """Communicates when `normalize.over` is batch; empty otherwise."""
+        """Collective with `normalize.over: batch`; empty otherwise."""
         normalize = self.config.normalize
         if normalize is None or normalize.over != "batch":
             return {}
@@ -195,10 +197,12 @@ class LatentPerceptualLoss(nn.Module):
 
     def _observe(self, chunks: list[_Chunk]) -> Iterator[StageFeatures]:
         for chunk in chunks:
-            hidden, clean = chunk.z0_hat, chunk.z0
+            hidden = chunk.z0_hat
+            clean = chunk.z0
             for name, layer in self.features.named_layers():
                 with torch.no_grad():
-                    hidden, clean = layer(hidden), layer(clean)
+                    hidden = layer(hidden)
+                    clean = layer(clean)
                 if name is not None:
                     pair = self._crop(chunk, hidden, clean)
                     yield StageFeatures(
@@ -213,14 +217,14 @@ class LatentPerceptualLoss(nn.Module):
     def _differentiate(
         self, chunk: _Chunk, batch: dict[str, BatchStatistics]
     ) -> tuple[Tensor, Tensor, dict[str, StageReport]]:
-        """Both branches stage by stage; each stage is compared, and its gradient taken, before the
+        """Loss, gradient and reports of one chunk.
+
+        Both branches run stage by stage; each stage is compared, and its gradient taken, before the
         next one runs.
         """
-        tape, hidden, clean = (
-            Tape(recompute=self.config.activation_checkpointing),
-            chunk.z0_hat,
-            chunk.z0,
-        )
+        tape = Tape(recompute=self.config.activation_checkpointing)
+        hidden = chunk.z0_hat
+        clean = chunk.z0
         loss = torch.zeros_like(chunk.weights)
         reports: dict[str, StageReport] = {}
         for name, layer in self.features.named_layers():
@@ -240,7 +244,7 @@ class LatentPerceptualLoss(nn.Module):
         return loss, tape.backward(), reports
 
     def _crop(self, chunk: _Chunk, hidden: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """What of both feature maps is compared."""
+        """Compared part of both feature maps."""
         if chunk.windows is None:
             return hidden, clean
         return chunk.windows.interior(hidden), chunk.windows.interior(clean)
@@ -253,7 +257,7 @@ class LatentPerceptualLoss(nn.Module):
         target: Tensor,
         batch: BatchStatistics | None,
     ) -> tuple[Tensor, StageReport]:
-        """(K,) contribution of one stage, with gradient at `predicted`, and what it did."""
+        """(K,) contribution of one stage, with gradient at `predicted`, and its report."""
         side = chunk.z0.shape[-1] if chunk.windows is None else chunk.windows.side
         given = None if batch is None else (batch.predicted, batch.target)
         diff = difference(self.config, stage_number(name), predicted, target, given)

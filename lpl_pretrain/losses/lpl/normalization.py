@@ -1,5 +1,5 @@
-"""On which scale two feature maps are compared: both branches shifted and divided by statistics of
-one, or each by its own.
+"""Normalisation of feature maps before comparison: both branches by the statistics of one, or each
+by its own.
 
 Shapes: features (B, C, H, W) float32; statistics broadcast against them.  The paper's choice is
 mean and standard deviation over the space of each channel, of the PREDICTED features, for both
@@ -19,18 +19,17 @@ from torch import Tensor
 from lpl_pretrain.config.lpl import NormalizeConfig
 
 FLOOR = 1e-8
-"""Where the variance, or the squared norm, is below this there is nothing to compare: the
-contribution is exactly 0.
-"""
+"""Variance, or squared norm, below which the contribution is exactly 0."""
 DIMS = {"space": (2, 3), "channels": (1,), "batch": (0, 2, 3)}
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """x becomes (x - shift) / sqrt(var)."""
+    """Statistics that normalise x to (x - shift) / sqrt(var)."""
 
     shift: Tensor
-    var: Tensor  # the biased variance, or the sum of squares
+    var: Tensor
+    """Biased variance, or sum of squares."""
 
     @classmethod
     def of(cls, features: Tensor, over: str = "space", kind: str = "std") -> Statistics:
@@ -45,7 +44,7 @@ class Statistics:
 
     @property
     def std(self) -> Tensor:
-        """No gradient: for masks and reports."""
+        """Square root of `var`, without gradient, for masks and reports."""
         return self.var.detach().sqrt()
 
     def inverse(self) -> Tensor:
@@ -57,7 +56,7 @@ class Statistics:
 def pick_statistics(
     config: NormalizeConfig, predicted: Statistics, target: Statistics
 ) -> tuple[Statistics, Statistics]:
-    """The statistics that (prediction, target) are normalised by."""
+    """Statistics that normalise (prediction, target)."""
     if not config.gradient:
         predicted, target = predicted.detach(), target.detach()
     return {

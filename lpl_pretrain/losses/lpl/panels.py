@@ -1,5 +1,5 @@
-"""Panels of what LPL compared last: the image, the model's one-step estimate of it, and heat maps of
-where each decoder stage sees them differ.
+"""Panels of the samples LPL compared last: the image, the model's one-step estimate of it, and a
+heat map of the difference at each decoder stage.
 
 One row per sample, from little noise to much; one column each for x0, x0_hat and every stage.  The
 maps of a stage share one scale, black to white.  Not collective: rank 0 draws samples of its last

@@ -1,4 +1,4 @@
-"""Which samples LPL sees."""
+"""The samples of a global batch that LPL is computed on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LPLSubset:
-    """How many samples of a global batch LPL sees, and which.  The whole rule:
+    """Numbers of samples of a global batch that LPL is computed on.  The whole rule:
 
     1. The gate passes samples whose noise level sigma_t / alpha_t is at most a threshold
        (losses/lpl/gate.py).  Timesteps are stratified, so at most `num_gated` =
@@ -36,7 +36,7 @@ class LPLSubset:
 
     @property
     def inclusion_probability(self) -> float:
-        """Probability of a gated sample to be seen by LPL."""
+        """Probability that a gated sample is one of LPL's samples."""
         return self.num_lpl / self.num_gated
 
     def per_microbatch(self, num_microbatches: int) -> int:

@@ -1,8 +1,8 @@
-"""Backward through a chain of frozen layers, by hand, with gradients that enter between them.
+"""Explicit backward through a chain of frozen layers, with gradients injected between them.
 
 Autograd would keep every feature map and every mask of a whole decoder until the last stage is
-done.  Here a stage hands in its gradient as soon as it is known, so what stays is the input of each
-layer (recomputed in backward), or its graph.
+done.  Here the gradient of a stage is injected as soon as it is known, so only the input of each
+layer (recomputed in backward), or its graph, stays in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Tape:
         self._records: list[_Step | Tensor] = []
 
     def run(self, layer: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        """layer(source), without a graph on the outside."""
+        """Run and record a layer; the result has no graph."""
         leaf = source.detach().requires_grad_()
         with torch.set_grad_enabled(not self.recompute):
             result = layer(leaf)
@@ -35,11 +35,11 @@ class Tape:
         return result.detach()
 
     def inject(self, gradient: Tensor) -> None:
-        """The gradient that the last result has of its own, beside what later layers will bring."""
+        """Add a gradient at the last result, to that of later layers."""
         self._records.append(gradient)
 
     def backward(self) -> Tensor:
-        """The gradient at the first source.  Each record is let go as soon as it is used."""
+        """Gradient at the first source.  Each record is freed as soon as it is used."""
         gradient: Tensor | None = None
         while self._records:
             record = self._records.pop()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PanelSource:
-    """What panels are decoded with."""
+    """Autoencoder and scaling that decode panels."""
 
     autoencoder: str
     """Folder of the whole autoencoder, which is loaded for a moment."""

@@ -8,7 +8,7 @@ import torch
 
 from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
-from lpl_pretrain.losses.lpl.gate import gate_share
+from lpl_pretrain.losses.lpl.gate import gate_fraction
 from lpl_pretrain.losses.lpl.subset import LPLSubset
 from lpl_pretrain.trainer.batch_plan import BatchPlanner
 from lpl_pretrain.trainer.lr import learning_rate
@@ -34,7 +34,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_microbatches(num_micr
 @pytest.mark.parametrize("threshold", [0.2, 3**-0.5, 1.0, 3.0])
 def test_gated_samples_come_first_in_every_microbatch(kind, distribution, threshold):
     d = planner(kind=kind, distribution=distribution)
-    share = gate_share(threshold, d.schedule, d.timesteps)
+    share = gate_fraction(threshold, d.schedule, d.timesteps)
     for num_microbatches in (1, 2, 3, 8):
         prefix = LPLSubset.of(48, share, 1.0).per_microbatch(num_microbatches)
         assert prefix <= math.ceil(48 * share / num_microbatches) + 1
@@ -51,7 +51,9 @@ def test_gated_samples_come_first_in_every_microbatch(kind, distribution, thresh
 def test_has_teeth_without_sorting():
     """Gated samples that are assigned in the order of the draw do not come first."""
     d = planner()
-    prefix = LPLSubset.of(48, gate_share(3**-0.5, d.schedule, d.timesteps), 1.0).per_microbatch(4)
+    prefix = LPLSubset.of(48, gate_fraction(3**-0.5, d.schedule, d.timesteps), 1.0).per_microbatch(
+        4
+    )
     plan = d.plan(0, 1)[0]
     by_index = plan.t[torch.tensor(plan.sample_indices).argsort()]
     assert any(

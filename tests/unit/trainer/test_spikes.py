@@ -25,7 +25,14 @@ from lpl_pretrain.trainer.assemble import assemble
 from lpl_pretrain.trainer.batch_plan import BatchPlanner
 from lpl_pretrain.trainer.metrics import Meter
 from lpl_pretrain.trainer.rollback import reason_to_stop
-from lpl_pretrain.trainer.spikes import LISTED, NoiseLevels, SpikeGuard, bounds, logarithm, worst
+from lpl_pretrain.trainer.spikes import (
+    MAX_LISTED,
+    NoiseLevels,
+    SpikeGuard,
+    bounds,
+    logarithm,
+    worst,
+)
 from tests.support.configs import train_config
 from tests.support.host_reads import HostReads
 from tests.support.latents import tiny_dataset
@@ -229,7 +236,7 @@ def test_only_the_samples_with_the_largest_losses_are_listed():
     check = guard.check(terms=["diffusion"])
     report = step_report(check.accept(50.0, check.values.tolist()), 50.0)
     spike = guard.judge(8, report, range(20), [(0, 0, i) for i in range(20)])
-    assert len(spike.samples) == LISTED and spike.samples[0].startswith("sample 19 ")
+    assert len(spike.samples) == MAX_LISTED and spike.samples[0].startswith("sample 19 ")
 
 
 def test_a_rejected_update_does_not_enter_the_window():

@@ -20,8 +20,8 @@ CPU, RANKS = torch.device("cpu"), 3
 
 
 class Events(list):
-    def event(self, name, step, **facts):
-        self.append({"event": name, "step": step, **facts})
+    def event(self, name, step, **details):
+        self.append({"event": name, "step": step, **details})
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def rank_0(monkeypatch):
         )
 
     monkeypatch.setattr(stragglers, "all_gather_rows", rows)
-    monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
+    monkeypatch.setattr(stragglers, "MEASURE_EVERY_S", 0.0)
     monkeypatch.setattr(stragglers, "run_delay", lambda: 0.0)
     monkeypatch.setattr(Probe, "seconds", lambda self: 1.0)
     monkeypatch.setattr("socket.gethostname", lambda: "node1.site")
@@ -52,7 +52,7 @@ def waits(stragglers, *data_s):
     """
     stragglers.trackers.clear()
     for step, seconds in enumerate(data_s, start=1):
-        stragglers.look(step, {"all": 10.0, "data": 10 * seconds}, 10)
+        stragglers.update(step, {"all": 10.0, "data": 10 * seconds}, 10)
     return [event["step"] for event in stragglers.trackers]
 
 
@@ -70,7 +70,7 @@ def test_waits_that_are_short_for_an_update_do_not_matter(update_s, slow):
     rows = torch.tensor(
         [[0.001, 0.0, 1.0], [0.02, 0.0, 1.0], [0.001, 0.0, 1.0]], dtype=torch.float64
     )
-    assert bool((times_the_median(rows, update_s) > stragglers.SLOW).any()) is slow
+    assert bool((times_the_median(rows, update_s) > stragglers.SLOW_FACTOR).any()) is slow
 
 
 def test_a_rank_that_stays_slow_is_reported_but_not_at_every_log_step(rank_0, monkeypatch):
@@ -85,10 +85,10 @@ def test_a_rank_that_stays_slow_is_reported_but_not_at_every_log_step(rank_0, mo
             "times": 10.0,
         }
     ]
-    metrics = rank_0.look(7, {"all": 10.0, "data": 5.0}, 10)
+    metrics = rank_0.update(7, {"all": 10.0, "data": 5.0}, 10)
     assert metrics["ranks/data_spread"] == pytest.approx(10) and metrics["ranks/data_slowest"] == 0
     assert metrics["ranks/core_spread"] == metrics["ranks/device_spread"] == 1
-    monkeypatch.setattr(stragglers, "REMIND_S", 0.0)
+    monkeypatch.setattr(stragglers, "WARN_EVERY_S", 0.0)
     assert waits(rank_0, 0.5, 0.5) == [1, 2]
 
 
@@ -97,37 +97,40 @@ def test_single_slow_measurements_are_not_reported(rank_0):
     assert waits(rank_0, 9.0, 9.0) == [2], "three of the last five"
 
 
-@pytest.mark.parametrize(("look_s", "called"), [(0.2, []), (0.0, [3])])
-def test_calls_within_look_s_are_one_measurement(rank_0, monkeypatch, look_s, called):
-    monkeypatch.setattr(stragglers, "LOOK_S", look_s)
-    assert waits(rank_0, 9.0, 9.0, 9.0) == called
-    monkeypatch.setattr(stragglers, "LOOK_S", 0.0)
+@pytest.mark.parametrize(("every_s", "warned"), [(0.2, []), (0.0, [3])])
+def test_calls_within_measure_every_s_are_one_measurement(rank_0, monkeypatch, every_s, warned):
+    monkeypatch.setattr(stragglers, "MEASURE_EVERY_S", every_s)
+    assert waits(rank_0, 9.0, 9.0, 9.0) == warned
+    monkeypatch.setattr(stragglers, "MEASURE_EVERY_S", 0.0)
     waits(rank_0, 1.0)
-    assert rank_0._waits[0][0] == (9.0 if called else 7.0), "nothing is forgotten"
+    assert rank_0._waits[0][0] == (9.0 if warned else 7.0), "nothing is forgotten"
 
 
 def test_a_single_rank_has_no_metrics():
-    assert Stragglers(World(), CPU, torch.float32, Events()).look(9, {"all": 1.0}, 1) == {}
+    assert Stragglers(World(), CPU, torch.float32, Events()).update(9, {"all": 1.0}, 1) == {}
 
 
-@pytest.mark.parametrize(("share", "looks"), [(0.1, range(4, 9)), (1e9, range(9, 99))])
-def test_the_probe_keeps_to_its_fraction_of_the_time(monkeypatch, share, looks):
-    """A look takes 50 ms: a tenth of 2 s is 4 of them, beside the first ones."""
-    monkeypatch.setattr(stragglers, "PROBE_SHARE", share)
-    probe, goes = Probe(CPU, torch.float32), []
-    monkeypatch.setattr(Probe, "_go", lambda self: (time.sleep(0.01), goes.append(1), 0.01)[-1])
+@pytest.mark.parametrize(("fraction", "measurements"), [(0.1, range(4, 9)), (1e9, range(9, 99))])
+def test_the_probe_keeps_to_its_fraction_of_the_time(monkeypatch, fraction, measurements):
+    """A update takes 50 ms: a tenth of 2 s is 4 of them, beside the first ones."""
+    monkeypatch.setattr(stragglers, "PROBE_FRACTION", fraction)
+    probe = Probe(CPU, torch.float32)
+    runs = []
+    monkeypatch.setattr(
+        Probe, "_probe_once", lambda self: (time.sleep(0.01), runs.append(1), 0.01)[-1]
+    )
     end = time.monotonic() + 2
     while time.monotonic() < end:
         assert probe.seconds() == 0.01
         time.sleep(0.001)
-    assert len(goes) / stragglers.GOES in looks
+    assert len(runs) / stragglers.PROBE_REPEATS in measurements
 
 
 def test_an_interrupted_probe_does_not_count_and_a_slow_device_does(monkeypatch):
     probe = Probe(CPU, torch.float32)
-    usual = iter([0.5, 0.01, 0.5, 0.5, 0.011] * stragglers.AT_FIRST)
-    monkeypatch.setattr(Probe, "_go", lambda self: next(usual))
-    assert [probe.seconds() for _ in range(stragglers.AT_FIRST)][-1] == 0.01
+    usual = iter([0.5, 0.01, 0.5, 0.5, 0.011] * stragglers.MIN_MEASUREMENTS)
+    monkeypatch.setattr(Probe, "_probe_once", lambda self: next(usual))
+    assert [probe.seconds() for _ in range(stragglers.MIN_MEASUREMENTS)][-1] == 0.01
     monkeypatch.undo()
     quick, slow = Probe(CPU, torch.float32), Probe(CPU, torch.float32)
     slow.products *= 8

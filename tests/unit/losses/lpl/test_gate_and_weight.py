@@ -10,7 +10,7 @@ from lpl_pretrain.config.lpl import GateConfig, LPLConfig
 from lpl_pretrain.config.schema import Prediction, ScheduleKind, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, NonFiniteError
-from lpl_pretrain.losses.lpl.gate import gate_share, gate_weights, max_noise_level
+from lpl_pretrain.losses.lpl.gate import gate_fraction, gate_weights, max_noise_level
 from lpl_pretrain.losses.lpl.weight import LPLWeight
 
 
@@ -36,7 +36,7 @@ UNIFORM, LOGIT_NORMAL = TimestepConfig(), TimestepConfig(distribution="logit_nor
 )
 def test_published_gate_fractions(kind, gate, timesteps, share):
     schedule = make_schedule(ScheduleKind(kind))
-    assert gate_share(
+    assert gate_fraction(
         max_noise_level(GateConfig(**gate), schedule), schedule, timesteps
     ) == pytest.approx(share, abs=6e-4)
 
@@ -51,12 +51,12 @@ def test_timestep_below_is_exclusive():
 def test_a_gate_that_never_opens_is_refused():
     schedule = make_schedule(ScheduleKind.SCALED_LINEAR)
     with pytest.raises(ConfigError, match="no sample can pass"):
-        gate_share(max_noise_level(GateConfig(snr_above=1e9), schedule), schedule, UNIFORM)
+        gate_fraction(max_noise_level(GateConfig(snr_above=1e9), schedule), schedule, UNIFORM)
 
 
 def test_a_gate_that_is_always_open():
     schedule = make_schedule(ScheduleKind.SCALED_LINEAR)
-    assert gate_share(1e9, schedule, UNIFORM) == 1.0
+    assert gate_fraction(1e9, schedule, UNIFORM) == 1.0
 
 
 def test_explicit_weight_with_start_and_ramp():
