@@ -1,7 +1,7 @@
 """The fraction of training samples inside LPL's gate, without torch, for checks before a run.
 
-The arithmetic of losses/lpl/gate.py in plain floats; a test compares
-it with `losses.lpl.gate.gate_fraction`.
+The arithmetic of losses/lpl/gate.py in plain floats; a test compares the two functions
+`gate_fraction`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from lpl_pretrain.config.text_layout import encoders, text_problems
 from lpl_pretrain.config.zero import read_zero_config
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import ConfigError, DataError
-from lpl_pretrain.losses.lpl.gate import gate_fraction, max_noise_level
+from lpl_pretrain.losses.lpl.gate import gate_fraction as torch_gate_fraction
+from lpl_pretrain.losses.lpl.gate import max_noise_level
 from lpl_pretrain.losses.lpl.weight import LPLWeight
 from tests.support.configs import TINY_MMDIT, TINY_SDXL, dataset_index, train_config
 
@@ -363,7 +364,7 @@ def test_the_gate_without_torch_is_the_gate(kind, timesteps, gate):
             prediction="v", schedule=kind, timesteps={**timesteps, "shift": shift}, **options
         )
         schedule = make_schedule(kind, **options)
-        wanted = gate_fraction(
+        wanted = torch_gate_fraction(
             max_noise_level(GateConfig(**gate), schedule), schedule, diffusion.timesteps
         )
         assert gate_fraction(GateConfig(**gate), diffusion) == pytest.approx(wanted, abs=1e-5)

@@ -34,10 +34,10 @@ def test_the_global_batch_does_not_depend_on_the_number_of_microbatches(num_micr
 @pytest.mark.parametrize("threshold", [0.2, 3**-0.5, 1.0, 3.0])
 def test_gated_samples_come_first_in_every_microbatch(kind, distribution, threshold):
     d = planner(kind=kind, distribution=distribution)
-    share = gate_fraction(threshold, d.schedule, d.timesteps)
+    fraction = gate_fraction(threshold, d.schedule, d.timesteps)
     for num_microbatches in (1, 2, 3, 8):
-        prefix = LPLSubset.of(48, share, 1.0).per_microbatch(num_microbatches)
-        assert prefix <= math.ceil(48 * share / num_microbatches) + 1
+        prefix = LPLSubset.of(48, fraction, 1.0).per_microbatch(num_microbatches)
+        assert prefix <= math.ceil(48 * fraction / num_microbatches) + 1
         counts = []
         for step in range(20):
             for plan in d.plan(step, num_microbatches):
@@ -122,9 +122,9 @@ def test_every_gated_sample_has_the_same_inclusion_probability():
     for step in range(steps):
         order = d._lpl_first(torch.arange(48), step)
         counts[order[:7]] += 1
-    share = counts / steps
-    assert not share[20:].any()
-    assert (share[:20] - 0.35).abs().max() < 5 * math.sqrt(0.35 * 0.65 / steps)
+    fraction = counts / steps
+    assert not fraction[20:].any()
+    assert (fraction[:20] - 0.35).abs().max() < 5 * math.sqrt(0.35 * 0.65 / steps)
 
 
 @pytest.mark.parametrize("sample_fraction", [1.0, 0.5, 0.25])
