@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Output = Literal["features", "spatial", "logits", "joint"]
-"""What a metric can ask an extractor for.
+"""Feature kinds that a metric can ask an extractor for.
 
 features: one vector an image, (N, D), of a network trained on images alone
 spatial:  the first channels of a convolution, flattened

@@ -154,7 +154,7 @@ class LatentStream:
         requests: Iterable[Request],
         device: torch.device | None = None,
     ) -> Generator[AnyBatch, None, None]:
-        """Yields `read(request)` for each request, called ahead of the consumer on `workers` threads
+        """Yields `read(request)` for each request, called ahead on `workers` threads
         and copied to `device` (CUDA: through pinned memory).
 
         `requests` is consumed a few batches ahead; closing the iterator joins the threads.

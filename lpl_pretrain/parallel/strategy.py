@@ -78,7 +78,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Update:
-    """What a strategy's `_update` did; tensors () on the device."""
+    """Result of a strategy's `_update`; tensors () on the device."""
 
     norm: Tensor
     """float64, before clipping; may be infinite."""

@@ -89,7 +89,7 @@ class TorchOptimizerStrategy(Strategy):
         lr: float,
         max_grad_norm: float,
     ) -> None:
-        """Clips and steps; the optimizer skips the update on the device where `applied` is False."""
+        """Clips and steps; the optimizer skips the update on the device if `applied` is False."""
         if gradients:
             clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.factor
             torch._foreach_mul_(gradients, clip.to(gradients[0]))
