@@ -243,9 +243,9 @@ def stage_rows(decoder: DecoderStages, case: Case) -> list[dict[str, Any]]:
     hidden = torch.empty(1, *case.latent, device="meta")
     rows = []
     for name, module in [
-        ("entrance", decoder.entrance),
+        ("conv_in", decoder.conv_in),
         *decoder.stages.items(),
-        ("exit", decoder.exit),
+        ("conv_out", decoder.conv_out),
     ]:
         leaf = hidden.detach().requires_grad_()
         outputs: list[torch.Tensor] = []

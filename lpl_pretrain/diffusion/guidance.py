@@ -51,8 +51,9 @@ def _prediction(model: Callable[..., DenoiserOutput], z_t: Tensor, t: Tensor, co
 
 
 def concatenate(first: Any, second: Any) -> Any:
-    """Two conditions, each a dataclass of tensors (or None) whose first dimension is the batch, as
-    one of the summed batch size.
+    """Join two conditions along the batch.
+
+    Each is a dataclass of tensors (or None) whose first dimension is the batch.
     """
     pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(first)}
     return type(first)(

@@ -1,9 +1,9 @@
-"""From noise to latents along the probability-flow ODE: the only address of diffusers' schedulers.
+"""Sampling from noise to latents along the probability-flow ODE, with diffusers' schedulers.
 
-Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser always sees t, never a scheduler's own
-timestep.
+Convention:  t in [0, 1], 0 = data, 1 = noise; a denoiser gets t, never a scheduler's own timestep.
 Shapes:      noise, z_t, z0 (B, C, H, W) float32;  t (B,) float32.
-Steps:       `ddim`, `dpmpp_2m` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its last, tiny step is an Euler step).
+Steps:       `ddim`, `dpmpp_2m` and `euler` make `steps` forwards; `heun` makes 2 steps - 1 (its
+             last, tiny step is an Euler step).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lpl_pretrain.config.schema import Prediction
 from lpl_pretrain.diffusion.denoiser import DenoiserOutput
 from lpl_pretrain.diffusion.guidance import guided
 from lpl_pretrain.diffusion.schedule import TIMESTEPS, DiscreteSchedule, Schedule
-from lpl_pretrain.diffusion.timesteps import shifted
+from lpl_pretrain.diffusion.timesteps import apply_shift
 
 PREDICTION_TYPES = {Prediction.EPS: "epsilon", Prediction.V: "v_prediction"}
 
 
 @dataclass(frozen=True)
 class SamplerPlan:
-    """A diffusers scheduler and the times at which it wants the denoiser's answer, in order."""
+    """A diffusers scheduler and the times of its denoiser calls, in order."""
 
     scheduler: Any
     times: list[float]
@@ -53,22 +53,24 @@ def sample(
     guidance_scale: float = 1.0,
     guide: Callable[..., DenoiserOutput] | None = None,
 ) -> Tensor:
-    """`noise` to z0.  Where `guidance_scale` is not 1, away from `model`'s answer to `uncond`, or
-    from `guide`'s to `cond`.
+    """Integrate from `noise` to z0.
 
-    Raises ConfigError for a sampler that does not fit.
+    A `guidance_scale` other than 1 extrapolates away from `model`'s output for `uncond`, or from
+    the output of `guide` for `cond` where there is one (diffusion/guidance.py).  Raises ConfigError
+    for a sampler that does not fit the prediction.
     """
-    walk = plan_sampler(prediction, schedule, sampler)
+    plan = plan_sampler(prediction, schedule, sampler)
     z_t = noise
-    for timestep, time in zip(walk.scheduler.timesteps, walk.times, strict=True):
+    for timestep, time in zip(plan.scheduler.timesteps, plan.times, strict=True):
         t = torch.full((len(noise),), time, dtype=torch.float32, device=noise.device)
         scale = guidance_scale if guidance_active(sampler, schedule, time) else 1.0
-        answer = guided(model, z_t, t, cond, uncond, scale, guide)
-        z_t = walk.scheduler.step(answer, timestep, z_t).prev_sample
+        output = guided(model, z_t, t, cond, uncond, scale, guide)
+        z_t = plan.scheduler.step(output, timestep, z_t).prev_sample
     return z_t
 
 
 def guidance_active(sampler: SamplerConfig, schedule: Schedule, time: float) -> bool:
+    """Whether the noise level at `time` lies in `sampler.guidance_interval`."""
     if sampler.guidance_interval is None:
         return True
     low, high = sampler.guidance_interval
@@ -76,6 +78,7 @@ def guidance_active(sampler: SamplerConfig, schedule: Schedule, time: float) -> 
 
 
 def plan_sampler(prediction: Prediction, schedule: Schedule, sampler: SamplerConfig) -> SamplerPlan:
+    """Raises ConfigError for a sampler that does not fit the prediction."""
     check_sampler(prediction, sampler)
     if isinstance(schedule, DiscreteSchedule):
         return (_ddim if sampler.kind == "ddim" else _dpmpp)(prediction, schedule, sampler.steps)
@@ -111,9 +114,8 @@ def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Sa
         final_sigmas_type="zero",
         prediction_type=PREDICTION_TYPES[prediction],
     )
-    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(
-        min=2.0**-24
-    )  # it takes the logarithm, of pure noise too
+    # the scheduler takes the logarithm, which pure noise would make infinite
+    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=2.0**-24)
     scheduler.set_timesteps(steps)
     return SamplerPlan(
         scheduler, [timestep / TIMESTEPS for timestep in scheduler.timesteps.tolist()]
@@ -121,13 +123,13 @@ def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Sa
 
 
 def _euler(steps: int, shift: float) -> SamplerPlan:
-    """Equal steps from t = 1 to 0, before the shift; diffusers' default would spend the last one on
-    t = 0.001.
+    """Equal steps from t = 1 to 0, before the shift.
+
+    diffusers' default would spend the last step on t = 0.001.
     """
     scheduler: Any = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(
-        sigmas=shifted(1 - torch.arange(steps, dtype=torch.float64) / steps, shift).tolist()
-    )
+    sigmas = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    scheduler.set_timesteps(sigmas=apply_shift(sigmas, shift).tolist())
     return SamplerPlan(scheduler, _times(scheduler))
 
 
@@ -135,12 +137,12 @@ def _heun(steps: int, shift: float) -> SamplerPlan:
     """Heun's method (arXiv 2206.00364, algorithm 1) from t = 1 to 0.001 before the shift, then one
     Euler step to 0.
 
-    The scheduler's own shift is applied twice to the times in between.
+    The scheduler's own shift is not used: it would be applied twice to the times in between.
     """
     scheduler: Any = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(steps)
-    scheduler.sigmas = shifted(scheduler.sigmas, shift)
-    scheduler.timesteps = shifted(scheduler.timesteps / TIMESTEPS, shift) * TIMESTEPS
+    scheduler.sigmas = apply_shift(scheduler.sigmas, shift)
+    scheduler.timesteps = apply_shift(scheduler.timesteps / TIMESTEPS, shift) * TIMESTEPS
     return SamplerPlan(scheduler, _times(scheduler))
 
 

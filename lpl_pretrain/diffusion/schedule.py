@@ -1,7 +1,8 @@
-"""The path from data to noise: how much of each a noised latent holds at time t.
+"""Noise schedules: the coefficients of data and noise in a noised latent at time t.
 
 Convention:  z_t = alpha_t * z0 + sigma_t * eps,  t in [0, 1],  t = 0 is data, t = 1 is noise.
-Shapes:      t, alpha_t, sigma_t (B,) float32.  Discrete schedules have 1,000 timesteps and t = timestep / 1000.
+Shapes:      t, alpha_t, sigma_t (B,) float32.
+Discrete schedules have 1,000 timesteps and t = timestep / 1000.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ TIMESTEPS = 1000
 
 class Schedule(ABC):
     @abstractmethod
-    def place(self, t: Tensor) -> Tensor:
-        """Times that the schedule has, for times in [0, 1]: itself when continuous, rounded down to
-        a timestep when discrete.
+    def snap(self, t: Tensor) -> Tensor:
+        """Round times in [0, 1] to times of the schedule.
+
+        A continuous schedule returns them as they are, a discrete one rounds down to a timestep.
         """
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t), each (B,) float32, at times that `place` returned."""
+        """(alpha_t, sigma_t), each (B,) float32, at times that `snap` returned."""
 
     def noise_level(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t, (B,)."""
@@ -37,7 +39,7 @@ class Schedule(ABC):
 class RectifiedFlow(Schedule):
     """alpha = 1 - t, sigma = t (arXiv 2209.03003)."""
 
-    def place(self, t: Tensor) -> Tensor:
+    def snap(self, t: Tensor) -> Tensor:
         return t
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +57,10 @@ class DiscreteSchedule(Schedule):
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """(B,) int64 index of a placed time."""
+        """(B,) int64 index of a time that `snap` returned."""
         return (t * TIMESTEPS).round().long().clamp(0, TIMESTEPS - 1)
 
-    def place(self, t: Tensor) -> Tensor:
+    def snap(self, t: Tensor) -> Tensor:
         return (
             (t.double() * TIMESTEPS + 1e-4)
             .floor()

@@ -1,5 +1,4 @@
-"""Which noise levels a global batch is trained at: stratified uniforms, pushed through a
-distribution's quantile function.
+"""Distribution of training times: stratified uniforms through a quantile function.
 
 Stratum i of a global batch of B covers [i / B, (i + 1) / B): each t keeps exactly its configured
 marginal, while the batch as a whole covers the noise levels evenly, which lowers the variance of
@@ -37,11 +36,11 @@ def quantile(config: TimestepConfig, u: Tensor) -> Tensor:
         ),  # the paper's u is 1 - ours
         "cosmap": lambda: 1 - 1 / ((math.pi / 2 * u).tan() + 1),
     }[config.distribution]()
-    return shifted(t, config.shift)
+    return apply_shift(t, config.shift)
 
 
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """Times of a picture with `shift`^2 times the pixels that look equally noisy (arXiv 2403.03206,
+def apply_shift(t: Tensor, shift: float) -> Tensor:
+    """Times at which an image with `shift`^2 times the pixels looks equally noisy (arXiv 2403.03206,
     equation 23).
     """
     return t if shift == 1.0 else shift * t / (1 + (shift - 1) * t)

@@ -100,7 +100,7 @@ class Generator:
         if self.captions is None:
             return Conditioning(labels), Conditioning(null)
         _, text, pooled = self.captions.draw(seed, indices)
-        nothing = self.captions.conditioner.nothing(len(indices), self.device)
+        nothing = self.captions.conditioner.null(len(indices), self.device)
         sizes = self.captions.sizes.to(self.device).expand(len(indices), -1)
         cond = Conditioning(labels, text.to(self.device), pooled.to(self.device), sizes)
         return cond, Conditioning(null, *nothing, sizes)

@@ -18,7 +18,7 @@ class DenoisingLoss(LossTerm):
 
     def __call__(self, draws: Draws, out: Denoising, meter: Meter) -> TermValue:
         weight = loss_weight(self.config.weighting, self.config.prediction, out.noise_level)
-        return TermValue((weight * out.loss).mean(), out.loss.detach())
+        return TermValue((weight * out.mse).mean(), out.mse.detach())
 
 
 def build_denoising(context: TermContext) -> DenoisingLoss:

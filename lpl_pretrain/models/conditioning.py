@@ -1,4 +1,4 @@
-"""What the denoiser is told besides z_t and t."""
+"""Conditions of the denoiser: class labels, text states, pooled text and sizes."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ class TextConditioner:
             },
         )
 
-    def nothing(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The empty caption, so many times."""
+    def null(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Embeddings of the null text for `count` samples."""
         states = {name: tokens.expand(count, -1, -1) for name, (tokens, _) in self.empty.items()}
         pooled = {
             name: vector.expand(count, -1)

@@ -27,13 +27,13 @@ BLOCK = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "norm1.linear",
 }
-AROUND = {
+OUTER_KEYS = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
 QKV = ("to_q", "to_k", "to_v")
-ENDS = ("weight", "bias")
+SUFFIXES = ("weight", "bias")
 State = dict[str, Tensor]
 
 
@@ -75,20 +75,26 @@ def to_diffusers(
         "norm_eps": 1e-6,
         "activation_fn": "gelu-approximate",
     }
-    theirs = {f"{AROUND[name]}.{end}": state[f"{name}.{end}"] for name in AROUND for end in ENDS}
+    theirs = {
+        f"{OUTER_KEYS[name]}.{suffix}": state[f"{name}.{suffix}"]
+        for name in OUTER_KEYS
+        for suffix in SUFFIXES
+    }
     for i in range(config.depth):
         mine, block = f"blocks.{i}", f"transformer_blocks.{i}"
         for name, other in EMBEDDERS.items():
             theirs |= {
-                f"{block}.norm1.emb.{other}.{end}": state[f"{name}.{end}"].clone()
-                for end in _ends(state, name)
+                f"{block}.norm1.emb.{other}.{suffix}": state[f"{name}.{suffix}"].clone()
+                for suffix in _suffixes(state, name)
             }
         for name, other in BLOCK.items():
-            theirs |= {f"{block}.{other}.{end}": state[f"{mine}.{name}.{end}"] for end in ENDS}
-        for end in ENDS:
-            parts = state[f"{mine}.attn.qkv.{end}"].chunk(3)
             theirs |= {
-                f"{block}.attn1.{name}.{end}": part.contiguous()
+                f"{block}.{other}.{suffix}": state[f"{mine}.{name}.{suffix}"] for suffix in SUFFIXES
+            }
+        for suffix in SUFFIXES:
+            parts = state[f"{mine}.attn.qkv.{suffix}"].chunk(3)
+            theirs |= {
+                f"{block}.attn1.{name}.{suffix}": part.contiguous()
                 for name, part in zip(QKV, parts, strict=True)
             }
     return settings, theirs
@@ -119,30 +125,34 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[DiTConfig, S
         == 2 * settings["in_channels"],
         timestep_frequencies="diffusers",
     )
-    ours = {f"{name}.{end}": state[f"{AROUND[name]}.{end}"] for name in AROUND for end in ENDS}
+    ours = {
+        f"{name}.{suffix}": state[f"{OUTER_KEYS[name]}.{suffix}"]
+        for name in OUTER_KEYS
+        for suffix in SUFFIXES
+    }
     for name, other in EMBEDDERS.items():
-        for end in _ends(state, f"transformer_blocks.0.norm1.emb.{other}"):
+        for suffix in _suffixes(state, f"transformer_blocks.0.norm1.emb.{other}"):
             copies = [
-                state[f"transformer_blocks.{i}.norm1.emb.{other}.{end}"]
+                state[f"transformer_blocks.{i}.norm1.emb.{other}.{suffix}"]
                 for i in range(config.depth)
             ]
             if not all(torch.equal(copy, copies[0]) for copy in copies):
                 raise CheckpointError(
-                    f"transformer_blocks.*.norm1.emb.{other}.{end}: blocks hold different copies"
+                    f"transformer_blocks.*.norm1.emb.{other}.{suffix}: blocks hold different copies"
                 )
-            ours[f"{name}.{end}"] = copies[0]
+            ours[f"{name}.{suffix}"] = copies[0]
     for i in range(config.depth):
         mine, block = f"blocks.{i}", f"transformer_blocks.{i}"
-        for end in ENDS:
+        for suffix in SUFFIXES:
             ours |= {
-                f"{mine}.{name}.{end}": state[f"{block}.{other}.{end}"]
+                f"{mine}.{name}.{suffix}": state[f"{block}.{other}.{suffix}"]
                 for name, other in BLOCK.items()
             }
-            ours[f"{mine}.attn.qkv.{end}"] = torch.cat(
-                [state[f"{block}.attn1.{name}.{end}"] for name in QKV]
+            ours[f"{mine}.attn.qkv.{suffix}"] = torch.cat(
+                [state[f"{block}.attn1.{name}.{suffix}"] for name in QKV]
             )
     return config, ours
 
 
-def _ends(state: State, name: str) -> list[str]:
-    return [end for end in ENDS if f"{name}.{end}" in state]
+def _suffixes(state: State, name: str) -> list[str]:
+    return [suffix for suffix in SUFFIXES if f"{name}.{suffix}" in state]

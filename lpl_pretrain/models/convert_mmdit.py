@@ -17,8 +17,8 @@ from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.errors import ConfigError
 
 State = dict[str, Tensor]
-ENDS = ("weight", "bias")
-AROUND = {
+SUFFIXES = ("weight", "bias")
+OUTER_KEYS = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
@@ -60,29 +60,33 @@ def to_diffusers(
         "pos_embed_max_size": side // config.patch_size,
         "qk_norm": "rms_norm" if config.qk_norm else None,
     }
-    theirs = {f"{AROUND[name]}.{end}": state[f"{name}.{end}"] for name in AROUND for end in ENDS}
-    for end in ENDS:
-        theirs[f"norm_out.linear.{end}"] = _swapped(state[f"final_modulation.1.{end}"])
+    theirs = {
+        f"{OUTER_KEYS[name]}.{suffix}": state[f"{name}.{suffix}"]
+        for name in OUTER_KEYS
+        for suffix in SUFFIXES
+    }
+    for suffix in SUFFIXES:
+        theirs[f"norm_out.linear.{suffix}"] = _swapped(state[f"final_modulation.1.{suffix}"])
     for i in range(config.depth):
         for stream in QKV:
             mine, block, last = (
                 f"blocks.{i}.{stream}",
                 f"transformer_blocks.{i}",
-                _ends(i, config.depth, stream),
+                _is_context_pre_only(i, config.depth, stream),
             )
-            for end in ENDS:
-                modulation = state[f"{mine}.adaLN_modulation.1.{end}"]
-                theirs[f"{block}.{MODULATION[stream]}.{end}"] = (
+            for suffix in SUFFIXES:
+                modulation = state[f"{mine}.adaLN_modulation.1.{suffix}"]
+                theirs[f"{block}.{MODULATION[stream]}.{suffix}"] = (
                     _swapped(modulation) if last else modulation
                 )
-                parts = state[f"{mine}.qkv.{end}"].chunk(3)
+                parts = state[f"{mine}.qkv.{suffix}"].chunk(3)
                 theirs |= {
-                    f"{block}.attn.{name}.{end}": part.contiguous()
+                    f"{block}.attn.{name}.{suffix}": part.contiguous()
                     for name, part in zip(QKV[stream], parts, strict=True)
                 }
                 if not last:
                     theirs |= {
-                        f"{block}.{other}.{end}": state[f"{mine}.{name}.{end}"]
+                        f"{block}.{other}.{suffix}": state[f"{mine}.{name}.{suffix}"]
                         for name, other in STREAM[stream].items()
                     }
             if config.qk_norm:
@@ -110,27 +114,31 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[MMDiTConfig,
         patch_size=settings["patch_size"],
         qk_norm=settings.get("qk_norm") is not None,
     )
-    ours = {f"{name}.{end}": state[f"{AROUND[name]}.{end}"] for name in AROUND for end in ENDS}
-    for end in ENDS:
-        ours[f"final_modulation.1.{end}"] = _swapped(state[f"norm_out.linear.{end}"])
+    ours = {
+        f"{name}.{suffix}": state[f"{OUTER_KEYS[name]}.{suffix}"]
+        for name in OUTER_KEYS
+        for suffix in SUFFIXES
+    }
+    for suffix in SUFFIXES:
+        ours[f"final_modulation.1.{suffix}"] = _swapped(state[f"norm_out.linear.{suffix}"])
     for i in range(config.depth):
         for stream in QKV:
             mine, block, last = (
                 f"blocks.{i}.{stream}",
                 f"transformer_blocks.{i}",
-                _ends(i, config.depth, stream),
+                _is_context_pre_only(i, config.depth, stream),
             )
-            for end in ENDS:
-                modulation = state[f"{block}.{MODULATION[stream]}.{end}"]
-                ours[f"{mine}.adaLN_modulation.1.{end}"] = (
+            for suffix in SUFFIXES:
+                modulation = state[f"{block}.{MODULATION[stream]}.{suffix}"]
+                ours[f"{mine}.adaLN_modulation.1.{suffix}"] = (
                     _swapped(modulation) if last else modulation
                 )
-                ours[f"{mine}.qkv.{end}"] = torch.cat(
-                    [state[f"{block}.attn.{name}.{end}"] for name in QKV[stream]]
+                ours[f"{mine}.qkv.{suffix}"] = torch.cat(
+                    [state[f"{block}.attn.{name}.{suffix}"] for name in QKV[stream]]
                 )
                 if not last:
                     ours |= {
-                        f"{mine}.{name}.{end}": state[f"{block}.{other}.{end}"]
+                        f"{mine}.{name}.{suffix}": state[f"{block}.{other}.{suffix}"]
                         for name, other in STREAM[stream].items()
                     }
             if config.qk_norm:
@@ -142,7 +150,7 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[MMDiTConfig,
     return config, ours
 
 
-def _ends(i: int, depth: int, stream: str) -> bool:
+def _is_context_pre_only(i: int, depth: int, stream: str) -> bool:
     return stream == "text" and i == depth - 1
 
 

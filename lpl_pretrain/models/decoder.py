@@ -1,10 +1,9 @@
-"""A frozen decoder as a list of stages: what to run between the latent and the picture, piece by
-piece.
+"""Stages of a frozen decoder, layer by layer, from the latent to the image.
 
-Every family of autoencoders comes down to an entrance, stages `mid`, `up0`, `up1`, ... (named in
-config/autoencoder.py) made of pieces that run one after another, and an exit to pixels.  Going
-through all of them is exactly `decode()`.  A piece is the unit of activation checkpointing and of
-torch.compile: a resnet, an attention, an upsampler.
+The decoder of every autoencoder family is cut into `conv_in`, stages `mid`, `up0`, `up1`, ... (named
+in config/autoencoder.py), each a sequence of layers, and `conv_out`.  Running all of them equals
+`decode()`.  A layer (a resnet, an attention, an upsampler) is the unit of activation checkpointing
+and of torch.compile.
 """
 
 from __future__ import annotations
@@ -17,57 +16,58 @@ from torch import Tensor, nn
 
 
 class DecoderStages(nn.Module):
-    """Raw latents (B, C, H, W) -> `entrance` -> each of `stages` in order -> `exit` -> pictures (B,
-    3, H_px, W_px).
+    """Raw latents (B, C, H, W) -> `conv_in` -> `stages` in order -> `conv_out` -> images
+    (B, 3, H_px, W_px).
     """
 
     def __init__(
-        self, entrance: nn.Module, stages: dict[str, list[nn.Module]], exit_: nn.Module
+        self, conv_in: nn.Module, stages: dict[str, list[nn.Module]], conv_out: nn.Module
     ) -> None:
         super().__init__()
-        self.entrance, self.exit = entrance, exit_
+        self.conv_in = conv_in
+        self.conv_out = conv_out
         self.stages = nn.ModuleDict(
-            {name: nn.Sequential(*pieces) for name, pieces in stages.items()}
+            {name: nn.Sequential(*layers) for name, layers in stages.items()}
         )
 
     def forward(self, raw: Tensor) -> Tensor:
-        hidden = self.entrance(raw)
+        hidden = self.conv_in(raw)
         for stage in self.stages.values():
             hidden = stage(hidden)
-        return self.exit(hidden)
+        return self.conv_out(hidden)
 
-    def cut_after(self, name: str) -> DecoderStages:
-        """The same without what runs after stage `name`, the exit included: none of it is kept."""
+    def truncate(self, name: str) -> DecoderStages:
+        """Return the decoder up to stage `name`, without any layer that runs after it."""
         names = list(self.stages)
         kept = {n: list(self.stages[n].children()) for n in names[: names.index(name) + 1]}
-        return DecoderStages(self.entrance, kept, nn.Identity())
+        return DecoderStages(self.conv_in, kept, nn.Identity())
 
-    def changed(self, change: Callable[[list[nn.Module]], list[Any]]) -> DecoderStages:
-        """The same with other pieces in each stage."""
-        return DecoderStages(
-            self.entrance,
-            {name: change(list(run.children())) for name, run in self.stages.items()},
-            self.exit,
-        )
+    def map_layers(self, function: Callable[[list[nn.Module]], list[Any]]) -> DecoderStages:
+        """Return the decoder with `function(layers)` as the layers of each stage."""
+        stages = {name: function(list(stage.children())) for name, stage in self.stages.items()}
+        return DecoderStages(self.conv_in, stages, self.conv_out)
 
 
-class Call(nn.Module):
-    """A piece that diffusers calls with further arguments, or a piece of its `forward` that it has
-    no module for.
+class Lambda(nn.Module):
+    """`function(module, hidden)` as a layer.
+
+    For a module that diffusers calls with further arguments, and for operations of its `forward`
+    that have no module.
     """
 
     def __init__(
         self, function: Callable[[Any, Tensor], Tensor], module: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.module, self.function = module, function
+        self.module = module
+        self.function = function
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.function(self.module, hidden)
 
 
 def decoder_stages(network: Any) -> DecoderStages:
-    """Of a diffusers autoencoder of a known family; shares its weights."""
+    """Cut the decoder of a diffusers autoencoder of a known family; the weights are shared."""
     return {
         "AutoencoderKL": _kl,
         "AutoencoderKLFlux2": _kl,
@@ -77,33 +77,35 @@ def decoder_stages(network: Any) -> DecoderStages:
 
 
 def _kl(network: Any) -> DecoderStages:
-    """`post_quant_conv`, where there is one, is part of `decode()`: SD and SDXL have it, SD3 and
-    FLUX do not.
+    """SD, SDXL, SD3, FLUX and FLUX.2.
+
+    `post_quant_conv` is part of `decode()`: SD and SDXL have it, SD3 and FLUX do not.
     """
     decoder = network.decoder
-    entrance = nn.Sequential(network.post_quant_conv or nn.Identity(), decoder.conv_in)
+    conv_in = nn.Sequential(network.post_quant_conv or nn.Identity(), decoder.conv_in)
     bodies = {
         "mid": decoder.mid_block,
         **{f"up{i}": block for i, block in enumerate(decoder.up_blocks)},
     }
-    exit_ = nn.Sequential(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
-    return DecoderStages(entrance, {name: _kl_pieces(body) for name, body in bodies.items()}, exit_)
+    conv_out = nn.Sequential(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
+    return DecoderStages(
+        conv_in, {name: _kl_layers(body) for name, body in bodies.items()}, conv_out
+    )
 
 
-def _kl_pieces(body: Any) -> list[nn.Module]:
-    """In the order in which diffusers runs them: the mid block starts with a resnet more than it
-    has attentions.
+def _kl_layers(body: Any) -> list[nn.Module]:
+    """Layers of a block in diffusers' order: the mid block starts with a resnet more than it has
+    attentions.
     """
-    resnets: list[nn.Module] = [Call(_without_embedding, resnet) for resnet in body.resnets]
+    resnets: list[nn.Module] = [Lambda(_without_embedding, resnet) for resnet in body.resnets]
     attentions = list(getattr(body, "attentions", []))
     surplus = len(resnets) - len(attentions) if attentions else len(resnets)
-    pieces = resnets[:surplus]
+    layers = resnets[:surplus]
     for attention, resnet in zip(attentions, resnets[surplus:], strict=True):
         pair = [attention, resnet] if surplus else [resnet, attention]
-        pieces += [
-            piece for piece in pair if piece is not None
-        ]  # an autoencoder may have been built without attention
-    return [*pieces, *(getattr(body, "upsamplers", None) or [])]
+        # an autoencoder may have been built without attention
+        layers += [layer for layer in pair if layer is not None]
+    return [*layers, *(getattr(body, "upsamplers", None) or [])]
 
 
 def _without_embedding(resnet: Any, hidden: Tensor) -> Tensor:
@@ -111,19 +113,19 @@ def _without_embedding(resnet: Any, hidden: Tensor) -> Tensor:
 
 
 def _tiny(network: Any) -> DecoderStages:
-    """Stages end before each upsampling, after the blocks; the last convolution is the exit,
-    stretched from [0, 1].
-    """
+    """TAESD: a stage ends before each upsampling; `conv_out` also maps [0, 1] to [-1, 1]."""
     layers = list(network.decoder.layers)
-    entrance = nn.Sequential(Call(_clamp), *layers[:2])
-    runs: list[list[nn.Module]] = [[]]
+    conv_in = nn.Sequential(Lambda(_clamp), *layers[:2])
+    stages: list[list[nn.Module]] = [[]]
     for layer in layers[2:-1]:
         if isinstance(layer, nn.Upsample):
-            runs.append([])
-        runs[-1].append(layer)
-    names = ["mid", *(f"up{i}" for i in range(len(runs) - 1))]
+            stages.append([])
+        stages[-1].append(layer)
+    names = ["mid", *(f"up{i}" for i in range(len(stages) - 1))]
     return DecoderStages(
-        entrance, dict(zip(names, runs, strict=True)), nn.Sequential(layers[-1], Call(_to_signed))
+        conv_in,
+        dict(zip(names, stages, strict=True)),
+        nn.Sequential(layers[-1], Lambda(_to_signed)),
     )
 
 
@@ -136,23 +138,24 @@ def _to_signed(_: None, image: Tensor) -> Tensor:
 
 
 def _dc(network: Any) -> DecoderStages:
-    """diffusers keeps `up_blocks` from the picture to the latent and runs them backwards."""
+    """SANA: diffusers lists `up_blocks` from the image to the latent and runs them backwards."""
     decoder = network.decoder
-    runs = [list(block) for block in reversed(decoder.up_blocks) if len(block)]
-    names = ["mid", *(f"up{i}" for i in range(len(runs) - 1))]
-    exit_ = nn.Sequential(
-        Call(_norm_over_channels, decoder.norm_out), decoder.conv_act, decoder.conv_out
+    stages = [list(block) for block in reversed(decoder.up_blocks) if len(block)]
+    names = ["mid", *(f"up{i}" for i in range(len(stages) - 1))]
+    conv_out = nn.Sequential(
+        Lambda(_norm_over_channels, decoder.norm_out), decoder.conv_act, decoder.conv_out
     )
     repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
     return DecoderStages(
-        _DCEntrance(decoder.conv_in, repeats), dict(zip(names, runs, strict=True)), exit_
+        _DCConvIn(decoder.conv_in, repeats), dict(zip(names, stages, strict=True)), conv_out
     )
 
 
-class _DCEntrance(nn.Module):
+class _DCConvIn(nn.Module):
     def __init__(self, conv_in: nn.Module, repeats: int) -> None:
         super().__init__()
-        self.conv_in, self.repeats = conv_in, repeats
+        self.conv_in = conv_in
+        self.repeats = repeats
 
     def forward(self, raw: Tensor) -> Tensor:
         hidden = self.conv_in(raw)

@@ -1,9 +1,10 @@
-"""The diffusion transformer with adaLN-Zero (arXiv 2212.09748), with the published names;
-conditioned on classes, and on text.
+"""Diffusion transformer with adaLN-Zero (arXiv 2212.09748), with the published parameter names.
 
-Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1]; the answer has the
-shape of z_t, with `learned_sigma` twice its channels (the second half: diffusion/learned_sigma.py).
-At initialisation the answer is exactly zero.
+It is conditioned on classes, and optionally on text.
+
+Shapes: z_t (B, C, H, W) with H and W divisible by the patch size, t (B,) in [0, 1]; the output has
+the shape of z_t, with `learned_sigma` twice its channels (the second half:
+diffusion/learned_sigma.py).  At initialisation the output is exactly zero.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class DiT(PatchTransformer):
         text: TextShape | None = None,
     ) -> None:
         super().__init__()
-        self.place(config, height, width)
+        self.set_latent_grid(config, height, width)
         self.x_embedder = PatchEmbed(
             None, config.patch_size, channels, config.width, strict_img_size=False
         )
@@ -56,9 +57,10 @@ class DiT(PatchTransformer):
             self.text_embedder = nn.Linear(text.width, config.width)
             if text.pooled_width:
                 self.pooled_embedder = nn.Linear(text.pooled_width, config.width)
-        before = text.tokens if text is not None and config.text == "in_context" else 0
+        in_context = text is not None and config.text == "in_context"
+        num_prefix_tokens = text.tokens if text is not None and in_context else 0
         self.blocks = nn.ModuleList(
-            Block(config, tokens_before=before) for _ in range(config.depth)
+            Block(config, num_prefix_tokens=num_prefix_tokens) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(
             config, config.patch_size**2 * channels * (1 + config.learned_sigma)
@@ -74,7 +76,8 @@ class DiT(PatchTransformer):
             rows, columns
         )
         condition = self.t_embedder(t) + self.y_embedder(cond.labels)
-        rope, text = self._rotations(rows, columns, tokens), None
+        rope = self._rotations(rows, columns, tokens)
+        text = None
         if self.text_embedder is not None:
             assert cond.text is not None and cond.pooled is not None
             text = self.text_embedder(cond.text.to(self.text_embedder.weight.dtype))
@@ -101,8 +104,9 @@ class DiT(PatchTransformer):
         ).to(tokens.dtype)
 
     def _initialise(self) -> None:
-        """As published: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and
-        for the output.
+        """Initialise as published.
+
+        Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -128,8 +132,8 @@ class DiT(PatchTransformer):
 
 
 class Block(nn.Module):
-    def __init__(self, config: DiTConfig, *, tokens_before: int = 0) -> None:
-        """`tokens_before` those of the picture, which do not rotate."""
+    def __init__(self, config: DiTConfig, *, num_prefix_tokens: int = 0) -> None:
+        """`num_prefix_tokens`: text tokens before those of the image; they are not rotated."""
         super().__init__()
         width = config.width
         self.norm1 = norm(width, rms=config.rms_norm)
@@ -138,14 +142,12 @@ class Block(nn.Module):
             config.heads,
             qk_norm=config.qk_norm,
             rms=config.rms_norm,
-            tokens_before=tokens_before,
+            num_prefix_tokens=num_prefix_tokens,
         )
         self.norm_cross = self.cross_attn = None
         if config.text == "cross_attention":
-            self.norm_cross, self.cross_attn = (
-                norm(width, rms=config.rms_norm),
-                CrossAttention(width, config.heads),
-            )
+            self.norm_cross = norm(width, rms=config.rms_norm)
+            self.cross_attn = CrossAttention(width, config.heads)
         self.norm2 = norm(width, rms=config.rms_norm)
         self.mlp = mlp(width, config.mlp_ratio, swiglu=config.swiglu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -182,7 +184,7 @@ class FinalLayer(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row per class and a last one for the null class."""
+    """Embedding with a row per class and a last one for the null class."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ from lpl_pretrain.models.unet import UNet
 
 IMAGENET_CLASSES = 1000
 """The null class of DiTPipeline, whatever the data: smaller tables are filled up with ours."""
-NOBODY = [None, None]
+NO_COMPONENT = [None, None]
 SD3, SDXL = "StableDiffusion3Pipeline", "StableDiffusionXLPipeline"
 ENCODERS = (
     "image_encoder",
@@ -169,7 +169,7 @@ def network_of(
             settings,
             theirs,
             SD3,
-            dict.fromkeys(MISSING[SD3], NOBODY),
+            dict.fromkeys(MISSING[SD3], NO_COMPONENT),
         )
     if model.preset != "sdxl":
         raise ConfigError(
@@ -183,7 +183,7 @@ def network_of(
         key: value for key, value in network.network.config.items() if not key.startswith("_")
     }
     theirs = {key.removeprefix("network."): tensor for key, tensor in state.items()}
-    others = {**dict.fromkeys(MISSING[SDXL], NOBODY), "force_zeros_for_empty_prompt": False}
+    others = {**dict.fromkeys(MISSING[SDXL], NO_COMPONENT), "force_zeros_for_empty_prompt": False}
     return "unet", "UNet2DConditionModel", settings, theirs, SDXL, others
 
 

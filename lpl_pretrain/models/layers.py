@@ -1,7 +1,6 @@
-"""The pieces that transformers are built of: timm's patch embedding, attention and MLP, under one
-roof.
+"""Layers of the transformers, among them timm's patch embedding, attention and MLP.
 
-Tokens are (B, N, D); images of tokens are row-major.
+Tokens are (B, N, D), in row-major order of the image's patches.
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ class TimestepEmbedder(nn.Module):
     def __init__(
         self, width: int, frequencies: int = 256, *, last_rate_is_slowest: bool = False
     ) -> None:
-        """Rates fall from 1 towards 1/10,000, which the last one reaches if `last_rate_is_slowest`
-        (diffusers' DiT).
+        """Rates fall from 1 towards 1/10,000.
+
+        The last rate reaches it with `last_rate_is_slowest` (diffusers' DiT).
         """
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
@@ -64,16 +64,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class PatchTransformer(Denoiser):
-    """Where the patches of a picture are, and which blocks there are: what DiT and MMDiT have in
-    common.
-    """
+    """Base of DiT and MMDiT: patch positions and the list of blocks."""
 
     config: TransformerConfig
     blocks: nn.ModuleList
     pos_embed: Tensor  # (1, tokens, width)
 
-    def place(self, config: TransformerConfig, height: int, width: int) -> None:
-        """Sides of the latents that are most common; buckets may have others."""
+    def set_latent_grid(self, config: TransformerConfig, height: int, width: int) -> None:
+        """Set the patch grid from the sides of the most common latents; buckets may have others."""
         self.config, self.patch = config, config.patch_size
         self.rows, self.columns = height // config.patch_size, width // config.patch_size
         # a buffer, not a parameter: sharding would pad it to the world size
@@ -85,8 +83,9 @@ class PatchTransformer(Denoiser):
         return [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """(1, rows * columns, width); buckets of other shapes count their patches from the same
-        corner, at the same distance.
+        """(1, rows * columns, width) position embedding.
+
+        Buckets of other shapes count their patches from the same corner, at the same distance.
         """
         if (rows, columns) == (self.rows, self.columns):
             return self.pos_embed
@@ -98,33 +97,32 @@ class PatchTransformer(Denoiser):
 
 
 def norm(width: int, *, rms: bool) -> nn.Module:
-    """Without scale and shift of its own: those come from the condition."""
+    """Norm without learned scale and shift: those come from the condition."""
     return (nn.RMSNorm if rms else nn.LayerNorm)(width, elementwise_affine=False, eps=1e-6)
 
 
 def attention(
-    width: int, heads: int, *, qk_norm: bool, rms: bool, tokens_before: int = 0
+    width: int, heads: int, *, qk_norm: bool, rms: bool, num_prefix_tokens: int = 0
 ) -> AttentionRope:
-    """When `rope` is given to its forward, all tokens but the first `tokens_before` rotate."""
+    """Self-attention; `rope` in its forward rotates all tokens but the first `num_prefix_tokens`."""
     per_head: Any = partial(nn.RMSNorm if rms else nn.LayerNorm, eps=1e-6)
     return AttentionRope(
-        width, heads, num_prefix_tokens=tokens_before, qk_norm=qk_norm, norm_layer=per_head
+        width, heads, num_prefix_tokens=num_prefix_tokens, qk_norm=qk_norm, norm_layer=per_head
     )
 
 
 class CrossAttention(nn.Module):
-    """Of the picture's tokens to the text's, all of one width (as in PixArt, arXiv 2310.00426,
-    section 2.3).
+    """Attention from image tokens to text tokens of the same width.
+
+    As in PixArt (arXiv 2310.00426, section 2.3).
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
         query = self.q(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -152,10 +150,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def sincos_position_embedding(width: int, rows: int, columns: int, distance: float = 1.0) -> Tensor:
-    """(1, rows * columns, width) float32: half of the width encodes the column, half the row, as in
-    the published DiT.
+    """(1, rows * columns, width) float32, as in the published DiT.
 
-    `distance` between neighbours; below 1, more of them lie in the range that a model has learnt.
+    Half of the width encodes the column, half the row.  `distance` is that between neighbours;
+    below 1, more of them lie in the range that a model has learnt.
     """
     quarter = width // 4
     rates = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -168,8 +166,9 @@ def sincos_position_embedding(width: int, rows: int, columns: int, distance: flo
 
 
 def rotary_embedding(head_width: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows * columns, 2 * head_width), as timm's attention takes it: half of a head turns with the
-    row, half with the column.
+    """(rows * columns, 2 * head_width), as timm's attention takes it.
+
+    Half of a head rotates with the row, half with the column.
     """
     sine, cosine = build_rotary_pos_embed(
         [rows, columns], dim=head_width, in_pixels=False, device=device

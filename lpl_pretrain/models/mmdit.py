@@ -1,9 +1,11 @@
-"""The multimodal diffusion transformer of SD3 (arXiv 2403.03206): streams of their own for image
-and text, one attention over both.
+"""Multimodal diffusion transformer of SD3 (arXiv 2403.03206).
 
-Shapes: z_t (B, C, H, W) of any H and W that patches divide, t (B,) in [0, 1], cond.text (B, T, J),
-cond.pooled (B, P); the answer has the shape of z_t and is exactly zero at initialisation.  Padding
-tokens are attended to, as in SD3: the conditioner makes T the same for every batch.
+Image and text have separate streams of weights and share one attention.
+
+Shapes: z_t (B, C, H, W) with H and W divisible by the patch size, t (B,) in [0, 1], cond.text
+(B, T, J), cond.pooled (B, P); the output has the shape of z_t and is exactly zero at
+initialisation.  Padding tokens are attended to, as in SD3: the conditioner makes T the same for
+every batch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class MMDiT(PatchTransformer):
         self, config: MMDiTConfig, channels: int, height: int, width: int, text: TextShape
     ) -> None:
         super().__init__()
-        self.place(config, height, width)
+        self.set_latent_grid(config, height, width)
         self.x_embedder = PatchEmbed(
             None, config.patch_size, channels, config.width, strict_img_size=False
         )
@@ -73,8 +75,9 @@ class MMDiT(PatchTransformer):
         return DenoiserOutput(unpatchify(output, self.patch, rows, columns), hidden)
 
     def _initialise(self) -> None:
-        """As DiT: Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the
-        output.
+        """Initialise as DiT does.
+
+        Xavier for matrices, normal(0.02) for embeddings, zero for every gate and for the output.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -91,54 +94,69 @@ class MMDiT(PatchTransformer):
 
 
 class JointBlock(nn.Module):
-    """In the last one nothing is read from the text any more, so its stream ends with the
-    attention.
+    """Block with one attention over the tokens of image and text.
+
+    The last block's text output is not used, so its text stream ends with the attention.
     """
 
     def __init__(self, config: MMDiTConfig, *, last: bool) -> None:
         super().__init__()
-        self.image, self.text = Stream(config), Stream(config, ends=last)
+        self.image = Stream(config)
+        self.text = Stream(config, context_pre_only=last)
 
     def forward(self, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        seen, read = self.image.modulation(condition), self.text.modulation(condition)
-        parts = zip(self.image.look(image, *seen[:2]), self.text.look(text, *read[:2]), strict=True)
-        query, key, value = (torch.cat(pair, dim=2) for pair in parts)
+        image_mod = self.image.modulation(condition)
+        text_mod = self.text.modulation(condition)
+        image_qkv = self.image.project_qkv(image, *image_mod[:2])
+        text_qkv = self.text.project_qkv(text, *text_mod[:2])
+        query, key, value = (
+            torch.cat(pair, dim=2) for pair in zip(image_qkv, text_qkv, strict=True)
+        )
         attended = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        tokens = image.shape[1]
-        image = self.image.answer(image, attended[:, :tokens], *seen[2:])
-        if not self.text.ends:
-            text = self.text.answer(text, attended[:, tokens:], *read[2:])
+        num_image_tokens = image.shape[1]
+        image = self.image.add_attention_output(
+            image, attended[:, :num_image_tokens], *image_mod[2:]
+        )
+        if not self.text.context_pre_only:
+            text = self.text.add_attention_output(
+                text, attended[:, num_image_tokens:], *text_mod[2:]
+            )
         return image, text
 
 
 class Stream(nn.Module):
-    """What a block holds for one kind of tokens; `ends`: it is attended to, and not changed any
-    more.
+    """Weights of a block for one kind of tokens.
+
+    `context_pre_only` (diffusers' name): the tokens are attended to and not updated any more.
     """
 
-    def __init__(self, config: MMDiTConfig, *, ends: bool = False) -> None:
+    def __init__(self, config: MMDiTConfig, *, context_pre_only: bool = False) -> None:
         super().__init__()
-        width, head_width = config.width, config.width // config.heads
-        self.heads, self.ends = config.heads, ends
+        width = config.width
+        head_width = width // config.heads
+        self.heads = config.heads
+        self.context_pre_only = context_pre_only
         self.norm1 = norm(width, rms=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(width, (2 if ends else 6) * width)
+            nn.SiLU(), nn.Linear(width, (2 if context_pre_only else 6) * width)
         )
-        if not ends:
+        if not context_pre_only:
             self.proj = nn.Linear(width, width)
             self.norm2 = norm(width, rms=False)
             self.mlp = mlp(width, config.mlp_ratio, swiglu=False)
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """(B, width) each: shift and scale before attention; then its gate, shift, scale and gate
-        of the MLP, unless it ends.
+        """(B, width) each: shift and scale before attention; then, unless `context_pre_only`, its
+        gate, and shift, scale and gate of the MLP.
         """
-        return self.adaLN_modulation(condition).chunk(2 if self.ends else 6, dim=1)
+        return self.adaLN_modulation(condition).chunk(2 if self.context_pre_only else 6, dim=1)
 
-    def look(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, tokens: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value (B, heads, N, width / heads)."""
         mixed = self.qkv(modulate(self.norm1(tokens), shift, scale)).unflatten(
             -1, (3, self.heads, -1)
@@ -146,7 +164,7 @@ class Stream(nn.Module):
         query, key, value = mixed.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
 
-    def answer(
+    def add_attention_output(
         self,
         tokens: Tensor,
         attended: Tensor,
@@ -155,5 +173,6 @@ class Stream(nn.Module):
         scale: Tensor,
         gate_m: Tensor,
     ) -> Tensor:
+        """Add the gated attention output (B, N, width), then the gated MLP."""
         tokens = tokens + gate_a[:, None] * self.proj(attended)
         return tokens + gate_m[:, None] * self.mlp(modulate(self.norm2(tokens), shift, scale))

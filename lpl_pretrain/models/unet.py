@@ -1,8 +1,7 @@
-"""diffusers' UNet2DConditionModel behind our interface: t in [0, 1], our conditions, blocks by
-name.
+"""diffusers' UNet2DConditionModel as a `Denoiser`.
 
-Shapes: z_t (B, C, H, W) with sides that the levels halve evenly, t (B,); the answer has the shape
-of z_t.  ldm reads cond.labels as one token, sd cond.text (B, T, J), sdxl also cond.pooled (B, P)
+Shapes: z_t (B, C, H, W) with sides that the levels halve evenly, t (B,) in [0, 1]; the output has
+the shape of z_t.  ldm reads cond.labels as one token, sd cond.text (B, T, J), sdxl also cond.pooled (B, P)
 and cond.sizes (B, 6) (arXiv 2307.01952, sections 2.1 and 2.2).
 """
 
@@ -22,6 +21,7 @@ from lpl_pretrain.diffusion.denoiser import Denoiser, DenoiserOutput, check_hidd
 from lpl_pretrain.models.conditioning import Conditioning
 
 SIZES = 6
+"""Numbers in `cond.sizes`."""
 
 
 class UNet(Denoiser):

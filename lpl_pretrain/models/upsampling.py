@@ -1,5 +1,6 @@
-"""A nearest upsampling by two and the 3x3 convolution after it, as one transposed convolution: the
-same map, 4/9 of the FLOPs.
+"""Merge a nearest upsampling by two and the 3x3 convolution after it into one layer.
+
+The transposed convolution is the same map at 4/9 of the FLOPs.
 
 Repeating every position twice is a transposed convolution with a 2x2 box, so both together are one
 with the convolution of box and kernel: 4x4, stride 2, padding 1.  Zero padding at the border
@@ -14,19 +15,17 @@ import torch
 from torch import nn
 
 
-def merge_upsampling(pieces: list[nn.Module]) -> list[nn.Module]:
-    """`pieces` of a decoder stage with every such pair merged, in the weights' own precision; the
-    others as they are.
-    """
+def merge_upsampling(layers: list[nn.Module]) -> list[nn.Module]:
+    """Layers of a decoder stage with every such pair merged, in the weights' own precision."""
     merged: list[nn.Module] = []
-    for piece in pieces:
+    for layer in layers:
         before = merged[-1] if merged else None
-        if isinstance(before, nn.Upsample) and _doubles(before) and _is_plain(piece):
-            merged[-1] = _transposed(piece)
-        elif type(piece).__name__ == "Upsample2D" and _is_nearest_with_convolution(piece):
-            merged.append(_transposed(piece.conv))
+        if isinstance(before, nn.Upsample) and _doubles(before) and _is_plain(layer):
+            merged[-1] = _transposed(layer)
+        elif type(layer).__name__ == "Upsample2D" and _is_nearest_with_convolution(layer):
+            merged.append(_transposed(layer.conv))
         else:
-            merged.append(piece)
+            merged.append(layer)
     return merged
 
 
@@ -35,7 +34,7 @@ def _doubles(upsample: nn.Upsample) -> bool:
 
 
 def _is_nearest_with_convolution(upsampler: Any) -> bool:
-    """diffusers' Upsample2D as the decoders use it: no norm, interpolation, then its convolution."""
+    """Whether it is an Upsample2D as the decoders use it: no norm, interpolation, convolution."""
     return (
         upsampler.norm is None
         and upsampler.interpolate
@@ -46,7 +45,7 @@ def _is_nearest_with_convolution(upsampler: Any) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    """A 3x3 convolution that keeps the side."""
+    """Whether it is a 3x3 convolution that keeps the sides."""
     if not isinstance(module, nn.Conv2d):
         return False
     shape = (

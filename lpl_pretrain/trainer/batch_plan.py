@@ -52,7 +52,7 @@ class BatchPlanner:
         generator = rng.numpy_generator(self.seed, "timesteps", step)
         jitter = torch.from_numpy(generator.random(size))
         u = stratify(jitter, torch.from_numpy(generator.permutation(size)))
-        t = self.schedule.place(quantile(self.timesteps, u).float())
+        t = self.schedule.snap(quantile(self.timesteps, u).float())
         order = self._lpl_first(torch.argsort(u), step)
         plans = []
         for microbatch in range(num_microbatches):

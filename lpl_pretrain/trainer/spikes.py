@@ -68,7 +68,7 @@ class NoiseLevels:
     @classmethod
     def of(cls, count: int, timesteps: TimestepConfig, schedule: Schedule) -> NoiseLevels:
         u = torch.arange(1, count, dtype=torch.float64) / count
-        t = schedule.place(quantile(timesteps, u).float())
+        t = schedule.snap(quantile(timesteps, u).float())
         return cls([0.0, *t.tolist(), 1.0], schedule.noise_level(t))
 
     @property

@@ -93,7 +93,7 @@ class Updater:
             with clock.device("backward"):
                 self.strategy.backward(total, microbatch=microbatch, of=len(batches))
             if self.spikes is not None:
-                self.spikes.observe(out.noise_level, out.loss.detach())
+                self.spikes.observe(out.noise_level, out.mse.detach())
             losses.append(_sum([value.per_sample for value in values]))
         with clock.device("optimizer"):
             report = self.strategy.step(

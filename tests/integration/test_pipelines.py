@@ -128,7 +128,7 @@ def test_dit(labelled, tmp_path, scale):
 
 def conditions(trained):
     _, text, pooled = trained.generator.captions.draw(0, [0, 1])
-    null, vector = trained.generator.captions.conditioner.nothing(2, CPU)
+    null, vector = trained.generator.captions.conditioner.null(2, CPU)
     labels, sizes = (
         torch.zeros(2, dtype=torch.int64),
         trained.generator.captions.sizes.expand(2, -1),

@@ -35,7 +35,7 @@ class DecoderFeatures(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = [name for name in decoder.stages if stages is None or name in stages]
-        self.decoder = decoder.cut_after(self.stages[-1]).changed(merge_upsampling)
+        self.decoder = decoder.truncate(self.stages[-1]).map_layers(merge_upsampling)
         self.shift = nn.Buffer(scaling.shift.clone())
         self.scale = nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
@@ -47,7 +47,7 @@ class DecoderFeatures(nn.Module):
         num_layers = sum(len(list(stage.children())) for stage in self.decoder.stages.values())
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * num_layers)
-        self.decoder = self.decoder.changed(
+        self.decoder = self.decoder.map_layers(
             lambda run: [torch.compile(layer, dynamic=False) for layer in run]
         )
         return self
@@ -55,7 +55,7 @@ class DecoderFeatures(nn.Module):
     def first_layer(self, z0: Tensor) -> Tensor:
         """Denormalise `z0`, cast it to the decoder's dtype and layout, run conv_in."""
         raw = LatentScaling(self.shift, self.scale).denormalize(z0)
-        return self.decoder.entrance(raw.to(self.dtype, memory_format=torch.channels_last))
+        return self.decoder.conv_in(raw.to(self.dtype, memory_format=torch.channels_last))
 
     def named_layers(self) -> Iterator[tuple[str | None, Layer]]:
         """All layers in order, each with the name of the stage that it completes, or None."""

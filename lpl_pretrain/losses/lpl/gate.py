@@ -50,7 +50,7 @@ def gate_fraction(threshold: float, schedule: Schedule, timesteps: TimestepConfi
     """
 
     def passes(u: float) -> bool:
-        t = schedule.place(quantile(timesteps, torch.tensor([u], dtype=torch.float64)))
+        t = schedule.snap(quantile(timesteps, torch.tensor([u], dtype=torch.float64)))
         return schedule.noise_level(t).item() <= threshold
 
     low, high = 0.0, 1.0
@@ -58,7 +58,7 @@ def gate_fraction(threshold: float, schedule: Schedule, timesteps: TimestepConfi
         middle = (low + high) / 2
         low, high = (middle, high) if passes(middle) else (low, middle)
     if low == 0.0:
-        least = schedule.noise_level(schedule.place(torch.zeros(1, dtype=torch.float64))).item()
+        least = schedule.noise_level(schedule.snap(torch.zeros(1, dtype=torch.float64))).item()
         raise ConfigError(
             f"lpl.gate: no sample can pass a noise level of {threshold:.4g}; the least noisy one "
             "of this schedule has "

@@ -89,9 +89,9 @@ class LPLTerm(LossTerm):
             meter.add(f"lpl/stage/{name}/contribution", stage.contribution, weights > 0)
             meter.add(f"lpl/stage/{name}/keep_fraction", stage.keep_fraction, weights > 0)
             meter.add(f"lpl/stage/{name}/std_ratio", stage.std_ratio, weights > 0)
-        per_sample = torch.zeros_like(out.loss)
+        per_sample = torch.zeros_like(out.mse)
         per_sample[first] = result.loss.detach().to(per_sample)
-        return TermValue(result.loss.sum() / len(out.loss), per_sample)
+        return TermValue(result.loss.sum() / len(out.mse), per_sample)
 
     def active(self, step: int) -> bool:
         return self.schedule.active(step)

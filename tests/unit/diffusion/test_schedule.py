@@ -32,22 +32,22 @@ def test_alphas_cumprod_equal_diffusers(kind, theirs):
 @pytest.mark.parametrize("kind", list(ScheduleKind))
 def test_coefficients(kind):
     schedule = make_schedule(kind)
-    t = schedule.place(torch.linspace(0.001, 0.998, 301, dtype=torch.float64))
+    t = schedule.snap(torch.linspace(0.001, 0.998, 301, dtype=torch.float64))
     alpha_t, sigma_t = schedule.coefficients(t)
     together = alpha_t + sigma_t if kind is ScheduleKind.RECTIFIED_FLOW else alpha_t**2 + sigma_t**2
     torch.testing.assert_close(together, torch.ones_like(t))
     assert (schedule.noise_level(t).diff() >= 0).all(), (
-        "noise grows with t: the gate and the dealing rest on it"
+        "noise grows with t: the gate and the batch planner rely on it"
     )
 
 
 def test_every_timestep_is_hit_and_kept():
     schedule = make_schedule(ScheduleKind.LINEAR)
     every = torch.arange(TIMESTEPS)
-    placed = schedule.place((every + 0.5) / TIMESTEPS)
-    assert torch.equal(schedule.timestep(placed), every)
-    assert torch.equal(schedule.place(placed), placed)
-    assert schedule.timestep(schedule.place(torch.tensor([0.0, 1.0]))).tolist() == [
+    snapped = schedule.snap((every + 0.5) / TIMESTEPS)
+    assert torch.equal(schedule.timestep(snapped), every)
+    assert torch.equal(schedule.snap(snapped), snapped)
+    assert schedule.timestep(schedule.snap(torch.tensor([0.0, 1.0]))).tolist() == [
         0,
         TIMESTEPS - 1,
     ]
@@ -92,8 +92,8 @@ def test_cosmap_density():
     )
 
 
-def test_shift_keeps_what_is_seen():
-    """Twice the side: the same noise level per pixel of the small picture, so sigma / alpha is
+def test_shift_keeps_the_noise_level_per_pixel():
+    """Twice the side: the same noise level per pixel of the small image, so sigma / alpha is
     twice as large.
     """
     t, moved = (

@@ -47,13 +47,13 @@ def test_stages_and_sides_are_what_the_configuration_says(network, tmp_path):
     network.save_pretrained(tmp_path)
     facts = read_autoencoder("x", tmp_path)
     stages, hidden = decoder_stages(network), torch.randn(1, facts.latent_channels, 4, 4)
-    hidden = stages.entrance(hidden)
+    hidden = stages.conv_in(hidden)
     found = {}
     for name, stage in stages.stages.items():
         hidden = stage(hidden)
         found[name] = hidden.shape[-1] // 4
     assert found == facts.upscales
-    assert stages.exit(hidden).shape[-1] == 4 * facts.downscale
+    assert stages.conv_out(hidden).shape[-1] == 4 * facts.downscale
 
 
 def test_encodes_and_decodes_through_one_door(network, tmp_path):
@@ -71,7 +71,7 @@ def test_has_teeth(damage):
     network = tiny_network(levels=4).eval()
     stages, raw = decoder_stages(network), torch.randn(1, 4, 6, 6)
     if damage == "skips post_quant_conv":  # as the public implementation does
-        stages.entrance[0] = torch.nn.Identity()
+        stages.conv_in[0] = torch.nn.Identity()
     elif damage == "skips a piece":
         stages.stages["up1"] = torch.nn.Sequential(*list(stages.stages["up1"])[1:])
     else:

@@ -181,7 +181,7 @@ def test_encoders_side_by_side_and_behind_each_other():
         and second[5:7].eq(-1).all()
         and not second[7:].any()
     )
-    nothing, vector = conditioner().nothing(1, torch.device("cpu"))
+    nothing, vector = conditioner().null(1, torch.device("cpu"))
     assert torch.equal(nothing[0], second) and torch.equal(vector[0], pooled[1])
 
 

@@ -67,5 +67,5 @@ def test_others_are_left_alone(pieces):
     ids=["kl", "tiny"],
 )
 def test_all_upsamplings_of_a_decoder_are_found(make, count):
-    stages = decoder_stages(make()).changed(merge_upsampling)
+    stages = decoder_stages(make()).map_layers(merge_upsampling)
     assert sum(isinstance(module, nn.ConvTranspose2d) for module in stages.modules()) == count

@@ -148,7 +148,7 @@ def test_each_level_holds_an_equal_part_of_every_batch(schedule, timesteps):
         few = 0 if schedule == "rectified_flow" else 2  # a timestep that lies across an edge
         assert (counts - 8).abs().max() <= few, counts
     u = torch.tensor([0.3], dtype=torch.float64)
-    t = path.place(quantile(config, u).float())
+    t = path.snap(quantile(config, u).float())
     low, high = levels.t[2:4]
     assert levels.index(path.noise_level(t)).tolist() == [2] and low <= t.item() <= high
     assert levels.name(2) == f"t {low:.3g} to {high:.3g}"

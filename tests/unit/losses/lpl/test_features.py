@@ -32,7 +32,7 @@ def test_the_last_stage_leads_to_the_decoded_pixels(make):
     features = features_of(autoencoder)
     last = features(scaling_of(autoencoder).normalize(raw))[features.stages[-1]]
     torch.testing.assert_close(
-        decoder_stages(autoencoder.network).exit(last),
+        decoder_stages(autoencoder.network).conv_out(last),
         autoencoder.decode(raw),
         rtol=1e-4,
         atol=1e-5,
@@ -50,7 +50,7 @@ def test_sides_and_channels_of_the_stages():
 def test_decoder_stops_at_the_deepest_stage_asked_for():
     whole, early = features_of(tiny_autoencoder()), features_of(tiny_autoencoder(), ["up0"])
     assert list(early.decoder.stages) == ["mid", "up0"] and not list(
-        early.decoder.exit.parameters()
+        early.decoder.conv_out.parameters()
     )
     z0 = torch.randn(1, 4, 8, 8)
     assert list(early(z0)) == ["up0"]
