@@ -1,7 +1,7 @@
 """The contract between the code that trains or samples and the network that denoises.
 
-Every network in models/ is a `Denoiser`; the objective, the samplers and the loss terms call one and
-know no network.  A strategy returns a wrapped one, which is called alike.
+Every network in models/ is a `Denoiser`; the objective, the samplers and the loss terms call it
+without knowing which.  A strategy returns a wrapped denoiser, which is called in the same way.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Denoiser(nn.Module):
     ) -> DenoiserOutput:
         """Predict from `z_t` (B, C, H, W) at times `t` (B,) in [0, 1].
 
-        `hidden_blocks`: indices of the blocks whose outputs are returned too.  Raises ValueError for
-        an index that is out of range.
+        `hidden_blocks`: indices of the blocks whose outputs are returned too.  Raises ValueError
+        for an index that is out of range.
         """
         raise NotImplementedError
 

@@ -106,7 +106,7 @@ def _ddim(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> Sam
 
 
 def _dpmpp(prediction: Prediction, schedule: DiscreteSchedule, steps: int) -> SamplerPlan:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on trailing timesteps, ending at no noise."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on trailing timesteps, down to no noise."""
     scheduler: Any = DPMSolverMultistepScheduler(
         solver_order=2,
         algorithm_type="dpmsolver++",

@@ -40,7 +40,8 @@ def quantile(config: TimestepConfig, u: Tensor) -> Tensor:
 
 
 def apply_shift(t: Tensor, shift: float) -> Tensor:
-    """Times at which an image with `shift`^2 times the pixels looks equally noisy (arXiv 2403.03206,
-    equation 23).
+    """Times at which an image with `shift`^2 times the pixels looks equally noisy.
+
+    Source: arXiv 2403.03206, equation 23.
     """
     return t if shift == 1.0 else shift * t / (1 + (shift - 1) * t)

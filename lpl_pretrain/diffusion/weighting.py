@@ -1,4 +1,4 @@
-"""How much each noise level counts in the diffusion loss.
+"""Weight of each noise level in the diffusion loss.
 
 Every kind is a weight on the squared error of eps or of z0: the first is SNR = alpha^2 / sigma^2
 times the second.  The error of what is predicted becomes that of z0 by 1 / SNR for eps, 1 / (SNR +
@@ -20,7 +20,8 @@ def loss_weight(config: WeightingConfig, prediction: Prediction, noise_level: Te
     min_snr       on z0: min(SNR, gamma)                 arXiv 2303.09556, equation 7
     soft_min_snr  on z0: SNR gamma / (SNR + gamma)       arXiv 2401.11605, equation 6
     p2            on eps: 1 / (k + SNR)^power            arXiv 2204.00227, equation 8
-    sigmoid       on eps: sigmoid(bias - log SNR)        arXiv 2303.00848, appendix K; 2410.19324, section 3.1
+    sigmoid       on eps: sigmoid(bias - log SNR)        arXiv 2303.00848, appendix K;
+                                                         2410.19324, section 3.1
     """
     if config.kind == "uniform":
         return torch.ones_like(noise_level)

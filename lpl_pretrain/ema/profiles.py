@@ -1,13 +1,12 @@
-"""How fast an average forgets: pure functions of the step; and averages of any length, made
-afterwards from a few stored ones.
+"""Decay schedules of moving averages, and averages of any length reconstructed from stored ones.
 
 Update number t (1 is the first) turns an average a into a + (1 - decay_t) (parameters - a).
 
 Power-function averages (arXiv 2312.02696, section 3): decay_t = (1 - 1/t)^(gamma + 1).  Their
 profile, the weight of the parameters after update i in the average after update t, is w(i) =
 (i^(gamma+1) - (i-1)^(gamma+1)) / t^(gamma+1): it keeps its shape while it grows with t, and forgets
-the initial weights at once.  `sigma_rel`, the standard deviation of that profile relative to t, is
-how lengths are told; 0.05 is short, 0.25 long.
+the initial weights at once.  `sigma_rel`, the standard deviation of that profile relative to t,
+gives its length; 0.05 is short, 0.25 long.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 
 
 def decay_at(step: int, decay: float, warmup: bool) -> float:
-    """Share of the average that survives update number `step` (1 is the first).
+    """Fraction of the average that remains after update number `step` (1 is the first).
 
     With warm-up it is min(decay, (1 + step) / (10 + step)), so that the initial weights are
     forgotten within the first updates.
@@ -28,8 +27,9 @@ def decay_at(step: int, decay: float, warmup: bool) -> float:
 
 
 def power_decay_at(step: int, sigma_rel: float) -> float:
-    """As `decay_at`, of a power-function average (equation 4); the first update takes the
-    parameters as they are.
+    """Decay of a power-function average at update number `step` (equation 4).
+
+    The first update takes the parameters as they are.
     """
     return (1 - 1 / step) ** (gamma_of(sigma_rel) + 1)
 
@@ -72,8 +72,7 @@ def reconstruction(stored: Sequence[tuple[int, float]], wanted: tuple[int, float
     count = len(stored)
     matrix = np.array([[overlap(i, j) for j in range(count)] for i in range(count)])
     target = np.array([overlap(i, count) for i in range(count)])
-    scale = np.sqrt(
-        np.diag(matrix)
-    )  # recent profiles are short and tall: equal norms keep the problem well conditioned
+    # recent profiles are short and tall: equal norms keep the problem well conditioned
+    scale = np.sqrt(np.diag(matrix))
     solved = np.linalg.lstsq(matrix / np.outer(scale, scale), target / scale, rcond=1e-12)[0]
     return solved / scale

@@ -1,8 +1,6 @@
-"""The frozen autoencoder: pictures to posterior moments, latents to pictures; the families of
-config/autoencoder.py.
+"""The frozen autoencoder: images to posterior moments, latents to images.
 
-Raw latents are what the encoder's posterior gives; z0 = (raw - shift) * scale is what the denoiser
-sees.
+Raw latents are samples of the encoder's posterior; the denoiser gets z0 = (raw - shift) * scale.
 """
 
 from __future__ import annotations
@@ -34,7 +32,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.identity = identity
-        self.downscale, self.latent_channels = facts.downscale, facts.latent_channels
+        self.downscale = facts.downscale
+        self.latent_channels = facts.latent_channels
         self.shift, self.scale = _shift_and_scale(network, facts)
 
     def encode_moments(self, images: Tensor) -> Tensor:
@@ -50,17 +49,19 @@ class Autoencoder(nn.Module):
         return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Raw latents (B, C, H, W) -> pictures (B, 3, H_px, W_px), about [-1, 1]."""
+        """Raw latents (B, C, H, W) -> images (B, 3, H_px, W_px), about [-1, 1]."""
         return self.network.decode(raw).sample
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """`folder` as diffusers' save_pretrained writes it, or `asset:NAME`.  Raises ConfigError, for
-    NaN in it too.
+    """Load `folder`, as diffusers' save_pretrained writes it, or `asset:NAME`.
+
+    Raises ConfigError, also for weights that are not finite.
     """
     path = resolve_path(folder)
-    facts, identity = read_autoencoder(folder, path), autoencoder_identity(path)
-    import diffusers  # seconds, for nothing in a run without LPL
+    facts = read_autoencoder(folder, path)
+    identity = autoencoder_identity(path)
+    import diffusers  # takes seconds, which a run without LPL need not spend
 
     try:
         network = getattr(diffusers, facts.family).from_pretrained(
@@ -71,11 +72,13 @@ def load_autoencoder(folder: str) -> Autoencoder:
             # safetensors' own reader takes every error for a file that is missing
             disable_mmap=True,
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as problem:
-        reason = transient_reason(problem)  # which diffusers does not tell
-        told = f"{problem}" if reason is None or reason in str(problem) else f"{reason} ({problem})"
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = transient_reason(error)  # missing from diffusers' message
+        message = str(error)
+        if reason is not None and reason not in message:
+            message = f"{reason} ({message})"
         raise ConfigError(
-            f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {told}"
+            f"autoencoder={folder}: diffusers cannot load it as an {facts.family}: {message}"
         ) from None
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
     if broken:
@@ -88,8 +91,10 @@ def load_autoencoder(folder: str) -> Autoencoder:
 
 
 def _shift_and_scale(network: Any, facts: AutoencoderInfo) -> tuple[float, float]:
-    """FLUX.2 has no scaling factor but running statistics of its patched latents: their overall
-    mean and deviation stand in.
+    """Shift and scale of raw latents.
+
+    FLUX.2 has no scaling factor but running statistics of its patched latents: their overall mean
+    and standard deviation are used.
     """
     if facts.family != "AutoencoderKLFlux2":
         return facts.shift, 1.0 if facts.scale is None else float(facts.scale)
@@ -100,7 +105,7 @@ def _shift_and_scale(network: Any, facts: AutoencoderInfo) -> tuple[float, float
 
 @dataclass(frozen=True, slots=True)
 class LatentScaling:
-    """Between raw latents and z0, per channel."""
+    """Affine map between raw latents and z0, per channel."""
 
     shift: Tensor  # (C,)
     scale: Tensor  # (C,)
@@ -118,8 +123,10 @@ class LatentScaling:
 
 
 def latent_scaling(kind: str, index: DatasetIndex) -> LatentScaling:
-    """`autoencoder`: one shift and scale, as diffusers pipelines use; `per_channel`: mean 0 and std
-    1 for every channel.
+    """Scaling of `data.scaling`.
+
+    `autoencoder`: one shift and scale, as diffusers pipelines use; `per_channel`: mean 0 and
+    standard deviation 1 for every channel.
     """
     if kind == "per_channel":
         return LatentScaling(torch.tensor(index.latent.mean), 1 / torch.tensor(index.latent.std))
@@ -133,8 +140,9 @@ def latent_scaling(kind: str, index: DatasetIndex) -> LatentScaling:
 def compose_scaling(
     scaling: LatentScaling, own: Autoencoder | AutoencoderEntry, other: Autoencoder
 ) -> LatentScaling:
-    """From z0 of `scaling` to the raw latents of `other`, when z0 of `own` are z0 of `other`: TAESD
-    takes what SD scales.
+    """Scaling between z0 of `scaling` and the raw latents of `other`.
+
+    Both autoencoders must agree on z0: TAESD decodes latents that SD's factor has scaled.
     """
     shift = (scaling.shift - own.shift) * own.scale / other.scale + other.shift
     return LatentScaling(shift, scaling.scale * other.scale / own.scale)

@@ -1,5 +1,5 @@
-"""DiT weights in other people's layouts: the published files, and diffusers'
-`DiTTransformer2DModel`; as dictionaries, both ways.
+"""Convert DiT weights from the published layout, and to and from diffusers'
+`DiTTransformer2DModel`.
 
 The published layout is ours with the fixed position embedding beside it.  diffusers splits queries,
 keys and values, and keeps a copy of the time and class embedders in every block.  What diffusers'
@@ -38,29 +38,30 @@ State = dict[str, Tensor]
 
 
 def from_published(state: State) -> State:
-    """Of a file such as DiT-XL-2-256x256 (`model` or `ema` in it): ours, in its order."""
+    """Our state from that of a file such as DiT-XL-2-256x256 (`model` or `ema` in it)."""
     return {name: tensor for name, tensor in state.items() if name != "pos_embed"}
 
 
 def to_diffusers(
     state: State, config: DiTConfig, *, channels: int, side: int, num_classes: int
 ) -> tuple[dict[str, Any], State]:
-    """(config, state) of a DiTTransformer2DModel for square latents with the same answers.  Raises
-    ConfigError.
+    """(config, state) of a DiTTransformer2DModel with the same outputs for square latents.
+
+    Raises ConfigError for an option that diffusers' model does not have.
     """
-    own = [
+    unsupported = [
         name
         for name in ("qk_norm", "rope", "swiglu", "rms_norm", "position_side", "text")
         if getattr(config, name)
     ]
-    if own:
+    if unsupported:
         raise ConfigError(
-            f"model.{own[0]}: diffusers' DiT has no such thing; export without --format diffusers"
+            f"model.{unsupported[0]}: diffusers' DiT does not have it; export without --format diffusers"
         )
     if config.timestep_frequencies != "diffusers":
         raise ConfigError(
             "model.timestep_frequencies=dit: diffusers' DiT embeds time at other frequencies, so "
-            "its pictures would differ; "
+            "its images would differ; "
             "train with model.timestep_frequencies=diffusers to export there"
         )
     settings = {
@@ -101,8 +102,9 @@ def to_diffusers(
 
 
 def from_diffusers(settings: dict[str, Any], state: State) -> tuple[DiTConfig, State]:
-    """(model section, state) of ours.  Raises ConfigError for another variant, CheckpointError for
-    copies that differ.
+    """(model section, state) of ours.
+
+    Raises ConfigError for another variant, CheckpointError for copies that differ.
     """
     if (
         settings.get("activation_fn") != "gelu-approximate"
@@ -112,10 +114,8 @@ def from_diffusers(settings: dict[str, Any], state: State) -> tuple[DiTConfig, S
             f"DiTTransformer2DModel with {settings}: wanted activation_fn gelu-approximate, "
             "norm_type ada_norm_zero"
         )
-    heads, width = (
-        settings["num_attention_heads"],
-        settings["num_attention_heads"] * settings["attention_head_dim"],
-    )
+    heads = settings["num_attention_heads"]
+    width = heads * settings["attention_head_dim"]
     config = DiTConfig(
         width=width,
         depth=settings["num_layers"],

@@ -1,8 +1,8 @@
-"""MMDiT weights to and from diffusers' `SD3Transformer2DModel`; dictionaries of tensors both ways.
+"""Convert MMDiT weights to and from diffusers' `SD3Transformer2DModel`.
 
 diffusers splits queries, keys and values, and has scale before shift where a modulation has two
 parts only (the last text stream and the output).  Its position embedding is fixed; ours is that of
-a grid no larger than the picture.
+a grid no larger than the image.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ MODULATION = {"image": "norm1.linear", "text": "norm1_context.linear"}
 def to_diffusers(
     state: State, config: MMDiTConfig, *, channels: int, side: int, text: TextShape
 ) -> tuple[dict[str, Any], State]:
-    """(config, state) of an SD3Transformer2DModel for square latents of this side with the same
-    answers.
-    """
+    """(config, state) of an SD3Transformer2DModel with the same outputs for square latents."""
     settings = {
         "sample_size": side,
         "patch_size": config.patch_size,
@@ -155,6 +153,6 @@ def _is_context_pre_only(i: int, depth: int, stream: str) -> bool:
 
 
 def _swapped(modulation: Tensor) -> Tensor:
-    """Shift and scale in the other order."""
+    """Exchange shift and scale."""
     first, second = modulation.chunk(2)
     return torch.cat([second, first])

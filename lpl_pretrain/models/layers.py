@@ -104,7 +104,7 @@ def norm(width: int, *, rms: bool) -> nn.Module:
 def attention(
     width: int, heads: int, *, qk_norm: bool, rms: bool, num_prefix_tokens: int = 0
 ) -> AttentionRope:
-    """Self-attention; `rope` in its forward rotates all tokens but the first `num_prefix_tokens`."""
+    """Self-attention; `rope` rotates all tokens but the first `num_prefix_tokens`."""
     per_head: Any = partial(nn.RMSNorm if rms else nn.LayerNorm, eps=1e-6)
     return AttentionRope(
         width, heads, num_prefix_tokens=num_prefix_tokens, qk_norm=qk_norm, norm_layer=per_head

@@ -1,6 +1,4 @@
-"""Frozen text encoders of transformers (CLIP, T5, BERT and their kin): captions to the states of
-their true tokens.
-"""
+"""Frozen text encoders of transformers (CLIP, T5, BERT and related): captions to token states."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError
 
 ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-"""Model types whose text encoder is half of a larger network."""
+"""Model type -> class of the encoder, for types whose text encoder is half of a larger network."""
 
 
 class TextEncoder(nn.Module):
@@ -29,7 +27,9 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer, self.identity, self.config = tokenizer, identity, config
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.config = config
         settings = getattr(network.config, "text_config", None) or network.config
         self.width = settings.hidden_size
         self.pooled_width = None
@@ -44,8 +44,9 @@ class TextEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[tuple[Tensor, Tensor | None]]:
-        """For each caption (T, width) states of its T tokens, special ones included, padding not,
-        and (P,) pooled, if asked for.
+        """States (T, width) of each caption's T tokens, and its pooled vector (P,) if configured.
+
+        Special tokens are included, padding is not.
         """
         tokens = self.tokenizer(
             captions,
@@ -74,14 +75,14 @@ class TextEncoder(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class TextEmbeddings:
-    """One encoder's view of some captions, as `encode` stores it in fp16."""
+    """Output of one text encoder for a batch of captions, in fp16 as `encode` stores it."""
 
-    states: Tensor  # (B, T, D) float16, zero behind each caption's end
+    states: Tensor  # (B, T, D) float16, zero after each caption's end
     pooled: Tensor | None  # (B, P) float16
 
 
 class OnlineText:
-    """Text encoders that run beside the model, on captions as they come."""
+    """Text encoders that run beside the model during training."""
 
     def __init__(self, encoders: dict[str, TextEncoder]) -> None:
         self.encoders = encoders
@@ -106,7 +107,7 @@ def _batched(found: list[tuple[Tensor, Tensor | None]]) -> TextEmbeddings:
 
 
 def load_text_encoder(config: TextEncoderConfig, where: str) -> TextEncoder:
-    """`where` is the section's path, for errors.  Raises ConfigError."""
+    """Load an encoder; `where` is its section's path, for errors.  Raises ConfigError."""
     folder = resolve_path(config.folder)
     identity = text_encoder_identity(folder, where)
     try:
@@ -115,9 +116,9 @@ def load_text_encoder(config: TextEncoderConfig, where: str) -> TextEncoder:
         network = getattr(transformers, _class_name(settings)).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
-            f"{where}.folder={config.folder}: transformers cannot load it: {problem}"
+            f"{where}.folder={config.folder}: transformers cannot load it: {error}"
         ) from None
     layers = getattr(getattr(settings, "text_config", settings), "num_hidden_layers", None)
     if layers is not None and not -layers - 1 <= config.layer <= layers:

@@ -1,8 +1,8 @@
 """diffusers' UNet2DConditionModel as a `Denoiser`.
 
 Shapes: z_t (B, C, H, W) with sides that the levels halve evenly, t (B,) in [0, 1]; the output has
-the shape of z_t.  ldm reads cond.labels as one token, sd cond.text (B, T, J), sdxl also cond.pooled (B, P)
-and cond.sizes (B, 6) (arXiv 2307.01952, sections 2.1 and 2.2).
+the shape of z_t.  ldm reads cond.labels as one token, sd cond.text (B, T, J), sdxl also
+cond.pooled (B, P) and cond.sizes (B, 6) (arXiv 2307.01952, sections 2.1 and 2.2).
 """
 
 from __future__ import annotations

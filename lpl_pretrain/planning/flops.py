@@ -1,5 +1,6 @@
-"""FLOPs of a piece of code, 2 for a multiply-add: counted from the shapes that pass by, so meta
-tensors are enough.
+"""Count the FLOPs of a function, 2 for a multiply-add.
+
+Only shapes are used, so meta tensors are enough.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ FORMULAS = {
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """Of matrix products, convolutions and attention in `function()`, forward and backward; the
-    rest is left out, as usual.
+    """FLOPs of matrix products, convolutions and attention in `function()`, backward included.
+
+    Other operations are not counted, as usual.
     """
     with _Counter() as counter:
         function()

@@ -1,8 +1,7 @@
-"""How many bytes of tensors a piece of code has alive at its peak: counted, not sampled, on any
-device, meta included.
+"""Peak bytes of live tensors inside a `with` block, counted on any device, meta included.
 
-What counts is storage that was allocated inside the block, views not twice.  Scratch memory inside
-a kernel is not seen.
+Storage that was allocated inside the block counts, once for all its views.  Scratch memory inside a
+kernel is not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(
@@ -29,17 +29,15 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                self._meet(tensor, fresh=False)
+                self._track(tensor, fresh=False)
         results = function(*args, **kwargs)
         for tensor in tree_iter(results):
             if isinstance(tensor, torch.Tensor):
-                self._meet(tensor, fresh=True)
+                self._track(tensor, fresh=True)
         return results
 
-    def _meet(self, tensor: torch.Tensor, *, fresh: bool) -> None:
-        """An argument that was never seen came from outside the block; a result that was never seen
-        was allocated in it.
-        """
+    def _track(self, tensor: torch.Tensor, *, fresh: bool) -> None:
+        """Count a new storage: a result's was allocated in the block, an argument's outside."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:

@@ -1,4 +1,4 @@
-"""What a device can do at most: dense FLOP/s of its matrix units, from the vendors' data sheets."""
+"""Peak dense FLOP/s of a device's matrix units, from the vendors' data sheets."""
 
 from __future__ import annotations
 

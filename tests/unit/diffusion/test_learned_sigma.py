@@ -38,7 +38,7 @@ def denoised_at(t, logits, prediction=Prediction.EPS, wrong=0.1):
 
 
 def slow_bound(time, logits, z0, z0_hat, z_t):
-    """Of one sample, by the posterior's own formulas (arXiv 2006.11239, equations 6 and 7)."""
+    """Bound of one sample by the posterior's own formulas (arXiv 2006.11239, equations 6 and 7)."""
     n = round(time * 1000)
     beta, now, before = (
         SCHEDULE.betas[n],

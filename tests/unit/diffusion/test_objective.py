@@ -86,8 +86,8 @@ ON_Z0 = {  # in the papers' own form
 @pytest.mark.parametrize("kind, schedule_kind", PAIRS)
 @pytest.mark.parametrize("weighting", ON_Z0)
 def test_a_weighting_is_one_weight_on_the_error_of_z0(kind, schedule_kind, weighting):
-    """Whatever is predicted, weight x squared error of the prediction = the paper's weight x
-    squared error of z0.
+    """Weight x squared error of the prediction = the paper's weight x squared error of z0, for
+    every prediction.
     """
     options, on_z0 = ON_Z0[weighting]
     _, z0, eps, t, alpha_t, sigma_t, output = setting(kind, schedule_kind)

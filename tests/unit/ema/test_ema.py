@@ -97,7 +97,7 @@ def test_gamma_and_sigma_rel_are_inverse_and_measured(sigma_rel):
 
 
 def test_published_values():
-    """Those that EDM2's paper names: gamma = 16.97 and 6.94 for 5 % and 10 %."""
+    """Values that EDM2's paper names: gamma = 16.97 and 6.94 for 5 % and 10 %."""
     assert (gamma_of(0.05), gamma_of(0.10)) == (
         pytest.approx(16.97, abs=0.01),
         pytest.approx(6.94, abs=0.01),

@@ -1,4 +1,4 @@
-"""DiT weights in the published layout and in diffusers': the same answers, and bit-equal round
+"""DiT weights in the published layout and in diffusers': the same outputs, and bit-equal round
 trips.
 """
 
@@ -44,7 +44,7 @@ def diffusers_model(settings, state):
 
 
 @pytest.mark.parametrize("learned_sigma", [True, False])
-def test_diffusers_gives_the_same_answers(learned_sigma):
+def test_diffusers_gives_the_same_output(learned_sigma):
     config = CONFIG.model_copy(update={"learned_sigma": learned_sigma})
     model = random_model(config)
     theirs = diffusers_model(*exported(model, config))
@@ -61,7 +61,7 @@ def test_diffusers_gives_the_same_answers(learned_sigma):
 
 
 def test_has_teeth_other_rates():
-    """What the published rates would have made of the same weights."""
+    """The published rates give other outputs with the same weights."""
     model = random_model()
     other = build_denoiser(
         CONFIG.model_copy(update={"timestep_frequencies": "dit"}), LATENT, CLASSES
@@ -88,7 +88,7 @@ def test_the_round_trip_is_bit_equal():
 
 
 def test_the_published_names():
-    """Those of DiT-XL-2-256x256.pt, for three blocks."""
+    """Names of DiT-XL-2-256x256.pt, for three blocks."""
     names = {
         "x_embedder.proj",
         "t_embedder.mlp.0",

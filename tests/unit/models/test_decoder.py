@@ -81,9 +81,7 @@ def test_has_teeth(damage):
 
 
 def test_flux2_latents_have_unit_scale_on_the_whole():
-    """Its config.json has no scaling factor; its batch norm's running statistics say what the
-    latents are.
-    """
+    """FLUX.2's config.json has no scaling factor; its batch norm's running statistics are used."""
     network = tiny_network(latent_channels=32, family=AutoencoderKLFlux2)
     mean, std = network.bn.running_mean, network.bn.running_var.sqrt()
     patches = mean[:, None] + std[:, None] * torch.randn(128, 100_000)

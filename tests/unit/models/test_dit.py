@@ -163,7 +163,7 @@ def test_a_size_is_spelt_out_and_may_not_be_contradicted():
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_changes_the_answer_and_starts_at_zero_too(option):
+def test_an_option_changes_the_output_and_starts_at_zero(option):
     inputs = torch.randn(2, 4, 8, 12), torch.rand(2), Conditioning(torch.tensor([0, 3]))
     assert not tiny(**{option: True})(*inputs).output.any()
     model = awakened(**{option: True})
@@ -216,15 +216,15 @@ def one_step(world, device, strategy):
     if strategy in ZERO_CONFIGS:
         parallel |= {"strategy": "zero", "zero_config": str(ROOT / ZERO_CONFIGS[strategy])}
     model = tiny(**dict.fromkeys(OPTIONS, True))
-    door = make_strategy(ParallelConfig.model_validate(parallel), world, device)
-    denoiser = door.setup(
+    engine = make_strategy(ParallelConfig.model_validate(parallel), world, device)
+    denoiser = engine.setup(
         model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0)
     )
     for _ in range(2):
         cond = Conditioning(torch.tensor([0, 3]))
         out = denoiser(torch.randn(2, 4, 8, 12), torch.rand(2), cond).output
-        door.backward((out.float() - 1).square().mean(), microbatch=0, of=1)
-        report = door.step(lr=1e-2, max_grad_norm=1.0)
+        engine.backward((out.float() - 1).square().mean(), microbatch=0, of=1)
+        report = engine.step(lr=1e-2, max_grad_norm=1.0)
     assert report.applied
     return report.grad_norm.item()
 

@@ -1,5 +1,5 @@
-"""Hidden states of every denoiser: the blocks' own outputs, under checkpointing, compilation and each
-strategy; the prediction stays the same to the bit.
+"""Hidden states of every denoiser are its blocks' outputs, under checkpointing, compilation and
+each strategy; the prediction stays the same to the bit.
 """
 
 from __future__ import annotations

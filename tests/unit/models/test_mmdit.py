@@ -1,4 +1,4 @@
-"""The MMDiT: zero at initialisation, every input matters, diffusers' SD3 gives the same answers;
+"""The MMDiT: zero at initialisation, every input matters, diffusers' SD3 gives the same outputs;
 text that pads to one shape.
 """
 
@@ -75,7 +75,7 @@ def test_samples_do_not_see_each_other_and_shapes_may_differ():
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_diffusers_gives_the_same_answers(qk_norm):
+def test_diffusers_gives_the_same_output(qk_norm):
     config = CONFIG.model_copy(update={"qk_norm": qk_norm})
     model = random_model(config)
     settings, state = to_diffusers(model.state_dict(), config, channels=4, side=8, text=TEXT)
@@ -137,7 +137,7 @@ class Stored:
 
 
 def stored(lengths, name):
-    """States of so many tokens, numbered by what they are."""
+    """States of `lengths` tokens, each filled with its caption's number."""
     width, pooled = ENTRIES[name].width, ENTRIES[name].pooled_width
     states = torch.zeros(len(lengths), max(lengths), width, dtype=torch.float16)
     for i, length in enumerate(lengths):
@@ -155,9 +155,9 @@ def conditioner():
     return TextConditioner((("l", "g"), "t5"), ENTRIES, empty)
 
 
-def test_encoders_side_by_side_and_behind_each_other():
-    """As SD3: CLIPs along the channels, padded to T5's width, T5 behind them; pooled vectors behind
-    each other.
+def test_encoders_are_joined_along_channels_and_tokens():
+    """As SD3: CLIPs along the channels, padded to T5's width, T5 after them; pooled vectors
+    concatenated.
     """
     shape = text_shape((("l", "g"), "t5"), ENTRIES)
     assert shape == TextShape(tokens=5 + 6, width=9, pooled_width=5)
@@ -181,8 +181,8 @@ def test_encoders_side_by_side_and_behind_each_other():
         and second[5:7].eq(-1).all()
         and not second[7:].any()
     )
-    nothing, vector = conditioner().null(1, torch.device("cpu"))
-    assert torch.equal(nothing[0], second) and torch.equal(vector[0], pooled[1])
+    null_text, vector = conditioner().null(1, torch.device("cpu"))
+    assert torch.equal(null_text[0], second) and torch.equal(vector[0], pooled[1])
 
 
 def test_the_shape_does_not_depend_on_the_batch():

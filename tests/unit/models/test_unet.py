@@ -1,4 +1,4 @@
-"""The U-Net is diffusers' own, told our time and our conditions; it trains under every strategy and
+"""The U-Net is diffusers' own, given our time and conditions; it trains under every strategy and
 loads a diffusers folder.
 """
 
@@ -69,7 +69,7 @@ def test_it_heeds_its_conditions_and_no_others(preset, heeded):
         assert torch.equal(moved, out) != (name in heeded), name
 
 
-def test_diffusers_is_told_timesteps_and_time_ids():
+def test_diffusers_gets_timesteps_and_time_ids():
     model = model_of("sdxl")
     z_t, t, cond = inputs()
     added = {"text_embeds": cond.pooled, "time_ids": cond.sizes.float()}
