@@ -26,8 +26,7 @@ from torch import Tensor
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
-from lpl_pretrain.models.autoencoder import LatentScaling
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import LatentScaling, decoder_stages
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.runtime.device import bf16_is_native
 

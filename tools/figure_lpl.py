@@ -28,8 +28,12 @@ from lpl_pretrain.losses.lpl.features import DecoderFeatures
 from lpl_pretrain.losses.lpl.gate import gate_fraction, max_noise_level
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.losses.lpl.panels import heat, pixels
-from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, load_autoencoder
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import (
+    Autoencoder,
+    LatentScaling,
+    decoder_stages,
+    load_autoencoder,
+)
 
 SIDE_PX, NUM_TRAIN_IMAGES = 64, 400
 

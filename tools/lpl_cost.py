@@ -39,10 +39,10 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.gate import gate_fraction, max_noise_level
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
-from lpl_pretrain.models.autoencoder import LatentScaling
+from lpl_pretrain.models.autoencoder import LatentScaling, decoder_stages
 from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.models.decoder import DecoderStages, decoder_stages
+from lpl_pretrain.models.decoder import DecoderStages
 from lpl_pretrain.planning.flops import count_flops
 from lpl_pretrain.planning.live_bytes import LiveBytes
 from lpl_pretrain.trainer.batch_plan import LPLSubset

@@ -18,10 +18,11 @@ from lpl_pretrain.config.model import (
     UNETS,
     DiTConfig,
     MMDiTConfig,
+    ModelConfig,
     UNetConfig,
 )
 from lpl_pretrain.config.text_layout import TextShape
-from lpl_pretrain.models.build import Section, build_denoiser
+from lpl_pretrain.models.build import build_denoiser
 from lpl_pretrain.models.conditioning import Conditioning
 from lpl_pretrain.planning.flops import count_flops
 
@@ -29,7 +30,7 @@ CLIPS = TextShape(77, 2048, 1280)
 SD3 = TextShape(154, 4096, 2048)
 
 
-def rows() -> Iterator[tuple[str, Section, int, int, TextShape | None]]:
+def rows() -> Iterator[tuple[str, ModelConfig, int, int, TextShape | None]]:
     """(name, config section, latent channels, latent side, text shape) of each size."""
     for size in DIT_SIZES:
         for patch in (2, 4, 8):

@@ -2,7 +2,7 @@
 stages.
 
 Stages are named in the order they run: `mid` at the latent's own resolution, then `up0`, `up1`, ...
-(models/decoder.py).
+(models/autoencoder_specs.py).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def read_autoencoder(folder: str, path: Path) -> AutoencoderInfo:
     if not settings.one_of("_class_name", list(FAMILIES)):
         raise ConfigError(
             f"{where}: its decoder is a {short(settings.get('_class_name'))}, which is not known; "
-            f"known are {', '.join(FAMILIES)} (a family is added in config/autoencoder.py and "
-            "models/decoder.py)"
+            f"known are {', '.join(FAMILIES)} (add a family in config/autoencoder.py and "
+            "models/autoencoder_specs.py)"
         )
     return FAMILIES[settings.text("_class_name")](settings)
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import accumulate
 from statistics import NormalDist
 
+from lpl_pretrain.config.betas import BETA_RANGE, COSINE_OFFSET, MAX_COSINE_BETA
 from lpl_pretrain.config.lpl import GateConfig
 from lpl_pretrain.config.schema import DiffusionConfig, ScheduleKind, TimestepConfig
 
@@ -74,14 +75,13 @@ def _noise_levels(kind: ScheduleKind, zero_terminal_snr: bool) -> tuple[float, .
     steps = range(TIMESTEPS)
     if kind is ScheduleKind.COSINE:
         squared = [
-            math.cos((step / TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2
+            math.cos((step / TIMESTEPS + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
             for step in range(TIMESTEPS + 1)
         ]
-        betas = [min(1 - squared[step + 1] / squared[step], 0.999) for step in steps]
+        betas = [min(1 - squared[step + 1] / squared[step], MAX_COSINE_BETA) for step in steps]
     else:
-        power, first, last = {ScheduleKind.LINEAR: (1, 1e-4, 0.02)}.get(
-            kind, (2, 0.00085**0.5, 0.012**0.5)
-        )
+        power = 1 if kind is ScheduleKind.LINEAR else 2
+        first, last = (beta ** (1 / power) for beta in BETA_RANGE[kind])
         betas = [(first + (last - first) * step / (TIMESTEPS - 1)) ** power for step in steps]
     alphas = [
         product**0.5 for product in accumulate((1 - beta for beta in betas), lambda a, b: a * b)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
+from lpl_pretrain.config.betas import BETA_RANGE, COSINE_OFFSET
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.gate import gate_fraction
 from lpl_pretrain.config.load import resolve_path
@@ -14,10 +15,13 @@ from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.config.schema import ScheduleKind, TrainConfig
 
 FIRST_BETA = {
-    ScheduleKind.LINEAR: 1e-4,
-    ScheduleKind.SCALED_LINEAR: 0.00085,
+    **{kind: first for kind, (first, _) in BETA_RANGE.items()},
     ScheduleKind.COSINE: 1
-    - (math.cos(0.009 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2,
+    - (
+        math.cos((0.001 + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2)
+        / math.cos(COSINE_OFFSET / (1 + COSINE_OFFSET) * math.pi / 2)
+    )
+    ** 2,
 }
 """sigma^2 of the least noisy timestep of each discrete schedule (diffusion/schedule.py)."""
 

@@ -4,13 +4,13 @@ looks like before one is loaded.
 
 from __future__ import annotations
 
-from lpl_pretrain.config.dataset import TextEntry
+from lpl_pretrain.config.dataset import DatasetIndex, TextEntry
 from lpl_pretrain.config.encode import TextEncoderConfig
 from lpl_pretrain.config.hashing import text_encoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.config.model_json import read_model_json
-from lpl_pretrain.config.schema import ConditioningConfig
-from lpl_pretrain.config.text_layout import encoders
+from lpl_pretrain.config.schema import ConditioningConfig, TrainConfig
+from lpl_pretrain.config.text_layout import TextShape, encoders, text_shape
 
 
 def stored_encoders(conditioning: ConditioningConfig) -> tuple[str, ...]:
@@ -31,6 +31,12 @@ def text_entries(
         for name, settings in conditioning.online_encoders.items()
     }
     return {**stored, **online}
+
+
+def run_text_shape(config: TrainConfig, index: DatasetIndex) -> TextShape | None:
+    """Shape of the text that a run's model reads; None if it reads none.  Raises ConfigError."""
+    layout = config.conditioning.text_encoders
+    return text_shape(layout, text_entries(config.conditioning, index.text)) if layout else None
 
 
 def text_entry(config: TextEncoderConfig, where: str) -> TextEntry:

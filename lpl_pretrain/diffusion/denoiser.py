@@ -31,6 +31,9 @@ class Denoiser(nn.Module):
 
     config: Any
     """The model section of the configuration that the network was built from."""
+    float8_skip: tuple[str, ...] = ()
+    """Parts of the names of linear layers that fp8 leaves in bf16: those whose input is the
+    condition, with one row per sample.  Set by `build_denoiser` from the model's spec."""
 
     def sharded_blocks(self) -> list[str]:
         """Names of the sub-modules that a strategy may shard, checkpoint or compile one by one, in

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from lpl_pretrain.config.betas import BETA_RANGE, COSINE_OFFSET, MAX_COSINE_BETA
 from lpl_pretrain.config.schema import ScheduleKind
 
 TIMESTEPS = 1000
@@ -93,13 +94,12 @@ def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 def _betas(kind: ScheduleKind) -> Tensor:
     """(1000,) float64."""
-    if kind is ScheduleKind.LINEAR:  # arXiv 2006.11239, section 4
-        return torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
-    if kind is ScheduleKind.SCALED_LINEAR:  # latent diffusion, arXiv 2112.10752
-        return torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square()
-    squared_cosine = torch.cos(
-        (torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2
-    ).square()
-    return (1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(
-        max=0.999
-    )  # arXiv 2102.09672, equation 17
+    if kind is ScheduleKind.COSINE:
+        times = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
+        angles = (times + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2
+        squared_cosine = torch.cos(angles).square()
+        return (1 - squared_cosine[1:] / squared_cosine[:-1]).clamp(max=MAX_COSINE_BETA)
+    first, last = BETA_RANGE[kind]
+    if kind is ScheduleKind.LINEAR:
+        return torch.linspace(first, last, TIMESTEPS, dtype=torch.float64)
+    return torch.linspace(first**0.5, last**0.5, TIMESTEPS, dtype=torch.float64).square()

@@ -14,17 +14,15 @@ from lpl_pretrain.config.check import run_identity
 from lpl_pretrain.config.data_mixture import read_data
 from lpl_pretrain.config.dataset import DatasetIndex
 from lpl_pretrain.config.load import load_run_config
-from lpl_pretrain.config.online_text import text_entries
 from lpl_pretrain.config.protocol import GuideConfig
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.text_layout import text_shape
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.errors import CheckpointError, ConfigError, DataError
 from lpl_pretrain.evaluation.captions import Captions, Prompts
 from lpl_pretrain.evaluation.generate import Generator, draw_classes
 from lpl_pretrain.models.autoencoder import latent_scaling, load_autoencoder
-from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.models.build import build_run_denoiser
 
 MAX_ERROR_LENGTH = 500
 """Characters of torch's error that our own message repeats."""
@@ -92,13 +90,8 @@ def load_weights(
 
 
 def new_denoiser(config: TrainConfig, index: DatasetIndex) -> nn.Module:
-    """Build a frozen denoiser whose weights are still to be loaded."""
-    conditioning = config.conditioning
-    text = None
-    if conditioning.text_encoders:
-        text = text_shape(conditioning.text_encoders, text_entries(conditioning, index.text))
-    denoiser = build_denoiser(config.model, index.latent, len(index.classes), text=text)
-    return denoiser.eval().requires_grad_(False)
+    """Build a run's denoiser, frozen, with weights still to be loaded."""
+    return build_run_denoiser(config, index).eval().requires_grad_(False)
 
 
 def open_guide(

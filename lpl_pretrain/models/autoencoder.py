@@ -17,6 +17,8 @@ from lpl_pretrain.config.dataset import AutoencoderEntry, DatasetIndex
 from lpl_pretrain.config.hashing import autoencoder_identity
 from lpl_pretrain.config.load import resolve_path
 from lpl_pretrain.errors import ConfigError, transient_reason
+from lpl_pretrain.models.decoder import DecoderStages
+from lpl_pretrain.models.registry import AUTOENCODERS
 
 for name in (
     "torch.utils._pytree",
@@ -34,7 +36,7 @@ class Autoencoder(nn.Module):
         self.identity = identity
         self.downscale = facts.downscale
         self.latent_channels = facts.latent_channels
-        self.shift, self.scale = _shift_and_scale(network, facts)
+        self.shift, self.scale = AUTOENCODERS[facts.family].shift_and_scale(network, facts)
 
     def encode_moments(self, images: Tensor) -> Tensor:
         """(B, 3, H_px, W_px) in [-1, 1] -> (B, 2C, H, W) float32: the posterior's mean, then its
@@ -90,17 +92,9 @@ def load_autoencoder(folder: str) -> Autoencoder:
     return Autoencoder(network, identity, facts)
 
 
-def _shift_and_scale(network: Any, facts: AutoencoderInfo) -> tuple[float, float]:
-    """Shift and scale of raw latents.
-
-    FLUX.2 has no scaling factor but running statistics of its patched latents: their overall mean
-    and standard deviation are used.
-    """
-    if facts.family != "AutoencoderKLFlux2":
-        return facts.shift, 1.0 if facts.scale is None else float(facts.scale)
-    mean, variance = network.bn.running_mean.double(), network.bn.running_var.double()
-    overall = variance.mean() + mean.var(correction=0) + network.config.batch_norm_eps
-    return mean.mean().item(), overall.rsqrt().item()
+def decoder_stages(network: Any) -> DecoderStages:
+    """Cut the decoder of a diffusers autoencoder of a known family; the weights are shared."""
+    return AUTOENCODERS[type(network).__name__].decoder_stages(network)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""From a model's section of the configuration and what it will see to the network."""
+"""Build the network of a model section of the configuration, and check that it runs."""
 
 from __future__ import annotations
 
@@ -6,72 +6,75 @@ import torch
 
 from lpl_pretrain.config.dataset import DatasetIndex, LatentEntry
 from lpl_pretrain.config.message import one_line, short
-from lpl_pretrain.config.model import DiTConfig, MMDiTConfig, UNetConfig
-from lpl_pretrain.config.online_text import text_entries
+from lpl_pretrain.config.model import ModelConfig
+from lpl_pretrain.config.online_text import run_text_shape
 from lpl_pretrain.config.schema import TrainConfig
-from lpl_pretrain.config.text_layout import TextShape, text_shape
+from lpl_pretrain.config.text_layout import TextShape
 from lpl_pretrain.diffusion.denoiser import Denoiser
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.models.dit import DiT
-from lpl_pretrain.models.mmdit import MMDiT
-
-Section = DiTConfig | MMDiTConfig | UNetConfig
+from lpl_pretrain.models.registry import MODELS
 
 
 def build_denoiser(
-    config: Section,
+    config: ModelConfig,
     latent: LatentEntry,
     num_classes: int,
     seed: int = 0,
     *,
     text: TextShape | None = None,
 ) -> Denoiser:
-    """Initial weights depend on `seed` alone; the global random state is left as it was."""
+    """Build the network of a model section.
+
+    Initial weights depend on `seed` alone; the global random state is left as it was.
+    """
+    spec = MODELS[config.kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(config, MMDiTConfig):
-            assert text is not None, "config/check.py asks for text"
-            return MMDiT(config, latent.channels, latent.height, latent.width, text)
-        if isinstance(config, UNetConfig):
-            from lpl_pretrain.models.unet import UNet  # diffusers' costs seconds at start-up
+        model = spec.build(config, latent, num_classes, text)
+    model.float8_skip = spec.float8_skip
+    return model
 
-            return UNet(config, latent.channels, latent.height, num_classes, text)
-        return DiT(config, latent.channels, latent.height, latent.width, num_classes, text)
+
+def build_run_denoiser(config: TrainConfig, index: DatasetIndex, seed: int = 0) -> Denoiser:
+    """Build the network of a run on the data of `index`.  Raises ConfigError."""
+    text = run_text_shape(config, index)
+    return build_denoiser(config.model, index.latent, len(index.classes), seed, text=text)
 
 
 def build_on_meta(
-    config: Section, index: DatasetIndex, text: TextShape | None = None
+    config: ModelConfig, index: DatasetIndex, text: TextShape | None = None
 ) -> tuple[Denoiser, Conditioning]:
-    """The denoiser and the conditions of one sample, on meta tensors, which hold no data."""
+    """Build the denoiser and the conditions of one sample on meta tensors, which hold no data."""
     with torch.device("meta"):
         model = build_denoiser(config, index.latent, len(index.classes), text=text)
         labels = torch.empty(1, dtype=torch.int64)
         if text is None:
             return model, Conditioning(labels)
-        states, pooled = torch.empty(1, text.tokens, text.width), torch.empty(1, text.pooled_width)
+        states = torch.empty(1, text.tokens, text.width)
+        pooled = torch.empty(1, text.pooled_width)
         return model, Conditioning(labels, states, pooled, torch.empty(1, 6, dtype=torch.int64))
 
 
 def check_model_runs(config: TrainConfig, index: DatasetIndex) -> None:
-    """Run one forward and loss on meta tensors, for the smallest and the largest bucket.  Raises
-    ConfigError.
+    """Run one forward and loss on meta tensors, for the smallest and the largest bucket.
 
-    It finds what rules in `config` do not, such as blocks of a U-Net that do not fit together.  A
-    transformer is checked at a depth of 2: all its blocks but the last are alike.
+    This finds problems that the rules in config/ do not, such as blocks of a U-Net that do not fit
+    together.  A model with a `depth` is checked at 2: all its blocks but the last are alike.
+    Raises ConfigError.
     """
-    layout, conditioning = config.conditioning.text_encoders, config.conditioning
-    text = text_shape(layout, text_entries(conditioning, index.text)) if layout else None
-    check_denoiser_runs(config.model, index, text)
+    check_denoiser_runs(config.model, index, run_text_shape(config, index))
 
 
 def check_denoiser_runs(
-    config: Section, index: DatasetIndex, text: TextShape | None = None
+    config: ModelConfig, index: DatasetIndex, text: TextShape | None = None
 ) -> None:
-    """As `check_model_runs`."""
-    if not isinstance(config, UNetConfig):
-        config = config.model_copy(update={"depth": min(config.depth, 2)})
-    what = f"model.settings={short(config.settings)}" if isinstance(config, UNetConfig) else "model"
+    """Do what `check_model_runs` does for a model section alone."""
+    depth = getattr(config, "depth", None)
+    if depth is not None:
+        config = config.model_copy(update={"depth": min(depth, 2)})
+    settings = getattr(config, "settings", None)
+    key = "model" if settings is None else f"model.settings={short(settings)}"
     shapes = sorted(
         {(bucket.height, bucket.width) for bucket in index.buckets},
         key=lambda side: side[0] * side[1],
@@ -85,18 +88,18 @@ def check_denoiser_runs(
             _check_loss(model, z_t, cond)
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever torch, timm or diffusers raise for arguments that do not fit
+    # torch, timm and diffusers raise errors of many types for arguments that do not fit
+    except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise ConfigError(
-            f"{what}: a {config.kind} of these settings does not run: {reason}; change them"
+            f"{key}: a {config.kind} of these settings does not run: {reason}; change them"
         ) from None
 
 
 def _check_loss(model: Denoiser, z_t: torch.Tensor, cond: Conditioning) -> None:
-    """`z_t` (1, C, H, W).  The answer has its shape, or twice its channels where the model predicts
-    a variance too.
+    """Check the output's shape for `z_t` (1, C, H, W), and that a loss of it can be computed.
+
+    The output has the shape of `z_t`, with twice its channels if the model predicts a variance too.
     """
     output = model(z_t, torch.empty(len(z_t), device="meta"), cond).output
     channels = z_t.shape[1] * (2 if getattr(model.config, "learned_sigma", False) else 1)

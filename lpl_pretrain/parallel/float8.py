@@ -4,7 +4,8 @@ under bf16.
 Each tensor is scaled by its own current maximum (arXiv 2209.05433, section 3): inputs and weights
 become e4m3, gradients e5m2.  Weights keep their names, values and dtype.  The layers before and
 after the blocks stay as they are, and so do those inside a block that turn the condition into a
-modulation: their input has one row per sample, too few for float8 to pay off.
+modulation (`Denoiser.float8_skip`): their input has one row per sample, too few for float8 to pay
+off.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from lpl_pretrain.runtime.device import device_name
 MIN_COMPUTE_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 SIZE_MULTIPLE = 16
 """Both sizes of a weight must be divisible by this for a float8 product."""
-SKIPPED_LAYERS = ("modulation", "time_emb_proj")
-"""Parts of the names of layers whose input is the condition."""
 
 
 def use_float8(model: nn.Module, blocks: list[str], device: torch.device) -> None:
@@ -46,10 +45,11 @@ def convert_linear_layers(model: nn.Module, blocks: list[str], *, emulate: bool)
             "parallel.precision='fp8': torchao is not installed: pip install 'lpl-pretrain[fp8]'"
         ) from error
     num_converted = 0
+    skipped: tuple[str, ...] = getattr(model, "float8_skip", ())
 
     def is_suitable(layer: nn.Module, name: str) -> bool:
         nonlocal num_converted
-        suitable = _is_suitable(layer, name)
+        suitable = _is_suitable(layer) and not any(part in name for part in skipped)
         num_converted += suitable
         return suitable
 
@@ -67,11 +67,10 @@ def convert_linear_layers(model: nn.Module, blocks: list[str], *, emulate: bool)
     return num_converted
 
 
-def _is_suitable(layer: nn.Module, name: str) -> bool:
+def _is_suitable(layer: nn.Module) -> bool:
     """Whether a float8 product can replace this layer's and is faster."""
     return (
         isinstance(layer, nn.Linear)
         and layer.in_features % SIZE_MULTIPLE == 0
         and layer.out_features % SIZE_MULTIPLE == 0
-        and not any(part in name for part in SKIPPED_LAYERS)
     )

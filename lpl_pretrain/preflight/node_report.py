@@ -18,10 +18,8 @@ import fsspec
 import torch
 
 from lpl_pretrain.config.data_mixture import DataFolders
-from lpl_pretrain.config.online_text import text_entries
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
-from lpl_pretrain.config.text_layout import text_shape
 from lpl_pretrain.errors import LPLError
 from lpl_pretrain.runtime.lease import Lease
 from lpl_pretrain.runtime.source_hash import source_hash
@@ -192,16 +190,10 @@ def required_checkpoint_gib(config: TrainConfig, run_dir: RunDir, data: DataFold
     before the oldest is removed.
     """
     # imports timm, which takes seconds that a rank with refused input does not spend
-    from lpl_pretrain.models.build import build_denoiser
+    from lpl_pretrain.models.build import build_run_denoiser
 
-    index = data.merged
-    text = None
-    if config.conditioning.text_encoders:
-        text = text_shape(
-            config.conditioning.text_encoders, text_entries(config.conditioning, index.text)
-        )
     with torch.device("meta"):
-        model = build_denoiser(config.model, index.latent, len(index.classes), text=text)
+        model = build_run_denoiser(config, data.merged)
     # of the parameters: themselves, their average, the optimizer's state, post-hoc EMA snapshots
     copies = 2 + OPTIMIZER_COPIES[config.optimizer.kind] + len(config.ema.sigma_rel)
     bytes_per_number = 8 if config.parallel.precision is Precision.FP64 else 4

@@ -26,7 +26,7 @@ from lpl_pretrain.losses.build import build_terms
 from lpl_pretrain.losses.lpl.subset import LPLSubset
 from lpl_pretrain.losses.term import TermContext
 from lpl_pretrain.models.autoencoder import latent_scaling
-from lpl_pretrain.models.build import build_denoiser
+from lpl_pretrain.models.build import build_run_denoiser
 from lpl_pretrain.models.conditioning import TextConditioner
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.strategy import Strategy
@@ -151,7 +151,7 @@ def assemble(
     num_classes = len(stream.index.classes)
     seed = rng.key(config.seed, "initial_weights") >> 1
     text_shape = None if text is None else text.shape
-    model = build_denoiser(config.model, stream.index.latent, num_classes, seed, text=text_shape)
+    model = build_run_denoiser(config, stream.index, seed)
     if config.init_from is not None and not broadcast_json(run_dir.complete_checkpoints()):
         init_model(config.init_from, model, world)
     strategy = make_strategy(config.parallel, world, device)

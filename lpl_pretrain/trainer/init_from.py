@@ -6,9 +6,7 @@ unknown or of another shape is an error unless `init_from.allow_mismatch` names 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,16 +20,18 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.strict_json import JSONError, read_json
 from lpl_pretrain.diffusion.denoiser import Denoiser
 from lpl_pretrain.errors import CheckpointError, ConfigError
-from lpl_pretrain.models import convert_dit, convert_mmdit
+from lpl_pretrain.models import convert_dit
+from lpl_pretrain.models.registry import MODELS
 from lpl_pretrain.runtime.log import log
 
 State = dict[str, Tensor]
 MAX_LISTED = 10
-UNET = "UNet2DConditionModel"
-CONVERTERS: dict[str, Callable[[dict[str, Any], State], tuple[Any, State]]] = {
-    "DiTTransformer2DModel": convert_dit.from_diffusers,
-    "SD3Transformer2DModel": convert_mmdit.from_diffusers,
+CONVERTERS = {
+    spec.diffusers.class_name: spec.diffusers.from_diffusers
+    for spec in MODELS.values()
+    if spec.diffusers is not None
 }
+"""By class of the network in diffusers."""
 SHAPE_HINTS = {
     "x_embedder": "another number of latent channels, or another patch_size",
     "y_embedder": "another number of classes",
@@ -130,16 +130,13 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
     except JSONError as error:
         raise ConfigError(f"init_from.diffusers: {error}") from None
     name = settings.get("_class_name") if isinstance(settings, dict) else None
-    if name not in (*CONVERTERS, UNET):
+    if name not in CONVERTERS:
         raise ConfigError(
-            f"init_from.diffusers={folder}: is a {name}, wanted one of "
-            f"{', '.join((*CONVERTERS, UNET))}"
+            f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join(CONVERTERS)}"
         )
     theirs: State = {}
     for path in diffusers_files(folder):
         theirs |= read_tensors(path, "init_from.diffusers")
-    if name == UNET:
-        return {f"network.{key}": tensor for key, tensor in theirs.items()}, str(folder)
     try:
         section, state = CONVERTERS[name](settings, theirs)
     except (ConfigError, CheckpointError) as error:
@@ -149,6 +146,8 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
         raise ConfigError(
             f"init_from.diffusers={folder}: cannot be converted as a {name} ({reason})"
         ) from None
+    if section is None:
+        return state, str(folder)
     not_compared = {"size", "mlp_ratio", "position_side"}
     configured = model.config.model_dump(exclude=not_compared)
     # the kind is compared first: another kind explains all other differences

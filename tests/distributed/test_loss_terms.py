@@ -32,7 +32,7 @@ class HiddenDistance(LossTerm):
 
     def __call__(self, draws, out, meter):
         distance = (out.hidden[1] - out.hidden[0]).double().square().flatten(1).mean(dim=1)
-        return TermValue(distance.mean().to(out.loss), distance.detach())
+        return TermValue(distance.mean().to(out.mse), distance.detach())
 
     def weight(self, step):
         return 0.3

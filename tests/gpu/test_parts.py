@@ -14,8 +14,7 @@ from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.data.batch import LatentBatch, on_device
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
-from lpl_pretrain.models.autoencoder import LatentScaling, load_autoencoder
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import LatentScaling, decoder_stages, load_autoencoder
 from lpl_pretrain.parallel.float8 import convert_linear_layers
 from lpl_pretrain.parallel.strategy import ParamRange
 from lpl_pretrain.preflight.node_report import probe_device

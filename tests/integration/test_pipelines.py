@@ -17,8 +17,8 @@ from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.diffusion.samplers import sample
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.evaluation.trained_run import open_run
+from lpl_pretrain.models import mmdit_spec, unet_spec
 from lpl_pretrain.models.conditioning import Conditioning
-from lpl_pretrain.models.export_diffusers import MISSING, SD3, SDXL
 from lpl_pretrain.runtime.world import World
 from lpl_pretrain.trainer.assemble import assemble
 from tests.support.configs import TINY_MMDIT, TINY_SDXL, train_config
@@ -145,7 +145,7 @@ def conditions(trained):
 def test_mmdit(captioned, tmp_path):
     trained, folder = exported(tmp_path, captioned, "mmdit")
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        folder, **dict.fromkeys(MISSING[SD3])
+        folder, **dict.fromkeys(mmdit_spec.MISSING_COMPONENTS)
     )
     cond, uncond, embeddings = conditions(trained)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -164,7 +164,7 @@ def test_mmdit(captioned, tmp_path):
 def test_sdxl(captioned, tmp_path):
     trained, folder = exported(tmp_path, captioned, "sdxl")
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
-        folder, **dict.fromkeys(MISSING[SDXL])
+        folder, **dict.fromkeys(unet_spec.MISSING_COMPONENTS)
     )
     cond, uncond, embeddings = conditions(trained)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))

@@ -8,8 +8,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, Autoenco
 from lpl_pretrain.config.autoencoder import FAMILIES
 from lpl_pretrain.config.model_json import ModelJSON
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
-from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, decoder_stages
 
 
 def tiny_network(

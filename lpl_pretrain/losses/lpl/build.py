@@ -13,8 +13,12 @@ from lpl_pretrain.losses.lpl.subset import LPLSubset
 from lpl_pretrain.losses.lpl.term import LPLTerm, PanelSource
 from lpl_pretrain.losses.lpl.weight import LPLWeight
 from lpl_pretrain.losses.term import TermContext
-from lpl_pretrain.models.autoencoder import LatentScaling, compose_scaling, load_autoencoder
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import (
+    LatentScaling,
+    compose_scaling,
+    decoder_stages,
+    load_autoencoder,
+)
 
 
 def build_lpl(context: TermContext) -> LPLTerm | None:

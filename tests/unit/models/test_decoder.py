@@ -10,8 +10,7 @@ from diffusers import AutoencoderKLFlux2
 
 from lpl_pretrain.config.autoencoder import read_autoencoder
 from lpl_pretrain.errors import ConfigError
-from lpl_pretrain.models.autoencoder import load_autoencoder
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import decoder_stages, load_autoencoder
 from tests.support.autoencoders import tiny_dc, tiny_distilled, tiny_network, wrap
 
 FAMILIES = {

@@ -6,7 +6,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import decoder_stages
 from lpl_pretrain.models.upsampling import merge_upsampling
 from tests.support.autoencoders import tiny_distilled, tiny_network
 

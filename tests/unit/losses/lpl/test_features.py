@@ -8,8 +8,7 @@ from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
 from lpl_pretrain.losses.lpl.tape import Tape
-from lpl_pretrain.models.autoencoder import LatentScaling, compose_scaling
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import LatentScaling, compose_scaling, decoder_stages
 from tests.support.autoencoders import (
     features_of,
     scaling_of,

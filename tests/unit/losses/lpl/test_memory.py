@@ -9,8 +9,7 @@ from diffusers import AutoencoderKL
 from lpl_pretrain.config.lpl import LPLConfig
 from lpl_pretrain.losses.lpl.features import DecoderFeatures
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
-from lpl_pretrain.models.autoencoder import LatentScaling
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import LatentScaling, decoder_stages
 from lpl_pretrain.planning.live_bytes import LiveBytes
 
 
