@@ -32,7 +32,7 @@ def build_lpl(context: TermContext) -> LPLTerm | None:
     features = build_features(config, lpl, context.index, context.scaling)
     flops_per_sample = lpl_flops(lpl, features, context.index)
     if lpl.compile:
-        features.compile_layers()
+        features.compile_layers(len(context.index.buckets))
     features.to(context.device)
     for bucket in context.index.buckets:
         features.check(context.index.latent.channels, bucket.height, bucket.width)

@@ -40,15 +40,20 @@ class DecoderFeatures(nn.Module):
         self.scale = nn.Buffer(scaling.scale.clone())
         self.decoder.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
-    def compile_layers(self) -> DecoderFeatures:
-        """Compile the layers in place; each is compiled when it first runs."""
-        # layers of one class share code, which is compiled for each layer, with and without
-        # gradient, and again for a smaller last chunk
+    def compile_layers(self, num_shapes: int = 1) -> DecoderFeatures:
+        """Compile the layers in place, for static shapes; each compiles when it first runs.
+
+        `num_shapes`: latent shapes that will be decoded, one per bucket.
+        """
         num_layers = sum(len(list(stage.children())) for stage in self.decoder.stages.values())
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * num_layers)
+        # Layers of a kind share their code.  It is compiled for each of them and each shape, with
+        # gradient and without, and for a last chunk; beyond the limits dynamo would stop compiling.
+        num_graphs = 4 * num_layers * num_shapes
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, num_graphs)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, num_graphs)
         self.decoder = self.decoder.map_layers(
-            lambda run: [torch.compile(layer, dynamic=False) for layer in run]
+            lambda layers: [torch.compile(layer, dynamic=False) for layer in layers]
         )
         return self
 

@@ -1,5 +1,7 @@
 """Stage features are those of the decoder, and nothing else of the autoencoder is kept."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -106,6 +108,27 @@ def test_compiled_layers_change_nothing():
         )
     torch.testing.assert_close(terms[1].loss, terms[0].loss, rtol=1e-4, atol=0)
     torch.testing.assert_close(terms[1].gradient, terms[0].gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_layers_compile_once_for_each_shape(monkeypatch):
+    """Three buckets, each decoded twice: graphs of static shapes, and none the second time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, 1)
+    torch._dynamo.reset()
+    features = features_of(tiny_autoencoder(levels=1))
+    num_layers = sum(len(stage) for stage in features.decoder.stages.values())
+    features.compile_layers(num_shapes=3)
+    compilations = []
+    with torch.no_grad():
+        for height, width in 2 * [(8, 8), (4, 16), (16, 4)]:
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            features(torch.randn(2, 4, height, width))
+            after = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            compilations.append(after - before)
+    graphs = compilations[0]  # layers of the same kind and sizes share one
+    assert 0 < graphs <= num_layers
+    assert compilations == [graphs, graphs, graphs, 0, 0, 0]
 
 
 def test_another_decoder_gets_the_latents_it_expects():
