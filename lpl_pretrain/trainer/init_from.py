@@ -130,7 +130,7 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
     except JSONError as error:
         raise ConfigError(f"init_from.diffusers: {error}") from None
     name = settings.get("_class_name") if isinstance(settings, dict) else None
-    if name not in CONVERTERS:
+    if not isinstance(name, str) or name not in CONVERTERS:
         raise ConfigError(
             f"init_from.diffusers={folder}: is a {name}, wanted one of {', '.join(CONVERTERS)}"
         )
