@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lpl_pretrain.config.check import check_same_run, run_identity
 from lpl_pretrain.config.rundir import RunDir
-from lpl_pretrain.config.schema import OptimizerConfig, SpikeConfig, TimestepConfig
+from lpl_pretrain.config.schema import OptimizerConfig, ScheduleKind, SpikeConfig, TimestepConfig
 from lpl_pretrain.diffusion.schedule import make_schedule
 from lpl_pretrain.diffusion.timesteps import quantile
 from lpl_pretrain.errors import ConfigError
@@ -39,7 +39,7 @@ from tests.support.latents import tiny_dataset
 from tests.support.updates import batches_of
 
 CPU = torch.device("cpu")
-FLOW = make_schedule("rectified_flow")
+FLOW = make_schedule(ScheduleKind.RECTIFIED_FLOW)
 SMALL = {"window_updates": 16, "min_updates": 8, "noise_levels": 4}
 
 
@@ -140,7 +140,7 @@ DISTRIBUTIONS = [
     ids=str,
 )
 def test_each_level_holds_an_equal_part_of_every_batch(schedule, timesteps):
-    config, path = TimestepConfig(**timesteps), make_schedule(schedule)
+    config, path = TimestepConfig(**timesteps), make_schedule(ScheduleKind(schedule))
     levels = NoiseLevels.of(8, config, path)
     for step in range(3):
         (plan,) = BatchPlanner(3, 64, config, path).plan(step, num_microbatches=1)
