@@ -160,7 +160,7 @@ def one_update(world, device, strategy):
         engine = make_strategy(ParallelConfig.model_validate(parallel), world, device)
         model = model_of(name)
         denoiser = engine.setup(
-            model, model.sharded_blocks(), lambda p: torch.optim.SGD(p.values(), lr=1.0)
+            model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), fused=True)
         )
         got = denoiser(*inputs(), hidden_blocks=(0, 2))
         torch.testing.assert_close(got.output, wanted.output)

@@ -72,7 +72,7 @@ def test_a_fourth_model_takes_one_spec(monkeypatch):
     assert model.float8_skip == ("labels",)
     strategy = make_strategy(ParallelConfig(precision="fp32"), World(), torch.device("cpu"))
     denoiser = strategy.setup(
-        model, model.sharded_blocks(), lambda p: torch.optim.SGD(p.values(), lr=1.0)
+        model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), fused=True)
     )
     schedule, t = make_schedule(ScheduleKind.RECTIFIED_FLOW), torch.rand(2)
     z0, eps = torch.randn(2, 2, 4, 8, 8)
