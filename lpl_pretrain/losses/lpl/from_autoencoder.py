@@ -16,8 +16,7 @@ from lpl_pretrain.config.model_json import ModelJSON
 from lpl_pretrain.errors import ConfigError
 from lpl_pretrain.losses.lpl.features import DTYPES, DecoderFeatures
 from lpl_pretrain.losses.lpl.loss import LatentPerceptualLoss
-from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling
-from lpl_pretrain.models.decoder import decoder_stages
+from lpl_pretrain.models.autoencoder import Autoencoder, LatentScaling, decoder_stages
 
 WHERE = "lpl_from_autoencoder"
 NOT_HERE = {
