@@ -1,4 +1,4 @@
-"""Constants of the discrete noise schedules, for the schedule itself and for rules without torch."""
+"""Constants of the discrete noise schedules, for the schedule and for rules without torch."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def to_diffusers(
     ]
     if unsupported:
         raise ConfigError(
-            f"model.{unsupported[0]}: diffusers' DiT does not have it; export without --format diffusers"
+            f"model.{unsupported[0]}: diffusers' DiT does not have it; export without --format "
+            "diffusers"
         )
     if config.timestep_frequencies != "diffusers":
         raise ConfigError(

@@ -2,8 +2,8 @@
 
 The decoder of every autoencoder family is cut into `conv_in`, stages `mid`, `up0`, `up1`, ...
 (named in config/autoencoder.py), each a sequence of layers, and `conv_out`.  Running all of them
-equals `decode()`.  A layer (a resnet, an attention, an upsampler) is the unit of activation checkpointing
-and of torch.compile.
+equals `decode()`.  A layer (a resnet, an attention, an upsampler) is the unit of activation
+checkpointing and of torch.compile.
 """
 
 from __future__ import annotations

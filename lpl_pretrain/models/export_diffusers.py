@@ -1,8 +1,8 @@
 """Export a trained denoiser as a folder that diffusers loads.
 
-The folder holds network, autoencoder, scheduler, model_index.json and a model card.  DiT (eps, v) becomes a DiTPipeline, MMDiT a StableDiffusion3Pipeline, the SDXL U-Net a
-StableDiffusionXLPipeline; the last two hold no text encoders and take embeddings.  Only JSON and
-safetensors are written.
+The folder holds network, autoencoder, scheduler, model_index.json and a model card.  DiT (eps, v)
+becomes a DiTPipeline, MMDiT a StableDiffusion3Pipeline, the SDXL U-Net a StableDiffusionXLPipeline;
+the last two hold no text encoders and take embeddings.  Only JSON and safetensors are written.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from lpl_pretrain.models.spec import AutoencoderSpec, ModelSpec
 from lpl_pretrain.models.unet_spec import UNET
 
 MODELS: dict[str, ModelSpec] = {spec.kind: spec for spec in (DIT, MMDIT, UNET)}
-"""By `model.kind`."""
+"""Specs by `model.kind`."""
 
 AUTOENCODERS: dict[str, AutoencoderSpec] = {spec.family: spec for spec in (KL, KL_FLUX2, TINY, DC)}
-"""By class in diffusers."""
+"""Specs by class in diffusers."""

@@ -31,7 +31,7 @@ CONVERTERS = {
     for spec in MODELS.values()
     if spec.diffusers is not None
 }
-"""By class of the network in diffusers."""
+"""Converters by class of the network in diffusers."""
 SHAPE_HINTS = {
     "x_embedder": "another number of latent channels, or another patch_size",
     "y_embedder": "another number of classes",

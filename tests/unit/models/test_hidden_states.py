@@ -71,7 +71,7 @@ def inputs():
 
 
 def image_part(output, name):
-    """What a forward hook on a block gets, without skip connections and text tokens."""
+    """Outputs that a forward hook on a block gets, without skip connections and text tokens."""
     tensor = output[0] if isinstance(output, tuple) else output
     return tensor[:, TEXT.tokens :] if name == "dit with text tokens" else tensor
 
@@ -116,7 +116,7 @@ def test_hidden_states_are_the_outputs_of_the_blocks(name, prepared, monkeypatch
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_loss_on_a_hidden_state_trains_the_blocks_before_it(name):
-    """With checkpointing: gradients equal those without, and later blocks get none."""
+    """Gradients with checkpointing equal those without, and later blocks get none."""
     gradients = {}
     for prepared in ("plain", "checkpointed"):
         model = model_of(name)

@@ -156,7 +156,7 @@ def conditioner():
 
 
 def test_encoders_are_joined_along_channels_and_tokens():
-    """As SD3: CLIPs along the channels, padded to T5's width, T5 after them; pooled vectors
+    """Layout of SD3: CLIPs along the channels, padded to T5's width, T5 after them; pooled vectors
     concatenated.
     """
     shape = text_shape((("l", "g"), "t5"), ENTRIES)
