@@ -158,7 +158,7 @@ class Case:
         subset = LPLSubset.of(
             self.config.batch.global_batch_size, self.gated_fraction(), lpl.sample_fraction
         )
-        return subset.prefix(self.num_microbatches) * self.num_microbatches
+        return subset.per_microbatch(self.num_microbatches) * self.num_microbatches
 
     @cached_property
     def denoiser_flops(self) -> int:

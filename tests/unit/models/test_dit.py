@@ -218,7 +218,7 @@ def one_step(world, device, strategy):
     model = tiny(**dict.fromkeys(OPTIONS, True))
     engine = make_strategy(ParallelConfig.model_validate(parallel), world, device)
     denoiser = engine.setup(
-        model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0)
+        model, model.sharded_blocks(), lambda p: torch.optim.AdamW(p.values(), lr=1.0, fused=True)
     )
     for _ in range(2):
         cond = Conditioning(torch.tensor([0, 3]))

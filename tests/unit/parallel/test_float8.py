@@ -17,6 +17,7 @@ from lpl_pretrain.parallel import strategy as strategy_module
 from lpl_pretrain.parallel.build import make_strategy
 from lpl_pretrain.parallel.float8 import convert_linear_layers
 from lpl_pretrain.runtime.world import World
+from lpl_pretrain.trainer.optimizer import SGD
 from tests.support.ranks import run_ranks
 from tests.support.tiny_denoiser import BLOCKS, tiny_denoiser
 
@@ -49,9 +50,7 @@ def gradients(
         config = ParallelConfig(strategy=strategy, precision=precision)
         engine = make_strategy(config, world, device)
         model = model_of()
-        denoiser = engine.setup(
-            model, model.sharded_blocks(), lambda p: torch.optim.SGD(p.values(), lr=1.0)
-        )
+        denoiser = engine.setup(model, model.sharded_blocks(), lambda p: SGD(p.values(), 1.0, 0.0))
         before = {owned.name: owned.tensor.clone() for owned in engine.local_params()}
         generator = torch.Generator().manual_seed(0)
         z_t, t = torch.randn(8, 4, 8, 8, generator=generator), torch.rand(8, generator=generator)
