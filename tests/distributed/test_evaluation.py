@@ -152,11 +152,11 @@ def test_rivals_score_every_checkpoint_once(run, tmp_path):
     """
     protocol = run.protocol(**SMALL)
 
-    def evaluator(number):
+    def score_all(number):
         done = [record["step"] for record in evaluator.evaluate(run.run_dir, protocol, CPU)]
         (tmp_path / f"{number}.json").write_text(json.dumps(done))
 
-    pids = [forked(lambda number=number: evaluator(number)) for number in range(3)]
+    pids = [forked(lambda number=number: score_all(number)) for number in range(3)]
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
     done = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert sorted(step for steps in done for step in steps) == [3, 6]
