@@ -156,6 +156,9 @@ class ZeroStrategy(Strategy):
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         method = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        if not hasattr(self._zero_optimizer, method):
+            self._plain_step(check)
+            return None
         compute: Callable[[], Any] = getattr(self._zero_optimizer, method)
         verdicts: list[_Verdict] = []
 
@@ -177,6 +180,18 @@ class ZeroStrategy(Strategy):
         finally:
             delattr(self._zero_optimizer, method)  # uncovers the method of its class
         return verdicts[0] if verdicts else None
+
+    def _plain_step(self, check: UpdateCheck | None) -> None:
+        """Runs the engine's step where nothing can be put between its norm and its update: stage 1
+        in bf16 (BF16_Optimizer).  `refuse` has no effect there: a run that must stop makes further
+        updates until its next log step, and saves none of them.  Raises ConfigError.
+        """
+        if check is not None:
+            raise ConfigError(
+                "optimizer.on_spike: DeepSpeed's stage 1 in bf16 does not show the gradient norm "
+                "before its update: use zero2, another precision, or on_spike=ignore"
+            )
+        self._engine.step()
 
     def _ask(self, norm: Tensor, check: UpdateCheck) -> _Verdict | None:
         """Collective.  What `check` says of a finite norm; None for one that is not."""
