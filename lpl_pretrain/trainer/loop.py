@@ -138,6 +138,7 @@ def loop(
             watchdog.step_done()
             bar.update(1)
             if stopping and completed < config.steps:
+                bar.close()  # its last line comes before the message
                 log_stop(run, trackers, stop, completed)
                 return False
             if not last:
