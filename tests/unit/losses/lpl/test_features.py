@@ -110,11 +110,10 @@ def test_compiled_layers_change_nothing():
     torch.testing.assert_close(terms[1].gradient, terms[0].gradient, rtol=1e-3, atol=1e-7)
 
 
+@torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1)
 def test_layers_compile_once_for_each_shape(monkeypatch):
     """Three buckets, each decoded twice: graphs of static shapes, and none the second time."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, 1)
     torch._dynamo.reset()
     features = features_of(tiny_autoencoder(levels=1))
     num_layers = sum(len(stage) for stage in features.decoder.stages.values())
