@@ -1,33 +1,26 @@
-"""`lpl-pretrain train`: everything that can be refused without torch is refused first; then train
-or go on.
-"""
+"""`lpl-pretrain train`: check everything that needs no torch, then train or resume."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
 
+from lpl_pretrain.cli.run_folder import clean_finished_run, hold_run, record_start
 from lpl_pretrain.config.data_mixture import DataFolders, read_data
 from lpl_pretrain.config.evaluation import check_protocol, check_sampler
-from lpl_pretrain.config.load import differences, dump, load_config, load_run_config
+from lpl_pretrain.config.load import load_config
 from lpl_pretrain.config.notes import start_notes
 from lpl_pretrain.config.protocol import EvaluateConfig
 from lpl_pretrain.config.resume import check_start, finished
 from lpl_pretrain.config.rundir import RunDir
 from lpl_pretrain.config.schema import Precision, TrainConfig
-from lpl_pretrain.errors import CheckpointError, ConfigError, LPLError
-from lpl_pretrain.runtime.atomic import atomic_write
+from lpl_pretrain.errors import LPLError
 from lpl_pretrain.runtime.command import command_line
-from lpl_pretrain.runtime.lease import STALE_S, Lease, describe_holder
 from lpl_pretrain.runtime.preempt import (
     INTERRUPTED,
     SIGNALS,
-    Interrupted,
     StopRequest,
     stop_request,
 )
@@ -122,8 +115,8 @@ def train_run(config: TrainConfig, run_dir: RunDir, world: World, stop: StopRequ
         partial(dist.init, world, group=needs_process_group(config.parallel)),
     )
     with (
-        hold(run_dir, world, missing) as lease,
-        begun(config, run_dir, world, data, str(device), new=bool(missing)) as begin,
+        hold_run(run_dir, world, missing) as lease,
+        record_start(config, run_dir, world, data, str(device), new=bool(missing)) as begin,
     ):
         set_up_logging(world.rank, run_dir.log(world.rank))
         if uses_bf16(config) and not bf16_is_native(device):
@@ -143,7 +136,7 @@ def train_run(config: TrainConfig, run_dir: RunDir, world: World, stop: StopRequ
             )
         check_ownership = lease.check_ownership if lease else lambda: None
         complete = train_steps(config, run_dir, world, device, stop, score, check_ownership, begin)
-        check_ownership()  # a process that was suspended may find that its heir has made all steps
+        check_ownership()  # another process may have finished the run while this one was suspended
     if complete:
         log.info("%s: complete", run_dir.path)
     return complete
@@ -170,67 +163,6 @@ def unscored(config: TrainConfig, run_dir: RunDir) -> str:
     return ""
 
 
-@contextmanager
-def begun(
-    config: TrainConfig, run_dir: RunDir, world: World, data: DataFolders, device: str, *, new: bool
-) -> Iterator[Callable[[int], None]]:
-    """Communicates.  Writes what a start leaves in the run's folder; gives what is to be called
-    when steps begin.
-
-    A start that is refused before that leaves what it found; `new`: the folder was not there.
-    """
-    from lpl_pretrain.runtime.dist import all_gather_hostnames
-    from lpl_pretrain.trainer import provenance
-
-    hosts, steps_begin = all_gather_hostnames(), False
-    before = run_dir.config.read_bytes() if run_dir.config.is_file() else None
-    changes = changed(config, run_dir)
-
-    def begin(first_step: int) -> None:
-        nonlocal steps_begin
-        steps_begin = True
-        if world.rank == 0:
-            facts = provenance.describe(
-                config, data.merged, step=first_step, hosts=hosts, device=device, changes=changes
-            )
-            provenance.append(run_dir.provenance, facts)
-
-    try:
-        if world.rank == 0:
-            write(run_dir.config, dump(config).encode())
-        yield begin
-    except (LPLError, Interrupted):
-        if world.rank == 0 and not steps_begin:
-            take_back(run_dir, new, before)
-        raise
-
-
-def changed(config: TrainConfig, run_dir: RunDir) -> dict[str, Any]:
-    """Keys that are not as in the start before; nothing where there was none."""
-    with suppress(ConfigError):  # one that never made a step, and cannot be read
-        return differences(load_run_config(run_dir), config) if run_dir.config.is_file() else {}
-    return {}
-
-
-def take_back(run_dir: RunDir, new: bool, config: bytes | None) -> None:
-    """All but the lease, which is still held."""
-    if new:
-        for path in run_dir.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path != run_dir.live:
-                path.unlink(missing_ok=True)
-    elif config is None:
-        run_dir.config.unlink(missing_ok=True)
-    else:
-        write(run_dir.config, config)
-
-
-def write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def accepted(
     config: TrainConfig, run_dir: RunDir, world: World
 ) -> tuple[DataFolders, EvaluateConfig | None]:
@@ -240,73 +172,6 @@ def accepted(
     data = read_data(config.data.folder)
     check_start(config, run_dir, data.merged, world.world_size)
     return data, inline_protocol(config)
-
-
-@contextmanager
-def hold(run_dir: RunDir, world: World, missing: Sequence[Path] = ()) -> Iterator[Lease | None]:
-    """Communicates. Rank 0's lease on the run: two trainings of one run would overwrite each other.
-    Raises CheckpointError.
-
-    A process that has lost it ends.  Folders that were `missing`, and are empty in the end, are
-    removed.
-    """
-    from lpl_pretrain.runtime.dist import first_error
-
-    lease = (
-        Lease(run_dir.live, job=world.scheduler_job(), on_loss=partial(give_way, run_dir))
-        if world.rank == 0
-        else None
-    )
-    try:
-        trouble = None if lease is None else taken_by_another(lease, run_dir)
-        if (trouble := first_error(trouble)) is not None:
-            raise CheckpointError(trouble)
-        yield lease
-    finally:
-        if lease is not None:
-            lease.release()
-            with suppress(OSError):
-                for folder in missing:
-                    folder.rmdir()
-
-
-def taken_by_another(lease: Lease, run_dir: RunDir) -> str | None:
-    """Takes the lease; says why that cannot be."""
-    try:
-        if lease.take():
-            return None
-    except CheckpointError as error:
-        return str(error)
-    return (
-        f"{run_dir.path}: is being trained by {describe_holder(run_dir.live)}: wait for its end, "
-        "or give "
-        "this one "
-        f"another run_dir; if that process is gone, {run_dir.live} is nobody's in {STALE_S:.0f} s"
-    )
-
-
-def clean_finished_run(run_dir: RunDir, world: World) -> None:
-    """Remove the lease and half-removed checkpoints of a process that was killed after the last
-    checkpoint.
-    """
-    if run_dir.live.exists() or run_dir.interrupted():
-        with suppress(CheckpointError), Lease(run_dir.live, job=world.scheduler_job()) as lease:
-            for folder in run_dir.interrupted() if lease.held else []:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def give_way(run_dir: RunDir) -> NoReturn:
-    """The run goes on elsewhere. At once: this process's other threads may wait for ranks that are
-    no more.
-    """
-    from lpl_pretrain.runtime.log import log
-
-    log.error(
-        "%s: is being trained by another process now: this one, which was cut off or "
-        "suspended, ends",
-        run_dir.path,
-    )
-    os._exit(1)
 
 
 def inline_protocol(config: TrainConfig) -> EvaluateConfig | None:
