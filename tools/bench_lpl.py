@@ -209,8 +209,7 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         lines.append(
             f"| {r['row']} | {r['seconds']:.2f} | {r['cpu_seconds']:.2f} | {r['cpu_ratio']:.2f} | "
-            f"{r['peak_mib']:,.0f} "
-            f"| {r['peak_ratio']:.2f} | {r['loss_difference']:.1e} | "
+            f"{r['peak_mib']:,.0f} | {r['peak_ratio']:.2f} | {r['loss_difference']:.1e} | "
             f"{r['gradient_difference']:.1e} |"
         )
     return "\n".join(lines)

@@ -55,8 +55,8 @@ def main() -> None:
     for name, values in seconds.items():
         print(
             f"{name}  {1 / statistics.median(values):8.3f} steps/s   median "
-            f"{1000 * statistics.median(values):8.1f} ms   "
-            f"min {1000 * min(values):8.1f} ms   max {1000 * max(values):8.1f} ms"
+            f"{1000 * statistics.median(values):8.1f} ms   min {1000 * min(values):8.1f} ms   max "
+            f"{1000 * max(values):8.1f} ms"
         )
     ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
     print(

@@ -222,8 +222,8 @@ def compare_resume(folder: Path, skip: int) -> dict[str, Any]:
     ratio = per_sample_s * 10**6 / statistics.median(opened)
     text = (
         f"first batch at sample 10^6: ours {1000 * statistics.median(opened):.1f} ms; webdataset "
-        f"skipped {skipped:,} samples at "
-        f"{1 / per_sample_s:,.0f}/s, {per_sample_s * 10**6:,.0f} s for 10^6: {ratio:,.0f}x"
+        f"skipped {skipped:,} samples at {1 / per_sample_s:,.0f}/s, {per_sample_s * 10**6:,.0f} s "
+        f"for 10^6: {ratio:,.0f}x"
     )
     return {
         "ours_s": opened,

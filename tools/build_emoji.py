@@ -139,9 +139,8 @@ def compare(origin: dict, shipped: Path) -> None:
         return
     sys.exit(
         f"rebuilt files differ from {shipped}: {origin['files']} against {expected['files']}; they "
-        "were made with "
-        f"Pillow {expected['pillow']}, this is {origin['pillow']} (another zlib writes other "
-        "PNG bytes)"
+        f"were made with Pillow {expected['pillow']}, this is {origin['pillow']} (another zlib "
+        "writes other PNG bytes)"
     )
 
 

@@ -94,8 +94,8 @@ def run(campaign: Campaign, names: list[str], args: argparse.Namespace) -> dict[
             if tally.iterations:
                 log(
                     f"{name}: {made} of {wanted} faults, {tally.iterations} iterations, "
-                    f"{len(tally.violations)} violations, "
-                    f"{60 * rate:.0f} faults/min, {left / 60:.1f} min left"
+                    f"{len(tally.violations)} violations, {60 * rate:.0f} faults/min, "
+                    f"{left / 60:.1f} min left"
                 )
             return made >= wanted or now > end
 

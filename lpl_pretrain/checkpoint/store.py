@@ -122,8 +122,8 @@ class Reader:
         if any(problems):
             raise CheckpointError(
                 f"{self.folder}: {kind} does not fit this model: "
-                f"{'; '.join(filter(None, problems))}. "
-                "Resume with the configuration that it was saved with, or start a new run directory"
+                f"{'; '.join(filter(None, problems))}. Resume with the configuration that it was "
+                "saved with, or start a new run directory"
             )
 
     @torch.no_grad()

@@ -138,8 +138,7 @@ def check_same_run(stored: TrainConfig, wanted: TrainConfig, where: Path) -> Non
         if "lpl.start_step" in changed and stored.steps != wanted.steps:
             lines.append(
                 f"  (a start as a fraction moves with steps, {stored.steps} then and "
-                f"{wanted.steps} now: "
-                f"write lpl.start_step={changed['lpl.start_step'][0]})"
+                f"{wanted.steps} now: write lpl.start_step={changed['lpl.start_step'][0]})"
             )
         raise ConfigError(
             f"{where} belongs to another configuration:\n"
@@ -173,8 +172,7 @@ def data_problems(data: DataConfig, index: DatasetIndex, text: Sequence[str] = (
     """Problems with a data folder that lacks what a run needs; `text`: names of text encoders."""
     problems = [
         f"data.folder={data.folder}: has no embeddings by {name!r}, it has "
-        f"{sorted(index.text) or 'none'}: "
-        "encode it with that text encoder"
+        f"{sorted(index.text) or 'none'}: encode it with that text encoder"
         for name in text
         if name not in index.text
     ]
@@ -197,8 +195,7 @@ def objective_problems(config: TrainConfig) -> list[str]:
     if (prediction is Prediction.FLOW) != (schedule is ScheduleKind.RECTIFIED_FLOW):
         problems.append(
             f"diffusion.schedule={schedule.value} with diffusion.prediction={prediction.value}: "
-            "flow goes with rectified_flow; "
-            "eps and v go with linear, scaled_linear or cosine"
+            "flow goes with rectified_flow; eps and v go with linear, scaled_linear or cosine"
         )
     if prediction is Prediction.EPS and (
         schedule is ScheduleKind.COSINE or diffusion.zero_terminal_snr
@@ -206,8 +203,8 @@ def objective_problems(config: TrainConfig) -> list[str]:
         ending = "zero_terminal_snr=true" if diffusion.zero_terminal_snr else "schedule=cosine"
         problems.append(
             f"diffusion.prediction=eps with diffusion.{ending}: the last timesteps hold next to "
-            "nothing of the data, so that "
-            "no estimate of it follows from eps and sampling cannot start: use v"
+            "nothing of the data, so that no estimate of it follows from eps and sampling cannot "
+            "start: use v"
         )
     if diffusion.zero_terminal_snr and schedule is ScheduleKind.RECTIFIED_FLOW:
         problems.append(
@@ -288,8 +285,7 @@ def check_shard_size(parallel: ParallelConfig, dp_world_size: int) -> None:
         divisors = [size for size in range(1, dp_world_size + 1) if dp_world_size % size == 0]
         raise ConfigError(
             f"parallel.shard_size={parallel.shard_size} does not divide the {dp_world_size} "
-            "processes into equal groups: "
-            f"use one of {', '.join(map(str, divisors))}"
+            f"processes into equal groups: use one of {', '.join(map(str, divisors))}"
         )
 
 
@@ -304,8 +300,8 @@ def _autoencoder(config: TrainConfig, index: DatasetIndex) -> None:
     if facts.scale is not None and (facts.shift, facts.scale) != (stored.shift, stored.scale):
         raise ConfigError(
             f"{made} with shift {stored.shift} and scale {stored.scale}, but "
-            f"autoencoder={config.autoencoder} ({found[:12]}) has "
-            f"shift {facts.shift} and scale {facts.scale}: {remedy}"
+            f"autoencoder={config.autoencoder} ({found[:12]}) has shift {facts.shift} and scale "
+            f"{facts.scale}: {remedy}"
         )
     if found != stored.identity:
         raise DataError(f"{made}, but autoencoder={config.autoencoder} is {found[:12]}: {remedy}")

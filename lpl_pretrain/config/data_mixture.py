@@ -49,8 +49,7 @@ def read_data(folder: str | dict[str, float]) -> DataFolders:
         if weight * MIX_CYCLE_SAMPLES < 1:
             raise ConfigError(
                 f"data.folder.{path}: its weight is {float(weight):.2g} of the whole, wanted at "
-                f"least 1/{MIX_CYCLE_SAMPLES}: "
-                "raise it, or leave the folder out"
+                f"least 1/{MIX_CYCLE_SAMPLES}: raise it, or leave the folder out"
             )
     paths = list(given)
     indexes = [read_index(path) for path in paths]
@@ -157,6 +156,6 @@ def _check_alike(paths: list[str], indexes: list[DatasetIndex]) -> None:
             if read(index) != read(indexes[0]):
                 raise DataError(
                     f"data.folder: folders of different {what} cannot be mixed: {paths[0]} has "
-                    f"{str(read(indexes[0]))[:200]}, "
-                    f"{path} has {str(read(index))[:200]}: encode them alike"
+                    f"{str(read(indexes[0]))[:200]}, {path} has {str(read(index))[:200]}: encode "
+                    "them alike"
                 )

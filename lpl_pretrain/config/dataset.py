@@ -64,7 +64,7 @@ __all__ = [
 INDEX_NAME = "index.json"
 MAX_INDEX_BYTES = 256 << 20
 MIX_CYCLE_SAMPLES = 4096
-"""Folders that are mixed by weight have their exact shares in every so many samples
+"""Folders that are mixed by weight have their exact fractions in each run of this many samples
 (data/mixture.py).
 """
 REMEDY = "copy the file again from where it is whole, or encode the folder again"
@@ -154,8 +154,7 @@ def read_bytes(path: str, most_bytes: int, missing: str) -> bytes:
     except Exception as problem:  # drivers behind fsspec raise errors of their own
         raise DataError(
             f"{path}: cannot be read ({type(problem).__name__}: {problem}): check the path or "
-            "address, the permissions or "
-            "credentials, and fsspec's driver"
+            "address, the permissions or credentials, and fsspec's driver"
         ) from None
     if max(size, len(raw)) > most_bytes:
         raise DataError(f"{path}: has more than {most_bytes} bytes, wanted at most that: {REMEDY}")

@@ -111,8 +111,8 @@ def _buckets(index: DatasetIndex) -> Iterator[str]:
         if area * side**2 > index.resolution_px**2:
             yield (
                 f"{name}: {_short(bucket.height)}x{_short(bucket.width)} positions of "
-                f"{_short(side)} px are more than the "
-                f"square of resolution_px={_short(index.resolution_px)}"
+                f"{_short(side)} px are more than the square of "
+                f"resolution_px={_short(index.resolution_px)}"
             )
 
 

@@ -27,14 +27,12 @@ def check_sampler(prediction: Prediction, sampler: SamplerConfig) -> None:
     if sampler.kind not in SAMPLERS[prediction]:
         raise ConfigError(
             f"sampler.kind={sampler.kind} with a denoiser trained with "
-            f"diffusion.prediction={prediction.value}: "
-            f"use {' or '.join(SAMPLERS[prediction])}"
+            f"diffusion.prediction={prediction.value}: use {' or '.join(SAMPLERS[prediction])}"
         )
     if sampler.kind in DISCRETE and sampler.steps > DISCRETE_TIMESTEPS:
         raise ConfigError(
             f"sampler.steps={sampler.steps} with sampler.kind={sampler.kind}: its schedule has "
-            f"{DISCRETE_TIMESTEPS} timesteps; "
-            "use at most that many"
+            f"{DISCRETE_TIMESTEPS} timesteps; use at most that many"
         )
     if sampler.kind in DISCRETE and sampler.shift != 1.0:
         raise ConfigError(

@@ -16,9 +16,8 @@ from lpl_pretrain.errors import CheckpointError
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 REMEDY = (
-    "pickles are never read here; convert it where you trust it: "
-    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('IN', "
-    "weights_only=True), 'OUT.safetensors')\""
+    'pickles are never read here; convert it where you trust it: python -c "import torch, '
+    "safetensors.torch as s; s.save_file(torch.load('IN', weights_only=True), 'OUT.safetensors')\""
 )
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -233,9 +233,8 @@ class LPLConfig(Section):
             0 < number < 1 or (number >= 0 and number.is_integer() and not isinstance(start, float))
         ):
             raise ValueError(
-                f"{start!r:.60}: wanted a whole number of steps such as 1050, or a fraction "
-                "of `steps` "
-                "between 0 and 1 such as 0.875"
+                f"{start!r:.60}: wanted a whole number of steps such as 1050, or a fraction of "
+                "`steps` between 0 and 1 such as 0.875"
             )
         return start if not isinstance(start, str) else number if number % 1 else int(number)
 

@@ -38,8 +38,7 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
     ):
         problems.append(
             f"lpl.gate.timestep_below={lpl.gate.timestep_below}: rectified_flow has no integer "
-            "timesteps; "
-            "use lpl.gate.snr_above or lpl.gate.noise_level_below"
+            "timesteps; use lpl.gate.snr_above or lpl.gate.noise_level_below"
         )
     limit = lpl.gate.noise_level_below or (
         lpl.gate.snr_above**-0.5 if lpl.gate.snr_above else math.inf
@@ -60,8 +59,8 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
     if decoder.latent_channels != index.latent.channels:
         problems.append(
             f"lpl.decoder={folder}: takes latents of {decoder.latent_channels} channels, "
-            f"{config.data.folder} has "
-            f"{index.latent.channels}: name a decoder for the same latents"
+            f"{config.data.folder} has {index.latent.channels}: name a decoder for the same "
+            "latents"
         )
     smallest = min(min(bucket.height, bucket.width) for bucket in index.buckets)
     if lpl.crop is not None and lpl.crop.side > smallest:
@@ -71,9 +70,9 @@ def lpl_problems(config: TrainConfig, index: DatasetIndex, microbatches: int) ->
         )
     if lpl.normalize is not None and lpl.normalize.over == "batch" and microbatches > 1:
         problems.append(
-            f"lpl.normalize.over=batch with {microbatches} microbatches an update: "
-            "statistics would "
-            "depend on how the batch is split; raise batch.micro_batch_size, or use over=space"
+            f"lpl.normalize.over=batch with {microbatches} microbatches an update: statistics "
+            "would depend on how the batch is split; raise batch.micro_batch_size, or use "
+            "over=space"
         )
     return problems
 
@@ -103,8 +102,8 @@ def _never_runs(config: TrainConfig, lpl: LPLConfig) -> list[str]:
     if expected < 1:
         return [
             f"lpl.gate: {fraction:.2g} of the samples pass it under diffusion.timesteps, "
-            f"{expected:.2g} over all steps with LPL, "
-            "so that LPL never runs: open the gate, or set lpl=null"
+            f"{expected:.2g} over all steps with LPL, so that LPL never runs: open the gate, or "
+            "set lpl=null"
         ]
     return []
 
@@ -119,8 +118,7 @@ def _stage_problems(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]
     if isinstance(lpl.depth_weights, tuple) and len(lpl.depth_weights) != len(compared):
         problems.append(
             f"lpl.depth_weights={list(lpl.depth_weights)}: {len(lpl.depth_weights)} numbers for "
-            f"the {len(compared)} compared "
-            f"stages {', '.join(compared)}: give one for each"
+            f"the {len(compared)} compared stages {', '.join(compared)}: give one for each"
         )
     if isinstance(lpl.depth_weights, tuple) and not any(lpl.depth_weights):
         problems.append(
@@ -129,8 +127,7 @@ def _stage_problems(lpl: LPLConfig, folder: str, stages: list[str]) -> list[str]
         )
     if lpl.outliers is not None and lpl.outliers.first_stage >= len(stages):
         problems.append(
-            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has "
-            f"{len(stages)} stages; "
-            "use a smaller number, or lpl.outliers=null"
+            f"lpl.outliers.first_stage={lpl.outliers.first_stage}: the decoder has {len(stages)} "
+            "stages; use a smaller number, or lpl.outliers=null"
         )
     return problems

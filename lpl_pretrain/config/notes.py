@@ -34,8 +34,7 @@ def _data_notes(config: TrainConfig, index: DatasetIndex) -> Iterator[str]:
             missing = 1 - index.captions / index.samples
             yield (
                 f"captions: {missing:.2%} of the samples ({index.samples - index.captions} of "
-                f"{index.samples}) have none; "
-                "they are trained with the null text"
+                f"{index.samples}) have none; they are trained with the null text"
             )
     elif index.text or index.captions:
         stored = f"embeddings by {', '.join(sorted(index.text))}" if index.text else "captions"

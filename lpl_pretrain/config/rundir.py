@@ -58,7 +58,7 @@ class RunDir:
 
     @property
     def live(self) -> Path:
-        """The lease of whoever trains it now."""
+        """Lease of the process that trains the run now."""
         return self.path / "live.lease"
 
     def checkpoint(self, step: int) -> Path:

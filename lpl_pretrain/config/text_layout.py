@@ -57,8 +57,7 @@ def text_problems(
     if not names:
         missing = (
             f"conditioning.text_encoders=[]: model.kind={kind} reads text; name encoders of "
-            f"{folder}: "
-            f"{sorted(entries)}"
+            f"{folder}: {sorted(entries)}"
         )
         return [missing] if model.reads_text else []
     if not model.reads_text:

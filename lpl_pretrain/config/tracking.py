@@ -25,7 +25,7 @@ class EMAConfig(Section):
     2312.02696, section 3).
     """
     snapshot_every_steps: Optional[PositiveInt] = None
-    """Keep the power-function averages of every so many steps for good: `export --sigma-rel`
+    """Keep the power-function averages at multiples of this step for good: `export --sigma-rel`
     reconstructs averages of any length from them.
     """
 

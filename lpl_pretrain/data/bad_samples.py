@@ -65,8 +65,8 @@ class BadSampleLog:
             if num_bad > self.max_fraction * total:
                 raise DataError(
                     f"{num_bad} of {total} samples cannot be read, more than "
-                    f"data.max_skipped_fraction={self.max_fraction}; "
-                    f"the last: {next(reversed(self.reasons.values()))}"
+                    f"data.max_skipped_fraction={self.max_fraction}; the last: "
+                    f"{next(reversed(self.reasons.values()))}"
                 )
 
     def num_samples(self) -> int:

@@ -1,8 +1,8 @@
-"""Keeps exponential moving averages of the parameter pieces that this rank owns.
+"""Keeps exponential moving averages of the parameter ranges that this rank owns.
 
-The averages have the pieces' own precision (float32 masters, never their bf16 copies, so they move
-however small the updates are) and their ranges, so nothing is ever gathered.  A piece is any
-dataclass with a live `tensor`: this room knows no strategy, no file.
+The averages have the precision of the ranges (float32 masters, never their bf16 copies, so that
+small updates count), and nothing is ever gathered.  A range is any dataclass with a live `tensor`,
+such as `ParamRange`: this package knows no strategy and no file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MAIN = "ema"
 
 
 class EMATracker:
-    def __init__(self, pieces: Iterable[Any], config: EMAConfig) -> None:
-        """Starts at the current values of `pieces` (strategy.local_params() after setup)."""
+    def __init__(self, ranges: Iterable[Any], config: EMAConfig) -> None:
+        """Starts at the current values of `ranges` (strategy.local_params() after setup)."""
         self.config = config
-        self._live = list(pieces)
+        self._live = list(ranges)
         kinds = [MAIN, *(power_kind(sigma_rel) for sigma_rel in config.sigma_rel)]
         self._averages = {
-            kind: [replace(piece, tensor=piece.tensor.detach().clone()) for piece in self._live]
+            kind: [replace(part, tensor=part.tensor.detach().clone()) for part in self._live]
             for kind in kinds
         }
 
@@ -43,13 +43,13 @@ class EMATracker:
         if not self._live:
             return
         for kind, decay in decays.items():
-            averages = [piece.tensor for piece in self._averages[kind]]
-            torch._foreach_lerp_(averages, [piece.tensor for piece in self._live], 1.0 - decay)
+            averages = [part.tensor for part in self._averages[kind]]
+            torch._foreach_lerp_(averages, [part.tensor for part in self._live], 1.0 - decay)
 
     def local_averages(self, *, power_only: bool = False) -> Iterator[tuple[str, Any]]:
-        """(kind, piece of that average), on the ranges of the live pieces; writing to the tensors
+        """(kind, range of that average), on the ranges of the live ranges; writing to the tensors
         restores it.
         """
         for kind, averages in self._averages.items():
             if kind != MAIN or not power_only:
-                yield from ((kind, piece) for piece in averages)
+                yield from ((kind, part) for part in averages)

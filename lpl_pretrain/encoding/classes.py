@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from lpl_pretrain.config.dataset import MAX_CLASSES
 from lpl_pretrain.errors import DataError
 
@@ -50,10 +48,6 @@ class ClassTable:
                 self._first_of[max(self._first_of)], max(self._first_of), num_classes
             )
         return [self._names.get(i, str(i)) for i in range(num_classes)]
-
-    def known_names(self) -> Mapping[int, str]:
-        """Class id -> name, for the classes that the source names."""
-        return self._names
 
 
 def _out_of_range(where: str, label: int, classes: int) -> DataError:

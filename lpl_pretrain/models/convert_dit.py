@@ -62,8 +62,8 @@ def to_diffusers(
     if config.timestep_frequencies != "diffusers":
         raise ConfigError(
             "model.timestep_frequencies=dit: diffusers' DiT embeds time at other frequencies, so "
-            "its images would differ; "
-            "train with model.timestep_frequencies=diffusers to export there"
+            "its images would differ; train with model.timestep_frequencies=diffusers to export "
+            "there"
         )
     settings = {
         "num_attention_heads": config.heads,

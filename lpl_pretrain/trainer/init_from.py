@@ -155,8 +155,8 @@ def read_diffusers(folder: Path, model: Denoiser) -> tuple[State, str]:
     for key, value in stored.items():
         if configured.get(key) != value:
             raise ConfigError(
-                f"init_from.diffusers={folder}: has {key}={value}, "
-                f"model.{key} is {configured.get(key)}: set it so"
+                f"init_from.diffusers={folder}: has {key}={value}, model.{key} is "
+                f"{configured.get(key)}: set it so"
             )
     return state, str(folder)
 

@@ -34,7 +34,7 @@ SMALL = {
     "kid_subsets": 3,
     "best": "fd_averages",
 }
-TOLD = ("seconds", "images_made_now")
+RUN_DEPENDENT = ("seconds", "images_made_now")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def small_extractor(monkeypatch):
 def values(records):
     return [
         [
-            {key: value for key, value in entry.items() if key not in TOLD}
+            {key: value for key, value in entry.items() if key not in RUN_DEPENDENT}
             for entry in record["results"]
         ]
         for record in records

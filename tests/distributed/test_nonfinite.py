@@ -81,7 +81,7 @@ def train(world, device, data, folder, strategy, steps, optimizer):
         states,
         means,
         run.state(steps)["skipped_updates"],
-        term(run).schedule.calibrated or 0.0,
+        term(run).lpl_weight.calibrated or 0.0,
     )
 
 

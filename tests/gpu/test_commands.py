@@ -121,9 +121,13 @@ def test_float8_trains(folder, cpu_run):
 
 def test_samples_and_evaluates(folder, cpu_run):
     (folder / "quick.yaml").write_text(
-        "name: quick\nimages: 16\nbatch_size: 8\nsampler: {kind: euler, steps: "
-        "3}\nguidance_scales: [1.0, 2.0]\n"
-        f"reference: {folder}/images\ngrid_images: 4\n"
+        "name: quick\n"
+        "images: 16\n"
+        "batch_size: 8\n"
+        "sampler: {kind: euler, steps: 3}\n"
+        "guidance_scales: [1.0, 2.0]\n"
+        f"reference: {folder}/images\n"
+        "grid_images: 4\n"
     )
     lpl(
         "sample", cpu_run, "--images", "4", "--sampler-steps", "2", "--output", folder / "sheet.png"

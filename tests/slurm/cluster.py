@@ -192,8 +192,8 @@ class Cluster:
         )
         if check and done.returncode:
             raise RuntimeError(
-                f"{' '.join(map(str, argv))}: exit code "
-                f"{done.returncode}\n{done.stdout}{done.stderr}"
+                f"{' '.join(map(str, argv))}: exit code {done.returncode}\n"
+                f"{done.stdout}{done.stderr}"
             )
         return done
 

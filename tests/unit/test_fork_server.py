@@ -75,8 +75,10 @@ def test_prints_a_traceback(tmp_path):
 
 def test_receives_signals(tmp_path):
     code = (
-        "import signal, sys\nsignal.signal(signal.SIGUSR2, lambda *_: "
-        "sys.exit(5))\nprint('ready', flush=True)\nsignal.pause()"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(5))\n"
+        "print('ready', flush=True)\n"
+        "signal.pause()"
     )
     process = start(tmp_path, code)
     assert process.stdout.readline() == "ready\n"

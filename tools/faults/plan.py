@@ -10,7 +10,6 @@ import errno
 import random
 import re
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -181,7 +180,3 @@ def constant_part(path: str) -> str:
     """Longest part of a file's name without hexadecimal ids and numbers of steps, shards, ranks."""
     parts = [part for part in VARIABLE.split(PurePosixPath(path).name) if part]
     return max(parts, key=len, default="*").replace(" ", "_")[:79] if parts else "*"
-
-
-def count_kinds(faults: Sequence[Fault]) -> Counter[str]:
-    return Counter(fault.kind for fault in faults)

@@ -40,10 +40,9 @@ def zero_settings(parallel: ParallelConfig) -> dict[str, Any]:
     if wanted is not None and found != wanted:
         remedy = f"parallel.strategy=zero{found}" if found else "parallel.strategy=zero"
         raise ConfigError(
-            f"parallel.strategy={strategy.value} with parallel.zero_config={str(path)!r}: the "
-            "file has "
-            f"zero_optimization.stage={found}, wanted {wanted}: set {remedy}, or name a file of "
-            f"stage {wanted}"
+            f"parallel.strategy={strategy.value} with parallel.zero_config={str(path)!r}: the file "
+            f"has zero_optimization.stage={found}, wanted {wanted}: set {remedy}, or name a file "
+            f"of stage {wanted}"
         )
     return settings
 

@@ -61,7 +61,6 @@ def gate_fraction(threshold: float, schedule: Schedule, timesteps: TimestepConfi
         least = schedule.noise_level(schedule.snap(torch.zeros(1, dtype=torch.float64))).item()
         raise ConfigError(
             f"lpl.gate: no sample can pass a noise level of {threshold:.4g}; the least noisy one "
-            "of this schedule has "
-            f"{least:.4g}: open the gate, or set lpl=null"
+            f"of this schedule has {least:.4g}: open the gate, or set lpl=null"
         )
     return low if not passes(1.0 - 2.0**-53) else 1.0

@@ -40,7 +40,7 @@ class LPLTerm(LossTerm):
     def __init__(
         self,
         loss: LatentPerceptualLoss,
-        schedule: LPLWeight,
+        lpl_weight: LPLWeight,
         subset: LPLSubset,
         *,
         max_noise_level: float,
@@ -56,7 +56,7 @@ class LPLTerm(LossTerm):
         """
         self.loss = loss
         self.subset = subset
-        self.schedule = schedule
+        self.lpl_weight = lpl_weight
         self.max_noise_level = max_noise_level
         self.prediction = prediction
         self.per_microbatch = subset.per_microbatch(num_microbatches)
@@ -94,23 +94,23 @@ class LPLTerm(LossTerm):
         return TermValue(result.loss.sum() / len(out.mse), per_sample)
 
     def active(self, step: int) -> bool:
-        return self.schedule.active(step)
+        return self.lpl_weight.active(step)
 
     def weight(self, step: int) -> float:
-        return self.schedule.value(step)
+        return self.lpl_weight.value(step)
 
     def calibrating(self, step: int) -> bool:
-        return self.schedule.calibrating(step)
+        return self.lpl_weight.calibrating(step)
 
     def calibrate(self, step: int, own: Tensor, others: Tensor) -> float | None:
         means = self._mean_over_ranks(torch.stack([others, own]).double())
-        return self.schedule.calibrated if self.schedule.observe(step, means) else None
+        return self.lpl_weight.calibrated if self.lpl_weight.observe(step, means) else None
 
     def state(self) -> dict[str, Any]:
-        return self.schedule.state()
+        return self.lpl_weight.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.schedule.load_state(state)
+        self.lpl_weight.load_state(state)
 
     def flops_per_update(self) -> float:
         return self._flops

@@ -33,8 +33,10 @@ def process(body: str, *, before: str = "") -> subprocess.Popen:
         "stop_request, write_stderr\n"
     )
     script += (
-        "import time\nstop = "
-        f"stop_request().listen()\n{textwrap.dedent(before)}\n{textwrap.dedent(body)}"
+        "import time\n"
+        "stop = stop_request().listen()\n"
+        f"{textwrap.dedent(before)}\n"
+        f"{textwrap.dedent(body)}"
     )
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True

@@ -1,14 +1,13 @@
 """TensorBoard's own reader finds what the tracker wrote."""
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lpl_pretrain.trackers.tensorboard import TensorBoardTracker
 
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
 
 def scalars(folder):
-    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}

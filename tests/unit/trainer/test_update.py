@@ -116,7 +116,7 @@ def test_has_teeth(data, tmp_path, changes):
     settings = {} if changes == {"lpl": None} else changes
     run = new_run(data, tmp_path, **settings)
     if changes == {"lpl": None}:
-        term(run).schedule.calibrated = 1e-9
+        term(run).lpl_weight.calibrated = 1e-9
     other, _ = one_update(run)
     with pytest.raises(AssertionError):
         for a, b in zip(other, whole):
